@@ -1,0 +1,27 @@
+"""openvclip: turn an image CLIP into an open-vocabulary video model by its weights alone."""
+
+from openvclip.averaging import SWATracker
+from openvclip.errors import OpenVCLIPError
+from openvclip.interpolation import interpolate, interpolate_into
+from openvclip.regularization import InterpolatedWeightRegularizer
+from openvclip.temporal import (
+    encode_video,
+    expand_temporal_attention,
+    restore_spatial_attention,
+)
+from openvclip.zeroshot import VIDEO_TEMPLATES, ZeroShotClassifier
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "VIDEO_TEMPLATES",
+    "InterpolatedWeightRegularizer",
+    "OpenVCLIPError",
+    "SWATracker",
+    "ZeroShotClassifier",
+    "encode_video",
+    "expand_temporal_attention",
+    "interpolate",
+    "interpolate_into",
+    "restore_spatial_attention",
+]

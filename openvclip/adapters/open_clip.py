@@ -1,0 +1,155 @@
+"""open_clip's own ``VisionTransformer`` (OpenAI, LAION, DataComp, MetaCLIP, CoCa, ...)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from open_clip.transformer import Attention, VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional
+
+from openvclip.adapters.attention import (
+    FrameView,
+    TemporalTower,
+    require_video,
+    temporal_attention,
+)
+from openvclip.errors import UnsupportedModelError
+
+
+class TemporalMultiheadAttention(nn.MultiheadAttention):
+    """``nn.MultiheadAttention`` that attends over neighbouring frames where it is given frames.
+
+    Tokens ``[B, T, N, D]`` (``[T, B, N, D]`` with ``batch_first=False``) are frames of clips;
+    anything else goes to the parent class untouched.
+    """
+
+    view: FrameView
+
+    def forward(self, query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """Self-attention of the frames; see ``nn.MultiheadAttention`` for everything else."""
+        if query.ndim != 4:
+            plain: tuple[Tensor, Tensor | None] = super().forward(query, *args, **kwargs)
+            return plain
+        x = query if self.batch_first else query.transpose(0, 1)
+        qkv = functional.linear(x, self.in_proj_weight, self.in_proj_bias)
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
+        dropout = self.dropout if self.training else 0.0
+        y = temporal_attention(q, k, v, self.view, dropout_p=dropout)
+        y = functional.linear(y, self.out_proj.weight, self.out_proj.bias)
+        return (y if self.batch_first else y.transpose(0, 1)), None
+
+
+class TemporalAttention(Attention):  # type: ignore[misc]
+    """open_clip's ``Attention`` (q/k norm, scaled cosine, head scale, inner norm), likewise."""
+
+    view: FrameView
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """Self-attention of frames ``[B, T, N, D]``; other ranks go to the parent class."""
+        if x.ndim != 4:
+            plain: Tensor = super().forward(x, attn_mask=attn_mask)
+            return plain
+        qkv = functional.linear(x, self.in_proj_weight, self.in_proj_bias)
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
+        q, k, scale = self._normalised(q, k)
+        dropout = self.attn_drop.p if self.training else 0.0
+        y = temporal_attention(q, k, v, self.view, dropout_p=dropout, scale=scale)
+        if self.head_scale is not None:
+            y = (y.unflatten(-1, (self.num_heads, -1)) * self.head_scale.view(-1, 1)).flatten(-2)
+        y = self.out_proj(self.ln_inner(y))
+        out: Tensor = self.out_drop(y)
+        return out
+
+    def _normalised(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, float | None]:
+        if self.logit_scale is None:
+            return self.ln_q(q), self.ln_k(k), None
+        # The scale is learned for each head: it goes into the queries, and SDPA's stays 1.
+        factor = self.logit_scale.clamp(max=self.logit_scale_max).exp().view(-1, 1)
+        return functional.normalize(q, dim=-1) * factor, functional.normalize(k, dim=-1), 1.0
+
+
+class TemporalVisionTransformer(TemporalTower, VisionTransformer):  # type: ignore[misc]
+    """open_clip's ``VisionTransformer`` for videos ``[B, T, C, H, W]`` and images alike."""
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Features of each frame ``[B, T, D]`` for a video; plain CLIP for ``[B, C, H, W]``.
+
+        With ``output_tokens`` the patch tokens ``[B, T, N, D]`` come second.
+
+        Raises:
+            VideoShapeError: neither an image batch nor a video of the tower's frame size.
+        """
+        if x.ndim == 4:
+            plain: Tensor | tuple[Tensor, Tensor] = super().forward(x)
+            return plain
+        require_video(x, self.image_size)
+        clips = x.shape[:2]
+        tokens = self._embeds(x.flatten(0, 1)).unflatten(0, clips)
+        tokens = self.transformer(tokens)
+        pooled, rest = self._pool(tokens.flatten(0, 1))
+        if self.proj is not None:
+            pooled = pooled @ self.proj
+        pooled = pooled.unflatten(0, clips)
+        return (pooled, rest.unflatten(0, clips)) if self.output_tokens else pooled
+
+
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
+    nn.MultiheadAttention: TemporalMultiheadAttention,
+    Attention: TemporalAttention,
+    VisionTransformer: TemporalVisionTransformer,
+}
+_PLAIN = {temporal: plain for plain, temporal in _CLASSES.items()}
+
+
+def find_towers(model: nn.Module) -> list[nn.Module]:
+    """The towers in ``model`` that this module can expand, expanded ones included."""
+    return [m for m in model.modules() if type(m) in (VisionTransformer, TemporalVisionTransformer)]
+
+
+def n_layers(tower: nn.Module) -> int:
+    """Number of attention layers of a tower."""
+    return len(_attentions(tower))
+
+
+def expand(tower: nn.Module, views: list[FrameView]) -> None:
+    """Change the classes of a tower and its attentions, one view for each layer.
+
+    Raises:
+        UnsupportedModelError: a layer's attention is of a kind that is not known here.
+    """
+    attentions = _attentions(tower)
+    for index, attention in enumerate(attentions):
+        _require_known(index, attention)
+    for attention, view in zip(attentions, views, strict=True):
+        attention.__class__ = _CLASSES[type(attention)]
+        attention.view = view  # type: ignore[assignment]
+    tower.__class__ = _CLASSES[type(tower)]
+
+
+def restore(tower: nn.Module) -> None:
+    """Undo :func:`expand`: the modules have their own classes and attributes again."""
+    for attention in _attentions(tower):
+        attention.__class__ = _PLAIN[type(attention)]
+        del attention.view
+    tower.__class__ = _PLAIN[type(tower)]
+
+
+def _attentions(tower: Any) -> list[nn.Module]:
+    return [block.attn for block in tower.transformer.resblocks]
+
+
+def _require_known(index: int, attention: nn.Module) -> None:
+    if type(attention) not in _CLASSES:
+        raise UnsupportedModelError(
+            f"Layer {index} of the tower has an attention of type {type(attention).__name__}; "
+            "expected torch.nn.MultiheadAttention or open_clip's Attention. Expand the model "
+            "before other tools replace or wrap its attention modules."
+        )
+    if isinstance(attention, nn.MultiheadAttention) and (
+        attention.in_proj_weight is None or attention.bias_k is not None or attention.add_zero_attn
+    ):
+        raise UnsupportedModelError(
+            f"Layer {index} of the tower has an attention with separate key and value widths, "
+            "bias_k or add_zero_attn, which no CLIP uses; it can't be expanded."
+        )

@@ -1,0 +1,341 @@
+"""Interpolated weight regularisation: Equations 7-9 and Algorithm 1 of Open-VCLIP."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from openvclip.errors import LossError, RegularizationError, StateMismatchError, UsageError
+from openvclip.state import (
+    canonical_state,
+    few,
+    foreach,
+    mismatches,
+    named_parameters,
+    named_state,
+    overwriting,
+)
+
+
+class InterpolatedWeightRegularizer:
+    r"""Train weights that stay good when they are interpolated with the original ones.
+
+    Equation 7 adds to the loss of the weights :math:`\theta` the loss of weights between them and
+    the original CLIP's, with the same batch:
+
+    .. math:: L(\theta) + \beta L(\tilde\theta), \qquad
+              \tilde\theta = \alpha\theta_{CLIP} + (1-\alpha)\theta, \qquad
+              \alpha \sim U(\text{interval}), \qquad \beta = \frac{C}{1-\alpha}
+
+    With that :math:`\beta` the gradient is :math:`g(\theta) + C\,g(\tilde\theta)` (Equation 9),
+    where :math:`g` is the gradient of the plain loss at each point. So one step is two passes,
+    the second with the interpolated weights in place, and one optimizer step::
+
+        iwr = InterpolatedWeightRegularizer(model, optimizer)   # the weights as they are = CLIP
+        for video, label in loader:
+            loss = iwr.step(lambda: criterion(classifier(video), label))
+
+    Loops that own their backward pass (gradient accumulation, clipping, several losses) use
+    :meth:`interpolated`, with ``iwr.weight`` as the factor of the second loss::
+
+        optimizer.zero_grad()
+        for video, label in micro_batches:
+            criterion(classifier(video), label).backward()
+        with iwr.interpolated():
+            for video, label in micro_batches:
+                (iwr.weight * criterion(classifier(video), label)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    Only parameters that require gradients are moved, and they are back bitwise after each step
+    and after any exception. alpha comes from a generator of the regulariser's own, so it neither
+    disturbs nor depends on the global random state.
+
+    Args:
+        model: the model that is trained; wrappers may be around it.
+        optimizer: the optimizer that :meth:`step` drives. Not needed for :meth:`interpolated`.
+        anchor: the original weights by name, usually CLIP's state dict; ``None`` takes a snapshot
+            of the trained parameters as they are now. Tensors of the right dtype and device that
+            the model does not itself use are kept as they are, not copied: don't change them.
+        interval: ``(low, high)`` of alpha, the weight of the *anchor*, within [0, 1]. The paper
+            uses (0.0, 0.6). Equal ends fix alpha.
+        weight: C of Equation 9, at least 0; the paper uses 0.5.
+        every: apply the second pass at every ``every``-th call of :meth:`step`, beginning with
+            the first; the others are plain steps. C stays as it is.
+        seed: seed of the generator of alpha.
+        missing: what to do with trained parameters that the anchor lacks: ``"error"``, or
+            ``"skip"`` to train them without regularisation.
+
+    Raises:
+        RegularizationError: an argument is outside its range.
+        StateMismatchError: the anchor lacks trained parameters, has names that the model does not
+            know, or has other shapes.
+
+    Memory: the anchor and, from the first interpolation on, one copy of the trained parameters.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | None = None,
+        *,
+        anchor: Mapping[str, Tensor] | None = None,
+        interval: tuple[float, float] = (0.0, 0.6),
+        weight: float = 0.5,
+        every: int = 1,
+        seed: int = 0,
+        missing: Literal["error", "skip"] = "error",
+    ) -> None:
+        _require_settings(interval, weight, every, missing)
+        self.model = model
+        self.optimizer = optimizer
+        self.interval = (float(interval[0]), float(interval[1]))
+        self.weight = float(weight)
+        self.every = every
+        self._steps = 0
+        self._generator = torch.Generator().manual_seed(seed)
+        self._inside = False
+        self._anchor = _take_anchor(model, anchor, missing)
+        self._unanchored = {
+            name
+            for name, parameter in named_parameters(model).items()
+            if parameter.requires_grad and name not in self._anchor
+        }
+        self._stash: dict[str, Tensor] = {}
+
+    def step(self, closure: Callable[[], Tensor], *, scaler: Any = None) -> Tensor:
+        """Do one training step: gradients of both losses, then the optimizer's step.
+
+        Args:
+            closure: runs the forward pass and returns the loss, a scalar. It must not call
+                ``backward``. It is called twice, or once where ``every`` leaves the second out.
+            scaler: a ``torch.amp.GradScaler``. Both losses are scaled, and the scaler drives the
+                step and is updated, so a step with infinite gradients is skipped as usual.
+
+        Returns:
+            The loss at the weights themselves, detached.
+
+        Raises:
+            LossError: the closure returned something other than a scalar with a graph.
+            UsageError: there is no optimizer, or the call came within :meth:`interpolated`.
+        """
+        if self.optimizer is None:
+            raise UsageError(
+                "step() needs an optimizer: InterpolatedWeightRegularizer(model, optimizer). "
+                "Loops of their own use `with iwr.interpolated():` and need none."
+            )
+        if self._inside:
+            raise UsageError("step() was called within interpolated(); leave the block first.")
+        regularize = self.weight > 0 and self._steps % self.every == 0
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = _require_loss(closure())
+        _scaled(loss, scaler).backward()
+        if regularize:
+            with self.interpolated():
+                _scaled(self.weight * _require_loss(closure()), scaler).backward()
+        if scaler is None:
+            self.optimizer.step()
+        else:
+            scaler.step(self.optimizer)
+            scaler.update()
+        self._steps += 1
+        return loss.detach()
+
+    @contextmanager
+    def interpolated(self) -> Iterator[float]:
+        """Within the block the weights are ``alpha * anchor + (1 - alpha) * weights``.
+
+        Forward *and* backward of the second loss belong inside. Afterwards the weights are back
+        bitwise, also after an exception; gradients collected inside stay.
+
+        Yields:
+            alpha, freshly drawn from the interval.
+
+        Raises:
+            UsageError: the blocks are nested, or a parameter began to require gradients after
+                the regulariser was made.
+        """
+        if self._inside:
+            raise UsageError("interpolated() can't be nested; leave the first block before.")
+        parameters = self._moved_parameters()
+        alpha = self._draw()
+        live = [parameter.detach() for parameter in parameters.values()]
+        self._inside = True
+        try:
+            with overwriting(live, self._stash_for(parameters)):
+                with torch.no_grad():  # the kernel computes half precision in float32
+                    anchor = [self._anchor[name] for name in parameters]
+                    foreach._foreach_lerp_(live, anchor, alpha)
+                yield alpha
+        finally:
+            self._inside = False
+
+    def _moved_parameters(self) -> dict[str, nn.Parameter]:
+        trained = {n: p for n, p in named_parameters(self.model).items() if p.requires_grad}
+        unknown = [n for n in trained if n not in self._anchor and n not in self._unanchored]
+        if unknown:
+            raise UsageError(
+                f"{len(unknown)} parameters require gradients that did not when the regulariser "
+                f"was made ({few(unknown)}). Make it after the last change of requires_grad, "
+                "with the original weights as anchor."
+            )
+        moved = {name: p for name, p in trained.items() if name in self._anchor}
+        for name, parameter in moved.items():  # a model that was moved to another device since
+            self._anchor[name] = self._anchor[name].to(parameter.device)
+        return moved
+
+    def _stash_for(self, parameters: dict[str, nn.Parameter]) -> list[Tensor]:
+        for name, parameter in parameters.items():
+            kept = self._stash.get(name)
+            if kept is None or (kept.device, kept.dtype) != (parameter.device, parameter.dtype):
+                self._stash[name] = torch.empty_like(parameter, requires_grad=False)
+        return [self._stash[name] for name in parameters]
+
+    def _draw(self) -> float:
+        low, high = self.interval
+        uniform = torch.rand((), generator=self._generator, dtype=torch.float64).item()
+        return low + (high - low) * uniform
+
+    def state_dict(self) -> dict[str, Any]:
+        """The settings, the number of steps and the state of alpha's generator.
+
+        The anchor is not in it (it is a file that the user has, the original CLIP); a fingerprint
+        of it is, so that :meth:`load_state_dict` refuses to go on with another one.
+        """
+        return {
+            "interval": self.interval,
+            "weight": self.weight,
+            "every": self.every,
+            "steps": self._steps,
+            "generator": self._generator.get_state(),
+            "anchor_fingerprint": _fingerprint(self._anchor),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken, with the same sequence of alphas.
+
+        Raises:
+            StateMismatchError: an entry is missing, or the anchor is not the saved run's.
+        """
+        wanted = self.state_dict()
+        if state.keys() != wanted.keys():
+            raise StateMismatchError(
+                "This is not the state of an InterpolatedWeightRegularizer.",
+                missing=wanted.keys() - state.keys(),
+                unexpected=state.keys() - wanted.keys(),
+            )
+        if state["anchor_fingerprint"] != wanted["anchor_fingerprint"]:
+            raise StateMismatchError(
+                "The anchor is not the one of the run that was saved. Make the regulariser with "
+                "anchor=<the original CLIP's state dict>, or before the fine-tuned weights are "
+                "loaded into the model; the same parameters must require gradients."
+            )
+        low, high = state["interval"]
+        self.interval, self.weight = (float(low), float(high)), float(state["weight"])
+        self.every, self._steps = int(state["every"]), int(state["steps"])
+        self._generator.set_state(state["generator"].cpu())
+
+
+def _require_settings(
+    interval: tuple[float, float], weight: float, every: int, missing: str
+) -> None:
+    low, high = interval
+    if not 0.0 <= low <= high <= 1.0:
+        raise RegularizationError(
+            f"interval={interval!r}: expected (low, high) with 0 <= low <= high <= 1. alpha is the "
+            "weight of the anchor (the original CLIP); the paper uses (0.0, 0.6)."
+        )
+    if not (math.isfinite(weight) and weight >= 0.0):
+        raise RegularizationError(f"weight={weight!r}: expected C of Equation 9, a number >= 0.")
+    if every < 1:
+        raise RegularizationError(f"every={every!r}: expected a number of steps >= 1.")
+    if missing not in ("error", "skip"):
+        raise RegularizationError(f"missing={missing!r}: expected 'error' or 'skip'.")
+
+
+def _take_anchor(
+    model: nn.Module, anchor: Mapping[str, Tensor] | None, missing: str
+) -> dict[str, Tensor]:
+    """The anchor of each trained parameter that has one, in the parameters' order."""
+    trained = {n: p for n, p in named_parameters(model).items() if p.requires_grad}
+    if not trained:
+        raise UsageError(
+            "No parameter of the model requires gradients, so there is nothing to regularise. "
+            "Make the regulariser after requires_grad has been set."
+        )
+    if anchor is None:
+        return {name: parameter.detach().clone() for name, parameter in trained.items()}
+    given = canonical_state(anchor, "anchor")
+    lacking = trained.keys() - given.keys()
+    known = named_state(model)
+    unexpected = given.keys() - known.keys()
+    mismatched = [entry for entry in mismatches(known, given) if entry[0] in trained]
+    refused = bool(lacking) and (missing == "error" or lacking == trained.keys())
+    if unexpected or mismatched or refused:
+        raise StateMismatchError(
+            "The anchor does not fit the trained parameters of the model (which are expected).",
+            missing=lacking,
+            unexpected=unexpected,
+            mismatched=mismatched,
+            hint="Give the state dict of the original model under the trained model's names; "
+            "missing='skip' trains parameters that the anchor lacks without regularisation.",
+        )
+    in_use = {value.untyped_storage().data_ptr() for value in known.values()}
+    return {
+        name: _anchored(given[name].detach(), parameter, in_use)
+        for name, parameter in trained.items()
+        if name in given
+    }
+
+
+def _anchored(value: Tensor, parameter: nn.Parameter, in_use: set[int]) -> Tensor:
+    # model.state_dict() gives the live tensors: an anchor that shares their memory would move
+    # along with the training and regularise nothing.
+    shared = value.untyped_storage().data_ptr() in in_use
+    return value.to(parameter.device, parameter.dtype, copy=shared)
+
+
+def _require_loss(loss: object) -> Tensor:
+    if not isinstance(loss, Tensor):
+        raise LossError(
+            f"The closure returned {type(loss).__name__}; expected the loss, a scalar tensor. It "
+            "should run the forward pass and return the loss without calling backward()."
+        )
+    if loss.numel() != 1:
+        raise LossError(
+            f"The closure returned a tensor of shape {list(loss.shape)}; expected a scalar loss. "
+            "Reduce it, for example with .mean()."
+        )
+    if not loss.requires_grad:
+        raise LossError(
+            "The loss has no graph: nothing in it requires gradients. Compute it from the model's "
+            "output with gradients enabled (no torch.no_grad(), no .detach(), no .item())."
+        )
+    return loss
+
+
+def _scaled(loss: Tensor, scaler: Any) -> Tensor:
+    scaled: Tensor = loss if scaler is None else scaler.scale(loss)
+    return scaled
+
+
+def _fingerprint(anchor: dict[str, Tensor]) -> str:
+    """A digest of names, shapes and up to 64 evenly spaced values of each entry.
+
+    Enough to tell the original weights from fine-tuned ones without reading all of them.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(anchor):
+        flat = anchor[name].reshape(-1)
+        stride = max(1, flat.numel() // 64)
+        sample = flat[::stride][:64].double().cpu().contiguous()
+        digest.update(f"{name} {list(anchor[name].shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,213 @@
+"""Names, matching and dtypes of state dicts: the one owner of those rules.
+
+A *state* is a mapping from names to tensors. Wrappers put their own parts into the names
+(``module.`` from data parallelism, ``_orig_mod.`` from ``torch.compile`` and so on); everything
+in openvclip compares *canonical* names, from which those parts are gone, and never compares
+entries by position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from openvclip.errors import StateMismatchError, WeightTypeError
+
+foreach = cast(Any, torch)
+"""``torch`` as the home of the ``_foreach_*`` functions, which carry no type annotations."""
+
+# These parts can stand anywhere in a name, since any submodule can be wrapped on its own.
+_WRAPPER_PARTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+
+
+def _without_wrappers(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPER_PARTS)
+
+
+def canonical_names(names: Iterable[str]) -> dict[str, str]:
+    """Map the canonical form of each name to the name as it was given.
+
+    ``_orig_mod`` and the wrappers of FSDP and activation checkpointing are dropped wherever they
+    stand. A leading ``module.`` is dropped, as often as it is there, only when every name has it:
+    data parallelism wraps the whole model, while a single ``module.`` is somebody's own attribute.
+
+    Raises:
+        StateMismatchError: two names have the same canonical form.
+    """
+    given = list(names)
+    short = [_without_wrappers(name) for name in given]
+    while short and all(name.startswith("module.") for name in short):
+        short = [name.removeprefix("module.") for name in short]
+    canonical = dict(zip(short, given, strict=True))
+    if len(canonical) < len(given):
+        twice = {name for name in short if short.count(name) > 1}
+        raise StateMismatchError(
+            "Several names become the same once the names of wrappers are taken out.",
+            unexpected=[raw for name, raw in zip(short, given, strict=True) if name in twice],
+            hint="Keep one entry of each, under the name that the plain model gives it.",
+        )
+    return canonical
+
+
+def canonical_state(state: Mapping[str, Tensor], what: str = "state") -> dict[str, Tensor]:
+    """The same tensors (not copies) under canonical names, in the same order.
+
+    Raises:
+        WeightTypeError: ``state`` is not a mapping from names to tensors.
+        StateMismatchError: two names have the same canonical form.
+    """
+    if isinstance(state, nn.Module):
+        raise WeightTypeError(
+            f"{what}: expected a state dict, got a {type(state).__name__}; pass its .state_dict()."
+        )
+    if not isinstance(state, Mapping):
+        raise WeightTypeError(
+            f"{what}: expected a mapping of names to tensors, got {type(state).__name__}."
+        )
+    strange = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if strange:
+        first = strange[0]
+        raise WeightTypeError(
+            f"{what}: expected names mapped to tensors, but {first!r} holds a "
+            f"{type(state[first]).__name__} ({len(strange)} such entries). If this is a training "
+            "checkpoint, pass the entry that holds the weights, for example ckpt['state_dict']."
+        )
+    return {name: state[raw] for name, raw in canonical_names(state).items()}
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model itself, without data-parallel and ``torch.compile`` wrappers around it."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = cast(nn.Module, model._orig_mod)
+        else:
+            return model
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The live parameters under canonical names; a shared one appears once, under its first."""
+    return {
+        _without_wrappers(name): parameter for name, parameter in unwrap(model).named_parameters()
+    }
+
+
+def named_state(model: nn.Module) -> dict[str, Tensor]:
+    """The live entries of the state dict (parameters and buffers) under canonical names."""
+    state = unwrap(model).state_dict(keep_vars=True)
+    return {
+        _without_wrappers(name): value for name, value in state.items() if isinstance(value, Tensor)
+    }
+
+
+def is_interpolable(tensor: Tensor) -> bool:
+    """Whether arithmetic on the entry means something: floating point and complex entries."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype for arithmetic on weights stored as ``dtype``: never less than float32."""
+    return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
+
+
+def common_dtype(a: torch.dtype, b: torch.dtype) -> torch.dtype:
+    """The narrowest dtype that holds both without loss (float32 where only float32 does)."""
+    return a if a == b else torch.promote_types(compute_dtype(a), compute_dtype(b))
+
+
+def mismatches(
+    expected: Mapping[str, Tensor], given: Mapping[str, Tensor]
+) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """``(name, expected shape, given shape)`` for shared names whose shapes differ."""
+    for name in expected.keys() & given.keys():
+        if expected[name].shape != given[name].shape:
+            yield name, tuple(expected[name].shape), tuple(given[name].shape)
+
+
+def require_match(
+    expected: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str, hint: str = ""
+) -> None:
+    """Raise one :class:`StateMismatchError` with everything that differs, or return.
+
+    Args:
+        expected: entries under canonical names.
+        given: entries under canonical names.
+        what: the first line of the error.
+        hint: the last line of the error.
+    """
+    missing = expected.keys() - given.keys()
+    unexpected = given.keys() - expected.keys()
+    mismatched = list(mismatches(expected, given))
+    if missing or unexpected or mismatched:
+        raise StateMismatchError(
+            what, missing=missing, unexpected=unexpected, mismatched=mismatched, hint=hint
+        )
+
+
+def non_finite_names(state: Mapping[str, Tensor]) -> list[str]:
+    """Names of the entries that hold NaN or infinity.
+
+    One sum of magnitudes per entry is looked at first; entries are looked at one by one only
+    where that sum is not finite.
+    """
+    tensors = [value.detach() for value in state.values() if is_interpolable(value)]
+    if not tensors:
+        return []
+    norms: list[Tensor] = []
+    for dtype in {tensor.dtype for tensor in tensors}:
+        group = [tensor for tensor in tensors if tensor.dtype == dtype]
+        norms.extend(_foreach_magnitude(group))
+    if all(bool(torch.isfinite(norm)) for norm in _gathered(norms)):
+        return []
+    return [
+        name
+        for name, value in state.items()
+        if is_interpolable(value) and not bool(torch.isfinite(value).all())
+    ]
+
+
+def _foreach_magnitude(tensors: list[Tensor]) -> list[Tensor]:
+    wide = tensors[0].dtype if tensors[0].dtype.itemsize >= 4 else torch.float32
+    return list(foreach._foreach_norm(tensors, 1, dtype=wide))
+
+
+def _gathered(norms: list[Tensor]) -> list[Tensor]:
+    """One tensor for each device, so that each device is waited for once."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for norm in norms:
+        by_device.setdefault(norm.device, []).append(norm.abs().double())
+    return [torch.stack(group).sum() for group in by_device.values()]
+
+
+def few(names: Sequence[str]) -> str:
+    """The first names of a list that may be long, for an error's text."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+@contextmanager
+def overwriting(live: list[Tensor], stash: list[Tensor] | None = None) -> Iterator[None]:
+    """Within the block ``live`` may be overwritten; afterwards it holds bitwise what it held.
+
+    Args:
+        live: tensors that are views of a model's weights (detached, so that autograd's version
+            counters see the writes and refuse a backward pass through weights that changed).
+        stash: tensors to keep the values in, one for each of ``live``; made where not given.
+    """
+    with torch.no_grad():
+        if stash is None:
+            stash = [torch.empty_like(tensor) for tensor in live]
+        foreach._foreach_copy_(stash, live)
+    try:
+        # Inside an autocast region PyTorch keeps half-precision copies of the weights, which
+        # would outlive the change of the weights that they were made from.
+        torch.clear_autocast_cache()
+        yield
+    finally:
+        with torch.no_grad():
+            foreach._foreach_copy_(live, stash)
+        torch.clear_autocast_cache()

@@ -1,0 +1,177 @@
+"""Expand the attention of a CLIP's image tower over time, without a new parameter, and back."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterable
+from types import ModuleType
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from openvclip.adapters.attention import Boundary, FrameView, TemporalTower, require_video
+from openvclip.errors import ExpansionError, UnsupportedModelError
+
+Model = TypeVar("Model", bound=nn.Module)
+
+# A family's module is imported only where the library that its towers come from is in use.
+_FAMILIES = {"open_clip": "openvclip.adapters.open_clip"}
+_EXPANDABLE = "open_clip's VisionTransformer (all ViT models of open_clip without a timm tower)"
+
+
+def expand_temporal_attention(
+    model: Model,
+    *,
+    window: int = 1,
+    boundary: Boundary = "zero",
+    layers: Iterable[int] | slice | None = None,
+) -> Model:
+    r"""Let the tokens of each frame attend to the neighbouring frames too, in place.
+
+    Equation 3 of Open-VCLIP, in every self-attention layer of the image tower:
+
+    .. math:: y_{s,t} = \mathrm{Softmax}\left(\frac{q_{s,t}\,[K_{(t-w)\sim(t+w)}]^T}
+              {\sqrt{d}}\right)[V_{(t-w)\sim(t+w)}]
+
+    Nothing is added: the parameters are the same objects under the same names, optimizers made
+    before keep working, and image batches ``[B, C, H, W]`` give bit for bit what they gave. A
+    video ``[B, T, C, H, W]`` gives one feature a frame: ``model.encode_image(video)`` is
+    ``[B, T, D]``; :func:`encode_video` pools them. The clip's length is read from the tensor,
+    so clips of any length, and images and videos in one step, need no setting.
+
+    Args:
+        model: an open_clip model, its image tower, or a module that holds one such tower.
+        window: frames in view on either side (``w``), 1 or more. The paper uses 1.
+        boundary: what stands for frames outside the clip.
+            ``"zero"`` (what the released code does): zero key and value vectors, which take
+            their share of the softmax. ``"mask"``: no weight. ``"replicate"``: the end frame
+            again. With the last two a clip of equal frames gives what the image gives (the
+            static videos of Lemma 4.1).
+        layers: indices (negative ones count from the end) or a slice of the layers to expand;
+            in the others each frame attends to itself alone. Default: all.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        UnsupportedModelError: there is no tower in the model that can be expanded, or several.
+        ExpansionError: the model is expanded already, or an argument is out of range.
+
+    Example:
+        >>> import open_clip, torch
+        >>> model = open_clip.create_model("ViT-B-32-quickgelu")
+        >>> model = expand_temporal_attention(model)
+        >>> model.encode_image(torch.zeros(1, 8, 3, 224, 224)).shape
+        torch.Size([1, 8, 512])
+    """
+    if not isinstance(window, int) or window < 1:
+        raise ExpansionError(
+            f"window={window!r}: expected a number of frames on either side, 1 or more."
+        )
+    view = FrameView(window, boundary)
+    adapter, tower = _find_tower(model)
+    if isinstance(tower, TemporalTower):
+        raise ExpansionError(
+            "The model is expanded already. Call restore_spatial_attention(model) first to expand "
+            "it with other settings."
+        )
+    chosen = _layer_indices(layers, adapter.n_layers(tower))
+    views = [
+        view if i in chosen else FrameView(0, boundary) for i in range(adapter.n_layers(tower))
+    ]
+    adapter.expand(tower, views)
+    return model
+
+
+def restore_spatial_attention(model: Model) -> Model:
+    """Undo :func:`expand_temporal_attention`, in place: the model is exactly what it was.
+
+    Returns:
+        ``model`` itself, with its weights as they are now.
+
+    Raises:
+        ExpansionError: the model is not expanded.
+        UnsupportedModelError: there is no tower in the model that could be.
+    """
+    adapter, tower = _find_tower(model)
+    if not isinstance(tower, TemporalTower):
+        raise ExpansionError("The model is not expanded, so there is nothing to restore.")
+    adapter.restore(tower)
+    return model
+
+
+def encode_video(model: nn.Module, video: Tensor) -> Tensor:
+    """Pooled feature of each clip: the mean of its L2-normalised frame features.
+
+    The dot product with a normalised text feature is the mean over frames of their cosine
+    similarities, the paper's frame-averaged logit up to the scale. The mean itself is not
+    normalised again.
+
+    Args:
+        model: an open_clip model. One that is not expanded encodes each frame on its own, which
+            is CLIP applied frame by frame (the baseline of Table 4).
+        video: normalised frames ``[B, T, C, H, W]``, floating point.
+
+    Returns:
+        ``[B, D]``.
+
+    Raises:
+        VideoShapeError: wrong rank, dtype, channels, or no frames.
+        UnsupportedModelError: the model has no ``encode_image``.
+    """
+    require_video(video)
+    encode = getattr(model, "encode_image", None)
+    if encode is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no encode_image(); expected an open_clip model. Under "
+            "DistributedDataParallel wrap the classifier that holds the model instead of the model."
+        )
+    if is_expanded(model):
+        frames = encode(video)
+    else:
+        frames = encode(video.flatten(0, 1)).unflatten(0, video.shape[:2])
+    return functional.normalize(frames, dim=-1).mean(dim=1)
+
+
+def is_expanded(model: nn.Module) -> bool:
+    """Whether ``model`` holds an expanded tower."""
+    return any(isinstance(module, TemporalTower) for module in model.modules())
+
+
+def _find_tower(model: nn.Module) -> tuple[Any, nn.Module]:
+    """The adapter module and the one tower of ``model`` that it can expand."""
+    found: list[tuple[ModuleType, nn.Module]] = []
+    for library, path in _FAMILIES.items():
+        if library in sys.modules:
+            adapter = importlib.import_module(path)
+            found.extend((adapter, tower) for tower in adapter.find_towers(model))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UnsupportedModelError(
+            f"The model holds {len(found)} towers that can be expanded; expected one. Pass the "
+            "one to expand, for example model.visual."
+        )
+    visual = getattr(model, "visual", model)
+    inner = getattr(visual, "trunk", None)
+    name = type(visual).__name__ + (f" around {type(inner).__name__}" if inner is not None else "")
+    raise UnsupportedModelError(
+        f"The image tower is a {name}, which can't be expanded in time. Towers that can: "
+        f"{_EXPANDABLE}."
+    )
+
+
+def _layer_indices(layers: Iterable[int] | slice | None, n: int) -> set[int]:
+    if layers is None:
+        return set(range(n))
+    if isinstance(layers, slice):
+        return set(range(n)[layers])
+    given = list(layers)
+    outside = [i for i in given if not (isinstance(i, int) and -n <= i < n)]
+    if outside:
+        raise ExpansionError(
+            f"layers={given}: expected indices from {-n} to {n - 1}; the tower has {n} layers."
+        )
+    return {i % n for i in given}
