@@ -1,0 +1,59 @@
+"""Name the shape and the action in a clip: ``python -m examples.shapes.predict WEIGHTS CLIP``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+import openvclip
+from examples.shapes.experiment import FRAMES, make_classifier
+from examples.shapes.model import MEAN, STD, create_model
+from examples.shapes.raster import IMAGE_SIZE
+from openvclip.video import read_clip, transforms
+from openvclip.zeroshot import evaluation_mode
+
+
+def predict(weights: Path, clip: Path, top: int = 5) -> list[tuple[str, float]]:
+    """The most probable of all 192 classes, with their probabilities.
+
+    Args:
+        weights: a file of weights that ``python -m examples.shapes`` wrote.
+        clip: a video file.
+        top: number of classes to return.
+
+    Raises:
+        openvclip.OpenVCLIPError: a file can't be read.
+    """
+    model, tokenizer = create_model(weights)
+    openvclip.expand_temporal_attention(model)
+    classifier = make_classifier(model, tokenizer, "all")
+    to_input = transforms.build("released", IMAGE_SIZE, mean=MEAN, std=STD)
+    video = to_input(read_clip(clip, num_frames=FRAMES, sampler="uniform"))
+    with evaluation_mode(model), torch.no_grad():
+        probabilities = classifier(video).softmax(dim=-1)[0]
+    values, places = probabilities.topk(top)
+    names = [classifier.class_names[place] for place in places.tolist()]
+    return list(zip(names, values.tolist(), strict=True))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the prediction."""
+    parser = argparse.ArgumentParser(prog="python -m examples.shapes.predict", description=__doc__)
+    parser.add_argument(
+        "weights", type=Path, help="such as shapes-out/openvclip-shapes.safetensors"
+    )
+    parser.add_argument("clip", type=Path, help="a video file")
+    parser.add_argument("--top", type=int, default=5, help="number of classes to print")
+    args = parser.parse_args(arguments)
+    try:
+        found = predict(args.weights, args.clip, args.top)
+    except (openvclip.OpenVCLIPError, OSError) as error:
+        raise SystemExit(str(error)) from error
+    for name, probability in found:
+        print(f"{probability:6.1%}  {name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Accuracy along the line between two models: the curves of Figures 2 and 3."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from openvclip.evaluation import Evaluation, evaluate_each
+from openvclip.interpolation import interpolate_into
+from openvclip.state import named_state, overwriting
+from openvclip.zeroshot import ZeroShotClassifier
+
+FIGURE_LAMBDAS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+"""The weights of the original CLIP in Figures 2 and 3, from the fine-tuned end."""
+
+
+def sweep(
+    classifier: ZeroShotClassifier,
+    theta_a: Mapping[str, Tensor],
+    theta_b: Mapping[str, Tensor],
+    loader: Iterable[Sequence[Any]],
+    lams: Sequence[float] = FIGURE_LAMBDAS,
+    *,
+    progress: bool | None = None,
+    description: str = "sweep",
+) -> dict[float, Evaluation]:
+    """Evaluate ``interpolate(theta_a, theta_b, lam)`` for each ``lam``, reading each clip once.
+
+    Args:
+        classifier: its model is set to each interpolation in turn and has its own weights back,
+            bitwise, at the end, also after an exception.
+        theta_a: state dict of the original model, weighed by ``lam``.
+        theta_b: state dict of the fine-tuned model.
+        loader: as for :func:`openvclip.evaluation.evaluate`.
+        lams: the weights to try.
+        progress: show a progress bar; by default where the output is a terminal.
+        description: the bar's label.
+
+    Returns:
+        The evaluation at each ``lam``.
+    """
+    live = [value.detach() for value in named_state(classifier.model).values()]
+
+    def logits_at(lam: float, video: Tensor) -> Tensor:
+        interpolate_into(classifier.model, theta_a, theta_b, lam)
+        logits: Tensor = classifier(video)
+        return logits
+
+    variants: list[Callable[[Tensor], Tensor]] = [partial(logits_at, lam) for lam in lams]
+    with overwriting(live):
+        found = evaluate_each(variants, classifier, loader, progress, description)
+    return dict(zip(lams, found, strict=True))
