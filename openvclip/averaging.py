@@ -244,8 +244,11 @@ class SWATracker:
             self._require_same_entries(state["sums"], state["carried"])
         self._steps, self._n_averaged = int(state["steps"]), int(state["n_averaged"])
         self.start, self.every = int(state["start"]), int(state["every"])
-        self._sums = {name: value.clone() for name, value in state["sums"].items()}
-        self._carried = {name: value.clone() for name, value in state["carried"].items()}
+        # In the model's order, which the foreach operations rely on: a file may have another.
+        self._sums, self._carried = (
+            {name: state[part][name].clone() for name in self._expected if name in state[part]}
+            for part in ("sums", "carried")
+        )
         self._aliases = dict(state["aliases"])
 
     def _require_same_entries(self, sums: dict[str, Tensor], carried: dict[str, Tensor]) -> None:

@@ -62,6 +62,7 @@ def save_checkpoint(
         WeightTypeError, StateMismatchError: ``state`` is not a state dict.
         CheckpointError: the file could not be written; an older file is left as it was.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     plain = {
@@ -71,7 +72,7 @@ def save_checkpoint(
     try:
         with atomic_path(path) as temporary:
             save_file(plain, temporary, metadata=dict(metadata or {}))
-    except (OSError, RuntimeError) as error:
+    except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"Could not write {os.fspath(path)}: {error}. Nothing was changed there; check free "
             "space and permissions."

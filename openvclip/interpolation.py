@@ -98,10 +98,10 @@ def interpolate_into(
         StateMismatchError: the names or shapes of ``theta_a``, ``theta_b`` and the model differ.
         LambdaError, WeightTypeError: as in :func:`interpolate`.
     """
-    a = canonical_state(theta_a, "theta_a")
-    b = canonical_state(theta_b, "theta_b")
-    require_match(a, b, "theta_a and theta_b do not fit together (theta_a is expected).", _HINT)
     live = named_state(model)
+    a = canonical_state(theta_a, "theta_a", like=live)
+    b = canonical_state(theta_b, "theta_b", like=live)
+    require_match(a, b, "theta_a and theta_b do not fit together (theta_a is expected).", _HINT)
     require_match(live, b, "The state dicts do not fit the model (the model is expected).", _HINT)
     weight_of = _checked(lam, b)
     for name, target in live.items():
@@ -127,6 +127,8 @@ def _checked(lam: Lambda, names: Mapping[str, Tensor]) -> dict[str, float]:
 
 def _as_float(value: SupportsFloat, what: str) -> float:
     try:
+        if isinstance(value, str):
+            raise TypeError("text, even of digits, is no number")
         number = float(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise LambdaError(
@@ -144,7 +146,20 @@ def _interpolated(a: Tensor, b: Tensor, lam: float, dtype: torch.dtype | None) -
     if lam in (0.0, 1.0):
         return _own((b if lam == 0.0 else a).to(b.device), out_dtype)
     work = compute_dtype(common_dtype(a.dtype, b.dtype))
-    return torch.lerp(b.to(work), a.to(b.device, work), lam).to(out_dtype)
+    return _lerp(b.to(work), a.to(b.device, work), lam).to(out_dtype)
+
+
+def _lerp(b: Tensor, a: Tensor, lam: float, out: Tensor | None = None) -> Tensor:
+    """``lam * a + (1 - lam) * b``, where equal entries stay bitwise what they are.
+
+    ``torch.lerp`` has that property and needs no temporary, but goes through ``a - b``: entries
+    such as the ``-inf`` of a mask, or a difference that overflows, take the plain formula.
+    """
+    out = torch.lerp(b, a, lam, out=out)
+    if not bool(torch.isfinite(out.sum())):
+        broken = ~torch.isfinite(out)
+        out[broken] = lam * a[broken] + (1.0 - lam) * b[broken]
+    return out
 
 
 def _own(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -153,9 +168,13 @@ def _own(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _interpolate_to(target: Tensor, a: Tensor, b: Tensor, lam: float) -> None:
-    alike = all((t.dtype, t.device) == (target.dtype, target.device) for t in (a, b))
-    full_precision = is_interpolable(b) and compute_dtype(target.dtype) == target.dtype
-    if alike and full_precision and lam not in (0.0, 1.0):
-        torch.lerp(b, a, lam, out=target.detach())
+    live = target.detach()
+    alike = all((t.dtype, t.device) == (live.dtype, live.device) for t in (a, b))
+    if lam == 0.0 or not is_interpolable(b):
+        live.copy_(b)
+    elif lam == 1.0:
+        live.copy_(a)
+    elif alike and compute_dtype(live.dtype) == live.dtype:
+        _lerp(b, a, lam, out=live)
     else:
-        target.detach().copy_(_interpolated(a, b, lam, None))
+        live.copy_(_interpolated(a, b, lam, None))

@@ -272,9 +272,9 @@ def _take_anchor(
         )
     if anchor is None:
         return {name: parameter.detach().clone() for name, parameter in trained.items()}
-    given = canonical_state(anchor, "anchor")
-    lacking = trained.keys() - given.keys()
     known = named_state(model)
+    given = canonical_state(anchor, "anchor", like=known)
+    lacking = trained.keys() - given.keys()
     unexpected = given.keys() - known.keys()
     mismatched = [entry for entry in mismatches(known, given) if entry[0] in trained]
     refused = bool(lacking) and (missing == "error" or lacking == trained.keys())

@@ -53,8 +53,17 @@ def canonical_names(names: Iterable[str]) -> dict[str, str]:
     return canonical
 
 
-def canonical_state(state: Mapping[str, Tensor], what: str = "state") -> dict[str, Tensor]:
+def canonical_state(
+    state: Mapping[str, Tensor], what: str = "state", *, like: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """The same tensors (not copies) under canonical names, in the same order.
+
+    Args:
+        state: names to tensors.
+        what: the name of the argument, for the error.
+        like: the live entries of a model that the names are to be those of. Where its own names
+            all begin with ``module.`` (it keeps everything in an attribute of that name and is no
+            data-parallel wrapper), the result's begin with it too.
 
     Raises:
         WeightTypeError: ``state`` is not a mapping from names to tensors.
@@ -76,7 +85,15 @@ def canonical_state(state: Mapping[str, Tensor], what: str = "state") -> dict[st
             f"{type(state[first]).__name__} ({len(strange)} such entries). If this is a training "
             "checkpoint, pass the entry that holds the weights, for example ckpt['state_dict']."
         )
-    return {name: state[raw] for name, raw in canonical_names(state).items()}
+    prefix = _own_prefix(like) if like is not None else ""
+    return {prefix + name: state[raw] for name, raw in canonical_names(state).items()}
+
+
+def _own_prefix(live: Mapping[str, Tensor]) -> str:
+    prefix = ""
+    while live and all(name.startswith(prefix + "module.") for name in live):
+        prefix += "module."
+    return prefix
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -1,0 +1,12 @@
+"""The shapes world: a small open-vocabulary video task that needs no download.
+
+Images and videos of drawn shapes stand in for the web images of CLIP and for Kinetics. The modules
+build on each other in this order:
+
+- :mod:`examples.shapes.world`: the vocabulary, the splits, the captions;
+- :mod:`examples.shapes.glyphs`, :mod:`examples.shapes.raster`, :mod:`examples.shapes.motion`,
+  :mod:`examples.shapes.drawing`: from names to pixels;
+- :mod:`examples.shapes.clips`: the data set of H.264 files and its annotation lists;
+- :mod:`examples.shapes.model`, :mod:`examples.shapes.pretrain`: the tiny CLIP and the script that
+  makes its weights.
+"""

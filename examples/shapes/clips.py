@@ -1,0 +1,243 @@
+"""The data set of the shapes world: H.264 files and annotation lists, as real data sets have.
+
+``python -m examples.shapes.clips OUT`` writes ``OUT/videos/<class name>/<n>.mp4`` and, beside the
+folder of videos, ``train.csv`` and ``seen_test.csv`` (classes of the seen shapes),
+``development.csv`` and ``unseen.csv``. A line of a list is ``path,label``: the path is relative to
+the list's own folder, the label is the place of the class in
+:func:`examples.shapes.world.class_names` of that split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from examples.shapes.drawing import draw_video
+from examples.shapes.raster import IMAGE_SIZE
+from examples.shapes.world import COLOURS, Split, class_names
+
+__all__ = ["CLIP_SIZE", "LISTS", "ClipSettings", "draw_clip", "make_clips", "write_clip"]
+
+#: Which split each annotation list is drawn from.
+LISTS: dict[str, Split] = {
+    "train": "seen",
+    "seen_test": "seen",
+    "development": "development",
+    "unseen": "unseen",
+}
+
+#: Height and width of the files, in pixels. Twice the drawn size, so that 4:2:0 chroma keeps one
+#: sample for each drawn pixel.
+CLIP_SIZE = 2 * IMAGE_SIZE
+
+_SETTINGS_FILE = "settings.json"
+
+
+@dataclass(frozen=True)
+class ClipSettings:
+    """What determines the data set; the same settings give the same clips.
+
+    Attributes:
+        train: number of clips for fine-tuning.
+        test: number of clips in each of the other three lists.
+        frames: frames of a clip.
+        fps: frames per second.
+        crf: quality of the H.264 encoding, 0 (lossless) to 51.
+        seed: of everything that is drawn.
+    """
+
+    train: int = 1024
+    test: int = 512
+    frames: int = 16
+    fps: int = 8
+    crf: int = 23
+    seed: int = 0
+
+    def count(self, name: str) -> int:
+        """Return the number of clips in a list."""
+        return self.train if name == "train" else self.test
+
+
+@dataclass(frozen=True)
+class _Clip:
+    """One clip to write: the list it belongs to, its place there, its label and its file."""
+
+    list_name: str
+    index: int
+    label: int
+    path: Path
+
+
+def make_clips(
+    out: str | os.PathLike[str],
+    settings: ClipSettings | None = None,
+    *,
+    workers: int = 2,
+    progress: bool = True,
+) -> dict[str, Path]:
+    """Write the data set, or what is missing of it.
+
+    Every file is written under a temporary name and renamed when it is complete, and the lists come
+    last. An interrupted call is continued by the next one; a finished one costs only a look at the
+    file names.
+
+    Args:
+        out: folder to write to, made if it does not exist.
+        settings: size and seed of the data set.
+        workers: number of processes; 1 draws in this process.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The annotation lists, by name: ``train``, ``seen_test``, ``development``, ``unseen``.
+
+    Raises:
+        FileExistsError: if the folder holds clips that were made with other settings.
+    """
+    out, settings = Path(out), settings or ClipSettings()
+    _claim(out, settings)
+    planned = {name: list(_plan(out, name, settings)) for name in LISTS}
+    missing = [clip for clips in planned.values() for clip in clips if not clip.path.exists()]
+    for folder in {clip.path.parent for clip in missing}:
+        folder.mkdir(parents=True, exist_ok=True)
+    _write_all(missing, settings, workers, progress)
+    return {name: _write_list(out / f"{name}.csv", clips) for name, clips in planned.items()}
+
+
+def draw_clip(name: str, index: int, settings: ClipSettings) -> NDArray[np.uint8]:
+    """Draw clip number ``index`` of a list before its compression, ``[frames, 32, 32, 3]``."""
+    names = class_names(LISTS[name])
+    shape, action = names[index % len(names)].rsplit(" ", 1)
+    rng = np.random.default_rng([settings.seed, list(LISTS).index(name), index])
+    colour = list(COLOURS)[int(rng.integers(len(COLOURS)))]
+    return draw_video(shape, colour, action, rng, frames=settings.frames)
+
+
+def write_clip(
+    path: str | os.PathLike[str], video: NDArray[np.uint8], *, fps: int = 8, crf: int = 23
+) -> None:
+    """Write a video as an H.264 file in MP4, with 4:2:0 colour, twice as high and wide as given.
+
+    The file appears under its name only when it is complete.
+    """
+    import av
+
+    path = Path(path)
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial.mp4")
+    large = video.repeat(2, axis=1).repeat(2, axis=2)
+    try:
+        with av.open(os.path.abspath(partial), "w") as container:
+            # With several threads or with macroblock trees, x264 now and then encodes the same
+            # frames to different bytes.
+            options = {"preset": "veryfast", "threads": "1", "x264-params": "mbtree=0"}
+            options["crf"] = str(crf)
+            stream = container.add_stream("libx264", rate=Fraction(fps), options=options)
+            stream.height, stream.width = large.shape[1:3]
+            stream.pix_fmt = "yuv420p"
+            for pixels in large:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            container.mux(stream.encode())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _claim(out: Path, settings: ClipSettings) -> None:
+    """Note the settings in the folder, or check that they are the ones noted there."""
+    out.mkdir(parents=True, exist_ok=True)
+    note = out / _SETTINGS_FILE
+    if note.exists():
+        found = json.loads(note.read_text())
+        if found != asdict(settings):
+            raise FileExistsError(
+                f"{out} holds clips made with {found}, but {asdict(settings)} was asked for: "
+                f"choose another folder or remove it"
+            )
+        return
+    _replace_text(note, json.dumps(asdict(settings), indent=2) + "\n")
+
+
+def _plan(out: Path, name: str, settings: ClipSettings) -> Iterator[_Clip]:
+    names = class_names(LISTS[name])
+    for index in range(settings.count(name)):
+        label = index % len(names)
+        yield _Clip(
+            name,
+            index,
+            label,
+            out / "videos" / names[label] / f"{name}-{index // len(names):04d}.mp4",
+        )
+
+
+def _write_all(clips: list[_Clip], settings: ClipSettings, workers: int, progress: bool) -> None:
+    jobs = [clips[start : start + 16] for start in range(0, len(clips), 16)]
+    with tqdm(
+        total=len(clips), desc="writing clips", unit="clip", disable=not progress or not clips
+    ) as bar:
+        if workers <= 1 or len(jobs) <= 1:
+            for job in jobs:
+                bar.update(_write_some(job, settings))
+            return
+        # Spawned, not forked: a fork of a process that has run torch can hang in its thread pool.
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            for written in pool.map(_write_some, jobs, [settings] * len(jobs)):
+                bar.update(written)
+
+
+def _write_some(clips: list[_Clip], settings: ClipSettings) -> int:
+    for clip in clips:
+        write_clip(
+            clip.path,
+            draw_clip(clip.list_name, clip.index, settings),
+            fps=settings.fps,
+            crf=settings.crf,
+        )
+    return len(clips)
+
+
+def _write_list(path: Path, clips: list[_Clip]) -> Path:
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with partial.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows(
+            (clip.path.relative_to(path.parent).as_posix(), clip.label) for clip in clips
+        )
+    partial.replace(path)
+    return path
+
+
+def _replace_text(path: Path, text: str) -> None:
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Write the data set and say where its lists are."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path, help="folder to write to")
+    defaults = ClipSettings()
+    for name, default in asdict(defaults).items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args(argv)
+    settings = ClipSettings(**{name: getattr(args, name) for name in asdict(defaults)})
+    for name, path in make_clips(args.out, settings, workers=args.workers).items():
+        print(f"{name}: {settings.count(name)} clips in {path}")
+
+
+if __name__ == "__main__":
+    main()

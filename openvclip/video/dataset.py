@@ -1,0 +1,282 @@
+"""A data set of video files for a ``DataLoader``; a broken video never stops a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import uuid
+import weakref
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from openvclip.errors import AnnotationError, VideoError, VideoNotFoundError
+from openvclip.video.annotations import read_annotations
+from openvclip.video.decoding import BACKENDS, read_clip
+from openvclip.video.sampling import VideoOptionError, check_options
+from openvclip.video.transforms import Transform
+
+__all__ = ["Failure", "VideoDataset", "VideoSample"]
+
+_SUBSTITUTES = 20
+
+
+class VideoSample(NamedTuple):
+    """What ``VideoDataset(..., details=True)`` gives; ``default_collate`` makes batches of it.
+
+    Attributes:
+        video: as without details. Black, through the same transform, where the file is broken.
+        label: class index.
+        position: index into ``dataset.samples``.
+        error: why the video could not be read, or ``""``. An evaluation counts such a sample as
+            wrong, whatever the model says of the black frames.
+    """
+
+    video: Tensor
+    label: int
+    position: int
+    error: str
+
+
+class Failure(NamedTuple):
+    """A video that could not be read.
+
+    Attributes:
+        position: index into ``dataset.samples``.
+        path: the file.
+        reason: the text of the error.
+    """
+
+    position: int
+    path: str
+    reason: str
+
+
+class VideoDataset(Dataset[tuple[Tensor, int] | VideoSample]):
+    """Video files with labels.
+
+    An item is ``(video, label)``, so that ``for video, label in loader`` is a training loop; with
+    ``details=True`` it is a :class:`VideoSample` ``(video, label, position, error)``
+    for evaluation.
+    ``video`` is ``[T, C, H, W]`` for ``views=1`` and ``[V, T, C, H, W]`` for more.
+
+    A video that cannot be read is tried once more (``"dense"``: with another start). If that fails
+    too, its place is taken
+
+    - by another video of the data set, drawn at random, with that one's label, in training
+      (``details=False``);
+    - by black frames with the reason in ``error`` for ``details=True``: nothing is replaced, so
+      every sample is counted once.
+
+    Either way it is listed in :attr:`failures`, also when it was a worker of the ``DataLoader``
+    that met it: workers append to a file that all processes share.
+
+    What is random is drawn from ``(seed, epoch, index)`` alone: the same for any number of workers
+    and any order. Call :meth:`set_epoch` before each epoch; it reaches persistent workers too.
+
+    Args:
+        annotations: a file for :func:`read_annotations`, or ``(path, class index)`` pairs.
+        root: folder that relative paths start from.
+        transform: callable from uint8 ``[..., T, C, H, W]`` to what the model gets, such as
+            ``transforms.build("train")``; ``None`` leaves the uint8 frames, which can be batched
+            only where all videos have one size. Callables other than
+            :class:`~openvclip.video.transforms.Transform` may use PyTorch's global generator, which
+            is seeded for the item and put back.
+        num_frames: T, see :func:`read_clip`.
+        sampling_rate: see :func:`read_clip`.
+        target_fps: see :func:`read_clip`.
+        views: V, see :func:`read_clip`.
+        sampler: ``"dense"`` for training; ``"released"`` or ``"uniform"`` for evaluation.
+        backend: see :func:`read_clip`.
+        class_names: the classes in the order of their indices, for annotation files with names.
+        details: give :class:`VideoSample` items.
+        seed: start of all random numbers.
+        failure_log: file to which failures are appended, one JSON object on a line; kept. By
+            default a temporary file that goes with the data set.
+
+    Attributes:
+        samples: ``(path, class index)`` pairs as annotated.
+        class_names: the names, or ``None`` if neither given nor in the file.
+
+    Raises:
+        AnnotationError: see :func:`read_annotations`; or an empty list of pairs.
+        VideoOptionError: an unknown sampler or backend, or a number out of range.
+        VideoError: on access, in training, when one video after another cannot be read.
+    """
+
+    def __init__(
+        self,
+        annotations: str | os.PathLike[str] | Sequence[tuple[str, int]],
+        root: str | os.PathLike[str] = ".",
+        *,
+        transform: Callable[[Tensor], Tensor] | None,
+        num_frames: int = 8,
+        sampling_rate: int = 16,
+        target_fps: float = 30,
+        views: int = 1,
+        sampler: str = "released",
+        backend: str = "pyav",
+        class_names: Sequence[str] | None = None,
+        details: bool = False,
+        seed: int = 0,
+        failure_log: str | os.PathLike[str] | None = None,
+    ) -> None:
+        check_options(num_frames, sampling_rate, target_fps, views, sampler)
+        if backend not in BACKENDS:
+            raise VideoOptionError(f"backend={backend!r} is not known: choose one of {BACKENDS}.")
+        self.samples, self.class_names = _samples(annotations, class_names)
+        self.root = os.fspath(root)
+        self.transform = transform
+        self.num_frames = num_frames
+        self.sampling_rate = sampling_rate
+        self.target_fps = target_fps
+        self.views = views
+        self.sampler = sampler
+        self.backend = backend
+        self.details = details
+        self.seed = seed
+        # In shared memory, so that workers that live on see the new epoch.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._log = _FailureLog(failure_log)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Says which epoch comes; call it before iterating the loader, as for a sampler."""
+        self._epoch.fill_(int(epoch))
+
+    @property
+    def epoch(self) -> int:
+        """The epoch last set."""
+        return int(self._epoch)
+
+    @property
+    def failures(self) -> list[Failure]:
+        """The videos that no process could read so far, each once, in the order of the samples."""
+        return self._log.read()
+
+    def path(self, index: int) -> str:
+        """Where the video of a sample lies: its path below ``root``."""
+        return os.path.join(self.root, self.samples[index][0])
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | VideoSample:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample {index} of a data set with {len(self)} samples")
+        index %= len(self)
+        video, reason = self._load(index)
+        if self.details:
+            shown = self._black(index) if video is None else video
+            return VideoSample(shown, self.samples[index][1], index, reason)
+        return self._substitute(index, reason) if video is None else (video, self.samples[index][1])
+
+    def _load(self, index: int) -> tuple[Tensor | None, str]:
+        reason = ""
+        for attempt in range(2):
+            generator = self._generator(index, attempt)
+            try:
+                return self._apply(self._read(index, generator), generator), ""
+            except VideoError as error:
+                reason = str(error)
+                if isinstance(error, VideoNotFoundError):
+                    break
+        self._log.add(Failure(index, self.path(index), reason))
+        return None, reason
+
+    def _read(self, index: int, generator: torch.Generator) -> Tensor:
+        clip = read_clip(
+            self.path(index),
+            num_frames=self.num_frames,
+            sampling_rate=self.sampling_rate,
+            target_fps=self.target_fps,
+            views=self.views,
+            sampler=self.sampler,
+            backend=self.backend,
+            generator=generator,
+        )
+        return clip[0] if self.views == 1 else clip
+
+    def _apply(self, clip: Tensor, generator: torch.Generator) -> Tensor:
+        if self.transform is None:
+            return clip
+        if isinstance(self.transform, Transform):
+            return self.transform(clip, generator)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(generator.initial_seed())
+            return self.transform(clip)
+
+    def _black(self, index: int) -> Tensor:
+        shape = (self.num_frames, 3, 224, 224)
+        clip = torch.zeros(shape if self.views == 1 else (self.views, *shape), dtype=torch.uint8)
+        return self._apply(clip, self._generator(index, 0))
+
+    def _substitute(self, index: int, reason: str) -> tuple[Tensor, int]:
+        generator = self._generator(index, 2)
+        for _ in range(_SUBSTITUTES):
+            other = int(torch.randint(len(self), (), generator=generator))
+            video = None if other == index else self._load(other)[0]
+            if video is not None:
+                return video, self.samples[other][1]
+        raise VideoError(
+            f"{reason}\nNone of {_SUBSTITUTES} other videos drawn in its place could be read "
+            f"either. Check root={self.root!r}, and dataset.failures for the reasons."
+        )
+
+    def _generator(self, index: int, attempt: int) -> torch.Generator:
+        # A hash rather than a sum: seed 0 in epoch 1 must not repeat seed 1 in epoch 0.
+        text = f"{self.seed}/{self.epoch}/{index}/{attempt}"
+        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def _samples(
+    annotations: str | os.PathLike[str] | Sequence[tuple[str, int]],
+    class_names: Sequence[str] | None,
+) -> tuple[list[tuple[str, int]], list[str] | None]:
+    if isinstance(annotations, (str, os.PathLike)):
+        samples, names = read_annotations(annotations, class_names)
+        return samples, names
+    pairs = [(os.fspath(path), int(label)) for path, label in annotations]
+    if not pairs:
+        raise AnnotationError("annotations is an empty list; expected (path, class index) pairs.")
+    return pairs, None if class_names is None else list(class_names)
+
+
+class _FailureLog:
+    """A file that several processes append to; only its name travels to them."""
+
+    def __init__(self, path: str | os.PathLike[str] | None) -> None:
+        if path is not None:
+            self.path = os.path.abspath(os.fspath(path))
+            return
+        name = f"openvclip-failures-{uuid.uuid4().hex}.jsonl"
+        self.path = os.path.join(tempfile.gettempdir(), name)
+        weakref.finalize(self, _remove, self.path, os.getpid())
+
+    def add(self, failure: Failure) -> None:
+        line = json.dumps(failure._asdict()) + "\n"
+        # Appending with one write keeps the lines of several processes whole.
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            os.write(descriptor, line.encode())
+        finally:
+            os.close(descriptor)
+
+    def read(self) -> list[Failure]:
+        try:
+            with open(self.path, encoding="utf-8") as file:
+                found = [Failure(**json.loads(line)) for line in file]
+        except FileNotFoundError:
+            return []
+        return sorted({failure.position: failure for failure in found}.values())
+
+
+def _remove(path: str, owner: int) -> None:
+    # A forked worker ends with a copy of the log's owner; the file is not the worker's to remove.
+    if os.getpid() == owner and os.path.exists(path):
+        os.remove(path)

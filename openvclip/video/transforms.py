@@ -1,0 +1,214 @@
+"""From decoded frames to what the model sees: uint8 ``[..., T, C, H, W]`` to float32, same rank.
+
+``"released"`` is the test-time path of the released Open-VCLIP code, ``"clip"`` CLIP's own image
+preprocessing, ``"train"`` the released augmentation. Tensors stay on their device. No torchvision.
+
+Source: ``facts.json``, ``released_sampler.preprocess`` and ``training``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from openvclip.errors import VideoShapeError
+from openvclip.video.sampling import VideoOptionError
+
+__all__ = ["CLIP_MEAN", "CLIP_STD", "TRANSFORMS", "Transform", "build"]
+
+CLIP_MEAN: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+"""Mean of the RGB channels on the scale 0 to 1 that CLIP was trained with."""
+CLIP_STD: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+"""Standard deviation of the RGB channels on the scale 0 to 1 that CLIP was trained with."""
+
+# Values (not bytes) that are float copies at one time while resizing: 256 MB in float32.
+_CHUNK = 2**26
+
+
+@dataclass(frozen=True)
+class Transform:
+    """A video transform by name; made by :func:`build`.
+
+    Attributes:
+        name: ``"released"``, ``"clip"`` or ``"train"``.
+        size: height and width of the result, pixels.
+        mean: subtracted from the channels, on the scale 0 to 1.
+        std: the channels are divided by it after that.
+        hflip: whether ``"train"`` mirrors half of the clips.
+    """
+
+    name: str
+    size: int = 224
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+    hflip: bool = True
+
+    @property
+    def random(self) -> bool:
+        """Whether two calls on the same clip can differ."""
+        return self.name == "train"
+
+    def __call__(self, video: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Transforms a video or a batch.
+
+        Args:
+            video: uint8 ``[..., T, C, H, W]``, three channels.
+            generator: source of randomness for ``"train"`` (a CPU generator); the global one when
+                ``None``. Each clip ``[T, C, H, W]`` draws once: all its frames get the same crop.
+
+        Returns:
+            float32 ``[..., T, C, size, size]`` on the device of ``video``.
+
+        Raises:
+            VideoShapeError: another dtype or rank, not three channels, or an empty dimension.
+        """
+        _check(video, len(self.mean))
+        frames = video.flatten(0, -4)
+        clips = torch.split(frames, video.shape[-4]) if self.random else (frames,)
+        result = _join([_RECIPES[self.name](self, clip, generator) for clip in clips])
+        return result.reshape(*video.shape[:-2], self.size, self.size)
+
+
+def build(
+    name: str,
+    size: int = 224,
+    *,
+    mean: Sequence[float] = CLIP_MEAN,
+    std: Sequence[float] = CLIP_STD,
+    hflip: bool = True,
+) -> Transform:
+    """Makes a transform from uint8 ``[..., T, C, H, W]`` to float32 of the same rank.
+
+    Args:
+        name: ``"released"``: short side to ``size`` bilinear *without* antialias, the other side
+            rounded down, centre crop, normalised; the numbers of the released evaluation.
+            ``"clip"``: bicubic with antialias on the 8-bit pixels, centre crop, normalised, as the
+            images on which CLIP was trained. ``"train"``: short side uniform between ``size`` and
+            ``size * 8 / 7`` (224 to 256), bilinear without antialias, random crop, mirrored with
+            probability 1/2; the same for all frames of a clip.
+        size: height and width of the result, pixels.
+        mean: mean of the channels on the scale 0 to 1; CLIP's by default.
+        std: standard deviation of the channels on the scale 0 to 1; CLIP's by default.
+        hflip: switch for the mirroring of ``"train"``: off for labels that tell left from right.
+
+    Raises:
+        VideoOptionError: an unknown name, a size below 1, ``mean`` and ``std`` that do not fit.
+    """
+    if name not in _RECIPES:
+        known = ", ".join(map(repr, TRANSFORMS))
+        raise VideoOptionError(f"transform {name!r} is not known: choose one of {known}.")
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise VideoOptionError(f"size={size!r}: expected a whole number of pixels, at least 1.")
+    if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
+        raise VideoOptionError(
+            f"mean={list(mean)}, std={list(std)}: expected three numbers each, std above 0."
+        )
+    return Transform(name, size, tuple(map(float, mean)), tuple(map(float, std)), bool(hflip))
+
+
+def _check(video: Tensor, channels: int) -> None:
+    given = f"{video.dtype} {list(video.shape)}"
+    if video.dtype != torch.uint8 or video.ndim < 4 or video.shape[-3] != channels:
+        raise VideoShapeError(
+            f"video is {given}; expected torch.uint8 [..., T, {channels}, H, W], as read_clip "
+            "returns it. Give the pixels before they are normalised."
+        )
+    if 0 in video.shape:
+        raise VideoShapeError(f"video is {given}: one of its dimensions is empty.")
+
+
+def _released(spec: Transform, clip: Tensor, generator: torch.Generator | None) -> Tensor:
+    height, width = _scaled(clip, spec.size)
+    top, left = math.ceil((height - spec.size) / 2), math.ceil((width - spec.size) / 2)
+    return _bilinear_crop(spec, clip, (height, width), (top, left))
+
+
+def _train(spec: Transform, clip: Tensor, generator: torch.Generator | None) -> Tensor:
+    scale, down, right, flip = torch.rand(4, generator=generator).tolist()
+    longest = round(spec.size * 8 / 7)
+    short = spec.size + min(int(scale * (longest - spec.size + 1)), longest - spec.size)
+    height, width = _scaled(clip, short)
+    top = int(down * (height - spec.size + 1))
+    left = int(right * (width - spec.size + 1))
+    result = _bilinear_crop(spec, clip, (height, width), (top, left))
+    return result.flip(-1) if spec.hflip and flip < 0.5 else result
+
+
+def _clip(spec: Transform, clip: Tensor, generator: torch.Generator | None) -> Tensor:
+    height, width = _scaled(clip, spec.size)
+    top, left = round((height - spec.size) / 2), round((width - spec.size) / 2)
+    parts = []
+    for frames in _chunks(clip):
+        small = _bicubic_8bit(frames, (height, width))
+        parts.append(_normalise(spec, _crop(small, spec.size, (top, left)).float()))
+    return _join(parts)
+
+
+_RECIPES: dict[str, Callable[[Transform, Tensor, torch.Generator | None], Tensor]] = {
+    "released": _released,
+    "clip": _clip,
+    "train": _train,
+}
+TRANSFORMS: tuple[str, ...] = tuple(_RECIPES)
+"""The names that :func:`build` takes."""
+
+
+def _join(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _chunks(clip: Tensor) -> Sequence[Tensor]:
+    return torch.split(clip, max(1, _CHUNK // clip[0].numel()))
+
+
+def _scaled(clip: Tensor, short: int) -> tuple[int, int]:
+    """Height and width with the short side at ``short`` and the other one rounded down."""
+    height, width = clip.shape[-2:]
+    if width < height:
+        return math.floor(height / width * short), short
+    return short, math.floor(width / height * short)
+
+
+def _bilinear_crop(
+    spec: Transform, clip: Tensor, scaled: tuple[int, int], corner: tuple[int, int]
+) -> Tensor:
+    # The released code normalises before it resizes. Bilinear weights sum to 1, so the order makes
+    # no difference beyond rounding, and this one normalises fewer pixels.
+    parts = []
+    for frames in _chunks(clip):
+        pixels = frames.float()
+        if scaled != tuple(pixels.shape[-2:]):
+            pixels = functional.interpolate(
+                pixels, size=scaled, mode="bilinear", align_corners=False, antialias=False
+            )
+        parts.append(_normalise(spec, _crop(pixels, spec.size, corner)))
+    return _join(parts)
+
+
+def _bicubic_8bit(frames: Tensor, scaled: tuple[int, int]) -> Tensor:
+    if scaled == tuple(frames.shape[-2:]):
+        return frames
+    # Only the CPU resizes 8-bit pixels as they are (as PIL does); elsewhere the rounding to 8 bits
+    # is done here.
+    pixels = frames if frames.device.type == "cpu" else frames.float()
+    small = functional.interpolate(
+        pixels, size=scaled, mode="bicubic", align_corners=False, antialias=True
+    )
+    return small if small.dtype == torch.uint8 else small.round().clamp(0, 255)
+
+
+def _crop(pixels: Tensor, size: int, corner: tuple[int, int]) -> Tensor:
+    top, left = corner
+    return pixels[..., top : top + size, left : left + size]
+
+
+def _normalise(spec: Transform, pixels: Tensor) -> Tensor:
+    # (x / 255 - mean) / std with one operation less on every pixel
+    mean = torch.tensor([255 * value for value in spec.mean], device=pixels.device)
+    std = torch.tensor([255 * value for value in spec.std], device=pixels.device)
+    return pixels.sub(mean.view(-1, 1, 1)).div_(std.view(-1, 1, 1))

@@ -1,0 +1,96 @@
+"""Accuracy of a classifier on a loader, against counts by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from openvclip.errors import VideoShapeError
+from openvclip.evaluation import evaluate
+
+
+class Lookup(nn.Module):
+    """A classifier whose logits are the first K values of a clip."""
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.dropout = nn.Dropout(0.9)
+        self.k = k
+
+    def forward(self, video: Tensor) -> Tensor:
+        return self.scale * self.dropout(video.flatten(1)[:, : self.k])
+
+
+def _clips(logits: Tensor) -> Tensor:
+    """Videos [N, T, 3, 2, 2] (any leading axes) whose first values are the logits."""
+    video = torch.zeros(*logits.shape[:-1], 2, 3, 2, 2)
+    video.flatten(-4)[..., : logits.shape[-1]] = logits
+    return video
+
+
+@given(st.integers(1, 12), st.integers(2, 6), st.integers(0, 10_000), st.integers(1, 5))
+def test_top_k_equals_counting_by_hand(n: int, k: int, seed: int, batch: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(n, k, generator=generator)
+    labels = torch.randint(k, (n,), generator=generator)
+    batches = [(_clips(logits[i : i + batch]), labels[i : i + batch]) for i in range(0, n, batch)]
+    result = evaluate(Lookup(k), batches, progress=False)
+    for top in range(1, k + 1):
+        right = 0
+        for row, label in zip(logits.tolist(), labels.tolist(), strict=True):
+            best = sorted(range(k), key=lambda c: row[c], reverse=True)[:top]
+            right += label in best
+        assert result.top(top) == pytest.approx(right / n)
+    assert result.n_clips == n
+    assert result.top1 == result.top(1)
+    assert result.predictions.tolist() == logits.argmax(1).tolist()
+
+
+def test_views_are_summed_as_logits() -> None:
+    logits = torch.tensor([[[5.0, 0.0, 1.0], [0.0, 4.0, 0.0], [0.0, 4.0, 0.0]]])  # [1, V=3, K=3]
+    result = evaluate(Lookup(3), [(_clips(logits), torch.tensor([1]))], progress=False)
+    assert result.predictions.tolist() == [1]  # sums 5, 8, 1; the first view alone says 0
+
+
+def test_ties_and_nan_count_against_the_classifier() -> None:
+    nan = float("nan")
+    logits = torch.tensor([[0.0, 0.0], [nan, nan], [nan, 1.0], [2.0, 1.0]])
+    labels = torch.tensor([0, 0, 1, 0])
+    result = evaluate(Lookup(2), [(_clips(logits), labels)], progress=False)
+    assert result.ranks.tolist() == [1, 1, 1, 0]
+    assert result.top1 == 0.25
+    assert result.predictions.tolist()[1:] == [-1, -1, 0]
+
+
+def test_clips_that_could_not_be_read_count_as_wrong() -> None:
+    logits = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    batch = (_clips(logits), torch.tensor([0, 0]), torch.tensor([0, 1]), ["", "truncated"])
+    result = evaluate(Lookup(2), [batch], progress=False)
+    assert (result.top1, result.predictions.tolist()) == (0.5, [0, -1])
+
+
+def test_evaluates_in_eval_mode_without_graph_and_restores_modes() -> None:
+    classifier = Lookup(3).train()
+    logits = torch.eye(3)
+    with torch.enable_grad():
+        result = evaluate(classifier, [(_clips(logits), torch.arange(3))], progress=False)
+    assert result.top1 == 1.0  # dropout of 0.9 would have destroyed it
+    assert classifier.training
+    assert classifier.dropout.training
+
+
+def test_modes_are_restored_after_an_exception() -> None:
+    classifier = Lookup(3).train()
+    with pytest.raises(VideoShapeError, match=r"\[2, 3, 4\]; expected"):
+        evaluate(classifier, [(torch.zeros(2, 3, 4), torch.zeros(2))], progress=False)
+    assert classifier.training
+
+
+def test_empty_loader() -> None:
+    result = evaluate(Lookup(2), [], progress=False)
+    assert result.n_clips == 0
+    assert result.top1 != result.top1  # NaN: there is no accuracy of nothing

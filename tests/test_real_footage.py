@@ -1,0 +1,38 @@
+"""Real video files go through reading, transform, the expanded ViT-B/32 and the classifier."""
+
+from __future__ import annotations
+
+import csv
+
+import open_clip
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+import openvclip
+from openvclip.evaluation import evaluate
+from openvclip.video import VideoDataset, transforms
+from tests.helpers import SHARED
+
+CLIPS = SHARED / "data" / "clips"
+
+
+@pytest.mark.skipif(not CLIPS.is_dir(), reason="no real clips in ../shared/data/clips")
+def test_all_clips_run_through_an_expanded_vit_b_32() -> None:
+    with (CLIPS / "labels.csv").open(newline="") as file:
+        listed = [(row["path"], row["label"]) for row in csv.DictReader(file)]
+    assert len(listed) == 73
+    names = sorted({label for _, label in listed})
+    samples = [(path, names.index(label)) for path, label in listed]
+    torch.manual_seed(0)
+    model = open_clip.create_model("ViT-B-32-quickgelu")
+    openvclip.expand_temporal_attention(model)
+    tokenizer = open_clip.get_tokenizer("ViT-B-32-quickgelu")
+    classifier = openvclip.ZeroShotClassifier(model, tokenizer, names, ["a video of {}."])
+    dataset = VideoDataset(samples, CLIPS, transform=transforms.build("released"), details=True)
+    result = evaluate(classifier, DataLoader(dataset, batch_size=4), progress=False)
+    assert dataset.failures == []
+    assert result.n_clips == 73
+    assert result.labels.tolist() == [label for _, label in samples]
+    assert -1 not in result.predictions.tolist()  # every clip gave finite logits
+    assert len(set(result.predictions.tolist())) > 1  # and not all clips the same
