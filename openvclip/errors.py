@@ -120,6 +120,14 @@ class VideoNotFoundError(VideoError, FileNotFoundError):
     """There is no file at the path of a video."""
 
 
+class VideoOptionError(OpenVCLIPError, ValueError):
+    """An option of the video reader is not one of those known, or out of range.
+
+    It is not a :class:`VideoError`: no file is at fault, so a data set that skips broken files
+    must not skip over it.
+    """
+
+
 class AnnotationError(OpenVCLIPError, ValueError):
     """A line of an annotation file can't be understood."""
 

@@ -168,6 +168,8 @@ def _layer_indices(layers: Iterable[int] | slice | None, n: int) -> set[int]:
         return set(range(n))
     if isinstance(layers, slice):
         return set(range(n)[layers])
+    if not isinstance(layers, Iterable):
+        raise ExpansionError(f"layers={layers!r}: expected a list of indices or a slice.")
     given = list(layers)
     outside = [i for i in given if not (isinstance(i, int) and -n <= i < n)]
     if outside:

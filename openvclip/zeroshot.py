@@ -69,6 +69,8 @@ class ZeroShotClassifier(nn.Module):
         _require_clip(model)
         self.class_names = _require_names(class_names)
         self.model = model
+        if isinstance(templates, str):
+            raise ClassNamesError(f"templates is one string, {templates!r}; expected a list.")
         texts = [_fill(form, name) for name in self.class_names for form in templates]
         if not texts:
             raise ClassNamesError("templates is empty; expected at least one, such as '{}'.")

@@ -3,11 +3,11 @@
 PyAV is needed to read files (``pip install "openvclip[video]"``) and imported only then.
 """
 
+from openvclip.errors import VideoOptionError
 from openvclip.video import sampling, transforms
 from openvclip.video.annotations import Annotations, read_annotations
 from openvclip.video.dataset import Failure, VideoDataset, VideoSample
 from openvclip.video.decoding import read_clip
-from openvclip.video.sampling import VideoOptionError
 
 __all__ = [
     "Annotations",

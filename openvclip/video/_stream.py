@@ -118,7 +118,6 @@ class Stream:
             raise
         self._frames: Generator[tuple[int, av.VideoFrame], None, None] | None = None
         self.position = self._base.start
-        self.errors = 0
         self.message = ""
 
     def __enter__(self) -> Stream:
@@ -207,7 +206,6 @@ class Stream:
         return frames
 
     def _note(self, error: Exception) -> None:
-        self.errors += 1
         self.message = self.message or getattr(error, "strerror", None) or str(error)
 
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from openvclip.errors import AnnotationError, VideoError, VideoNotFoundError
+from openvclip.errors import AnnotationError, VideoError, VideoNotFoundError, VideoOptionError
 from openvclip.video.annotations import read_annotations
 from openvclip.video.decoding import BACKENDS, read_clip
-from openvclip.video.sampling import VideoOptionError, check_options
+from openvclip.video.sampling import check_options
 from openvclip.video.transforms import Transform
 
 __all__ = ["Failure", "VideoDataset", "VideoSample"]

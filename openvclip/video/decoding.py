@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openvclip.errors import VideoError
+from openvclip.errors import VideoError, VideoOptionError
 from openvclip.video._stream import (
     Stream,
     check_path,
@@ -24,7 +24,7 @@ from openvclip.video._stream import (
     require_av,
     with_count,
 )
-from openvclip.video.sampling import VideoOptionError, Window, check_options, plan
+from openvclip.video.sampling import Window, check_options, plan
 
 if TYPE_CHECKING:
     import av

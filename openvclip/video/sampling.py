@@ -19,17 +19,9 @@ from dataclasses import dataclass
 
 import torch
 
-from openvclip.errors import OpenVCLIPError
+from openvclip.errors import VideoOptionError
 
-__all__ = ["SAMPLERS", "StreamInfo", "VideoOptionError", "Window", "plan", "select"]
-
-
-class VideoOptionError(OpenVCLIPError, ValueError):
-    """An option of the video reader is not one of those known, or out of range.
-
-    It is not a :class:`~openvclip.errors.VideoError`: no file is at fault, so a data set that
-    skips broken files must not skip over it.
-    """
+__all__ = ["SAMPLERS", "StreamInfo", "Window", "plan", "select"]
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from openvclip.errors import VideoShapeError
-from openvclip.video.sampling import VideoOptionError
+from openvclip.errors import VideoOptionError, VideoShapeError
 
 __all__ = ["CLIP_MEAN", "CLIP_STD", "TRANSFORMS", "Transform", "build"]
 

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openvclip.video.sampling import SAMPLERS, StreamInfo, VideoOptionError, Window, plan, select
+from openvclip.errors import VideoOptionError
+from openvclip.video.sampling import SAMPLERS, StreamInfo, Window, plan, select
 
 INFOS = st.builds(
     StreamInfo,
