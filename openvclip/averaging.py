@@ -28,6 +28,8 @@ from openvclip.state import (
     require_match,
 )
 
+_BLOCK = 128  # models summed up before their sum is added to the others'
+
 
 class SWATracker:
     r"""Stochastic weight averaging: the uniform mean of the weights at chosen steps.
@@ -44,19 +46,25 @@ class SWATracker:
     Everything else (frozen parameters, buffers such as batch-norm statistics) is carried as it
     is at the last update, so that frozen weights stay bitwise what they were.
 
-    Numerics: the tracker keeps the *sum* of the weights in ``dtype`` and divides when read. In
-    float32 a sum of bfloat16 weights is all but exact, where a running mean would round at every
-    update; an update is one foreach addition.
+    Numerics: the tracker keeps the *sum* of the weights in ``dtype`` and divides when read, where
+    a running mean would round at every update; an update is one foreach addition. Sums of 128
+    models are added up apart from each other, so that the rounding does not grow with the length
+    of the run.
 
     Args:
         model: the model whose weights will be given to :meth:`update`. Wrappers
             (``DistributedDataParallel``, ``torch.compile``) may be around it.
         start: number of steps before the averaging begins (``T``), for example the warm-up.
         every: number of steps between two averaged models (``c``), for example one epoch.
-        dtype: dtype of the sums; a float64 parameter is summed in float64 all the same.
+        dtype: dtype of the sums, at least float32; a float64 parameter is summed in float64.
 
     Memory: one copy of the averaged parameters in ``dtype`` and one of the rest in its own dtype,
-    on the model's devices, from the first averaged step on.
+    on the model's devices, from the first averaged step on; one more copy of the averaged
+    parameters from the 129th model on.
+
+    Raises:
+        UsageError: ``start`` or ``every`` is out of range.
+        WeightTypeError: ``model`` is not a module.
     """
 
     def __init__(
@@ -67,9 +75,10 @@ class SWATracker:
         every: int = 1,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        if start < 0 or every < 1:
+        if not (isinstance(start, int) and isinstance(every, int) and start >= 0 and every >= 1):
             raise UsageError(
-                f"start={start}, every={every}: expected start >= 0 steps and every >= 1 steps."
+                f"start={start!r}, every={every!r}: expected whole numbers of steps, start >= 0 "
+                "and every >= 1."
             )
         self.start = start
         self.every = every
@@ -82,7 +91,8 @@ class SWATracker:
             name: torch.empty_like(value, device="meta")
             for name, value in _split_aliases(model)[0].items()
         }
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}  # of the current block of models
+        self._earlier: dict[str, Tensor] = {}  # of all full blocks before it
         self._carried: dict[str, Tensor] = {}
         self._aliases: dict[str, str] = {}
 
@@ -130,9 +140,18 @@ class SWATracker:
             }
             self._carried = {name: value.clone() for name, value in carried.items()}
         else:
+            if self._n_averaged % _BLOCK == 0:
+                self._end_block()
             foreach._foreach_add_(list(self._sums.values()), list(averaged.values()))
             _copy(self._carried, carried)
         self._n_averaged += 1
+
+    def _end_block(self) -> None:
+        if self._earlier:
+            foreach._foreach_add_(list(self._earlier.values()), list(self._sums.values()))
+        else:
+            self._earlier = {name: value.clone() for name, value in self._sums.items()}
+        foreach._foreach_zero_(list(self._sums.values()))
 
     def _live(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The model's entries, detached: those to average and the rest, in the tracker's order."""
@@ -159,14 +178,15 @@ class SWATracker:
 
     def _follow_devices(self, averaged: dict[str, Tensor], carried: dict[str, Tensor]) -> None:
         """Move the average to the model, which may have moved or been loaded elsewhere."""
-        for own, live in ((self._sums, averaged), (self._carried, carried)):
+        held = ((self._sums, averaged), (self._earlier, averaged), (self._carried, carried))
+        for own, live in held:
             own.update({name: value.to(live[name].device) for name, value in own.items()})
 
     def averaged_state_dict(self) -> dict[str, Tensor]:
         """The average as a state dict under the plain model's names.
 
         Returns:
-            New tensors: averaged entries in the tracker's ``dtype``, the rest as carried.
+            New tensors: averaged entries in the dtype of the sums, the rest as carried.
 
         Raises:
             EmptyAverageError: no step was averaged yet.
@@ -201,6 +221,8 @@ class SWATracker:
 
     def _means(self) -> list[Tensor]:
         sums = list(self._sums.values())
+        if self._earlier:
+            sums = foreach._foreach_add(list(self._earlier.values()), sums)
         return list(foreach._foreach_div(sums, float(self._n_averaged)))
 
     def _require_some(self) -> None:
@@ -222,6 +244,7 @@ class SWATracker:
             "start": self.start,
             "every": self.every,
             "sums": dict(self._sums),
+            "earlier": dict(self._earlier),
             "carried": dict(self._carried),
             "aliases": dict(self._aliases),
         }
@@ -245,9 +268,9 @@ class SWATracker:
         self._steps, self._n_averaged = int(state["steps"]), int(state["n_averaged"])
         self.start, self.every = int(state["start"]), int(state["every"])
         # In the model's order, which the foreach operations rely on: a file may have another.
-        self._sums, self._carried = (
+        self._sums, self._earlier, self._carried = (
             {name: state[part][name].clone() for name in self._expected if name in state[part]}
-            for part in ("sums", "carried")
+            for part in ("sums", "earlier", "carried")
         )
         self._aliases = dict(state["aliases"])
 

@@ -104,6 +104,10 @@ class ExpansionError(OpenVCLIPError, RuntimeError):
     """A model was expanded twice, or restored without having been expanded."""
 
 
+class ExpansionOptionError(ExpansionError, ValueError):
+    """The window, the boundary mode or the layers of an expansion do not make sense."""
+
+
 class VideoShapeError(OpenVCLIPError, ValueError):
     """A video tensor has the wrong rank, dtype, number of frames or frame size."""
 

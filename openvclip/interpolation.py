@@ -146,7 +146,7 @@ def _interpolated(a: Tensor, b: Tensor, lam: float, dtype: torch.dtype | None) -
     if lam in (0.0, 1.0):
         return _own((b if lam == 0.0 else a).to(b.device), out_dtype)
     work = compute_dtype(common_dtype(a.dtype, b.dtype))
-    return _lerp(b.to(work), a.to(b.device, work), lam).to(out_dtype)
+    return _lerp(b.to(work), a.to(b.device, work), lam).to(out_dtype).contiguous()
 
 
 def _lerp(b: Tensor, a: Tensor, lam: float, out: Tensor | None = None) -> Tensor:

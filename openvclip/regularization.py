@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from openvclip.errors import LossError, RegularizationError, StateMismatchError, UsageError
 from openvclip.state import (
     canonical_state,
+    common_dtype,
     few,
     foreach,
     mismatches,
@@ -38,7 +39,7 @@ class InterpolatedWeightRegularizer:
     where :math:`g` is the gradient of the plain loss at each point. So one step is two passes,
     the second with the interpolated weights in place, and one optimizer step::
 
-        iwr = InterpolatedWeightRegularizer(model, optimizer)   # the weights as they are = CLIP
+        iwr = InterpolatedWeightRegularizer(model, optimizer)  # CLIP: the weights as they are
         for video, label in loader:
             loss = iwr.step(lambda: criterion(classifier(video), label))
 
@@ -62,8 +63,8 @@ class InterpolatedWeightRegularizer:
         model: the model that is trained; wrappers may be around it.
         optimizer: the optimizer that :meth:`step` drives. Not needed for :meth:`interpolated`.
         anchor: the original weights by name, usually CLIP's state dict; ``None`` takes a snapshot
-            of the trained parameters as they are now. Tensors of the right dtype and device that
-            the model does not itself use are kept as they are, not copied: don't change them.
+            of the trained parameters as they are now. Tensors on the right device that the model
+            does not itself use are kept as they are, not copied: don't change them.
         interval: ``(low, high)`` of alpha, the weight of the *anchor*, within [0, 1]. The paper
             uses (0.0, 0.6). Equal ends fix alpha.
         weight: C of Equation 9, at least 0; the paper uses 0.5.
@@ -75,6 +76,7 @@ class InterpolatedWeightRegularizer:
 
     Raises:
         RegularizationError: an argument is outside its range.
+        UsageError: nothing requires gradients, or the optimizer is another model's.
         StateMismatchError: the anchor lacks trained parameters, has names that the model does not
             know, or has other shapes.
 
@@ -109,8 +111,16 @@ class InterpolatedWeightRegularizer:
             if parameter.requires_grad and name not in self._anchor
         }
         self._stash: dict[str, Tensor] = {}
+        if optimizer is not None:
+            _require_own_optimizer(model, optimizer)
 
-    def step(self, closure: Callable[[], Tensor], *, scaler: Any = None) -> Tensor:
+    def step(
+        self,
+        closure: Callable[[], Tensor],
+        *,
+        scaler: Any = None,
+        max_grad_norm: float | None = None,
+    ) -> Tensor:
         """Do one training step: gradients of both losses, then the optimizer's step.
 
         Args:
@@ -118,6 +128,8 @@ class InterpolatedWeightRegularizer:
                 ``backward``. It is called twice, or once where ``every`` leaves the second out.
             scaler: a ``torch.amp.GradScaler``. Both losses are scaled, and the scaler drives the
                 step and is updated, so a step with infinite gradients is skipped as usual.
+            max_grad_norm: clip the norm of the combined gradient of all the optimizer's
+                parameters to this; the paper's recipe has 1.0.
 
         Returns:
             The loss at the weights themselves, detached.
@@ -140,13 +152,22 @@ class InterpolatedWeightRegularizer:
         if regularize:
             with self.interpolated():
                 _scaled(self.weight * _require_loss(closure()), scaler).backward()
-        if scaler is None:
-            self.optimizer.step()
-        else:
-            scaler.step(self.optimizer)
-            scaler.update()
+        self._optimizer_step(scaler, max_grad_norm)
         self._steps += 1
         return loss.detach()
+
+    def _optimizer_step(self, scaler: Any, max_grad_norm: float | None) -> None:
+        optimizer = cast(Optimizer, self.optimizer)
+        if max_grad_norm is not None:
+            if scaler is not None:
+                scaler.unscale_(optimizer)
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+            scaler.update()
 
     @contextmanager
     def interpolated(self) -> Iterator[float]:
@@ -170,9 +191,7 @@ class InterpolatedWeightRegularizer:
         self._inside = True
         try:
             with overwriting(live, self._stash_for(parameters)):
-                with torch.no_grad():  # the kernel computes half precision in float32
-                    anchor = [self._anchor[name] for name in parameters]
-                    foreach._foreach_lerp_(live, anchor, alpha)
+                _lerp_(live, [self._anchor[name] for name in parameters], alpha)
                 yield alpha
         finally:
             self._inside = False
@@ -246,18 +265,35 @@ class InterpolatedWeightRegularizer:
 def _require_settings(
     interval: tuple[float, float], weight: float, every: int, missing: str
 ) -> None:
-    low, high = interval
-    if not 0.0 <= low <= high <= 1.0:
+    if not _is_interval(interval):
         raise RegularizationError(
             f"interval={interval!r}: expected (low, high) with 0 <= low <= high <= 1. alpha is the "
             "weight of the anchor (the original CLIP); the paper uses (0.0, 0.6)."
         )
-    if not (math.isfinite(weight) and weight >= 0.0):
+    if not (isinstance(weight, (int, float)) and math.isfinite(weight) and weight >= 0.0):
         raise RegularizationError(f"weight={weight!r}: expected C of Equation 9, a number >= 0.")
-    if every < 1:
-        raise RegularizationError(f"every={every!r}: expected a number of steps >= 1.")
+    if not (isinstance(every, int) and every >= 1):
+        raise RegularizationError(f"every={every!r}: expected a whole number of steps >= 1.")
     if missing not in ("error", "skip"):
         raise RegularizationError(f"missing={missing!r}: expected 'error' or 'skip'.")
+
+
+def _is_interval(interval: Any) -> bool:
+    try:
+        low, high = interval
+        return 0.0 <= float(low) <= float(high) <= 1.0
+    except (TypeError, ValueError):
+        return False
+
+
+def _require_own_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
+    trained = {id(p) for p in named_parameters(model).values() if p.requires_grad}
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not trained & held:
+        raise UsageError(
+            "The optimizer holds none of the model's trained parameters; was it made for another "
+            "model, or before the model was copied or moved?"
+        )
 
 
 def _take_anchor(
@@ -299,7 +335,19 @@ def _anchored(value: Tensor, parameter: nn.Parameter, in_use: set[int]) -> Tenso
     # model.state_dict() gives the live tensors: an anchor that shares their memory would move
     # along with the training and regularise nothing.
     shared = value.untyped_storage().data_ptr() in in_use
-    return value.to(parameter.device, parameter.dtype, copy=shared)
+    # An anchor that is wider than the parameter stays so, or theta~ would be rounded twice.
+    dtype = common_dtype(value.dtype, parameter.dtype)
+    return value.to(parameter.device, dtype, copy=shared)
+
+
+@torch.no_grad()
+def _lerp_(live: list[Tensor], anchor: list[Tensor], alpha: float) -> None:
+    """``live <- alpha * anchor + (1 - alpha) * live``, half precision rounded once, at the end."""
+    if all(a.dtype == tensor.dtype for a, tensor in zip(anchor, live, strict=True)):
+        foreach._foreach_lerp_(live, anchor, alpha)  # computes half precision in float32
+        return
+    for tensor, original in zip(live, anchor, strict=True):
+        tensor.copy_(torch.lerp(tensor.to(original.dtype), original, alpha))
 
 
 def _require_loss(loss: object) -> Tensor:

@@ -97,7 +97,13 @@ def _own_prefix(live: Mapping[str, Tensor]) -> str:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model itself, without data-parallel and ``torch.compile`` wrappers around it."""
+    """The model itself, without data-parallel and ``torch.compile`` wrappers around it.
+
+    Raises:
+        WeightTypeError: it is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise WeightTypeError(f"Expected a torch.nn.Module, got {type(model).__name__}.")
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module

@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterable
-from types import ModuleType
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from typing import TypeVar
 
 from torch import Tensor, nn
 from torch.nn import functional
 
 from openvclip.adapters.attention import Boundary, FrameView, TemporalTower, require_video
+from openvclip.adapters.family import Encoder, Family
 from openvclip.errors import ExpansionError, UnsupportedModelError
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# A family's module is imported only where the library that its towers come from is in use.
-_FAMILIES = {"open_clip": "openvclip.adapters.open_clip"}
-_EXPANDABLE = "open_clip's VisionTransformer (all ViT models of open_clip without a timm tower)"
+# A family's module is imported only where one of the modules that its towers come from is in use.
+_FAMILIES = {
+    "openvclip.adapters.open_clip": ("open_clip",),
+    "openvclip.adapters.timm": ("timm",),
+    "openvclip.adapters.hf": (
+        "transformers.models.clip.modeling_clip",
+        "transformers.models.siglip.modeling_siglip",
+    ),
+}
+_EXPANDABLE = (
+    "open_clip's VisionTransformer; timm's VisionTransformer (SigLIP, ViTamin, MobileCLIP-B) and "
+    "Eva (EVA01, EVA02, PE), in open_clip or alone; the vision models of Hugging Face's CLIP and "
+    "SigLIP (transformers 5)"
+)
 
 
 def expand_temporal_attention(
@@ -38,11 +50,14 @@ def expand_temporal_attention(
     Nothing is added: the parameters are the same objects under the same names, optimizers made
     before keep working, and image batches ``[B, C, H, W]`` give bit for bit what they gave. A
     video ``[B, T, C, H, W]`` gives one feature a frame: ``model.encode_image(video)`` is
-    ``[B, T, D]``; :func:`encode_video` pools them. The clip's length is read from the tensor,
+    ``[B, T, D]`` (``model.get_image_features(pixel_values=video).pooler_output`` with Hugging
+    Face); :func:`encode_video` pools them. The clip's length is read from the tensor,
     so clips of any length, and images and videos in one step, need no setting.
 
     Args:
-        model: an open_clip model, its image tower, or a module that holds one such tower.
+        model: an open_clip model (with a tower of its own or one of timm's), a Hugging Face
+            ``CLIPModel`` or ``SiglipModel``, the image tower of one of these, or a module that
+            holds one such tower.
         window: frames in view on either side (``w``), 1 or more. The paper uses 1.
         boundary: what stands for frames outside the clip.
             ``"zero"`` (what the released code does): zero key and value vectors, which take
@@ -71,17 +86,16 @@ def expand_temporal_attention(
             f"window={window!r}: expected a number of frames on either side, 1 or more."
         )
     view = FrameView(window, boundary)
-    adapter, tower = _find_tower(model)
+    family, tower = _find_tower(model)
     if isinstance(tower, TemporalTower):
         raise ExpansionError(
             "The model is expanded already. Call restore_spatial_attention(model) first to expand "
             "it with other settings."
         )
-    chosen = _layer_indices(layers, adapter.n_layers(tower))
-    views = [
-        view if i in chosen else FrameView(0, boundary) for i in range(adapter.n_layers(tower))
-    ]
-    adapter.expand(tower, views)
+    n_layers = family.n_layers(tower)
+    chosen = _layer_indices(layers, n_layers)
+    views = [view if i in chosen else FrameView(0, boundary) for i in range(n_layers)]
+    family.expand(tower, views)
     return model
 
 
@@ -95,10 +109,10 @@ def restore_spatial_attention(model: Model) -> Model:
         ExpansionError: the model is not expanded.
         UnsupportedModelError: there is no tower in the model that could be.
     """
-    adapter, tower = _find_tower(model)
+    family, tower = _find_tower(model)
     if not isinstance(tower, TemporalTower):
         raise ExpansionError("The model is not expanded, so there is nothing to restore.")
-    adapter.restore(tower)
+    family.restore(tower)
     return model
 
 
@@ -110,29 +124,46 @@ def encode_video(model: nn.Module, video: Tensor) -> Tensor:
     normalised again.
 
     Args:
-        model: an open_clip model. One that is not expanded encodes each frame on its own, which
-            is CLIP applied frame by frame (the baseline of Table 4).
+        model: an open_clip model, a Hugging Face ``CLIPModel``, ``SiglipModel`` or one of their
+            vision models, or the image tower of either. One that is not expanded encodes each
+            frame on its own, which is CLIP applied frame by frame (the baseline of Table 4).
         video: normalised frames ``[B, T, C, H, W]``, floating point.
 
     Returns:
         ``[B, D]``.
 
     Raises:
-        VideoShapeError: wrong rank, dtype, channels, or no frames.
-        UnsupportedModelError: the model has no ``encode_image``.
+        VideoShapeError: wrong rank, dtype, channels, no frames, or a list of clips.
+        UnsupportedModelError: the model has no known way to encode images, or gives no single
+            feature for an image.
     """
     require_video(video)
-    encode = getattr(model, "encode_image", None)
-    if encode is None:
+    encode = _encoder(model)
+    expanded = is_expanded(model)
+    frames = encode(model, video if expanded else video.flatten(0, 1))
+    if not isinstance(frames, Tensor) or frames.ndim != (3 if expanded else 2):
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no encode_image(); expected an open_clip model. Under "
-            "DistributedDataParallel wrap the classifier that holds the model instead of the model."
+            f"{type(model).__name__} gives no single feature vector for each frame; expected a "
+            "model whose tower pools its tokens."
         )
-    if is_expanded(model):
-        frames = encode(video)
-    else:
-        frames = encode(video.flatten(0, 1)).unflatten(0, video.shape[:2])
+    if not expanded:
+        frames = frames.unflatten(0, video.shape[:2])
     return functional.normalize(frames, dim=-1).mean(dim=1)
+
+
+def _encoder(model: nn.Module) -> Encoder:
+    if hasattr(model, "encode_image"):
+        return lambda model, pixels: model.encode_image(pixels)
+    inner = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    for family in _families():
+        encode = family.encoder(inner)
+        if encode is not None:
+            return encode
+    raise UnsupportedModelError(
+        f"{type(model).__name__} has no encode_image() and is no Hugging Face CLIP or SigLIP, nor "
+        "an image tower of a known kind. Under DistributedDataParallel wrap the classifier that "
+        "holds the model instead of the model."
+    )
 
 
 def is_expanded(model: nn.Module) -> bool:
@@ -140,13 +171,19 @@ def is_expanded(model: nn.Module) -> bool:
     return any(isinstance(module, TemporalTower) for module in model.modules())
 
 
-def _find_tower(model: nn.Module) -> tuple[Any, nn.Module]:
-    """The adapter module and the one tower of ``model`` that it can expand."""
-    found: list[tuple[ModuleType, nn.Module]] = []
-    for library, path in _FAMILIES.items():
-        if library in sys.modules:
-            adapter = importlib.import_module(path)
-            found.extend((adapter, tower) for tower in adapter.find_towers(model))
+def _families() -> Iterator[Family]:
+    """The families whose library is loaded."""
+    for path, modules in _FAMILIES.items():
+        if any(name in sys.modules for name in modules):
+            # A library too old to have the classes that the adapter builds on holds no such tower,
+            # and must not keep the towers of other libraries from being expanded.
+            with suppress(ImportError):
+                yield importlib.import_module(path).FAMILY
+
+
+def _find_tower(model: nn.Module) -> tuple[Family, nn.Module]:
+    """The one tower of ``model`` that can be expanded, and its family."""
+    found = [(family, tower) for family in _families() for tower in family.find_towers(model)]
     if len(found) == 1:
         return found[0]
     if found:
@@ -154,7 +191,7 @@ def _find_tower(model: nn.Module) -> tuple[Any, nn.Module]:
             f"The model holds {len(found)} towers that can be expanded; expected one. Pass the "
             "one to expand, for example model.visual."
         )
-    visual = getattr(model, "visual", model)
+    visual = getattr(model, "visual", getattr(model, "vision_model", model))
     inner = getattr(visual, "trunk", None)
     name = type(visual).__name__ + (f" around {type(inner).__name__}" if inner is not None else "")
     raise UnsupportedModelError(

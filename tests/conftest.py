@@ -12,6 +12,9 @@ settings.register_profile(
 )
 settings.load_profile("openvclip")
 
+# The models are tiny: threads that wait for each other on shared cores cost more than they bring.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _same_random_numbers() -> None:

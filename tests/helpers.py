@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -138,3 +139,21 @@ def batch(seed: int = 0, n: int = 6, dtype: torch.dtype = torch.float32) -> tupl
 def cross_entropy(model: nn.Module, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     x, y = batch(seed, dtype=dtype)
     return functional.cross_entropy(model(x), y)
+
+
+def jump(model: nn.Module, seed: int) -> None:
+    """Give the trained parameters new random values, as a training step would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(0.5 * parameter + noise.to(parameter.dtype))
+
+
+def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    loaded: dict[str, Any] = torch.load(buffer, weights_only=True)
+    return loaded

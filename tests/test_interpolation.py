@@ -236,6 +236,8 @@ def test_inputs_are_neither_changed_nor_aliased(lam: float) -> None:
     a, b = snapshot(Net(0)), snapshot(Net(1))
     for s in (a, b):
         s["view"] = torch.arange(3.0).expand(4, 3)
+        s["turned"] = torch.arange(6.0).reshape(2, 3).T
+        s["nhwc"] = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
         s["tied"] = s["body.weight"]
     before = [{n: v.clone() for n, v in s.items()} for s in (a, b)]
     got = interpolate(a, b, lam)
@@ -314,7 +316,7 @@ def test_a_training_checkpoint_instead_of_its_weights() -> None:
 
 
 def test_a_list_instead_of_a_mapping() -> None:
-    with pytest.raises(WeightTypeError, match="theta_a: expected a mapping .* got list"):
+    with pytest.raises(WeightTypeError, match=r"theta_a: expected a mapping .* got list"):
         interpolate([torch.zeros(1)], state(0), 0.5)  # type: ignore[arg-type]
 
 
@@ -349,7 +351,9 @@ def test_into_a_wrapped_model_and_into_one_whose_only_child_is_called_module() -
     expected = interpolate(a, b, 0.3)
     for model in (nn.DataParallel(nn.Linear(2, 2)), Box()):
         interpolate_into(model, a, b, 0.3)
-        assert [same_bits(v, model.module.state_dict()[n]) for n, v in expected.items()] == [True] * 2
+        assert [same_bits(v, model.module.state_dict()[n]) for n, v in expected.items()] == [
+            True
+        ] * 2
 
 
 def test_into_a_model_it_does_not_fit() -> None:

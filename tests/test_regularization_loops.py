@@ -1,4 +1,4 @@
-"""InterpolatedWeightRegularizer in training loops: alpha, scaler, autocast, accumulation, memory."""
+"""InterpolatedWeightRegularizer in loops: alpha, scaler, autocast, accumulation, memory."""
 
 from __future__ import annotations
 
@@ -188,7 +188,10 @@ def test_one_autocast_region_around_the_block_and_what_follows() -> None:
 def test_accumulation_and_clipping_equal_one_big_batch() -> None:
     whole, parts = regulariser(seed=4), regulariser(seed=4)
     x, y = batch(n=12)
-    big, micro = torch.optim.SGD(whole[0].parameters(), 0.1), torch.optim.SGD(parts[0].parameters(), 0.1)
+    big, micro = (
+        torch.optim.SGD(whole[0].parameters(), 0.1),
+        torch.optim.SGD(parts[0].parameters(), 0.1),
+    )
     for _ in range(3):
         big.zero_grad()
         functional.cross_entropy(whole[0](x), y).backward()
@@ -246,9 +249,7 @@ def test_late_unfreezing_is_an_error_and_late_freezing_stays_put() -> None:
 def test_a_compiled_model() -> None:
     plain, compiled = regulariser(), regulariser()
     wrapped = torch.compile(compiled[0], backend="aot_eager")
-    iwr = InterpolatedWeightRegularizer(
-        wrapped, compiled[1].optimizer, anchor=snapshot(Smooth(1))
-    )
+    iwr = InterpolatedWeightRegularizer(wrapped, compiled[1].optimizer, anchor=snapshot(Smooth(1)))
     for step in range(3):
         plain[1].step(lambda step=step: cross_entropy(plain[0], step))  # type: ignore[misc]
         iwr.step(lambda step=step: cross_entropy(wrapped, step))  # type: ignore[misc]

@@ -22,7 +22,6 @@ __all__ = [
     "WEIGHTS",
     "Tokenizer",
     "create_model",
-    "load_weights",
     "normalise",
     "save_weights",
 ]
@@ -55,24 +54,15 @@ def create_model(weights: str | os.PathLike[str] | None = WEIGHTS) -> tuple[CLIP
     import open_clip
 
     open_clip.add_model_config(Path(__file__).with_name(f"{MODEL_NAME}.json"))
-    model: CLIP = open_clip.create_model(MODEL_NAME)
-    tokenizer: Tokenizer = open_clip.get_tokenizer(MODEL_NAME)
-    if weights is not None:
-        load_weights(model, weights)
-    return model.eval(), tokenizer
-
-
-def load_weights(model: CLIP, path: str | os.PathLike[str]) -> None:
-    """Load half-precision weights into a model, in the model's own dtype."""
-    from safetensors.torch import load_file
-
-    path = Path(path)
-    if not path.is_file():
+    if weights is not None and not Path(weights).is_file():
         raise FileNotFoundError(
-            f"no weights at {path}: make them with "
-            f"`python -m examples.shapes.pretrain --out {path}`"
+            f"no weights at {weights}: make them with "
+            f"`python -m examples.shapes.pretrain --out {weights}`"
         )
-    model.load_state_dict(load_file(path))
+    pretrained = None if weights is None else os.fspath(weights)
+    model: CLIP = open_clip.create_model(MODEL_NAME, pretrained=pretrained)
+    tokenizer: Tokenizer = open_clip.get_tokenizer(MODEL_NAME)
+    return model.eval(), tokenizer
 
 
 def save_weights(model: CLIP, path: str | os.PathLike[str]) -> None:

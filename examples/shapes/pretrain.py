@@ -36,7 +36,7 @@ _UNSAID = -1
 
 def pretrain(
     *,
-    steps: int = 3000,
+    steps: int = 2400,
     batch_size: int = 256,
     lr: float = 2e-3,
     weight_decay: float = 0.1,
@@ -51,7 +51,7 @@ def pretrain(
         batch_size: captioned stills per step.
         lr: largest learning rate.
         weight_decay: for weight matrices; vectors and embeddings are not decayed.
-        warmup: steps of linear warm-up.
+        warmup: steps of linear warm-up, at most a tenth of all steps.
         seed: of the initial weights and of the stills.
         progress: whether to show a progress bar.
 
@@ -65,7 +65,9 @@ def pretrain(
     optimizer = torch.optim.AdamW(
         _parameter_groups(model, weight_decay), lr=lr, betas=(0.9, 0.98), eps=1e-6, fused=True
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _pace(step, steps, warmup))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: _pace(step, steps, min(warmup, steps // 10))
+    )
     bar = tqdm(range(steps), desc="pretraining", unit="step", disable=not progress)
     for step in bar:
         drawn, said = _draw_attributes(batch_size, rng)
@@ -201,7 +203,7 @@ def main(argv: list[str] | None = None) -> None:
         required=True,
         help="file to write the weights to (safetensors, half precision)",
     )
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)

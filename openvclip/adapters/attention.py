@@ -146,6 +146,8 @@ def require_video(video: Tensor, frame_size: tuple[int, int] | None = None) -> N
         video: what was given.
         frame_size: the ``(H, W)`` that the tower was made for, where it is fixed.
     """
+    if not isinstance(video, Tensor):
+        raise VideoShapeError(_not_a_tensor(video))
     shape = list(video.shape)
     if video.ndim != 5:
         raise VideoShapeError(
@@ -172,3 +174,15 @@ def require_video(video: Tensor, frame_size: tuple[int, int] | None = None) -> N
             f"Got frames of {shape[3]} x {shape[4]} pixels (H x W); the model takes "
             f"{frame_size[0]} x {frame_size[1]}. Resize and crop the frames first."
         )
+
+
+def _not_a_tensor(video: Any) -> str:
+    text = f"Got a {type(video).__name__}"
+    if isinstance(video, (list, tuple)):
+        lengths = [len(clip) if isinstance(clip, Tensor) and clip.ndim else "?" for clip in video]
+        text += f" of {len(lengths)} clips with {', '.join(map(str, lengths))} frames"
+    return (
+        f"{text}; expected one tensor [B, T, C, H, W]. Stack clips of equal length with "
+        "torch.stack; sample or pad clips of different lengths to one length, or batch them by "
+        "length."
+    )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.timm_model import TimmModel
 from open_clip.transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional
@@ -14,6 +16,7 @@ from openvclip.adapters.attention import (
     require_video,
     temporal_attention,
 )
+from openvclip.adapters.family import Encoder, Family, call
 from openvclip.errors import UnsupportedModelError
 
 
@@ -94,62 +97,37 @@ class TemporalVisionTransformer(TemporalTower, VisionTransformer):  # type: igno
         return (pooled, rest.unflatten(0, clips)) if self.output_tokens else pooled
 
 
-_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
-    nn.MultiheadAttention: TemporalMultiheadAttention,
-    Attention: TemporalAttention,
-    VisionTransformer: TemporalVisionTransformer,
-}
-_PLAIN = {temporal: plain for plain, temporal in _CLASSES.items()}
-
-
-def find_towers(model: nn.Module) -> list[nn.Module]:
-    """The towers in ``model`` that this module can expand, expanded ones included."""
-    return [m for m in model.modules() if type(m) in (VisionTransformer, TemporalVisionTransformer)]
-
-
-def n_layers(tower: nn.Module) -> int:
-    """Number of attention layers of a tower."""
-    return len(_attentions(tower))
-
-
-def expand(tower: nn.Module, views: list[FrameView]) -> None:
-    """Change the classes of a tower and its attentions, one view for each layer.
-
-    Raises:
-        UnsupportedModelError: a layer's attention is of a kind that is not known here.
-    """
-    attentions = _attentions(tower)
-    for index, attention in enumerate(attentions):
-        _require_known(index, attention)
-    for attention, view in zip(attentions, views, strict=True):
-        attention.__class__ = _CLASSES[type(attention)]
-        attention.view = view  # type: ignore[assignment]
-    tower.__class__ = _CLASSES[type(tower)]
-
-
-def restore(tower: nn.Module) -> None:
-    """Undo :func:`expand`: the modules have their own classes and attributes again."""
-    for attention in _attentions(tower):
-        attention.__class__ = _PLAIN[type(attention)]
-        del attention.view
-    tower.__class__ = _PLAIN[type(tower)]
-
-
 def _attentions(tower: Any) -> list[nn.Module]:
-    return [block.attn for block in tower.transformer.resblocks]
+    attentions = [block.attn for block in tower.transformer.resblocks]
+    for index, attention in enumerate(attentions):
+        if isinstance(attention, nn.MultiheadAttention):
+            _require_packed(index, attention)
+    return attentions
 
 
-def _require_known(index: int, attention: nn.Module) -> None:
-    if type(attention) not in _CLASSES:
-        raise UnsupportedModelError(
-            f"Layer {index} of the tower has an attention of type {type(attention).__name__}; "
-            "expected torch.nn.MultiheadAttention or open_clip's Attention. Expand the model "
-            "before other tools replace or wrap its attention modules."
-        )
-    if isinstance(attention, nn.MultiheadAttention) and (
-        attention.in_proj_weight is None or attention.bias_k is not None or attention.add_zero_attn
+def _require_packed(index: int, attention: nn.MultiheadAttention) -> None:
+    if (
+        attention.in_proj_weight is None
+        or attention.bias_k is not None
+        or attention.add_zero_attn
     ):
         raise UnsupportedModelError(
             f"Layer {index} of the tower has an attention with separate key and value widths, "
             "bias_k or add_zero_attn, which no CLIP uses; it can't be expanded."
         )
+
+
+def _encoder(model: nn.Module) -> Encoder | None:
+    return call if isinstance(model, (VisionTransformer, TimmModel, ModifiedResNet)) else None
+
+
+FAMILY = Family(
+    towers={VisionTransformer: TemporalVisionTransformer},
+    attentions={
+        nn.MultiheadAttention: TemporalMultiheadAttention,
+        Attention: TemporalAttention,
+    },
+    layers=_attentions,
+    expected="torch.nn.MultiheadAttention or open_clip's Attention",
+    encoder=_encoder,
+)

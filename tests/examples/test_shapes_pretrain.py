@@ -1,0 +1,153 @@
+"""The tiny CLIP of the shapes world: its configuration, its committed weights, its script."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from examples.shapes.drawing import draw_images
+from examples.shapes.model import WEIGHTS, create_model, normalise, save_weights
+from examples.shapes.pretrain import (
+    caption_targets,
+    contrastive_loss,
+    main,
+    pretrain,
+    still_accuracy,
+)
+from examples.shapes.world import ACTIONS, SHAPES, TEMPLATES, class_names
+
+
+@pytest.fixture(scope="module")
+def pretrained():
+    return create_model()
+
+
+def test_the_weights_are_small_and_in_half_precision():
+    from safetensors.torch import load_file
+
+    assert WEIGHTS.stat().st_size < 8e6
+    assert {value.dtype for value in load_file(WEIGHTS).values()} == {torch.float16}
+
+
+def test_the_model_is_float32_and_in_eval_mode(pretrained):
+    model, _ = pretrained
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert not model.training
+
+
+def test_the_committed_weights_reach_the_stated_accuracy(pretrained):
+    accuracy = still_accuracy(*pretrained, count=1024)
+    assert accuracy["shape"] > 0.9
+    assert accuracy["action"] > 0.9
+    assert accuracy["class"] > 0.85
+
+
+def test_every_class_name_fits_the_context(pretrained):
+    model, tokenizer = pretrained
+    names = [name for split in ("seen", "development", "unseen") for name in class_names(split)]
+    tokens = tokenizer([template.format(name) for name in names for template in TEMPLATES])
+    assert tokens.shape[1] == model.context_length
+    # A caption that was cut short would fill its row to the end.
+    assert (tokens[:, -1] == 0).all()
+    assert len({tuple(row) for row in tokens.tolist()}) == len(names) * len(TEMPLATES)
+
+
+def test_half_precision_costs_no_more_than_its_rounding(tmp_path):
+    torch.manual_seed(0)
+    model, _ = create_model(weights=None)
+    save_weights(model, tmp_path / "deep" / "weights.safetensors")
+    again, _ = create_model(tmp_path / "deep" / "weights.safetensors")
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value.half().float()), name
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["weights.safetensors"]
+
+
+def test_a_failed_save_keeps_the_old_weights(tmp_path, monkeypatch):
+    import safetensors.torch
+
+    path = tmp_path / "weights.safetensors"
+    model, _ = create_model(weights=None)
+    save_weights(model, path)
+    before = path.read_bytes()
+
+    def fail(tensors: object, target: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_weights(model, path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_missing_weights_say_how_to_make_them(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"python -m examples\.shapes\.pretrain --out"):
+        create_model(tmp_path / "none.safetensors")
+
+
+def test_normalise_is_what_clip_does():
+    pixels = np.full((2, 5, 32, 32, 3), 255, np.uint8)
+    values = normalise(pixels)
+    assert values.shape == (2, 5, 3, 32, 32)
+    expected = (1 - torch.tensor([0.48145466, 0.4578275, 0.40821073])) / torch.tensor(
+        [0.26862954, 0.26130258, 0.27577711]
+    )
+    torch.testing.assert_close(values[0, 0, :, 0, 0], expected)
+
+
+def test_a_caption_fits_every_image_of_which_it_is_true():
+    drawn = np.array([[0, 1, 2], [0, 1, 3], [0, 1, 2], [4, 1, 2]])
+    said = np.array([[0, 1, -1], [0, 1, 3], [0, 1, 2], [4, -1, -1]])
+    expected = [[1, 0, 1, 0], [1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1]]
+    assert caption_targets(drawn, said).tolist() == expected
+
+
+def test_without_duplicates_the_loss_is_open_clips(pretrained):
+    open_clip = pytest.importorskip("open_clip")
+    model, tokenizer = pretrained
+    generator = np.random.default_rng(0)
+    places = np.arange(6)
+    images = normalise(draw_images(places, places, places, generator))
+    tokens = tokenizer([f"a {SHAPES[i]} {ACTIONS[i]}" for i in places])
+    with torch.no_grad():
+        loss = contrastive_loss(model, images, tokens, torch.eye(6))
+        features = (
+            model.encode_image(images, normalize=True),
+            model.encode_text(tokens, normalize=True),
+        )
+        expected = open_clip.ClipLoss()(*features, model.logit_scale.exp())
+    torch.testing.assert_close(loss, expected)
+
+
+def test_a_repeated_pair_costs_nothing_that_a_perfect_model_could_avoid(pretrained):
+    """Two equal pairs share the probability: each direction is a log 2 above the best."""
+    model, tokenizer = pretrained
+    image = normalise(draw_images(*np.zeros((3, 1), np.int64), np.random.default_rng(0)))
+    tokens = tokenizer(["a square resting"])
+    with torch.no_grad():
+        loss = contrastive_loss(
+            model, image.repeat(2, 1, 1, 1), tokens.repeat(2, 1), torch.ones(2, 2)
+        )
+    torch.testing.assert_close(loss, torch.tensor(2.0).log())
+
+
+def test_the_script_learns_at_reduced_size(tmp_path, capsys):
+    """An eighth of the steps on a quarter of the stills: far from done, far above chance.
+
+    Chance is 1/24 for the shape and 1/8 for the action; the standard deviation of an accuracy of
+    chance over 2048 stills is 0.0044 and 0.0073.
+    """
+    out = tmp_path / "weights.safetensors"
+    main(["--steps", "300", "--batch-size", "64", "--lr", "1e-3", "--out", str(out)])
+    assert "class accuracy on held-out stills" in capsys.readouterr().out
+    accuracy = still_accuracy(*create_model(out), count=2048)
+    assert accuracy["shape"] > 1 / 24 + 3 * 0.0044
+    assert accuracy["action"] > 1 / 8 + 6 * 0.0073
+
+
+def test_pretraining_is_repeatable():
+    first, second = (
+        pretrain(steps=2, batch_size=8, seed=3, progress=False)[0].state_dict() for _ in range(2)
+    )
+    assert all(torch.equal(value, second[name]) for name, value in first.items())

@@ -1,0 +1,228 @@
+"""The package as a whole: what importing costs, who imports whom, docstrings, the error family."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import doctest
+import inspect
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import openvclip
+from openvclip import errors, interpolation
+from tests.helpers import REPO
+
+PACKAGE = REPO / "openvclip"
+MODULES = sorted(path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py"))
+
+# Which rooms of design.md may enter which: the key imports from the values, from what these may
+# import in turn, and from errors. Beyond the design: report writes files as checkpoints does.
+ARROWS: dict[str, set[str]] = {
+    "errors": set(),
+    "state": set(),
+    "interpolation": {"state"},
+    "merging": {"state"},
+    "regularization": {"state"},
+    "averaging": {"state"},
+    "checkpoints": {"state"},
+    "adapters": set(),
+    "temporal": {"adapters"},
+    "zeroshot": {"temporal"},
+    "prompting": {"temporal"},
+    "video": set(),
+    "evaluation": {"zeroshot", "video"},
+    "sweep": {"interpolation", "evaluation"},
+    "report": {"sweep", "checkpoints"},
+    "cli": {"report"},
+}
+WEIGHT_SPACE = ("state", "interpolation", "merging", "regularization", "averaging", "checkpoints")
+NOT_AT_IMPORT = ("open_clip", "timm", "transformers", "torchvision", "av", "matplotlib", "tqdm")
+
+
+def loaded_modules(code: str) -> set[str]:
+    """The modules that a fresh process holds after ``code``."""
+    report = f"{code}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", report], capture_output=True, text=True, check=True, cwd=REPO
+    )
+    return set(json.loads(done.stdout))
+
+
+def test_importing_openvclip_costs_little_beyond_torch() -> None:
+    bare, full = loaded_modules("import torch"), loaded_modules("import openvclip")
+    heavy = {name for name in full - bare if name.split(".")[0] in NOT_AT_IMPORT}
+    assert heavy == set()
+    assert "openvclip.adapters.open_clip" not in full
+    foreign = {name for name in full - bare if not name.startswith("openvclip")}
+    assert len(foreign) < 30, sorted(foreign)
+
+
+def test_the_weight_space_half_never_imports_the_video_half() -> None:
+    """Read from the sources, since openvclip/__init__.py itself imports every room."""
+    rooms = imports_of_rooms()
+    for start in WEIGHT_SPACE:
+        assert reachable(rooms, start) <= {*WEIGHT_SPACE, "errors"}, start
+
+
+# --- arrows ------------------------------------------------------------------------------------
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """Rooms of openvclip that a file imports, anywhere in it, inside functions too."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            if node.module == "openvclip":
+                names = [f"openvclip.{alias.name}" for alias in node.names]
+            else:
+                names = [node.module or ""]
+        found |= {name.split(".")[1] for name in names if name.startswith("openvclip.")}
+    return found
+
+
+def reachable(arrows: dict[str, set[str]], start: str) -> set[str]:
+    reached: set[str] = set()
+    todo = set(arrows.get(start, set()))
+    while todo:
+        room = todo.pop()
+        reached.add(room)
+        todo |= arrows.get(room, set()) - reached
+    return reached
+
+
+def imports_of_rooms() -> dict[str, set[str]]:
+    rooms: dict[str, set[str]] = {}
+    for module in MODULES:
+        if module.parts[0] != "__init__":
+            room = module.parts[0]
+            found = imported_rooms(PACKAGE / module.with_suffix(".py"))
+            rooms.setdefault(room, set()).update(found - {room})
+    return rooms
+
+
+def test_the_arrows_of_the_design_hold() -> None:
+    rooms = imports_of_rooms()
+    assert {"errors", "state", "interpolation", "temporal", "adapters", "zeroshot"} <= rooms.keys()
+    assert rooms.keys() <= ARROWS.keys(), "a room that the design does not know"
+    for room, imported in rooms.items():
+        assert imported <= reachable(ARROWS, room) | {"errors"}, room
+    assert rooms["errors"] == set()
+
+
+def test_there_is_no_circle() -> None:
+    left = imports_of_rooms()
+    while left:
+        free = {room for room, imported in left.items() if not imported & left.keys()}
+        assert free, f"a circle among {sorted(left)}"
+        left = {room: imported for room, imported in left.items() if room not in free}
+
+
+def test_the_arrows_are_seen(tmp_path: Path) -> None:
+    source = tmp_path / "room.py"
+    source.write_text(
+        "import openvclip.video.decode\nfrom openvclip import temporal\n"
+        "def f():\n    from openvclip.state import few\n    import json, torch\n"
+    )
+    assert imported_rooms(source) == {"video", "temporal", "state"}
+
+
+# --- the public face ---------------------------------------------------------------------------
+
+
+def test_the_public_names() -> None:
+    assert set(openvclip.__all__) >= {
+        "InterpolatedWeightRegularizer",
+        "OpenVCLIPError",
+        "SWATracker",
+        "VIDEO_TEMPLATES",
+        "ZeroShotClassifier",
+        "encode_video",
+        "expand_temporal_attention",
+        "interpolate",
+        "restore_spatial_attention",
+    }
+    assert len(set(openvclip.__all__)) == len(openvclip.__all__)
+
+
+@pytest.mark.parametrize("name", openvclip.__all__)
+def test_public_names_have_docstrings(name: str) -> None:
+    thing = getattr(openvclip, name)
+    if not callable(thing):
+        return
+    assert inspect.getdoc(thing)
+    assert thing.__module__.startswith("openvclip.")
+    if inspect.isclass(thing):
+        for member, value in vars(thing).items():
+            if not member.startswith("_") and inspect.isfunction(value):
+                assert value.__doc__, f"{name}.{member}"
+
+
+def test_the_examples_in_docstrings_run() -> None:
+    result = doctest.testmod(interpolation)
+    assert result.attempted >= 3
+    assert result.failed == 0
+
+
+def test_the_package_is_typed() -> None:
+    assert (PACKAGE / "py.typed").exists()
+
+
+# --- errors ------------------------------------------------------------------------------------
+
+FAMILY = [
+    thing
+    for thing in vars(errors).values()
+    if inspect.isclass(thing)
+    and issubclass(thing, BaseException)
+    and thing.__module__ == errors.__name__
+]
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_errors_are_of_one_family_and_built_in_ones_too(kind: type[BaseException]) -> None:
+    assert kind.__doc__
+    if issubclass(kind, Warning):
+        assert issubclass(kind, UserWarning)
+        return
+    assert issubclass(kind, errors.OpenVCLIPError)
+    if kind is not errors.OpenVCLIPError:
+        of_python = [base for base in kind.__mro__ if base.__module__ == builtins.__name__]
+        assert of_python[0] is not Exception
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_errors_come_through_pickle(kind: type[BaseException]) -> None:
+    """Worker processes send their errors that way."""
+    copied = pickle.loads(pickle.dumps(kind("what went wrong")))
+    assert type(copied) is kind
+    assert "what went wrong" in str(copied)
+
+
+def test_a_mismatch_comes_through_pickle_with_all_it_says() -> None:
+    error = errors.StateMismatchError(
+        "They differ.",
+        missing=["b", "a"],
+        unexpected={"c"},
+        mismatched=[("d", [2], (3, 1))],
+        hint="Look.",
+    )
+    text = (
+        "They differ.\n  missing (2): a, b\n  unexpected (1): c\n"
+        "  shape of d: expected [2], given [3, 1]\nLook."
+    )
+    copied = pickle.loads(pickle.dumps(error))
+    for one in (error, copied):
+        assert str(one) == text
+        assert (one.missing, one.unexpected) == (["a", "b"], ["c"])
+        assert one.mismatched == [("d", (2,), (3, 1))]
+        assert isinstance(one, KeyError)
