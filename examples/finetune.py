@@ -41,7 +41,7 @@ class Recipe:
     epochs: int = 22
     """passes over the videos, the warm-up included"""
     warmup_epochs: int = 2
-    """epochs of linear warm-up; averaging begins after them"""
+    """epochs of linear warm-up"""
     lr: float = 3.33e-6
     """learning rate after the warm-up"""
     end_lr: float = 3.33e-8
@@ -58,6 +58,8 @@ class Recipe:
     """C of Equation 9"""
     l2_weight: float = 0.5
     """factor of the squared distance to CLIP (method l2)"""
+    average_after: int = 2
+    """epochs before the averaging begins; the paper's is the length of the warm-up"""
     averages_per_epoch: int = 1
     """models of an epoch that enter the average"""
     lam: float = 0.5
@@ -146,8 +148,11 @@ def train(
     )
     warmup = recipe.warmup_epochs * steps_per_epoch
     total = recipe.epochs * steps_per_epoch
-    every = max(1, steps_per_epoch // recipe.averages_per_epoch)
-    swa = openvclip.SWATracker(model, start=warmup, every=every) if recipe.uses_swa else None
+    swa = None
+    if recipe.uses_swa:
+        every = max(1, steps_per_epoch // recipe.averages_per_epoch)
+        start = recipe.average_after * steps_per_epoch
+        swa = openvclip.SWATracker(model, start=start, every=every)
 
     def loss_of(video: Tensor, label: Tensor) -> Tensor:
         with torch.autocast(device.type, amp) if amp is not None else nullcontext():

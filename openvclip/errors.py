@@ -140,5 +140,13 @@ class CheckpointError(OpenVCLIPError, ValueError):
     """A file of weights can't be read, or holds something else."""
 
 
+class UnsafeCheckpointError(CheckpointError):
+    """A file of weights can't be read without running code that it names; none was run."""
+
+
+class ActivationWarning(UserWarning):
+    """Weights that were trained with QuickGELU are loaded into a model that has GELU."""
+
+
 class MissingDependencyError(OpenVCLIPError, ImportError):
     """An optional dependency is needed and not installed."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Iterable
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from torch.nn import functional
 
 from openvclip.adapters.attention import Boundary, FrameView, TemporalTower, require_video
 from openvclip.adapters.family import Encoder, Family
-from openvclip.errors import ExpansionError, UnsupportedModelError
+from openvclip.errors import ExpansionError, ExpansionOptionError, UnsupportedModelError
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -52,7 +51,8 @@ def expand_temporal_attention(
     video ``[B, T, C, H, W]`` gives one feature a frame: ``model.encode_image(video)`` is
     ``[B, T, D]`` (``model.get_image_features(pixel_values=video).pooler_output`` with Hugging
     Face); :func:`encode_video` pools them. The clip's length is read from the tensor,
-    so clips of any length, and images and videos in one step, need no setting.
+    so clips of any length, and images and videos in one step, need no setting. A single clip
+    needs its batch axis: ``[T, C, H, W]`` is a batch of T images.
 
     Args:
         model: an open_clip model (with a tower of its own or one of timm's), a Hugging Face
@@ -72,7 +72,8 @@ def expand_temporal_attention(
 
     Raises:
         UnsupportedModelError: there is no tower in the model that can be expanded, or several.
-        ExpansionError: the model is expanded already, or an argument is out of range.
+        ExpansionError: the model is expanded already.
+        ExpansionOptionError: an argument is out of range.
 
     Example:
         >>> import open_clip, torch
@@ -82,7 +83,7 @@ def expand_temporal_attention(
         torch.Size([1, 8, 512])
     """
     if not isinstance(window, int) or window < 1:
-        raise ExpansionError(
+        raise ExpansionOptionError(
             f"window={window!r}: expected a number of frames on either side, 1 or more."
         )
     view = FrameView(window, boundary)
@@ -133,7 +134,7 @@ def encode_video(model: nn.Module, video: Tensor) -> Tensor:
         ``[B, D]``.
 
     Raises:
-        VideoShapeError: wrong rank, dtype, channels, no frames, or a list of clips.
+        VideoShapeError: wrong rank, dtype or channels, no clips, no frames, or a list of clips.
         UnsupportedModelError: the model has no known way to encode images, or gives no single
             feature for an image.
     """
@@ -155,7 +156,7 @@ def _encoder(model: nn.Module) -> Encoder:
     if hasattr(model, "encode_image"):
         return lambda model, pixels: model.encode_image(pixels)
     inner = getattr(model, "_orig_mod", model)  # what torch.compile wraps
-    for family in _families():
+    for family in _families()[0]:
         encode = family.encoder(inner)
         if encode is not None:
             return encode
@@ -171,19 +172,25 @@ def is_expanded(model: nn.Module) -> bool:
     return any(isinstance(module, TemporalTower) for module in model.modules())
 
 
-def _families() -> Iterator[Family]:
-    """The families whose library is loaded."""
+def _families() -> tuple[list[Family], list[str]]:
+    """The families whose library is loaded, and what keeps others of these from being used."""
+    found: list[Family] = []
+    problems: list[str] = []
     for path, modules in _FAMILIES.items():
         if any(name in sys.modules for name in modules):
-            # A library too old to have the classes that the adapter builds on holds no such tower,
-            # and must not keep the towers of other libraries from being expanded.
-            with suppress(ImportError):
-                yield importlib.import_module(path).FAMILY
+            # A library too old for its adapter must not keep the towers of other libraries from
+            # being expanded.
+            try:
+                found.append(importlib.import_module(path).FAMILY)
+            except ImportError as error:
+                problems.append(f"{path} can't be used with what is installed: {error}")
+    return found, problems
 
 
 def _find_tower(model: nn.Module) -> tuple[Family, nn.Module]:
     """The one tower of ``model`` that can be expanded, and its family."""
-    found = [(family, tower) for family in _families() for tower in family.find_towers(model)]
+    families, problems = _families()
+    found = [(family, tower) for family in families for tower in family.find_towers(model)]
     if len(found) == 1:
         return found[0]
     if found:
@@ -195,8 +202,13 @@ def _find_tower(model: nn.Module) -> tuple[Family, nn.Module]:
     inner = getattr(visual, "trunk", None)
     name = type(visual).__name__ + (f" around {type(inner).__name__}" if inner is not None else "")
     raise UnsupportedModelError(
-        f"The image tower is a {name}, which can't be expanded in time. Towers that can: "
-        f"{_EXPANDABLE}."
+        " ".join(
+            [
+                f"The image tower is a {name}, which can't be expanded in time. Towers that can: "
+                f"{_EXPANDABLE}.",
+                *problems,
+            ]
+        )
     )
 
 
@@ -206,11 +218,11 @@ def _layer_indices(layers: Iterable[int] | slice | None, n: int) -> set[int]:
     if isinstance(layers, slice):
         return set(range(n)[layers])
     if not isinstance(layers, Iterable):
-        raise ExpansionError(f"layers={layers!r}: expected a list of indices or a slice.")
+        raise ExpansionOptionError(f"layers={layers!r}: expected a list of indices or a slice.")
     given = list(layers)
     outside = [i for i in given if not (isinstance(i, int) and -n <= i < n)]
     if outside:
-        raise ExpansionError(
+        raise ExpansionOptionError(
             f"layers={given}: expected indices from {-n} to {n - 1}; the tower has {n} layers."
         )
     return {i % n for i in given}

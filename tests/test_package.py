@@ -30,7 +30,10 @@ ARROWS: dict[str, set[str]] = {
     "merging": {"state"},
     "regularization": {"state"},
     "averaging": {"state"},
-    "checkpoints": {"state"},
+    "reading": {"state"},
+    "conversion": {"reading"},
+    "inspection": {"conversion"},
+    "checkpoints": {"inspection"},
     "adapters": set(),
     "temporal": {"adapters"},
     "zeroshot": {"temporal"},
@@ -40,8 +43,19 @@ ARROWS: dict[str, set[str]] = {
     "sweep": {"interpolation", "evaluation"},
     "report": {"sweep", "checkpoints"},
     "cli": {"report"},
+    "__main__": {"cli"},
 }
-WEIGHT_SPACE = ("state", "interpolation", "merging", "regularization", "averaging", "checkpoints")
+WEIGHT_SPACE = (
+    "state",
+    "interpolation",
+    "merging",
+    "regularization",
+    "averaging",
+    "reading",
+    "conversion",
+    "inspection",
+    "checkpoints",
+)
 NOT_AT_IMPORT = ("open_clip", "timm", "transformers", "torchvision", "av", "matplotlib", "tqdm")
 
 

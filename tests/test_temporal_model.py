@@ -303,3 +303,27 @@ def test_images_given_to_encode_video() -> None:
     for model in (tiny_clip(), expand_temporal_attention(tiny_clip())):
         with pytest.raises(VideoShapeError, match=r"video\[:, None\]"):
             encode_video(model, images(2))
+
+
+def test_a_video_of_another_float_dtype_is_named_and_autocast_is_left_alone() -> None:
+    model = expand_temporal_attention(tiny_clip())
+    video = random_video(1, 2)
+    with pytest.raises(VideoShapeError, match=r"dtype float64; the model's weights are float32"):
+        encode_video(model, video.double())
+    half = expand_temporal_attention(tiny_clip()).bfloat16()
+    with pytest.raises(VideoShapeError, match=r"video\.to\(torch\.bfloat16\)"):
+        half.encode_image(video)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert encode_video(model, video.bfloat16()).isfinite().all()
+
+
+def test_a_batch_of_no_clips_is_named() -> None:
+    model = expand_temporal_attention(tiny_clip())
+    with pytest.raises(VideoShapeError, match=r"without clips \(B = 0\)"):
+        encode_video(model, random_video(0, 2))
+
+
+@pytest.mark.parametrize("options", [{"window": 0}, {"boundary": "loop"}, {"layers": [99]}])
+def test_settings_out_of_range_are_value_errors(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        expand_temporal_attention(tiny_clip(), **options)

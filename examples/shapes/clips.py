@@ -183,7 +183,10 @@ def _plan(out: Path, name: str, settings: ClipSettings) -> Iterator[_Clip]:
 def _write_all(clips: list[_Clip], settings: ClipSettings, workers: int, progress: bool) -> None:
     jobs = [clips[start : start + 16] for start in range(0, len(clips), 16)]
     with tqdm(
-        total=len(clips), desc="writing clips", unit="clip", disable=not progress or not clips
+        total=len(clips),
+        desc="writing clips",
+        unit="clip",
+        disable=None if progress and clips else True,
     ) as bar:
         if workers <= 1 or len(jobs) <= 1:
             for job in jobs:

@@ -17,11 +17,11 @@ from examples.shapes.clips import LISTS, ClipSettings, make_clips
 from examples.shapes.model import MEAN, STD, Tokenizer, create_model
 from examples.shapes.raster import IMAGE_SIZE
 from examples.shapes.world import TEMPLATES, class_names
-from openvclip.sweep import sweep
+from openvclip.sweep import FIGURE_LAMBDAS, sweep
 from openvclip.video import VideoDataset, transforms
 
 FRAMES = 8
-LAMBDAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)
+LAMBDAS = FIGURE_LAMBDAS
 TEST_LISTS = ("seen_test", "development", "unseen")
 
 

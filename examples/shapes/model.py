@@ -23,7 +23,6 @@ __all__ = [
     "Tokenizer",
     "create_model",
     "normalise",
-    "save_weights",
 ]
 
 MODEL_NAME = "shapes-clip"
@@ -42,8 +41,7 @@ def create_model(weights: str | os.PathLike[str] | None = WEIGHTS) -> tuple[CLIP
     """Make the tiny CLIP through open_clip's model-config mechanism.
 
     Args:
-        weights: a file that :func:`save_weights` wrote, or ``None`` for a freshly initialised
-            model.
+        weights: a safetensors file of weights, or ``None`` for a freshly initialised model.
 
     Returns:
         The model (float32, on the CPU, in eval mode) and open_clip's tokenizer for it.
@@ -63,29 +61,6 @@ def create_model(weights: str | os.PathLike[str] | None = WEIGHTS) -> tuple[CLIP
     model: CLIP = open_clip.create_model(MODEL_NAME, pretrained=pretrained)
     tokenizer: Tokenizer = open_clip.get_tokenizer(MODEL_NAME)
     return model.eval(), tokenizer
-
-
-def save_weights(model: CLIP, path: str | os.PathLike[str]) -> None:
-    """Write a model's weights in half precision.
-
-    A crash leaves the old file or the new one, never a part.
-    """
-    from safetensors.torch import save_file
-
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors: dict[str, Tensor] = {}
-    for name, value in model.state_dict().items():
-        half = value.half() if value.is_floating_point() else value
-        tensors[name] = half.detach().cpu().contiguous()
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        save_file(tensors, partial)
-        with partial.open("rb") as written:
-            os.fsync(written.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def normalise(pixels: NDArray[np.uint8] | Tensor) -> Tensor:

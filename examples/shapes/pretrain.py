@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from examples.shapes.drawing import draw_images
-from examples.shapes.model import Tokenizer, create_model, normalise, save_weights
+from examples.shapes.model import Tokenizer, create_model, normalise
 from examples.shapes.world import ACTIONS, COLOURS, SHAPES, TEMPLATES, still_caption
+from openvclip.checkpoints import save_checkpoint
 
 if TYPE_CHECKING:
     from open_clip import CLIP
@@ -29,7 +30,6 @@ __all__ = ["caption_targets", "contrastive_loss", "pretrain", "still_accuracy"]
 Attributes = NDArray[np.int64]
 
 _COLOUR_NAMES = tuple(COLOURS)
-_KINDS = (len(SHAPES), len(ACTIONS), len(_COLOUR_NAMES))
 # Marks an attribute that a caption leaves out.
 _UNSAID = -1
 
@@ -42,6 +42,8 @@ def pretrain(
     weight_decay: float = 0.1,
     warmup: int = 100,
     seed: int = 0,
+    shapes: int = len(SHAPES),
+    actions: int = len(ACTIONS),
     progress: bool = True,
 ) -> tuple[CLIP, Tokenizer]:
     """Train the tiny CLIP from scratch: AdamW, linear warm-up, cosine decay to zero.
@@ -53,6 +55,8 @@ def pretrain(
         weight_decay: for weight matrices; vectors and embeddings are not decayed.
         warmup: steps of linear warm-up, at most a tenth of all steps.
         seed: of the initial weights and of the stills.
+        shapes: draw only the first so many shapes: a smaller world, learnt faster.
+        actions: draw only the first so many actions.
         progress: whether to show a progress bar.
 
     Returns:
@@ -68,9 +72,9 @@ def pretrain(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: _pace(step, steps, min(warmup, steps // 10))
     )
-    bar = tqdm(range(steps), desc="pretraining", unit="step", disable=not progress)
+    bar = tqdm(range(steps), desc="pretraining", unit="step", disable=None if progress else True)
     for step in bar:
-        drawn, said = _draw_attributes(batch_size, rng)
+        drawn, said = _draw_attributes(batch_size, rng, shapes, actions)
         images = normalise(draw_images(drawn[:, 0], drawn[:, 2], drawn[:, 1], rng))
         loss = contrastive_loss(
             model, images, tokenizer(_captions(said, rng)), caption_targets(drawn, said)
@@ -124,7 +128,13 @@ def caption_targets(drawn: Attributes, said: Attributes) -> Tensor:
 
 @torch.no_grad()
 def still_accuracy(
-    model: CLIP, tokenizer: Tokenizer, *, count: int = 2048, seed: int = 10_000
+    model: CLIP,
+    tokenizer: Tokenizer,
+    *,
+    count: int = 2048,
+    seed: int = 10_000,
+    shapes: int = len(SHAPES),
+    actions: int = len(ACTIONS),
 ) -> dict[str, float]:
     """Measure zero-shot accuracy on stills that pretraining never drew.
 
@@ -132,15 +142,16 @@ def still_accuracy(
         model, tokenizer: as :func:`pretrain` returns them.
         count: number of stills.
         seed: of the stills; must differ from the seed of the pretraining.
+        shapes, actions: as for :func:`pretrain`.
 
     Returns:
-        Accuracies in [0, 1] over all ``24 x 8`` classes (``"class"``) and of the shape and the
-        action in the chosen class (``"shape"``, ``"action"``).
+        Accuracies in [0, 1] over all ``shapes x actions`` classes (``"class"``) and of the shape
+        and the action in the chosen class (``"shape"``, ``"action"``).
     """
     rng = np.random.default_rng(seed)
-    drawn, _ = _draw_attributes(count, rng)
+    drawn, _ = _draw_attributes(count, rng, shapes, actions)
     images = normalise(draw_images(drawn[:, 0], drawn[:, 2], drawn[:, 1], rng))
-    names = [f"{shape} {action}" for shape in SHAPES for action in ACTIONS]
+    names = [f"{shape} {action}" for shape in SHAPES[:shapes] for action in ACTIONS[:actions]]
     texts = torch.stack(
         [
             model.encode_text(tokenizer([t.format(n) for n in names]), normalize=True)
@@ -149,7 +160,7 @@ def still_accuracy(
     )
     logits = model.encode_image(images, normalize=True) @ F.normalize(texts.mean(0), dim=-1).T
     chosen = logits.argmax(1).numpy()
-    shape, action = chosen // len(ACTIONS) == drawn[:, 0], chosen % len(ACTIONS) == drawn[:, 1]
+    shape, action = chosen // actions == drawn[:, 0], chosen % actions == drawn[:, 1]
     return {
         "shape": float(shape.mean()),
         "action": float(action.mean()),
@@ -157,9 +168,12 @@ def still_accuracy(
     }
 
 
-def _draw_attributes(count: int, rng: np.random.Generator) -> tuple[Attributes, Attributes]:
+def _draw_attributes(
+    count: int, rng: np.random.Generator, shapes: int, actions: int
+) -> tuple[Attributes, Attributes]:
     """Draw shape, action and colour of stills, ``[B, 3]``, and what their captions say of them."""
-    drawn = np.stack([rng.integers(0, kinds, count) for kinds in _KINDS], axis=1)
+    kinds = (shapes, actions, len(_COLOUR_NAMES))
+    drawn = np.stack([rng.integers(0, kind, count) for kind in kinds], axis=1)
     said = drawn.copy()
     said[rng.random(count) < 0.1, 1] = _UNSAID
     said[rng.random(count) < 0.6, 2] = _UNSAID
@@ -211,7 +225,7 @@ def main(argv: list[str] | None = None) -> None:
     model, tokenizer = pretrain(
         steps=args.steps, batch_size=args.batch_size, lr=args.lr, seed=args.seed
     )
-    save_weights(model, args.out)
+    save_checkpoint(model.state_dict(), args.out, dtype=torch.float16)
     model, tokenizer = create_model(args.out)
     for kind, accuracy in still_accuracy(model, tokenizer).items():
         print(f"{kind:>6} accuracy on held-out stills: {accuracy:.1%}")

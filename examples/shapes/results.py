@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from examples.shapes.experiment import Accuracies
 from openvclip.checkpoints import atomic_path
 from openvclip.report import Curve, markdown_table, mean_and_std, tradeoff_figure
-from openvclip.sweep import FIGURE_LAMBDAS
 
 Results = dict[str, Any]
 """``{"settings": ..., "environment": ..., "seeds": {seed: {row: Accuracies}}}``"""
@@ -87,11 +86,9 @@ def draw(results: Results, path: Path) -> None:
     curves = []
     for row in rows(results):
         lams = lambdas(results, row)
-        shown = [i for i, lam in enumerate(lams) if row == "CLIP" or lam in FIGURE_LAMBDAS]
         seen, unseen = (accuracies(results, row, name) for name in ("seen_test", "unseen"))
-        kept, best = [lams[i] for i in shown], chosen_lambda(results, row)
-        chosen = kept.index(best) if best in kept and row != "CLIP" else None
-        curves.append(Curve(row, kept, seen[:, shown], unseen[:, shown], chosen))
+        chosen = None if row == "CLIP" else lams.index(chosen_lambda(results, row))
+        curves.append(Curve(row, lams, seen, unseen, chosen))
     n = len(results["seeds"])
     tradeoff_figure(
         curves,

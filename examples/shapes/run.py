@@ -23,10 +23,15 @@ from examples.shapes import results as reporting
 from examples.shapes.experiment import LAMBDAS, ROWS, Experiment, Settings
 from examples.shapes.model import create_model
 from examples.shapes.settings import FULL, QUICK, SMOKE
+from examples.shapes.world import class_names
 from openvclip.checkpoints import load_checkpoint, save_checkpoint
 
 AVERAGED = "openvclip-averaged.safetensors"
 FINAL = "openvclip-shapes.safetensors"
+FULL_TIME = (
+    "3 seeds, 3 runs each: about 20 minutes on 2 cores. Finished runs are kept if you stop it; the "
+    "same command goes on."
+)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -52,17 +57,17 @@ def main(arguments: list[str] | None = None) -> None:
     if n_seeds < 1:
         raise SystemExit(f"--seeds {n_seeds}: expected at least 1.")
     if args.full:
-        print(f"{n_seeds} seeds, {len(settings.runs)} runs each: {FULL_TIME}", flush=True)
+        print(FULL_TIME, flush=True)
     started = time.perf_counter()
     results_path = args.out / "results.json"
-    results = reporting.load_results(results_path, _recorded(settings))
-    results["environment"] = _environment()
-    for seed in range(n_seeds):
-        _run_seed(settings, seed, args.out, results, results_path)
+    try:
+        results = reporting.load_results(results_path, _recorded(settings))
+        results["environment"] = _environment()
+        for seed in range(n_seeds):
+            _run_seed(settings, seed, args.out, results, results_path)
+    except (openvclip.OpenVCLIPError, FileExistsError) as error:
+        raise SystemExit(str(error)) from error
     _report(results, args.out, time.perf_counter() - started)
-
-
-FULL_TIME = "this takes about 25 minutes on 2 cores; finished runs are kept if you stop it."
 
 
 def _run_seed(
@@ -73,6 +78,7 @@ def _run_seed(
     missing = [run for run in settings.runs if ROWS[run][0] not in done]
     if not missing and "CLIP" in done:
         return
+    print(f"seed {seed}: clips, then the runs {', '.join(missing)}", flush=True)
     experiment = Experiment(settings, seed, out / "clips" / f"seed-{seed}")
     if "CLIP" not in done:
         done["CLIP"] = experiment.clip_accuracies()
@@ -97,7 +103,8 @@ def _report(results: reporting.Results, out: Path, seconds: float) -> None:
     print("λ weighs the original CLIP; it is chosen on clips of 8 further shapes (development).")
     for name in ("tradeoff.png", "results.json", FINAL):
         print(f"wrote {out / name}")
-    clips = sorted((out / "clips" / "seed-0" / "videos" / "umbrella bouncing").glob("*.mp4"))
+    name = class_names("unseen")[-1]
+    clips = sorted((out / "clips" / "seed-0" / "videos" / name).glob("*.mp4"))
     command = ["python", "-m", "examples.shapes.predict", str(out / FINAL), str(clips[0])]
     print(f"done in {seconds / 60:.1f} minutes; try the model on a clip:\n  {shlex.join(command)}")
 

@@ -9,17 +9,18 @@ from examples.shapes.clips import ClipSettings
 from examples.shapes.experiment import Settings
 
 RECIPE = Recipe(
-    epochs=13,
+    epochs=20,
     warmup_epochs=1,
-    lr=5e-4,
-    end_lr=5e-6,
+    lr=2e-3,
+    end_lr=2e-5,
     batch_size=32,
+    average_after=10,
     averages_per_epoch=4,
-    l2_weight=0.5,
+    l2_weight=0.01,
 )
 
-QUICK = Settings(ClipSettings(train=1024, test=512), RECIPE)
+QUICK = Settings(ClipSettings(train=512, test=512), RECIPE)
 FULL = replace(QUICK, runs=("swa", "openvclip", "l2"))
 SMOKE = Settings(
-    ClipSettings(train=64, test=64), replace(RECIPE, epochs=2, warmup_epochs=1), QUICK.runs
+    ClipSettings(train=64, test=64), replace(RECIPE, epochs=2, average_after=1), QUICK.runs
 )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from openvclip.errors import ExpansionError, VideoShapeError
+from openvclip.errors import ExpansionOptionError, VideoShapeError
 
 Boundary = Literal["zero", "mask", "replicate"]
 
@@ -34,11 +34,11 @@ class FrameView:
 
     def __post_init__(self) -> None:
         if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 0:
-            raise ExpansionError(
+            raise ExpansionOptionError(
                 f"window={self.window!r}: expected a number of frames on either side, 1 or more."
             )
         if self.boundary not in get_args(Boundary):
-            raise ExpansionError(
+            raise ExpansionOptionError(
                 f"boundary={self.boundary!r}: expected one of "
                 + ", ".join(repr(name) for name in get_args(Boundary))
                 + "."
@@ -139,12 +139,16 @@ class _GatherFrames(torch.autograd.Function):
         return total, None, None
 
 
-def require_video(video: Tensor, frame_size: tuple[int, int] | None = None) -> None:
-    """Raise :class:`VideoShapeError` unless ``video`` is float ``[B, T, C, H, W]`` with T >= 1.
+def require_video(
+    video: Tensor, frame_size: tuple[int, int] | None = None, weight: Tensor | None = None
+) -> None:
+    """Raise :class:`VideoShapeError` unless ``video`` is float ``[B, T, C, H, W]``, B, T >= 1.
 
     Args:
         video: what was given.
         frame_size: the ``(H, W)`` that the tower was made for, where it is fixed.
+        weight: the first weight that the pixels meet, whose dtype they must have but under
+            autocast.
     """
     if not isinstance(video, Tensor):
         raise VideoShapeError(_not_a_tensor(video))
@@ -161,8 +165,11 @@ def require_video(video: Tensor, frame_size: tuple[int, int] | None = None) -> N
             "floating-point frames. Divide by 255, then subtract the mean and divide by the "
             "standard deviation that the model was trained with."
         )
-    if shape[1] == 0:
-        raise VideoShapeError(f"Got a video without frames (T = 0): shape {shape}.")
+    if weight is not None and video.dtype != weight.dtype:
+        _require_autocast(video, weight)
+    if shape[0] == 0 or shape[1] == 0:
+        empty = "frames (T = 0)" if shape[0] else "clips (B = 0)"
+        raise VideoShapeError(f"Got a video without {empty}: shape {shape}.")
     if shape[2] != 3:
         hint = "permute it: video.permute(0, 1, 4, 2, 3)" if shape[4] == 3 else "expected RGB"
         raise VideoShapeError(
@@ -173,6 +180,15 @@ def require_video(video: Tensor, frame_size: tuple[int, int] | None = None) -> N
         raise VideoShapeError(
             f"Got frames of {shape[3]} x {shape[4]} pixels (H x W); the model takes "
             f"{frame_size[0]} x {frame_size[1]}. Resize and crop the frames first."
+        )
+
+
+def _require_autocast(video: Tensor, weight: Tensor) -> None:
+    if not torch.is_autocast_enabled(video.device.type):
+        given, expected = (str(t.dtype).removeprefix("torch.") for t in (video, weight))
+        raise VideoShapeError(
+            f"Got a video of dtype {given}; the model's weights are {expected}. Convert it with "
+            f"video.to(torch.{expected}), or run the model under torch.autocast."
         )
 
 

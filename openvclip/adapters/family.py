@@ -29,6 +29,9 @@ class Family:
         encoder: how to get features ``[n, D]`` from images, and ``[B, T, D]`` from videos where
             the model is expanded: a function of the model and the tensor. None where the model
             is not of this family.
+        pooling: models that hold a tower and pool its tokens themselves, taking the first axis
+            after the batch for that of the tokens. With frames there they would be wrong without
+            a word.
     """
 
     towers: Classes
@@ -36,6 +39,7 @@ class Family:
     layers: Callable[[Any], list[nn.Module]]
     expected: str
     encoder: Callable[[nn.Module], Encoder | None]
+    pooling: tuple[type[nn.Module], ...] = ()
     _plain: dict[type[nn.Module], type[nn.Module]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -43,7 +47,16 @@ class Family:
         object.__setattr__(self, "_plain", {temporal: plain for plain, temporal in pairs.items()})
 
     def find_towers(self, model: nn.Module) -> list[nn.Module]:
-        """The towers in ``model``, expanded ones included."""
+        """The towers in ``model``, expanded ones included.
+
+        Raises:
+            UnsupportedModelError: the model pools its tower's tokens itself.
+        """
+        if isinstance(model, self.pooling):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} pools the tokens of its tower itself, which would mix "
+                "the frames of a video. Take the tower out of it and expand that alone."
+            )
         kinds = {*self.towers.keys(), *self.towers.values()}
         return [module for module in model.modules() if type(module) in kinds]
 

@@ -86,7 +86,7 @@ class TemporalVisionTransformer(TemporalTower, VisionTransformer):  # type: igno
         if x.ndim == 4:
             plain: Tensor | tuple[Tensor, Tensor] = super().forward(x)
             return plain
-        require_video(x, self.image_size)
+        require_video(x, self.image_size, self.conv1.weight)
         clips = x.shape[:2]
         tokens = self._embeds(x.flatten(0, 1)).unflatten(0, clips)
         tokens = self.transformer(tokens)
@@ -106,11 +106,7 @@ def _attentions(tower: Any) -> list[nn.Module]:
 
 
 def _require_packed(index: int, attention: nn.MultiheadAttention) -> None:
-    if (
-        attention.in_proj_weight is None
-        or attention.bias_k is not None
-        or attention.add_zero_attn
-    ):
+    if attention.in_proj_weight is None or attention.bias_k is not None or attention.add_zero_attn:
         raise UnsupportedModelError(
             f"Layer {index} of the tower has an attention with separate key and value widths, "
             "bias_k or add_zero_attn, which no CLIP uses; it can't be expanded."

@@ -20,7 +20,9 @@ from openvclip.checkpoints import load_checkpoint
 from tests.helpers import SHARED, random_video, tiny_clip, tiny_tokenizer
 
 NAMES = ["one", "two", "three"]
-TINY = Recipe(epochs=3, warmup_epochs=1, lr=1e-2, end_lr=1e-4, batch_size=2, seed=3)
+TINY = Recipe(
+    epochs=3, warmup_epochs=1, average_after=1, lr=1e-2, end_lr=1e-4, batch_size=2, seed=3
+)
 
 
 def _batches() -> list[tuple[Tensor, Tensor]]:
@@ -160,7 +162,8 @@ def test_command_line_trains_on_files(tmp_path: Path, capsys: pytest.CaptureFixt
     finetune.main(
         f"--model shapes-clip --pretrained {WEIGHTS} --annotations {tmp_path / 'train.csv'} "
         f"--root {tmp_path} --classes {tmp_path / 'classes.txt'} --out {out} --device cpu "
-        "--workers 0 --epochs 2 --warmup-epochs 1 --batch-size 2 --sampling-rate 4 --lr 1e-4 "
+        "--workers 0 --epochs 2 --warmup-epochs 1 --average-after 1 --batch-size 2 "
+        "--sampling-rate 4 --lr 1e-4 "
         "--lam 0.25".split()
     )
     assert "final.safetensors" in capsys.readouterr().out
@@ -187,7 +190,7 @@ def test_defaults_are_the_papers() -> None:
         pytest.skip("no ../shared/facts")
     paper, recipe = json.loads(facts.read_text())["training"], Recipe()
     assert recipe.epochs == paper["epochs"]
-    assert recipe.warmup_epochs == paper["warmup_epochs"]
+    assert recipe.warmup_epochs == recipe.average_after == paper["warmup_epochs"]
     assert (recipe.lr, recipe.end_lr) == (paper["lr"], paper["final_lr"])
     assert recipe.weight_decay == paper["weight_decay"]
     assert recipe.clip_grad_norm == paper["clip_grad_norm"]

@@ -1,0 +1,8 @@
+"""``python -m openvclip`` is the command ``openvclip``."""
+
+import sys
+
+from openvclip.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
