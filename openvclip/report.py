@@ -24,6 +24,7 @@ class Curve:
         closed_set: accuracies in [0, 1], ``[seeds, L]``.
         zero_shot: accuracies in [0, 1], ``[seeds, L]``.
         chosen: index into ``lams`` of the reported point, or None.
+        highlighted: draw the curve thick, with its lambdas; the others are thin.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Curve:
     closed_set: NDArray[np.float64]
     zero_shot: NDArray[np.float64]
     chosen: int | None = None
+    highlighted: bool = False
 
 
 def mean_and_std(values: Sequence[float] | NDArray[np.float64], digits: int = 1) -> str:
@@ -68,8 +70,8 @@ def tradeoff_figure(
     """Draw zero-shot over closed-set accuracy for each curve (as Figures 2 and 3) into a PNG.
 
     Points are means over seeds with the standard deviation as thin bars; the numbers beside the
-    points of the last curve are lambda, the weight of the original CLIP; stars are the reported
-    points. A curve with a single lambda is a single mark.
+    points of highlighted curves are lambda, the weight of the original CLIP; stars are the
+    reported points. A curve with a single lambda is a single mark.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -85,28 +87,30 @@ def tradeoff_figure(
     FigureCanvasAgg(figure)
     axes: Any = figure.add_subplot()
     for index, curve in enumerate(curves):
-        _draw(axes, curve, f"C{index}", numbered=index == len(curves) - 1)
+        _draw(axes, curve, f"C{index}")
     axes.set(xlabel=closed_set_label, ylabel=zero_shot_label, title=title)
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="lower right")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
 
 
-def _draw(axes: Any, curve: Curve, colour: str, *, numbered: bool) -> None:
+def _draw(axes: Any, curve: Curve, colour: str) -> None:
     closed, zero = 100 * curve.closed_set, 100 * curve.zero_shot
     x, y = closed.mean(axis=0), zero.mean(axis=0)
-    spread = dict.fromkeys(("xerr", "yerr"))
+    width = 2.4 if curve.highlighted else 1.0
+    order = 4 if curve.highlighted else 3
     if len(closed) > 1:
         spread = {"xerr": closed.std(axis=0, ddof=1), "yerr": zero.std(axis=0, ddof=1)}
+        axes.errorbar(x, y, fmt="none", ecolor=colour, elinewidth=0.6, alpha=0.35, **spread)
     marker = "o-" if len(curve.lams) > 1 else "D"
-    axes.errorbar(
-        x, y, fmt=marker, color=colour, label=curve.name, markersize=4, elinewidth=0.6, **spread
-    )
+    line = {"color": colour, "linewidth": width, "markersize": 3 + width, "zorder": order}
+    axes.plot(x, y, marker, label=curve.name, **line)
     if curve.chosen is not None:
-        axes.plot(x[curve.chosen], y[curve.chosen], "*", color=colour, markersize=16, zorder=5)
-    if numbered:
+        at = x[curve.chosen], y[curve.chosen]
+        axes.plot(*at, "*", color=colour, markersize=15, zorder=5, markeredgecolor="white")
+    if curve.highlighted:
         for lam, xi, yi in zip(curve.lams, x, y, strict=True):
             axes.annotate(
-                f"{lam:g}", (xi, yi), xytext=(5, 5), textcoords="offset points", fontsize=8
+                f"{lam:g}", (xi, yi), xytext=(7, -3), textcoords="offset points", fontsize=8
             )

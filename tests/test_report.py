@@ -33,7 +33,7 @@ def _curve(name: str, seeds: int, shift: float) -> Curve:
     lams = (0.0, 0.5, 0.8)
     base = np.array([0.5, 0.4, 0.2]) + shift
     spread = np.linspace(-0.01, 0.01, seeds)[:, None]
-    return Curve(name, lams, base + spread, base / 2 + spread, chosen=1)
+    return Curve(name, lams, base + spread, base / 2 + spread, chosen=1, highlighted=name == "two")
 
 
 @pytest.mark.parametrize("seeds", [1, 3])

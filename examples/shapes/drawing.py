@@ -49,10 +49,10 @@ class VideoLook:
         fade: largest loss of contrast, 1 being a uniform frame.
     """
 
-    texture: float = 0.08
-    noise: float = 0.03
-    cast: float = 0.1
-    fade: float = 0.15
+    texture: float = 0.16
+    noise: float = 0.06
+    cast: float = 0.2
+    fade: float = 0.35
 
 
 def draw_videos(

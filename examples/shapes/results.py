@@ -66,19 +66,25 @@ def chosen_lambda(results: Results, row: str) -> float:
 
 
 def table(results: Results) -> str:
-    """Markdown: each row at the fine-tuned end and at the lambda chosen on development shapes."""
-    header = ["method", "seen, λ=0", "unseen, λ=0", "chosen λ", "seen", "unseen"]
+    """Markdown: accuracies of each row at the fine-tuned end, half way, and at its chosen λ."""
+    header = ["method", "seen, λ=0", "unseen, λ=0", "seen, λ=0.5", "unseen, λ=0.5"]
+    header += ["chosen λ", "seen", "unseen"]
     return markdown_table(header, [_table_row(results, row) for row in rows(results)])
 
 
 def _table_row(results: Results, row: str) -> list[str]:
-    lams, best = lambdas(results, row), chosen_lambda(results, row)
-    seen, unseen = (accuracies(results, row, name) for name in ("seen_test", "unseen"))
-    ends = ["", ""]
-    if 0.0 in lams:
-        ends = [mean_and_std(values[:, lams.index(0.0)]) for values in (seen, unseen)]
-    at_best = [mean_and_std(values[:, lams.index(best)]) for values in (seen, unseen)]
-    return [row, *ends, "" if row == "CLIP" else f"{best:g}", *at_best]
+    if row == "CLIP":
+        return [row, "", "", "", "", "", *_cells(results, row, 1.0)]
+    best = chosen_lambda(results, row)
+    at = [_cells(results, row, lam) for lam in (0.0, 0.5, best)]
+    return [row, *at[0], *at[1], f"{best:g}", *at[2]]
+
+
+def _cells(results: Results, row: str, lam: float) -> list[str]:
+    column = lambdas(results, row).index(lam)
+    return [
+        mean_and_std(accuracies(results, row, name)[:, column]) for name in ("seen_test", "unseen")
+    ]
 
 
 def draw(results: Results, path: Path) -> None:
@@ -88,12 +94,13 @@ def draw(results: Results, path: Path) -> None:
         lams = lambdas(results, row)
         seen, unseen = (accuracies(results, row, name) for name in ("seen_test", "unseen"))
         chosen = None if row == "CLIP" else lams.index(chosen_lambda(results, row))
-        curves.append(Curve(row, lams, seen, unseen, chosen))
+        highlighted = row in ("FINE-TUNE", "Open-VCLIP")
+        curves.append(Curve(row, lams, seen, unseen, chosen, highlighted))
     n = len(results["seeds"])
     tradeoff_figure(
         curves,
         path,
-        title=f"Shapes world, {n} seed{'s' if n > 1 else ''}: λ from 0 (right) to 0.8 (left)",
+        title=f"Shapes world, {n} seed{'s' if n > 1 else ''}; numbers are λ, stars the chosen λ",
         closed_set_label="accuracy on clips of seen shapes (%)",
         zero_shot_label="accuracy on clips of unseen shapes (%)",
     )

@@ -29,7 +29,7 @@ from openvclip.checkpoints import load_checkpoint, save_checkpoint
 AVERAGED = "openvclip-averaged.safetensors"
 FINAL = "openvclip-shapes.safetensors"
 FULL_TIME = (
-    "3 seeds, 3 runs each: about 20 minutes on 2 cores. Finished runs are kept if you stop it; the "
+    "3 seeds, 3 runs each: about 16 minutes on 2 cores. Finished runs are kept if you stop it; the "
     "same command goes on."
 )
 
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
     started = time.perf_counter()
     results_path = args.out / "results.json"
     try:
-        results = reporting.load_results(results_path, _recorded(settings))
+        results = reporting.load_results(results_path, recorded(settings))
         results["environment"] = _environment()
         for seed in range(n_seeds):
             _run_seed(settings, seed, args.out, results, results_path)
@@ -114,7 +114,8 @@ def _describe(results: reporting.Results) -> str:
     return "1 seed" if n == 1 else f"mean ± standard deviation over {n} seeds"
 
 
-def _recorded(settings: Settings) -> dict[str, object]:
+def recorded(settings: Settings) -> dict[str, object]:
+    """The settings as the results file has them; results of others are not mixed with these."""
     # Without the runs, so that --full continues what the quick mode has done.
     return {
         "clips": asdict(settings.clips),
