@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,6 +45,7 @@ def pretrain(
     seed: int = 0,
     shapes: int = len(SHAPES),
     actions: int = len(ACTIONS),
+    start: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> tuple[CLIP, Tokenizer]:
     """Train the tiny CLIP from scratch: AdamW, linear warm-up, cosine decay to zero.
@@ -57,6 +59,7 @@ def pretrain(
         seed: of the initial weights and of the stills.
         shapes: draw only the first so many shapes: a smaller world, learnt faster.
         actions: draw only the first so many actions.
+        start: a file of weights to start from, instead of random ones.
         progress: whether to show a progress bar.
 
     Returns:
@@ -64,7 +67,7 @@ def pretrain(
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    model, tokenizer = create_model(weights=None)
+    model, tokenizer = create_model(weights=start)
     model.train()
     optimizer = torch.optim.AdamW(
         _parameter_groups(model, weight_decay), lr=lr, betas=(0.9, 0.98), eps=1e-6, fused=True
