@@ -1,4 +1,4 @@
-"""Fine-tune a CLIP on videos with Open-VCLIP, or one of the methods that it is compared with.
+r"""Fine-tune a CLIP on videos with Open-VCLIP, or one of the methods that it is compared with.
 
     python examples/finetune.py --model ViT-B-16-quickgelu --pretrained openai \
         --annotations train.csv --root videos/ --classes classes.txt --out run/
@@ -16,7 +16,7 @@ import argparse
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,40 +32,38 @@ from openvclip.checkpoints import save_checkpoint
 METHODS = ("openvclip", "finetune", "l2", "iwr", "swa")
 
 
+def _setting(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How to train. Steps are optimizer steps; an epoch is one pass over the loader."""
 
-    method: str = "openvclip"
-    """openvclip = iwr + swa; finetune = neither; l2 = penalty on the distance to CLIP"""
-    epochs: int = 22
-    """passes over the videos, the warm-up included"""
-    warmup_epochs: int = 2
-    """epochs of linear warm-up"""
-    lr: float = 3.33e-6
-    """learning rate after the warm-up"""
-    end_lr: float = 3.33e-8
-    """learning rate at the first and at the last step"""
-    weight_decay: float = 0.01
-    """AdamW's weight decay, for matrices (biases, norms and scales have none)"""
-    clip_grad_norm: float = 1.0
-    """largest norm of the gradient"""
-    batch_size: int = 64
-    """videos per step"""
-    alpha_max: float = 0.6
-    """alpha of the regulariser is uniform in [0, alpha_max]; it weighs CLIP"""
-    iwr_weight: float = 0.5
-    """C of Equation 9"""
-    l2_weight: float = 0.5
-    """factor of the squared distance to CLIP (method l2)"""
-    average_after: int = 2
-    """epochs before the averaging begins; the paper's is the length of the warm-up"""
-    averages_per_epoch: int = 1
-    """models of an epoch that enter the average"""
-    lam: float = 0.5
-    """weight of CLIP in the final interpolation"""
-    seed: int = 0
-    """seed of the order of the videos, their augmentation and alpha"""
+    method: str = _setting(
+        "openvclip",
+        "openvclip = iwr + swa; finetune = neither; l2 = penalty on the distance to CLIP",
+    )
+    epochs: int = _setting(22, "passes over the videos, the warm-up included")
+    warmup_epochs: int = _setting(2, "epochs of linear warm-up")
+    lr: float = _setting(3.33e-6, "learning rate after the warm-up")
+    end_lr: float = _setting(3.33e-8, "learning rate at the first and at the last step")
+    weight_decay: float = _setting(
+        0.01, "AdamW's weight decay, for matrices (biases, norms and scales have none)"
+    )
+    clip_grad_norm: float = _setting(1.0, "largest norm of the gradient")
+    batch_size: int = _setting(64, "videos per step")
+    alpha_max: float = _setting(
+        0.6, "alpha of the regulariser is uniform in [0, alpha_max]; it weighs CLIP"
+    )
+    iwr_weight: float = _setting(0.5, "C of Equation 9")
+    l2_weight: float = _setting(0.5, "factor of the squared distance to CLIP (method l2)")
+    average_after: int = _setting(
+        2, "epochs before the averaging begins; the paper's is the length of the warm-up"
+    )
+    averages_per_epoch: int = _setting(1, "models of an epoch that enter the average")
+    lam: float = _setting(0.5, "weight of CLIP in the final interpolation")
+    seed: int = _setting(0, "seed of the order of the videos, their augmentation and alpha")
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -222,12 +220,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--amp", choices=("bfloat16", "float16", "off"), default=None)
     parser.add_argument("--frames", type=int, default=8, help="frames of a clip")
     parser.add_argument("--sampling-rate", type=int, default=16, help="frames between two of them")
-    for field in fields(Recipe):
-        flag = "--" + field.name.replace("_", "-")
-        kind: Any = type(field.default)
-        choices = METHODS if field.name == "method" else None
-        text = f"default {field.default}"
-        parser.add_argument(flag, type=kind, default=field.default, choices=choices, help=text)
+    for setting in fields(Recipe):
+        flag = "--" + setting.name.replace("_", "-")
+        kind: Any = type(setting.default)
+        choices = METHODS if setting.name == "method" else None
+        text = f"{setting.metadata['help']} (default {setting.default})"
+        parser.add_argument(flag, type=kind, default=setting.default, choices=choices, help=text)
     return parser.parse_args(arguments)
 
 
@@ -238,7 +236,7 @@ def main(arguments: list[str] | None = None) -> None:
     from openvclip.video import VideoDataset, transforms
 
     args = parse_arguments(arguments)
-    recipe = Recipe(**{field.name: getattr(args, field.name) for field in fields(Recipe)})
+    recipe = Recipe(**{setting.name: getattr(args, setting.name) for setting in fields(Recipe)})
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     amp = _amp_dtype(args.amp, device)
     torch.manual_seed(recipe.seed)
