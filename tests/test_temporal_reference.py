@@ -127,12 +127,14 @@ def test_equals_the_released_implementation(checkpointing: bool) -> None:
 # --- Equation 3 --------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("trains", [False, True])  # views of the frames in turn, or copies at once
 @pytest.mark.parametrize(("window", "boundary", "frames"), SETTINGS)
-def test_attention_equals_equation_3(window: int, boundary: Any, frames: int) -> None:
+def test_attention_equals_equation_3(window: int, boundary: Any, frames: int, trains: bool) -> None:
     generator = torch.Generator().manual_seed(window + 10 * frames)
     shape = (2, frames, 4, 3, 5)  # clips, frames, tokens, heads, width of a head
     q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3))
-    got = temporal_attention(q, k, v, FrameView(window, boundary))
+    got = temporal_attention(q.requires_grad_(trains), k, v, FrameView(window, boundary))
+    assert got.requires_grad == trains
     assert got.shape == (2, frames, 4, 15)
     for b in range(2):
         for h in range(3):
@@ -150,7 +152,9 @@ def test_tower_equals_equation_3(window: int, boundary: Any, frames: int) -> Non
     expand_temporal_attention(tower, window=window, boundary=boundary)
     for mode in (False, True):
         tower.train(mode)
-        torch.testing.assert_close(tower(video).double(), expected, rtol=1e-4, atol=2e-5)
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad):
+                torch.testing.assert_close(tower(video).double(), expected, rtol=1e-4, atol=2e-5)
 
 
 def test_the_settings_differ_from_each_other() -> None:

@@ -68,6 +68,8 @@ def temporal_attention(
         ``[B, T, N, heads * d]``.
     """
     b, t, n, heads, d = q.shape
+    if view.window > 0 and _better_in_turn(q, k, v):
+        return _frames_in_turn(q, k, v, view, dropout_p, scale)
     mask = None
     if view.window > 0:
         k, v = _in_view(k, view), _in_view(v, view)
@@ -77,6 +79,47 @@ def temporal_attention(
         _by_head(q), _by_head(k), _by_head(v), attn_mask=mask, dropout_p=dropout_p, scale=scale
     )
     return out.transpose(1, 2).reshape(b, t, n, heads * d)
+
+
+def _better_in_turn(*qkv: Tensor) -> bool:
+    """Whether one kernel call a frame, on views, beats one call for all frames, on copies.
+
+    On a CPU it does, since there the copies cost more than the attention itself; but not in
+    training, where each view's gradient would fill a buffer of the size of all frames. A GPU
+    wants few large calls, and a compiled graph no loop over frames.
+    """
+    if qkv[0].device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return not (torch.is_grad_enabled() and any(x.requires_grad for x in qkv))
+
+
+def _frames_in_turn(
+    q: Tensor, k: Tensor, v: Tensor, view: FrameView, dropout_p: float, scale: float | None
+) -> Tensor:
+    frames = [
+        functional.scaled_dot_product_attention(
+            q[:, i].transpose(1, 2),
+            _around(k, i, view).transpose(1, 2),
+            _around(v, i, view).transpose(1, 2),
+            dropout_p=dropout_p,
+            scale=scale,
+        ).transpose(1, 2)
+        for i in range(q.shape[1])
+    ]
+    return torch.stack(frames, dim=1).flatten(-2)
+
+
+def _around(x: Tensor, frame: int, view: FrameView) -> Tensor:
+    """The frames in view of one frame, ``[B, L, heads, d]``: a view of ``x`` but at the ends."""
+    first, last = frame - view.window, frame + view.window + 1
+    inside = x[:, max(0, first) : last].flatten(1, 2)
+    before, after = max(0, -first), max(0, last - x.shape[1])
+    if view.boundary == "mask" or before == after == 0:
+        return inside
+    if view.boundary == "replicate":
+        return torch.cat([*[x[:, 0]] * before, inside, *[x[:, -1]] * after], dim=1)
+    n = x.shape[2]
+    return functional.pad(inside, (0, 0, 0, 0, before * n, after * n))
 
 
 def _by_head(x: Tensor) -> Tensor:
