@@ -27,6 +27,7 @@ from tqdm import tqdm
 from examples.shapes.drawing import draw_video
 from examples.shapes.raster import IMAGE_SIZE
 from examples.shapes.world import COLOURS, Split, class_names
+from openvclip.checkpoints import atomic_path
 
 __all__ = ["CLIP_SIZE", "LISTS", "ClipSettings", "draw_clip", "make_clips", "write_clip"]
 
@@ -165,7 +166,8 @@ def _claim(out: Path, settings: ClipSettings) -> None:
                 f"choose another folder or remove it"
             )
         return
-    _replace_text(note, json.dumps(asdict(settings), indent=2) + "\n")
+    with atomic_path(note) as partial:
+        partial.write_text(json.dumps(asdict(settings), indent=2) + "\n")
 
 
 def _plan(out: Path, name: str, settings: ClipSettings) -> Iterator[_Clip]:
@@ -210,20 +212,12 @@ def _write_some(clips: list[_Clip], settings: ClipSettings) -> int:
 
 
 def _write_list(path: Path, clips: list[_Clip]) -> Path:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with partial.open("w", newline="") as file:
+    with atomic_path(path) as partial, partial.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerows(
             (clip.path.relative_to(path.parent).as_posix(), clip.label) for clip in clips
         )
-    partial.replace(path)
     return path
-
-
-def _replace_text(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 def main(argv: list[str] | None = None) -> None:
