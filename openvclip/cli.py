@@ -1,20 +1,15 @@
-"""The command ``openvclip``: each subcommand is a parser and the function that it calls."""
+"""The command ``openvclip``."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from openvclip.errors import CheckpointError, OpenVCLIPError
+from openvclip.commands import convert, inspect
+from openvclip.errors import OpenVCLIPError
 
-if TYPE_CHECKING:
-    # Makes the type of add_subparsers' result nameable; it is private to argparse.
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
-
-_DTYPES = ("float32", "float16", "bfloat16")
+_COMMANDS = (inspect, convert)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,92 +35,6 @@ def _parser() -> argparse.ArgumentParser:
         prog="openvclip", description="Weights that turn an image CLIP into a video model."
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    _add_inspect(commands)
-    _add_convert(commands)
+    for module in _COMMANDS:
+        module.add(commands)
     return parser
-
-
-# --- inspect -----------------------------------------------------------------------------------
-
-
-def _add_inspect(commands: Commands) -> None:
-    text = "Tell what a file of weights holds, from its content and without loading it."
-    parser = commands.add_parser("inspect", help="tell what a file holds", description=text)
-    parser.add_argument("file", metavar="FILE", type=Path, help="a file of weights")
-    parser.set_defaults(run=_inspect)
-
-
-def _inspect(options: argparse.Namespace) -> None:
-    from openvclip.checkpoints import inspect_checkpoint
-
-    print(inspect_checkpoint(options.file))
-
-
-# --- convert -----------------------------------------------------------------------------------
-
-_CONVERT = """\
-Write a file of weights as safetensors under open_clip's names.
-
-Known from their content: OpenAI's TorchScript archives and state dicts,
-open_clip's checkpoints, Hugging Face's CLIP, Open-VCLIP's and FROSTER's .pth.
-What the file holds is printed first. No code that a file names is run.
-"""
-_CONVERT_EXAMPLES = """\
-examples:
-  openvclip convert swa_2_22.pth -o open-vclip-b16.safetensors
-  openvclip convert froster.pth -o froster.safetensors \\
-      --allow-unexpected 'projector_*' --allow-unexpected 'raw_model.*'
-"""
-
-
-def _add_convert(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "convert",
-        help="write a checkpoint under open_clip's names",
-        description=_CONVERT,
-        epilog=_CONVERT_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("source", metavar="IN", type=Path, help="a file of weights")
-    parser.add_argument(
-        "-o", "--output", metavar="OUT.safetensors", type=Path, required=True, help="file to write"
-    )
-    parser.add_argument(
-        "--dtype", choices=_DTYPES, help="dtype to store floating-point weights in (as they are)"
-    )
-    for what, meaning in (
-        ("missing", "that need not be in the file"),
-        ("unexpected", "to leave out of the result"),
-    ):
-        parser.add_argument(
-            f"--allow-{what}",
-            metavar="PATTERN",
-            action="append",
-            default=[],
-            help=f"names {meaning}, with * and ?; can be given several times",
-        )
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT where it exists")
-    parser.set_defaults(run=_convert)
-
-
-def _convert(options: argparse.Namespace) -> None:
-    import torch
-
-    from openvclip.checkpoints import convert_checkpoint, inspect_checkpoint
-
-    output: Path = options.output
-    if output.suffix != ".safetensors":
-        raise CheckpointError(
-            f"{output}: the result is a safetensors file; give it a name ending in .safetensors."
-        )
-    if output.exists() and not options.overwrite:
-        raise CheckpointError(f"{output} exists; give --overwrite to replace it.")
-    print(inspect_checkpoint(options.source), flush=True)
-    convert_checkpoint(
-        options.source,
-        output,
-        dtype=getattr(torch, options.dtype) if options.dtype else None,
-        allow_missing=options.allow_missing,
-        allow_unexpected=options.allow_unexpected,
-    )
-    print(f"{'wrote':<12} {output} ({output.stat().st_size} bytes)")

@@ -42,7 +42,8 @@ ARROWS: dict[str, set[str]] = {
     "evaluation": {"zeroshot", "video"},
     "sweep": {"interpolation", "evaluation"},
     "report": {"sweep", "checkpoints"},
-    "cli": {"report"},
+    "commands": {"report"},
+    "cli": {"commands"},
     "__main__": {"cli"},
 }
 WEIGHT_SPACE = (
