@@ -10,11 +10,12 @@ from typing import SupportsFloat
 import torch
 from torch import Tensor, nn
 
-from openvclip.errors import ExtrapolationWarning, LambdaError
+from openvclip.errors import ExtrapolationWarning, LambdaError, UsageError
 from openvclip.state import (
     canonical_state,
     common_dtype,
     compute_dtype,
+    few,
     is_interpolable,
     named_state,
     require_match,
@@ -35,6 +36,7 @@ def interpolate(
     lam: Lambda,
     *,
     dtype: torch.dtype | None = None,
+    out: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Return ``lam * theta_a + (1 - lam) * theta_b``, entry by entry.
 
@@ -51,10 +53,14 @@ def interpolate(
             example ``lambda name: 0.5 if name.startswith("visual.") else 1.0``.
         dtype: dtype of the floating-point entries of the result. By default the entry's own;
             where the two inputs differ, the narrowest dtype that holds both.
+        out: the result of an earlier call, to be overwritten. Fresh memory costs several times
+            what the arithmetic does, so a loop over many pairs of models should give it. The
+            entries keep their dtypes and devices; they must not be the inputs' own tensors.
 
     Returns:
         A new dict in the order of ``theta_b``, each tensor on the device of ``theta_b``'s entry,
-        contiguous memory of its own (nothing is shared with the inputs), without a graph. At
+        contiguous memory of its own (nothing is shared with the inputs), without a graph; the
+        tensors are those of ``out`` where it is given. At
         ``lam=0`` and ``lam=1`` the entries are bitwise those of that end. Integer and boolean
         entries come from ``theta_b`` at every ``lam``. Half precision is computed in float32 and
         rounded once.
@@ -63,6 +69,7 @@ def interpolate(
         StateMismatchError: names or shapes differ; the error lists all of them.
         WeightTypeError: an argument is not a mapping from names to tensors.
         LambdaError: a weight is not a finite number.
+        UsageError: both ``dtype`` and ``out`` are given, or ``out`` shares memory with an input.
 
     Warns:
         ExtrapolationWarning: a weight lies outside [0, 1].
@@ -76,11 +83,13 @@ def interpolate(
     a = canonical_state(theta_a, "theta_a")
     b = canonical_state(theta_b, "theta_b")
     require_match(a, b, "theta_a and theta_b do not fit together (theta_a is expected).", _HINT)
-    weight_of = _checked(lam, b)
-    return {
-        name: _interpolated(a[name].detach(), b[name].detach(), weight_of[name], dtype)
-        for name in b
-    }
+    weight_of = weights_of(lam, b)
+    if out is None:
+        result = {name: _empty_for(a[name], b[name], dtype) for name in b}
+    else:
+        result = _reusable(out, a, b, dtype)
+    write_interpolated(result, a, b, weight_of)
+    return result
 
 
 @torch.no_grad()
@@ -103,17 +112,15 @@ def interpolate_into(
     b = canonical_state(theta_b, "theta_b", like=live)
     require_match(a, b, "theta_a and theta_b do not fit together (theta_a is expected).", _HINT)
     require_match(live, b, "The state dicts do not fit the model (the model is expected).", _HINT)
-    weight_of = _checked(lam, b)
-    for name, target in live.items():
-        _interpolate_to(target, a[name], b[name], weight_of[name])
+    write_interpolated(live, a, b, weights_of(lam, b))
 
 
-def _checked(lam: Lambda, names: Mapping[str, Tensor]) -> dict[str, float]:
+def weights_of(lam: Lambda, names: Mapping[str, Tensor]) -> dict[str, float]:
     """The weight of each entry as a finite float; one warning for those outside [0, 1]."""
     if callable(lam):
-        weights = {name: _as_float(lam(name), f"lam({name!r})") for name in names}
+        weights = {name: as_number(lam(name), f"lam({name!r})") for name in names}
     else:
-        weights = dict.fromkeys(names, _as_float(lam, "lam"))
+        weights = dict.fromkeys(names, as_number(lam, "lam"))
     outside = {weight for weight in weights.values() if not 0.0 <= weight <= 1.0}
     if outside:
         warnings.warn(
@@ -125,7 +132,8 @@ def _checked(lam: Lambda, names: Mapping[str, Tensor]) -> dict[str, float]:
     return weights
 
 
-def _as_float(value: SupportsFloat, what: str) -> float:
+def as_number(value: SupportsFloat, what: str) -> float:
+    """The weight as a finite float; ``what`` names it in the error."""
     try:
         if isinstance(value, str):
             raise TypeError("text, even of digits, is no number")
@@ -139,42 +147,104 @@ def _as_float(value: SupportsFloat, what: str) -> float:
     return number
 
 
-def _interpolated(a: Tensor, b: Tensor, lam: float, dtype: torch.dtype | None) -> Tensor:
+def _empty_for(a: Tensor, b: Tensor, dtype: torch.dtype | None) -> Tensor:
     if not is_interpolable(b):
-        return _own(b, b.dtype)
-    out_dtype = dtype if dtype is not None else common_dtype(a.dtype, b.dtype)
-    if lam in (0.0, 1.0):
-        return _own((b if lam == 0.0 else a).to(b.device), out_dtype)
-    work = compute_dtype(common_dtype(a.dtype, b.dtype))
-    return _lerp(b.to(work), a.to(b.device, work), lam).to(out_dtype).contiguous()
+        dtype = b.dtype
+    elif dtype is None:
+        dtype = common_dtype(a.dtype, b.dtype)
+    return torch.empty(b.shape, dtype=dtype, device=b.device)
 
 
-def _lerp(b: Tensor, a: Tensor, lam: float, out: Tensor | None = None) -> Tensor:
-    """``lam * a + (1 - lam) * b``, where equal entries stay bitwise what they are.
+def _reusable(
+    out: Mapping[str, Tensor],
+    a: Mapping[str, Tensor],
+    b: Mapping[str, Tensor],
+    dtype: torch.dtype | None,
+) -> dict[str, Tensor]:
+    """The tensors of an earlier result in the order of ``b``."""
+    if dtype is not None:
+        raise UsageError(
+            f"dtype={dtype} and out were both given, but the entries of out keep their dtypes. "
+            "Give one of the two."
+        )
+    given = canonical_state(out, "out")
+    require_match(b, given, "out is not the result of interpolating such models.", _HINT)
+    inputs = {value.untyped_storage().data_ptr() for state in (a, b) for value in state.values()}
+    shared = [name for name in given if given[name].untyped_storage().data_ptr() in inputs]
+    if shared:
+        raise UsageError(
+            f"{len(shared)} entries of out share memory with theta_a or theta_b ({few(shared)}), "
+            "which would be overwritten. Give the result of an earlier call, or nothing."
+        )
+    return {name: given[name] for name in b}
 
-    ``torch.lerp`` has that property and needs no temporary, but goes through ``a - b``: entries
-    such as the ``-inf`` of a mask, or a difference that overflows, take the plain formula.
+
+@torch.no_grad()
+def write_interpolated(
+    targets: Mapping[str, Tensor],
+    a: Mapping[str, Tensor],
+    b: Mapping[str, Tensor],
+    weight_of: Mapping[str, float],
+) -> None:
+    """Overwrite each target with ``weight * a + (1 - weight) * b``, rounded once to its dtype.
+
+    The one place where two weights become a third: ends are copied bitwise, integer and boolean
+    entries come from ``b``. Memory is made only where dtypes or devices differ.
+
+    Args:
+        targets: tensors to overwrite, which share no memory with the inputs.
+        a: original entries, at least those of ``targets``, of the same shapes.
+        b: fine-tuned entries, likewise.
+        weight_of: the weight of ``a`` for each entry, as :func:`weights_of` gives it.
     """
-    out = torch.lerp(b, a, lam, out=out)
-    if not bool(torch.isfinite(out.sum())):
+    alike: list[_Lerp] = []
+    for name, target in targets.items():
+        lam, x, y = weight_of[name], a[name], b[name]
+        if lam == 0.0 or not is_interpolable(y):
+            target.copy_(y)
+        elif lam == 1.0:
+            target.copy_(x)
+        elif x.dtype == y.dtype == target.dtype and x.device == y.device == target.device:
+            alike.append((target, x, y, lam))
+        else:
+            work = compute_dtype(common_dtype(x.dtype, y.dtype))
+            x, y = x.to(target.device, work), y.to(target.device, work)
+            wide = torch.empty_like(y)
+            _lerp([(wide, x, y, lam)])
+            target.copy_(wide)
+    _lerp(alike)
+
+
+_Lerp = tuple[Tensor, Tensor, Tensor, float]
+"""``(out, a, b, lam)``, the tensors of one dtype, on one device."""
+
+
+def _lerp(jobs: list[_Lerp]) -> None:
+    """``out <- lam * a + (1 - lam) * b``, where equal entries stay bitwise what they are.
+
+    ``torch.lerp`` has that property, needs no temporary and computes half precision in float32,
+    but goes through ``a - b``: where that is not finite (the ``-inf`` of masks, a difference that
+    overflows) the plain formula is taken. The sums that tell are looked at together, so that a
+    device is waited for once.
+    """
+    sums: dict[torch.device, list[Tensor]] = {}
+    for out, a, b, lam in jobs:
+        torch.lerp(b, a, lam, out=out)
+        total = out.sum(dtype=compute_dtype(out.dtype))
+        sums.setdefault(out.device, []).append(total)
+    if all(_all_finite(group) for group in sums.values()):
+        return
+    for out, a, b, lam in jobs:
         broken = ~torch.isfinite(out)
-        out[broken] = lam * a[broken] + (1.0 - lam) * b[broken]
-    return out
+        if bool(broken.any()):
+            wide = compute_dtype(out.dtype)
+            plain = lam * a[broken].to(wide) + (1.0 - lam) * b[broken].to(wide)
+            out[broken] = plain.to(out.dtype)
 
 
-def _own(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    # `to(copy=True)` keeps the strides of an expanded view, whose elements share memory.
-    return tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
-
-
-def _interpolate_to(target: Tensor, a: Tensor, b: Tensor, lam: float) -> None:
-    live = target.detach()
-    alike = all((t.dtype, t.device) == (live.dtype, live.device) for t in (a, b))
-    if lam == 0.0 or not is_interpolable(b):
-        live.copy_(b)
-    elif lam == 1.0:
-        live.copy_(a)
-    elif alike and compute_dtype(live.dtype) == live.dtype:
-        _lerp(b, a, lam, out=live)
-    else:
-        live.copy_(_interpolated(a, b, lam, None))
+def _all_finite(values: list[Tensor]) -> bool:
+    kinds = {value.dtype for value in values}
+    return all(
+        bool(torch.isfinite(torch.stack([v for v in values if v.dtype == kind])).all())
+        for kind in kinds
+    )

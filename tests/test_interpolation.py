@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from openvclip import interpolate, interpolate_into
-from openvclip.errors import ExtrapolationWarning, LambdaError, StateMismatchError, WeightTypeError
+from openvclip.errors import (
+    ExtrapolationWarning,
+    LambdaError,
+    StateMismatchError,
+    UsageError,
+    WeightTypeError,
+)
 from tests.helpers import Net, assert_same_state, bits, same_bits, snapshot
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -108,6 +114,47 @@ def test_arithmetic_in_half_precision_would_fail_the_test_above() -> None:
     a, b = state(3, torch.bfloat16)["w"], state(4, torch.bfloat16)["w"]
     naive = 0.3 * a + 0.7 * b
     assert not torch.equal(naive, interpolate({"w": a}, {"w": b}, 0.3)["w"])
+
+
+# --- an earlier result, overwritten ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("lam", [0.0, 0.3, 1.0])
+def test_out_is_overwritten_with_what_a_new_result_holds(dtype: torch.dtype, lam: float) -> None:
+    a, b = state(1, dtype), state(2, dtype)
+    a["mask"], b["mask"] = (torch.tensor([-math.inf, 1.0]).to(dtype) for _ in range(2))
+    a["steps"], b["steps"] = torch.tensor(3), torch.tensor(5)
+    earlier = interpolate(a, state(3, dtype) | {"mask": b["mask"], "steps": a["steps"]}, 0.7)
+    addresses = {name: value.data_ptr() for name, value in earlier.items()}
+    again = interpolate(a, b, lam, out=earlier)
+    assert {name: value.data_ptr() for name, value in again.items()} == addresses
+    assert_same_state(again, interpolate(a, b, lam))
+
+
+def test_nothing_is_allocated_with_out() -> None:
+    a, b = ({"w": torch.randn(1000, 100)} for _ in range(2))
+    earlier = interpolate(a, b, 0.5)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        interpolate(a, b, 0.3, out=earlier)
+    largest = max((event.self_cpu_memory_usage for event in profiled.events()), default=0)
+    assert largest < 1000
+
+
+def test_out_that_shares_memory_with_an_input() -> None:
+    a, b = state(1), state(2)
+    before = {name: value.clone() for name, value in b.items()}
+    with pytest.raises(UsageError, match=r"2 entries of out share memory .*\(w, scale\)"):
+        interpolate(a, b, 0.5, out=b)
+    assert_same_state(b, before)
+
+
+def test_out_of_another_model_and_out_with_a_dtype() -> None:
+    a, b = state(1), state(2)
+    with pytest.raises(StateMismatchError, match=r"missing \(1\): scale"):
+        interpolate(a, b, 0.5, out={"w": torch.empty(5, 3)})
+    with pytest.raises(UsageError, match="the entries of out keep their dtypes"):
+        interpolate(a, b, 0.5, out=state(3), dtype=torch.float64)
 
 
 # --- entries that are not floating point -------------------------------------------------------

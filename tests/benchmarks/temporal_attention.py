@@ -11,14 +11,15 @@ in a process of its own: the largest resident size during one call, less that be
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -142,10 +143,18 @@ def peak_megabytes(name: str, variant: str, frames: int, backward: bool, clips: 
 def measure(name: str, variant: str, frames: int, backward: bool, clips: int) -> None:
     """Print what :func:`peak_megabytes` reads."""
     function, video = prepare(name, variant, frames, "cpu", clips)
-    call(function, video[:, :1].repeat(1, frames, 1, 1, 1)[:1], False)  # kernels and buffers
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    call(function, video[:1], backward)  # kernels and their buffers
+    ctypes.CDLL(None).malloc_trim(0)  # memory that was freed but kept would hide a growth
+    before = resident_megabytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the largest size so far is forgotten
     call(function, video, backward)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print(resident_megabytes("VmHWM") - before)
+
+
+def resident_megabytes(field: str) -> float:
+    """``VmRSS``, the resident size now, or ``VmHWM``, the largest one (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(x.split()[1]) / 1024 for x in status.splitlines() if x.startswith(field))
 
 
 def table(title: str, rows: dict[str, dict[str, float]]) -> None:
