@@ -72,6 +72,10 @@ class LambdaError(OpenVCLIPError, ValueError):
     """An interpolation weight is not a finite number."""
 
 
+class MergeError(OpenVCLIPError, ValueError):
+    """The settings of a merge do not make sense, or the score of a model is no number."""
+
+
 class ExtrapolationWarning(UserWarning):
     """An interpolation weight lies outside [0, 1]."""
 
@@ -108,6 +112,14 @@ class ExpansionOptionError(ExpansionError, ValueError):
     """The window, the boundary mode or the layers of an expansion do not make sense."""
 
 
+class PromptingError(OpenVCLIPError, RuntimeError):
+    """Prompts were attached twice, or asked for where none are attached."""
+
+
+class PromptOptionError(PromptingError, ValueError):
+    """The number, depth or placing of prompts does not make sense for the model."""
+
+
 class VideoShapeError(OpenVCLIPError, ValueError):
     """A video tensor has the wrong rank, dtype, number of frames or frame size."""
 
@@ -136,6 +148,22 @@ class AnnotationError(OpenVCLIPError, ValueError):
     """A line of an annotation file can't be understood."""
 
 
+class ProtocolError(OpenVCLIPError, ValueError):
+    """An evaluation protocol is not known, or the annotation files at hand do not make it."""
+
+
+class ModelNameError(OpenVCLIPError, ValueError):
+    """There is no such model, or there are no such weights for it."""
+
+
+class EvaluationError(OpenVCLIPError, ValueError):
+    """The videos, splits or settings given can't be evaluated."""
+
+
+class RecordsError(OpenVCLIPError, ValueError):
+    """A folder holds results of another evaluation, or can't be written."""
+
+
 class CheckpointError(OpenVCLIPError, ValueError):
     """A file of weights can't be read, or holds something else."""
 
@@ -146,6 +174,10 @@ class UnsafeCheckpointError(CheckpointError):
 
 class ActivationWarning(UserWarning):
     """Weights that were trained with QuickGELU are loaded into a model that has GELU."""
+
+
+class PromptBackboneWarning(UserWarning):
+    """Prompts are attached to a backbone of the right sizes and other weights than their own."""
 
 
 class MissingDependencyError(OpenVCLIPError, ImportError):

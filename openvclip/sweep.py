@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from openvclip.evaluation import Evaluation, evaluate_each
 from openvclip.interpolation import interpolate_into
 from openvclip.state import named_state, overwriting
-from openvclip.zeroshot import ZeroShotClassifier
 
 FIGURE_LAMBDAS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 """The weights of the original CLIP in Figures 2 and 3, from the fine-tuned end."""
 
 
 def sweep(
-    classifier: ZeroShotClassifier,
+    classifier: nn.Module,
     theta_a: Mapping[str, Tensor],
     theta_b: Mapping[str, Tensor],
     loader: Iterable[Sequence[Any]],
@@ -30,8 +29,10 @@ def sweep(
     """Evaluate ``interpolate(theta_a, theta_b, lam)`` for each ``lam``, reading each clip once.
 
     Args:
-        classifier: its model is set to each interpolation in turn and has its own weights back,
-            bitwise, at the end, also after an exception.
+        classifier: a :class:`~openvclip.ZeroShotClassifier`, a
+            :class:`~openvclip.prompting.VideoClassifier`, or another module that gives logits and
+            holds the CLIP as its ``model``. That is set to each interpolation in turn and has its
+            own weights back, bitwise, at the end, also after an exception.
         theta_a: state dict of the original model, weighed by ``lam``.
         theta_b: state dict of the fine-tuned model.
         loader: as for :func:`openvclip.evaluation.evaluate`.
@@ -42,10 +43,11 @@ def sweep(
     Returns:
         The evaluation at each ``lam``.
     """
-    live = [value.detach() for value in named_state(classifier.model).values()]
+    model = cast(nn.Module, classifier.model)
+    live = [value.detach() for value in named_state(model).values()]
 
     def logits_at(lam: float, video: Tensor) -> Tensor:
-        interpolate_into(classifier.model, theta_a, theta_b, lam)
+        interpolate_into(model, theta_a, theta_b, lam)
         logits: Tensor = classifier(video)
         return logits
 

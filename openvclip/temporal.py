@@ -138,6 +138,22 @@ def encode_video(model: nn.Module, video: Tensor) -> Tensor:
         UnsupportedModelError: the model has no known way to encode images, or gives no single
             feature for an image.
     """
+    return functional.normalize(encode_frames(model, video), dim=-1).mean(dim=1)
+
+
+def encode_frames(model: nn.Module, video: Tensor) -> Tensor:
+    """Feature of each frame of each clip, as the tower projects it: not normalised, not pooled.
+
+    Args:
+        model: what :func:`encode_video` takes.
+        video: normalised frames ``[B, T, C, H, W]``, floating point.
+
+    Returns:
+        ``[B, T, D]``.
+
+    Raises:
+        VideoShapeError, UnsupportedModelError: as for :func:`encode_video`.
+    """
     require_video(video)
     encode = _encoder(model)
     expanded = is_expanded(model)
@@ -147,9 +163,7 @@ def encode_video(model: nn.Module, video: Tensor) -> Tensor:
             f"{type(model).__name__} gives no single feature vector for each frame; expected a "
             "model whose tower pools its tokens."
         )
-    if not expanded:
-        frames = frames.unflatten(0, video.shape[:2])
-    return functional.normalize(frames, dim=-1).mean(dim=1)
+    return frames if expanded else frames.unflatten(0, video.shape[:2])
 
 
 def _encoder(model: nn.Module) -> Encoder:

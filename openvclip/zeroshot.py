@@ -66,12 +66,12 @@ class ZeroShotClassifier(nn.Module):
         batch_size: int = 256,
     ) -> None:
         super().__init__()
-        _require_clip(model)
-        self.class_names = _require_names(class_names)
+        require_clip(model)
+        self.class_names = require_names(class_names)
         self.model = model
         if isinstance(templates, str):
             raise ClassNamesError(f"templates is one string, {templates!r}; expected a list.")
-        texts = [_fill(form, name) for name in self.class_names for form in templates]
+        texts = [fill_template(form, name) for name in self.class_names for form in templates]
         if not texts:
             raise ClassNamesError("templates is empty; expected at least one, such as '{}'.")
         features = _encode_texts(model, tokenizer, texts, batch_size)
@@ -102,7 +102,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _require_clip(model: nn.Module) -> None:
+def require_clip(model: nn.Module) -> None:
+    """Raise :class:`UnsupportedModelError` unless ``model`` has what a classifier needs."""
     lacking = [n for n in ("encode_image", "encode_text", "logit_scale") if not hasattr(model, n)]
     if lacking:
         raise UnsupportedModelError(
@@ -111,7 +112,8 @@ def _require_clip(model: nn.Module) -> None:
         )
 
 
-def _require_names(class_names: Sequence[str]) -> list[str]:
+def require_names(class_names: Sequence[str]) -> list[str]:
+    """The names as a list, or :class:`ClassNamesError`: none, empty or duplicate ones."""
     if isinstance(class_names, str):
         raise ClassNamesError(f"class_names is one string, {class_names!r}; expected a list.")
     names = list(class_names)
@@ -132,7 +134,8 @@ def _require_names(class_names: Sequence[str]) -> list[str]:
     return names
 
 
-def _fill(template: str | Callable[[str], str], name: str) -> str:
+def fill_template(template: str | Callable[[str], str], name: str) -> str:
+    """The text of a class; :class:`ClassNamesError` where a template has no ``{}``."""
     if callable(template):
         return template(name)
     if "{}" not in template:
