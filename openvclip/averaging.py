@@ -1,37 +1,18 @@
-"""Averages of weights along a training run: Equation 10 and Algorithm 1 of Open-VCLIP."""
+"""Averages of weights along a training run: SWA (Open-VCLIP's Algorithm 1), EMA and LAWA."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from openvclip.errors import (
-    EmptyAverageError,
-    NonFiniteWeightsError,
-    StateMismatchError,
-    UsageError,
-)
-from openvclip.state import (
-    common_dtype,
-    compute_dtype,
-    few,
-    foreach,
-    is_interpolable,
-    named_parameters,
-    named_state,
-    non_finite_names,
-    overwriting,
-    require_match,
-)
+from openvclip.errors import UsageError
+from openvclip.state import foreach, lerp_
+from openvclip.tracking import WeightTracker, shards
 
 _BLOCK = 128  # models summed up before their sum is added to the others'
 
 
-class SWATracker:
+class SWATracker(WeightTracker):
     r"""Stochastic weight averaging: the uniform mean of the weights at chosen steps.
 
     Algorithm 1: with ``T = start`` and ``c = every``, the weights after step ``s = 1, 2, ...``
@@ -49,7 +30,8 @@ class SWATracker:
     Numerics: the tracker keeps the *sum* of the weights in ``dtype`` and divides when read, where
     a running mean would round at every update; an update is one foreach addition. Sums of 128
     models are added up apart from each other, so that the rounding does not grow with the length
-    of the run.
+    of the run. Sums beyond the range of ``dtype`` (weights near 1e36 in float32) are infinite:
+    give ``dtype=torch.float64`` then.
 
     Args:
         model: the model whose weights will be given to :meth:`update`. Wrappers
@@ -57,10 +39,14 @@ class SWATracker:
         start: number of steps before the averaging begins (``T``), for example the warm-up.
         every: number of steps between two averaged models (``c``), for example one epoch.
         dtype: dtype of the sums, at least float32; a float64 parameter is summed in float64.
+        check_finite: refuse weights that hold NaN or infinity, which would spoil the average for
+            good. It reads all weights once more; ``False`` is for loops that stop at the first
+            loss that is not finite.
+        device: where the sums are kept, for example ``"cpu"``; by default on the model's devices.
 
     Memory: one copy of the averaged parameters in ``dtype`` and one of the rest in its own dtype,
-    on the model's devices, from the first averaged step on; one more copy of the averaged
-    parameters from the 129th model on.
+    from the first averaged step on; one more copy of the averaged parameters from the 129th model
+    on.
 
     Raises:
         UsageError: ``start`` or ``every`` is out of range.
@@ -74,235 +60,194 @@ class SWATracker:
         start: int = 0,
         every: int = 1,
         dtype: torch.dtype = torch.float32,
+        check_finite: bool = True,
+        device: torch.device | str | None = None,
     ) -> None:
-        if not (isinstance(start, int) and isinstance(every, int) and start >= 0 and every >= 1):
-            raise UsageError(
-                f"start={start!r}, every={every!r}: expected whole numbers of steps, start >= 0 "
-                "and every >= 1."
-            )
-        self.start = start
-        self.every = every
-        self.dtype = dtype
-        self._steps = 0
-        self._n_averaged = 0
-        self._averaged_names = frozenset(_names_to_average(model))
-        # Meta tensors: names, shapes and dtypes of the model to expect, without memory.
-        self._expected = {
-            name: torch.empty_like(value, device="meta")
-            for name, value in _split_aliases(model)[0].items()
-        }
-        self._sums: dict[str, Tensor] = {}  # of the current block of models
-        self._earlier: dict[str, Tensor] = {}  # of all full blocks before it
-        self._carried: dict[str, Tensor] = {}
-        self._aliases: dict[str, str] = {}
+        # The sums of the current block of models, and of all full blocks before it.
+        parts = ("sums", "earlier")
+        super().__init__(
+            model,
+            start=start,
+            every=every,
+            dtype=dtype,
+            check_finite=check_finite,
+            parts=parts,
+            device=device,
+        )
+
+    def _enter(self, weights: dict[str, Tensor]) -> None:
+        if self._n_averaged == 0:
+            self._parts["sums"] = self._wide_copy(weights)
+            return
+        if self._n_averaged % _BLOCK == 0:
+            self._end_block()
+        live = shards(weights)
+        if self._device is not None:
+            live = [value.to(self._device) for value in live]
+        foreach._foreach_add_(shards(self._parts["sums"]), live)
+
+    def _end_block(self) -> None:
+        sums, earlier = self._parts["sums"], self._parts["earlier"]
+        if earlier:
+            foreach._foreach_add_(shards(earlier), shards(sums))
+        else:
+            self._parts["earlier"] = {name: value.clone() for name, value in sums.items()}
+        foreach._foreach_zero_(shards(sums))
+
+    def _means(self) -> dict[str, Tensor]:
+        means = {name: value.clone() for name, value in self._parts["sums"].items()}
+        if self._parts["earlier"]:
+            foreach._foreach_add_(shards(means), shards(self._parts["earlier"]))
+        foreach._foreach_div_(shards(means), float(self._n_averaged))
+        return means
+
+
+class EMATracker(WeightTracker):
+    r"""Exponential moving average of the weights: the latest count most.
+
+    The first model that enters is the average; with each further one, of weights
+    :math:`\theta`,
+
+    .. math:: \bar\theta \leftarrow d\, \bar\theta + (1 - d)\, \theta
+
+    where :math:`d` is ``decay``; with ``warmup`` it is the smaller of that and
+    :math:`(1 + n) / (10 + n)` for the :math:`n` models that are in the average already, so that
+    the first ones are soon forgotten (as in TensorFlow's ``ExponentialMovingAverage`` with
+    ``num_updates``, and in ``torch_ema``). What is averaged, and what is carried as it is, are the
+    same as with :class:`SWATracker`.
+
+    Numerics: the average is kept in ``dtype``, at least float32. In half precision the change of
+    one update, ``1 - decay`` of the difference, would be rounded away.
+
+    Args:
+        model: the model whose weights will be given to :meth:`update`; wrappers may be around it.
+        decay: the share of the average that each update keeps, in [0, 1).
+        warmup: whether the decay begins smaller.
+        start: number of steps before the averaging begins.
+        every: number of steps between two updates of the average; ``decay`` is per update.
+        dtype: dtype of the average, at least float32.
+        check_finite: refuse weights that hold NaN or infinity, as with :class:`SWATracker`.
+        device: where the average is kept; by default on the model's devices.
+
+    Memory: one copy of the averaged parameters in ``dtype`` and one of the rest in its own.
+
+    Raises:
+        UsageError: ``decay``, ``start`` or ``every`` is out of range.
+        WeightTypeError: ``model`` is not a module.
+    """
+
+    _settings = ("start", "every", "decay", "warmup")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        decay: float = 0.9999,
+        warmup: bool = False,
+        start: int = 0,
+        every: int = 1,
+        dtype: torch.dtype = torch.float32,
+        check_finite: bool = True,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if not 0.0 <= decay < 1.0:
+            raise UsageError(f"decay={decay!r}: expected a number in [0, 1), such as 0.9999.")
+        self.decay = float(decay)
+        self.warmup = warmup
+        parts = ("average",)
+        super().__init__(
+            model,
+            start=start,
+            every=every,
+            dtype=dtype,
+            check_finite=check_finite,
+            parts=parts,
+            device=device,
+        )
+
+    def _enter(self, weights: dict[str, Tensor]) -> None:
+        if self._n_averaged == 0:
+            self._parts["average"] = self._wide_copy(weights)
+            return
+        lerp_(shards(self._parts["average"]), shards(weights), 1.0 - self._decay_now())
+
+    def _decay_now(self) -> float:
+        n = self._n_averaged
+        return min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
+
+    def _means(self) -> dict[str, Tensor]:
+        return {name: value.clone() for name, value in self._parts["average"].items()}
+
+
+class LAWATracker(WeightTracker):
+    """Latest weight averaging: the uniform mean of the last ``k`` models.
+
+    Kaddour, "Stop wasting my time! Saving days of ImageNet and BERT training with latest weight
+    averaging" (2022): the mean of the weights at the ends of the latest ``k`` epochs; so
+    ``every`` should be the number of steps in one. Until ``k`` models have entered, those that
+    have are averaged. What is averaged, and what is carried as it is, are the same as with
+    :class:`SWATracker`.
+
+    Args:
+        model: the model whose weights will be given to :meth:`update`; wrappers may be around it.
+        k: number of models in the average.
+        start: number of steps before the first model enters.
+        every: number of steps between two models.
+        dtype: dtype of the average, at least float32. The models are kept in their own dtypes.
+        check_finite: refuse weights that hold NaN or infinity, as with :class:`SWATracker`.
+        device: where the models are kept, for example ``"cpu"``; by default on the model's devices.
+
+    Memory: ``k`` copies of the averaged parameters and one of the rest, in their own dtypes.
+
+    Raises:
+        UsageError: ``k``, ``start`` or ``every`` is out of range.
+        WeightTypeError: ``model`` is not a module.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        k: int = 6,
+        start: int = 0,
+        every: int = 1,
+        dtype: torch.dtype = torch.float32,
+        check_finite: bool = True,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if not (isinstance(k, int) and k >= 1):
+            raise UsageError(f"k={k!r}: expected a whole number of models, at least 1.")
+        self.k = k
+        parts = tuple(f"model_{slot}" for slot in range(k))  # filled in turn, over and over
+        super().__init__(
+            model,
+            start=start,
+            every=every,
+            dtype=dtype,
+            check_finite=check_finite,
+            parts=parts,
+            device=device,
+        )
 
     @property
     def n_averaged(self) -> int:
-        """Number of models in the average so far."""
-        return self._n_averaged
+        """Number of models in the average, at most ``k``."""
+        return min(self._n_averaged, self.k)
 
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> bool:
-        """Count one training step and, where it is due, add the weights of ``model``.
-
-        Args:
-            model: the model after the optimizer's step.
-
-        Returns:
-            Whether the weights entered the average.
-
-        Raises:
-            NonFiniteWeightsError: the weights hold NaN or infinity. The average is as before; the
-                step counts.
-            StateMismatchError: the model's names or shapes are not those of the tracked model.
-            UsageError: a parameter requires gradients now and did not when the tracker was made.
-        """
-        self._steps += 1
-        since = self._steps - self.start
-        due = since > 0 and since % self.every == 0
-        if due:
-            self._add(model)
-        return due
-
-    def _add(self, model: nn.Module) -> None:
-        averaged, carried = self._live(model)
-        broken = non_finite_names(averaged)
-        if broken:
-            raise NonFiniteWeightsError(
-                f"The weights hold NaN or infinity in {len(broken)} entries ({few(broken)}), so "
-                f"they were not added; the average of {self._n_averaged} models is as it was. "
-                "Look for a learning rate that is too high or a loss that overflows."
-            )
-        if self._n_averaged == 0:
-            self._sums = {
-                name: value.to(common_dtype(self.dtype, compute_dtype(value.dtype)), copy=True)
-                for name, value in averaged.items()
+    def _enter(self, weights: dict[str, Tensor]) -> None:
+        slot = f"model_{self._n_averaged % self.k}"
+        if self._parts[slot]:
+            foreach._foreach_copy_(shards(self._parts[slot]), shards(weights))
+        else:
+            self._parts[slot] = {
+                name: value.to(self._device or value.device, copy=True)
+                for name, value in weights.items()
             }
-            self._carried = {name: value.clone() for name, value in carried.items()}
-        else:
-            if self._n_averaged % _BLOCK == 0:
-                self._end_block()
-            foreach._foreach_add_(list(self._sums.values()), list(averaged.values()))
-            _copy(self._carried, carried)
-        self._n_averaged += 1
 
-    def _end_block(self) -> None:
-        if self._earlier:
-            foreach._foreach_add_(list(self._earlier.values()), list(self._sums.values()))
-        else:
-            self._earlier = {name: value.clone() for name, value in self._sums.items()}
-        foreach._foreach_zero_(list(self._sums.values()))
-
-    def _live(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The model's entries, detached: those to average and the rest, in the tracker's order."""
-        state, self._aliases = _split_aliases(model)
-        require_match(
-            self._expected, state, "The model is not the one that the tracker was made for."
-        )
-        late = [
-            name
-            for name, value in state.items()
-            if value.requires_grad and name not in self._averaged_names
-        ]
-        if late:
-            raise UsageError(
-                f"{len(late)} parameters require gradients that did not when the tracker was made "
-                f"({few(late)}). Make the tracker after the last change of requires_grad."
-            )
-        entries = {name: state[name].detach() for name in self._expected}
-        averaged = {
-            name: entries.pop(name) for name in list(entries) if name in self._averaged_names
-        }
-        self._follow_devices(averaged, entries)
-        return averaged, entries
-
-    def _follow_devices(self, averaged: dict[str, Tensor], carried: dict[str, Tensor]) -> None:
-        """Move the average to the model, which may have moved or been loaded elsewhere."""
-        held = ((self._sums, averaged), (self._earlier, averaged), (self._carried, carried))
-        for own, live in held:
-            own.update({name: value.to(live[name].device) for name, value in own.items()})
-
-    def averaged_state_dict(self) -> dict[str, Tensor]:
-        """The average as a state dict under the plain model's names.
-
-        Returns:
-            New tensors: averaged entries in the dtype of the sums, the rest as carried.
-
-        Raises:
-            EmptyAverageError: no step was averaged yet.
-        """
-        self._require_some()
-        means = dict(zip(self._sums, self._means(), strict=True))
-        state = {
-            name: means[name] if name in means else self._carried[name].clone()
-            for name in self._expected
-        }
-        state.update({alias: state[name].clone() for alias, name in self._aliases.items()})
-        return state
-
-    @contextmanager
-    def applied(self, model: nn.Module) -> Iterator[nn.Module]:
-        """Put the average into ``model`` for the length of a ``with`` block.
-
-        The live weights are back, bitwise, afterwards, also after an exception. The parameters
-        stay the same objects, so optimizers keep working.
-
-        Raises:
-            EmptyAverageError: no step was averaged yet.
-            StateMismatchError: the average does not fit the model.
-        """
-        self._require_some()
-        averaged, carried = self._live(model)
-        with overwriting([*averaged.values(), *carried.values()]):
-            with torch.no_grad():
-                foreach._foreach_copy_(list(averaged.values()), self._means())
-                _copy(carried, self._carried)
-            yield model
-
-    def _means(self) -> list[Tensor]:
-        sums = list(self._sums.values())
-        if self._earlier:
-            sums = foreach._foreach_add(list(self._earlier.values()), sums)
-        return list(foreach._foreach_div(sums, float(self._n_averaged)))
-
-    def _require_some(self) -> None:
-        if self._n_averaged == 0:
-            raise EmptyAverageError(
-                f"The average is empty: after {self._steps} steps no model has entered it, since "
-                f"start={self.start} and every={self.every} (the first enters at step "
-                f"{self.start + self.every}). Call update(model) after each step."
-            )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that :meth:`load_state_dict` needs to go on as if never stopped, bitwise.
-
-        The tensors are the tracker's own: save them, or clone them before the next update.
-        """
-        return {
-            "steps": self._steps,
-            "n_averaged": self._n_averaged,
-            "start": self.start,
-            "every": self.every,
-            "sums": dict(self._sums),
-            "earlier": dict(self._earlier),
-            "carried": dict(self._carried),
-            "aliases": dict(self._aliases),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state that :meth:`state_dict` gave, copying its tensors.
-
-        Raises:
-            StateMismatchError: it belongs to another model, to a run that trained other
-                parameters, or lacks an entry.
-        """
-        wanted = self.state_dict().keys()
-        if state.keys() != wanted:
-            raise StateMismatchError(
-                "This is not the state of a SWATracker.",
-                missing=wanted - state.keys(),
-                unexpected=state.keys() - wanted,
-            )
-        if state["n_averaged"]:
-            self._require_same_entries(state["sums"], state["carried"])
-        self._steps, self._n_averaged = int(state["steps"]), int(state["n_averaged"])
-        self.start, self.every = int(state["start"]), int(state["every"])
-        # In the model's order, which the foreach operations rely on: a file may have another.
-        self._sums, self._earlier, self._carried = (
-            {name: state[part][name].clone() for name in self._expected if name in state[part]}
-            for part in ("sums", "earlier", "carried")
-        )
-        self._aliases = dict(state["aliases"])
-
-    def _require_same_entries(self, sums: dict[str, Tensor], carried: dict[str, Tensor]) -> None:
-        trained = {name: self._expected[name] for name in self._averaged_names}
-        rest = {name: v for name, v in self._expected.items() if name not in trained}
-        hint = "Freeze the same parameters as in the run that was saved."
-        require_match(trained, sums, "The saved average is not of what this model trains.", hint)
-        require_match(rest, carried, "The saved average is not of this model.", hint)
-
-
-def _names_to_average(model: nn.Module) -> list[str]:
-    parameters = named_parameters(model)
-    trained = [name for name, value in parameters.items() if value.requires_grad]
-    return trained or [name for name, value in parameters.items() if is_interpolable(value)]
-
-
-def _split_aliases(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The entries of the state dict, each once, and ``{further name: first name}`` for the rest."""
-    first: dict[int, str] = {}
-    state: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    for name, value in named_state(model).items():
-        if id(value) in first:
-            aliases[name] = first[id(value)]
-        else:
-            first[id(value)] = name
-            state[name] = value
-    return state, aliases
-
-
-@torch.no_grad()
-def _copy(target: dict[str, Tensor], source: dict[str, Tensor]) -> None:
-    if target:
-        foreach._foreach_copy_(list(target.values()), [source[name] for name in target])
+    def _means(self) -> dict[str, Tensor]:
+        first, *others = list(self._parts.values())[: self.n_averaged]
+        means = self._wide_copy(first)
+        for other in others:
+            foreach._foreach_add_(shards(means), shards(other))
+        foreach._foreach_div_(shards(means), float(self.n_averaged))
+        return means

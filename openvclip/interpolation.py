@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from openvclip.errors import ExtrapolationWarning, LambdaError, UsageError
 from openvclip.state import (
+    all_finite,
     canonical_state,
     common_dtype,
     compute_dtype,
@@ -19,6 +20,7 @@ from openvclip.state import (
     is_interpolable,
     named_state,
     require_match,
+    witness,
 )
 
 Lambda = SupportsFloat | Callable[[str], SupportsFloat]
@@ -55,21 +57,22 @@ def interpolate(
             where the two inputs differ, the narrowest dtype that holds both.
         out: the result of an earlier call, to be overwritten. Fresh memory costs several times
             what the arithmetic does, so a loop over many pairs of models should give it. The
-            entries keep their dtypes and devices; they must not be the inputs' own tensors.
+            entries keep their dtypes and devices; they must not be the inputs' own tensors. After
+            an error in the middle of the arithmetic they hold something of both results.
 
     Returns:
         A new dict in the order of ``theta_b``, each tensor on the device of ``theta_b``'s entry,
         contiguous memory of its own (nothing is shared with the inputs), without a graph; the
-        tensors are those of ``out`` where it is given. At
-        ``lam=0`` and ``lam=1`` the entries are bitwise those of that end. Integer and boolean
-        entries come from ``theta_b`` at every ``lam``. Half precision is computed in float32 and
-        rounded once.
+        tensors are those of ``out`` where it is given. At ``lam=0`` and ``lam=1`` the entries are
+        bitwise those of that end. Integer and boolean entries come from ``theta_b`` at every
+        ``lam``. Half precision is computed in float32 and rounded once.
 
     Raises:
         StateMismatchError: names or shapes differ; the error lists all of them.
         WeightTypeError: an argument is not a mapping from names to tensors.
         LambdaError: a weight is not a finite number.
-        UsageError: both ``dtype`` and ``out`` are given, or ``out`` shares memory with an input.
+        UsageError: both ``dtype`` and ``out`` are given, ``out`` shares memory with an input or
+            within itself, or has whole numbers where ``theta_b`` has others.
 
     Warns:
         ExtrapolationWarning: a weight lies outside [0, 1].
@@ -169,14 +172,30 @@ def _reusable(
         )
     given = canonical_state(out, "out")
     require_match(b, given, "out is not the result of interpolating such models.", _HINT)
-    inputs = {value.untyped_storage().data_ptr() for state in (a, b) for value in state.values()}
-    shared = [name for name in given if given[name].untyped_storage().data_ptr() in inputs]
+    taken = {_memory(value) for state in (a, b) for value in state.values() if value.numel()}
+    shared, unlike = [], []
+    for name, value in given.items():
+        if value.numel() and _memory(value) in taken:
+            shared.append(name)
+        taken.add(_memory(value))
+        if is_interpolable(value) != is_interpolable(b[name]):
+            unlike.append(name)
     if shared:
         raise UsageError(
-            f"{len(shared)} entries of out share memory with theta_a or theta_b ({few(shared)}), "
-            "which would be overwritten. Give the result of an earlier call, or nothing."
+            f"{len(shared)} entries of out share memory with theta_a, theta_b or each other "
+            f"({few(shared)}), which would be overwritten. Give the result of an earlier call, or "
+            "nothing."
+        )
+    if unlike:
+        raise UsageError(
+            f"{len(unlike)} entries of out are whole numbers where theta_b's are not, or the other "
+            f"way round ({few(unlike)}). Give the result of an earlier call on such models."
         )
     return {name: given[name] for name in b}
+
+
+def _memory(value: Tensor) -> tuple[torch.device, int]:
+    return value.device, value.untyped_storage().data_ptr()
 
 
 @torch.no_grad()
@@ -224,15 +243,14 @@ def _lerp(jobs: list[_Lerp]) -> None:
 
     ``torch.lerp`` has that property, needs no temporary and computes half precision in float32,
     but goes through ``a - b``: where that is not finite (the ``-inf`` of masks, a difference that
-    overflows) the plain formula is taken. The sums that tell are looked at together, so that a
-    device is waited for once.
+    overflows) the plain formula is taken. What tells is looked at together, so that a device is
+    waited for once.
     """
-    sums: dict[torch.device, list[Tensor]] = {}
+    witnesses = []
     for out, a, b, lam in jobs:
         torch.lerp(b, a, lam, out=out)
-        total = out.sum(dtype=compute_dtype(out.dtype))
-        sums.setdefault(out.device, []).append(total)
-    if all(_all_finite(group) for group in sums.values()):
+        witnesses.append(witness(out))  # while out is in the cache
+    if all_finite(witnesses):
         return
     for out, a, b, lam in jobs:
         broken = ~torch.isfinite(out)
@@ -240,11 +258,3 @@ def _lerp(jobs: list[_Lerp]) -> None:
             wide = compute_dtype(out.dtype)
             plain = lam * a[broken].to(wide) + (1.0 - lam) * b[broken].to(wide)
             out[broken] = plain.to(out.dtype)
-
-
-def _all_finite(values: list[Tensor]) -> bool:
-    kinds = {value.dtype for value in values}
-    return all(
-        bool(torch.isfinite(torch.stack([v for v in values if v.dtype == kind])).all())
-        for kind in kinds
-    )

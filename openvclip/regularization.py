@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from openvclip.errors import LossError, RegularizationError, StateMismatchError, UsageError
-from openvclip.state import (
-    canonical_state,
-    common_dtype,
-    few,
-    foreach,
-    mismatches,
-    named_parameters,
-    named_state,
-    overwriting,
+from openvclip.anchors import fingerprint, kept, room_for, take_anchor, trained_parameters
+from openvclip.distributed import (
+    backend_device,
+    local,
+    no_sync,
+    process_groups,
+    require_agreement,
+    reshard,
 )
+from openvclip.errors import LossError, RegularizationError, StateMismatchError, UsageError
+from openvclip.state import few, lerp_, overwriting
 
 
 class InterpolatedWeightRegularizer:
@@ -59,12 +58,26 @@ class InterpolatedWeightRegularizer:
     and after any exception. alpha comes from a generator of the regulariser's own, so it neither
     disturbs nor depends on the global random state.
 
+    Several processes that train one model draw the same alphas, since each makes its regulariser
+    with the same seed; the first step or block compares generators, settings and anchors, and
+    raises where they differ. Under ``DistributedDataParallel`` :meth:`step` reduces the gradients
+    of both passes at once. Under ``fully_shard`` (FSDP2) anchor and stash are the shards, and the
+    gradients are reduced after each pass: to add them up before would take the memory of a whole
+    model's gradients.
+
     Args:
         model: the model that is trained; wrappers may be around it.
         optimizer: the optimizer that :meth:`step` drives. Not needed for :meth:`interpolated`.
+        wrapper: what the closure calls, where ``DistributedDataParallel`` or ``fully_shard`` was
+            applied to that and not to ``model``, for example to a classifier around the model.
         anchor: the original weights by name, usually CLIP's state dict; ``None`` takes a snapshot
             of the trained parameters as they are now. Tensors on the right device that the model
-            does not itself use are kept as they are, not copied: don't change them.
+            does not itself use are kept as they are, not copied: don't change them. For a model
+            that is sharded they may be whole or sharded.
+        anchor_device: where the anchor and the copy of the weights during :meth:`interpolated`
+            are kept; ``None`` is the parameters' device. ``"cpu"`` is for a model that hardly
+            fits on its GPU: the copies go through page-locked memory, one tensor of the anchor
+            at a time is on the GPU, and the numbers are the same.
         interval: ``(low, high)`` of alpha, the weight of the *anchor*, within [0, 1]. The paper
             uses (0.0, 0.6). Equal ends fix alpha.
         weight: C of Equation 9, at least 0; the paper uses 0.5.
@@ -80,7 +93,8 @@ class InterpolatedWeightRegularizer:
         StateMismatchError: the anchor lacks trained parameters, has names that the model does not
             know, or has other shapes.
 
-    Memory: the anchor and, from the first interpolation on, one copy of the trained parameters.
+    Memory: the anchor and, from the first interpolation on, one copy of the trained parameters;
+    of a sharded model, of the shards.
     """
 
     def __init__(
@@ -88,7 +102,9 @@ class InterpolatedWeightRegularizer:
         model: nn.Module,
         optimizer: Optimizer | None = None,
         *,
+        wrapper: nn.Module | None = None,
         anchor: Mapping[str, Tensor] | None = None,
+        anchor_device: torch.device | str | None = None,
         interval: tuple[float, float] = (0.0, 0.6),
         weight: float = 0.5,
         every: int = 1,
@@ -98,18 +114,18 @@ class InterpolatedWeightRegularizer:
         _require_settings(interval, weight, every, missing)
         self.model = model
         self.optimizer = optimizer
+        self.wrapper = wrapper
+        self.anchor_device = _full_device(anchor_device)
         self.interval = (float(interval[0]), float(interval[1]))
         self.weight = float(weight)
         self.every = every
         self._steps = 0
         self._generator = torch.Generator().manual_seed(seed)
         self._inside = False
-        self._anchor = _take_anchor(model, anchor, missing)
-        self._unanchored = {
-            name
-            for name, parameter in named_parameters(model).items()
-            if parameter.requires_grad and name not in self._anchor
-        }
+        self._agreed = False
+        self._anchor = take_anchor(model, anchor, missing, self.anchor_device)
+        self._fingerprint = fingerprint(self._anchor, model)
+        self._unanchored = trained_parameters(model).keys() - self._anchor.keys()
         self._stash: dict[str, Tensor] = {}
         if optimizer is not None:
             _require_own_optimizer(model, optimizer)
@@ -120,6 +136,7 @@ class InterpolatedWeightRegularizer:
         *,
         scaler: Any = None,
         max_grad_norm: float | None = None,
+        backward: Callable[[Tensor], Any] = Tensor.backward,
     ) -> Tensor:
         """Do one training step: gradients of both losses, then the optimizer's step.
 
@@ -130,6 +147,8 @@ class InterpolatedWeightRegularizer:
                 step and is updated, so a step with infinite gradients is skipped as usual.
             max_grad_norm: clip the norm of the combined gradient of all the optimizer's
                 parameters to this; the paper's recipe has 1.0.
+            backward: runs the backward pass of a loss, for frameworks that have a function of
+                their own for it, as ``accelerator.backward``.
 
         Returns:
             The loss at the weights themselves, detached.
@@ -145,16 +164,26 @@ class InterpolatedWeightRegularizer:
             )
         if self._inside:
             raise UsageError("step() was called within interpolated(); leave the block first.")
+        self._require_agreement()
         regularize = self.weight > 0 and self._steps % self.every == 0
         self.optimizer.zero_grad(set_to_none=True)
-        loss = _require_loss(closure())
-        _scaled(loss, scaler).backward()
+        # The second backward pass reduces the sum of both over the processes.
+        with no_sync(self._modules()) if regularize else nullcontext():
+            loss = _require_loss(closure())
+            backward(_scaled(loss, scaler))
         if regularize:
             with self.interpolated():
-                _scaled(self.weight * _require_loss(closure()), scaler).backward()
+                backward(_scaled(self.weight * _require_loss(closure()), scaler))
         self._optimizer_step(scaler, max_grad_norm)
         self._steps += 1
         return loss.detach()
+
+    def _modules(self) -> list[nn.Module]:
+        return [self.model] if self.wrapper is None else [self.model, self.wrapper]
+
+    def _reshard(self) -> None:
+        for module in self._modules():
+            reshard(module)
 
     def _optimizer_step(self, scaler: Any, max_grad_norm: float | None) -> None:
         optimizer = cast(Optimizer, self.optimizer)
@@ -180,24 +209,28 @@ class InterpolatedWeightRegularizer:
             alpha, freshly drawn from the interval.
 
         Raises:
-            UsageError: the blocks are nested, or a parameter began to require gradients after
-                the regulariser was made.
+            UsageError: the blocks are nested, a parameter began to require gradients or was
+                sharded after the regulariser was made, or the processes that train the model
+                would not draw the same alphas.
         """
         if self._inside:
             raise UsageError("interpolated() can't be nested; leave the first block before.")
-        parameters = self._moved_parameters()
+        self._reshard()
+        live = self._moved()
+        self._require_agreement()
         alpha = self._draw()
-        live = [parameter.detach() for parameter in parameters.values()]
         self._inside = True
         try:
-            with overwriting(live, self._stash_for(parameters)):
-                _lerp_(live, [self._anchor[name] for name in parameters], alpha)
+            with overwriting(list(live.values()), self._stash_for(live)):
+                lerp_(list(live.values()), [self._anchor[name] for name in live], alpha)
                 yield alpha
         finally:
             self._inside = False
+            self._reshard()  # or gathered copies of the interpolated weights stay in use
 
-    def _moved_parameters(self) -> dict[str, nn.Parameter]:
-        trained = {n: p for n, p in named_parameters(self.model).items() if p.requires_grad}
+    def _moved(self) -> dict[str, Tensor]:
+        """The live weights that move, detached, with their anchors where they belong."""
+        trained = trained_parameters(self.model)
         unknown = [n for n in trained if n not in self._anchor and n not in self._unanchored]
         if unknown:
             raise UsageError(
@@ -205,17 +238,41 @@ class InterpolatedWeightRegularizer:
                 f"was made ({few(unknown)}). Make it after the last change of requires_grad, "
                 "with the original weights as anchor."
             )
-        moved = {name: p for name, p in trained.items() if name in self._anchor}
-        for name, parameter in moved.items():  # a model that was moved to another device since
-            self._anchor[name] = self._anchor[name].to(parameter.device)
-        return moved
+        live = {name: local(p) for name, p in trained.items() if name in self._anchor}
+        for name, tensor in live.items():  # a model that was moved to another device since
+            if self._anchor[name].shape != tensor.shape:
+                raise UsageError(
+                    f"This process holds {name} as {list(tensor.shape)}, and its anchor as "
+                    f"{list(self._anchor[name].shape)}. Make the regulariser after fully_shard()."
+                )
+            self._anchor[name] = kept(self._anchor[name], self.anchor_device, tensor, copy=False)
+        return live
 
-    def _stash_for(self, parameters: dict[str, nn.Parameter]) -> list[Tensor]:
-        for name, parameter in parameters.items():
-            kept = self._stash.get(name)
-            if kept is None or (kept.device, kept.dtype) != (parameter.device, parameter.dtype):
-                self._stash[name] = torch.empty_like(parameter, requires_grad=False)
-        return [self._stash[name] for name in parameters]
+    def _stash_for(self, live: dict[str, Tensor]) -> list[Tensor]:
+        for name, tensor in live.items():
+            held = self._stash.get(name)
+            device = self.anchor_device or tensor.device
+            if held is None or (held.device, held.dtype) != (device, tensor.dtype):
+                self._stash[name] = room_for(tensor, self.anchor_device)
+        return [self._stash[name] for name in live]
+
+    def _require_agreement(self) -> None:
+        """Compare what decides alpha, once: in the first step or block, and again after loading."""
+        groups = [] if self._agreed else process_groups(self._modules())
+        if groups:
+            facts = {
+                "alpha's generator": self._generator.get_state().numpy().tobytes(),
+                "settings": repr((self.interval, self.weight, self.every, self._steps)).encode(),
+                "the anchor": self._fingerprint.encode(),
+            }
+            require_agreement(
+                groups,
+                facts,
+                backend_device(self.model.parameters()),
+                "Make the regulariser with the same seed, settings and anchor in each of them, "
+                "load its state in all or none, and enter its blocks equally often.",
+            )
+        self._agreed = True
 
     def _draw(self) -> float:
         low, high = self.interval
@@ -234,7 +291,7 @@ class InterpolatedWeightRegularizer:
             "every": self.every,
             "steps": self._steps,
             "generator": self._generator.get_state(),
-            "anchor_fingerprint": _fingerprint(self._anchor),
+            "anchor_fingerprint": self._fingerprint,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -260,6 +317,7 @@ class InterpolatedWeightRegularizer:
         self.interval, self.weight = (float(low), float(high)), float(state["weight"])
         self.every, self._steps = int(state["every"]), int(state["steps"])
         self._generator.set_state(state["generator"].cpu())
+        self._agreed = False
 
 
 def _require_settings(
@@ -286,68 +344,18 @@ def _is_interval(interval: Any) -> bool:
         return False
 
 
+def _full_device(device: torch.device | str | None) -> torch.device | None:
+    return None if device is None else torch.empty(0, device=device).device  # with its number
+
+
 def _require_own_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
-    trained = {id(p) for p in named_parameters(model).values() if p.requires_grad}
+    trained = {id(p) for p in trained_parameters(model).values()}
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if not trained & held:
         raise UsageError(
             "The optimizer holds none of the model's trained parameters; was it made for another "
             "model, or before the model was copied or moved?"
         )
-
-
-def _take_anchor(
-    model: nn.Module, anchor: Mapping[str, Tensor] | None, missing: str
-) -> dict[str, Tensor]:
-    """The anchor of each trained parameter that has one, in the parameters' order."""
-    trained = {n: p for n, p in named_parameters(model).items() if p.requires_grad}
-    if not trained:
-        raise UsageError(
-            "No parameter of the model requires gradients, so there is nothing to regularise. "
-            "Make the regulariser after requires_grad has been set."
-        )
-    if anchor is None:
-        return {name: parameter.detach().clone() for name, parameter in trained.items()}
-    known = named_state(model)
-    given = canonical_state(anchor, "anchor", like=known)
-    lacking = trained.keys() - given.keys()
-    unexpected = given.keys() - known.keys()
-    mismatched = [entry for entry in mismatches(known, given) if entry[0] in trained]
-    refused = bool(lacking) and (missing == "error" or lacking == trained.keys())
-    if unexpected or mismatched or refused:
-        raise StateMismatchError(
-            "The anchor does not fit the trained parameters of the model (which are expected).",
-            missing=lacking,
-            unexpected=unexpected,
-            mismatched=mismatched,
-            hint="Give the state dict of the original model under the trained model's names; "
-            "missing='skip' trains parameters that the anchor lacks without regularisation.",
-        )
-    in_use = {value.untyped_storage().data_ptr() for value in known.values()}
-    return {
-        name: _anchored(given[name].detach(), parameter, in_use)
-        for name, parameter in trained.items()
-        if name in given
-    }
-
-
-def _anchored(value: Tensor, parameter: nn.Parameter, in_use: set[int]) -> Tensor:
-    # model.state_dict() gives the live tensors: an anchor that shares their memory would move
-    # along with the training and regularise nothing.
-    shared = value.untyped_storage().data_ptr() in in_use
-    # An anchor that is wider than the parameter stays so, or theta~ would be rounded twice.
-    dtype = common_dtype(value.dtype, parameter.dtype)
-    return value.to(parameter.device, dtype, copy=shared)
-
-
-@torch.no_grad()
-def _lerp_(live: list[Tensor], anchor: list[Tensor], alpha: float) -> None:
-    """``live <- alpha * anchor + (1 - alpha) * live``, half precision rounded once, at the end."""
-    if all(a.dtype == tensor.dtype for a, tensor in zip(anchor, live, strict=True)):
-        foreach._foreach_lerp_(live, anchor, alpha)  # computes half precision in float32
-        return
-    for tensor, original in zip(live, anchor, strict=True):
-        tensor.copy_(torch.lerp(tensor.to(original.dtype), original, alpha))
 
 
 def _require_loss(loss: object) -> Tensor:
@@ -372,18 +380,3 @@ def _require_loss(loss: object) -> Tensor:
 def _scaled(loss: Tensor, scaler: Any) -> Tensor:
     scaled: Tensor = loss if scaler is None else scaler.scale(loss)
     return scaled
-
-
-def _fingerprint(anchor: dict[str, Tensor]) -> str:
-    """A digest of names, shapes and up to 64 evenly spaced values of each entry.
-
-    Enough to tell the original weights from fine-tuned ones without reading all of them.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(anchor):
-        flat = anchor[name].reshape(-1)
-        stride = max(1, flat.numel() // 64)
-        sample = flat[::stride][:64].double().cpu().contiguous()
-        digest.update(f"{name} {list(anchor[name].shape)}".encode())
-        digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()

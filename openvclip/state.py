@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from openvclip.distributed import any_process, local, reshard
 from openvclip.errors import StateMismatchError, WeightTypeError
 
 foreach = cast(Any, torch)
@@ -25,6 +26,8 @@ _WRAPPER_PARTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wr
 
 
 def _without_wrappers(name: str) -> str:
+    if not any(part in name for part in _WRAPPER_PARTS):
+        return name
     return ".".join(part for part in name.split(".") if part not in _WRAPPER_PARTS)
 
 
@@ -114,10 +117,13 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The live parameters under canonical names; a shared one appears once, under its first."""
-    return {
-        _without_wrappers(name): parameter for name, parameter in unwrap(model).named_parameters()
-    }
+    """The live parameters under canonical names; a shared one appears once, under its first.
+
+    Under ``fully_shard`` they are the shards, as the optimizer has them.
+    """
+    plain = unwrap(model)
+    reshard(plain)
+    return {_without_wrappers(name): parameter for name, parameter in plain.named_parameters()}
 
 
 def named_state(model: nn.Module) -> dict[str, Tensor]:
@@ -175,36 +181,67 @@ def require_match(
 def non_finite_names(state: Mapping[str, Tensor]) -> list[str]:
     """Names of the entries that hold NaN or infinity.
 
-    One sum of magnitudes per entry is looked at first; entries are looked at one by one only
-    where that sum is not finite.
+    One number of each entry is looked at first, all together; entries are looked at one by one
+    only where one of these is not finite. Of sharded entries each process looks at its own part,
+    and all of them get the same names.
     """
-    tensors = [value.detach() for value in state.values() if is_interpolable(value)]
-    if not tensors:
+    own = {name: local(value) for name, value in state.items() if is_interpolable(value)}
+    if not any_process([not all_finite(_witnesses(list(own.values())))], state.values())[0]:
         return []
-    norms: list[Tensor] = []
-    for dtype in {tensor.dtype for tensor in tensors}:
-        group = [tensor for tensor in tensors if tensor.dtype == dtype]
-        norms.extend(_foreach_magnitude(group))
-    if all(bool(torch.isfinite(norm)) for norm in _gathered(norms)):
-        return []
-    return [
-        name
-        for name, value in state.items()
-        if is_interpolable(value) and not bool(torch.isfinite(value).all())
-    ]
+    broken = [not bool(torch.isfinite(value).all()) for value in own.values()]
+    broken = any_process(broken, state.values())
+    return [name for name, is_broken in zip(own, broken, strict=True) if is_broken]
 
 
-def _foreach_magnitude(tensors: list[Tensor]) -> list[Tensor]:
-    wide = tensors[0].dtype if tensors[0].dtype.itemsize >= 4 else torch.float32
-    return list(foreach._foreach_norm(tensors, 1, dtype=wide))
+def witness(tensor: Tensor) -> Tensor:
+    """A real number that is not finite where the tensor holds one that is not.
+
+    It may overflow where all are finite, so that a closer look has to follow.
+    """
+    if tensor.is_complex():
+        return tensor.sum().abs()
+    if tensor.dtype == compute_dtype(tensor.dtype) or not tensor.numel():
+        return tensor.sum()
+    low, high = torch.aminmax(tensor)  # a sum in float32 would make a copy of half precision
+    return high.float() - low.float()
 
 
-def _gathered(norms: list[Tensor]) -> list[Tensor]:
-    """One tensor for each device, so that each device is waited for once."""
+def all_finite(witnesses: Iterable[Tensor]) -> bool:
+    """Whether every :func:`witness` is finite in float32; each device is waited for once."""
     by_device: dict[torch.device, list[Tensor]] = {}
-    for norm in norms:
-        by_device.setdefault(norm.device, []).append(norm.abs().double())
-    return [torch.stack(group).sum() for group in by_device.values()]
+    for value in witnesses:
+        by_device.setdefault(value.device, []).append(value.float())
+    return all(bool(torch.isfinite(torch.stack(group)).all()) for group in by_device.values())
+
+
+def _witnesses(tensors: list[Tensor]) -> list[Tensor]:
+    """One for each tensor; on a GPU by few kernels, where the tensors are of one dtype."""
+    if all(tensor.device.type == "cpu" or not tensor.numel() for tensor in tensors):
+        return [witness(tensor) for tensor in tensors]
+    return list(foreach._foreach_norm([t for t in tensors if t.numel()], float("inf")))
+
+
+@torch.no_grad()
+def lerp_(live: list[Tensor], towards: list[Tensor], weight: float) -> None:
+    """``live <- weight * towards + (1 - weight) * live``, rounded once, at the end.
+
+    Args:
+        live: tensors to overwrite.
+        towards: tensors of the same shapes, of any dtypes, on any devices.
+        weight: how far to go.
+    """
+    pairs = list(zip(live, towards, strict=True))
+    if all((t.device, t.dtype) == (own.device, own.dtype) for own, t in pairs):
+        foreach._foreach_lerp_(live, towards, weight)  # computes half precision in float32
+        return
+    for own, other in pairs:
+        wide = common_dtype(own.dtype, other.dtype)
+        # The allocator gives the memory of one copy to the next, in the stream's order.
+        there = other.to(own.device, non_blocking=other.is_pinned()).to(wide)
+        if own.dtype == wide:
+            foreach._foreach_lerp_([own], [there], weight)
+        else:
+            own.copy_(torch.lerp(own.to(wide), there, weight))
 
 
 def few(names: Sequence[str]) -> str:
@@ -219,12 +256,16 @@ def overwriting(live: list[Tensor], stash: list[Tensor] | None = None) -> Iterat
     Args:
         live: tensors that are views of a model's weights (detached, so that autograd's version
             counters see the writes and refuse a backward pass through weights that changed).
-        stash: tensors to keep the values in, one for each of ``live``; made where not given.
+        stash: tensors to keep the values in, one for each of ``live``, on any device; made where
+            not given.
     """
     with torch.no_grad():
         if stash is None:
             stash = [torch.empty_like(tensor) for tensor in live]
-        foreach._foreach_copy_(stash, live)
+        # Copies between a GPU and page-locked memory need not be waited for: the GPU does them
+        # in the order of its stream, so before and after all that is done to the weights.
+        free = all(tensor.is_pinned() for tensor in stash)
+        foreach._foreach_copy_(stash, live, non_blocking=free)
     try:
         # Inside an autocast region PyTorch keeps half-precision copies of the weights, which
         # would outlive the change of the weights that they were made from.
@@ -232,5 +273,5 @@ def overwriting(live: list[Tensor], stash: list[Tensor] | None = None) -> Iterat
         yield
     finally:
         with torch.no_grad():
-            foreach._foreach_copy_(live, stash)
+            foreach._foreach_copy_(live, stash, non_blocking=free)
         torch.clear_autocast_cache()

@@ -107,6 +107,16 @@ def test_weights_that_are_not_finite_leave_the_average_as_it_was(bad: float) -> 
         swa.update(model)
 
 
+def test_without_the_check_they_enter() -> None:
+    model = Net()
+    swa = SWATracker(model, check_finite=False)
+    model.head.bias.data[1] = float("nan")
+    assert swa.update(model)
+    assert swa.averaged_state_dict()["head.bias"].isnan().tolist() == [
+        i == 1 for i in range(model.head.bias.numel())
+    ]
+
+
 def test_large_finite_weights_are_no_error() -> None:
     model = nn.Linear(4, 4).half()
     model.weight.data.fill_(6e4)

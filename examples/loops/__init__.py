@@ -1,0 +1,1 @@
+"""Training loops inside frameworks, each on a tiny CLIP and random clips."""

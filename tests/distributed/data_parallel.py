@@ -1,0 +1,169 @@
+"""Regulariser and averages under DistributedDataParallel, in two processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+
+from openvclip import InterpolatedWeightRegularizer, SWATracker
+from openvclip.errors import UsageError
+from tests.distributed.training import (
+    STEPS,
+    C,
+    Net,
+    assert_close,
+    batch,
+    by_hand,
+    check,
+    gathered,
+    loss_of,
+    regulariser,
+    skips_where_one_overflows,
+    snapshot,
+    train,
+    trained_by_hand,
+)
+
+
+def data_parallel(model: nn.Module, **settings: Any) -> tuple[nn.Module, list[int]]:
+    """The wrapped model, and a list that grows with each all-reduce of gradients."""
+    wrapped = DistributedDataParallel(model, **settings)
+    calls: list[int] = []
+
+    def counting(group, bucket):  # type: ignore[no-untyped-def]  # the wrapper reads annotations
+        calls.append(bucket.index())
+        return allreduce_hook(group, bucket)
+
+    wrapped.register_comm_hook(distributed.group.WORLD, counting)
+    return wrapped, calls
+
+
+@check
+def ddp_gradients_equal_one_process_on_the_joint_batch(out: Path) -> None:
+    model, calls = data_parallel(Net(0))
+    reference, anchor = Net(0), snapshot(Net(1))
+    iwr = InterpolatedWeightRegularizer(
+        model, torch.optim.SGD(model.parameters(), 0.0), anchor=anchor, weight=C, seed=5
+    )
+    probe = InterpolatedWeightRegularizer(Net(0), seed=5)
+    for step in range(3):
+        with probe.interpolated() as alpha:
+            by_hand(reference, anchor, alpha, step)
+        iwr.step(lambda step=step: loss_of(model, step))  # type: ignore[misc]
+        assert_close(
+            {n: p.grad for n, p in model.named_parameters() if p.grad is not None},
+            {n: p.grad for n, p in reference.named_parameters() if p.grad is not None},
+        )
+    assert len(calls) == 3
+
+
+@check
+def ddp_reduces_both_passes_at_once_with_every_setting_of_the_wrapper(out: Path) -> None:
+    expected = trained_by_hand(every=2)[0].state_dict()
+    for setting, reductions in (
+        ("gradient_as_bucket_view", STEPS),
+        ("find_unused_parameters", STEPS),
+        ("static_graph", STEPS + STEPS // 2),  # each pass apart
+    ):
+        model, calls = data_parallel(Net(0), **{setting: True})
+        train(regulariser(model, every=2), model)
+        assert_close(model.state_dict(), expected)
+        assert len(calls) == reductions, setting
+
+
+@check
+def ddp_around_a_module_that_holds_the_model(out: Path) -> None:
+    expected = trained_by_hand()[0].state_dict()
+    for given, reductions in ((True, STEPS), (False, 2 * STEPS)):
+        inner = Net(0)
+        model, calls = data_parallel(nn.Sequential(inner))
+        train(regulariser(model, inner, wrapper=model if given else None), model)
+        assert_close(inner.state_dict(), expected)
+        assert len(calls) == reductions
+
+
+@check
+def ddp_accumulation_in_a_loop_of_its_own(out: Path) -> None:
+    expected = trained_by_hand()[0].state_dict()
+    model, calls = data_parallel(Net(0))
+    iwr = regulariser(model)
+    assert iwr.optimizer is not None
+    for step in range(STEPS):
+        x, y = batch(step, distributed.get_rank())
+        micro = list(zip(x.chunk(3), y.chunk(3), strict=True))
+        iwr.optimizer.zero_grad()
+        with model.no_sync():
+            for some, labels in micro:
+                (functional.cross_entropy(model(some), labels) / 3).backward()
+        with iwr.interpolated():
+            with model.no_sync():
+                for some, labels in micro[:-1]:
+                    (C * functional.cross_entropy(model(some), labels) / 3).backward()
+            some, labels = micro[-1]
+            (C * functional.cross_entropy(model(some), labels) / 3).backward()
+        iwr.optimizer.step()
+    assert_close(model.state_dict(), expected)
+    assert len(calls) == STEPS
+
+
+@check
+def ddp_average(out: Path) -> None:
+    model, _ = data_parallel(Net(0))
+    iwr, swa = regulariser(model), SWATracker(model)
+    for step in range(STEPS):
+        iwr.step(lambda step=step: loss_of(model, step))  # type: ignore[misc]
+        assert swa.update(model)
+    _, mean = trained_by_hand()
+    assert_close(swa.averaged_state_dict(), mean)
+    before = snapshot(model)
+    with swa.applied(model):
+        assert_close(model.state_dict(), mean)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@check
+def ddp_overflow_in_one_process_skips_the_step_in_both(out: Path) -> None:
+    model, _ = data_parallel(Net(0))
+    skips_where_one_overflows(model)
+
+
+@check
+def every_process_draws_the_same_alphas(out: Path) -> None:
+    model, _ = data_parallel(Net(0))
+    torch.manual_seed(distributed.get_rank())  # the global state is each process's own
+    iwr = InterpolatedWeightRegularizer(model, seed=3)
+    alphas = []
+    for _ in range(5):
+        with iwr.interpolated() as alpha:
+            alphas.append(alpha)
+    here, there = gathered(alphas)
+    assert here == there
+    assert len(set(here)) == 5
+
+
+@check
+def processes_that_differ_are_told_so(out: Path) -> None:
+    rank = distributed.get_rank()
+    saved = regulariser(Net(0)).state_dict()
+    for settings, text in (
+        ({"seed": rank}, "alpha's generator"),
+        ({"weight": float(rank)}, "settings"),
+        ({"anchor": snapshot(Net(rank))}, "the anchor"),
+        ({"seed": rank, "every": rank + 1}, "alpha's generator and settings"),
+    ):
+        model = DistributedDataParallel(Net(0))
+        with pytest.raises(UsageError, match=f"differ in {text}"):
+            train(regulariser(model, **settings), model, 1)  # type: ignore[arg-type]
+    model = DistributedDataParallel(Net(0))
+    iwr = regulariser(model)
+    if rank == 0:
+        iwr.load_state_dict(saved | {"steps": 2})
+    with pytest.raises(UsageError, match="load its state in all or none"), iwr.interpolated():
+        pass

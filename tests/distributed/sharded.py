@@ -1,0 +1,247 @@
+"""Regulariser and averages of a model under fully_shard (FSDP2), in two processes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
+
+from openvclip import InterpolatedWeightRegularizer, SWATracker, interpolate, save_checkpoint
+from openvclip.checkpoints import load_checkpoint
+from openvclip.distributed import full_state, local
+from openvclip.errors import CheckpointError, NonFiniteWeightsError, UsageError
+from tests.distributed.training import (
+    ALPHA,
+    STEPS,
+    WORLD,
+    Net,
+    assert_close,
+    batch,
+    check,
+    loss_of,
+    regulariser,
+    skips_where_one_overflows,
+    snapshot,
+    train,
+    trained_by_hand,
+)
+
+
+def sharded(seed: int = 0, **settings: Any) -> Net:
+    model = Net(seed)
+    fully_shard(model.body, **settings)
+    fully_shard(model.again, **settings)
+    return fully_shard(model, ignored_params={model.temperature}, **settings)
+
+
+def local_size(model: nn.Module) -> int:
+    return sum(local(p).numel() for p in model.parameters() if p.requires_grad)
+
+
+def full(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return full_state(state)
+
+
+@check
+def fsdp_training_equals_one_process(out: Path) -> None:
+    reference, mean = trained_by_hand(every=2)
+    for settings in ({}, {"anchor_device": "cpu"}):
+        model = sharded()
+        iwr, swa = regulariser(model, every=2, **settings), SWATracker(model)
+        for step in range(STEPS):
+            iwr.step(lambda m=model, step=step: loss_of(m, step))  # type: ignore[misc]
+            assert swa.update(model)
+        assert_close(full(model.state_dict()), reference.state_dict())
+        assert_close(full(swa.averaged_state_dict()), mean)
+
+
+@check
+def fsdp_clipping_equals_one_process(out: Path) -> None:
+    model = sharded()
+    train(regulariser(model), model, max_grad_norm=0.05)
+    assert_close(full(model.state_dict()), trained_by_hand(max_norm=0.05)[0].state_dict())
+
+
+@check
+def fsdp_overflow_in_one_process_skips_the_step_in_both(out: Path) -> None:
+    skips_where_one_overflows(sharded())
+
+
+@check
+def fsdp_keeps_shards_and_communicates_nothing_of_its_own(out: Path) -> None:
+    model = sharded()
+    with CommDebugMode() as made:
+        iwr, swa = regulariser(model), SWATracker(model)
+    counts = {str(op): n for op, n in made.get_comm_counts().items()}
+    assert [op for op in counts if "reduce" not in op] == []  # the fingerprints' values
+    with iwr.interpolated():
+        pass  # the first block compares the processes' settings
+    with CommDebugMode() as used:
+        with iwr.interpolated():
+            pass
+        iwr.state_dict()
+        swa.update(model)
+        swa.update(model)
+        with swa.applied(model):
+            pass
+        swa.averaged_state_dict()
+        swa.state_dict()
+    assert {str(op) for op in used.get_comm_counts()} <= {"c10d.allreduce_"}  # finite everywhere?
+    with CommDebugMode() as seen:
+        full(model.state_dict())
+    assert seen.get_total_counts() > 0  # it would have been seen
+    for value in swa.state_dict()["sums"].values():
+        assert isinstance(value, DTensor)
+    held = [*iwr._anchor.values(), *iwr._stash.values()]
+    assert sum(value.untyped_storage().nbytes() for value in held) == 2 * 8 * local_size(model)
+    average = swa.averaged_state_dict()
+    assert average.pop("temperature").ndim == 0  # whole, as it is in the model
+    assert all(isinstance(value, DTensor) for value in average.values())
+    assert sum(local(value).numel() for value in average.values()) == local_size(model)
+
+
+@check
+def fsdp_block_holds_the_interpolated_weights_whatever_stays_gathered(out: Path) -> None:
+    """After a forward pass alone, or backward without resharding, gathered copies stay."""
+    plain, other = Net(0), Net(1)
+    mixed = Net(2)
+    theta, anchor = snapshot(plain), snapshot(other)
+    mixed.load_state_dict({n: ALPHA * anchor[n] + (1 - ALPHA) * theta[n] for n in theta})
+    x = batch(0)[0]
+    for settings in ({}, {"reshard_after_forward": False}):
+        model = sharded(**settings)
+        model.set_reshard_after_backward(False)  # type: ignore[operator]
+        iwr, swa = regulariser(model), SWATracker(model)
+        before = [local(p).clone() for p in iwr.optimizer.param_groups[0]["params"]]  # type: ignore[union-attr]
+        for with_backward in (False, True):
+            with torch.set_grad_enabled(with_backward):
+                here = model(x)
+            if with_backward:
+                here.sum().backward()
+            with torch.no_grad():
+                with iwr.interpolated():
+                    torch.testing.assert_close(model(x), mixed(x), rtol=1e-12, atol=1e-12)
+                torch.testing.assert_close(model(x), plain(x), rtol=1e-12, atol=1e-12)
+                swa.update(model)
+                with swa.applied(model):
+                    torch.testing.assert_close(model(x), plain(x), rtol=1e-12, atol=1e-12)
+        assert_close(full(swa.averaged_state_dict()), theta)
+        with iwr.interpolated():
+            pass
+        after = [local(p) for p in model.parameters()]
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@check
+def fsdp_around_a_module_that_holds_the_model(out: Path) -> None:
+    x, inner = batch(0)[0], Net(0)
+    outer = fully_shard(nn.Sequential(inner), ignored_params={inner.temperature})
+    iwr = regulariser(outer, inner, wrapper=outer)
+    with torch.no_grad():
+        before = outer(x)  # the outermost module keeps what it gathered
+        with iwr.interpolated():
+            assert not torch.equal(outer(x), before)
+        assert torch.equal(outer(x), before)
+    train(iwr, outer)
+    assert_close(full(inner.state_dict()), trained_by_hand()[0].state_dict())
+
+
+@check
+def fsdp_average_in_use_is_not_the_gathered_weights(out: Path) -> None:
+    x = batch(0)[0]
+    model, swa_of = sharded(reshard_after_forward=False), Net(0)
+    swa = SWATracker(model)
+    swa.update(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0)
+        thrice = model(x)
+        with swa.applied(model):
+            torch.testing.assert_close(model(x), swa_of(x), rtol=1e-12, atol=1e-12)
+        assert torch.equal(model(x), thrice)
+
+
+@check
+def fsdp_weights_that_one_process_finds_broken_enter_no_average(out: Path) -> None:
+    model = sharded()
+    swa = SWATracker(model)
+    assert swa.update(model)
+    if distributed.get_rank() == 1:
+        with torch.no_grad():
+            local(model.head.weight)[0, 0] = torch.nan
+    with pytest.raises(NonFiniteWeightsError, match=r"1 entries \(head.weight\)"):
+        swa.update(model)
+    assert swa.n_averaged == 1
+    assert_close(full(swa.averaged_state_dict()), snapshot(Net(0)))
+
+
+@check
+def fsdp_anchors_of_every_kind(out: Path) -> None:
+    wanted = snapshot(Net(1))
+    model = sharded()
+    same = sharded(1)
+    rows = {n: v.float() for n, v in wanted.items()}
+    for anchor, theta in (
+        (wanted, wanted),
+        (same.state_dict(), wanted),
+        (rows, rows),
+        (None, snapshot(Net(0))),
+        (model.state_dict(), snapshot(Net(0))),
+    ):
+        iwr = InterpolatedWeightRegularizer(model, anchor=anchor, interval=(1.0, 1.0))
+        trained = [p for p in model.parameters() if p.requires_grad]
+        with torch.no_grad():
+            for parameter in trained:
+                parameter.add_(0.5)
+        with iwr.interpolated():
+            assert_close(full(model.state_dict()), {n: v.double() for n, v in theta.items()})
+        with torch.no_grad():
+            for parameter in trained:
+                parameter.sub_(0.5)
+
+
+@check
+def fsdp_state_is_that_of_one_process(out: Path) -> None:
+    model, plain = sharded(), Net(0)
+    iwr, alone = regulariser(model, seed=4), regulariser(plain, seed=4)
+    train(iwr, model, 2)
+    state = iwr.state_dict()
+    assert state["anchor_fingerprint"] == alone.state_dict()["anchor_fingerprint"]
+    other = regulariser(plain, anchor=snapshot(Net(2))).state_dict()["anchor_fingerprint"]
+    assert state["anchor_fingerprint"] != other
+    alone.load_state_dict(state)
+
+
+@check
+def a_model_sharded_too_late_is_refused(out: Path) -> None:
+    model = Net(0)
+    iwr = InterpolatedWeightRegularizer(model)
+    fully_shard(model.body)
+    with pytest.raises(UsageError, match=r"after fully_shard\(\)"), iwr.interpolated():
+        pass
+
+
+@check
+def fsdp_saves_whole_tensors_once(out: Path) -> None:
+    model, plain = sharded(), snapshot(Net(0))
+    swa = SWATracker(model)
+    swa.update(model)
+    file = out / "average.safetensors"
+    save_checkpoint(swa.averaged_state_dict(), file, metadata={"a": "b"})
+    assert_close(load_checkpoint(file), plain)  # in each process: it is there for all of them
+    theta = interpolate(snapshot(Net(1)), full(swa.averaged_state_dict()), 0.5)
+    save_checkpoint(theta, out / f"{distributed.get_rank()}.safetensors")
+    distributed.barrier()
+    assert len(list(out.glob("*.safetensors"))) == 1 + WORLD
+    assert list(out.glob(".*")) == []
+    blocked = out / "folder" / "file"
+    blocked.parent.touch()
+    with pytest.raises(CheckpointError, match="Could not write"):
+        save_checkpoint(model.state_dict(), blocked)

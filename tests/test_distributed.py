@@ -1,0 +1,68 @@
+"""Two processes: regulariser and averages under DistributedDataParallel and fully_shard (FSDP2).
+
+The checks are in ``tests/distributed/``; one pair of processes runs them all.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import REPO
+
+NAMES = [
+    node.name
+    for file in ("data_parallel.py", "sharded.py")
+    for node in ast.parse((REPO / "tests" / "distributed" / file).read_text()).body
+    if isinstance(node, ast.FunctionDef) and node.decorator_list
+]
+LIMIT = 300.0  # seconds after which processes that wait for each other are stopped
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    """What each of the two processes says of each check."""
+    folder = tmp_path_factory.mktemp("processes")
+    commands = [
+        [sys.executable, "-W", "error", "-m", "tests.distributed", str(folder), str(rank)]
+        for rank in range(2)
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with ExitStack() as stack:
+        processes = []
+        for rank, command in enumerate(commands):
+            errors = stack.enter_context((folder / f"{rank}.errors").open("w"))
+            process = subprocess.Popen(
+                command, cwd=REPO, env=environment, stdout=subprocess.DEVNULL, stderr=errors
+            )
+            processes.append(process)
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+        with suppress(subprocess.TimeoutExpired):  # the checks that were not reached fail below
+            for process in processes:
+                process.wait(LIMIT)
+    return [_reported(folder, rank) for rank in range(2)]
+
+
+def _reported(folder: Path, rank: int) -> dict[str, str]:
+    file = folder / f"{rank}.json"
+    found: dict[str, str] = json.loads(file.read_text()) if file.exists() else {}
+    errors = (folder / f"{rank}.errors").read_text()
+    return {name: found.get(name, f"not reached\n{errors}") for name in NAMES}
+
+
+def test_there_are_checks() -> None:
+    assert len(NAMES) >= 18
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_in_two_processes(results: list[dict[str, str]], name: str) -> None:
+    for rank, found in enumerate(results):
+        assert found[name] == "passed", f"process {rank}:\n{found[name]}"
