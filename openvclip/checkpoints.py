@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from openvclip.conversion import convert
+from openvclip.distributed import any_process, mesh_groups, whole
 from openvclip.errors import ActivationWarning, CheckpointError, StateMismatchError, UsageError
 from openvclip.inspection import (
     CheckpointInfo,
@@ -55,6 +56,20 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def write_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Raise what goes wrong when ``path`` is written as a :class:`CheckpointError`."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"Could not write {os.fspath(path)}: {error}. Nothing was changed there; check free "
+            "space and permissions."
+        ) from error
+
+
 def _flush(path: Path) -> None:
     if path.is_dir() and os.name == "nt":
         return  # Windows keeps no handles of folders
@@ -74,6 +89,10 @@ def save_checkpoint(
 ) -> None:
     """Save a state dict as a safetensors file, atomically, under plain names.
 
+    A state with sharded entries (``DTensor``, of a model under ``fully_shard``) is put together
+    entry by entry: every process that holds a part calls this, the first one writes, and all
+    return when the file is there.
+
     Args:
         state: names (wrappers' prefixes are taken out) to tensors on any device.
         path: the file to write; its folder is made where it is missing.
@@ -84,24 +103,38 @@ def save_checkpoint(
         WeightTypeError, StateMismatchError: ``state`` is not a state dict.
         CheckpointError: the file could not be written; an older file is left as it was.
     """
-    from safetensors import SafetensorError
+    given = canonical_state(state, "state")
+    groups = mesh_groups(given.values())
+    writer = all(group.rank() == 0 for group in groups)
+    plain: dict[str, Tensor] = {}
+    for name, value in given.items():
+        entry = whole(value)
+        if writer:
+            plain[name] = _stored(entry, dtype)
+    failure = None
+    try:
+        if writer:
+            _write(plain, path, metadata)
+    except CheckpointError as error:
+        failure = error
+    if any_process([failure is not None], given.values())[0]:
+        failure = failure or CheckpointError(
+            f"Could not write {os.fspath(path)}: the process that writes it says why."
+        )
+    if failure is not None:
+        raise failure
+
+
+def _write(
+    plain: dict[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str] | None
+) -> None:
     from safetensors.torch import save_file
 
-    plain = {
-        name: _stored(value.detach(), dtype)
-        for name, value in canonical_state(state, "state").items()
-    }
-    try:
-        with atomic_path(path) as temporary:
-            temporary.touch()
-            mode = temporary.stat().st_mode  # what the process's umask gives a new file
-            save_file(plain, temporary, metadata=dict(metadata or {}))
-            temporary.chmod(mode)  # safetensors makes files that their owner alone can read
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"Could not write {os.fspath(path)}: {error}. Nothing was changed there; check free "
-            "space and permissions."
-        ) from error
+    with write_errors(path), atomic_path(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the process's umask gives a new file
+        save_file(plain, temporary, metadata=dict(metadata or {}))
+        temporary.chmod(mode)  # safetensors makes files that their owner alone can read
 
 
 def _stored(value: Tensor, dtype: torch.dtype | None) -> Tensor:

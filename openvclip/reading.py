@@ -6,7 +6,6 @@ by ``torch.jit.load``, which restores tensors and calls no Python.
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import re
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from openvclip.errors import CheckpointError, UnsafeCheckpointError
 from openvclip.state import canonical_state, few
+from openvclip.tensorfiles import is_index, read_shards
 
 SAFETENSORS, TORCH, TORCHSCRIPT = "safetensors", "PyTorch", "TorchScript"
 
@@ -30,27 +30,6 @@ _WEIGHT_KEYS = ("model_state", "state_dict", "model_state_dict", "model")
 
 # Integers about the model that stand among the weights of OpenAI's files.
 SETTINGS = frozenset({"input_resolution", "context_length", "vocab_size"})
-
-_LONGEST_HEADER = 100_000_000  # bytes; as the safetensors library has it
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "C64": torch.complex64,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 _BEGINNINGS = (
     (b"\x89PNG", "a PNG image"),
@@ -91,13 +70,18 @@ class WeightFile:
     metadata: dict[str, str]
 
 
-def read_weights(path: str | os.PathLike[str], *, sizes_only: bool = False) -> WeightFile:
+def read_weights(
+    path: str | os.PathLike[str], *, sizes_only: bool = False, mapped: bool = False
+) -> WeightFile:
     """Read a file of weights onto the CPU.
 
     Args:
-        path: the file; its name is not looked at.
+        path: the file; its name is not looked at. The index of a sharded safetensors model stands
+            for the whole of it.
         sizes_only: give names, shapes and dtypes, as tensors on the meta device. A safetensors
             file is then read no further than its header.
+        mapped: map the entries of a PyTorch file into memory, where its format allows it, so that
+            they are read when they are first used. The file must then stay as it is.
 
     Raises:
         CheckpointError: there is no such file, it is truncated or of another kind, or it holds
@@ -106,11 +90,14 @@ def read_weights(path: str | os.PathLike[str], *, sizes_only: bool = False) -> W
         StateMismatchError: two names are the same but for a wrapper's prefix.
     """
     file = Path(path)
-    kind = _kind_of(file)
+    kind = kind_of(file)
     if kind == SAFETENSORS:
         weights, metadata = _read_safetensors(file, sizes_only)
         return WeightFile(file, kind, canonical_state(weights, str(file)), "", (), metadata)
-    content = _read_torchscript(file) if kind == TORCHSCRIPT else _read_torch(file, sizes_only)
+    if kind == TORCHSCRIPT:
+        content: object = _read_torchscript(file)
+    else:
+        content = _read_torch(file, sizes_only, mapped)
     found, key, beside = _find_weights(content, file)
     if sizes_only:  # TorchScript gives the tensors themselves
         found = {name: value.to("meta") for name, value in found.items()}
@@ -120,7 +107,12 @@ def read_weights(path: str | os.PathLike[str], *, sizes_only: bool = False) -> W
 # --- the kind of a file ------------------------------------------------------------------------
 
 
-def _kind_of(file: Path) -> str:
+def kind_of(file: Path) -> str:
+    """``SAFETENSORS`` (also for the index of a sharded model), ``TORCH`` or ``TORCHSCRIPT``.
+
+    Raises:
+        CheckpointError: there is no such file, or it is none of these.
+    """
     try:
         if file.is_dir():
             raise CheckpointError(
@@ -134,11 +126,12 @@ def _kind_of(file: Path) -> str:
             )
         with file.open("rb") as opened:
             head = opened.read(512)
+        indexed = is_index(file)
     except OSError as error:
         raise CheckpointError(f"Can't read {file}: {error}.") from error
     if head[:4] == b"PK\x03\x04":
         return _kind_of_zip(file)
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32:
+    if (head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32) or indexed:
         return SAFETENSORS
     if len(head) > 1 and head[0] == 0x80 and head[1] <= pickle.HIGHEST_PROTOCOL:
         return TORCH  # as torch.save wrote before its files were zip archives
@@ -197,44 +190,16 @@ def _read_safetensors(file: Path, sizes_only: bool) -> tuple[dict[str, Tensor], 
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    shards, metadata = read_shards(file)
+    if sizes_only:
+        return {name: size for header in shards.values() for name, size in header.sizes.items()}, (
+            metadata
+        )
     try:
-        sizes, metadata = _safetensors_header(file)
-        return (sizes if sizes_only else load_file(file)), metadata
-    except (SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = str(error) if type(error) is ValueError else _one(error)
-        raise CheckpointError(
-            f"{file} ({file.stat().st_size} bytes) is not a whole safetensors file: {reason}. "
-            "Copy or download it again."
-        ) from error
-    except (OSError, RuntimeError, MemoryError) as error:
+        loaded = [load_file(shard) for shard in shards]
+    except (SafetensorError, OSError, RuntimeError, MemoryError) as error:
         raise CheckpointError(f"Can't read {file}: {_one(error)}.") from error
-
-
-def _safetensors_header(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Entries on the meta device, and metadata, from the JSON at the beginning of the file.
-
-    The library's own reader maps the whole file into memory for this, which fails for a file
-    that is larger than what may be mapped.
-    """
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        if length > _LONGEST_HEADER:
-            raise ValueError(f"its header would have {length} bytes")
-        header = json.loads(opened.read(length))
-    metadata = header.pop("__metadata__", {})
-    end = 8 + length + max([0, *(entry["data_offsets"][1] for entry in header.values())])
-    if end != file.stat().st_size:
-        raise ValueError(f"by its header it should have {end} bytes")
-    sizes = {name: _without_data(entry["dtype"], entry["shape"]) for name, entry in header.items()}
-    return sizes, {str(key): str(value) for key, value in metadata.items()}
-
-
-def _without_data(dtype: str, shape: list[int]) -> Tensor:
-    if dtype not in _DTYPES:
-        raise ValueError(f"it holds entries of dtype {dtype}, which PyTorch has no weights in")
-    if any(size < 0 for size in shape):
-        raise ValueError(f"it holds an entry of shape {shape}")
-    return torch.empty(shape, dtype=_DTYPES[dtype], device="meta")
+    return {name: value for shard in loaded for name, value in shard.items()}, metadata
 
 
 def _read_torchscript(file: Path) -> Mapping[str, Any]:
@@ -248,12 +213,14 @@ def _read_torchscript(file: Path) -> Mapping[str, Any]:
         raise _not_whole(file, f"the TorchScript archive can't be read ({_one(error)})") from error
 
 
-def _read_torch(file: Path, sizes_only: bool) -> object:
+def _read_torch(file: Path, sizes_only: bool, mapped: bool) -> object:
     try:
         with warnings.catch_warnings():
             # Warns of the pickle protocol or of what else it is about to refuse by an exception.
             warnings.simplefilter("ignore")
             device = "meta" if sizes_only else "cpu"
+            if mapped and zipfile.is_zipfile(file):
+                return torch.load(file, map_location=device, weights_only=True, mmap=True)
             with file.open("rb") as opened:  # of a path, torch.load would look at the name
                 return torch.load(opened, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:

@@ -63,7 +63,7 @@ STRANGE = {
     "text": (b"epoch 1, loss 0.5\nepoch 2", "it is a text that begins with 'epoch 1, loss"),
     "umlauts": ("ä".encode() * 400 + b"!", "it is a text"),
     "umlauts, cut": (b"!" + "ä".encode() * 400, "it is a text"),
-    "json": (b'{"weight_map": {"a": "b"}}', "it is a text"),
+    "json": (b'{"epoch": 1, "loss": 0.5}', "it is a text"),
     "page": (b"\n<!DOCTYPE html><html>Quota exceeded", "web page"),
     "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:12", "git lfs pull"),
     "png": (b"\x89PNG\r\n\x1a\n" + bytes(99), "a PNG image"),

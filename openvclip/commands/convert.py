@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from openvclip.commands.outputs import DTYPES, require_free
 from openvclip.commands.types import Commands
 from openvclip.errors import CheckpointError
-
-_DTYPES = ("float32", "float16", "bfloat16")
 
 _CONVERT = """\
 Write a file of weights as safetensors under open_clip's names.
@@ -39,7 +38,7 @@ def add(commands: Commands) -> None:
         "-o", "--output", metavar="OUT.safetensors", type=Path, required=True, help="file to write"
     )
     parser.add_argument(
-        "--dtype", choices=_DTYPES, help="dtype to store floating-point weights in (as they are)"
+        "--dtype", choices=DTYPES, help="dtype to store floating-point weights in (as they are)"
     )
     for what, meaning in (
         ("missing", "that need not be in the file"),
@@ -66,8 +65,7 @@ def _convert(options: argparse.Namespace) -> None:
         raise CheckpointError(
             f"{output}: the result is a safetensors file; give it a name ending in .safetensors."
         )
-    if output.exists() and not options.overwrite:
-        raise CheckpointError(f"{output} exists; give --overwrite to replace it.")
+    require_free([output], overwrite=options.overwrite)
     print(inspect_checkpoint(options.source), flush=True)
     convert_checkpoint(
         options.source,

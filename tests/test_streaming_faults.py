@@ -1,0 +1,206 @@
+"""Merging files while the process is killed, the disk is full or a file changes: for real."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import openvclip
+from openvclip.errors import CheckpointError
+from tests.helpers import REPO
+
+SETUP = """
+    import os, random, resource, signal, sys, time
+    from pathlib import Path
+    import safetensors.torch, torch, tqdm
+    import openvclip
+    from openvclip import cli
+
+    folder = Path(sys.argv[1])
+    inputs = folder / "inputs"
+    a, b = inputs / "a.safetensors", inputs / "b.safetensors"
+    numbers = random.Random(0)
+
+    def child(work, moment=None, number=signal.SIGKILL):
+        \"\"\"Run work in a process of its own; send it a signal after some seconds.\"\"\"
+        pid = os.fork()
+        if pid == 0:
+            # Below a shell that put the tests into the background it begins as ignored.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            try:
+                work()
+            except KeyboardInterrupt:  # between two calls of the command
+                os._exit(130)
+            except BaseException as error:
+                print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                os._exit(3)
+            os._exit(0)
+        if moment is not None:
+            time.sleep(moment)
+            os.kill(pid, number)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    def write(target, lam, **options):
+        return lambda: openvclip.interpolate_files(a, b, target, lam, **options)
+"""
+
+
+def run(folder: Path, script: str) -> str:
+    """Run a script that forks, in a process without threads; return what it prints."""
+    pytest.importorskip("resource")
+    inputs = folder / "inputs"
+    inputs.mkdir()
+    for seed, name in enumerate("ab"):
+        generator = torch.Generator().manual_seed(seed)
+        state = {f"w{k}": torch.randn(1_000_000, generator=generator) for k in range(4)}
+        save_file(state, inputs / f"{name}.safetensors")
+    code = textwrap.dedent(SETUP) + textwrap.dedent(script)
+    command = [sys.executable, "-c", code, str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    done = subprocess.run(
+        command, check=False, capture_output=True, text=True, cwd=REPO, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_kill_at_any_moment_leaves_the_older_model_or_the_new_one(tmp_path: Path) -> None:
+    out = run(
+        tmp_path,
+        """
+        whole = []
+        for lam in (0.25, 0.75):
+            assert child(write(inputs / f"{lam}.safetensors", lam)) == 0
+            whole.append((inputs / f"{lam}.safetensors").read_bytes())
+        out, index = folder / "out.safetensors", folder / "m.safetensors.index.json"
+
+        def forever(target, **options):
+            while True:
+                write(target, 0.75, **options)()
+                write(target, 0.25, **options)()
+
+        out.write_bytes(whole[0])
+        half_written = 0
+        for _ in range(15):
+            moment = numbers.uniform(0.0, 0.25)
+            assert child(lambda: forever(out), moment) == -signal.SIGKILL
+            assert out.read_bytes() in whole
+            for stray in [path for path in folder.iterdir() if path.is_file() and path != out]:
+                assert stray.name.startswith(".") and stray.name.endswith(".tmp"), stray
+                if stray.read_bytes() not in whole:
+                    assert stray.read_bytes()[:8] in (b"", bytes(8)), "it looks like a whole file"
+                    half_written += 1
+                stray.unlink()
+        print(half_written)
+
+        def compare():
+            state = openvclip.load_checkpoint(index)
+            whole = [openvclip.load_checkpoint(inputs / f"{x}.safetensors") for x in (0.25, 0.75)]
+            same = [all(torch.equal(state[n], one[n]) for n in one) for one in whole]
+            assert state.keys() == whole[0].keys() and any(same)
+
+        assert child(write(index, 0.25, max_shard_size=4_000_000)) == 0
+        for _ in range(8):
+            moment = numbers.uniform(0.0, 0.25)
+            work = lambda: forever(index, max_shard_size=4_000_000)
+            assert child(work, moment) == -signal.SIGKILL
+            assert child(compare) == 0
+        """,
+    )
+    assert int(out) >= 1, "no process was killed while it wrote"
+
+
+def test_a_full_disk_and_ctrl_c_leave_the_older_files(tmp_path: Path) -> None:
+    run(
+        tmp_path,
+        """
+        def full(work):
+            def limited():
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (9_000_000, 9_000_000))
+                try:
+                    work()
+                except openvclip.OpenVCLIPError as error:
+                    assert "Could not write" in str(error), error
+                    assert "Nothing was changed there; check free space" in str(error), error
+                    os._exit(7)
+            return child(limited)
+
+        out, index = folder / "out.safetensors", folder / "m.safetensors.index.json"
+        out.write_bytes(b"older")
+        index.write_bytes(b"{}")
+        assert full(write(out, 0.5)) == 7
+        assert full(write(index, 0.5, max_shard_size=12_000_000)) == 7
+        assert full(lambda: openvclip.average_files([a, b], out)) == 7
+        several = [out, folder / "second.safetensors"]
+        assert full(lambda: openvclip.interpolate_files(a, b, several, [0.5, 1.0])) == 7
+        assert out.read_bytes() == b"older" and index.read_bytes() == b"{}"
+        assert {path.name for path in folder.iterdir()} == {"inputs", out.name, index.name}
+
+        out.unlink()
+
+        def command():
+            while True:
+                for lam in ("0.25", "0.75"):
+                    arguments = ["interpolate", str(a), str(b), "--lam", lam, "-o", str(out)]
+                    status = cli.main([*arguments, "--overwrite"])
+                    if status:
+                        os._exit(status)
+
+        for _ in range(8):
+            assert child(command, numbers.uniform(0.02, 0.15), signal.SIGINT) == 130
+            assert {path.name for path in folder.iterdir()} <= {"inputs", out.name, index.name}
+            assert not out.exists() or child(lambda: openvclip.load_checkpoint(out)) == 0
+        """,
+    )
+
+
+def a_file(path: Path, entries: int = 3) -> Path:
+    save_file({f"w{k}": torch.full((50,), float(k)) for k in range(entries)}, path)
+    return path
+
+
+def test_an_exception_in_a_method_leaves_the_older_file(tmp_path: Path) -> None:
+    a, out = a_file(tmp_path / "a.safetensors"), a_file(tmp_path / "out.safetensors", 1)
+
+    def fails_late(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        if "w2" in states[0]:
+            raise ZeroDivisionError("in the method")
+        return states[0]
+
+    with pytest.raises(ZeroDivisionError, match="in the method"):
+        openvclip.merge_files([a], out, fails_late)
+    with pytest.raises(ZeroDivisionError, match="in the method"):
+        openvclip.merge_files(
+            [a], tmp_path / "m.safetensors.index.json", fails_late, max_shard_size=200
+        )
+    assert load_file(out).keys() == {"w0"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "out.safetensors"]
+
+
+def test_an_input_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path) -> None:
+    a = a_file(tmp_path / "a.safetensors", 9)
+
+    def cuts(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        os.truncate(a, a.stat().st_size - 100)
+        return states[0]
+
+    with pytest.raises(CheckpointError, match=r"a\.safetensors: it ends earlier than it did"):
+        openvclip.merge_files([a], tmp_path / "out.safetensors", cuts)
+    assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
+def test_shards_that_got_no_index_are_removed(tmp_path: Path) -> None:
+    a, index = a_file(tmp_path / "a.safetensors"), tmp_path / "m.safetensors.index.json"
+    index.mkdir()  # onto which no file can be renamed
+    with pytest.raises(CheckpointError, match="Could not write"):
+        openvclip.average_files([a], index, max_shard_size=200)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", index.name]
