@@ -3,20 +3,31 @@
 PyAV is needed to read files (``pip install "openvclip[video]"``) and imported only then.
 """
 
-from openvclip.errors import VideoOptionError
-from openvclip.video import sampling, transforms
-from openvclip.video.annotations import Annotations, read_annotations
+from openvclip.video import protocols, sampling, transforms
+from openvclip.video.annotations import Annotations, locate_videos, read_annotations
+from openvclip.video.checking import VideoCheck, check_video, check_videos
 from openvclip.video.dataset import Failure, VideoDataset, VideoSample
 from openvclip.video.decoding import read_clip
+from openvclip.video.files import find_videos
+from openvclip.video.names import class_names
+from openvclip.video.sliding import SlidingWindow, sliding_windows
 
 __all__ = [
     "Annotations",
     "Failure",
+    "SlidingWindow",
+    "VideoCheck",
     "VideoDataset",
-    "VideoOptionError",
     "VideoSample",
+    "check_video",
+    "check_videos",
+    "class_names",
+    "find_videos",
+    "locate_videos",
+    "protocols",
     "read_annotations",
     "read_clip",
     "sampling",
+    "sliding_windows",
     "transforms",
 ]

@@ -62,9 +62,15 @@ def check_path(path: str | os.PathLike[str]) -> str:
         raise VideoError(f"{given}: is not a regular file; expected a video file.")
     if size == 0:
         raise VideoError(f"{given}: the file is empty (0 bytes). Copy or download it again.")
-    if not os.access(full, os.R_OK):
-        raise VideoError(f"{given}: no permission to read it; change the file's mode or owner.")
-    return full
+    try:
+        with open(full, "rb"):
+            return full
+    except PermissionError as error:
+        raise VideoError(
+            f"{given}: no permission to read it; change the file's mode or owner."
+        ) from error
+    except OSError as error:
+        raise VideoError(f"{given}: cannot be opened ({error}).") from error
 
 
 def _failures() -> tuple[type[Exception], ...]:
@@ -103,15 +109,19 @@ class PacketIndex:
 
 
 class Stream:
-    """The first video stream of a file. A context manager; not safe to share between threads."""
+    """The first video stream of a file. A context manager; not safe to share between threads.
 
-    def __init__(self, path: str) -> None:
+    ``alone=False`` says that other processes decode beside this one, as the workers of a
+    ``DataLoader`` do: then the decoder takes one thread.
+    """
+
+    def __init__(self, path: str, *, alone: bool = True) -> None:
         self.path = path
         with decoder_errors(path):
             self._container = _open(path)
         try:
             with decoder_errors(path):
-                self._stream = _video_stream(self._container, path)
+                self._stream = _video_stream(self._container, path, alone)
                 self._base = _stream_info(self._stream)
         except BaseException:
             self._container.close()
@@ -143,10 +153,26 @@ class Stream:
         """Whether a seek is sure to leave the time stamps of the frames as they are."""
         return bool(_SEEKABLE & set(self._container.format.name.split(",")))
 
+    @property
+    def in_order(self) -> bool:
+        """Whether the packets' time stamps are those of the frames."""
+        return self.seekable or not self._stream.codec_context.has_b_frames
+
     def ticks(self, seconds: float) -> int:
         """A time in seconds as ticks of the stream."""
         base = self._stream.time_base
         return max(1, round(seconds / float(base))) if base else 1
+
+    @property
+    def seconds(self) -> float | None:
+        """How long the container says that the stream is."""
+        base, duration = self._stream.time_base, self._base.duration
+        return float(duration * base) if base and duration else None
+
+    def seconds_at(self, stamp: int) -> float:
+        """A time stamp as seconds from the first frame."""
+        base = self._stream.time_base
+        return float((stamp - self._base.start) * (base or 0))
 
     def seek(self, stamp: int) -> None:
         """Goes to a key frame at or before a time stamp, as far as the container can tell."""
@@ -237,7 +263,7 @@ def _open(path: str) -> Any:
         return av.open(path, options=options)
 
 
-def _video_stream(container: Any, path: str) -> Any:
+def _video_stream(container: Any, path: str, alone: bool) -> Any:
     kind = container.format.name
     if _REFUSED & set(kind.split(",")) or kind.endswith("_pipe"):
         raise VideoError(f"{path}: is not a video file (FFmpeg takes it for {kind!r}).")
@@ -252,7 +278,7 @@ def _video_stream(container: Any, path: str) -> Any:
         raise _too_large(path, context.width, context.height)
     # Workers of a DataLoader share the machine already: a decoder with a thread for every core in
     # each of them only makes them wait for each other.
-    if get_worker_info() is not None:
+    if get_worker_info() is not None or not alone:
         context.thread_count = 1
     else:
         context.thread_type = "AUTO"

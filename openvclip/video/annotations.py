@@ -1,15 +1,17 @@
-"""Lists of videos and their labels: ``path,label`` files."""
+"""Lists of videos and their labels: ``path,label`` files, and the data sets' official ones."""
 
 from __future__ import annotations
 
-import csv
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from openvclip.errors import AnnotationError
+from openvclip.video._rows import Row, Table, read_table
+from openvclip.video.files import find_videos
+from openvclip.video.names import class_names as official_names
 
-__all__ = ["Annotations", "read_annotations"]
+__all__ = ["Annotations", "locate_videos", "read_annotations"]
 
 
 class Annotations(NamedTuple):
@@ -25,27 +27,38 @@ class Annotations(NamedTuple):
     class_names: list[str] | None
 
 
-class _Row(NamedTuple):
-    line: int
-    path: str
-    label: str
-
-
 def read_annotations(
-    path: str | os.PathLike[str], class_names: Sequence[str] | None = None
+    path: str | os.PathLike[str],
+    class_names: Sequence[str] | None = None,
+    *,
+    subset: str | None = None,
+    split: int = 1,
+    root: str | os.PathLike[str] | None = None,
 ) -> Annotations:
-    """Reads a list of videos.
+    """Reads a list of videos, in a format that its first line that is not blank tells.
 
-    One video on a line, ``path,label`` or ``path label``: the first line that is not blank decides
-    which, and a header ``path,label,...`` may name the columns (further columns are left alone).
-    In comma-separated files a path or name with a comma stands in double quotes; in
-    space-separated ones the label is the last word, or the longest class name that ends the line.
-    A label is a class name or, if no class is called so, an index from 0.
+    - ``path,label`` or ``path label``, one video on a line; a header ``path,label,...`` may name
+      the columns (further columns are left alone). In comma-separated files a path or name with a
+      comma stands in double quotes; in space-separated ones the label is the last word, or the
+      longest class name that ends the line. A label is a class name or, if no class is called so,
+      an index from 0.
+    - UCF-101's ``trainlist01.txt`` and ``testlist01.txt``, or the folder that holds them. The
+      class is that of the folder; paths start below ``UCF-101/``.
+    - HMDB-51's ``brush_hair_test_split1.txt``, or the folder that holds all of them. Videos that a
+      split does not use are left out; paths start at the folders of the classes.
+    - Kinetics' CSV files (columns ``label,youtube_id,time_start,time_end,split``). They name no
+      files: a video is ``<youtube_id>_<start>_<end>.mp4`` with six digits for the times, or what
+      :func:`locate_videos` finds by this name in ``root``.
 
     Args:
-        path: a UTF-8 text file.
-        class_names: the classes in the order of their indices. Without it, labels must be all
-            indices, or all names, whose classes are then their sorted set.
+        path: a UTF-8 text file, or a folder of official lists.
+        class_names: the classes in the order of their indices. Without it, they are the official
+            ones for UCF-101 and HMDB-51; otherwise labels must be all indices, or all names, whose
+            classes are then their sorted set.
+        subset: ``"train"``, ``"test"`` or ``"val"``: only the videos that an official list gives
+            to this subset. All of them by default.
+        split: which of the three official splits to take from a folder.
+        root: where the videos of Kinetics are; not used for the other formats.
 
     Returns:
         The samples, and the class names.
@@ -53,16 +66,60 @@ def read_annotations(
     Raises:
         AnnotationError: no such file, no videos in it, or a line with too few fields or an unknown
             class; the text names the file and the line.
+        VideoNotFoundError: the list is one of Kinetics, and there is no folder ``root``.
     """
     names = None if class_names is None else _unique(class_names)
-    rows = list(_rows(os.fspath(path), names))
+    table = read_table(os.fspath(path), names, split)
+    rows = _of_subset(table, subset, os.fspath(path))
     if not rows:
         raise AnnotationError(f"{path}: holds no videos; expected lines of the form path,label.")
+    if names is None and table.dataset is not None:
+        names = official_names(table.dataset)
     if names is None and not all(_is_index(row.label) for row in rows):
         names = sorted({row.label for row in rows})
     lookup = {name: index for index, name in enumerate(names or ())}
-    samples = [(row.path, _label(row, lookup, os.fspath(path), names)) for row in rows]
+    samples = [(row.path, _label(row, lookup, names)) for row in rows]
+    if table.guessed and root is not None:
+        samples = locate_videos(samples, root)
     return Annotations(samples, names)
+
+
+def locate_videos(
+    samples: Sequence[tuple[str, int]], root: str | os.PathLike[str]
+) -> list[tuple[str, int]]:
+    """Where the videos of a list lie in a download.
+
+    A path that exists below ``root`` stays as it is. Others become that of the video file with the
+    same name, whatever its folder and ending: Kinetics comes flat, in folders by class or in
+    parts, as MP4, MKV or WebM. A path that is nowhere to be found stays too.
+
+    Returns:
+        ``(path relative to root, class index)`` in the same order.
+
+    Raises:
+        VideoNotFoundError: there is no folder ``root``.
+    """
+    there = find_videos(root)
+    exact, by_name = set(there), {_stem(path): path for path in reversed(there)}
+    return [
+        (path if os.path.normpath(path) in exact else by_name.get(_stem(path), path), label)
+        for path, label in samples
+    ]
+
+
+def _stem(path: str) -> str:
+    return os.path.splitext(os.path.basename(path))[0]
+
+
+def _of_subset(table: Table, subset: str | None, path: str) -> list[Row]:
+    known = sorted({row.subset for row in table.rows if row.subset} - {"unused"})
+    if subset is not None and subset not in known and table.rows:
+        raise AnnotationError(
+            f"{path}: holds no videos of subset={subset!r}; "
+            + (f"it has {', '.join(known)}." if known else "it names no subsets.")
+        )
+    wanted = (subset,) if subset is not None else (None, *known)
+    return [row for row in table.rows if row.subset in wanted]
 
 
 def _unique(class_names: Sequence[str]) -> list[str]:
@@ -75,69 +132,22 @@ def _unique(class_names: Sequence[str]) -> list[str]:
     return names
 
 
-def _rows(path: str, names: Sequence[str] | None) -> Iterator[_Row]:
-    lines = [(n, line) for n, line in enumerate(_read_lines(path), 1) if line.strip()]
-    if not lines:
-        return
-    split = _split_commas if "," in lines[0][1] else _split_spaces
-    columns = (0, 1)
-    for position, (number, line) in enumerate(lines):
-        try:
-            fields = split(line, names)
-        except csv.Error as error:
-            raise AnnotationError(f"{path}, line {number}: {error} in {line!r}.") from error
-        if position == 0 and {"path", "label"} <= set(fields):
-            columns = (fields.index("path"), fields.index("label"))
-            continue
-        if len(fields) <= max(columns) or not all(fields[column] for column in columns):
-            raise AnnotationError(
-                f"{path}, line {number}: {line.strip()!r} has too few fields; expected a path and "
-                "a label."
-            )
-        yield _Row(number, fields[columns[0]], fields[columns[1]])
-
-
-def _read_lines(path: str) -> list[str]:
-    try:
-        with open(path, encoding="utf-8-sig", newline=None) as file:
-            return file.read().split("\n")
-    except FileNotFoundError as error:
-        raise AnnotationError(f"{path}: no such file; expected a list of path,label.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise AnnotationError(f"{path}: cannot be read as UTF-8 text ({error}).") from error
-
-
-def _split_commas(line: str, names: Sequence[str] | None) -> list[str]:
-    return [field.strip() for field in next(csv.reader([line], skipinitialspace=True))]
-
-
-def _split_spaces(line: str, names: Sequence[str] | None) -> list[str]:
-    line = line.strip()
-    if line.split() == ["path", "label"]:
-        return ["path", "label"]
-    endings = [name for name in names or () if line.endswith(" " + name)]
-    if endings:
-        label = max(endings, key=len)
-        return [line[: -len(label)].strip(), label]
-    return line.rsplit(maxsplit=1)
-
-
 def _is_index(label: str) -> bool:
     return label.isascii() and label.isdigit()
 
 
-def _label(row: _Row, lookup: dict[str, int], path: str, names: Sequence[str] | None) -> int:
+def _label(row: Row, lookup: dict[str, int], names: Sequence[str] | None) -> int:
     if row.label in lookup:
         return lookup[row.label]
     if not _is_index(row.label):
         raise AnnotationError(
-            f"{path}, line {row.line}: unknown class {row.label!r}; it is none of the "
-            f"{len(lookup)} class names, nor an index."
+            f"{row.place}: unknown class {row.label!r}; it is none of the {len(lookup)} class "
+            "names, nor an index."
         )
     index = int(row.label)
     if names is not None and index >= len(names):
         raise AnnotationError(
-            f"{path}, line {row.line}: class index {index} of {row.path!r}; there are {len(names)} "
-            f"classes, so at most {len(names) - 1} is possible."
+            f"{row.place}: class index {index} of {row.path!r}; there are {len(names)} classes, "
+            f"so at most {len(names) - 1} is possible."
         )
     return index

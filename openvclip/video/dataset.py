@@ -80,7 +80,8 @@ class VideoDataset(Dataset[tuple[Tensor, int] | VideoSample]):
     and any order. Call :meth:`set_epoch` before each epoch; it reaches persistent workers too.
 
     Args:
-        annotations: a file for :func:`read_annotations`, or ``(path, class index)`` pairs.
+        annotations: a file or folder for :func:`read_annotations`, or ``(path, class index)``
+            pairs, such as the samples of a split of :mod:`openvclip.video.protocols`.
         root: folder that relative paths start from.
         transform: callable from uint8 ``[..., T, C, H, W]`` to what the model gets, such as
             ``transforms.build("train")``; ``None`` leaves the uint8 frames, which can be batched
@@ -94,6 +95,9 @@ class VideoDataset(Dataset[tuple[Tensor, int] | VideoSample]):
         sampler: ``"dense"`` for training; ``"released"`` or ``"uniform"`` for evaluation.
         backend: see :func:`read_clip`.
         class_names: the classes in the order of their indices, for annotation files with names.
+        subset: ``"train"``, ``"test"`` or ``"val"``, for official lists; see
+            :func:`read_annotations`.
+        split: which official split, for folders of official lists.
         details: give :class:`VideoSample` items.
         seed: start of all random numbers.
         failure_log: file to which failures are appended, one JSON object on a line; kept. By
@@ -105,6 +109,7 @@ class VideoDataset(Dataset[tuple[Tensor, int] | VideoSample]):
 
     Raises:
         AnnotationError: see :func:`read_annotations`; or an empty list of pairs.
+        VideoNotFoundError: a list of Kinetics, and no folder ``root``.
         VideoOptionError: an unknown sampler or backend, or a number out of range.
         VideoError: on access, in training, when one video after another cannot be read.
     """
@@ -122,6 +127,8 @@ class VideoDataset(Dataset[tuple[Tensor, int] | VideoSample]):
         sampler: str = "released",
         backend: str = "pyav",
         class_names: Sequence[str] | None = None,
+        subset: str | None = None,
+        split: int = 1,
         details: bool = False,
         seed: int = 0,
         failure_log: str | os.PathLike[str] | None = None,
@@ -129,8 +136,15 @@ class VideoDataset(Dataset[tuple[Tensor, int] | VideoSample]):
         check_options(num_frames, sampling_rate, target_fps, views, sampler)
         if backend not in BACKENDS:
             raise VideoOptionError(f"backend={backend!r} is not known: choose one of {BACKENDS}.")
-        self.samples, self.class_names = _samples(annotations, class_names)
         self.root = os.fspath(root)
+        if isinstance(annotations, (str, os.PathLike)):
+            found = read_annotations(
+                annotations, class_names, subset=subset, split=split, root=self.root
+            )
+            self.samples, self.class_names = found
+        else:
+            self.samples = _pairs(annotations)
+            self.class_names = None if class_names is None else list(class_names)
         self.transform = transform
         self.num_frames = num_frames
         self.sampling_rate = sampling_rate
@@ -234,17 +248,11 @@ class VideoDataset(Dataset[tuple[Tensor, int] | VideoSample]):
         return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def _samples(
-    annotations: str | os.PathLike[str] | Sequence[tuple[str, int]],
-    class_names: Sequence[str] | None,
-) -> tuple[list[tuple[str, int]], list[str] | None]:
-    if isinstance(annotations, (str, os.PathLike)):
-        samples, names = read_annotations(annotations, class_names)
-        return samples, names
+def _pairs(annotations: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
     pairs = [(os.fspath(path), int(label)) for path, label in annotations]
     if not pairs:
         raise AnnotationError("annotations is an empty list; expected (path, class index) pairs.")
-    return pairs, None if class_names is None else list(class_names)
+    return pairs
 
 
 class _FailureLog:

@@ -24,19 +24,20 @@ from openvclip.video._stream import (
     require_av,
     with_count,
 )
-from openvclip.video.sampling import Window, check_options, plan
+from openvclip.video._torchcodec import decode_frames, require_torchcodec
+from openvclip.video.sampling import Window, check_options, plan, select
 
 if TYPE_CHECKING:
     import av
 
 __all__ = ["BACKENDS", "read_clip"]
 
-BACKENDS: tuple[str, ...] = ("pyav",)
+BACKENDS: tuple[str, ...] = ("pyav", "torchcodec")
 """The names that ``backend=`` takes."""
 
 # Frames of a window are put in the order of their time stamps (AVI files with B-frames come out
 # of it); codecs reorder over at most 16 frames.
-_REORDER = 16
+REORDER = 16
 # Seeking goes back to a key frame, which are seconds apart: jumping over less gains nothing.
 _WORTH_A_SEEK = 4.0
 # Key frames are found by decoding time, which runs ahead of presentation time with B-frames.
@@ -65,7 +66,9 @@ def read_clip(
         sampler: ``"released"`` (the released Open-VCLIP test path), ``"uniform"`` (segment centres
             over the whole video, ViFi-CLIP) or ``"dense"`` (the released training path: a random
             start); see :mod:`openvclip.video.sampling`.
-        backend: ``"pyav"``.
+        backend: ``"pyav"``, or ``"torchcodec"`` where that can be loaded. The frames are the same.
+            torchcodec relies on the time stamps in the packets: files that lack them (AVI and
+            MPEG-TS with B-frames), or that are damaged, are decoded by PyAV all the same.
         generator: source of the random starts of ``"dense"``.
 
     Returns:
@@ -81,7 +84,7 @@ def read_clip(
         VideoNotFoundError: there is no such file.
         VideoError: a directory, an empty file, no video stream, or nothing that can be decoded.
         VideoOptionError: an unknown sampler or backend, or a number out of range.
-        MissingDependencyError: PyAV is not installed.
+        MissingDependencyError: PyAV is not installed, or torchcodec asked for and can't be loaded.
 
     Source: ``facts.json``, ``released_sampler``.
     """
@@ -90,12 +93,15 @@ def read_clip(
         known = ", ".join(map(repr, BACKENDS))
         raise VideoOptionError(f"backend={backend!r} is not known: choose one of {known}.")
     require_av()
+    if backend == "torchcodec":
+        require_torchcodec()
     full = check_path(path)
     with Stream(full) as stream:
         info, stamps = stream.info, None
-        if not info.timed or (sampler == "uniform" and stream.seekable):
+        counting = not info.timed or (sampler == "uniform" and stream.seekable)
+        if counting or backend == "torchcodec":
             index = index_packets(full)
-            info, stamps = with_count(info, index.count), index.stamps
+            info, stamps = with_count(info, index.count) if counting else info, index.stamps
         windows = plan(
             info,
             num_frames=num_frames,
@@ -105,8 +111,19 @@ def read_clip(
             sampler=sampler,
             generator=generator,
         )
-        parts = _parts(windows, stamps if stream.seekable else None)
-        pickers = _collect(stream, parts)
+        video = None
+        if backend == "torchcodec" and stamps and stream.in_order:
+            numbers = [number for window in windows for number in select(stamps, window)]
+            video = decode_frames(full, numbers, len(stamps))
+        if video is None:
+            video = _decode(stream, windows, stamps if stream.seekable else None)
+    return video.view(len(windows), num_frames, *video.shape[1:])
+
+
+def _decode(stream: Stream, windows: Sequence[Window], stamps: Sequence[int] | None) -> Tensor:
+    """uint8 ``[V * T, C, H, W]`` with PyAV."""
+    parts = _parts(windows, stamps)
+    pickers = _collect(stream, parts)
     frames = [
         frame
         for view in range(len(windows))
@@ -114,9 +131,8 @@ def read_clip(
         if part.view == view
         for frame in picker.chosen()
     ]
-    with decoder_errors(full):
-        video = _to_tensor(frames)
-    return video.view(len(windows), num_frames, *video.shape[1:])
+    with decoder_errors(stream.path):
+        return frames_to_tensor(frames)
 
 
 @dataclass(frozen=True)
@@ -163,7 +179,7 @@ class _Picker:
         self._waiting[stamp] = frame
         if end is not None and stamp > end:
             self.finish()
-        elif len(self._waiting) > _REORDER:
+        elif len(self._waiting) > REORDER:
             self._take(self._waiting.pop(min(self._waiting)))
 
     def finish(self) -> None:
@@ -268,7 +284,7 @@ def _groups(pickers: Sequence[_Picker], gap: int) -> list[list[_Picker]]:
     return groups
 
 
-def _to_tensor(frames: Sequence[av.VideoFrame]) -> Tensor:
+def frames_to_tensor(frames: Sequence[av.VideoFrame]) -> Tensor:
     """uint8 ``[N, C, H, W]``; a frame that is taken several times is converted once."""
     # One for all frames: each would otherwise make a scaler of its own, some megabytes large.
     scaler = require_av().video.reformatter.VideoReformatter()

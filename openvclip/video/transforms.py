@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from openvclip.errors import VideoOptionError, VideoShapeError
+from openvclip.video._color import Jitter, draw_jitter
 
 __all__ = ["CLIP_MEAN", "CLIP_STD", "TRANSFORMS", "Transform", "build"]
 
@@ -39,6 +40,7 @@ class Transform:
         mean: subtracted from the channels, on the scale 0 to 1.
         std: the channels are divided by it after that.
         hflip: whether ``"train"`` mirrors half of the clips.
+        color_jitter: reach of brightness, contrast, saturation and hue in ``"train"``.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Transform:
     mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
     hflip: bool = True
+    color_jitter: tuple[float, float, float, float] = Jitter()
 
     @property
     def random(self) -> bool:
@@ -80,6 +83,7 @@ def build(
     mean: Sequence[float] = CLIP_MEAN,
     std: Sequence[float] = CLIP_STD,
     hflip: bool = True,
+    color_jitter: float | Sequence[float] = 0.0,
 ) -> Transform:
     """Makes a transform from uint8 ``[..., T, C, H, W]`` to float32 of the same rank.
 
@@ -89,14 +93,19 @@ def build(
             ``"clip"``: bicubic with antialias on the 8-bit pixels, centre crop, normalised, as the
             images on which CLIP was trained. ``"train"``: short side uniform between ``size`` and
             ``size * 8 / 7`` (224 to 256), bilinear without antialias, random crop, mirrored with
-            probability 1/2; the same for all frames of a clip.
+            probability 1/2; optionally with other colours; the same for all frames of a clip.
         size: height and width of the result, pixels.
         mean: mean of the channels on the scale 0 to 1; CLIP's by default.
         std: standard deviation of the channels on the scale 0 to 1; CLIP's by default.
         hflip: switch for the mirroring of ``"train"``: off for labels that tell left from right.
+        color_jitter: for ``"train"``: brightness, contrast and saturation change by a factor from
+            ``[1 - color_jitter, 1 + color_jitter]``; or four numbers, of which the last is how far
+            the hue turns, in parts of the circle up to 0.5. In random order, one draw for a clip.
+            The paper uses colour jitter and does not say how strong.
 
     Raises:
-        VideoOptionError: an unknown name, a size below 1, ``mean`` and ``std`` that do not fit.
+        VideoOptionError: an unknown name, a size below 1, ``mean`` and ``std`` that do not fit,
+            a colour jitter below 0, of another length, or with a transform that is not random.
     """
     if name not in _RECIPES:
         known = ", ".join(map(repr, TRANSFORMS))
@@ -107,7 +116,21 @@ def build(
         raise VideoOptionError(
             f"mean={list(mean)}, std={list(std)}: expected three numbers each, std above 0."
         )
-    return Transform(name, size, tuple(map(float, mean)), tuple(map(float, std)), bool(hflip))
+    jitter = _jitter(color_jitter)
+    if any(jitter) and name != "train":
+        raise VideoOptionError(f"color_jitter={color_jitter!r} with {name!r}: only for 'train'.")
+    moments = tuple(map(float, mean)), tuple(map(float, std))
+    return Transform(name, size, *moments, bool(hflip), jitter)
+
+
+def _jitter(given: float | Sequence[float]) -> Jitter:
+    reach = [given] * 3 + [0.0] if isinstance(given, (int, float)) else list(given)
+    if len(reach) != 4 or not all(math.isfinite(x) and x >= 0 for x in reach) or reach[3] > 0.5:
+        raise VideoOptionError(
+            f"color_jitter={given!r}: expected a number of at least 0, or four of them for "
+            "brightness, contrast, saturation and hue (at most 0.5)."
+        )
+    return Jitter(*map(float, reach))
 
 
 def _check(video: Tensor, channels: int) -> None:
@@ -134,7 +157,8 @@ def _train(spec: Transform, clip: Tensor, generator: torch.Generator | None) -> 
     height, width = _scaled(clip, short)
     top = int(down * (height - spec.size + 1))
     left = int(right * (width - spec.size + 1))
-    result = _bilinear_crop(spec, clip, (height, width), (top, left))
+    recolour = draw_jitter(Jitter(*spec.color_jitter), generator)
+    result = _bilinear_crop(spec, clip, (height, width), (top, left), recolour)
     return result.flip(-1) if spec.hflip and flip < 0.5 else result
 
 
@@ -174,7 +198,11 @@ def _scaled(clip: Tensor, short: int) -> tuple[int, int]:
 
 
 def _bilinear_crop(
-    spec: Transform, clip: Tensor, scaled: tuple[int, int], corner: tuple[int, int]
+    spec: Transform,
+    clip: Tensor,
+    scaled: tuple[int, int],
+    corner: tuple[int, int],
+    recolour: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     # The released code normalises before it resizes. Bilinear weights sum to 1, so the order makes
     # no difference beyond rounding, and this one normalises fewer pixels.
@@ -185,7 +213,8 @@ def _bilinear_crop(
             pixels = functional.interpolate(
                 pixels, size=scaled, mode="bilinear", align_corners=False, antialias=False
             )
-        parts.append(_normalise(spec, _crop(pixels, spec.size, corner)))
+        pixels = _crop(pixels, spec.size, corner)
+        parts.append(_normalise(spec, recolour(pixels) if recolour else pixels))
     return _join(parts)
 
 

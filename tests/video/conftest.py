@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -92,6 +95,28 @@ def numbers() -> Callable[[Any], list[Any]]:
         return result
 
     return read
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that a user without privileges can read, too: pytest's are closed to others."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
+
+
+@contextmanager
+def unprivileged() -> Iterator[None]:
+    """Root may read everything; within the block it may not."""
+    if not hasattr(os, "seteuid"):
+        pytest.skip("locks a file as POSIX does")
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
 
 
 @pytest.fixture(scope="session")

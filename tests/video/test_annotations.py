@@ -2,8 +2,15 @@ from __future__ import annotations
 
 import pytest
 
-from openvclip.errors import AnnotationError
-from openvclip.video import read_annotations
+from openvclip.errors import AnnotationError, VideoError, VideoNotFoundError
+from openvclip.video import (
+    VideoDataset,
+    class_names,
+    find_videos,
+    locate_videos,
+    read_annotations,
+)
+from tests.video.conftest import unprivileged
 
 NAMES = ["archery", "shoot bow", "bow"]
 
@@ -76,3 +83,170 @@ def test_real_labels(clips):
     assert len(found.samples) == 73
     assert all((clips / path).is_file() for path, _ in found.samples)
     assert len(found.class_names) == len({label for _, label in found.samples})
+
+
+# --- official lists ------------------------------------------------------------------------------
+
+ARCHERY = "Archery/v_Archery_g08_c01.avi"
+YOYO = "YoYo/v_YoYo_g08_c01.avi"
+
+
+@pytest.mark.parametrize(
+    ("text", "subset"),
+    [
+        (f"{ARCHERY} 3\r\n{YOYO} 101\r\n", "train"),  # counted from 1
+        (f"{ARCHERY}\r\n{YOYO}\r\n", "test"),
+    ],
+)
+def test_ucf101_lists(text, subset, tmp_path):
+    path = write(tmp_path, text, "anything.txt")
+    names = class_names("ucf101")
+    found = read_annotations(path)
+    assert found.samples == [(ARCHERY, names.index("Archery")), (YOYO, names.index("Yoyo"))]
+    assert found.class_names == names
+    assert read_annotations(path, subset=subset) == found
+    other = {"train": "test", "test": "train"}[subset]
+    with pytest.raises(AnnotationError, match=f"no videos of subset='{other}'; it has {subset}"):
+        read_annotations(path, subset=other)
+    # names of one's own: as folders or as prompts spell them
+    assert read_annotations(path, ["YoYo", "Archery"]).samples == [(ARCHERY, 1), (YOYO, 0)]
+    assert read_annotations(path, ["Archery", "Yoyo"]).samples == [(ARCHERY, 0), (YOYO, 1)]
+    with pytest.raises(AnnotationError, match=r"anything\.txt, line 2: unknown class 'Yoyo'"):
+        read_annotations(path, ["Archery"])
+
+
+def test_a_list_that_counts_from_0_is_not_the_official_one(tmp_path):
+    found = read_annotations(write(tmp_path, f"{ARCHERY} 2\n{YOYO} 100\n"))
+    assert found.samples == [(ARCHERY, 2), (YOYO, 100)]
+    assert found.class_names is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (f"{ARCHERY} 3\n{YOYO} 100\n", r"line 2: class index 100 of 'YoYo/.*it is 101\."),
+        (
+            f"{ARCHERY} 3\nv_YoYo_g08_c01.avi 101\n",
+            "line 2: .* has too few fields; expected Class/",
+        ),
+        (f"{ARCHERY} 3\nChess/v_Chess_g01_c01.avi 5\n", "line 2: unknown class 'Chess'"),
+    ],
+)
+def test_errors_in_ucf101_lists(text, message, tmp_path):
+    with pytest.raises(AnnotationError, match=message):
+        read_annotations(write(tmp_path, text))
+
+
+def test_hmdb51_lists(tmp_path):
+    text = "a_(1).avi 1 \nb!.avi 2 \nc.avi 0 \n"
+    path = write(tmp_path, text, "shake_hands_test_split2.txt")
+    label = class_names("hmdb51").index("shake hands")
+    both = [("shake_hands/a_(1).avi", label), ("shake_hands/b!.avi", label)]
+    found = read_annotations(path)
+    assert found.samples == both  # without the one that is not used
+    assert found.class_names == class_names("hmdb51")
+    assert read_annotations(path, subset="train").samples == both[:1]
+    assert read_annotations(path, subset="test").samples == both[1:]
+    assert read_annotations(path, ["shake_hands"], subset="test").samples == [(both[1][0], 0)]
+    # under another name the same lines are paths and class indices
+    plain = read_annotations(write(tmp_path, text, "list.txt"))
+    assert plain.samples == [("a_(1).avi", 1), ("b!.avi", 2), ("c.avi", 0)]
+    write(tmp_path, "a.avi 1\nb.avi\n", "wave_test_split1.txt")
+    with pytest.raises(AnnotationError, match=r"wave_test_split1\.txt, line 2: .* too few fields"):
+        read_annotations(tmp_path / "wave_test_split1.txt")
+    write(tmp_path, "a.avi 1\n", "chess_test_split1.txt")
+    with pytest.raises(AnnotationError, match="line 1: unknown class 'chess'"):
+        read_annotations(tmp_path / "chess_test_split1.txt")
+
+
+def test_folders_of_official_lists(clips, tmp_path):
+    data = clips.parent
+    ucf, hmdb = data / "ucfTrainTestlist", data / "testTrainMulti_7030_splits"
+    for split, count in ((1, 9537), (2, 9586), (3, 9624)):
+        found = read_annotations(ucf, subset="train", split=split)
+        assert len(found.samples) == count
+        assert found == read_annotations(ucf / f"trainlist0{split}.txt")
+        # the label that the list writes down, and ours from the folder
+        lines = (ucf / f"trainlist0{split}.txt").read_text().split("\n")[:-1]
+        assert [(line.split()[0], int(line.split()[1]) - 1) for line in lines] == found.samples
+        assert len(read_annotations(hmdb, subset="train", split=split).samples) == 3570
+    data_set = VideoDataset(hmdb, clips, subset="test", split=3, transform=None)
+    assert len(data_set) == 1530
+    assert data_set.class_names == class_names("hmdb51")
+    (tmp_path / "testlist01.txt").write_text((ucf / "testlist01.txt").read_text())
+    with pytest.raises(
+        AnnotationError, match=r"1 of the 2 files of split 1 are missing: trainlist"
+    ):
+        read_annotations(tmp_path)
+    with pytest.raises(AnnotationError, match="without official lists of split 2; expected testl"):
+        read_annotations(tmp_path, split=2)
+
+
+KINETICS = """label,youtube_id,time_start,time_end,split,is_cc
+"passing American football (in game)",---QUuC4vJs,84,94,validate,0
+yoga,-xyz,5.0,15.0,val,0
+archery,abc,1,11,train,1
+"""
+
+
+def test_kinetics_lists(tmp_path):
+    path = write(tmp_path, KINETICS, "validate.csv")
+    found = read_annotations(path)
+    names = ["archery", "passing American football (in game)", "yoga"]
+    assert found.class_names == names
+    assert found.samples == [
+        ("---QUuC4vJs_000084_000094.mp4", 1),
+        ("-xyz_000005_000015.mp4", 2),
+        ("abc_000001_000011.mp4", 0),
+    ]
+    assert [label for _, label in read_annotations(path, subset="val").samples] == [0, 1]
+    assert read_annotations(path, names[::-1]).samples[1] == ("-xyz_000005_000015.mp4", 0)
+    root = tmp_path / "videos"
+    (root / "yoga").mkdir(parents=True)
+    (root / "yoga" / "-xyz_000005_000015.webm").touch()
+    data = VideoDataset(path, root, transform=None)
+    assert data.samples[1] == ("yoga/-xyz_000005_000015.webm", 2)
+    assert data.samples[0] == found.samples[0]
+    with pytest.raises(VideoNotFoundError):
+        VideoDataset(path, tmp_path / "none", transform=None)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("yoga,abc,1", "line 5: 'yoga,abc,1' has too few fields; expected label, youtube_id"),
+        (",abc,1,11,test", "line 5: .* too few fields"),
+        ("yoga,abc,start,11,val", r"line 5: times \['start', '11'\] of 'abc'; expected seconds"),
+    ],
+)
+def test_errors_in_kinetics_lists(row, message, tmp_path):
+    with pytest.raises(AnnotationError, match=message):
+        read_annotations(write(tmp_path, KINETICS + row + "\n"))
+
+
+def test_subsets_are_for_official_lists(tmp_path):
+    with pytest.raises(AnnotationError, match="subset='train'; it names no subsets"):
+        read_annotations(write(tmp_path, "a.mp4,0\n"), subset="train")
+
+
+def test_locating_prefers_the_path_as_written(tmp_path):
+    for name in ("b/x.mp4", "a/x.mp4", "a/y.AVI", "a/z.txt", ".hidden.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    samples = [("b/x.mp4", 0), ("x.mp4", 1), ("y.mp4", 2), ("z.mp4", 3), ("./b/x.mp4", 4)]
+    located = locate_videos(samples, tmp_path)
+    assert located == [
+        ("b/x.mp4", 0),
+        ("a/x.mp4", 1),
+        ("a/y.AVI", 2),
+        ("z.mp4", 3),
+        ("./b/x.mp4", 4),
+    ]
+
+
+def test_a_folder_that_cant_be_listed_is_an_error(open_folder):
+    (open_folder / "class" / "part").mkdir(parents=True)
+    (open_folder / "a.mp4").touch()
+    (open_folder / "class" / "part").chmod(0)
+    with unprivileged(), pytest.raises(VideoError, match=r"class/part: can't be listed \(Permiss"):
+        find_videos(open_folder)

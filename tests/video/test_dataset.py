@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from openvclip.errors import AnnotationError, VideoError
-from openvclip.video import VideoDataset, VideoOptionError, VideoSample, transforms
+from openvclip.errors import AnnotationError, VideoError, VideoOptionError
+from openvclip.video import VideoDataset, VideoSample, transforms
 
 
 @pytest.fixture(scope="module")

@@ -2,43 +2,23 @@ from __future__ import annotations
 
 import os
 import struct
-import subprocess
 import sys
 from fractions import Fraction
 
 import pytest
 import torch
 
-from openvclip.errors import MissingDependencyError, OpenVCLIPError, VideoError, VideoNotFoundError
-from openvclip.video import VideoOptionError, _stream, decoding, read_clip
+from openvclip.errors import (
+    MissingDependencyError,
+    OpenVCLIPError,
+    VideoError,
+    VideoNotFoundError,
+    VideoOptionError,
+)
+from openvclip.video import _stream, decoding, read_clip
 from openvclip.video.sampling import StreamInfo, plan, select
-
-B_FRAMES = {"bf": "3", "g": "12", "b_strategy": "0"}
-FORMATS = {
-    "h264 with B-frames": {"name": "b.mp4", "options": {"x264-params": "bframes=3:keyint=12"}},
-    "h264 open GOP": {
-        "name": "o.mp4",
-        "options": {"x264-params": "bframes=3:keyint=12:open-gop=1"},
-    },
-    "h264 in MKV": {"name": "m.mkv", "options": {"x264-params": "bframes=3:keyint=12"}},
-    "h264 in MPEG-TS": {"name": "t.ts", "options": {"x264-params": "bframes=2:keyint=12"}},
-    "h264 elementary": {"name": "raw.h264", "options": {"x264-params": "bframes=0:keyint=12"}},
-    "fragmented MP4": {
-        "name": "f.mp4",
-        "container_options": {"movflags": "frag_keyframe+empty_moov"},
-        "options": {"x264-params": "bframes=0:keyint=12"},
-    },
-    "mpeg4 in AVI": {"name": "a.avi", "codec": "mpeg4", "options": {"g": "12"}},
-    "VP9 in WebM": {"name": "v.webm", "codec": "libvpx-vp9", "options": {"cpu-used": "8"}},
-    "GIF": {"name": "g.gif", "codec": "gif", "pixel_format": "gray", "fps": 25},
-    "odd size": {"name": "odd.mkv", "codec": "ffv1", "size": (145, 63)},
-    "grey": {"name": "grey.mkv", "codec": "ffv1", "pixel_format": "gray", "drawn": "gray"},
-    "10 bit": {"name": "ten.mp4", "codec": "libx265", "pixel_format": "yuv420p10le",
-               "options": {"x265-params": "log-level=none:keyint=12"}},
-    "10 bit 4:2:2": {"name": "p.mov", "codec": "prores_ks", "pixel_format": "yuv422p10le"},
-    "alpha": {"name": "alpha.mov", "codec": "png", "pixel_format": "rgba", "drawn": "rgba"},
-    "MJPEG": {"name": "j.avi", "codec": "mjpeg", "pixel_format": "yuvj420p"},
-}  # fmt: skip
+from tests.video.conftest import unprivileged
+from tests.video.formats import FORMATS
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -310,11 +290,44 @@ def test_audio_only(tmp_path):
         read_clip(path)
 
 
-def test_permission_denied(encode, monkeypatch):
-    path = encode("locked.mp4", frames=5)
-    monkeypatch.setattr(os, "access", lambda *_: False)  # root may read everything
-    with pytest.raises(VideoError, match=r"locked\.mp4: no permission to read it"):
-        read_clip(path)
+def test_avi_without_index(encode, numbers, tmp_path):
+    data = encode("indexed.avi", codec="mpeg4", options={"g": "12"}).read_bytes()
+    start = data.rindex(b"idx1")
+    assert len(data) - start > 60 * 16  # 16 bytes for a frame; it is the last chunk
+    path = tmp_path / "plain.avi"
+    path.write_bytes(data[:start])
+    assert numbers(read_clip(path, num_frames=6, sampler="uniform")) == [[5, 15, 25, 35, 45, 55]]
+    with _stream.Stream(str(path)) as stream:
+        info = stream.info  # without the index its length is estimated
+    assert info.timed
+    options = {"num_frames": 4, "sampling_rate": 8, "views": 3}
+    windows = plan(info, **options)
+    assert numbers(read_clip(path, **options)) == [select(range(60), w) for w in windows]
+
+
+@pytest.mark.parametrize(
+    ("name", "first_frames", "options"),
+    [
+        ("none.mkv", b"\x1f\x43\xb6\x75", {}),  # the first cluster
+        ("none.avi", b"00dc", {}),
+        ("none.mp4", b"moof", {"movflags": "frag_keyframe+empty_moov"}),
+    ],
+)
+def test_zero_frames(name, first_frames, options, encode, tmp_path):
+    data = encode("some-" + name, codec="mpeg4", container_options=options).read_bytes()
+    path = tmp_path / name
+    path.write_bytes(data[: data.index(first_frames)])
+    for sampler in ("released", "uniform", "dense"):
+        with pytest.raises(VideoError, match=rf"{name}: (decoded 0 frames|cannot be read)"):
+            read_clip(path, sampler=sampler)
+
+
+def test_permission_denied(encode, open_folder):
+    locked = open_folder / "locked.mp4"
+    locked.write_bytes(encode("open.mp4", frames=5).read_bytes())
+    locked.chmod(0)
+    with unprivileged(), pytest.raises(VideoError, match=r"locked\.mp4: no permission to read it"):
+        read_clip(locked)
 
 
 @pytest.mark.parametrize("name", ["half.avi", "half.mkv", "half.mp4", "half.ts"])
@@ -363,8 +376,3 @@ def test_without_pyav(monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(MissingDependencyError, match=r'pip install "openvclip\[video\]"'):
         read_clip("none.mp4")
-
-
-def test_pyav_is_not_imported_with_the_package():
-    code = "import sys, openvclip.video; sys.exit('av' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

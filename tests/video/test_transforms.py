@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from openvclip.errors import OpenVCLIPError, VideoShapeError
-from openvclip.video import VideoOptionError, transforms
+from openvclip.errors import OpenVCLIPError, VideoOptionError, VideoShapeError
+from openvclip.video import transforms
 
 
 def pixels(*shape, seed=0):
@@ -144,6 +144,84 @@ def test_train_without_generator_uses_the_global_one():
         assert not torch.equal(first, transform(video))
 
 
+# --- colour jitter ---------------------------------------------------------------------------
+
+
+RAW = {"mean": (0, 0, 0), "std": (1, 1, 1), "hflip": False}  # leaves the scale 0 to 1 as it is
+
+
+def drawn(transform, video, seed):
+    return transform(video, torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_color_jitter_equals_torchvision(index):
+    """One kind of change at a time, with the factor found by torchvision's own functions."""
+    vision = pytest.importorskip("torchvision.transforms.functional")
+    changes = [
+        vision.adjust_brightness, vision.adjust_contrast, vision.adjust_saturation,
+        vision.adjust_hue,
+    ]  # fmt: skip
+    video = pixels(3, 3, 40, 40, seed=index)
+    reach = [0.0] * 4
+    reach[index] = 0.4
+    plain = transforms.build("train", 40, **RAW)
+    jittered = transforms.build("train", 40, color_jitter=reach, **RAW)
+    low, high = (-0.4, 0.4) if index == 3 else (0.6, 1.4)
+    found = []
+    for seed in range(12):
+        generator = torch.Generator().manual_seed(seed)
+        before = plain(video, generator)
+        torch.randperm(4, generator=generator)  # the order
+        amount = low + (high - low) * torch.rand(4, generator=generator)[index].item()
+        after = drawn(jittered, video, seed)
+        torch.testing.assert_close(after, changes[index](before, amount), atol=2e-5, rtol=0)
+        assert (after - before).abs().max() > 1e-3
+        found.append(amount)
+    assert min(found) < (low + high) / 2 < max(found)
+
+
+def test_color_jitter_changes_in_the_drawn_order():
+    vision = pytest.importorskip("torchvision.transforms.functional")
+    video = pixels(2, 3, 40, 40)
+    plain = transforms.build("train", 40, **RAW)
+    jittered = transforms.build("train", 40, color_jitter=(0.8, 0.8, 0.8, 0.5), **RAW)
+    orders = set()
+    for seed in range(10):
+        generator = torch.Generator().manual_seed(seed)
+        expected = plain(video, generator)
+        order = torch.randperm(4, generator=generator).tolist()
+        draws = torch.rand(4, generator=generator).tolist()
+        for index in order:
+            name = ("brightness", "contrast", "saturation", "hue")[index]
+            amount = draws[index] - 0.5 if name == "hue" else 0.2 + 1.6 * draws[index]
+            expected = getattr(vision, f"adjust_{name}")(expected, amount)
+        torch.testing.assert_close(drawn(jittered, video, seed), expected, atol=1e-4, rtol=0)
+        orders.add(tuple(order))
+    assert len(orders) > 5
+
+
+def test_color_jitter_is_one_for_a_clip():
+    frame = pixels(1, 3, 50, 60)
+    video = torch.stack([frame.expand(5, -1, -1, -1)] * 2)
+    transform = transforms.build("train", 32, color_jitter=0.5)
+    assert transform.color_jitter == (0.5, 0.5, 0.5, 0.0)
+    first, second = transform(video, torch.Generator().manual_seed(1))
+    assert all(torch.equal(first[0], other) for other in first)
+    assert not torch.equal(first, second)
+    # without jitter nothing more is drawn: runs from before it was there repeat
+    plain, off = transforms.build("train", 32), transforms.build("train", 32, color_jitter=0)
+    assert torch.equal(drawn(plain, video, 4), drawn(off, video, 4))
+
+
+def test_color_jitter_in_chunks(monkeypatch):
+    video = pixels(7, 3, 40, 50)
+    transform = transforms.build("train", 32, color_jitter=(0.5, 0.5, 0.5, 0.2))
+    whole = drawn(transform, video, 2)
+    monkeypatch.setattr(transforms, "_CHUNK", 2 * 3 * 40 * 50)
+    assert torch.equal(drawn(transform, video, 2), whole)
+
+
 @pytest.mark.parametrize("name", transforms.TRANSFORMS)
 def test_mean_and_std(name):
     grey = torch.full((2, 3, 20, 20), 51, dtype=torch.uint8)
@@ -175,6 +253,11 @@ def test_wrong_videos(video, text):
         {"name": "clip", "size": 1.5},
         {"name": "clip", "std": (0, 1, 1)},
         {"name": "clip", "mean": (0.5,)},
+        {"name": "train", "color_jitter": -0.1},
+        {"name": "train", "color_jitter": float("nan")},
+        {"name": "train", "color_jitter": (0.4, 0.4, 0.4)},
+        {"name": "train", "color_jitter": (0.4, 0.4, 0.4, 0.6)},
+        {"name": "released", "color_jitter": 0.4},
     ],
 )
 def test_wrong_settings(arguments):

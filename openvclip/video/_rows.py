@@ -1,0 +1,232 @@
+"""From the text of an annotation file to its rows, in every format that is known.
+
+A format is recognised from the first line that is not blank; HMDB-51's, whose lines name no class,
+from the name of the file too.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from openvclip.errors import AnnotationError
+from openvclip.video.names import class_name, class_names
+
+__all__ = ["Row", "Table", "read_table"]
+
+_UCF = re.compile(r"(?P<path>(?P<folder>\w+)/v_\w+_g\d+_c\d+\.avi)(?:\s+(?P<index>\d+))?")
+_HMDB = re.compile(r"(?P<name>\S.*\.avi)\s+(?P<flag>[012])")
+_HMDB_FILE = re.compile(r"(?P<folder>.+)_test_split[123]\.txt")
+_HMDB_FLAGS = {"0": "unused", "1": "train", "2": "test"}
+_KINETICS = ("label", "youtube_id", "time_start", "time_end")
+_KINETICS_SUBSETS = {"valid": "val", "validate": "val", "validation": "val"}
+
+
+class Row(NamedTuple):
+    """One video: where it is written, its path, its label as a class name or index, its subset."""
+
+    file: str
+    line: int
+    path: str
+    label: str
+    subset: str | None = None
+
+    @property
+    def place(self) -> str:
+        """File and line number, for error texts."""
+        return f"{self.file}, line {self.line}"
+
+
+class Table(NamedTuple):
+    """The rows of one file or folder, and what is known of the format.
+
+    Attributes:
+        rows: the rows.
+        dataset: whose official classes the labels are, or ``None``.
+        guessed: the paths are not in the file, but as a download usually names them.
+    """
+
+    rows: list[Row]
+    dataset: str | None = None
+    guessed: bool = False
+
+
+_Lines = list[tuple[int, str]]
+
+
+def read_table(path: str, names: Sequence[str] | None, split: int) -> Table:
+    """Reads a file, or a folder of official split files."""
+    if os.path.isdir(path):
+        return _read_folder(path, names, split)
+    lines = [(number, line) for number, line in enumerate(_read_lines(path), 1) if line.strip()]
+    if not lines:
+        return Table([])
+    first = lines[0][1].strip()
+    if _is_ucf(first):
+        return Table(list(_ucf_rows(path, lines, names)), "ucf101")
+    if _HMDB_FILE.fullmatch(os.path.basename(path)) and _HMDB.fullmatch(first):
+        return Table(list(_hmdb_rows(path, lines, names)), "hmdb51")
+    if set(_KINETICS) <= set(_split_commas(first, None)):
+        return Table(list(_kinetics_rows(path, lines)), guessed=True)
+    return Table(list(_plain_rows(path, lines, names)))
+
+
+def _read_folder(path: str, names: Sequence[str] | None, split: int) -> Table:
+    """The official lists of one of the three splits."""
+    ucf = [os.path.join(path, f"{kind}list{split:02d}.txt") for kind in ("test", "train")]
+    hmdb = [
+        os.path.join(path, f"{name.replace(' ', '_')}_test_split{split}.txt")
+        for name in class_names("hmdb51")
+    ]
+    for dataset, files in (("ucf101", ucf), ("hmdb51", hmdb)):
+        there = [file for file in files if os.path.isfile(file)]
+        absent = [os.path.basename(file) for file in files if file not in there]
+        if there and absent:
+            raise AnnotationError(
+                f"{path}: {len(absent)} of the {len(files)} files of split {split} are missing: "
+                f"{', '.join(absent[:5])}{', ...' if len(absent) > 5 else ''}. Unpack them again."
+            )
+        if there:
+            return Table(
+                [row for file in files for row in read_table(file, names, 1).rows], dataset
+            )
+    raise AnnotationError(
+        f"{path}: is a folder without official lists of split {split}; expected "
+        f"{os.path.basename(ucf[0])} and {os.path.basename(ucf[1])} (UCF-101), or "
+        f"{os.path.basename(hmdb[0])} and its like (HMDB-51)."
+    )
+
+
+def _read_lines(path: str) -> list[str]:
+    try:
+        with open(path, encoding="utf-8-sig", newline=None) as file:
+            return file.read().split("\n")
+    except FileNotFoundError as error:
+        raise AnnotationError(f"{path}: no such file; expected a list of path,label.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise AnnotationError(f"{path}: cannot be read as UTF-8 text ({error}).") from error
+
+
+def _too_few(path: str, number: int, line: str, expected: str) -> AnnotationError:
+    return AnnotationError(
+        f"{path}, line {number}: {line.strip()!r} has too few fields; expected {expected}."
+    )
+
+
+# --- UCF-101: "Class/v_Class_g08_c01.avi 1" to train, without an index to test -------------------
+
+
+def _ucf_index(folder: str) -> int:
+    """The official index of a class, from 1; 0 for an unknown one."""
+    name, names = class_name("ucf101", folder), class_names("ucf101")
+    return names.index(name) + 1 if name in names else 0
+
+
+def _is_ucf(line: str) -> bool:
+    # A list of one's own that counts classes from 0 has the same form and other numbers.
+    found = _UCF.fullmatch(line)
+    if not found:
+        return False
+    official = _ucf_index(found["folder"])
+    return official > 0 and found["index"] in (None, str(official))
+
+
+def _ucf_rows(path: str, lines: _Lines, names: Sequence[str] | None) -> Iterator[Row]:
+    for number, line in lines:
+        found = _UCF.fullmatch(line.strip())
+        if not found:
+            raise _too_few(path, number, line, "Class/v_Class_g01_c01.avi as in UCF-101's lists")
+        official = _ucf_index(found["folder"])
+        if found["index"] not in (None, str(official)) and official:
+            raise AnnotationError(
+                f"{path}, line {number}: class index {found['index']} of {found['path']!r}; in "
+                f"UCF-101's lists, as which line {lines[0][0]} reads, it is {official}."
+            )
+        subset = "train" if found["index"] else "test"
+        label = _folder_label("ucf101", found["folder"], names)
+        yield Row(path, number, found["path"], label, subset)
+
+
+# --- HMDB-51: a file for each class, "name.avi 1" (0 unused, 1 train, 2 test) --------------------
+
+
+def _hmdb_rows(path: str, lines: _Lines, names: Sequence[str] | None) -> Iterator[Row]:
+    file = _HMDB_FILE.fullmatch(os.path.basename(path))
+    assert file is not None
+    folder = file["folder"]
+    for number, line in lines:
+        found = _HMDB.fullmatch(line.strip())
+        if not found:
+            raise _too_few(path, number, line, "name.avi and 0, 1 or 2 as in HMDB-51's lists")
+        label = _folder_label("hmdb51", folder, names)
+        yield Row(path, number, f"{folder}/{found['name']}", label, _HMDB_FLAGS[found["flag"]])
+
+
+def _folder_label(dataset: str, folder: str, names: Sequence[str] | None) -> str:
+    return folder if names and folder in names else class_name(dataset, folder)
+
+
+# --- Kinetics: a header, and columns that name a part of a video on YouTube ----------------------
+
+
+def _kinetics_rows(path: str, lines: _Lines) -> Iterator[Row]:
+    header = _split_commas(lines[0][1], None)
+    for number, line in lines[1:]:
+        row = dict(zip(header, _fields(path, number, line, _split_commas, None), strict=False))
+        if not all(row.get(column) for column in _KINETICS):
+            raise _too_few(path, number, line, ", ".join(_KINETICS))
+        times = [row[column] for column in ("time_start", "time_end")]
+        try:
+            start, end = (int(float(time)) for time in times)
+        except (ValueError, OverflowError) as error:
+            raise AnnotationError(
+                f"{path}, line {number}: times {times} of {row['youtube_id']!r}; expected seconds."
+            ) from error
+        name = f"{row['youtube_id']}_{start:06d}_{end:06d}.mp4"
+        subset = row.get("split") or None
+        yield Row(path, number, name, row["label"], _KINETICS_SUBSETS.get(subset or "", subset))
+
+
+# --- path,label --------------------------------------------------------------------------------
+
+_Splitter = Callable[[str, Sequence[str] | None], list[str]]
+
+
+def _plain_rows(path: str, lines: _Lines, names: Sequence[str] | None) -> Iterator[Row]:
+    split: _Splitter = _split_commas if "," in lines[0][1] else _split_spaces
+    columns = (0, 1)
+    for position, (number, line) in enumerate(lines):
+        fields = _fields(path, number, line, split, names)
+        if position == 0 and {"path", "label"} <= set(fields):
+            columns = (fields.index("path"), fields.index("label"))
+            continue
+        if len(fields) <= max(columns) or not all(fields[column] for column in columns):
+            raise _too_few(path, number, line, "a path and a label")
+        yield Row(path, number, fields[columns[0]], fields[columns[1]])
+
+
+def _fields(
+    path: str, number: int, line: str, split: _Splitter, names: Sequence[str] | None
+) -> list[str]:
+    try:
+        return split(line, names)
+    except csv.Error as error:
+        raise AnnotationError(f"{path}, line {number}: {error} in {line!r}.") from error
+
+
+def _split_commas(line: str, names: Sequence[str] | None) -> list[str]:
+    return [field.strip() for field in next(csv.reader([line], skipinitialspace=True))]
+
+
+def _split_spaces(line: str, names: Sequence[str] | None) -> list[str]:
+    line = line.strip()
+    if line.split() == ["path", "label"]:
+        return ["path", "label"]
+    endings = [name for name in names or () if line.endswith(" " + name)]
+    if endings:
+        label = max(endings, key=len)
+        return [line[: -len(label)].strip(), label]
+    return line.rsplit(maxsplit=1)

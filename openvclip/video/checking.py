@@ -1,0 +1,254 @@
+"""Which video files can't be read: found before a run, in parallel.
+
+Every file is decoded in a process of its own that can be lost: a file that crashes the decoder, or
+keeps it busy for ever, is a finding like any other.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+from collections.abc import Generator, Iterable, Sequence
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+from openvclip.errors import UsageError, VideoError, VideoOptionError
+from openvclip.video._stream import Stream, check_path, decoder_errors, require_av
+
+__all__ = ["VideoCheck", "check_video", "check_videos"]
+
+_START_SECONDS = 300.0  # for a process to import PyTorch, from a slow disk
+
+
+class VideoCheck(NamedTuple):
+    """What is known of a video file; ``None`` for what can't be known.
+
+    Attributes:
+        path: as given.
+        status: ``"ok"``; ``"damaged"``: some frames can be decoded, others not, and
+            :func:`~openvclip.video.read_clip` uses those that can; ``"bad"``: no frame can be had.
+        reason: what is wrong, or ``""``.
+        frames: frames that were decoded; with ``quick`` what the container says.
+        fps: average frame rate, frames per second.
+        width: of the first frame, pixels.
+        height: of the first frame, pixels.
+        seconds: how long the container says that the video is.
+        bytes: size of the file.
+    """
+
+    path: str
+    status: str
+    reason: str = ""
+    frames: int | None = None
+    fps: float | None = None
+    width: int | None = None
+    height: int | None = None
+    seconds: float | None = None
+    bytes: int | None = None
+
+
+def check_video(path: str | os.PathLike[str], *, quick: bool = False) -> VideoCheck:
+    """Decodes a video file, in this process.
+
+    Args:
+        path: the file.
+        quick: only the first frame, not all. It misses what is damaged further on.
+
+    Raises:
+        MissingDependencyError: PyAV is not installed.
+    """
+    require_av()
+    given = os.fspath(path)
+    size = os.path.getsize(given) if os.path.isfile(given) else None
+    try:
+        return _decoded(given, quick)._replace(bytes=size)
+    except VideoError as error:
+        return VideoCheck(given, "bad", str(error), bytes=size)
+
+
+def _decoded(path: str, quick: bool) -> VideoCheck:
+    first: Any = None
+    count = 0
+    with Stream(check_path(path), alone=False) as stream:
+        for _, frame in stream.frames():
+            count += 1
+            first = first or frame
+            if quick:
+                break
+        info, seconds, message = stream.info, stream.seconds, stream.message
+    reason = f"{path}: decoded {count} frames: FFmpeg says {message!r}." if message else ""
+    if first is None:
+        return VideoCheck(path, "bad", reason or f"{path}: holds no frame that can be decoded.")
+    with decoder_errors(path):
+        first.to_ndarray(format="rgb24")
+    return VideoCheck(
+        path,
+        "damaged" if message else "ok",
+        reason,
+        info.frames if quick else count,
+        info.fps,
+        first.width,
+        first.height,
+        seconds,
+    )
+
+
+def check_videos(
+    paths: Iterable[str | os.PathLike[str]],
+    *,
+    workers: int | None = None,
+    quick: bool = False,
+    timeout: float = 600.0,
+) -> Generator[VideoCheck, None, None]:
+    """Decodes many video files in parallel.
+
+    Args:
+        paths: the files.
+        workers: processes that decode; one for each core by default.
+        quick: see :func:`check_video`.
+        timeout: seconds after which a file counts as bad.
+
+    Yields:
+        One :class:`VideoCheck` for each path, in the order in which they are done. Leaving the loop
+        early ends the processes.
+
+    The processes are started as ``DataLoader`` does on macOS and Windows: a script needs
+    ``if __name__ == "__main__":`` around what it runs.
+
+    Raises:
+        VideoOptionError: ``workers`` or ``timeout`` is not above 0.
+        MissingDependencyError: PyAV is not installed.
+        UsageError: the processes can't be started.
+    """
+    require_av()
+    files = [os.fspath(path) for path in paths]
+    number = min(workers or os.cpu_count() or 1, max(len(files), 1)) if workers != 0 else 0
+    if number < 1 or timeout <= 0:
+        raise VideoOptionError(
+            f"workers={workers!r}, timeout={timeout!r}: expected numbers above 0."
+        )
+    return _run(files, [_Worker(quick, timeout) for _ in range(number)])
+
+
+def _run(files: Sequence[str], workers: Sequence[_Worker]) -> Generator[VideoCheck, None, None]:
+    todo: queue.SimpleQueue[str] = queue.SimpleQueue()
+    done: queue.SimpleQueue[VideoCheck | UsageError] = queue.SimpleQueue()
+    for file in files:
+        todo.put(file)
+    threads = [threading.Thread(target=worker.work, args=(todo, done)) for worker in workers]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in files:
+            found = done.get()
+            if isinstance(found, UsageError):
+                raise found
+            yield found
+    finally:
+        for worker in workers:
+            worker.close()
+        for thread in threads:
+            thread.join()
+
+
+class _Worker:
+    """A process that decodes one file after another, and the thread that talks to it."""
+
+    def __init__(self, quick: bool, timeout: float) -> None:
+        self._quick, self._timeout = quick, timeout
+        self._process: Any = None
+        self._connection: Connection | None = None
+        self._closed = threading.Event()
+
+    def work(
+        self,
+        todo: queue.SimpleQueue[str],
+        done: queue.SimpleQueue[VideoCheck | UsageError],
+    ) -> None:
+        """Takes files until there are none left; runs in a thread."""
+        try:
+            while not self._closed.is_set():
+                done.put(self._check(todo.get_nowait()))
+        except queue.Empty:
+            pass
+        except UsageError as error:
+            done.put(error)
+        finally:
+            self._stop()
+
+    def close(self) -> None:
+        """Ends the process, whatever it is at; from another thread."""
+        self._closed.set()
+        process = self._process
+        if process is not None:
+            process.kill()
+
+    def _check(self, path: str) -> VideoCheck:
+        connection = self._connection or self._start()
+        try:
+            connection.send(path)
+            if connection.poll(self._timeout):
+                found: VideoCheck = connection.recv()
+                return found
+        except (EOFError, OSError):
+            reason = f"the decoder crashed ({_ending(self._stop())})"
+        else:
+            self._stop()
+            reason = f"decoding took more than {self._timeout:g} seconds"
+        size = os.path.getsize(path) if os.path.isfile(path) else None
+        return VideoCheck(path, "bad", f"{path}: {reason}.", bytes=size)
+
+    def _start(self) -> Connection:
+        # Not forked: threads are running, and libraries that decode may run others.
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs, self._quick), daemon=True)
+        process.start()
+        self._process = process
+        theirs.close()
+        if self._closed.is_set():  # close() came before there was a process to end
+            process.kill()
+        try:
+            if self._connection.poll(_START_SECONDS) and self._connection.recv() == "ready":
+                return self._connection
+        except (EOFError, OSError):
+            pass
+        raise UsageError(
+            f"A process that decodes videos did not start ({_ending(self._stop())}). In a script, "
+            'put what it runs under if __name__ == "__main__":.'
+        )
+
+    def _stop(self) -> int | None:
+        """Ends the process; returns its exit status."""
+        if self._process is None or self._connection is None:
+            return None
+        self._connection.close()
+        self._process.join(1.0)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        status: int | None = self._process.exitcode
+        self._process = self._connection = None
+        return status
+
+
+def _ending(status: int | None) -> str:
+    if status is not None and status < 0:
+        return signal.Signals(-status).name
+    return f"exit status {status}"
+
+
+def _serve(connection: Connection, quick: bool) -> None:
+    """Answers paths with findings, until the other side hangs up."""
+    # Ctrl-C reaches every process of a terminal; the one that started this ends it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    connection.send("ready")
+    while True:
+        try:
+            path = connection.recv()
+        except EOFError:
+            return
+        connection.send(check_video(path, quick=quick))

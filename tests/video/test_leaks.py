@@ -1,0 +1,32 @@
+"""A worker that reads clip after clip holds no more memory or files at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.helpers import REPO
+
+# OPENVCLIP_LEAK_CLIPS=10000 reads as many as an epoch has.
+CLIPS = int(os.environ.get("OPENVCLIP_LEAK_CLIPS", "1000"))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts through /proc")
+def test_workers_keep_neither_memory_nor_files(encode):
+    path = encode("leak.mkv", frames=20, size=(144, 128))
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.video.leaks", str(path), str(CLIPS)],
+        cwd=REPO, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    print(*found, sep="\n")
+    assert [line["clips"] for line in found] == [CLIPS * tenth // 10 for tenth in range(1, 11)]
+    assert found[-1]["errors"] == CLIPS // 10
+    assert found[-1]["files"] == found[2]["files"]
+    # A frame is 54 KiB: one lost with each clip would be 54 * 700 KiB at the least.
+    assert found[-1]["kib"] - found[2]["kib"] < 54 * 0.7 * CLIPS / 4
