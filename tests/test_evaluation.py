@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from openvclip.errors import VideoShapeError
-from openvclip.evaluation import evaluate
+from openvclip.evaluation import NO_RANK, evaluate, score
+from openvclip.video import VideoSample
 
 
 class Lookup(nn.Module):
@@ -61,16 +62,19 @@ def test_ties_and_nan_count_against_the_classifier() -> None:
     logits = torch.tensor([[0.0, 0.0], [nan, nan], [nan, 1.0], [2.0, 1.0]])
     labels = torch.tensor([0, 0, 1, 0])
     result = evaluate(Lookup(2), [(_clips(logits), labels)], progress=False)
-    assert result.ranks.tolist() == [1, 1, 1, 0]
+    assert result.ranks.tolist() == [1, NO_RANK, NO_RANK, 0]
     assert result.top1 == 0.25
     assert result.predictions.tolist()[1:] == [-1, -1, 0]
 
 
 def test_clips_that_could_not_be_read_count_as_wrong() -> None:
     logits = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
-    batch = (_clips(logits), torch.tensor([0, 0]), torch.tensor([0, 1]), ["", "truncated"])
-    result = evaluate(Lookup(2), [batch], progress=False)
+    videos, labels = _clips(logits), torch.tensor([0, 0])
+    sample = VideoSample(videos, labels, torch.tensor([0, 1]), ["", "truncated"])
+    result = evaluate(Lookup(2), [sample], progress=False)
     assert (result.top1, result.predictions.tolist()) == (0.5, [0, -1])
+    for more in ([["a", "b"]], [["a", "b"], ["c", "d"]]):  # what else a loader of one's own gives
+        assert evaluate(Lookup(2), [(videos, labels, *more)], progress=False).top1 == 1
 
 
 def test_evaluates_in_eval_mode_without_graph_and_restores_modes() -> None:
@@ -94,3 +98,12 @@ def test_empty_loader() -> None:
     result = evaluate(Lookup(2), [], progress=False)
     assert result.n_clips == 0
     assert result.top1 != result.top1  # NaN: there is no accuracy of nothing
+
+
+def test_no_answer_is_wrong_at_every_k_and_in_no_cell() -> None:
+    logits = torch.tensor([[2.0, 1.0], [0.0, float("nan")], [3.0, 1.0]])
+    result = score(logits, torch.tensor([0, 0, 1]))
+    assert [result.top(k) for k in (1, 2, 5)] == pytest.approx([1 / 3, 2 / 3, 2 / 3])
+    assert result.confusion(2).tolist() == [[1, 0], [1, 0]]
+    assert result.per_class(3).tolist()[:2] == [0.5, 0.0]
+    assert result.per_class(3)[2].isnan()

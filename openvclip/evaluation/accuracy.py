@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from openvclip.errors import VideoShapeError
+from openvclip.video import VideoSample
 from openvclip.zeroshot import evaluation_mode
+
+NO_RANK = torch.iinfo(torch.int64).max
+"""The rank of the true class of a clip that could not be read, or whose logits hold NaN."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,8 @@ class Evaluation:
         predictions: the class of the highest logit, int64 ``[N]``; -1 where there was none (NaN).
         labels: the true classes, int64 ``[N]``.
         ranks: the place of the true class among the logits, 0 for the first, int64 ``[N]``.
-            Ties and NaN count against the classifier.
+            Ties count against the classifier. A clip without an answer has :data:`NO_RANK`,
+            which is wrong at every ``k``.
     """
 
     predictions: Tensor
@@ -41,6 +46,20 @@ class Evaluation:
     def top(self, k: int) -> float:
         """Fraction of clips whose true class is among the ``k`` highest logits, in [0, 1]."""
         return float((self.ranks < k).double().mean()) if self.n_clips else float("nan")
+
+    def per_class(self, n_classes: int) -> Tensor:
+        """Top-1 accuracy on the clips of each class, float64 ``[K]``; NaN for a class without."""
+        right = torch.bincount(self.labels[self.ranks == 0], minlength=n_classes)
+        return right.double() / torch.bincount(self.labels, minlength=n_classes)
+
+    def confusion(self, n_classes: int) -> Tensor:
+        """How many clips of class ``i`` were taken for class ``j``, int64 ``[K, K]`` at ``[i, j]``.
+
+        Clips without an answer are in no column: rows sum to the clips that had one.
+        """
+        answered = self.predictions >= 0
+        cells = self.labels[answered] * n_classes + self.predictions[answered]
+        return torch.bincount(cells, minlength=n_classes**2).view(n_classes, n_classes)
 
 
 def evaluate(
@@ -82,16 +101,17 @@ def evaluate_each(
     from tqdm import tqdm  # comes with open_clip
 
     device = next(classifier.parameters()).device
-    found: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in variants]
+    found: list[list[Evaluation]] = [[] for _ in variants]
     bar = tqdm(loader, desc=description, disable=None if progress is None else not progress)
     with evaluation_mode(classifier), torch.no_grad():
-        for video, label, *details in bar:
-            unread = [bool(error) for error in details[1]] if details else [False] * len(label)
+        for batch in bar:
+            video, label = batch[:2]
             moved = video.to(device, non_blocking=True)
             for logits_of, kept in zip(variants, found, strict=True):
                 logits = _over_views(logits_of, moved).cpu()
-                logits[torch.tensor(unread)] = float("nan")
-                kept.append(_scored(logits, label))
+                if isinstance(batch, VideoSample):
+                    logits[[bool(error) for error in batch.error]] = float("nan")
+                kept.append(score(logits, label))
     return [_joined(kept) for kept in found]
 
 
@@ -107,17 +127,23 @@ def _over_views(logits_of: Callable[[Tensor], Tensor], video: Tensor) -> Tensor:
     return logits_of(video)
 
 
-def _scored(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    label = label.cpu().long()
-    true = logits.gather(1, label[:, None])
+def score(logits: Tensor, labels: Tensor) -> Evaluation:
+    """What logits say, ``[N, K]``, with the true classes ``[N]``; both on the CPU.
+
+    A row that holds NaN is no answer: that is how clips are marked that could not be read.
+    """
+    labels = labels.cpu().long()
+    silent = logits.isnan().any(dim=1)
+    true = logits.gather(1, labels[:, None])
     ranks = logits.shape[1] - 1 - (logits < true).sum(dim=1)
-    predictions = logits.argmax(dim=1).masked_fill(logits.isnan().any(dim=1), -1)
-    return predictions, label, ranks
+    return Evaluation(
+        logits.argmax(dim=1).masked_fill(silent, -1), labels, ranks.masked_fill(silent, NO_RANK)
+    )
 
 
-def _joined(parts: list[tuple[Tensor, Tensor, Tensor]]) -> Evaluation:
+def _joined(parts: list[Evaluation]) -> Evaluation:
     if not parts:
         empty = torch.empty(0, dtype=torch.long)
         return Evaluation(empty, empty, empty)
-    predictions, labels, ranks = (torch.cat(column) for column in zip(*parts, strict=True))
-    return Evaluation(predictions, labels, ranks)
+    columns = ([getattr(part, entry.name) for part in parts] for entry in fields(Evaluation))
+    return Evaluation(*(torch.cat(column) for column in columns))

@@ -1,0 +1,25 @@
+"""A model on a data set: accuracy; published protocols, resumable and shared among processes."""
+
+from openvclip.evaluation.accuracy import NO_RANK, Evaluation, evaluate, evaluate_each, score
+from openvclip.evaluation.encoding import Timing
+from openvclip.evaluation.protocols import (
+    ProtocolEvaluation,
+    Sampling,
+    SplitScore,
+    evaluate_protocol,
+    require_videos,
+)
+
+__all__ = [
+    "NO_RANK",
+    "Evaluation",
+    "ProtocolEvaluation",
+    "Sampling",
+    "SplitScore",
+    "Timing",
+    "evaluate",
+    "evaluate_each",
+    "evaluate_protocol",
+    "require_videos",
+    "score",
+]

@@ -1,0 +1,197 @@
+"""One video, one call: probabilities against a slow computation; the command and its errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import openvclip
+from examples.shapes.model import create_model
+from examples.shapes.world import TEMPLATES
+from openvclip import cli
+from openvclip.checkpoints import load_checkpoint
+from openvclip.errors import ClassNamesError, UsageError, VideoNotFoundError
+from openvclip.video import class_names, read_clip, transforms
+from tests.evaluation.conftest import World
+from tests.helpers import SHARED, tiny_clip
+
+Captured = pytest.CaptureFixture[str]
+LABELS = ["square resting", "star sliding", "key bouncing"]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return openvclip.expand_temporal_attention(create_model()[0])
+
+
+@torch.no_grad()
+def slow(model: Any, video: Path, labels: list[str], views: int, frames: int = 8) -> torch.Tensor:
+    tokenizer = create_model(None)[1]
+    texts = []
+    for label in labels:
+        rows = model.encode_text(tokenizer([form.format(label) for form in TEMPLATES])).double()
+        mean = (rows / rows.norm(dim=-1, keepdim=True)).mean(dim=0)
+        texts.append(mean / mean.norm())
+    logits = torch.zeros(len(labels), dtype=torch.float64)
+    for view in read_clip(video, views=views, num_frames=frames):
+        features = model.encode_image(transforms.build("released", 32)(view)[None])[0].double()
+        features = features / features.norm(dim=-1, keepdim=True)
+        cosines = features @ torch.stack(texts).T
+        logits += model.logit_scale.exp().double() * cosines.mean(dim=0) / views
+    return logits.exp() / logits.exp().sum()
+
+
+def test_probabilities_equal_a_slow_computation(world: World, model: Any) -> None:
+    video = world.folder / world.samples[1][0]
+    found = openvclip.predict(model, video, LABELS, templates=TEMPLATES)
+    expected = slow(model, video, LABELS, views=3)
+    torch.testing.assert_close(found.probabilities.double(), expected, rtol=1e-4, atol=1e-6)
+    order = expected.argsort(descending=True).tolist()
+    assert [label for label, _ in found.top(2)] == [LABELS[i] for i in order[:2]]
+    assert found.label == LABELS[order[0]]
+    assert len(found.top(99)) == 3
+    assert str(found).splitlines()[0] == str(video)
+    classifier = openvclip.ZeroShotClassifier(model, create_model(None)[1], LABELS, TEMPLATES)
+    again = openvclip.predict(classifier, video)
+    assert torch.equal(again.probabilities, found.probabilities)
+
+
+def test_wrong_use(world: World, model: Any) -> None:
+    video = world.folder / world.samples[0][0]
+    with pytest.raises(UsageError, match="between which labels"):
+        openvclip.predict(model, video)
+    with pytest.raises(ClassNamesError, match="more than once: 'a'"):
+        openvclip.predict(model, video, ["a", "b", "a"])
+    with pytest.raises(ClassNamesError, match=r"class_names\[1\] is ' '"):
+        openvclip.predict(model, video, ["a", " "])
+    with pytest.raises(UsageError, match="vocabulary of 64 tokens"):
+        openvclip.predict(tiny_clip(), video, ["a", "b"])
+    with pytest.raises(VideoNotFoundError, match="absent"):
+        openvclip.predict(model, "absent.mp4", ["a", "b"])
+
+
+# --- the command -------------------------------------------------------------------------------
+
+
+def command(world: World, *arguments: object) -> int:
+    return cli.main(["predict", *map(str, arguments), "--expand", *world.model_flags])
+
+
+def test_a_file_a_folder_and_a_pattern(world: World, model: Any, capsys: Captured) -> None:
+    video = world.folder / world.samples[0][0]
+    asked = ["--labels", *LABELS, "--top", 2, "--json", "--views", 1]
+    assert command(world, video, *asked) == 0
+    (one,) = json.loads(capsys.readouterr().out)
+    expected = slow(model, video, LABELS, views=1)
+    assert one["path"] == str(video)
+    for entry in one["labels"]:
+        place = LABELS.index(entry["label"])
+        assert entry["probability"] == pytest.approx(float(expected[place]), rel=1e-4, abs=1e-6)
+    assert len(one["labels"]) == 2
+    assert command(world, world.folder / "videos" / "square resting", *asked) == 0
+    inside = json.loads(capsys.readouterr().out)
+    assert command(world, world.folder / "videos" / "square r*" / "*.mp4", video, *asked) == 0
+    fitting = json.loads(capsys.readouterr().out)
+    assert {entry["path"] for entry in inside} == {entry["path"] for entry in fitting}
+    assert len(inside) == len(fitting) == 2 + 1 - 1  # train and test clip; video only once
+
+
+def test_labels_of_a_data_set_and_of_a_file(world: World, tmp_path: Path, capsys: Captured) -> None:
+    video = world.folder / world.samples[0][0]
+    assert command(world, video, "--dataset", "hmdb51", "--top", 99, "--json", "--views", 1) == 0
+    (one,) = json.loads(capsys.readouterr().out)
+    assert {entry["label"] for entry in one["labels"]} == set(class_names("hmdb51"))
+    assert sum(entry["probability"] for entry in one["labels"]) == pytest.approx(1)
+    (tmp_path / "labels.txt").write_text("\ufeffstar sliding \r\nkey bouncing\n\n \n", "utf-8")
+    assert command(world, video, "--labels-file", tmp_path / "labels.txt", "--views", 1) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == str(video)
+    assert {line[8:] for line in lines[1:]} == {"star sliding", "key bouncing"}
+
+
+def test_a_checkpoint_between_clip_and_itself(world: World, capsys: Captured) -> None:
+    video = world.folder / world.samples[0][0]
+    asked = [video, "--labels", *LABELS, "--json", "--views", 1, "--checkpoint", world.tuned]
+    clip = openvclip.expand_temporal_attention(create_model()[0])
+    tuned = load_checkpoint(world.tuned)
+    texts = clip.state_dict()
+    for flags, lam in (([], 0.0), (["--lam", 0.3], 0.3)):
+        assert command(world, *asked, *flags) == 0
+        (one,) = json.loads(capsys.readouterr().out)
+        mixed = openvclip.expand_temporal_attention(create_model()[0])
+        # The text tower is that of the original CLIP at every lambda.
+        mixed.load_state_dict(
+            {
+                n: lam * texts[n] + (1 - lam) * tuned[n]
+                if n.startswith("visual.") or n == "logit_scale"
+                else texts[n]
+                for n in texts
+            }
+        )
+        expected = slow(mixed, video, LABELS, views=1)
+        for entry in one["labels"]:
+            place = LABELS.index(entry["label"])
+            assert entry["probability"] == pytest.approx(float(expected[place]), rel=1e-3, abs=1e-5)
+
+
+def test_one_broken_video_does_not_stop_the_others(
+    world: World, tmp_path: Path, capsys: Captured
+) -> None:
+    video = world.folder / world.samples[0][0]
+    (tmp_path / "b.mp4").write_bytes(b"text")
+    (tmp_path / "c.mp4").write_bytes(video.read_bytes())
+    asked = ["--labels", *LABELS, "--views", 1]
+    assert command(world, tmp_path, *asked) == 2
+    printed = capsys.readouterr()
+    assert str(tmp_path / "c.mp4") in printed.out
+    assert "b.mp4: " in printed.err
+    assert "1 of 2 videos can't be read" in printed.err
+    assert command(world, tmp_path / "b.mp4", *asked) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_errors_of_the_command(world: World, tmp_path: Path, capsys: Captured) -> None:
+    video = world.folder / world.samples[0][0]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "twice.txt").write_text("a\na\n")
+    (tmp_path / "blank.txt").write_text("\n\n")
+    calls = {
+        "no video files in this folder": [tmp_path / "empty", "--labels", "a", "b"],
+        "no file fits this pattern": [tmp_path / "*.avi", "--labels", "a", "b"],
+        "absent.mp4: no such file": [tmp_path / "absent.mp4", "--labels", "a", "b"],
+        "twice.txt, line 2: 'a' is on line 1": [video, "--labels-file", tmp_path / "twice.txt"],
+        "blank.txt: holds no names": [video, "--labels-file", tmp_path / "blank.txt"],
+        "none.txt: can't be read": [video, "--labels-file", tmp_path / "none.txt"],
+        "more than once: 'a'": [video, "--labels", "a", "a"],
+        "dataset='imagenet' is not known": [video, "--dataset", "imagenet"],
+        "give --checkpoint too": [video, "--labels", "a", "b", "--lam", "0.5"],
+        "--top 0: expected at least 1": [video, "--labels", "a", "b", "--top", "0"],
+        "seconds=-1.0": [video, "--labels", "a", "b", "--timeline", "--seconds", "-1"],
+        "seconds=0.0": [video, "--labels", "a", "b", "--timeline", "--seconds", "0"],
+        "--step is for --timeline": [video, "--labels", "a", "b", "--step", "1"],
+    }
+    for reason, arguments in calls.items():
+        assert command(world, *arguments) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("openvclip predict: error: ")
+        assert reason in error, error
+
+
+def test_every_real_clip_gets_an_answer(world: World, capsys: Captured) -> None:
+    clips = SHARED / "data" / "clips"
+    if not clips.is_dir():
+        pytest.skip("the shared folder with the real clips is not here")
+    assert command(world, clips, "--dataset", "ucf101", "--json", "--views", 1) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found) == 73
+    names = set(class_names("ucf101"))
+    for entry in found:
+        values = [label["probability"] for label in entry["labels"]]
+        assert {label["label"] for label in entry["labels"]} <= names
+        assert values == sorted(values, reverse=True)
+        assert 0 < sum(values) <= 1 + 1e-5
+    assert len({entry["labels"][0]["label"] for entry in found}) > 1
