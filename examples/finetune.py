@@ -2,93 +2,85 @@ r"""Fine-tune a CLIP on videos with Open-VCLIP, or one of the methods that it is
 
     python examples/finetune.py --model ViT-B-16-quickgelu --pretrained openai \
         --annotations train.csv --root videos/ --classes classes.txt --out run/
+    torchrun --nproc-per-node 8 examples/finetune.py --shards "k400-{0000..0999}.tar" ...
 
 The defaults are the paper's recipe for Kinetics-400 (Section 5.1.3 and the released
-configuration). ``annotations`` has a line ``path,label`` for each video, ``classes`` a name for
-each label. Out come ``finetuned.safetensors`` (the last weights), ``averaged.safetensors`` (their
-average, where the method averages) and ``final.safetensors`` (interpolated with the original CLIP,
-the weights to use).
+configuration); --batch-size is that of all devices together. ``annotations`` has a line
+``path,label`` for each video, ``classes`` a name for each label.
+
+Out come ``finetuned.safetensors`` (the last weights), ``averaged.safetensors`` (their average,
+where the method averages), ``final.safetensors`` (interpolated with the original CLIP, the
+weights to use) and a model card, ``README.md``. A run that was stopped, by SIGTERM or worse, goes
+on with the same command.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterable, Iterator
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+if __package__ in (None, ""):  # started by its path: let it find the files beside it
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import openvclip
+from examples import finetune_options as options
+from examples.checkpointing import Checkpoints, TrainingState, load_whole
+from examples.finetune_inputs import Validation, load_model, load_videos, make_classifier
+from examples.model_card import ModelCard
+from examples.parallel import agree, give_scalars_an_axis, processes, save_memory, wrap
+from examples.recipe import METHODS, Recipe, Run, learning_rate
+from examples.run_log import RunLog, Step
+from examples.video_batches import seed_of
 from openvclip.checkpoints import save_checkpoint
+from openvclip.distributed import full_state, local, local_like, no_sync
+from openvclip.errors import UsageError
+from openvclip.prompting import VideoClassifier, fine_tune
+from openvclip.ranks import Ranks
 
-METHODS = ("openvclip", "finetune", "l2", "iwr", "swa")
+__all__ = [
+    "METHODS",
+    "Recipe",
+    "Run",
+    "final_weights",
+    "learning_rate",
+    "main",
+    "parse_arguments",
+    "train",
+]
 
-
-def _setting(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train. Steps are optimizer steps; an epoch is one pass over the loader."""
-
-    method: str = _setting(
-        "openvclip",
-        "openvclip = iwr + swa; finetune = neither; l2 = penalty on the distance to CLIP",
-    )
-    epochs: int = _setting(22, "passes over the videos, the warm-up included")
-    warmup_epochs: int = _setting(2, "epochs of linear warm-up")
-    lr: float = _setting(3.33e-6, "learning rate after the warm-up")
-    end_lr: float = _setting(3.33e-8, "learning rate at the first and at the last step")
-    weight_decay: float = _setting(
-        0.01, "AdamW's weight decay, for matrices (biases, norms and scales have none)"
-    )
-    clip_grad_norm: float = _setting(1.0, "largest norm of the gradient")
-    batch_size: int = _setting(64, "videos per step")
-    alpha_max: float = _setting(
-        0.6, "alpha of the regulariser is uniform in [0, alpha_max]; it weighs CLIP"
-    )
-    iwr_weight: float = _setting(0.5, "C of Equation 9")
-    l2_weight: float = _setting(0.5, "factor of the squared distance to CLIP (method l2)")
-    average_after: int = _setting(
-        2, "epochs before the averaging begins; the paper's is the length of the warm-up"
-    )
-    averages_per_epoch: int = _setting(1, "models of an epoch that enter the average")
-    lam: float = _setting(0.5, "weight of CLIP in the final interpolation")
-    seed: int = _setting(0, "seed of the order of the videos, their augmentation and alpha")
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"method={self.method!r}: expected one of {', '.join(METHODS)}.")
-
-    @property
-    def uses_iwr(self) -> bool:
-        """Whether the loss of interpolated weights is added."""
-        return self.method in ("openvclip", "iwr")
-
-    @property
-    def uses_swa(self) -> bool:
-        """Whether weights are averaged."""
-        return self.method in ("openvclip", "swa")
+WEIGHTS = {
+    "finetuned": "the last weights",
+    "averaged": "the average of the weights along the run",
+    "final": "interpolated with the original CLIP: the weights to use",
+}
+"""The files of weights that a run leaves."""
 
 
-def freeze_all_but_vision(model: nn.Module) -> None:
-    """Train the image tower and the logit scale; the text tower stays CLIP's."""
+def choose_trained(model: nn.Module, method: str) -> None:
+    """Train the image tower and the logit scale, the text tower stays CLIP's; ViFi trains both."""
+    if method == "vifi":
+        fine_tune(model)
+        return
+    image = ("visual.", "vision_model.", "visual_projection.")  # open_clip's, and Hugging Face's
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith("visual.") or name == "logit_scale")
+        parameter.requires_grad_(name.startswith(image) or name == "logit_scale")
 
 
-def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+def make_optimizer(trained: list[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
     """AdamW; only parameters of two or more axes decay."""
-    trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": recipe.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
@@ -96,104 +88,190 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.999))
 
 
-def learning_rate(step: int, warmup: int, total: int, recipe: Recipe) -> float:
-    """Linear from ``end_lr`` to ``lr`` over the warm-up, then half a cosine back to ``end_lr``."""
-    if step < warmup:
-        return recipe.end_lr + (recipe.lr - recipe.end_lr) * step / warmup
-    done = (step - warmup) / max(1, total - 1 - warmup)
-    return recipe.end_lr + (recipe.lr - recipe.end_lr) * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def distance_penalty(model: nn.Module, clip: dict[str, Tensor]) -> Tensor:
-    """Squared L2 distance of the trained parameters to the original CLIP's (Table 5)."""
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    return torch.stack([(p - clip[name]).square().sum() for name, p in trained]).sum()
+@torch.no_grad()
+def add_distance_penalty(model: nn.Module, clip: dict[str, Tensor], weight: float) -> None:
+    """Add the gradient of ``weight`` times the squared L2 distance to CLIP (Table 5)."""
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            drift = local(parameter) - local_like(clip[name], parameter)
+            local(parameter.grad).add_(drift.mul_(2 * weight))
 
 
 def train(
-    classifier: openvclip.ZeroShotClassifier,
-    loader: Iterable[tuple[Tensor, Tensor]],
+    classifier: openvclip.ZeroShotClassifier | VideoClassifier,
+    loader: Iterable[Sequence[Any]],
     steps_per_epoch: int,
     recipe: Recipe,
     *,
-    amp: torch.dtype | None = None,
-    on_step: Callable[[int, float], None] | None = None,
+    run: Run | None = None,
+    ranks: Ranks | None = None,
+    checkpoints: Checkpoints | None = None,
+    on_step: Callable[[Step], None] | None = None,
+    on_epoch: Callable[[int], None] | None = None,
 ) -> tuple[dict[str, Tensor], openvclip.SWATracker | None]:
     """Fine-tune the classifier's model in place, from the CLIP that it holds.
 
     Args:
-        classifier: holds the expanded CLIP and the text features of the training classes.
-        loader: gives ``(video [B, T, C, H, W], label [B])``; iterated once an epoch.
-        steps_per_epoch: number of batches of an epoch.
+        classifier: holds the expanded CLIP and the training classes.
+        loader: gives ``(video [B, T, C, H, W], label [B])``, optionally with the videos' names;
+            iterated once an epoch.
+        steps_per_epoch: number of steps that the loader's batches make.
         recipe: how to train.
-        amp: autocast to this dtype (bfloat16 or float16).
-        on_step: called after each step with its number, from 1, and the loss.
+        run: how to run it.
+        ranks: the processes that train together, each with a loader of its own.
+        checkpoints: go on from the last one, and save.
+        on_step: called after each step.
+        on_epoch: called after each epoch with the number of steps so far.
 
     Returns:
         The original CLIP's state dict (the anchor), and the average where the method averages.
+
+    Raises:
+        FloatingPointError: a loss is not finite; the text names the videos.
+        UsageError: no model would enter the average, or the loader gives another number of steps.
+        SystemExit: a checkpoint was saved because a signal asked for it.
     """
-    model, device = classifier.model, classifier.text_features.device
-    clip = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    freeze_all_but_vision(model)
-    optimizer = make_optimizer(model, recipe)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
+    run, ranks = run or Run(), ranks or Ranks()
+    model = classifier.model
+    device = next(model.parameters()).device
+    home = torch.device("cpu") if run.fsdp else device  # nobody holds a whole model there
+    clip = {name: value.detach().to(home, copy=True) for name, value in model.state_dict().items()}
+    choose_trained(model, recipe.method)
+    if run.checkpointing:
+        save_memory(model)
+    forward = wrap(classifier, ranks, device, fsdp=run.fsdp, compiler=run.compiler)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = make_optimizer(trained, recipe)
+    scaler = torch.amp.GradScaler(device.type, enabled=run.amp is torch.float16)
     iwr = openvclip.InterpolatedWeightRegularizer(
         model,
+        wrapper=forward,
         anchor=clip,
-        interval=(0.0, recipe.alpha_max),
+        interval=(run.alpha_min, recipe.alpha_max),
         weight=recipe.iwr_weight,
         seed=recipe.seed,
     )
     warmup = recipe.warmup_epochs * steps_per_epoch
     total = recipe.epochs * steps_per_epoch
-    swa = None
-    if recipe.uses_swa:
-        every = max(1, steps_per_epoch // recipe.averages_per_epoch)
-        start = recipe.average_after * steps_per_epoch
-        swa = openvclip.SWATracker(model, start=start, every=every)
+    swa = _make_tracker(model, recipe, steps_per_epoch) if recipe.uses_swa else None
+    state = TrainingState(model, optimizer, scaler, iwr, swa)
+    first = checkpoints.resume(state) if checkpoints is not None else 0
 
-    def loss_of(video: Tensor, label: Tensor) -> Tensor:
-        with torch.autocast(device.type, amp) if amp is not None else nullcontext():
-            return functional.cross_entropy(classifier(video), label)
+    def add_gradients(batches: list[Sequence[Any]], factor: float, *, reduce: bool) -> Tensor:
+        """Add the gradients of ``factor`` times the mean loss; returns each batch's part of it."""
+        videos = sum(len(label) for _, label, *_ in batches)
+        parts = []
+        for number, (video, label, *_) in enumerate(batches, start=1):
+            # Gradients are summed over the processes once a step, in the last backward pass.
+            with nullcontext() if reduce and number == len(batches) else no_sync([forward]):
+                with torch.autocast(device.type, run.amp, enabled=run.amp is not None):
+                    logits = forward(video.to(device, non_blocking=True))
+                    loss = functional.cross_entropy(logits, label.to(device, non_blocking=True))
+                loss = len(label) / videos * loss
+                scaler.scale(factor * loss).backward()
+            parts.append(loss.detach())
+        return torch.stack(parts)
 
     model.train()
-    with tqdm(total=total, desc=recipe.method, disable=None) as bar:
-        for step, (video, label) in enumerate(_epochs(loader, recipe.epochs)):
-            video, label = video.to(device), label.to(device)
+    with tqdm(
+        total=total, initial=first, desc=recipe.method, disable=None if ranks.first else True
+    ) as bar:
+        started = time.perf_counter()
+        for step, batches in _steps(loader, steps_per_epoch, run.accumulate, first, recipe.epochs):
+            waiting = time.perf_counter() - started
+            lr = learning_rate(step, warmup, total, recipe)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, warmup, total, recipe)
+                group["lr"] = lr
             optimizer.zero_grad(set_to_none=True)
-            loss = loss_of(video, label)
-            if recipe.method == "l2":
-                loss = loss + recipe.l2_weight * distance_penalty(model, clip)
-            scaler.scale(loss).backward()
-            if recipe.uses_iwr:
-                with iwr.interpolated():
-                    scaler.scale(iwr.weight * loss_of(video, label)).backward()
+            twice, alpha = recipe.uses_iwr and step % run.every == 0, None
+            losses = add_gradients(batches, 1.0, reduce=not twice)
+            again = torch.zeros_like(losses)
+            if twice:
+                with iwr.interpolated() as alpha:
+                    again = add_gradients(batches, iwr.weight, reduce=True)
+            asked = checkpoints is not None and checkpoints.stop_requested
+            values, stop = agree(ranks, torch.stack([losses.sum(), again.sum()]), asked)
+            if not all(map(math.isfinite, values)):
+                raise _not_finite(values, step + 1, batches, losses + again, ranks)
             scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad_norm)
+            if recipe.method == "l2":
+                add_distance_penalty(model, clip, recipe.l2_weight)
+            nn.utils.clip_grad_norm_(trained, recipe.clip_grad_norm)
             scaler.step(optimizer)
             scaler.update()
             if swa is not None:
                 swa.update(model)
-            value = loss.item()
-            if not math.isfinite(value):
-                raise FloatingPointError(f"The loss is {value} at step {step + 1}; lower --lr.")
-            bar.set_postfix(loss=f"{value:.3f}", refresh=False)
+            done = step + 1
+            seconds = time.perf_counter() - started
+            bar.set_postfix(loss=f"{values[0]:.3f}", refresh=False)
             bar.update()
             if on_step is not None:
-                on_step(step + 1, value)
+                on_step(Step(done, values[0], lr, alpha, waiting, seconds))
+            if on_epoch is not None and done % steps_per_epoch == 0 and not stop:
+                on_epoch(done)
+            if checkpoints is not None and (stop or checkpoints.due(done, total)):
+                checkpoints.save(state, done)
+            if stop:
+                raise SystemExit(128 + signal.SIGTERM)
+            started = time.perf_counter()
     return clip, swa
 
 
-def _epochs(
-    loader: Iterable[tuple[Tensor, Tensor]], epochs: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    for epoch in range(epochs):
-        set_epoch = getattr(getattr(loader, "dataset", None), "set_epoch", None)
-        if set_epoch is not None:
-            set_epoch(epoch)  # fresh random starts and crops
-        yield from loader
+def _make_tracker(model: nn.Module, recipe: Recipe, steps_per_epoch: int) -> openvclip.SWATracker:
+    every = max(1, steps_per_epoch // recipe.averages_per_epoch)
+    start = recipe.average_after * steps_per_epoch
+    if start + every > recipe.epochs * steps_per_epoch:
+        raise UsageError(
+            f"No model would enter the average: {recipe.epochs} epochs end before it begins "
+            f"(--average-after {recipe.average_after}). Train longer or average earlier."
+        )
+    return openvclip.SWATracker(model, start=start, every=every)
+
+
+def _steps(
+    loader: Iterable[Sequence[Any]], per_epoch: int, accumulate: int, first: int, epochs: int
+) -> Iterator[tuple[int, list[Sequence[Any]]]]:
+    """The number of each step from ``first`` on, and its batches."""
+    for epoch in range(first // per_epoch, epochs):
+        step = max(first, epoch * per_epoch)
+        _begin_epoch(loader, epoch, step - epoch * per_epoch)
+        batches = iter(loader)
+        while group := list(islice(batches, accumulate)):
+            yield step, group
+            step += 1
+        if step != (epoch + 1) * per_epoch:
+            raise UsageError(
+                f"The loader gave {step - epoch * per_epoch} steps in an epoch, with {accumulate} "
+                f"batches in a step; expected steps_per_epoch={per_epoch}."
+            )
+
+
+def _begin_epoch(loader: Any, epoch: int, skip: int) -> None:
+    """Fresh random starts and crops, without the steps that were done before."""
+    if hasattr(loader, "set_epoch"):
+        loader.set_epoch(epoch, skip)
+        return
+    if skip:
+        raise UsageError("This loader can't begin within an epoch; it has no set_epoch().")
+    set_epoch = getattr(getattr(loader, "dataset", None), "set_epoch", None)
+    if set_epoch is not None:
+        set_epoch(epoch)
+
+
+def _not_finite(
+    values: list[float], step: int, batches: list[Sequence[Any]], losses: Tensor, ranks: Ranks
+) -> FloatingPointError:
+    """The error of a loss that is not finite, the same in all processes."""
+    pairs = zip(batches, losses.tolist(), strict=True)
+    own = [
+        n for batch, loss in pairs if not math.isfinite(loss) for names in batch[2:] for n in names
+    ]
+    names = [name for part in ranks.gather(own) for name in part]
+    videos = f" Its videos: {', '.join(names)}." if names else ""
+    value = next(value for value in values if not math.isfinite(value))
+    return FloatingPointError(
+        f"The loss is {value} at step {step}; look at what was read, or lower --lr.{videos}"
+    )
 
 
 def final_weights(
@@ -201,83 +279,110 @@ def final_weights(
 ) -> dict[str, Tensor]:
     """Equation 10: CLIP interpolated with the average, or with the last weights without one."""
     theta = swa.averaged_state_dict() if swa is not None else model.state_dict()
-    return openvclip.interpolate(clip, theta, lam)
+    return openvclip.interpolate(clip, full_state(theta), lam)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; every field of the recipe is a flag."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="ViT-B-16-quickgelu", help="an open_clip model")
-    parser.add_argument("--pretrained", default="openai", help="its open_clip tag, or a file")
-    parser.add_argument("--annotations", required=True, type=Path, help="lines of path,label")
-    parser.add_argument("--root", required=True, type=Path, help="folder the paths start from")
-    parser.add_argument("--classes", required=True, type=Path, help="a class name a line")
-    parser.add_argument("--out", required=True, type=Path, help="folder for the weights")
-    parser.add_argument("--device", default=None, help="default: cuda where there is one, or cpu")
-    parser.add_argument("--workers", type=int, default=4, help="processes that read videos")
-    parser.add_argument("--amp", choices=("bfloat16", "float16", "off"), default=None)
-    parser.add_argument("--frames", type=int, default=8, help="frames of a clip")
-    parser.add_argument("--sampling-rate", type=int, default=16, help="frames between two of them")
-    for setting in fields(Recipe):
-        flag = "--" + setting.name.replace("_", "-")
-        kind: Any = type(setting.default)
-        choices = METHODS if setting.name == "method" else None
-        text = f"{setting.metadata['help']} (default {setting.default})"
-        parser.add_argument(flag, type=kind, default=setting.default, choices=choices, help=text)
-    return parser.parse_args(arguments)
+    return options.parse_arguments(__doc__ or "", arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Train from the command line and write the weights."""
-    import open_clip
-
-    from openvclip.video import VideoDataset, transforms
-
     args = parse_arguments(arguments)
-    recipe = Recipe(**{setting.name: getattr(args, setting.name) for setting in fields(Recipe)})
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    amp = _amp_dtype(args.amp, device)
+    with processes(args.device, args.timeout) as (ranks, device):
+        _fine_tune(args, ranks, device)
+
+
+def _fine_tune(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> None:
+    recipe = options.recipe_of(args)
     torch.manual_seed(recipe.seed)
-    model = open_clip.create_model(args.model, pretrained=args.pretrained or None, device=device)
-    classes = [line.strip() for line in args.classes.read_text().splitlines() if line.strip()]
-    openvclip.expand_temporal_attention(model)
-    tokenizer = open_clip.get_tokenizer(args.model)
-    classifier = openvclip.ZeroShotClassifier(model, tokenizer, classes)
-    size = model.visual.image_size
-    dataset = VideoDataset(
-        args.annotations,
-        args.root,
-        class_names=classes,
-        transform=transforms.build("train", size[0] if isinstance(size, tuple) else size),
-        num_frames=args.frames,
-        sampling_rate=args.sampling_rate,
-        sampler="dense",
-        seed=recipe.seed,
+    model, tokenizer, pixels = load_model(args, device)
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    if args.fsdp:
+        give_scalars_an_axis(model)
+    videos = load_videos(args, recipe, pixels, ranks, device)
+    run = options.run_of(args, videos.batches.accumulate, device)
+    classifier = make_classifier(model, tokenizer, videos.names, recipe.method)
+    if not ranks.first:
+        torch.manual_seed(seed_of(recipe.seed, ranks.rank))  # for what is random in a tower
+    settings = options.settings_of(args, recipe, run)
+    steps = videos.batches.steps
+    checkpoints = Checkpoints(
+        args.out,
+        {**settings, **videos.about},
+        every=args.save_every or steps,
+        keep=args.keep,
+        ranks=ranks,
     )
-    generator = torch.Generator().manual_seed(recipe.seed)
-    loader = DataLoader(
-        dataset,
-        batch_size=recipe.batch_size,
-        shuffle=True,
-        drop_last=len(dataset) > recipe.batch_size,
-        num_workers=args.workers,
-        generator=generator,
+    validation = Validation(args, classifier, videos.names, pixels, run.amp, ranks)
+    log = RunLog(
+        args.out if ranks.first else None,
+        steps * recipe.epochs,
+        first=checkpoints.last_step,
+        every=args.log_every,
     )
-    clip, swa = train(classifier, loader, len(loader), recipe, amp=amp)
-    save_checkpoint(model.state_dict(), args.out / "finetuned.safetensors")
+    for text in [*videos.warnings, _plan(args, recipe, run, ranks)] if ranks.first else []:
+        print(text, flush=True)
+
+    def validate(step: int) -> None:
+        if found := validation.accuracy():
+            log.write(step, **{f"val_{name}": value for name, value in found.items()})
+
+    before = signal.signal(signal.SIGTERM, checkpoints.request_stop)
+    try:
+        clip, swa = train(
+            classifier,
+            videos.batches,
+            steps,
+            recipe,
+            run=run,
+            ranks=ranks,
+            checkpoints=checkpoints,
+            on_step=log.step,
+            on_epoch=validate,
+        )
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        log.close()
+    states = {"finetuned": full_state(model.state_dict())}
     if swa is not None:
-        save_checkpoint(swa.averaged_state_dict(), args.out / "averaged.safetensors")
-    final = final_weights(model, clip, swa, recipe.lam)
-    save_checkpoint(final, args.out / "final.safetensors", metadata={"lambda": str(recipe.lam)})
+        states["averaged"] = full_state(swa.averaged_state_dict())
+    states["final"] = final_weights(model, clip, swa, recipe.lam)
+    results = {f"{name}, last weights": value for name, value in validation.accuracy().items()}
+    load_whole(model, states["final"])
+    results |= {f"{name}, final weights": v for name, v in validation.accuracy().items()}
+    if not ranks.first:
+        return
+    for name, weights in states.items():
+        save_checkpoint(
+            {key: value.reshape(shapes[key]) for key, value in weights.items()},
+            args.out / f"{name}.safetensors",
+            metadata={"lambda": str(recipe.lam)} if name == "final" else None,
+        )
+    card = ModelCard(
+        name=Path(args.hf or args.model).name,
+        lam=recipe.lam,
+        settings=settings,
+        data=videos.about,
+        results=results,
+        files={f"`{name}.safetensors`": WEIGHTS[name] for name in states},
+    )
+    card.write(args.out / "README.md")
     print(f"Wrote {args.out / 'final.safetensors'}: lambda {recipe.lam} on the original CLIP.")
 
 
-def _amp_dtype(name: str | None, device: torch.device) -> torch.dtype | None:
-    if name is None:
-        name = "bfloat16" if device.type == "cuda" else "off"
-    return None if name == "off" else getattr(torch, name)
+def _plan(args: argparse.Namespace, recipe: Recipe, run: Run, ranks: Ranks) -> str:
+    """The batch and the learning rate, as they come out."""
+    at_a_time = min(args.per_device_batch, -(-recipe.batch_size // ranks.world))
+    parts = [f"{ranks.world} processes" if ranks.world > 1 else "one device"]
+    parts += [f"{at_a_time} at a time"]
+    if run.accumulate > 1:
+        parts += [f"{run.accumulate} times added up"]
+    return (
+        f"{recipe.batch_size} videos a step ({', '.join(parts)}); learning rate {recipe.lr:g}, as "
+        "given, not scaled to the batch."
+    )
 
 
 if __name__ == "__main__":

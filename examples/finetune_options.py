@@ -1,0 +1,237 @@
+"""The command line of :mod:`examples.finetune`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from examples.recipe import METHODS, Recipe, Run
+
+
+def parse_arguments(description: str, arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line; every field of the recipe is a flag."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    _add_model_options(parser)
+    _add_video_options(parser)
+    _add_recipe_options(parser)
+    _add_device_options(parser)
+    _add_output_options(parser)
+    args = parser.parse_args(arguments)
+    _require_consistent(args, parser.error)
+    return args
+
+
+def recipe_of(args: argparse.Namespace) -> Recipe:
+    """The recipe that the arguments give."""
+    return Recipe(**{setting.name: getattr(args, setting.name) for setting in fields(Recipe)})
+
+
+def run_of(args: argparse.Namespace, accumulate: int, device: torch.device) -> Run:
+    """How the recipe is to be run."""
+    amp = args.amp or ("bfloat16" if device.type == "cuda" else "off")
+    return Run(
+        every=args.every,
+        alpha_min=args.alpha_min,
+        accumulate=accumulate,
+        amp=None if amp == "off" else getattr(torch, amp),
+        checkpointing=args.checkpointing,
+        compiler=args.compile,
+        fsdp=args.fsdp,
+    )
+
+
+def settings_of(args: argparse.Namespace, recipe: Recipe, run: Run) -> dict[str, Any]:
+    """What the numbers of a run depend on, apart from its videos."""
+    model = {"hf": args.hf} if args.hf else {"model": args.model, "pretrained": args.pretrained}
+    amp = str(run.amp or "off").removeprefix("torch.")
+    about = {"every": run.every, "alpha_min": run.alpha_min, "amp": amp, "fsdp": run.fsdp}
+    pixels = ("frames", "sampling_rate", "color_jitter", "backend")
+    named = {name: getattr(args, name) for name in pixels}
+    settings = {**model, **asdict(recipe), **about, **named}
+    del settings["lam"]  # of the last step only: another one needs no other run
+    return settings
+
+
+def _positive(text: str) -> int:
+    """A whole number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected at least 1")
+    return number
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Where the original CLIP comes from."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        default="ViT-B-16-quickgelu",
+        help="an open_clip model, or a JSON file with its configuration (%(default)s)",
+    )
+    group.add_argument(
+        "--pretrained", default="openai", help="its open_clip tag, or a file (%(default)s)"
+    )
+    group.add_argument(
+        "--hf", metavar="NAME|FOLDER", help="a CLIP of Hugging Face instead, through transformers"
+    )
+
+
+def _add_video_options(parser: argparse.ArgumentParser) -> None:
+    """What is trained on, and tested on along the way."""
+    group = parser.add_argument_group("videos (--annotations and --root, or --shards)")
+    group.add_argument(
+        "--annotations", type=Path, help="lines of path,label, or a data set's official lists"
+    )
+    group.add_argument("--root", type=Path, help="folder that the paths start from")
+    group.add_argument(
+        "--shards",
+        metavar="PATTERN",
+        help='WebDataset shards with .mp4 and .cls, such as "k400-{0000..0999}.tar"',
+    )
+    group.add_argument(
+        "--shard-index",
+        type=Path,
+        metavar="FILE",
+        help="labels of the shards, from python -m examples.shards; needed for shards elsewhere",
+    )
+    group.add_argument(
+        "--classes", type=Path, help="a class name a line; not needed where the lists name them"
+    )
+    group.add_argument(
+        "--zero-shot-classes",
+        type=Path,
+        metavar="FILE",
+        help="class names that must not be trained on; those that are, are listed",
+    )
+    group.add_argument("--frames", type=_positive, default=8, help="frames of a clip (%(default)s)")
+    group.add_argument(
+        "--sampling-rate",
+        type=_positive,
+        default=16,
+        help="distance of two frames, at 30 a second (%(default)s)",
+    )
+    group.add_argument(
+        "--color-jitter",
+        type=float,
+        default=0.0,
+        help="reach of brightness, contrast and saturation (%(default)s)",
+    )
+    group.add_argument(
+        "--backend",
+        choices=("pyav", "torchcodec"),
+        default="pyav",
+        help="the decoder (%(default)s)",
+    )
+    validation = parser.add_argument_group("validation on the training classes, after each epoch")
+    validation.add_argument("--val-annotations", type=Path, help="lines of path,label")
+    validation.add_argument("--val-root", type=Path, help="folder of these videos (--root)")
+
+
+def _add_recipe_options(parser: argparse.ArgumentParser) -> None:
+    """The recipe, field by field, and variations of the regulariser."""
+    group = parser.add_argument_group("recipe")
+    for setting in fields(Recipe):
+        kind: Any = type(setting.default)
+        group.add_argument(
+            "--" + setting.name.replace("_", "-"),
+            type=kind,
+            default=setting.default,
+            choices=METHODS if setting.name == "method" else None,
+            help=f"{setting.metadata['help']} (%(default)s)",
+        )
+    group.add_argument(
+        "--every",
+        type=_positive,
+        default=1,
+        help="steps from one with the regulariser to the next (%(default)s)",
+    )
+    group.add_argument(
+        "--alpha-min", type=float, default=0.0, help="lower end of alpha's interval (%(default)s)"
+    )
+
+
+def _add_device_options(parser: argparse.ArgumentParser) -> None:
+    """How the work is done; the batch stays that of the recipe."""
+    group = parser.add_argument_group("devices and speed")
+    group.add_argument("--device", default=None, help="default: cuda where there is one, or cpu")
+    group.add_argument(
+        "--per-device-batch",
+        type=_positive,
+        default=8,
+        help="videos at a time on a device; a step adds up as many as --batch-size needs "
+        "(%(default)s)",
+    )
+    group.add_argument(
+        "--workers",
+        type=int,
+        default=4,
+        help="processes that read videos, per device (%(default)s)",
+    )
+    group.add_argument(
+        "--amp",
+        choices=("bfloat16", "float16", "off"),
+        default=None,
+        help="autocast (bfloat16 on a GPU, else off)",
+    )
+    group.add_argument(
+        "--checkpointing",
+        action="store_true",
+        help="compute activations again in the backward pass instead of keeping them",
+    )
+    group.add_argument(
+        "--compile",
+        nargs="?",
+        const="inductor",
+        metavar="BACKEND",
+        help="torch.compile the layers (inductor)",
+    )
+    group.add_argument(
+        "--fsdp", action="store_true", help="shard the model among the processes (FSDP2)"
+    )
+    group.add_argument(
+        "--timeout",
+        type=float,
+        default=10.0,
+        metavar="MINUTES",
+        help="how long a process waits for the others (%(default)s)",
+    )
+
+
+def _add_output_options(parser: argparse.ArgumentParser) -> None:
+    """What is kept of a run."""
+    group = parser.add_argument_group("output; the same command goes on from the last checkpoint")
+    group.add_argument("--out", required=True, type=Path, help="folder for everything")
+    group.add_argument(
+        "--save-every", type=_positive, metavar="STEPS", help="between checkpoints (an epoch)"
+    )
+    group.add_argument(
+        "--keep", type=_positive, default=2, help="checkpoints that are kept (%(default)s)"
+    )
+    group.add_argument(
+        "--log-every",
+        type=_positive,
+        default=10,
+        metavar="STEPS",
+        help="between lines of the log (%(default)s)",
+    )
+
+
+def _require_consistent(args: argparse.Namespace, fail: Callable[[str], object]) -> None:
+    """Call ``fail`` with a text where options contradict each other or one is missing."""
+    if (args.annotations is None) == (args.shards is None):
+        fail("give --annotations (with --root), or --shards")
+    if args.annotations is not None and args.root is None:
+        fail("--annotations needs --root, the folder that its paths start from")
+    if args.shards is not None and args.classes is None:
+        fail("--shards needs --classes, a class name a line")
+    if args.val_annotations is not None and args.val_root is None and args.root is None:
+        fail("--val-annotations needs --val-root, the folder that its paths start from")
+    if args.workers < 0:
+        fail(f"--workers {args.workers}: expected at least 0")

@@ -1,0 +1,81 @@
+"""The model card of a fine-tuned model: recipe, data, lambda, results, versions."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from openvclip.checkpoints import atomic_path
+
+_PACKAGES = ("openvclip", "torch", "open_clip_torch", "transformers", "av", "webdataset", "numpy")
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What a card says.
+
+    Attributes:
+        name: of the original model.
+        lam: weight of the original model in the final weights.
+        settings: the recipe and how it was run, by name.
+        data: what was trained on, by name.
+        results: accuracies in [0, 1], by name; may be empty.
+        files: what the folder holds, with a few words on each.
+    """
+
+    name: str
+    lam: float
+    settings: Mapping[str, Any]
+    data: Mapping[str, Any]
+    results: Mapping[str, float]
+    files: Mapping[str, str]
+
+    def text(self) -> str:
+        """The card in Markdown."""
+        method = self.settings.get("method", "openvclip")
+        parts = [
+            f"# {self.name}, fine-tuned on videos",
+            f"Weights of `{self.name}` after fine-tuning on videos with openvclip's method "
+            f"`{method}`, interpolated with the original ones: "
+            f"`{self.lam:g} · original + {1 - self.lam:g} · fine-tuned` (λ = {self.lam:g} weighs "
+            "the original).",
+            _section("Files", self.files),
+            _section("Data", self.data),
+            _section("Recipe", self.settings),
+        ]
+        if self.results:
+            shown = {name: f"{100 * value:.1f} %" for name, value in self.results.items()}
+            parts.append(_section("Results", shown))
+        else:
+            parts.append("## Results\n\nNot evaluated in this run.")
+        parts.append(_section("Versions", _versions()))
+        return "\n\n".join(parts) + "\n"
+
+    def write(self, path: Path) -> None:
+        """Write the card, atomically."""
+        with atomic_path(path) as temporary:
+            temporary.write_text(self.text(), encoding="utf-8")
+
+
+def _section(title: str, entries: Mapping[str, Any]) -> str:
+    rows = [f"| {name.replace('_', ' ')} | {_cell(value)} |" for name, value in entries.items()]
+    return "\n".join([f"## {title}", "", "| | |", "| --- | --- |", *rows])
+
+
+def _cell(value: Any) -> str:
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,91 @@
+"""The paper's recipe as numbers, and how it can be run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+METHODS = ("openvclip", "finetune", "l2", "iwr", "swa", "vifi")
+
+
+def _setting(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train. Steps are optimizer steps; an epoch is one pass over the loader."""
+
+    method: str = _setting(
+        "openvclip",
+        "openvclip = iwr + swa; finetune = neither; l2 = penalty on the distance to CLIP; vifi = "
+        "ViFi-CLIP's fine-tuning, text tower too",
+    )
+    epochs: int = _setting(22, "passes over the videos, the warm-up included")
+    warmup_epochs: int = _setting(2, "epochs of linear warm-up")
+    lr: float = _setting(3.33e-6, "learning rate after the warm-up")
+    end_lr: float = _setting(3.33e-8, "learning rate at the first and at the last step")
+    weight_decay: float = _setting(
+        0.01, "AdamW's weight decay, for matrices (biases, norms and scales have none)"
+    )
+    clip_grad_norm: float = _setting(1.0, "largest norm of the gradient")
+    batch_size: int = _setting(64, "videos per step")
+    alpha_max: float = _setting(
+        0.6, "alpha of the regulariser is uniform in [0, alpha_max]; it weighs CLIP"
+    )
+    iwr_weight: float = _setting(0.5, "C of Equation 9")
+    l2_weight: float = _setting(0.5, "factor of the squared distance to CLIP (method l2)")
+    average_after: int = _setting(
+        2, "epochs before the averaging begins; the paper's is the length of the warm-up"
+    )
+    averages_per_epoch: int = _setting(1, "models of an epoch that enter the average")
+    lam: float = _setting(0.5, "weight of CLIP in the final interpolation")
+    seed: int = _setting(0, "seed of the order of the videos, their augmentation and alpha")
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method={self.method!r}: expected one of {', '.join(METHODS)}.")
+
+    @property
+    def uses_iwr(self) -> bool:
+        """Whether the loss of interpolated weights is added."""
+        return self.method in ("openvclip", "iwr")
+
+    @property
+    def uses_swa(self) -> bool:
+        """Whether weights are averaged."""
+        return self.method in ("openvclip", "swa")
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a recipe is run: variations of the regulariser, and what devices need.
+
+    Attributes:
+        every: steps from one with the regulariser to the next.
+        alpha_min: lower end of the interval of alpha.
+        accumulate: batches of the loader that make a step.
+        amp: autocast to this dtype (bfloat16 or float16).
+        checkpointing: compute activations again instead of keeping them.
+        compiler: backend of ``torch.compile`` for the towers' layers.
+        fsdp: shard the model among the processes instead of copying it.
+    """
+
+    every: int = 1
+    alpha_min: float = 0.0
+    accumulate: int = 1
+    amp: torch.dtype | None = None
+    checkpointing: bool = False
+    compiler: str | None = None
+    fsdp: bool = False
+
+
+def learning_rate(step: int, warmup: int, total: int, recipe: Recipe) -> float:
+    """Linear from ``end_lr`` to ``lr`` over the warm-up, then half a cosine back to ``end_lr``."""
+    if step < warmup:
+        return recipe.end_lr + (recipe.lr - recipe.end_lr) * step / warmup
+    done = (step - warmup) / max(1, total - 1 - warmup)
+    return recipe.end_lr + (recipe.lr - recipe.end_lr) * 0.5 * (1 + math.cos(math.pi * done))

@@ -1,0 +1,168 @@
+"""Micro-batches of video files: one order for any number of processes and loader workers."""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from openvclip.errors import UsageError
+from openvclip.ranks import Ranks
+from openvclip.video import VideoDataset
+
+Batch = tuple[Tensor, Tensor, list[str]]
+"""Videos ``[B, T, C, H, W]``, labels ``[B]``, and the names of the videos."""
+
+
+def seed_of(*parts: object) -> int:
+    """A seed from some values, unlike for unlike values."""
+    text = "/".join(map(str, parts))
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def micro_batches_of_a_step(batch_size: int, micro_batch: int, ranks: Ranks) -> int:
+    """How many micro-batches each process adds up.
+
+    Raises:
+        UsageError: the processes can't share the batch evenly.
+    """
+    for name, value in (("--batch-size", batch_size), ("--per-device-batch", micro_batch)):
+        if value < 1:
+            raise UsageError(f"{name} {value}: expected at least 1.")
+    if batch_size % ranks.world:
+        raise UsageError(
+            f"--batch-size {batch_size} can't be shared evenly by {ranks.world} processes; choose "
+            f"a multiple of {ranks.world}, or another number of processes."
+        )
+    return -(-batch_size // ranks.world // micro_batch)
+
+
+class VideoBatches:
+    """What one process reads of a data set: all of a step's micro-batches, step after step.
+
+    The order comes from seed and epoch alone, and so does all that is random in a video, so that
+    neither the number of processes nor that of workers changes what a step sees.
+
+    Args:
+        dataset: the videos.
+        batch_size: videos of a step, in all processes together.
+        micro_batch: videos at a time.
+        ranks: the processes.
+        seed: of the order.
+        workers: processes that read videos, for each process that trains.
+        pin: read into page-locked memory, for a GPU.
+
+    Attributes:
+        steps: steps of an epoch; the videos that are left over are not seen in it.
+        accumulate: micro-batches of a step.
+
+    Raises:
+        UsageError: the processes can't share the batch evenly.
+    """
+
+    def __init__(
+        self,
+        dataset: VideoDataset,
+        *,
+        batch_size: int,
+        micro_batch: int,
+        ranks: Ranks | None = None,
+        seed: int = 0,
+        workers: int = 0,
+        pin: bool = False,
+    ) -> None:
+        ranks = ranks or Ranks()
+        if ranks.world > 1 and len(dataset) < batch_size:
+            raise UsageError(
+                f"{len(dataset)} videos don't fill one batch of {batch_size} for "
+                f"{ranks.world} processes; use one process, or a smaller --batch-size."
+            )
+        batch_size = min(batch_size, len(dataset))
+        self.accumulate = micro_batches_of_a_step(batch_size, micro_batch, ranks)
+        self.steps = len(dataset) // batch_size
+        self.dataset = dataset
+        self._order = _Order(len(dataset), batch_size, micro_batch, ranks, seed)
+        self._loader = DataLoader(
+            _Named(dataset),
+            batch_sampler=self._order,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=pin,
+            worker_init_fn=outlive_the_signal,
+            generator=torch.Generator().manual_seed(seed),  # leaves the global one alone
+        )
+
+    def set_epoch(self, epoch: int, first_step: int = 0) -> None:
+        """Say which epoch comes, and how many of its steps were done before."""
+        self.dataset.set_epoch(epoch)
+        self._order.epoch, self._order.first_step = epoch, first_step
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self._loader)
+
+
+class _Order(Sampler[list[int]]):
+    """The indices of one process's micro-batches."""
+
+    def __init__(self, n: int, batch_size: int, micro_batch: int, ranks: Ranks, seed: int) -> None:
+        self.n, self.batch_size, self.micro_batch = n, batch_size, micro_batch
+        self.ranks, self.seed = ranks, seed
+        self.epoch = self.first_step = 0
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(seed_of(self.seed, self.epoch))
+        order = torch.randperm(self.n, generator=generator).tolist()
+        for step in range(self.first_step, self.n // self.batch_size):
+            own = self.ranks.share(order[step * self.batch_size : (step + 1) * self.batch_size])
+            for start in range(0, len(own), self.micro_batch):
+                yield own[start : start + self.micro_batch]
+
+
+class _Named(Dataset[tuple[Tensor, int, str]]):
+    """A data set whose items bring the paths of their videos."""
+
+    def __init__(self, dataset: VideoDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, str]:
+        video, label = self.dataset[index][:2]
+        return video, label, self.dataset.path(index)
+
+
+def outlive_the_signal(_: int) -> None:
+    """For workers: a signal to the whole job must not end them before the run has saved."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def class_warnings(
+    labels: Sequence[int], names: Sequence[str], zero_shot: Sequence[str] = ()
+) -> list[str]:
+    """What to look at in the classes before a run: those without videos, those not unseen.
+
+    Args:
+        labels: class indices of the training videos.
+        names: the training classes.
+        zero_shot: class names that the model is to be tested on without having seen them.
+    """
+    found = []
+    empty = [name for index, name in enumerate(names) if index not in set(labels)]
+    if empty:
+        found.append(f"{len(empty)} of {len(names)} classes have no videos: {', '.join(empty)}.")
+    unseen = {_plain(name): name for name in zero_shot}
+    both = [unseen[_plain(name)] for name in names if _plain(name) in unseen]
+    if both:
+        found.append(
+            f"{len(both)} of {len(zero_shot)} zero-shot classes are trained on, so accuracy on "
+            f"them is not zero-shot: {', '.join(both)}."
+        )
+    return found
+
+
+def _plain(name: str) -> str:
+    """The letters and digits, so that ``Baby_Crawling`` and ``baby crawling`` are one class."""
+    return "".join(letter for letter in name.casefold() if letter.isalnum())

@@ -1,0 +1,161 @@
+"""What two processes train together; ``tests/examples/test_finetune_distributed.py`` starts them.
+
+The reference is the algorithm written out, on the joint batch of both, in one process.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed
+
+from examples.checkpointing import Checkpoints, load_whole
+from examples.finetune import Recipe, Run, final_weights, train
+from examples.parallel import give_scalars_an_axis
+from openvclip.distributed import full_state, is_sharded
+from openvclip.errors import CheckpointError
+from openvclip.ranks import Ranks
+from tests.examples.finetune_reference import (
+    TINY,
+    assert_close,
+    batches,
+    classifier,
+    trained_by_hand,
+    vifi_classifier,
+)
+
+JOINT = batches(2, 4)
+
+
+class Loader:
+    """This process's part of the joint batches, in two micro-batches; begins anywhere."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks, self.first = ranks, 0
+
+    def set_epoch(self, epoch: int, first_step: int = 0) -> None:
+        self.first = first_step
+
+    def __iter__(self) -> Any:
+        for video, label in JOINT[self.first :]:
+            share = slice(self.ranks.rank, None, self.ranks.world)
+            parts = zip(video[share].chunk(2), label[share].chunk(2), strict=True)
+            yield from ((*part, ["a video"] * len(part[1])) for part in parts)
+
+
+def trained(
+    ranks: Ranks, recipe: Recipe, run: Run, checkpoints: Checkpoints | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    given = vifi_classifier() if recipe.method == "vifi" else classifier()
+    if run.fsdp:
+        give_scalars_an_axis(given.model)
+    clip, swa = train(
+        given, Loader(ranks), 2, recipe, run=run, ranks=ranks, checkpoints=checkpoints
+    )
+    assert any(map(is_sharded, given.model.parameters())) == run.fsdp
+    average = full_state(swa.averaged_state_dict()) if swa is not None else {}
+    if swa is not None:
+        final = final_weights(given.model, clip, swa, 0.25)
+        expected = {n: 0.25 * clip[n].double() + 0.75 * average[n].double() for n in clip}
+        assert_close(final, expected)
+    last = {n: v.detach().clone() for n, v in full_state(given.model.state_dict()).items()}
+    load_whole(given.model, clip)
+    assert_close(full_state(given.model.state_dict()), clip)
+    return last, average
+
+
+def compare(ranks: Ranks, method: str, run: Run) -> None:
+    recipe = replace(TINY, method=method)
+    last, average = trained(ranks, recipe, run)
+    expected, mean = trained_by_hand(recipe, JOINT, every=run.every)
+    if run.amp is not None:
+        assert all(bool(value.isfinite().all()) for value in last.values())
+        return
+    assert_close(last, expected, method)
+    if average:
+        assert_close(average, mean, method)
+
+
+def resume(ranks: Ranks, out: Path, run: Run) -> None:
+    """Stopped after step 3 and gone on with, in two processes and then in one."""
+    folder = out / f"resume-{run.fsdp}"
+    checkpoints = Checkpoints(folder, {"lr": 1}, every=3, ranks=ranks)
+    last, average = trained(ranks, TINY, run, checkpoints)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "checkpoint-00000003.pt",
+        "checkpoint-00000006.pt",
+    ]
+    ranks.wait()
+    if ranks.first:
+        (folder / "checkpoint-00000006.pt").unlink()
+    ranks.wait()
+    again = Checkpoints(folder, {"lr": 1}, every=10, ranks=ranks)
+    assert again.last_step == 3
+    ranks.wait()
+    for one, other in zip(trained(ranks, TINY, run, again), (last, average), strict=True):
+        assert all(torch.equal(one[name], value) for name, value in other.items())
+    if ranks.first and not run.fsdp:
+        (folder / "checkpoint-00000006.pt").unlink()
+        alone = trained(Ranks(), TINY, run, Checkpoints(folder, {"lr": 1}, every=10))
+        assert_close(alone[0], last)
+        assert_close(alone[1], average)
+    ranks.wait()
+
+
+def refuse(ranks: Ranks, out: Path) -> None:
+    """Faults of one process are errors of both, with one text."""
+    if ranks.first:
+        (out / "a file").touch()
+    ranks.wait()
+    checkpoints = Checkpoints(out / "a file" / "folder", {}, every=3, ranks=ranks)
+    with pytest.raises(CheckpointError, match=r"00000003\.pt can't be written"):
+        trained(ranks, TINY, Run(accumulate=2), checkpoints)
+    if ranks.rank == 1:
+        JOINT[1][0][1, 0, 0, 0, 0] = float("nan")  # in the part of process 1
+    with pytest.raises(FloatingPointError, match=r"at step 2.* Its videos: a video\b"):
+        trained(ranks, TINY, Run(accumulate=2))
+
+
+def main(arguments: Sequence[str]) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo")
+    ranks, out = Ranks(distributed.get_rank(), distributed.get_world_size()), Path(arguments[0])
+    results = {}
+    plain, sharded = Run(accumulate=2), Run(accumulate=2, fsdp=True)
+    checks: dict[str, Any] = {
+        "data parallel": lambda: compare(ranks, "openvclip", plain),
+        "data parallel, every=2": lambda: compare(ranks, "iwr", replace(plain, every=2)),
+        "data parallel, l2": lambda: compare(ranks, "l2", plain),
+        "data parallel, vifi": lambda: compare(ranks, "vifi", plain),
+        "sharded": lambda: compare(ranks, "openvclip", sharded),
+        "sharded, l2": lambda: compare(ranks, "l2", sharded),
+        "sharded, vifi": lambda: compare(ranks, "vifi", sharded),
+        "sharded, float16": lambda: compare(ranks, "swa", replace(sharded, amp=torch.float16)),
+        "sharded, recomputed": lambda: compare(
+            ranks, "openvclip", replace(sharded, checkpointing=True)
+        ),
+        "resumed": lambda: resume(ranks, out, plain),
+        "resumed, sharded": lambda: resume(ranks, out, sharded),
+        "refused": lambda: refuse(ranks, out),
+    }
+    for name, check in checks.items():
+        try:
+            check()
+            results[name] = "passed"
+        except Exception:
+            results[name] = traceback.format_exc(limit=-8, chain=False)
+        (out / f"{ranks.rank}.json").write_text(json.dumps(results))
+        distributed.barrier()
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,214 @@
+"""Runs that are stopped and go on: bitwise the run that never was."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from examples import finetune
+from examples.checkpointing import Checkpoints, TrainingState
+from examples.run_log import RunLog, Step
+from openvclip import InterpolatedWeightRegularizer, SWATracker
+from openvclip.checkpoints import load_checkpoint
+from openvclip.errors import CheckpointError
+from tests.examples.tiny_videos import command, write_shards, write_videos
+from tests.helpers import REPO, Smooth, assert_same_state, cross_entropy, snapshot
+
+FILES = ("finetuned", "averaged", "final")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nine videos, also in four shards, and finished runs on both."""
+    folder = tmp_path_factory.mktemp("world")
+    write_videos(folder, 9)
+    write_shards(folder, 9, 4)
+    finetune.main(command(folder, "files"))
+    finetune.main(command(folder, "shards", *_shards(folder), files=False))
+    return folder
+
+
+def _shards(folder: Path) -> tuple[str, str]:
+    return "--shards", str(folder / "part-{000..003}.tar")
+
+
+def _assert_same_run(folder: Path, one: str, other: str) -> None:
+    for name in FILES:
+        a, b = (load_checkpoint(folder / run / f"{name}.safetensors") for run in (one, other))
+        assert_same_state(a, b)
+    lines = [_lines(folder / run) for run in (one, other)]
+    assert lines[0] == lines[1]
+
+
+def _lines(out: Path) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: line[k] for k in ("step", "loss", "lr", "alpha")} for line in found]
+
+
+@contextmanager
+def _terminated_at(step: int) -> Iterator[None]:
+    told = RunLog.step
+
+    def stop(log: RunLog, done: Step) -> None:
+        told(log, done)
+        if done.number == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunLog, "step", stop)
+        yield
+
+
+@pytest.mark.parametrize("kind", ["files", "shards"])
+def test_ended_by_sigterm_twice_and_gone_on_with_other_workers(world: Path, kind: str) -> None:
+    name, more = f"{kind}-again", _shards(world) if kind == "shards" else ()
+    for step, workers in ((2, "0"), (4, "1")):
+        with _terminated_at(step), pytest.raises(SystemExit) as ended:
+            finetune.main(command(world, name, *more, "--workers", workers, files=kind == "files"))
+        assert ended.value.code == 143
+        # The signal comes after the step has asked for it: the run saves after the next one.
+        assert (world / name / f"checkpoint-{step + 1:08d}.pt").exists()
+    finetune.main(command(world, name, *more, "--workers", "2", files=kind == "files"))
+    _assert_same_run(world, kind, name)
+    assert len(list((world / name).glob("checkpoint*"))) == 2
+
+
+CHILD = """
+import os, signal, sys
+from examples import finetune
+from examples.run_log import RunLog
+
+told = RunLog.step
+
+def wait(log, step):
+    told(log, step)
+    if step.number == int(sys.argv[1]):
+        # Held back until it is waited for: one that came before would be waited for in vain.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        print("waiting", flush=True)
+        signal.sigwait({signal.SIGTERM})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        os.kill(os.getpid(), signal.SIGTERM)
+
+RunLog.step = wait
+finetune.main(sys.argv[2:])
+"""
+
+
+def test_the_whole_job_ended_then_killed_and_gone_on_with(world: Path) -> None:
+    arguments = command(world, "killed", "--save-every", "2", "--workers", "2")
+    assert _signalled_at(1, signal.SIGTERM, arguments) == 143
+    assert _signalled_at(5, signal.SIGKILL, arguments) == -signal.SIGKILL
+    found = sorted(path.name for path in (world / "killed").glob("*.pt"))
+    assert found == ["checkpoint-00000002.pt", "checkpoint-00000004.pt"]
+    finetune.main(arguments)
+    _assert_same_run(world, "files", "killed")
+
+
+def _signalled_at(step: int, number: int, arguments: list[str]) -> int:
+    """Start the trainer, send a signal to it and its workers after a step; its exit status."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(step), *arguments],
+        cwd=REPO,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert child.stdout is not None
+    try:
+        for line in child.stdout:
+            if line.startswith("waiting"):
+                os.killpg(child.pid, number)
+        _, errors = child.communicate(timeout=120)
+    finally:
+        child.kill()
+    assert "Traceback" not in errors, errors
+    return child.returncode
+
+
+def test_settings_of_another_run_are_shown(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        finetune.main(command(world, "files", "--lr", "0.5", "--every", "2"))
+    text = capsys.readouterr().err
+    assert "holds checkpoints of a run with other settings:" in text
+    assert "  lr: there 0.001, now 0.5\n  every: there 1, now 2\n" in text
+
+
+def test_another_lambda_takes_the_last_step_alone(world: Path) -> None:
+    before = (world / "files" / "checkpoint-00000006.pt").stat().st_mtime_ns
+    finetune.main(command(world, "files", "--lam", "1"))
+    assert (world / "files" / "checkpoint-00000006.pt").stat().st_mtime_ns == before
+    final, average = (
+        load_checkpoint(world / "files" / f"{name}.safetensors") for name in ("final", "averaged")
+    )
+    assert any(not torch.equal(final[name], average[name]) for name in final)
+    finetune.main(command(world, "files"))  # as the other tests find it
+
+
+def _state() -> TrainingState:
+    model = Smooth()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    iwr = InterpolatedWeightRegularizer(model, optimizer)
+    return TrainingState(model, optimizer, scaler, iwr, SWATracker(model))
+
+
+def _step(state: TrainingState) -> None:
+    state.iwr.step(lambda: cross_entropy(state.model))
+    assert state.swa is not None
+    state.swa.update(state.model)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    state, checkpoints = _state(), Checkpoints(tmp_path, {}, every=1)
+    _step(state)
+    checkpoints.save(state, 1)
+    kept = snapshot(state.model)
+    _step(state)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = (tmp_path / "checkpoint-00000001.pt").stat().st_size
+    try:
+        for room in (0, size // 4, size // 2, size - 100):  # what the disk takes
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+            with pytest.raises(CheckpointError, match=r"02\.pt can't be written: .*File too large"):
+                checkpoints.save(state, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-00000001.pt"]
+    other = _state()
+    assert checkpoints.resume(other) == 1
+    assert_same_state(snapshot(other.model), kept)
+
+
+def test_a_checkpoint_cut_short_is_named(tmp_path: Path) -> None:
+    state, checkpoints = _state(), Checkpoints(tmp_path, {}, every=1)
+    checkpoints.save(state, 1)
+    file = tmp_path / "checkpoint-00000001.pt"
+    file.write_bytes(file.read_bytes()[:500])
+    with pytest.raises(CheckpointError, match=r"00000001\.pt can't be read.*Remove it"):
+        checkpoints.resume(state)
+
+
+def test_random_numbers_go_on_and_the_last_checkpoints_stay(tmp_path: Path) -> None:
+    state, checkpoints = _state(), Checkpoints(tmp_path, {}, every=1, keep=3)
+    for step in (1, 9, 10, 11):
+        checkpoints.save(state, step)
+    expected = torch.rand(3)
+    assert checkpoints.resume(state) == 11
+    assert torch.equal(torch.rand(3), expected)
+    assert len(list(tmp_path.iterdir())) == 3
+    with pytest.raises(CheckpointError, match="expected at least 1 of each"):
+        Checkpoints(tmp_path, {}, every=0)
