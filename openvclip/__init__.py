@@ -1,6 +1,7 @@
 """openvclip: turn an image CLIP into an open-vocabulary video model by its weights alone."""
 
-from openvclip.averaging import SWATracker
+from openvclip import merging
+from openvclip.averaging import EMATracker, LAWATracker, SWATracker
 from openvclip.checkpoints import (
     CheckpointInfo,
     convert_checkpoint,
@@ -10,7 +11,9 @@ from openvclip.checkpoints import (
 )
 from openvclip.errors import OpenVCLIPError
 from openvclip.interpolation import interpolate, interpolate_into
+from openvclip.prediction import Prediction, predict
 from openvclip.regularization import InterpolatedWeightRegularizer
+from openvclip.streaming import average_files, interpolate_files, merge_files
 from openvclip.temporal import (
     encode_video,
     expand_temporal_attention,
@@ -23,17 +26,25 @@ __version__ = "0.1.0"
 __all__ = [
     "VIDEO_TEMPLATES",
     "CheckpointInfo",
+    "EMATracker",
     "InterpolatedWeightRegularizer",
+    "LAWATracker",
     "OpenVCLIPError",
+    "Prediction",
     "SWATracker",
     "ZeroShotClassifier",
+    "average_files",
     "convert_checkpoint",
     "encode_video",
     "expand_temporal_attention",
     "inspect_checkpoint",
     "interpolate",
+    "interpolate_files",
     "interpolate_into",
     "load_checkpoint",
+    "merge_files",
+    "merging",
+    "predict",
     "restore_spatial_attention",
     "save_checkpoint",
 ]

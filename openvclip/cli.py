@@ -6,10 +6,18 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from openvclip.commands import convert, inspect
+from openvclip.commands import (
+    average,
+    check_videos,
+    convert,
+    evaluate,
+    inspect,
+    interpolate,
+    predict,
+)
 from openvclip.errors import OpenVCLIPError
 
-_COMMANDS = (inspect, convert)
+_COMMANDS = (inspect, convert, interpolate, average, check_videos, evaluate, predict)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,15 +27,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: what follows the command's name; the process's own by default.
 
     Returns:
-        The exit status: 0, or 2 where an error was printed.
+        The exit status: 0, 1 where a check found something, 2 where an error was printed, or 130
+        after Ctrl-C.
     """
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
+        status: int | None = options.run(options)
     except OpenVCLIPError as error:
         print(f"openvclip {options.command}: error: {error}", file=sys.stderr)
         return 2
-    return 0
+    except KeyboardInterrupt:
+        print(f"openvclip {options.command}: interrupted", file=sys.stderr)
+        return 130  # as shells report a process that Ctrl-C ended
+    return status or 0
 
 
 def _parser() -> argparse.ArgumentParser:

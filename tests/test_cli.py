@@ -48,6 +48,7 @@ def test_help_names_every_command_and_fits_a_terminal(
     for option in ("-o", "--allow-missing", "--allow-unexpected", "--dtype", "--overwrite"):
         assert option in texts[2]
     assert "openvclip convert swa_2_22.pth -o" in texts[2]
+    texts += [help_text(capsys, "evaluate"), help_text(capsys, "predict")]
     for text in texts:
         assert max(map(len, text.splitlines())) <= 80
 

@@ -11,15 +11,12 @@ in a process of its own: the largest resident size during one call, less that be
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -28,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import openvclip
+from tests.benchmarks.machine import forget_peak, machine, resident_megabytes
 
 MODELS = ("ViT-B-32-quickgelu", "ViT-B-16-quickgelu")
 
@@ -144,17 +142,10 @@ def measure(name: str, variant: str, frames: int, backward: bool, clips: int) ->
     """Print what :func:`peak_megabytes` reads."""
     function, video = prepare(name, variant, frames, "cpu", clips)
     call(function, video[:1], backward)  # kernels and their buffers
-    ctypes.CDLL(None).malloc_trim(0)  # memory that was freed but kept would hide a growth
+    forget_peak()
     before = resident_megabytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the largest size so far is forgotten
     call(function, video, backward)
     print(resident_megabytes("VmHWM") - before)
-
-
-def resident_megabytes(field: str) -> float:
-    """``VmRSS``, the resident size now, or ``VmHWM``, the largest one (Linux)."""
-    status = Path("/proc/self/status").read_text()
-    return next(int(x.split()[1]) / 1024 for x in status.splitlines() if x.startswith(field))
 
 
 def table(title: str, rows: dict[str, dict[str, float]]) -> None:
@@ -181,11 +172,8 @@ def main() -> None:
     if args.measure:
         measure(*json.loads(args.measure))
         return
-    threads = torch.get_num_threads()
-    print(
-        f"{platform.processor() or platform.machine()}, {threads} threads, {args.device}; torch "
-        f"{torch.__version__}; {args.clips} clips, median of {args.rounds} rounds"
-    )
+    device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
+    print(f"{machine()}, on {device}; {args.clips} clips, median of {args.rounds} rounds")
     passes = {"forward": False, "forward + backward": True}
     for name in args.models:
         if args.only in (None, "main"):

@@ -1,0 +1,29 @@
+"""What the benchmarks share: the machine's name, and the resident memory of a process (Linux)."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from pathlib import Path
+
+import torch
+
+
+def machine() -> str:
+    """Processor, threads and versions, for the line above a table."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads; torch {torch.__version__}"
+
+
+def resident_megabytes(field: str) -> float:
+    """``VmRSS``, the resident size now, or ``VmHWM``, the largest one since the process began."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(x.split()[1]) / 1024 for x in status.splitlines() if x.startswith(field))
+
+
+def forget_peak() -> None:
+    """Let ``VmHWM`` begin anew; memory that was freed but kept is given back first."""
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")

@@ -1,0 +1,106 @@
+"""What the trainer adds to a step: everything but the passes, the optimizer and the loader.
+
+    python -m tests.benchmarks.trainer_overhead
+    python -m tests.benchmarks.trainer_overhead --videos 8 --steps 5
+
+``examples.finetune.train`` runs as it is, on clips of noise, with its checkpoints left out. The
+times within the classifier, ``backward``, ``optimizer.step`` and the loader are taken from the
+steps' times. What is left holds the interpolated weights (both ways), the clipping of the
+gradient, the average of the weights at every step (in a run: once an epoch), and the log.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import open_clip
+import torch
+from torch import Tensor
+
+import openvclip
+from examples.finetune import Recipe, train
+from examples.run_log import RunLog, Step
+from tests.benchmarks.machine import machine
+
+MODEL = "ViT-B-32-quickgelu"
+
+
+class Clock:
+    """Adds up the seconds within some calls."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Count the time of the block."""
+        start = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - start
+
+    def timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, whose calls count."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self.running():
+                return function(*args, **kwargs)
+
+        return call
+
+
+def shares(videos: int, steps: int) -> list[float]:
+    """The part of each step but the first that is the trainer's own."""
+    torch.manual_seed(0)
+    model = open_clip.create_model(MODEL)
+    openvclip.expand_temporal_attention(model)
+    names = [f"class {number}" for number in range(8)]
+    tokenizer = open_clip.get_tokenizer(MODEL)
+    classifier = openvclip.ZeroShotClassifier(model, tokenizer, names, ["{}"])
+    batch = (torch.randn(videos, 8, 3, 224, 224), torch.arange(videos) % len(names))
+    recipe = Recipe(epochs=steps, warmup_epochs=1, average_after=0)
+    clock, found, ends = Clock(), list[float](), list[float]()
+
+    def note(step: Step) -> None:
+        log.step(step)
+        ends.append(time.perf_counter())
+        if step.number > 1:  # the first makes the optimizer's state
+            found.append(1 - (clock.seconds + step.waiting) / (ends[-1] - ends[-2]))
+        clock.seconds = 0.0
+
+    optimizer = torch.optim.AdamW
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        patch.object(classifier, "forward", clock.timed(classifier.forward)),
+        patch.object(Tensor, "backward", clock.timed(Tensor.backward)),
+        patch.object(optimizer, "step", clock.timed(optimizer.step)),
+    ):
+        log = RunLog(Path(folder), steps, every=1)
+        train(classifier, [batch], 1, recipe, on_step=note)
+        log.close()
+    return found
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--videos", type=int, default=4, help="clips of 8 frames in a step")
+    parser.add_argument("--steps", type=int, default=4)
+    args = parser.parse_args()
+    found = shares(args.videos, args.steps)
+    print(f"{machine()}; {MODEL}, {args.videos} clips of 8 frames a step\n")
+    print(f"the trainer's own part of a step: {statistics.median(found):.1%} (median of ", end="")
+    print(", ".join(f"{share:.1%}" for share in found) + ")")
+
+
+if __name__ == "__main__":
+    main()
