@@ -344,6 +344,7 @@ def _fine_tune(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> 
         )
     finally:
         signal.signal(signal.SIGTERM, before)
+        videos.batches.close()
         log.close()
     states = {"finetuned": full_state(model.state_dict())}
     if swa is not None:

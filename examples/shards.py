@@ -25,7 +25,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from examples.video_batches import Batch, micro_batches_of_a_step, outlive_the_signal, seed_of
+from examples.video_batches import (
+    Batch,
+    end_workers,
+    micro_batches_of_a_step,
+    outlive_the_signal,
+    seed_of,
+)
 from openvclip.checkpoints import atomic_path
 from openvclip.errors import AnnotationError, MissingDependencyError, UsageError, VideoError
 from openvclip.ranks import Ranks
@@ -175,13 +181,19 @@ class ShardBatches:
             worker_init_fn=outlive_the_signal,
             generator=torch.Generator().manual_seed(seed),
         )
+        self._iterator: Iterator[Batch] = iter(())
 
     def set_epoch(self, epoch: int, first_step: int = 0) -> None:
         """Say which epoch comes, and how many of its steps were done before."""
         self._dataset.epoch, self._dataset.first_step = epoch, first_step
 
     def __iter__(self) -> Iterator[Batch]:
-        return iter(self._loader)
+        self._iterator = iter(self._loader)
+        return self._iterator
+
+    def close(self) -> None:
+        """End the workers; the batches can't be iterated any more."""
+        end_workers(self._iterator)
 
 
 class _Samples:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import signal
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,6 +97,7 @@ class VideoBatches:
             worker_init_fn=outlive_the_signal,
             generator=torch.Generator().manual_seed(seed),  # leaves the global one alone
         )
+        self._iterator: Iterator[Batch] = iter(())
 
     def set_epoch(self, epoch: int, first_step: int = 0) -> None:
         """Say which epoch comes, and how many of its steps were done before."""
@@ -103,7 +105,12 @@ class VideoBatches:
         self._order.epoch, self._order.first_step = epoch, first_step
 
     def __iter__(self) -> Iterator[Batch]:
-        return iter(self._loader)
+        self._iterator = iter(self._loader)
+        return self._iterator
+
+    def close(self) -> None:
+        """End the workers; the batches can't be iterated any more."""
+        end_workers(self._iterator)
 
 
 class _Order(Sampler[list[int]]):
@@ -137,6 +144,16 @@ class _Named(Dataset[tuple[Tensor, int, str]]):
 def outlive_the_signal(_: int) -> None:
     """For workers: a signal to the whole job must not end them before the run has saved."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def end_workers(iterator: Iterator[Any]) -> None:
+    """End a loader's workers, which would outlive the signal that Python ends them by at its exit.
+
+    A loader does so itself when it is collected, which an exception's traceback can put off.
+    """
+    shut_down = getattr(iterator, "_shutdown_workers", None)  # a loader without workers has none
+    if shut_down is not None:
+        shut_down()
 
 
 def class_warnings(
