@@ -66,18 +66,6 @@ def plain(*, keep_gradients: bool) -> Callable[[Training], Callable[[], Any]]:
     return make
 
 
-def two_passes(run: Training) -> Callable[[], Any]:
-    """Two passes with the same weights and the optimizer's step: what no such step can undercut."""
-
-    def step() -> None:
-        run.optimizer.zero_grad(set_to_none=True)
-        run.loss().backward()
-        (0.5 * run.loss()).backward()
-        run.optimizer.step()
-
-    return step
-
-
 def regularised(every: int) -> Callable[[Training], Callable[[], Any]]:
     """The regulariser with CLIP's weights, which the caller holds anyway, as anchor."""
 
@@ -115,7 +103,6 @@ def through_state_dicts(run: Training) -> Callable[[], Any]:
 VARIANTS: dict[str, tuple[Callable[[Training], Callable[[], Any]], int]] = {
     "plain": (plain(keep_gradients=False), 1),
     "plain, gradients kept": (plain(keep_gradients=True), 1),
-    "two passes": (two_passes, 1),
     "IWR": (regularised(1), 1),
     "IWR, every=4": (regularised(4), 4),
     "through state dicts": (through_state_dicts, 1),
