@@ -105,9 +105,8 @@ def kept(value: Tensor, device: torch.device | None, beside: Tensor, *, copy: bo
     return there.pin_memory() if _pinned(there.device, beside) else there
 
 
-def room_for(beside: Tensor, device: torch.device | None) -> Tensor:
+def room_for(beside: Tensor, device: torch.device) -> Tensor:
     """Memory for a copy of ``beside``, on ``device`` as :func:`kept` has it."""
-    device = beside.device if device is None else device
     return torch.empty_like(beside, device=device, pin_memory=_pinned(device, beside))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, Literal, cast
 
 import torch
@@ -36,7 +36,7 @@ class InterpolatedWeightRegularizer:
 
     With that :math:`\beta` the gradient is :math:`g(\theta) + C\,g(\tilde\theta)` (Equation 9),
     where :math:`g` is the gradient of the plain loss at each point. So one step is two passes,
-    the second with the interpolated weights in place, and one optimizer step::
+    one of them with the interpolated weights in place, and one optimizer step::
 
         iwr = InterpolatedWeightRegularizer(model, optimizer)  # CLIP: the weights as they are
         for video, label in loader:
@@ -46,11 +46,11 @@ class InterpolatedWeightRegularizer:
     :meth:`interpolated`, with ``iwr.weight`` as the factor of the second loss::
 
         optimizer.zero_grad()
-        for video, label in micro_batches:
-            criterion(classifier(video), label).backward()
         with iwr.interpolated():
             for video, label in micro_batches:
                 (iwr.weight * criterion(classifier(video), label)).backward()
+        for video, label in micro_batches:
+            criterion(classifier(video), label).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
@@ -81,8 +81,8 @@ class InterpolatedWeightRegularizer:
         interval: ``(low, high)`` of alpha, the weight of the *anchor*, within [0, 1]. The paper
             uses (0.0, 0.6). Equal ends fix alpha.
         weight: C of Equation 9, at least 0; the paper uses 0.5.
-        every: apply the second pass at every ``every``-th call of :meth:`step`, beginning with
-            the first; the others are plain steps. C stays as it is.
+        every: add the interpolated pass at every ``every``-th call of :meth:`step`, beginning
+            with the first; the others are plain steps. C stays as it is.
         seed: seed of the generator of alpha.
         missing: what to do with trained parameters that the anchor lacks: ``"error"``, or
             ``"skip"`` to train them without regularisation.
@@ -93,8 +93,9 @@ class InterpolatedWeightRegularizer:
         StateMismatchError: the anchor lacks trained parameters, has names that the model does not
             know, or has other shapes.
 
-    Memory: the anchor and, from the first interpolation on, one copy of the trained parameters;
-    of a sharded model, of the shards.
+    Memory: the anchor and, during the interpolated pass, one copy of the trained parameters; of a
+    sharded model, of the shards. :meth:`step` does that pass first, so that the copy is gone when
+    the other pass has the first one's gradients to hold; do the same in loops of your own.
     """
 
     def __init__(
@@ -142,7 +143,8 @@ class InterpolatedWeightRegularizer:
 
         Args:
             closure: runs the forward pass and returns the loss, a scalar. It must not call
-                ``backward``. It is called twice, or once where ``every`` leaves the second out.
+                ``backward``. It is called twice, with the interpolated weights first, or once
+                where ``every`` leaves these out.
             scaler: a ``torch.amp.GradScaler``. Both losses are scaled, and the scaler drives the
                 step and is updated, so a step with infinite gradients is skipped as usual.
             max_grad_norm: clip the norm of the combined gradient of all the optimizer's
@@ -167,13 +169,12 @@ class InterpolatedWeightRegularizer:
         self._require_agreement()
         regularize = self.weight > 0 and self._steps % self.every == 0
         self.optimizer.zero_grad(set_to_none=True)
-        # The second backward pass reduces the sum of both over the processes.
-        with no_sync(self._modules()) if regularize else nullcontext():
-            loss = _require_loss(closure())
-            backward(_scaled(loss, scaler))
         if regularize:
-            with self.interpolated():
+            # The second backward pass reduces the sum of both over the processes.
+            with self.interpolated(), no_sync(self._modules()):
                 backward(_scaled(self.weight * _require_loss(closure()), scaler))
+        loss = _require_loss(closure())
+        backward(_scaled(loss, scaler))
         self._optimizer_step(scaler, max_grad_norm)
         self._steps += 1
         return loss.detach()
@@ -248,11 +249,17 @@ class InterpolatedWeightRegularizer:
             self._anchor[name] = kept(self._anchor[name], self.anchor_device, tensor, copy=False)
         return live
 
-    def _stash_for(self, live: dict[str, Tensor]) -> list[Tensor]:
+    def _stash_for(self, live: dict[str, Tensor]) -> list[Tensor] | None:
+        """Where to keep the weights on ``anchor_device``; new memory beside them otherwise.
+
+        Page-locked memory is slow to get, so that is held; beside the weights it would be in the
+        way of what follows the block.
+        """
+        if self.anchor_device is None:
+            return None
         for name, tensor in live.items():
             held = self._stash.get(name)
-            device = self.anchor_device or tensor.device
-            if held is None or (held.device, held.dtype) != (device, tensor.dtype):
+            if held is None or held.dtype != tensor.dtype:
                 self._stash[name] = room_for(tensor, self.anchor_device)
         return [self._stash[name] for name in live]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 from typing import Any
 
@@ -260,6 +261,12 @@ def test_a_compiled_model() -> None:
 # --- memory ------------------------------------------------------------------------------------
 
 
+def storages(tensors: list[Tensor]) -> dict[int, int]:
+    """Bytes of the tensors' storages, by address."""
+    parts = [tensor.untyped_storage() for tensor in tensors]
+    return {part.data_ptr(): part.nbytes() for part in parts}
+
+
 def held(thing: object, seen: set[int] | None = None) -> dict[int, int]:
     """Bytes of every tensor storage that an object holds itself, by address."""
     seen = set() if seen is None else seen
@@ -267,8 +274,7 @@ def held(thing: object, seen: set[int] | None = None) -> dict[int, int]:
         return {}
     seen.add(id(thing))
     if isinstance(thing, Tensor):
-        storage = thing.untyped_storage()
-        return {storage.data_ptr(): storage.nbytes()}
+        return storages([thing])
     inner: list[object] = []
     if isinstance(thing, dict):
         inner = list(thing.values())
@@ -282,22 +288,38 @@ def held(thing: object, seen: set[int] | None = None) -> dict[int, int]:
     return out
 
 
-def test_memory_is_the_anchor_and_one_copy_of_the_trained_parameters() -> None:
+def test_between_the_steps_the_anchor_is_all_that_is_held() -> None:
     model = Net()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     anchor = snapshot(Net(1))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    size = sum(p.numel() * p.element_size() for p in trained)
-
-    iwr = InterpolatedWeightRegularizer(model, optimizer, anchor=anchor)
     given = {value.untyped_storage().data_ptr() for value in anchor.values()}
-    assert held(iwr).keys() <= given  # the user's own tensors, not copies
-    for step in range(3):
-        iwr.step(lambda step=step: cross_entropy(model, step))  # type: ignore[misc]
-    extra = {address: n for address, n in held(iwr).items() if address not in given}
-    assert sum(extra.values()) == size
-
+    iwr = InterpolatedWeightRegularizer(model, optimizer, anchor=anchor)
     own = InterpolatedWeightRegularizer(model, optimizer)
-    assert sum(held(own).values()) == size
-    own.step(lambda: cross_entropy(model))
-    assert sum(held(own).values()) == 2 * size
+    for step in range(3):
+        assert held(iwr).keys() <= given  # the user's own tensors, not copies
+        assert sum(held(own).values()) == trained_bytes(model)
+        for one in (iwr, own):
+            one.step(lambda step=step: cross_entropy(model, step))  # type: ignore[misc]
+
+
+def test_a_step_holds_the_copy_of_the_weights_or_the_first_gradients_but_not_both() -> None:
+    model = Net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    iwr = InterpolatedWeightRegularizer(model, optimizer, every=2)
+    held_in_call = []
+
+    def closure() -> Tensor:
+        gc.collect()
+        tensors = [x for x in gc.get_objects() if issubclass(type(x), Tensor)]
+        tensors += [p.grad for p in model.parameters() if p.grad is not None]
+        held_in_call.append(sum(storages(tensors).values()))
+        return cross_entropy(model)
+
+    for _ in range(4):
+        iwr.step(closure)
+    *_, between, at_the_weights, plain = held_in_call  # the third step's two calls, the fourth's
+    assert between - plain == at_the_weights - plain == trained_bytes(model)
+
+
+def trained_bytes(model: nn.Module) -> int:
+    return sum(p.nbytes for p in model.parameters() if p.requires_grad)

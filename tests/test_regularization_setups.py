@@ -83,6 +83,7 @@ def test_on_a_gpu_the_cpu_keeps_page_locked_memory_and_changes_no_bit(dtype: tor
             raise KeyboardInterrupt
         assert_same_state(model.state_dict(), before)
         held = [*iwr._anchor.values(), *iwr._stash.values()]
+        assert bool(iwr._stash) == (device == "cpu")
         assert {tensor.is_pinned() for tensor in held} == {device == "cpu"}
         assert {tensor.device.type for tensor in held} == {device or "cuda"}
     assert_same_state(models[1], models[0])

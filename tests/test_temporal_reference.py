@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from openvclip import expand_temporal_attention
+from openvclip.adapters import attention
 from openvclip.adapters.attention import FrameView, temporal_attention
 from tests.helpers import SHARED, random_video, tiny_tower
 
@@ -26,6 +27,12 @@ SETTINGS = [
     for boundary in BOUNDARIES
     for frames in FRAMES
 ]
+
+
+@pytest.fixture(params=[True, False], ids=["in-turn", "at-once"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Views of the frames in turn, as on a CPU, or one call on copies, as on a GPU."""
+    monkeypatch.setattr(attention, "_better_in_turn", lambda q: request.param)
 
 
 def equation_3(q: Tensor, k: Tensor, v: Tensor, window: int, boundary: str) -> Tensor:
@@ -127,7 +134,8 @@ def test_equals_the_released_implementation(checkpointing: bool) -> None:
 # --- Equation 3 --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("trains", [False, True])  # views of the frames in turn, or copies at once
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("trains", [False, True])
 @pytest.mark.parametrize(("window", "boundary", "frames"), SETTINGS)
 def test_attention_equals_equation_3(window: int, boundary: Any, frames: int, trains: bool) -> None:
     generator = torch.Generator().manual_seed(window + 10 * frames)
@@ -192,6 +200,7 @@ def test_layers(layers: Any, windows: list[int]) -> None:
 # --- gradients ---------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("boundary", BOUNDARIES)
 @pytest.mark.parametrize(("window", "frames"), [(1, 1), (1, 3), (2, 2), (3, 2), (2, 5)])
 def test_gradcheck(window: int, frames: int, boundary: Any) -> None:
@@ -202,6 +211,7 @@ def test_gradcheck(window: int, frames: int, boundary: Any) -> None:
     assert torch.autograd.gradcheck(lambda *qkv: temporal_attention(*qkv, view), (q, k, v))
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("boundary", BOUNDARIES)
 def test_gradients_equal_those_of_the_loops(boundary: Any) -> None:
     q, k, v = (torch.randn(6, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))

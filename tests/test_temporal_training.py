@@ -173,7 +173,8 @@ def test_scaled_dot_product_attention_is_used(monkeypatch: pytest.MonkeyPatch) -
     tower = expand_temporal_attention(tiny_tower(), window=2)
     monkeypatch.setattr(functional, "scaled_dot_product_attention", counted)
     tower(random_video(2, 4))
-    assert calls == [(8, 2, 25, 8)] * 3  # B * T, heads, (2 w + 1) N, d
+    # B, heads, N for each frame in view, d; in each of 3 layers and of 4 frames.
+    assert calls == [(2, 2, 25, 8)] * 12
 
 
 def test_a_model_trains_on_videos() -> None:

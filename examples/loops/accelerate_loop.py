@@ -5,8 +5,8 @@ r"""Open-VCLIP in a loop of Hugging Face's accelerate: IWR, accumulation, clippi
 
 It needs ``pip install accelerate``.
 
-The loop is the one of accelerate's documentation and three changes: a second backward pass within
-``iwr.interpolated()``, no reduction of gradients before it, and ``swa.update()``.
+The loop is the one of accelerate's documentation and two additions: a backward pass within
+``iwr.interpolated()``, whose gradients are not reduced yet, and ``swa.update()``.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ def train(
     for _ in range(epochs):
         for video, label in loader:
             with accelerator.accumulate(wrapped):
-                with accelerator.no_sync(wrapped):
-                    loss = cross_entropy(wrapped(video), label)
-                    accelerator.backward(loss)
-                with iwr.interpolated():  # each micro-batch at an alpha of its own
+                # Each micro-batch at an alpha of its own.
+                with iwr.interpolated(), accelerator.no_sync(wrapped):
                     accelerator.backward(iwr.weight * cross_entropy(wrapped(video), label))
+                loss = cross_entropy(wrapped(video), label)
+                accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(wrapped.parameters(), 1.0)
                 optimizer.step()

@@ -48,10 +48,10 @@ class OpenVCLIP(lightning.LightningModule):  # type: ignore[misc]
         video, label = batch
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
-        loss = cross_entropy(self.classifier(video), label)
-        self.manual_backward(loss)
         with self.iwr.interpolated():
             self.manual_backward(self.iwr.weight * cross_entropy(self.classifier(video), label))
+        loss = cross_entropy(self.classifier(video), label)
+        self.manual_backward(loss)
         optimizer.step()
         return loss.detach()
 

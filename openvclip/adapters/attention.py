@@ -68,7 +68,7 @@ def temporal_attention(
         ``[B, T, N, heads * d]``.
     """
     b, t, n, heads, d = q.shape
-    if view.window > 0 and _better_in_turn(q, k, v):
+    if view.window > 0 and _better_in_turn(q):
         return _frames_in_turn(q, k, v, view, dropout_p, scale)
     mask = None
     if view.window > 0:
@@ -81,32 +81,70 @@ def temporal_attention(
     return out.transpose(1, 2).reshape(b, t, n, heads * d)
 
 
-def _better_in_turn(*qkv: Tensor) -> bool:
+def _better_in_turn(q: Tensor) -> bool:
     """Whether one kernel call a frame, on views, beats one call for all frames, on copies.
 
-    On a CPU it does, since there the copies cost more than the attention itself; but not in
-    training, where each view's gradient would fill a buffer of the size of all frames. A GPU
-    wants few large calls, and a compiled graph no loop over frames.
+    On a CPU it does, since there the copies cost more than the attention itself. A GPU wants few
+    large calls, and a compiled graph no loop over frames.
     """
-    if qkv[0].device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    return not (torch.is_grad_enabled() and any(x.requires_grad for x in qkv))
+    return q.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _frames_in_turn(
     q: Tensor, k: Tensor, v: Tensor, view: FrameView, dropout_p: float, scale: float | None
 ) -> Tensor:
-    frames = [
-        functional.scaled_dot_product_attention(
-            q[:, i].transpose(1, 2),
-            _around(k, i, view).transpose(1, 2),
-            _around(v, i, view).transpose(1, 2),
+    frames = []
+    for i, query in enumerate(q.unbind(dim=1)):
+        k, around = _LookAround.apply(k, i, view)
+        v, values = _LookAround.apply(v, i, view)
+        frame = functional.scaled_dot_product_attention(
+            query.transpose(1, 2),
+            around.transpose(1, 2),
+            values.transpose(1, 2),
             dropout_p=dropout_p,
             scale=scale,
-        ).transpose(1, 2)
-        for i in range(q.shape[1])
-    ]
+        )
+        frames.append(frame.transpose(1, 2))
     return torch.stack(frames, dim=1).flatten(-2)
+
+
+class _LookAround(torch.autograd.Function):
+    """All frames again, for the next call, and the frames in view of one: a view but at the ends.
+
+    The calls form a chain, so that the backward pass comes by one frame after the other and adds
+    each one's gradient to the same buffer, where slicing would make a buffer of the size of all
+    frames for each, and concatenating would hold the gradients of all of them.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, frame: int, view: FrameView) -> tuple[Tensor, Tensor]:
+        return x.view_as(x), _around(x, frame, view)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int, FrameView], output: Any) -> None:
+        x, ctx.frame, ctx.view = inputs
+        ctx.shape = x.shape
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(
+        ctx: Any, total: Tensor | None, around: Tensor | None
+    ) -> tuple[Tensor | None, None, None]:
+        if around is None:
+            return total, None, None
+        if total is None:  # the last frame of the chain, the first to come by
+            total = around.new_zeros(ctx.shape)
+        t, n = ctx.shape[1:3]
+        first, last = ctx.frame - ctx.view.window, ctx.frame + ctx.view.window + 1
+        before, inside = max(0, -first) * n, (min(t, last) - max(0, first)) * n
+        if ctx.view.boundary == "mask":
+            before = 0
+        middle = around[:, before : before + inside].unflatten(1, (-1, n))
+        total[:, max(0, first) : last] += middle
+        if ctx.view.boundary == "replicate":
+            total[:, 0] += around[:, :before].unflatten(1, (-1, n)).sum(1)
+            total[:, -1] += around[:, before + inside :].unflatten(1, (-1, n)).sum(1)
+        return total, None, None
 
 
 def _around(x: Tensor, frame: int, view: FrameView) -> Tensor:
