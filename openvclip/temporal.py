@@ -72,7 +72,7 @@ def expand_temporal_attention(
 
     Raises:
         UnsupportedModelError: there is no tower in the model that can be expanded, or several.
-        ExpansionError: the model is expanded already.
+        ExpansionError: the model is expanded already, or has prompts.
         ExpansionOptionError: an argument is out of range.
 
     Example:
@@ -87,7 +87,7 @@ def expand_temporal_attention(
             f"window={window!r}: expected a number of frames on either side, 1 or more."
         )
     view = FrameView(window, boundary)
-    family, tower = _find_tower(model)
+    family, tower = find_tower(model)
     if isinstance(tower, TemporalTower):
         raise ExpansionError(
             "The model is expanded already. Call restore_spatial_attention(model) first to expand "
@@ -107,10 +107,10 @@ def restore_spatial_attention(model: Model) -> Model:
         ``model`` itself, with its weights as they are now.
 
     Raises:
-        ExpansionError: the model is not expanded.
+        ExpansionError: the model is not expanded, or has prompts.
         UnsupportedModelError: there is no tower in the model that could be.
     """
-    family, tower = _find_tower(model)
+    family, tower = find_tower(model)
     if not isinstance(tower, TemporalTower):
         raise ExpansionError("The model is not expanded, so there is nothing to restore.")
     family.restore(tower)
@@ -201,16 +201,30 @@ def _families() -> tuple[list[Family], list[str]]:
     return found, problems
 
 
-def _find_tower(model: nn.Module) -> tuple[Family, nn.Module]:
-    """The one tower of ``model`` that can be expanded, and its family."""
+def find_tower(model: nn.Module, purpose: str = "be expanded in time") -> tuple[Family, nn.Module]:
+    """The one tower of ``model`` that can be expanded, and its family.
+
+    Args:
+        model: where to look; the tower may be expanded already.
+        purpose: what the tower is wanted for, for the error text.
+
+    Raises:
+        UnsupportedModelError: there is no such tower, or there are several.
+        ExpansionError: the tower has prompts.
+    """
     families, problems = _families()
     found = [(family, tower) for family in families for tower in family.find_towers(model)]
     if len(found) == 1:
         return found[0]
     if found:
         raise UnsupportedModelError(
-            f"The model holds {len(found)} towers that can be expanded; expected one. Pass the "
-            "one to expand, for example model.visual."
+            f"The model holds {len(found)} towers that can {purpose}; expected one. Pass the "
+            "tower itself, for example model.visual."
+        )
+    if is_expanded(model):  # but not by a family: the class that prompts gave the tower
+        raise ExpansionError(
+            "The tower has prompts, which go onto it after its expansion. Call "
+            "openvclip.prompting.detach(model) first."
         )
     visual = getattr(model, "visual", getattr(model, "vision_model", model))
     inner = getattr(visual, "trunk", None)
@@ -218,7 +232,7 @@ def _find_tower(model: nn.Module) -> tuple[Family, nn.Module]:
     raise UnsupportedModelError(
         " ".join(
             [
-                f"The image tower is a {name}, which can't be expanded in time. Towers that can: "
+                f"The image tower is a {name}, which can't {purpose}. Towers that can: "
                 f"{_EXPANDABLE}.",
                 *problems,
             ]

@@ -116,7 +116,7 @@ def test_a_model_with_an_end_token_of_its_own() -> None:
     model.text_pool_type, model.text_eos_id = "eos", 63
     assert same_bits(classifier(model, names).text_features(), expected)
     P.detach(model)
-    model.text_pool_type = "last"
+    model.text_pool_type = "first"
     with pytest.raises(UnsupportedModelError, match="pooled at the end-of-text token"):
         vita(model)
 

@@ -172,8 +172,9 @@ def slow_attention(
         one_v = v[..., of_keys * d : (of_keys + 1) * d]
         if rope is not None:
             n, angles = attn.num_prefix_tokens, rope if rope.ndim == 2 else rope[h]
+            m = n + len(angles)  # tokens after the patches have no place in the image
             one_q, one_k = (
-                torch.cat([y[:, :n], rotated(y[:, n:], angles, attn.rotate_half)], dim=1)
+                torch.cat([y[:, :n], rotated(y[:, n:m], angles, attn.rotate_half), y[:, m:]], dim=1)
                 for y in (one_q, one_k)
             )
         heads.append(equation_3(one_q, one_k, one_v, *settings))

@@ -20,6 +20,7 @@ class Family:
     """The towers that one library builds.
 
     Attributes:
+        name: the library's; what else there is for its towers is in modules of this name.
         towers: each class of tower, and the class that it has once expanded.
         attentions: the same for the attention modules of a tower.
         layers: the attention modules of a tower in order. It raises
@@ -34,6 +35,7 @@ class Family:
             a word.
     """
 
+    name: str
     towers: Classes
     attentions: Classes
     layers: Callable[[Any], list[nn.Module]]
@@ -55,7 +57,7 @@ class Family:
         if isinstance(model, self.pooling):
             raise UnsupportedModelError(
                 f"{type(model).__name__} pools the tokens of its tower itself, which would mix "
-                "the frames of a video. Take the tower out of it and expand that alone."
+                "the frames of a video. Take the tower out of it and use that alone."
             )
         kinds = {*self.towers.keys(), *self.towers.values()}
         return [module for module in model.modules() if type(module) in kinds]

@@ -71,7 +71,7 @@ def _attend(attn: Any, x: Tensor) -> Tensor:
 
 
 class _FrameTower(TemporalTower):
-    """What the vision models have in common; :meth:`_encode` is the rest."""
+    """What the vision models have in common; :meth:`_encode` and :meth:`_pool` are the rest."""
 
     def forward(self, pixel_values: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Frames' ``pooler_output`` ``[B, T, D]`` and ``last_hidden_state`` ``[B, T, N, D]``.
@@ -84,25 +84,35 @@ class _FrameTower(TemporalTower):
             return _video_outputs(self, pixel_values, *args, **kwargs)
         return super().forward(pixel_values, *args, **kwargs)  # type: ignore[misc]
 
-    def _encode(self, tokens: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """Last hidden states ``[B, T, N, D]`` and pooled ones from embedded frames."""
+    def _encode(self, tokens: Tensor, **kwargs: Any) -> Tensor:
+        """What the last layer makes of embedded frames ``[B, T, N, D]``."""
+        raise NotImplementedError
+
+    def _pool(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Last hidden states ``[B, T, N, D]`` as the model gives them, and pooled ones."""
         raise NotImplementedError
 
 
 class TemporalCLIPVisionModel(_FrameTower, CLIPVisionModel):  # type: ignore[misc]
     """``CLIPVisionModel`` for videos ``[B, T, C, H, W]`` and images alike."""
 
-    def _encode(self, tokens: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    def _encode(self, tokens: Tensor, **kwargs: Any) -> Tensor:
         tokens = self.pre_layrnorm(tokens)
-        hidden = self.encoder(inputs_embeds=tokens, **kwargs).last_hidden_state
+        hidden: Tensor = self.encoder(inputs_embeds=tokens, **kwargs).last_hidden_state
+        return hidden
+
+    def _pool(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         return hidden, self.post_layernorm(hidden[:, :, 0])
 
 
 class TemporalSiglipVisionModel(_FrameTower, SiglipVisionModel):  # type: ignore[misc]
     """``SiglipVisionModel`` for videos ``[B, T, C, H, W]`` and images alike."""
 
-    def _encode(self, tokens: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        hidden = self.encoder(inputs_embeds=tokens, **kwargs).last_hidden_state
+    def _encode(self, tokens: Tensor, **kwargs: Any) -> Tensor:
+        hidden: Tensor = self.encoder(inputs_embeds=tokens, **kwargs).last_hidden_state
+        return hidden
+
+    def _pool(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         hidden = self.post_layernorm(hidden)
         if not self.use_head:
             return hidden, None
@@ -125,19 +135,21 @@ def _video_outputs(
     tokens = tower.embeddings(
         video.flatten(0, 1), interpolate_pos_encoding=bool(interpolate_pos_encoding)
     )
-    hidden, pooled = tower._encode(tokens.unflatten(0, video.shape[:2]), **kwargs)
+    hidden = tower._encode(tokens.unflatten(0, video.shape[:2]), **kwargs)
+    hidden, pooled = tower._pool(hidden)
     return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=pooled)
 
 
-def _take_the_place_of(plain: Any, temporal: Any) -> None:
+def take_the_place_of(plain: Any, other: Any) -> None:
+    """Let transformers take the class ``other`` for the class of its own that it stands for."""
     # transformers writes a model's class name into the config that it saves, and looks up by the
     # class which outputs (hidden_states, attentions) a model can record.
-    temporal.__name__ = plain.__name__
-    _CAN_RECORD_REGISTRY.update({str(temporal): plain._can_record_outputs})
+    other.__name__ = plain.__name__
+    _CAN_RECORD_REGISTRY.update({str(other): plain._can_record_outputs})
 
 
-_take_the_place_of(CLIPVisionModel, TemporalCLIPVisionModel)
-_take_the_place_of(SiglipVisionModel, TemporalSiglipVisionModel)
+take_the_place_of(CLIPVisionModel, TemporalCLIPVisionModel)
+take_the_place_of(SiglipVisionModel, TemporalSiglipVisionModel)
 
 
 def _attentions(tower: Any) -> list[nn.Module]:
@@ -166,6 +178,7 @@ def _pooled(outputs: Any) -> Any:
 
 
 FAMILY = Family(
+    name="hf",
     towers={
         CLIPVisionModel: TemporalCLIPVisionModel,
         SiglipVisionModel: TemporalSiglipVisionModel,

@@ -118,6 +118,7 @@ def _encoder(model: nn.Module) -> Encoder | None:
 
 
 FAMILY = Family(
+    name="open_clip",
     towers={VisionTransformer: TemporalVisionTransformer},
     attentions={
         nn.MultiheadAttention: TemporalMultiheadAttention,

@@ -156,7 +156,7 @@ class TemporalEva(_FrameTower, Eva):  # type: ignore[misc]
         clips = video.shape[:2]
         tokens, rope = self._pos_embed(self.patch_embed(video.flatten(0, 1)))
         tokens = self.norm_pre(tokens).unflatten(0, clips)
-        for block, angles in zip(self.blocks, _by_layer(self, rope, clips), strict=True):
+        for block, angles in zip(self.blocks, rope_by_layer(self, rope, clips), strict=True):
             if self.grad_checkpointing:
                 tokens = checkpoint(block, tokens, rope=angles)
             else:
@@ -164,7 +164,7 @@ class TemporalEva(_FrameTower, Eva):  # type: ignore[misc]
         return tokens  # type: ignore[no-any-return]
 
 
-def _by_layer(tower: Any, rope: Tensor | None, clips: torch.Size) -> list[Tensor | None]:
+def rope_by_layer(tower: Any, rope: Tensor | None, clips: torch.Size) -> list[Tensor | None]:
     """The rotary angles of each layer; where each frame has its own, ``[B, T, ...]``."""
     if rope is None:
         return [None] * len(tower.blocks)
@@ -186,7 +186,10 @@ def _require_frames(tower: Any, video: Tensor, args: Any, kwargs: dict[str, Any]
                 f"takes multiples of {height} x {width}. Resize and crop the frames first."
             )
     if any(option is not None and option is not False for option in (*args, *kwargs.values())):
-        raise UsageError("attn_mask and is_causal are for images; a video takes neither.")
+        raise UsageError(
+            "attn_mask and is_causal are for images; a video takes neither, nor does a tower with "
+            "prompts."
+        )
 
 
 def _attentions(tower: Any) -> list[nn.Module]:
@@ -205,6 +208,7 @@ def _encoder(model: nn.Module) -> Encoder | None:
 
 
 FAMILY = Family(
+    name="timm",
     towers={VisionTransformer: TemporalVisionTransformer, Eva: TemporalEva},
     attentions={
         Attention: TemporalAttention,

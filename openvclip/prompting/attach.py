@@ -10,12 +10,7 @@ from torch import Tensor, nn
 
 from openvclip.errors import PromptingError, UsageError
 from openvclip.prompting.text import TextPrompts
-from openvclip.prompting.towers import (
-    PROMPTED,
-    PromptedVisionTransformer,
-    VisionPrompts,
-    find_tower,
-)
+from openvclip.prompting.towers.prompted import PromptedTower, VisionPrompts, find_tower
 from openvclip.state import canonical_state, require_match, unwrap
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -64,7 +59,7 @@ def require_unprompted(model: nn.Module) -> None:
             "parameters. Attach prompts first and wrap the model then."
         )
     held = [module for module in model.modules() if isinstance(module, Prompts)]
-    prompted = any(isinstance(module, PromptedVisionTransformer) for module in model.modules())
+    prompted = any(isinstance(module, PromptedTower) for module in model.modules())
     if held or prompted:
         kind = f" ({held[0].method})" if held else ""
         raise PromptingError(
@@ -84,9 +79,9 @@ def attach(model: nn.Module, prompts: Prompts) -> None:
     root.requires_grad_(False)
     if prompts.vision is not None:
         tower = find_tower(root)
-        tower.__class__ = PROMPTED[type(tower)]
+        tower.module.__class__ = tower.prompted  # type: ignore[assignment]
         # Not as a submodule: all prompts have their names in one place, under the model's own.
-        tower.__dict__["vision_prompts"] = prompts.vision
+        tower.module.__dict__["vision_prompts"] = prompts.vision
     root.add_module(NAMESPACE, prompts)
 
 
@@ -104,9 +99,8 @@ def detach(model: Model) -> Model:
     _, root = _holder(model)
     prompts = prompts_of(root)
     for tower in root.modules():
-        if isinstance(tower, PromptedVisionTransformer):
-            plain = {prompted: plain for plain, prompted in PROMPTED.items()}
-            tower.__class__ = plain[type(tower)]  # type: ignore[assignment]
+        if isinstance(tower, PromptedTower):
+            tower.__class__ = tower.plain  # type: ignore[assignment]
             del tower.__dict__["vision_prompts"]
     delattr(root, NAMESPACE)
     for name, parameter in root.named_parameters():

@@ -65,8 +65,7 @@ class VideoClassifier(nn.Module):
     """
 
     tokens: Tensor
-    source: Tensor
-    end: Tensor
+    places: Tensor
     rows: Tensor | None
 
     def __init__(
@@ -118,7 +117,7 @@ class VideoClassifier(nn.Module):
                 f"The classifier was made for {self.prompts_per_text} prompts a text; the model "
                 f"has {0 if text is None else text.count} now. Make a new classifier."
             )
-        layout = (self.tokens, self.source, self.end)
+        layout = (self.tokens, self.places)
         return functional.normalize(encode_prompted(clip, text, self.rows, layout), dim=-1)
 
     @contextmanager
@@ -135,7 +134,7 @@ class VideoClassifier(nn.Module):
     def _lay_out(self, text: TextPrompts, tokenizer: Tokenizer) -> None:
         rows = text.rows_of(self.class_names)
         layout = prompted_layout(self.model, tokenizer, self.class_names, text.count, text.name_at)
-        for name, value in zip(("tokens", "source", "end"), layout, strict=True):
+        for name, value in zip(("tokens", "places"), layout, strict=True):
             self._keep(name, value)
         self._keep("rows", None if rows is None else torch.tensor(rows))
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from open_clip import CLIP
 from torch import Tensor, nn
 
 from openvclip.checkpoints import save_checkpoint
@@ -23,7 +22,8 @@ from openvclip.prompting.attach import (
     prompts_of,
     require_unprompted,
 )
-from openvclip.prompting.towers import PromptedVisionTransformer, find_tower
+from openvclip.prompting.text import find_text_tower
+from openvclip.prompting.towers.prompted import find_tower
 from openvclip.prompting.vifi import attach_vifi
 from openvclip.prompting.vita import attach_vita
 from openvclip.reading import read_weights
@@ -65,8 +65,9 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
     """Attach the prompts of a file to a model, in place.
 
     Args:
-        model: an open_clip model without prompts, of the same sizes as the one that they were
-            learned with. Expand it in time first if that one was.
+        model: a model without prompts, of the same sizes as the one that they were learned with;
+            whether open_clip, timm or Hugging Face built the image tower makes no difference.
+            Expand it in time first if that one was.
         path: a file that :func:`save` wrote.
 
     Returns:
@@ -133,10 +134,11 @@ def _about(metadata: Mapping[str, str], path: str) -> dict[str, Any]:
 def _require_sizes(
     file: Mapping[str, Any], model: Mapping[str, Any], what: str, tower: str
 ) -> None:
-    unlike = [name for name in model if file.get(name) != model[name]]
+    # Not every tower tells all of its sizes.
+    unlike = [name for name in model if name in file and file[name] != model[name]]
     if unlike:
         rows = [("", "file", "model")] + [
-            (name, str(file.get(name, "-")), str(model[name])) for name in unlike
+            (name, str(file[name]), str(model[name])) for name in unlike
         ]
         table = "".join(f"\n  {title:<16}{a:<14}{b}".rstrip() for title, a, b in rows)
         raise CheckpointError(
@@ -159,35 +161,32 @@ def _compare_weights(file: list[float], model: list[float], path: str) -> None:
 # --- the backbone ------------------------------------------------------------------------------
 
 
-def _tower_of(model: nn.Module) -> Any:
-    prompted = [m for m in model.modules() if isinstance(m, PromptedVisionTransformer)]
-    return prompted[0] if prompted else find_tower(model)
-
-
 def _vision_sizes(model: nn.Module) -> dict[str, Any]:
-    tower = _tower_of(model)
-    blocks = tower.transformer.resblocks
-    return {
-        "width": tower.transformer.width,
-        "layers": len(blocks),
-        "heads": blocks[0].attn.num_heads,
-        "patch size": list(tower.patch_size),
-        "image size": list(tower.image_size),
-        "feature size": tower.output_dim,
+    tower = find_tower(model).facts
+    sizes: dict[str, Any] = {
+        "width": tower.width,
+        "layers": tower.layers,
+        "heads": tower.heads,
+        "patch size": tower.patch_size,
+        "image size": tower.image_size,
+        "feature size": tower.feature_size,
     }
+    told = {name: size for name, size in sizes.items() if size is not None}
+    return {name: size if isinstance(size, int) else list(size) for name, size in told.items()}
 
 
 def _text_sizes(model: nn.Module) -> dict[str, Any]:
-    if not isinstance(model, CLIP):
+    tower = find_text_tower(model)
+    if tower is None:
         raise CheckpointError(
-            f"{type(model).__name__} has no text tower of open_clip's CLIP, and the file holds "
-            "text prompts. Give the whole CLIP."
+            f"{type(model).__name__} has no text tower of open_clip's, and the file holds text "
+            "prompts. Give the whole CLIP."
         )
     return {
-        "width": model.transformer.width,
-        "layers": len(model.transformer.resblocks),
-        "context length": model.context_length,
-        "vocabulary": model.vocab_size,
+        "width": tower.transformer.width,
+        "layers": len(tower.transformer.resblocks),
+        "context length": tower.context_length,
+        "vocabulary": tower.vocab_size,
     }
 
 
@@ -197,11 +196,12 @@ def _sample(weight: Tensor) -> list[float]:
 
 
 def _vision_sample(model: nn.Module) -> list[float]:
-    return _sample(_tower_of(model).class_embedding)
+    return _sample(find_tower(model).facts.first_weight)
 
 
-def _text_sample(model: Any) -> list[float]:
-    return _sample(model.positional_embedding)
+def _text_sample(model: nn.Module) -> list[float]:
+    tower = find_text_tower(model)
+    return _sample(tower.positional_embedding)
 
 
 _SIZES: dict[str, Callable[[Any], dict[str, Any]]] = {

@@ -7,11 +7,13 @@ from typing import Any, Literal, get_args
 
 import torch
 from open_clip import CLIP
+from open_clip.transformer import TextTransformer, text_global_pool
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from openvclip.errors import ClassNamesError, PromptOptionError, UnsupportedModelError
-from openvclip.prompting.towers import run_block
+from openvclip.prompting.towers.open_clip import run_block
 
 NamePosition = Literal["end", "middle", "front"]
 Tokenizer = Callable[[list[str]], Tensor]
@@ -89,28 +91,39 @@ class TextPrompts(nn.Module):
         return [self.class_names.index(name) for name in class_names]
 
 
-def require_text_tower(model: nn.Module, count: int, depth: int) -> CLIP:
-    """The model as one whose text tower takes ``count`` prompts in ``depth`` layers.
+def find_text_tower(model: nn.Module) -> Any:
+    """The text tower of an open_clip model, None where it has none or one of another library.
+
+    It is a ``TextTransformer``, or the ``CLIP`` itself that has the parts of one.
+    """
+    tower = model if isinstance(model, CLIP) else getattr(model, "text", None)
+    return tower if isinstance(tower, (CLIP, TextTransformer)) else None
+
+
+def require_text_tower(model: nn.Module, count: int, depth: int) -> Any:
+    """The text tower of the model, as one that takes ``count`` prompts in ``depth`` layers.
 
     Raises:
-        UnsupportedModelError: the model has no text tower of open_clip's ``CLIP``.
+        UnsupportedModelError: the model has no text tower of open_clip's, or one that is pooled
+            where prompts could stand.
         PromptOptionError: the context or the layers do not suffice.
     """
-    if not isinstance(model, CLIP) or model.text_pool_type not in ("argmax", "eos"):
+    tower = find_text_tower(model)
+    if tower is None or _pool_type(tower) not in ("argmax", "eos", "last"):
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no text tower that takes prompts; expected open_clip's "
-            "CLIP, pooled at the end-of-text token. With text_prompts=0 its images alone are "
-            "prompted."
+            f"{type(model).__name__} has no text tower that takes prompts; expected one of "
+            "open_clip's own, pooled at the end-of-text token or the last. With text_prompts=0 its "
+            "images alone are prompted."
         )
     # A start token, one token of a class name and an end token are the least there can be.
-    if count + 3 > model.context_length:
+    if count + 3 > tower.context_length:
         raise PromptOptionError(
-            f"text_prompts={count}: the text context holds {model.context_length} tokens, of which "
+            f"text_prompts={count}: the text context holds {tower.context_length} tokens, of which "
             f"a class name with start and end takes at least 3, so at most "
-            f"{model.context_length - 3} prompts."
+            f"{tower.context_length - 3} prompts."
         )
-    require_depth("text_depth", depth, len(model.transformer.resblocks))
-    return model
+    require_depth("text_depth", depth, len(tower.transformer.resblocks))
+    return tower
 
 
 def require_depth(name: str, depth: int, layers: int) -> None:
@@ -127,39 +140,44 @@ def require_count(name: str, count: int) -> None:
         raise PromptOptionError(f"{name}={count!r}: expected a number of prompts, 0 or more.")
 
 
-def initial_words(model: Any, tokenizer: Tokenizer, words: str, count: int) -> Tensor:
+def initial_words(tower: Any, tokenizer: Tokenizer, words: str, count: int) -> Tensor:
     """Embeddings ``[m, W]`` of the words that the first m of ``count`` prompts start from.
 
     Raises:
         PromptOptionError: the words take more tokens than there are prompts.
     """
-    tokens = tokenizer([words]).to(model.token_embedding.weight.device)
-    length = int(_end_of_text(model, tokens)) - 1
+    tokens, start, (length,) = _read(tower, tokenizer, [words])
     if length > count:
         raise PromptOptionError(
             f"words={words!r} take {length} tokens; there are {count} text prompts. Shorten the "
             f"words, or ask for text_prompts={length}."
         )
-    embedded: Tensor = model.token_embedding(tokens)[0, 1 : 1 + length]
+    table = tower.token_embedding
+    embedded: Tensor = table(tokens.to(table.weight.device))[0, start : start + length]
     return embedded.detach()
 
 
 def prompted_layout(
-    model: Any, tokenizer: Tokenizer, class_names: Sequence[str], count: int, name_at: NamePosition
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Where each vector that the text tower reads comes from.
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    class_names: Sequence[str],
+    count: int,
+    name_at: NamePosition,
+) -> tuple[Tensor, Tensor]:
+    """The texts ``"name."`` with places for prompts in them.
 
     Returns:
-        ``(tokens, source, end)``: token ids ``[K, L]`` of ``"name."``; for each place of a text
-        of L tokens the place in it that the vector is taken from, or L + j for prompt j,
-        ``[K, L]``; the place of the end token, ``[K]``.
+        ``(tokens, places)``: token ids ``[K, L]``, where the places of prompts hold the id of the
+        text's first token; and for each place the index of the prompt that stands there, -1 where
+        none does, ``[K, L]``.
 
     Raises:
         PromptOptionError: a name is too long beside that many prompts.
     """
+    tower = find_text_tower(model)
     tokens = tokenizer([f"{name}." for name in class_names])
     length = tokens.shape[1]
-    end = _end_of_text(model, tokens) + count
+    end = _end_of_text(tower, tokens) + count
     if int(end.max()) >= length:
         longest = class_names[int(end.argmax())]
         raise PromptOptionError(
@@ -167,58 +185,128 @@ def prompted_layout(
             f"{count} prompts; the text context holds {length}. Use fewer prompts or a shorter "
             "name."
         )
-    names = (_end_of_text(model, tokenizer(list(class_names))) - 1).tolist()
+    _, start, names = _read(tower, tokenizer, list(class_names))
     first = {"end": count, "middle": count // 2, "front": 0}[name_at]
     prompts = range(length, length + count)
     rows = [
-        [0, *prompts[:first], *range(1, 1 + name), *prompts[first:], *range(1 + name, length)]
+        [
+            *range(start),
+            *prompts[:first],
+            *range(start, start + name),
+            *prompts[first:],
+            *range(start + name, length - count),
+        ]
         for name in names
     ]
-    return tokens, torch.tensor([row[:length] for row in rows]), end
+    source = torch.tensor(rows)
+    padded = torch.cat([tokens, tokens[:, :1].expand(-1, count)], dim=1)
+    return padded.gather(1, source), (source - length).clamp(min=-1)
 
 
 def encode_prompted(
-    model: Any,
-    prompts: TextPrompts,
-    rows: Tensor | None,
-    layout: tuple[Tensor, Tensor, Tensor],
+    model: nn.Module, prompts: TextPrompts, rows: Tensor | None, layout: tuple[Tensor, Tensor]
 ) -> Tensor:
     """Features ``[K, D]``, not normalised, of texts with prompts in them.
 
     Args:
-        model: open_clip's ``CLIP``.
+        model: an open_clip model.
         prompts: the learned vectors.
         rows: for each text its set of class-specific vectors, ``[K]``.
         layout: what :func:`prompted_layout` gives.
     """
-    tokens, source, end = layout
-    cast = model.transformer.get_cast_dtype()
+    tower = find_text_tower(model)
+    tokens, places = layout
     context = prompts.context if rows is None else prompts.context[rows]
-    words = model.token_embedding(tokens).to(cast)
-    both = torch.cat([words, context.to(cast).expand(len(tokens), -1, -1)], dim=1)
-    x = torch.take_along_dim(both, source[..., None], dim=1)
-    x = x + model.positional_embedding.to(cast)
-    for layer in range(len(model.transformer.resblocks)):
-        if model.transformer.grad_checkpointing:
-            x = checkpoint(_layer, model, prompts, layer, x, use_reentrant=False)
+    x, mask = _embedded(tower, tokens)
+    # A tower may have put tokens of its own after the text.
+    places = functional.pad(places, (0, x.shape[1] - places.shape[1]), value=-1)
+    at = tower.positional_embedding[: x.shape[1]].to(x.dtype)
+    x = torch.where(_is_prompt(places), _spread(context.to(x.dtype), places) + at, x)
+    for layer in range(len(tower.transformer.resblocks)):
+        if tower.transformer.grad_checkpointing:
+            x = checkpoint(_layer, tower, prompts, layer, places, x, mask, use_reentrant=False)
         else:
-            x = _layer(model, prompts, layer, x)
-    out: Tensor = model.ln_final(x)[torch.arange(len(x), device=x.device), end]
-    if model.text_projection is not None:
-        linear = isinstance(model.text_projection, nn.Linear)
-        out = model.text_projection(out) if linear else out @ model.text_projection
+            x = _layer(tower, prompts, layer, places, x, mask)
+    out = _pooled(tower, tokens, x)
+    if tower.text_projection is not None:
+        linear = isinstance(tower.text_projection, nn.Linear)
+        out = tower.text_projection(out) if linear else out @ tower.text_projection
     return out
 
 
-def _layer(model: Any, prompts: TextPrompts, layer: int, x: Tensor) -> Tensor:
+def _layer(
+    tower: Any, prompts: TextPrompts, layer: int, places: Tensor, x: Tensor, mask: Tensor | None
+) -> Tensor:
     if prompts.deep is not None and 0 < layer <= len(prompts.deep):
-        fresh = prompts.deep[layer - 1].to(x.dtype).expand(len(x), -1, -1)
-        x = torch.cat([x[:, :1], fresh, x[:, 1 + prompts.count :]], dim=1)
-    return run_block(model.transformer, layer, x, model.attn_mask)
+        fresh = _spread(prompts.deep[layer - 1].to(x.dtype), places)
+        x = torch.where(_is_prompt(places), fresh, x)
+    return run_block(tower.transformer, layer, x, mask)
 
 
-def _end_of_text(model: Any, tokens: Tensor) -> Tensor:
-    """The place of the end token of each text: that of the largest id, or of the model's own."""
-    if model.text_pool_type == "eos":
-        tokens = (tokens == model.text_eos_id).int()
+def _is_prompt(places: Tensor) -> Tensor:
+    return (places >= 0)[..., None]
+
+
+def _spread(vectors: Tensor, places: Tensor) -> Tensor:
+    """The prompts ``[n, W]`` or ``[K, n, W]`` at their places; anything at the others."""
+    return torch.take_along_dim(
+        vectors.expand(len(places), -1, -1), places.clamp(min=0)[..., None], dim=1
+    )
+
+
+# --- the two kinds of text towers --------------------------------------------------------------
+
+
+def _pool_type(tower: Any) -> str:
+    kind: str = tower.text_pool_type if isinstance(tower, CLIP) else tower.pool_type
+    return kind
+
+
+def _eos_id(tower: Any) -> Any:
+    return getattr(tower, "text_eos_id" if isinstance(tower, CLIP) else "eos_id", None)
+
+
+def _embedded(tower: Any, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Words with their positions ``[K, L, W]``, and the attention mask."""
+    if not isinstance(tower, CLIP):
+        x, mask = tower._embeds(tokens)  # adds CoCa's class token, and masks padding
+        return x, mask
+    cast = tower.transformer.get_cast_dtype()
+    words = tower.token_embedding(tokens).to(cast)
+    return words + tower.positional_embedding.to(cast), tower.attn_mask
+
+
+def _pooled(tower: Any, tokens: Tensor, x: Tensor) -> Tensor:
+    if getattr(tower, "cls_emb", None) is not None:
+        last: Tensor = tower.ln_final(text_global_pool(x, pool_type="last"))
+        return last
+    kind, eos = _pool_type(tower), _eos_id(tower)
+    pooled: Tensor = text_global_pool(tower.ln_final(x), tokens, kind, eos_token_id=eos)
+    return pooled
+
+
+def _end_of_text(tower: Any, tokens: Tensor) -> Tensor:
+    """The place of the end token of each text; the first of the padding where there is none.
+
+    The end token has the largest id, or one that the tower knows. A tower that is pooled at the
+    last place needs none, and texts end where the last token begins to repeat.
+    """
+    kind = _pool_type(tower)
+    if kind == "last":
+        lasting = (tokens == tokens[:, -1:]).flip(1).int().cumprod(dim=1)
+        return tokens.shape[1] - lasting.sum(dim=1)
+    if kind == "eos":
+        tokens = (tokens == _eos_id(tower)).int()
     return tokens.argmax(dim=-1)
+
+
+def _read(tower: Any, tokenizer: Tokenizer, texts: list[str]) -> tuple[Tensor, int, list[int]]:
+    """Token ids of texts, the place of their first word, and the tokens of their words."""
+    tokens = tokenizer(texts)
+    if _pool_type(tower) != "last":
+        return tokens, 1, (_end_of_text(tower, tokens) - 1).tolist()
+    # What the tokenizer adds to words, it adds to none too.
+    empty = tokenizer([""])
+    added = int(_end_of_text(tower, empty))
+    start = int(added > 0 and bool((tokens[:, 0] == empty[0, 0]).all()))
+    return tokens, start, (_end_of_text(tower, tokens) - added).tolist()

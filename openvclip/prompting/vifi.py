@@ -24,7 +24,7 @@ from openvclip.prompting.text import (
     require_depth,
     require_text_tower,
 )
-from openvclip.prompting.towers import VisionPrompts, find_tower
+from openvclip.prompting.towers.prompted import VisionPrompts, find_tower
 
 Trained = Literal["both", "image", "text"]
 
@@ -85,13 +85,14 @@ def attach_vifi(
 
     In the first ``depth`` layers of a tower the prompts are fresh ones, which replace what the
     layer before made of its own; deeper layers pass the last ones on. Vision prompts stand after
-    the patch tokens, text prompts after the start token, the same ones for all classes. The
+    the patch tokens, text prompts after the start token (first of all where texts have none, as
+    SigLIP's), the same ones for all classes. The
     defaults are those of the base-to-novel setting; few-shot training takes 10 prompts and depth 12
     in both towers.
 
     Args:
-        model: an open_clip ``CLIP``, or with ``text_prompts=0`` any model that holds one image
-            tower of open_clip's own, expanded in time or not.
+        model: an open_clip model; or with ``text_prompts=0`` any model that
+            :func:`openvclip.expand_temporal_attention` takes, expanded or not.
         vision_prompts: prompts of each frame; 0 leaves the image tower as it is.
         text_prompts: prompts of each text; 0 leaves the text tower as it is.
         vision_depth: layers of the image tower with prompts of their own.
@@ -118,14 +119,14 @@ def attach_vifi(
         raise PromptOptionError("vision_prompts=0, text_prompts=0: nothing would be learned.")
     vision = text = None
     if vision_prompts:
-        tower = find_tower(model)
-        require_depth("vision_depth", vision_depth, len(tower.transformer.resblocks))
-        vision = ViFiVisionPrompts(vision_prompts, tower.transformer.width, vision_depth)
+        tower = find_tower(model).facts
+        require_depth("vision_depth", vision_depth, tower.layers)
+        vision = ViFiVisionPrompts(vision_prompts, tower.width, vision_depth)
     if text_prompts:
-        clip: Any = require_text_tower(model, text_prompts, text_depth)
-        text = TextPrompts(text_prompts, clip.transformer.width, depth=text_depth)
+        reader = require_text_tower(model, text_prompts, text_depth)
+        text = TextPrompts(text_prompts, reader.transformer.width, depth=text_depth)
         if words is not None:
-            _start_from(text, clip, words, tokenizer)
+            _start_from(text, reader, words, tokenizer)
     settings = {
         "vision_prompts": vision_prompts,
         "text_prompts": text_prompts,
@@ -136,10 +137,10 @@ def attach_vifi(
     return model
 
 
-def _start_from(text: TextPrompts, clip: Any, words: str, tokenizer: Tokenizer | None) -> None:
+def _start_from(text: TextPrompts, reader: Any, words: str, tokenizer: Tokenizer | None) -> None:
     if tokenizer is None:
         raise PromptOptionError(f"words={words!r} need the model's tokenizer: tokenizer=...")
-    embedded = initial_words(clip, tokenizer, words, text.count)
+    embedded = initial_words(reader, tokenizer, words, text.count)
     with torch.no_grad():
         text.context[: len(embedded)].copy_(embedded)
 

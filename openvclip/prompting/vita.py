@@ -18,7 +18,7 @@ from openvclip.prompting.text import (
     require_count,
     require_text_tower,
 )
-from openvclip.prompting.towers import VisionPrompts, find_tower
+from openvclip.prompting.towers.prompted import TowerFacts, VisionPrompts, find_tower
 from openvclip.zeroshot import require_names
 
 OtherLength = Literal["error", "nearest"]
@@ -49,11 +49,12 @@ def attach_vita(
     - a *summary* prompt: attention over the projected class tokens of all frames.
 
     The time embedding is added to all tokens of a frame before the first layer. Every part can be
-    left out.
+    left out. In a tower without a class token (SigLIP, ViTamin) the mean of a frame's patch tokens
+    takes its place; the paper knows no such tower.
 
     Args:
-        model: an open_clip ``CLIP``, or with ``text_prompts=0`` any model that holds one image
-            tower of open_clip's own, expanded in time or not.
+        model: an open_clip model; or with ``text_prompts=0`` any model that
+            :func:`openvclip.expand_temporal_attention` takes, expanded or not.
         frames: T, the frames of a clip.
         global_prompts: global prompts of a layer; 0 for none.
         local_prompts: whether there are local prompts.
@@ -101,7 +102,7 @@ def attach_vita(
     text = _text_prompts(model, text_prompts, names, name_at)
     vision = None
     if global_prompts or local_prompts or summary_prompt or time_embedding:
-        vision = VitaVisionPrompts(find_tower(model), **visual)
+        vision = VitaVisionPrompts(find_tower(model).facts, **visual)
     if vision is None and text is None:
         raise PromptOptionError("Every kind of prompt is left out: nothing would be learned.")
     textual = {"text_prompts": text_prompts, "class_names": names, "name_at": name_at}
@@ -116,8 +117,8 @@ def _text_prompts(
         if class_names is not None:
             raise PromptOptionError("class_names are for text prompts; text_prompts=0 gives none.")
         return None
-    clip: Any = require_text_tower(model, count, 1)
-    return TextPrompts(count, clip.transformer.width, name_at=name_at, class_names=class_names)
+    reader = require_text_tower(model, count, 1)
+    return TextPrompts(count, reader.transformer.width, name_at=name_at, class_names=class_names)
 
 
 class VitaVisionPrompts(VisionPrompts):
@@ -134,7 +135,7 @@ class VitaVisionPrompts(VisionPrompts):
 
     def __init__(
         self,
-        tower: Any,
+        tower: TowerFacts,
         *,
         frames: int,
         global_prompts: int,
@@ -145,13 +146,14 @@ class VitaVisionPrompts(VisionPrompts):
         released_freeze: bool,
     ) -> None:
         super().__init__()
-        width, layers = tower.transformer.width, len(tower.transformer.resblocks)
+        width, layers = tower.width, tower.layers
         bound = math.sqrt(6 / (3 * math.prod(tower.patch_size) + width))
 
         def uniform(count: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(layers, count, width).uniform_(-bound, bound))
 
         self.frames, self.other_length = frames, other_length
+        self.class_token, self.prefix = tower.class_token, tower.prefix
         self.global_prompts = uniform(global_prompts) if global_prompts else None
         self.local_prompts = uniform(frames) if local_prompts else None
         self.time_embedding = (
@@ -162,8 +164,9 @@ class VitaVisionPrompts(VisionPrompts):
             self.cls_proj = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
             self.cls_proj.requires_grad_(not released_freeze)
         if summary_prompt:
-            heads = tower.transformer.resblocks[0].attn.num_heads
-            self.summary = nn.ModuleList(SummaryAttention(width, heads) for _ in range(layers))
+            self.summary = nn.ModuleList(
+                SummaryAttention(width, tower.heads) for _ in range(layers)
+            )
 
     def embed(self, tokens: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
         """Tokens with each frame's time embedding added."""
@@ -180,7 +183,7 @@ class VitaVisionPrompts(VisionPrompts):
             fixed = self.global_prompts[layer].to(tokens.dtype)
             seen.append(fixed.expand(*tokens.shape[:2], -1, -1))
         if self.cls_proj is not None:
-            classes = self.cls_proj[layer](tokens[:, :, 0])  # [B, T, W]
+            classes = self.cls_proj[layer](self._of_frames(tokens))  # [B, T, W]
             if self.local_prompts is not None:
                 learned = self._for_clip(self.local_prompts[layer], frames, "local prompts")
                 local = learned.to(tokens.dtype) + classes
@@ -193,6 +196,12 @@ class VitaVisionPrompts(VisionPrompts):
         """The tokens without prompts."""
         count = self._count(tokens.shape[1])
         return tokens[:, :, : tokens.shape[2] - count]
+
+    def _of_frames(self, tokens: Tensor) -> Tensor:
+        """What stands for each frame, ``[B, T, W]``."""
+        if self.class_token:
+            return tokens[:, :, 0]
+        return tokens[:, :, self.prefix :].mean(dim=2)
 
     def _count(self, frames: int) -> int:
         fixed = 0 if self.global_prompts is None else self.global_prompts.shape[1]
