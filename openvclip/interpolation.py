@@ -238,6 +238,21 @@ _Lerp = tuple[Tensor, Tensor, Tensor, float]
 """``(out, a, b, lam)``, the tensors of one dtype, on one device."""
 
 
+_PIECE = 2**20
+
+
+def _in_pieces(job: _Lerp) -> list[_Lerp]:
+    """The same in pieces of which a CPU has the result in its cache when it is looked at."""
+    *tensors, lam = job
+    out = tensors[0]
+    if out.device.type != "cpu" or out.numel() <= _PIECE:
+        return [job]
+    if not all(tensor.is_contiguous() for tensor in tensors):
+        return [job]
+    parts = (tensor.view(-1).split(_PIECE) for tensor in tensors)
+    return [(x, y, z, lam) for x, y, z in zip(*parts, strict=True)]
+
+
 def _lerp(jobs: list[_Lerp]) -> None:
     """``out <- lam * a + (1 - lam) * b``, where equal entries stay bitwise what they are.
 
@@ -246,6 +261,7 @@ def _lerp(jobs: list[_Lerp]) -> None:
     overflows) the plain formula is taken. What tells is looked at together, so that a device is
     waited for once.
     """
+    jobs = [piece for job in jobs for piece in _in_pieces(job)]
     witnesses = []
     for out, a, b, lam in jobs:
         torch.lerp(b, a, lam, out=out)
