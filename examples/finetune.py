@@ -10,8 +10,8 @@ configuration); --batch-size is that of all devices together. ``annotations`` ha
 
 Out come ``finetuned.safetensors`` (the last weights), ``averaged.safetensors`` (their average,
 where the method averages), ``final.safetensors`` (interpolated with the original CLIP, the
-weights to use) and a model card, ``README.md``. A run that was stopped, by SIGTERM or worse, goes
-on with the same command.
+weights to use), or for methods that learn prompts ``prompts.safetensors`` alone, and a model card,
+``README.md``. A run that was stopped, by SIGTERM or worse, goes on with the same command.
 """
 
 from __future__ import annotations
@@ -37,68 +37,44 @@ if __package__ in (None, ""):  # started by its path: let it find the files besi
 
 import openvclip
 from examples import finetune_options as options
-from examples.checkpointing import Checkpoints, TrainingState, load_whole
-from examples.finetune_inputs import Validation, load_model, load_videos, make_classifier
+from examples.checkpointing import Checkpoints, TrainingState
+from examples.finetune_inputs import load_model, load_videos
+from examples.methods import (
+    Classifier,
+    add_distance_penalty,
+    attach_prompts,
+    choose_trained,
+    make_classifier,
+    make_optimizer,
+    text_made_once,
+)
 from examples.model_card import ModelCard
+from examples.outcome import final_weights, leave_prompts, leave_weights
 from examples.parallel import agree, give_scalars_an_axis, processes, save_memory, wrap
-from examples.recipe import METHODS, Recipe, Run, learning_rate
+from examples.recipe import METHODS, PROMPTED, Recipe, Run, learning_rate, total_steps
 from examples.run_log import RunLog, Step
+from examples.validation import Validation
 from examples.video_batches import seed_of
-from openvclip.checkpoints import save_checkpoint
-from openvclip.distributed import full_state, local, local_like, no_sync
+from openvclip.distributed import no_sync
 from openvclip.errors import UsageError
-from openvclip.prompting import VideoClassifier, fine_tune
 from openvclip.ranks import Ranks
 
 __all__ = [
     "METHODS",
     "Recipe",
     "Run",
+    "choose_trained",
     "final_weights",
     "learning_rate",
     "main",
+    "make_optimizer",
     "parse_arguments",
     "train",
 ]
 
-WEIGHTS = {
-    "finetuned": "the last weights",
-    "averaged": "the average of the weights along the run",
-    "final": "interpolated with the original CLIP: the weights to use",
-}
-"""The files of weights that a run leaves."""
-
-
-def choose_trained(model: nn.Module, method: str) -> None:
-    """Train the image tower and the logit scale, the text tower stays CLIP's; ViFi trains both."""
-    if method == "vifi":
-        fine_tune(model)
-        return
-    image = ("visual.", "vision_model.", "visual_projection.")  # open_clip's, and Hugging Face's
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(image) or name == "logit_scale")
-
-
-def make_optimizer(trained: list[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW; only parameters of two or more axes decay."""
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.999))
-
-
-@torch.no_grad()
-def add_distance_penalty(model: nn.Module, clip: dict[str, Tensor], weight: float) -> None:
-    """Add the gradient of ``weight`` times the squared L2 distance to CLIP (Table 5)."""
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            drift = local(parameter) - local_like(clip[name], parameter)
-            local(parameter.grad).add_(drift.mul_(2 * weight))
-
 
 def train(
-    classifier: openvclip.ZeroShotClassifier | VideoClassifier,
+    classifier: Classifier,
     loader: Iterable[Sequence[Any]],
     steps_per_epoch: int,
     recipe: Recipe,
@@ -112,7 +88,8 @@ def train(
     """Fine-tune the classifier's model in place, from the CLIP that it holds.
 
     Args:
-        classifier: holds the expanded CLIP and the training classes.
+        classifier: holds the CLIP, expanded or with prompts as the method asks for it, and the
+            training classes.
         loader: gives ``(video [B, T, C, H, W], label [B])``, optionally with the videos' names;
             iterated once an epoch.
         steps_per_epoch: number of steps that the loader's batches make.
@@ -141,7 +118,7 @@ def train(
         save_memory(model)
     forward = wrap(classifier, ranks, device, fsdp=run.fsdp, compiler=run.compiler)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = make_optimizer(trained, recipe)
+    optimizer = make_optimizer(trained, recipe, run.betas)
     scaler = torch.amp.GradScaler(device.type, enabled=run.amp is torch.float16)
     iwr = openvclip.InterpolatedWeightRegularizer(
         model,
@@ -152,8 +129,8 @@ def train(
         seed=recipe.seed,
     )
     warmup = recipe.warmup_epochs * steps_per_epoch
-    total = recipe.epochs * steps_per_epoch
-    swa = _make_tracker(model, recipe, steps_per_epoch) if recipe.uses_swa else None
+    total = total_steps(recipe, run, steps_per_epoch)
+    swa = _make_tracker(model, recipe, steps_per_epoch, total) if recipe.uses_swa else None
     state = TrainingState(model, optimizer, scaler, iwr, swa)
     first = checkpoints.resume(state) if checkpoints is not None else 0
 
@@ -173,26 +150,27 @@ def train(
         return torch.stack(parts)
 
     model.train()
-    with tqdm(
-        total=total, initial=first, desc=recipe.method, disable=None if ranks.first else True
-    ) as bar:
+    # Sharded text weights can't be used outside a forward pass of the whole.
+    once = nullcontext() if run.fsdp else text_made_once(classifier)
+    quiet = None if ranks.first else True
+    with once, tqdm(total=total, initial=first, desc=recipe.method, disable=quiet) as bar:
         started = time.perf_counter()
-        for step, batches in _steps(loader, steps_per_epoch, run.accumulate, first, recipe.epochs):
+        for step, batches in _steps(loader, steps_per_epoch, run.accumulate, first, total):
             waiting = time.perf_counter() - started
             lr = learning_rate(step, warmup, total, recipe)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.zero_grad(set_to_none=True)
             twice, alpha = recipe.uses_iwr and step % run.every == 0, None
-            losses = add_gradients(batches, 1.0, reduce=not twice)
-            again = torch.zeros_like(losses)
-            if twice:
+            between = torch.zeros((), device=device)
+            if twice:  # first, so that its copy of the weights is gone before gradients are held
                 with iwr.interpolated() as alpha:
-                    again = add_gradients(batches, iwr.weight, reduce=True)
+                    between = add_gradients(batches, iwr.weight, reduce=False)
+            losses = add_gradients(batches, 1.0, reduce=True)
             asked = checkpoints is not None and checkpoints.stop_requested
-            values, stop = agree(ranks, torch.stack([losses.sum(), again.sum()]), asked)
+            values, stop = agree(ranks, torch.stack([losses.sum(), between.sum()]), asked)
             if not all(map(math.isfinite, values)):
-                raise _not_finite(values, step + 1, batches, losses + again, ranks)
+                raise _not_finite(values, step + 1, batches, losses + between, ranks)
             scaler.unscale_(optimizer)
             if recipe.method == "l2":
                 add_distance_penalty(model, clip, recipe.l2_weight)
@@ -217,29 +195,33 @@ def train(
     return clip, swa
 
 
-def _make_tracker(model: nn.Module, recipe: Recipe, steps_per_epoch: int) -> openvclip.SWATracker:
+def _make_tracker(
+    model: nn.Module, recipe: Recipe, steps_per_epoch: int, total: int
+) -> openvclip.SWATracker:
     every = max(1, steps_per_epoch // recipe.averages_per_epoch)
     start = recipe.average_after * steps_per_epoch
-    if start + every > recipe.epochs * steps_per_epoch:
+    if start + every > total:
         raise UsageError(
-            f"No model would enter the average: {recipe.epochs} epochs end before it begins "
-            f"(--average-after {recipe.average_after}). Train longer or average earlier."
+            f"No model would enter the average: {total // steps_per_epoch} epochs end before it "
+            f"begins (--average-after {recipe.average_after}). Train longer or average earlier."
         )
     return openvclip.SWATracker(model, start=start, every=every)
 
 
 def _steps(
-    loader: Iterable[Sequence[Any]], per_epoch: int, accumulate: int, first: int, epochs: int
+    loader: Iterable[Sequence[Any]], per_epoch: int, accumulate: int, first: int, total: int
 ) -> Iterator[tuple[int, list[Sequence[Any]]]]:
     """The number of each step from ``first`` on, and its batches."""
-    for epoch in range(first // per_epoch, epochs):
-        step = max(first, epoch * per_epoch)
+    for epoch in range(first // per_epoch, -(-total // per_epoch)):
+        step, end = max(first, epoch * per_epoch), (epoch + 1) * per_epoch
         _begin_epoch(loader, epoch, step - epoch * per_epoch)
         batches = iter(loader)
         while group := list(islice(batches, accumulate)):
             yield step, group
             step += 1
-        if step != (epoch + 1) * per_epoch:
+            if step == total < end:
+                return
+        if step != end:
             raise UsageError(
                 f"The loader gave {step - epoch * per_epoch} steps in an epoch, with {accumulate} "
                 f"batches in a step; expected steps_per_epoch={per_epoch}."
@@ -274,14 +256,6 @@ def _not_finite(
     )
 
 
-def final_weights(
-    model: nn.Module, clip: dict[str, Tensor], swa: openvclip.SWATracker | None, lam: float
-) -> dict[str, Tensor]:
-    """Equation 10: CLIP interpolated with the average, or with the last weights without one."""
-    theta = swa.averaged_state_dict() if swa is not None else model.state_dict()
-    return openvclip.interpolate(clip, full_state(theta), lam)
-
-
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; every field of the recipe is a flag."""
     return options.parse_arguments(__doc__ or "", arguments)
@@ -303,7 +277,15 @@ def _fine_tune(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> 
         give_scalars_an_axis(model)
     videos = load_videos(args, recipe, pixels, ranks, device)
     run = options.run_of(args, videos.batches.accumulate, device)
-    classifier = make_classifier(model, tokenizer, videos.names, recipe.method)
+    attach_prompts(
+        model,
+        recipe.method,
+        videos.names,
+        args.frames,
+        options.prompts_of(args),
+        class_prompts=args.class_prompts,
+    )
+    classifier = make_classifier(model, tokenizer, videos.names, recipe.method, args.template)
     if not ranks.first:
         torch.manual_seed(seed_of(recipe.seed, ranks.rank))  # for what is random in a tower
     settings = options.settings_of(args, recipe, run)
@@ -318,7 +300,7 @@ def _fine_tune(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> 
     validation = Validation(args, classifier, videos.names, pixels, run.amp, ranks)
     log = RunLog(
         args.out if ranks.first else None,
-        steps * recipe.epochs,
+        total_steps(recipe, run, steps),
         first=checkpoints.last_step,
         every=args.log_every,
     )
@@ -346,31 +328,28 @@ def _fine_tune(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> 
         signal.signal(signal.SIGTERM, before)
         videos.batches.close()
         log.close()
-    states = {"finetuned": full_state(model.state_dict())}
-    if swa is not None:
-        states["averaged"] = full_state(swa.averaged_state_dict())
-    states["final"] = final_weights(model, clip, swa, recipe.lam)
-    results = {f"{name}, last weights": value for name, value in validation.accuracy().items()}
-    load_whole(model, states["final"])
-    results |= {f"{name}, final weights": v for name, v in validation.accuracy().items()}
+    prompted = recipe.method in PROMPTED
+    if prompted:
+        files, results = leave_prompts(args.out, model, validation, ranks)
+    else:
+        files, results = leave_weights(
+            args.out, model, clip, swa, recipe.lam, shapes, validation, ranks
+        )
     if not ranks.first:
         return
-    for name, weights in states.items():
-        save_checkpoint(
-            {key: value.reshape(shapes[key]) for key, value in weights.items()},
-            args.out / f"{name}.safetensors",
-            metadata={"lambda": str(recipe.lam)} if name == "final" else None,
-        )
     card = ModelCard(
-        name=Path(args.hf or args.model).name,
-        lam=recipe.lam,
+        name=Path(args.hf or args.model).name.removesuffix(".json"),
+        lam=None if prompted else recipe.lam,
         settings=settings,
         data=videos.about,
         results=results,
-        files={f"`{name}.safetensors`": WEIGHTS[name] for name in states},
+        files=files,
     )
     card.write(args.out / "README.md")
-    print(f"Wrote {args.out / 'final.safetensors'}: lambda {recipe.lam} on the original CLIP.")
+    if prompted:
+        print(f"Wrote {args.out / 'prompts.safetensors'}: the prompts alone.")
+    else:
+        print(f"Wrote {args.out / 'final.safetensors'}: lambda {recipe.lam} on the original CLIP.")
 
 
 def _plan(args: argparse.Namespace, recipe: Recipe, run: Run, ranks: Ranks) -> str:

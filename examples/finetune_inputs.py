@@ -1,38 +1,33 @@
-"""What :mod:`examples.finetune` starts from: the original CLIP, the videos, the validation."""
+"""What :mod:`examples.finetune` starts from: the original CLIP and the videos."""
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
 
 import openvclip
+from examples.methods import Tokenizer, is_expanded
 from examples.recipe import Recipe
 from examples.shards import ShardBatches, class_indices, find_shards, read_index
 from examples.video_batches import VideoBatches, class_warnings
+from openvclip.checkpoints import load_checkpoint
 from openvclip.errors import UsageError
-from openvclip.evaluation import evaluate
 from openvclip.labels import read_labels
 from openvclip.loading import load_clip
-from openvclip.prompting import VideoClassifier
 from openvclip.ranks import Ranks
 from openvclip.video import VideoDataset, transforms
 from openvclip.video.transforms import Transform
-
-Tokenizer = Callable[[list[str]], Tensor]
 
 
 def load_model(args: argparse.Namespace, device: torch.device) -> tuple[Any, Tokenizer, Transform]:
     """The original CLIP on its device, its tokenizer, and the pixels to train it on.
 
-    Its attention is expanded in time, but for ViFi-CLIP, which fine-tunes it frame by frame.
+    Its attention is expanded in time where the method asks for it. With ``--start-from`` it has
+    the weights of that file, which is then what the method takes for the original.
     """
     if args.hf:
         from examples.hugging_face import load
@@ -41,21 +36,19 @@ def load_model(args: argparse.Namespace, device: torch.device) -> tuple[Any, Tok
     else:
         loaded = load_clip(args.model, args.pretrained, expand=False, transform="train")
         model, tokenizer, pixels = loaded.model, loaded.tokenizer, loaded.transform
-    if args.method != "vifi":
+    if args.start_from is not None:
+        load_checkpoint(args.start_from, model)
+    if is_expanded(args.method):
         openvclip.expand_temporal_attention(model)
     pixels = transforms.build(
-        "train", pixels.size, mean=pixels.mean, std=pixels.std, color_jitter=args.color_jitter
+        "train",
+        pixels.size,
+        mean=pixels.mean,
+        std=pixels.std,
+        color_jitter=args.color_jitter,
+        short_side=args.short_side,
     )
     return model.to(device), tokenizer, pixels
-
-
-def make_classifier(
-    model: nn.Module, tokenizer: Tokenizer, names: Sequence[str], method: str
-) -> openvclip.ZeroShotClassifier | VideoClassifier:
-    """The classifier of the training classes; ViFi-CLIP's trains its text side too."""
-    if method == "vifi":
-        return VideoClassifier(model, tokenizer, names)
-    return openvclip.ZeroShotClassifier(model, tokenizer, names)
 
 
 @dataclass(frozen=True)
@@ -105,7 +98,14 @@ def load_videos(
         # Which videos a step sees depends on how many streams there are.
         about |= {"processes": ranks.world, "per_device_batch": args.per_device_batch}
     else:
-        dataset = _dataset(args, args.annotations, args.root, names, pixels, seed=recipe.seed)
+        dataset = VideoDataset(
+            args.annotations,
+            args.root,
+            class_names=names,
+            transform=pixels,
+            seed=recipe.seed,
+            **_sampling(args),
+        )
         if dataset.class_names is None:
             raise UsageError(
                 f"{args.annotations} numbers its classes: give their names with --classes FILE."
@@ -121,91 +121,10 @@ def load_videos(
     return Videos(batches, names, about, class_warnings(labels, names, unseen))
 
 
-class Validation:
-    """Closed-set accuracy on the classes of the training, one view a video, shared by processes.
-
-    Args:
-        args: the command line.
-        classifier: of the training classes.
-        names: the training classes.
-        pixels: of the training; those of the validation have their size, mean and deviation.
-        amp: autocast to this dtype.
-        ranks: the processes.
-    """
-
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        classifier: nn.Module,
-        names: Sequence[str],
-        pixels: Transform,
-        amp: torch.dtype | None,
-        ranks: Ranks,
-    ) -> None:
-        self.classifier, self.amp, self.ranks = classifier, amp, ranks
-        # Sharded text weights can't be used outside a forward pass of the whole.
-        self._fixed_text = getattr(classifier, "fixed_text", nullcontext)
-        if args.fsdp:
-            self._fixed_text = nullcontext
-        self._loader: DataLoader[Any] | None = None
-        if args.val_annotations is None:
-            return
-        centre = replace(pixels, name="released", color_jitter=(0.0, 0.0, 0.0, 0.0))
-        root = args.val_root or args.root
-        dataset = _dataset(args, args.val_annotations, root, names, centre, validation=True)
-        own = ranks.share(list(range(len(dataset))))
-        self._count = len(own)
-        # As many batches in each process: sharded weights are put together by all at once.
-        own += [0] * (-(-len(dataset) // ranks.world) - len(own))
-        self._loader = DataLoader(
-            Subset(dataset, own),
-            batch_size=args.per_device_batch,
-            num_workers=args.workers,
-            generator=torch.Generator(),  # leaves the global one alone
-        )
-
-    def accuracy(self) -> dict[str, float]:
-        """``top1`` and ``top5`` in [0, 1] of the weights as they are; nothing without videos."""
-        if self._loader is None:
-            return {}
-        device = next(self.classifier.parameters()).device
-        autocast = torch.autocast(device.type, self.amp, enabled=self.amp is not None)
-        with self._fixed_text(), autocast:
-            progress = None if self.ranks.first else False
-            found = evaluate(
-                self.classifier, self._loader, progress=progress, description="validation"
-            )
-        places = found.ranks[: self._count]
-        counts = [int((places < 1).sum()), int((places < 5).sum()), len(places)]
-        first, five, videos = map(sum, zip(*self.ranks.gather(counts), strict=True))
-        return {"top1": first / videos, "top5": five / videos}
-
-
-def _sampling(args: argparse.Namespace, *, validation: bool = False) -> dict[str, Any]:
+def _sampling(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "num_frames": args.frames,
         "sampling_rate": args.sampling_rate,
-        "sampler": "released" if validation else "dense",
+        "sampler": args.sampler,
         "backend": args.backend,
     }
-
-
-def _dataset(
-    args: argparse.Namespace,
-    annotations: Any,
-    root: Any,
-    names: Sequence[str] | None,
-    pixels: Transform,
-    *,
-    seed: int = 0,
-    validation: bool = False,
-) -> VideoDataset:
-    return VideoDataset(
-        annotations,
-        root,
-        class_names=names,
-        transform=pixels,
-        details=validation,
-        seed=seed,
-        **_sampling(args, validation=validation),
-    )

@@ -10,22 +10,45 @@ from typing import Any
 
 import torch
 
-from examples.recipe import METHODS, Recipe, Run
+from examples.presets import PRESETS, Preset, overview
+from examples.recipe import METHODS, PROMPTED, Recipe, Run
+from examples.validation import TESTED
 
 
 def parse_arguments(description: str, arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; every field of the recipe is a flag."""
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description,
+        epilog=overview(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # else --pres would set the preset's name and not what it stands for
     )
-    _add_model_options(parser)
+    preset = add_preset_option(parser, arguments)
+    model = parser.add_argument_group("model")
+    add_model_options(model)
+    _add_start_options(model)
     _add_video_options(parser)
     _add_recipe_options(parser)
+    _add_method_options(parser)
     _add_device_options(parser)
     _add_output_options(parser)
+    parser.set_defaults(**preset.training)
     args = parser.parse_args(arguments)
     _require_consistent(args, parser.error)
     return args
+
+
+def add_preset_option(parser: argparse.ArgumentParser, arguments: list[str] | None) -> Preset:
+    """Add ``--preset`` and look for it among the arguments, before the others are read."""
+    options: Any = {
+        "choices": PRESETS,
+        "default": "open-vclip",
+        "help": "a published recipe, for what is not given (%(default)s)",
+    }
+    parser.add_argument("--preset", **options)
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--preset", **options)
+    return PRESETS[early.parse_known_args(arguments)[0].preset]
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe:
@@ -35,16 +58,23 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
 
 def run_of(args: argparse.Namespace, accumulate: int, device: torch.device) -> Run:
     """How the recipe is to be run."""
-    amp = args.amp or ("bfloat16" if device.type == "cuda" else "off")
     return Run(
         every=args.every,
         alpha_min=args.alpha_min,
+        betas=tuple(args.betas),
+        steps=args.steps,
         accumulate=accumulate,
-        amp=None if amp == "off" else getattr(torch, amp),
+        amp=amp_of(args, device),
         checkpointing=args.checkpointing,
         compiler=args.compile,
         fsdp=args.fsdp,
     )
+
+
+def amp_of(args: argparse.Namespace, device: torch.device) -> torch.dtype | None:
+    """The dtype of autocast."""
+    amp = args.amp or ("bfloat16" if device.type == "cuda" else "off")
+    return None if amp == "off" else getattr(torch, amp)
 
 
 def settings_of(args: argparse.Namespace, recipe: Recipe, run: Run) -> dict[str, Any]:
@@ -52,11 +82,31 @@ def settings_of(args: argparse.Namespace, recipe: Recipe, run: Run) -> dict[str,
     model = {"hf": args.hf} if args.hf else {"model": args.model, "pretrained": args.pretrained}
     amp = str(run.amp or "off").removeprefix("torch.")
     about = {"every": run.every, "alpha_min": run.alpha_min, "amp": amp, "fsdp": run.fsdp}
-    pixels = ("frames", "sampling_rate", "color_jitter", "backend")
+    about |= {"betas": list(run.betas), "steps": run.steps, "template": args.template}
+    about |= {"start_from": None if args.start_from is None else str(args.start_from)}
+    pixels = ("frames", "sampling_rate", "sampler", "short_side", "color_jitter", "backend")
     named = {name: getattr(args, name) for name in pixels}
     settings = {**model, **asdict(recipe), **about, **named}
+    if recipe.method in PROMPTED:
+        settings |= {**prompts_of(args), "class_prompts": args.class_prompts}
     del settings["lam"]  # of the last step only: another one needs no other run
+    if run.steps is not None:
+        del settings["epochs"]
     return settings
+
+
+def prompts_of(args: argparse.Namespace) -> dict[str, int]:
+    """How many prompts, and how deep, where that is not the method's own number."""
+    numbers = {name: getattr(args, name) for name in _PROMPT_NUMBERS}
+    return {name: number for name, number in numbers.items() if number is not None}
+
+
+_PROMPT_NUMBERS = {
+    "vision_prompts": "prompts of a frame (bridge 16), global prompts of a layer (vita 8)",
+    "text_prompts": "prompts of a text (bridge 16, vita 8)",
+    "vision_depth": "layers of the image tower with prompts of their own (bridge 9)",
+    "text_depth": "layers of the text tower with prompts of their own (bridge 9)",
+}
 
 
 def _positive(text: str) -> int:
@@ -67,9 +117,8 @@ def _positive(text: str) -> int:
     return number
 
 
-def _add_model_options(parser: argparse.ArgumentParser) -> None:
+def add_model_options(group: argparse._ArgumentGroup) -> None:
     """Where the original CLIP comes from."""
-    group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
         default="ViT-B-16-quickgelu",
@@ -78,8 +127,18 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--pretrained", default="openai", help="its open_clip tag, or a file (%(default)s)"
     )
+
+
+def _add_start_options(group: argparse._ArgumentGroup) -> None:
+    """Other places for a run to begin."""
     group.add_argument(
         "--hf", metavar="NAME|FOLDER", help="a CLIP of Hugging Face instead, through transformers"
+    )
+    group.add_argument(
+        "--start-from",
+        type=Path,
+        metavar="FILE",
+        help="fine-tuned weights to begin from in place of the original's (bridge needs them)",
     )
 
 
@@ -110,6 +169,27 @@ def _add_video_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="class names that must not be trained on; those that are, are listed",
     )
+    add_frame_options(group)
+    group.add_argument(
+        "--sampler",
+        choices=tuple(TESTED),
+        default="dense",
+        help="frames at --sampling-rate from a random start, or from the whole video, the centre "
+        "of each of as many parts (%(default)s)",
+    )
+    group.add_argument(
+        "--color-jitter",
+        type=float,
+        default=0.0,
+        help="reach of brightness, contrast and saturation (%(default)s)",
+    )
+    validation = parser.add_argument_group("validation on the training classes, after each epoch")
+    validation.add_argument("--val-annotations", type=Path, help="lines of path,label")
+    validation.add_argument("--val-root", type=Path, help="folder of these videos (--root)")
+
+
+def add_frame_options(group: argparse._ArgumentGroup) -> None:
+    """Which frames of a video, and how large, beside the sampler."""
     group.add_argument("--frames", type=_positive, default=8, help="frames of a clip (%(default)s)")
     group.add_argument(
         "--sampling-rate",
@@ -118,10 +198,11 @@ def _add_video_options(parser: argparse.ArgumentParser) -> None:
         help="distance of two frames, at 30 a second (%(default)s)",
     )
     group.add_argument(
-        "--color-jitter",
-        type=float,
-        default=0.0,
-        help="reach of brightness, contrast and saturation (%(default)s)",
+        "--short-side",
+        type=_positive,
+        metavar="PIXELS",
+        help="of the frames before they are cropped (in training drawn from the size of the crop "
+        "to 8/7 of it, in tests the size of the crop)",
     )
     group.add_argument(
         "--backend",
@@ -129,9 +210,6 @@ def _add_video_options(parser: argparse.ArgumentParser) -> None:
         default="pyav",
         help="the decoder (%(default)s)",
     )
-    validation = parser.add_argument_group("validation on the training classes, after each epoch")
-    validation.add_argument("--val-annotations", type=Path, help="lines of path,label")
-    validation.add_argument("--val-root", type=Path, help="folder of these videos (--root)")
 
 
 def _add_recipe_options(parser: argparse.ArgumentParser) -> None:
@@ -155,31 +233,42 @@ def _add_recipe_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--alpha-min", type=float, default=0.0, help="lower end of alpha's interval (%(default)s)"
     )
+    group.add_argument(
+        "--betas", type=float, nargs=2, default=(0.9, 0.999), help="AdamW's (%(default)s)"
+    )
+    group.add_argument(
+        "--steps", type=_positive, help="optimizer steps of the run, in place of --epochs"
+    )
+
+
+def _add_method_options(parser: argparse.ArgumentParser) -> None:
+    """The texts and the prompts of ViFi-CLIP and Vita-CLIP."""
+    group = parser.add_argument_group("texts and prompts")
+    add_template_option(group)
+    for name, text in _PROMPT_NUMBERS.items():
+        group.add_argument("--" + name.replace("_", "-"), type=int, metavar="N", help=text)
+    group.add_argument(
+        "--class-prompts",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="text prompts of each class's own (vita), which serve no other classes",
+    )
+
+
+def add_template_option(group: argparse._ArgumentGroup) -> None:
+    """The text of a class."""
+    group.add_argument(
+        "--template",
+        metavar="TEXT",
+        help="with {} for the class name, in place of the method's own: 28 templates, \"a photo of "
+        'a {}." for vifi, the learned prompts',
+    )
 
 
 def _add_device_options(parser: argparse.ArgumentParser) -> None:
     """How the work is done; the batch stays that of the recipe."""
     group = parser.add_argument_group("devices and speed")
-    group.add_argument("--device", default=None, help="default: cuda where there is one, or cpu")
-    group.add_argument(
-        "--per-device-batch",
-        type=_positive,
-        default=8,
-        help="videos at a time on a device; a step adds up as many as --batch-size needs "
-        "(%(default)s)",
-    )
-    group.add_argument(
-        "--workers",
-        type=int,
-        default=4,
-        help="processes that read videos, per device (%(default)s)",
-    )
-    group.add_argument(
-        "--amp",
-        choices=("bfloat16", "float16", "off"),
-        default=None,
-        help="autocast (bfloat16 on a GPU, else off)",
-    )
+    add_reading_options(group)
     group.add_argument(
         "--checkpointing",
         action="store_true",
@@ -194,6 +283,30 @@ def _add_device_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--fsdp", action="store_true", help="shard the model among the processes (FSDP2)"
+    )
+
+
+def add_reading_options(group: argparse._ArgumentGroup) -> None:
+    """On what device, in what dtype, and how many videos at a time."""
+    group.add_argument("--device", default=None, help="default: cuda where there is one, or cpu")
+    group.add_argument(
+        "--per-device-batch",
+        type=_positive,
+        default=8,
+        help="videos at a time on a device; a step of training adds up as many as --batch-size "
+        "needs (%(default)s)",
+    )
+    group.add_argument(
+        "--workers",
+        type=int,
+        default=4,
+        help="processes that read videos, per device (%(default)s)",
+    )
+    group.add_argument(
+        "--amp",
+        choices=("bfloat16", "float16", "off"),
+        default=None,
+        help="autocast (bfloat16 on a GPU, else off)",
     )
     group.add_argument(
         "--timeout",
@@ -233,5 +346,11 @@ def _require_consistent(args: argparse.Namespace, fail: Callable[[str], object])
         fail("--shards needs --classes, a class name a line")
     if args.val_annotations is not None and args.val_root is None and args.root is None:
         fail("--val-annotations needs --val-root, the folder that its paths start from")
+    if args.method == "bridge" and args.start_from is None:
+        fail(
+            "--method bridge needs --start-from, the fine-tuned weights that it learns prompts for"
+        )
+    if args.method in PROMPTED and args.fsdp:
+        fail("--fsdp shards what is trained, and prompts are small: leave it out")
     if args.workers < 0:
         fail(f"--workers {args.workers}: expected at least 0")

@@ -20,7 +20,8 @@ class ModelCard:
 
     Attributes:
         name: of the original model.
-        lam: weight of the original model in the final weights.
+        lam: weight of the original model in the final weights; ``None`` where the run learned
+            prompts.
         settings: the recipe and how it was run, by name.
         data: what was trained on, by name.
         results: accuracies in [0, 1], by name; may be empty.
@@ -28,7 +29,7 @@ class ModelCard:
     """
 
     name: str
-    lam: float
+    lam: float | None
     settings: Mapping[str, Any]
     data: Mapping[str, Any]
     results: Mapping[str, float]
@@ -36,13 +37,8 @@ class ModelCard:
 
     def text(self) -> str:
         """The card in Markdown."""
-        method = self.settings.get("method", "openvclip")
         parts = [
-            f"# {self.name}, fine-tuned on videos",
-            f"Weights of `{self.name}` after fine-tuning on videos with openvclip's method "
-            f"`{method}`, interpolated with the original ones: "
-            f"`{self.lam:g} · original + {1 - self.lam:g} · fine-tuned` (λ = {self.lam:g} weighs "
-            "the original).",
+            *self._head(),
             _section("Files", self.files),
             _section("Data", self.data),
             _section("Recipe", self.settings),
@@ -54,6 +50,24 @@ class ModelCard:
             parts.append("## Results\n\nNot evaluated in this run.")
         parts.append(_section("Versions", _versions()))
         return "\n\n".join(parts) + "\n"
+
+    def _head(self) -> list[str]:
+        method = self.settings.get("method", "openvclip")
+        if self.lam is None:
+            start = self.settings.get("start_from")
+            weights = f"the weights of `{start}`" if start else "its original weights"
+            return [
+                f"# Prompts for {self.name}, learned on videos",
+                f"Prompts for a frozen `{self.name}` with {weights}, learned on videos with "
+                f"openvclip's method `{method}`. They are of use with these weights alone.",
+            ]
+        return [
+            f"# {self.name}, fine-tuned on videos",
+            f"Weights of `{self.name}` after fine-tuning on videos with openvclip's method "
+            f"`{method}`, interpolated with the original ones: "
+            f"`{self.lam:g} · original + {1 - self.lam:g} · fine-tuned` (λ = {self.lam:g} weighs "
+            "the original).",
+        ]
 
     def write(self, path: Path) -> None:
         """Write the card, atomically."""

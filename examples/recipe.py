@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-METHODS = ("openvclip", "finetune", "l2", "iwr", "swa", "vifi")
+VIFI: dict[str, Literal["both", "image", "text"]] = {
+    "vifi": "both",
+    "vifi-image": "image",
+    "vifi-text": "text",
+}
+"""ViFi-CLIP's fine-tuning, and what of CLIP it trains."""
+
+PROMPTED = ("bridge", "vita")
+"""The methods that learn prompts for a frozen model."""
+
+METHODS = ("openvclip", "finetune", "l2", "iwr", "swa", *VIFI, *PROMPTED)
 
 
 def _setting(default: Any, text: str) -> Any:
@@ -22,7 +32,8 @@ class Recipe:
     method: str = _setting(
         "openvclip",
         "openvclip = iwr + swa; finetune = neither; l2 = penalty on the distance to CLIP; vifi = "
-        "ViFi-CLIP's fine-tuning, text tower too",
+        "ViFi-CLIP's fine-tuning, text tower too, or of one tower; bridge = ViFi-CLIP's prompts "
+        "for a fine-tuned model; vita = Vita-CLIP's prompts",
     )
     epochs: int = _setting(22, "passes over the videos, the warm-up included")
     warmup_epochs: int = _setting(2, "epochs of linear warm-up")
@@ -62,11 +73,13 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Run:
-    """How a recipe is run: variations of the regulariser, and what devices need.
+    """How a recipe is run: variations of regulariser and optimizer, and what devices need.
 
     Attributes:
         every: steps from one with the regulariser to the next.
         alpha_min: lower end of the interval of alpha.
+        betas: AdamW's.
+        steps: all steps of the run, in place of the recipe's epochs.
         accumulate: batches of the loader that make a step.
         amp: autocast to this dtype (bfloat16 or float16).
         checkpointing: compute activations again instead of keeping them.
@@ -76,11 +89,18 @@ class Run:
 
     every: int = 1
     alpha_min: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    steps: int | None = None
     accumulate: int = 1
     amp: torch.dtype | None = None
     checkpointing: bool = False
     compiler: str | None = None
     fsdp: bool = False
+
+
+def total_steps(recipe: Recipe, run: Run, steps_per_epoch: int) -> int:
+    """Optimizer steps of a whole run."""
+    return recipe.epochs * steps_per_epoch if run.steps is None else run.steps
 
 
 def learning_rate(step: int, warmup: int, total: int, recipe: Recipe) -> float:

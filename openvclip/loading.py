@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from openvclip.adapters.attention import Boundary
 from openvclip.checkpoints import load_checkpoint
@@ -93,15 +93,39 @@ def load_clip(
         expand_temporal_attention(model, window=window, boundary=boundary)
     tuned = None
     if checkpoint is not None:
-        original = {n: v.detach().clone() for n, v in named_state(model).items()}
-        load_checkpoint(
-            checkpoint, model, allow_missing=allow_missing, allow_unexpected=allow_unexpected
+        tuned = fine_tuned(
+            model, checkpoint, allow_missing=allow_missing, allow_unexpected=allow_unexpected
         )
-        tuned = {n: v.detach().clone() for n, v in named_state(model).items()}
-        model.load_state_dict(original)
         tuned = {n: v.to(device) for n, v in tuned.items()}
     model = model.to(device).eval()
     return LoadedCLIP(Path(known).name, model, open_clip.get_tokenizer(known), to_pixels, tuned)
+
+
+def fine_tuned(
+    model: nn.Module,
+    checkpoint: str | os.PathLike[str],
+    *,
+    allow_missing: str | Iterable[str] = (),
+    allow_unexpected: str | Iterable[str] = (),
+) -> dict[str, Tensor]:
+    """The state dict that a model would have with the weights of a file; it keeps its own.
+
+    Args:
+        model: holds the original CLIP, expanded or not.
+        checkpoint: see :func:`load_checkpoint`.
+        allow_missing: see :func:`load_checkpoint`; the model's values are taken for these.
+        allow_unexpected: see :func:`load_checkpoint`.
+
+    Raises:
+        CheckpointError, StateMismatchError: the file can't be read, or does not fit the model.
+    """
+    original = {n: v.detach().clone() for n, v in named_state(model).items()}
+    load_checkpoint(
+        checkpoint, model, allow_missing=allow_missing, allow_unexpected=allow_unexpected
+    )
+    tuned = {n: v.detach().clone() for n, v in named_state(model).items()}
+    model.load_state_dict(original)
+    return tuned
 
 
 def brings_weights(name: str) -> bool:

@@ -107,7 +107,8 @@ def predict(
         backend=backend,
     )
     device = classifier.text_features.device
-    logits = logits_of(classifier, transform(clips).to(device)).mean(dim=0)
+    pixels = transform(clips).flatten(0, -5)  # crops of a view are views
+    logits = logits_of(classifier, pixels.to(device)).mean(dim=0)
     return Prediction(os.fspath(video), classifier.class_names, logits.softmax(dim=-1).cpu())
 
 

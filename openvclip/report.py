@@ -59,6 +59,16 @@ def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
     return "| " + " | ".join(padded) + " |"
 
 
+def require_matplotlib() -> None:
+    """Raise :class:`MissingDependencyError` where no figure can be drawn, before hours of work."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError(
+            'Figures need matplotlib: pip install "openvclip[examples]".'
+        ) from error
+
+
 def tradeoff_figure(
     curves: Sequence[Curve],
     path: str | os.PathLike[str],
@@ -76,13 +86,10 @@ def tradeoff_figure(
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError(
-            'Figures need matplotlib: pip install "openvclip[examples]".'
-        ) from error
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6.4, 4.8), layout="constrained")
     FigureCanvasAgg(figure)
     axes: Any = figure.add_subplot()

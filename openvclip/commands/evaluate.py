@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from openvclip.commands.data import add_data_options, splits_of
 from openvclip.commands.models import (
     add_frame_options,
     add_model_options,
@@ -20,11 +21,10 @@ from openvclip.commands.models import (
 )
 from openvclip.commands.types import Commands
 from openvclip.errors import UsageError
-from openvclip.video.protocols import PROTOCOLS
 
 if TYPE_CHECKING:
     from openvclip.evaluation import ProtocolEvaluation
-    from openvclip.video.protocols import Split
+    from openvclip.video.transforms import Transform
 
 # Options that change neither what is encoded nor what it is called.
 _NOT_SETTINGS = {"run", "command", "out", "json", "per_class", "confusion", "workers", "device"}
@@ -60,7 +60,7 @@ def add(commands: Commands) -> None:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _add_data_options(parser)
+    add_data_options(parser)
     add_model_options(parser)
     parser.add_argument(
         "--lam",
@@ -70,44 +70,25 @@ def add(commands: Commands) -> None:
         help="weights of the original CLIP to interpolate with; 0 is the checkpoint itself (0)",
     )
     add_frame_options(parser)
+    _add_crop_options(parser)
     _add_run_options(parser)
     parser.set_defaults(run=_evaluate)
 
 
-def _add_data_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("videos")
+def _add_crop_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("crops")
     group.add_argument(
-        "--protocol",
-        choices=PROTOCOLS,
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help=f"{', '.join(PROTOCOLS)}; several of one data set take one pass over its videos",
+        "--crops",
+        type=int,
+        choices=(1, 3),
+        default=1,
+        help="crops of each clip: the middle, or also the ends of the long side (%(default)s)",
     )
     group.add_argument(
-        "--annotations",
-        type=Path,
-        required=True,
-        help="the folder of the official annotation files; without --protocol a list of videos",
-    )
-    group.add_argument("--videos", type=Path, required=True, help="the folder of the videos")
-    group.add_argument(
-        "--classes", type=Path, metavar="FILE", help="a class name on each line, for your own list"
-    )
-    group.add_argument(
-        "--allow-incomplete",
-        action="store_true",
-        help="take annotations of fewer videos than the protocol has",
-    )
-    group.add_argument(
-        "--allow-missing-videos",
-        action="store_true",
-        help="begin although videos are missing; they are taken as broken",
-    )
-    group.add_argument(
-        "--leave-out-broken",
-        action="store_true",
-        help="do not count videos that can't be read; otherwise they are wrong",
+        "--short-side",
+        type=int,
+        metavar="PIXELS",
+        help="of the frames before they are cropped (the model's size)",
     )
 
 
@@ -128,14 +109,11 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from openvclip.evaluation import Sampling, evaluate_protocol, require_videos
+    from openvclip.evaluation import Sampling, evaluate_protocol
     from openvclip.ranks import joined_ranks
 
     _check(options)
-    splits = _splits(options)
-    if not options.allow_missing_videos:  # before the model is loaded
-        paths = dict.fromkeys(path for split in splits for path, _ in split.samples)
-        require_videos(list(paths), str(options.videos))
+    splits = splits_of(options)
     loaded = load(options)
     title = ", ".join(options.protocol) or options.annotations.name
     folder = options.out or _default_folder(options)
@@ -150,7 +128,7 @@ def _evaluate(options: argparse.Namespace) -> None:
             options.videos,
             tuned=loaded.tuned,
             lams=options.lam,
-            transform=loaded.transform,
+            transform=_cropped(loaded.transform, options),
             sampling=Sampling(**frames_of(options)),
             templates=templates_of(options),
             batch_size=options.batch_size,
@@ -166,44 +144,26 @@ def _evaluate(options: argparse.Namespace) -> None:
             _report(result, options, loaded.name, folder)
 
 
+def _cropped(transform: Transform, options: argparse.Namespace) -> Transform:
+    from openvclip.video import transforms
+
+    return transforms.build(
+        transform.name,
+        transform.size,
+        mean=transform.mean,
+        std=transform.std,
+        short_side=options.short_side,
+        crops=options.crops,
+    )
+
+
 def _check(options: argparse.Namespace) -> None:
     if options.lam and options.checkpoint is None:
         raise UsageError("--lam interpolates with fine-tuned weights: give --checkpoint too.")
-    if options.protocol and options.classes:
-        raise UsageError("--classes is for a list of your own; a protocol has its class names.")
-    if len({name.partition("-")[0] for name in options.protocol}) > 1:
-        raise UsageError(
-            f"--protocol {' '.join(options.protocol)}: expected protocols of one data set; give "
-            "each data set a command of its own."
-        )
     for name, least in (("batch_size", 1), ("workers", 0)):
         if getattr(options, name) < least:
             flag = name.replace("_", "-")
             raise UsageError(f"--{flag} {getattr(options, name)}: expected at least {least}.")
-
-
-def _splits(options: argparse.Namespace) -> list[Split]:
-    from openvclip.labels import read_labels
-    from openvclip.video import protocols, read_annotations
-
-    if options.protocol:
-        return [
-            split
-            for name in dict.fromkeys(options.protocol)
-            for split in protocols.load(
-                name,
-                annotations=options.annotations,
-                videos=options.videos,
-                allow_incomplete=options.allow_incomplete,
-            )
-        ]
-    names = read_labels(options.classes) if options.classes else None
-    found = read_annotations(options.annotations, names, root=options.videos)
-    if found.class_names is None:
-        raise UsageError(
-            f"{options.annotations} numbers its classes: give their names with --classes FILE."
-        )
-    return [protocols.Split(options.annotations.stem, found.class_names, found.samples)]
 
 
 def _default_folder(options: argparse.Namespace) -> Path:

@@ -26,8 +26,8 @@ class FrameOptions(TypedDict):
     backend: str
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Which model, with which weights, where."""
+def add_model_options(parser: argparse.ArgumentParser, *, checkpoint: bool = True) -> None:
+    """Which model, with which weights, where; without ``checkpoint`` the original CLIP's alone."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
@@ -41,9 +41,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="TAG|FILE",
         help="the original CLIP's weights: a tag of open_clip, or a file (openai)",
     )
-    group.add_argument(
-        "--checkpoint", type=Path, metavar="FILE", help="fine-tuned weights, of any known family"
-    )
+    if checkpoint:
+        _add_checkpoint_options(group)
+    else:
+        parser.set_defaults(checkpoint=None, expand=False)
     for what, meaning in (
         ("missing", "that need not be in the checkpoint"),
         ("unexpected", "in the checkpoint to leave out"),
@@ -55,13 +56,6 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
             default=[],
             help=f"names of weights {meaning}, with * and ?; can be given several times",
         )
-    group.add_argument(
-        "--expand",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="let frames attend to their neighbours, or not: CLIP frame by frame (with a "
-        "checkpoint they do)",
-    )
     group.add_argument(
         "--window", type=int, default=1, help="frames in view on either side (%(default)s)"
     )
@@ -76,6 +70,19 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--device", default=None, help="such as cuda or cpu (a GPU if there is one)")
     group.add_argument("--amp", choices=_AMP, help="encode under autocast to this dtype")
+
+
+def _add_checkpoint_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--checkpoint", type=Path, metavar="FILE", help="fine-tuned weights, of any known family"
+    )
+    group.add_argument(
+        "--expand",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="let frames attend to their neighbours, or not: CLIP frame by frame (with a "
+        "checkpoint they do)",
+    )
 
 
 def add_frame_options(parser: argparse.ArgumentParser) -> None:

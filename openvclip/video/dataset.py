@@ -63,7 +63,8 @@ class VideoDataset(Dataset[tuple[Tensor, int] | VideoSample]):
     An item is ``(video, label)``, so that ``for video, label in loader`` is a training loop; with
     ``details=True`` it is a :class:`VideoSample` ``(video, label, position, error)``
     for evaluation.
-    ``video`` is ``[T, C, H, W]`` for ``views=1`` and ``[V, T, C, H, W]`` for more.
+    ``video`` is ``[T, C, H, W]`` for ``views=1`` and ``[V, T, C, H, W]`` for more. With a transform
+    of three crops it is ``[3V, T, C, H, W]``: each crop of a view is a view.
 
     A video that cannot be read is tried once more (``"dense"``: with another start). If that fails
     too, its place is taken
@@ -219,7 +220,8 @@ class VideoDataset(Dataset[tuple[Tensor, int] | VideoSample]):
         if self.transform is None:
             return clip
         if isinstance(self.transform, Transform):
-            return self.transform(clip, generator)
+            shown = self.transform(clip, generator)
+            return shown.flatten(0, 1) if shown.ndim > 5 else shown  # crops of a view are views
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(generator.initial_seed())
             return self.transform(clip)

@@ -219,7 +219,12 @@ def base_to_novel(
 
 
 def few_shot(
-    dataset: str, *, annotations: _Path, shots: int, seed: int = 1, videos: _Path | None = None
+    dataset: str,
+    *,
+    annotations: _Path,
+    shots: int | None,
+    seed: int = 1,
+    videos: _Path | None = None,
 ) -> FewShot:
     """``shots`` training videos of each class, the papers' 2, 4, 8 and 16; all test videos.
 
@@ -228,7 +233,7 @@ def few_shot(
     Args:
         dataset: ``"ucf101"`` or ``"hmdb51"``.
         annotations: see :func:`load`.
-        shots: training videos of each class.
+        shots: training videos of each class; all of them for ``None``.
         seed: the draw.
         videos: see :func:`load`.
 

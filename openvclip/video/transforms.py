@@ -41,6 +41,9 @@ class Transform:
         std: the channels are divided by it after that.
         hflip: whether ``"train"`` mirrors half of the clips.
         color_jitter: reach of brightness, contrast, saturation and hue in ``"train"``.
+        short_side: range of the frames' short side before the crop, pixels; ``None`` for the
+            transform's own.
+        crops: how many crops of a clip; more than one are an axis before T.
     """
 
     name: str
@@ -49,6 +52,8 @@ class Transform:
     std: tuple[float, ...] = CLIP_STD
     hflip: bool = True
     color_jitter: tuple[float, float, float, float] = Jitter()
+    short_side: tuple[int, int] | None = None
+    crops: int = 1
 
     @property
     def random(self) -> bool:
@@ -64,7 +69,8 @@ class Transform:
                 ``None``. Each clip ``[T, C, H, W]`` draws once: all its frames get the same crop.
 
         Returns:
-            float32 ``[..., T, C, size, size]`` on the device of ``video``.
+            float32 ``[..., T, C, size, size]`` on the device of ``video``; with three crops
+            ``[..., 3, T, C, size, size]``.
 
         Raises:
             VideoShapeError: another dtype or rank, not three channels, or an empty dimension.
@@ -73,7 +79,10 @@ class Transform:
         frames = video.flatten(0, -4)
         clips = torch.split(frames, video.shape[-4]) if self.random else (frames,)
         result = _join([_RECIPES[self.name](self, clip, generator) for clip in clips])
-        return result.reshape(*video.shape[:-2], self.size, self.size)
+        if self.crops == 1:
+            return result[0].reshape(*video.shape[:-2], self.size, self.size)
+        of_each: Tensor = result.unflatten(1, (-1, video.shape[-4])).transpose(0, 1)
+        return of_each.reshape(*video.shape[:-4], *of_each.shape[1:])
 
 
 def build(
@@ -84,6 +93,8 @@ def build(
     std: Sequence[float] = CLIP_STD,
     hflip: bool = True,
     color_jitter: float | Sequence[float] = 0.0,
+    short_side: int | Sequence[int] | None = None,
+    crops: int = 1,
 ) -> Transform:
     """Makes a transform from uint8 ``[..., T, C, H, W]`` to float32 of the same rank.
 
@@ -102,10 +113,15 @@ def build(
             ``[1 - color_jitter, 1 + color_jitter]``; or four numbers, of which the last is how far
             the hue turns, in parts of the circle up to 0.5. In random order, one draw for a clip.
             The paper uses colour jitter and does not say how strong.
+        short_side: short side of the frames before the crop, pixels, in place of those above; for
+            ``"train"`` also the two ends of a range. ViFi-CLIP's is 256 for crops of 224.
+        crops: 1, or 3: beside the centre the two ends of the longer side, for the 3 spatial crops
+            of multi-view testing. Not for ``"train"``.
 
     Raises:
         VideoOptionError: an unknown name, a size below 1, ``mean`` and ``std`` that do not fit,
-            a colour jitter below 0, of another length, or with a transform that is not random.
+            a colour jitter below 0, of another length, or with a transform that is not random; a
+            short side below ``size``, or another number of crops.
     """
     if name not in _RECIPES:
         known = ", ".join(map(repr, TRANSFORMS))
@@ -119,8 +135,28 @@ def build(
     jitter = _jitter(color_jitter)
     if any(jitter) and name != "train":
         raise VideoOptionError(f"color_jitter={color_jitter!r} with {name!r}: only for 'train'.")
+    if crops not in (1, 3) or (crops == 3 and name == "train"):
+        raise VideoOptionError(
+            f"crops={crops!r} with {name!r}: expected 1, or 3 where the crop is not drawn."
+        )
     moments = tuple(map(float, mean)), tuple(map(float, std))
-    return Transform(name, size, *moments, bool(hflip), jitter)
+    short = _short_side(short_side, size, name)
+    return Transform(name, size, *moments, bool(hflip), jitter, short, crops)
+
+
+def _short_side(given: int | Sequence[int] | None, size: int, name: str) -> tuple[int, int] | None:
+    if given is None:
+        return None
+    ends = [given] * 2 if isinstance(given, int) else list(given)
+    whole = all(isinstance(end, int) and not isinstance(end, bool) for end in ends)
+    if len(ends) != 2 or not whole or not size <= ends[0] <= ends[1]:
+        raise VideoOptionError(
+            f"short_side={given!r}: expected pixels, at least the size of the crop ({size}), or "
+            "the two ends of a range."
+        )
+    if ends[0] < ends[1] and name != "train":
+        raise VideoOptionError(f"short_side={given!r} with {name!r}: only 'train' draws one.")
+    return ends[0], ends[1]
 
 
 def _jitter(given: float | Sequence[float]) -> Jitter:
@@ -145,33 +181,33 @@ def _check(video: Tensor, channels: int) -> None:
 
 
 def _released(spec: Transform, clip: Tensor, generator: torch.Generator | None) -> Tensor:
-    height, width = _scaled(clip, spec.size)
-    top, left = math.ceil((height - spec.size) / 2), math.ceil((width - spec.size) / 2)
-    return _bilinear_crop(spec, clip, (height, width), (top, left))
+    scaled = _scaled(clip, _fixed_short(spec))
+    return _bilinear_crop(spec, clip, scaled, _corners(spec, scaled, math.ceil))
 
 
 def _train(spec: Transform, clip: Tensor, generator: torch.Generator | None) -> Tensor:
     scale, down, right, flip = torch.rand(4, generator=generator).tolist()
-    longest = round(spec.size * 8 / 7)
-    short = spec.size + min(int(scale * (longest - spec.size + 1)), longest - spec.size)
+    least, most = spec.short_side or (spec.size, round(spec.size * 8 / 7))
+    short = least + min(int(scale * (most - least + 1)), most - least)
     height, width = _scaled(clip, short)
     top = int(down * (height - spec.size + 1))
     left = int(right * (width - spec.size + 1))
     recolour = draw_jitter(Jitter(*spec.color_jitter), generator)
-    result = _bilinear_crop(spec, clip, (height, width), (top, left), recolour)
+    result = _bilinear_crop(spec, clip, (height, width), [(top, left)], recolour)
     return result.flip(-1) if spec.hflip and flip < 0.5 else result
 
 
 def _clip(spec: Transform, clip: Tensor, generator: torch.Generator | None) -> Tensor:
-    height, width = _scaled(clip, spec.size)
-    top, left = round((height - spec.size) / 2), round((width - spec.size) / 2)
+    scaled = _scaled(clip, _fixed_short(spec))
+    corners = _corners(spec, scaled, round)
     parts = []
     for frames in _chunks(clip):
-        small = _bicubic_8bit(frames, (height, width))
-        parts.append(_normalise(spec, _crop(small, spec.size, (top, left)).float()))
+        small = _bicubic_8bit(frames, scaled)
+        parts.append(_normalise(spec, _crops(small, spec.size, corners).float()))
     return _join(parts)
 
 
+# From the frames of one clip or many, ``[n, C, H, W]``, to the crops ``[crops, n, C, size, size]``.
 _RECIPES: dict[str, Callable[[Transform, Tensor, torch.Generator | None], Tensor]] = {
     "released": _released,
     "clip": _clip,
@@ -182,11 +218,28 @@ TRANSFORMS: tuple[str, ...] = tuple(_RECIPES)
 
 
 def _join(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
 
 
 def _chunks(clip: Tensor) -> Sequence[Tensor]:
     return torch.split(clip, max(1, _CHUNK // clip[0].numel()))
+
+
+def _fixed_short(spec: Transform) -> int:
+    return spec.size if spec.short_side is None else spec.short_side[0]
+
+
+def _corners(
+    spec: Transform, scaled: tuple[int, int], centre: Callable[[float], int]
+) -> list[tuple[int, int]]:
+    """Top and left of each crop: that in the middle, or also those at the ends of the long side."""
+    room = [side - spec.size for side in scaled]
+    middle = (centre(room[0] / 2), centre(room[1] / 2))
+    if spec.crops == 1:
+        return [middle]
+    if room[0] > room[1]:
+        return [(0, middle[1]), middle, (room[0], middle[1])]
+    return [(middle[0], 0), middle, (middle[0], room[1])]
 
 
 def _scaled(clip: Tensor, short: int) -> tuple[int, int]:
@@ -201,7 +254,7 @@ def _bilinear_crop(
     spec: Transform,
     clip: Tensor,
     scaled: tuple[int, int],
-    corner: tuple[int, int],
+    corners: Sequence[tuple[int, int]],
     recolour: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     # The released code normalises before it resizes. Bilinear weights sum to 1, so the order makes
@@ -213,7 +266,7 @@ def _bilinear_crop(
             pixels = functional.interpolate(
                 pixels, size=scaled, mode="bilinear", align_corners=False, antialias=False
             )
-        pixels = _crop(pixels, spec.size, corner)
+        pixels = _crops(pixels, spec.size, corners)
         parts.append(_normalise(spec, recolour(pixels) if recolour else pixels))
     return _join(parts)
 
@@ -230,9 +283,9 @@ def _bicubic_8bit(frames: Tensor, scaled: tuple[int, int]) -> Tensor:
     return small if small.dtype == torch.uint8 else small.round().clamp(0, 255)
 
 
-def _crop(pixels: Tensor, size: int, corner: tuple[int, int]) -> Tensor:
-    top, left = corner
-    return pixels[..., top : top + size, left : left + size]
+def _crops(pixels: Tensor, size: int, corners: Sequence[tuple[int, int]]) -> Tensor:
+    found = [pixels[..., top : top + size, left : left + size] for top, left in corners]
+    return found[0].unsqueeze(0) if len(found) == 1 else torch.stack(found)
 
 
 def _normalise(spec: Transform, pixels: Tensor) -> Tensor:

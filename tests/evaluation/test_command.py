@@ -297,6 +297,22 @@ def test_plain_clip_frame_by_frame(world: World, tmp_path: Path) -> None:
     torch.testing.assert_close(values[0, 0], expected)
 
 
+@torch.no_grad()
+def test_three_crops_of_each_view_count_as_views(world: World, tmp_path: Path) -> None:
+    crops = ["--crops", "3", "--short-side", "40"]
+    assert cli.main([*world.evaluate_flags(tmp_path / "out"), *crops]) == 0
+    stored = torch.cat([value for _, value in sorted(features(tmp_path / "out").items())])
+    model, _ = create_model()
+    whole = transforms.build("released", 40)  # the frames are square: they are whole here
+    for row, (path, _) in zip(stored[:, 0], world.samples, strict=True):
+        expected = torch.zeros_like(row)
+        for view in read_clip(world.folder / path, sampler="uniform", views=2):
+            for left in (0, 4, 8):
+                frames = model.encode_image(whole(view)[..., 4:36, left : left + 32])
+                expected += (frames / frames.norm(dim=-1, keepdim=True)).mean(dim=0)
+        torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_unreadable_videos_are_counted_on_the_screen(
     world: World, tmp_path: Path, capsys: Captured
 ) -> None:

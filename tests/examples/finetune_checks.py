@@ -27,9 +27,8 @@ from tests.examples.finetune_reference import (
     TINY,
     assert_close,
     batches,
-    classifier,
+    classifier_of,
     trained_by_hand,
-    vifi_classifier,
 )
 
 JOINT = batches(2, 4)
@@ -54,7 +53,7 @@ class Loader:
 def trained(
     ranks: Ranks, recipe: Recipe, run: Run, checkpoints: Checkpoints | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    given = vifi_classifier() if recipe.method == "vifi" else classifier()
+    given = classifier_of(recipe.method)
     if run.fsdp:
         give_scalars_an_axis(given.model)
     clip, swa = train(
@@ -135,9 +134,12 @@ def main(arguments: Sequence[str]) -> None:
         "data parallel, every=2": lambda: compare(ranks, "iwr", replace(plain, every=2)),
         "data parallel, l2": lambda: compare(ranks, "l2", plain),
         "data parallel, vifi": lambda: compare(ranks, "vifi", plain),
+        "data parallel, bridge": lambda: compare(ranks, "bridge", plain),
+        "data parallel, vita": lambda: compare(ranks, "vita", plain),
         "sharded": lambda: compare(ranks, "openvclip", sharded),
         "sharded, l2": lambda: compare(ranks, "l2", sharded),
         "sharded, vifi": lambda: compare(ranks, "vifi", sharded),
+        "sharded, vifi-image": lambda: compare(ranks, "vifi-image", sharded),
         "sharded, float16": lambda: compare(ranks, "swa", replace(sharded, amp=torch.float16)),
         "sharded, recomputed": lambda: compare(
             ranks, "openvclip", replace(sharded, checkpointing=True)

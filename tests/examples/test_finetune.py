@@ -13,14 +13,15 @@ from examples import finetune
 from examples.finetune import Recipe, Run, learning_rate, train
 from examples.parallel import save_memory
 from examples.run_log import LoaderWatch, Step
-from openvclip.errors import UnsupportedModelError, UsageError
+from openvclip.errors import PromptingError, UnsupportedModelError, UsageError
+from openvclip.prompting import VideoClassifier
 from tests.examples.finetune_reference import (
     TINY,
     assert_close,
     batches,
     classifier,
+    classifier_of,
     trained_by_hand,
-    vifi_classifier,
 )
 from tests.helpers import SHARED, snapshot
 
@@ -28,7 +29,7 @@ from tests.helpers import SHARED, snapshot
 @pytest.mark.parametrize("method", finetune.METHODS)
 def test_each_method_equals_algorithm_1_written_out(method: str) -> None:
     recipe = dataclasses.replace(TINY, method=method)
-    given = vifi_classifier() if method == "vifi" else classifier()
+    given = classifier_of(method)
     before = snapshot(given.model)
     clip, swa = train(given, batches(), 2, recipe)
     last, mean = trained_by_hand(recipe, batches())
@@ -55,6 +56,38 @@ def test_regularisation_at_every_second_step_and_a_narrow_interval() -> None:
     assert_close(snapshot(given.model), trained_by_hand(TINY, batches(3), every=2, low=0.5)[0])
     assert [step.alpha is None for step in steps] == [False, True] * 4 + [False]
     assert all(0.5 <= step.alpha <= 0.6 for step in steps if step.alpha is not None)
+
+
+def test_fewer_steps_than_epochs_have_and_other_betas() -> None:
+    run, steps = Run(betas=(0.5, 0.6), steps=7), list[Step]()
+    given, recipe = classifier(), dataclasses.replace(TINY, method="finetune", epochs=99)
+    train(given, batches(3), 3, recipe, run=run, on_step=steps.append)
+    expected = trained_by_hand(recipe, batches(3), betas=(0.5, 0.6), steps=7)[0]
+    assert_close(snapshot(given.model), expected)
+    assert [step.number for step in steps] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_texts_that_nothing_changes_are_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def encoded(method: str) -> int:
+        given, calls = classifier_of(method), list[int]()
+        made = VideoClassifier.text_features
+        with monkeypatch.context() as patch:
+            patch.setattr(VideoClassifier, "text_features", lambda s: calls.append(1) or made(s))
+            train(given, batches(), 2, dataclasses.replace(TINY, method=method))
+        return len(calls)
+
+    assert encoded("vifi-image") == 2  # once to see that nothing changes them
+    assert min(encoded("vifi-text"), encoded("bridge")) >= 6
+
+
+@pytest.mark.parametrize("method", ["bridge", "vita"])
+def test_prompts_are_trained_alone_and_have_to_be_there(method: str) -> None:
+    given = classifier_of(method)
+    clip, _ = train(given, batches(), 2, dataclasses.replace(TINY, method=method))
+    for name, value in given.model.state_dict().items():
+        assert torch.equal(value, clip[name]) != name.startswith("openvclip_prompts."), name
+    with pytest.raises(PromptingError, match="has no prompts"):
+        train(classifier(), batches(), 2, dataclasses.replace(TINY, method=method))
 
 
 # What PyTorch's compiler says of any layer whose input has a gradient.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from openvclip.checkpoints import load_checkpoint
 from openvclip.errors import AnnotationError, UsageError, VideoError
 from openvclip.ranks import Ranks
 from openvclip.video import VideoDataset, transforms
+from tests.examples.forked import started
 from tests.examples.tiny_videos import CLASSES, command, write_shards, write_videos
 from tests.helpers import REPO
 
@@ -121,18 +123,26 @@ def _write_tokenizer(folder: Path) -> None:
 
 
 def test_help_of_the_file_started_by_its_path(tmp_path: Path) -> None:
-    script = [sys.executable, str(REPO / "examples" / "finetune.py"), "--help"]
-    text = subprocess.run(
-        script, cwd=tmp_path, check=True, capture_output=True, text=True, env=_plain_environment()
-    ).stdout
+    with started(_start_by_path, str(tmp_path), ["--help"], log=tmp_path / "log") as process:
+        process.join(120)
+        text = (tmp_path / "log").read_text()
+        assert process.exitcode == 0, text
     for field in dataclasses.fields(Recipe):
         assert f"--{field.name.replace('_', '-')}" in text
     for group in ("model:", "recipe:", "devices and speed:", "output; the same command goes on"):
         assert f"\n{group}" in text
 
 
-def _plain_environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+def _start_by_path(folder: str, arguments: list[str]) -> None:
+    """``python .../examples/finetune.py`` in a folder from where ``examples`` is not found."""
+    os.chdir(folder)
+    script = REPO / "examples" / "finetune.py"
+    sys.path[:] = [str(script.parent), *(one for one in sys.path if one not in ("", str(REPO)))]
+    for name in [name for name in sys.modules if name.partition(".")[0] == "examples"]:
+        del sys.modules[name]
+    assert importlib.util.find_spec("examples") is None
+    sys.argv = [str(script), *arguments]
+    runpy.run_path(str(script), run_name="__main__")
 
 
 @pytest.mark.parametrize(

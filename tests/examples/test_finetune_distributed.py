@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ import torch
 
 from examples import finetune
 from openvclip.checkpoints import load_checkpoint
+from tests.examples import finetune_checks
+from tests.examples.forked import free_port, rendezvous, started
 from tests.examples.tiny_videos import command, write_videos
 from tests.helpers import REPO
 
@@ -37,13 +40,22 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    done = torchrun("-m", "tests.examples.finetune_checks", str(tmp_path))
+    port, logs = free_port(), [tmp_path / f"{rank}.log" for rank in range(2)]
+    with ExitStack() as stack:
+        processes = [
+            stack.enter_context(
+                started(finetune_checks.main, [str(tmp_path)], log=log, **rendezvous(rank, 2, port))
+            )
+            for rank, log in enumerate(logs)
+        ]
+        for process in processes:
+            process.join(LIMIT)
     for rank in range(2):
         file = tmp_path / f"{rank}.json"
         found = json.loads(file.read_text()) if file.exists() else {}
         failed = {name: text for name, text in found.items() if text != "passed"}
         assert not failed, f"process {rank}:\n" + "\n".join(failed.values())
-        assert len(found) == 12, done.stderr
+        assert len(found) == 15, logs[rank].read_text()
 
 
 def test_a_process_that_dies_ends_all_with_one_message_and_the_run_goes_on(tmp_path: Path) -> None:

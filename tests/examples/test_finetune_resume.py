@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import resource
 import signal
-import subprocess
-import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from examples.run_log import RunLog, Step
 from openvclip import InterpolatedWeightRegularizer, SWATracker
 from openvclip.checkpoints import load_checkpoint
 from openvclip.errors import CheckpointError
+from tests.examples.forked import started
 from tests.examples.tiny_videos import command, write_shards, write_videos
-from tests.helpers import REPO, Smooth, assert_same_state, cross_entropy, snapshot
+from tests.helpers import Smooth, assert_same_state, cross_entropy, snapshot
 
 FILES = ("finetuned", "averaged", "final")
 
@@ -57,7 +59,8 @@ def _lines(out: Path) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def _terminated_at(step: int) -> Iterator[None]:
+def terminated_at(step: int) -> Iterator[None]:
+    """A block in which SIGTERM comes to this process after a step."""
     told = RunLog.step
 
     def stop(log: RunLog, done: Step) -> None:
@@ -74,7 +77,7 @@ def _terminated_at(step: int) -> Iterator[None]:
 def test_ended_by_sigterm_twice_and_gone_on_with_other_workers(world: Path, kind: str) -> None:
     name, more = f"{kind}-again", _shards(world) if kind == "shards" else ()
     for step, workers in ((2, "0"), (4, "1")):
-        with _terminated_at(step), pytest.raises(SystemExit) as ended:
+        with terminated_at(step), pytest.raises(SystemExit) as ended:
             finetune.main(command(world, name, *more, "--workers", workers, files=kind == "files"))
         assert ended.value.code == 143
         # The signal comes after the step has asked for it: the run saves after the next one.
@@ -84,58 +87,42 @@ def test_ended_by_sigterm_twice_and_gone_on_with_other_workers(world: Path, kind
     assert len(list((world / name).glob("checkpoint*"))) == 2
 
 
-CHILD = """
-import signal, sys, time
-from examples import finetune
-from examples.run_log import RunLog
-
-told, arrived = RunLog.step, []
-
-def wait(log, step):
-    told(log, step)
-    if step.number == int(sys.argv[1]):
-        handler = signal.getsignal(signal.SIGTERM)
-        signal.signal(signal.SIGTERM, lambda *args: (arrived.append(True), handler(*args)))
-        print("waiting", flush=True)
-        while not arrived:
-            time.sleep(0.01)
-
-RunLog.step = wait
-finetune.main(sys.argv[2:])
-"""
-
-
-def test_the_whole_job_ended_then_killed_and_gone_on_with(world: Path) -> None:
+def test_the_whole_job_ended_then_killed_and_gone_on_with(world: Path, tmp_path: Path) -> None:
     arguments = command(world, "killed", "--save-every", "2", "--workers", "2")
-    assert _signalled_at(1, signal.SIGTERM, arguments) == 143
-    assert _signalled_at(5, signal.SIGKILL, arguments) == -signal.SIGKILL
+    assert _signalled_at(1, signal.SIGTERM, arguments, tmp_path / "log") == 143
+    assert _signalled_at(5, signal.SIGKILL, arguments, tmp_path / "log") == -signal.SIGKILL
     found = sorted(path.name for path in (world / "killed").glob("*.pt"))
     assert found == ["checkpoint-00000002.pt", "checkpoint-00000004.pt"]
     finetune.main(arguments)
     _assert_same_run(world, "files", "killed")
 
 
-def _signalled_at(step: int, number: int, arguments: list[str]) -> int:
+def _signalled_at(step: int, number: int, arguments: list[str], log: Path) -> int | None:
     """Start the trainer, send a signal to it and its workers after a step; its exit status."""
-    child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(step), *arguments],
-        cwd=REPO,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    assert child.stdout is not None
-    try:
-        for line in child.stdout:
-            if line.startswith("waiting"):
-                os.killpg(child.pid, number)
-        _, errors = child.communicate(timeout=120)
-    finally:
-        child.kill()
-    assert "Traceback" not in errors, errors
-    return child.returncode
+    ready, waiting = multiprocessing.Pipe(duplex=False)
+    with ready, waiting, started(_wait_after, step, arguments, waiting, log=log) as child:
+        assert ready.poll(120), log.read_text()
+        os.killpg(child.pid or 0, number)
+        child.join(120)
+        assert "Traceback" not in log.read_text(), log.read_text()
+        return child.exitcode
+
+
+def _wait_after(step: int, arguments: list[str], waiting: Connection) -> None:
+    """Run the trainer, and wait for a signal after a step."""
+    told, arrived = RunLog.step, list[bool]()
+
+    def wait(log: RunLog, done: Step) -> None:
+        told(log, done)
+        if done.number == step:
+            handler: Any = signal.getsignal(signal.SIGTERM)
+            signal.signal(signal.SIGTERM, lambda *args: (arrived.append(True), handler(*args)))
+            waiting.send(True)
+            while not arrived:
+                time.sleep(0.01)
+
+    RunLog.step = wait  # type: ignore[method-assign]
+    finetune.main(arguments)
 
 
 def test_settings_of_another_run_are_shown(world: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,11 +38,16 @@ def write_shards(folder: Path, videos: int, shards: int) -> str:
     return str(folder / f"part-{{000..{shards - 1:03d}}}.tar")
 
 
+def model_flags() -> list[str]:
+    """The tiny CLIP of the shapes world."""
+    return ["--model", f"{MODEL}", "--pretrained", f"{WEIGHTS}"]
+
+
 def command(folder: Path, out: str, *more: str, files: bool = True) -> list[str]:
     """Arguments of a run of 6 steps in 3 epochs: 2 videos at a time, 4 in a step."""
     data = ["--annotations", f"{folder / 'train.csv'}", "--root", f"{folder}"] if files else []
     return [
-        *("--model", f"{MODEL}", "--pretrained", f"{WEIGHTS}", "--device", "cpu", *data),
+        *(*model_flags(), "--device", "cpu", *data),
         *("--classes", f"{folder / 'classes.txt'}", "--out", f"{folder / out}"),
         *("--workers", "0", "--epochs", "3", "--warmup-epochs", "1", "--average-after", "1"),
         *("--batch-size", "4", "--per-device-batch", "2", "--frames", "3", "--sampling-rate", "3"),

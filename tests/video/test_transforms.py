@@ -264,3 +264,77 @@ def test_wrong_settings(arguments):
     with pytest.raises(VideoOptionError) as caught:
         transforms.build(**arguments)
     assert isinstance(caught.value, (OpenVCLIPError, ValueError))
+
+
+@pytest.mark.parametrize("shape", [(60, 90), (91, 60)])
+@pytest.mark.parametrize("name", ["released", "clip"])
+def test_three_crops_are_the_ends_and_the_middle_of_the_long_side(shape, name):
+    video = pixels(2, 4, 3, *shape)
+    found = transforms.build(name, 32, short_side=40, crops=3)(video)
+    assert found.shape == (2, 3, 4, 3, 32, 32)
+    alone = transforms.build(name, 32, short_side=40)(video)
+    assert torch.equal(found[:, 1], alone)
+    for clip, crops in zip(video, found, strict=True):
+        for frame, shown in zip(clip, crops.transpose(0, 1), strict=True):
+            whole = resized_whole(name, frame, 40)
+            across = shape[0] > shape[1]
+            short = (whole.shape[-1] if across else whole.shape[-2]) - 32
+            long = (whole.shape[-2] if across else whole.shape[-1]) - 32
+            for place, crop in zip((0, None, long), shown, strict=True):
+                if place is None:
+                    continue
+                top, left = (place, short // 2) if across else (short // 2, place)
+                expected = whole[..., top : top + 32, left : left + 32]
+                torch.testing.assert_close(crop, expected, atol=2e-5, rtol=0)
+
+
+def resized_whole(name, frame, short):
+    """A frame with its short side at ``short``, normalised and not cropped."""
+    height, width = frame.shape[-2:]
+    scaled = (
+        (math.floor(height / width * short), short)
+        if width < height
+        else (short, math.floor(width / height * short))
+    )
+    mode = "bilinear" if name == "released" else "bicubic"
+    whole = torch.nn.functional.interpolate(
+        frame[None] if name == "clip" else frame[None].float(),
+        size=scaled,
+        mode=mode,
+        antialias=name == "clip",
+        align_corners=False,
+    )[0].float()
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (transforms.CLIP_MEAN, transforms.CLIP_STD))
+    return (whole / 255 - mean) / std
+
+
+def test_a_short_side_of_ones_own():
+    video = pixels(3, 3, 80, 100)
+    whole = released_reference(video, 40)  # the whole height, the middle 40 of the width
+    found = transforms.build("released", 32, short_side=40)(video)
+    torch.testing.assert_close(found, whole[..., 4:36, 4:36], atol=2e-5, rtol=0)
+    fixed = transforms.build("train", 40, short_side=40, hflip=False)
+    places = {
+        tuple(fixed(video, torch.Generator().manual_seed(seed)).flatten()[:20].tolist())
+        for seed in range(150)
+    }
+    assert len(places) == 11  # 50 - 40 + 1 places in the width, the height has no room
+    same = transforms.build("train", 32, short_side=(32, 37))
+    usual = transforms.build("train", 32)
+    generators = [torch.Generator().manual_seed(5) for _ in range(2)]
+    assert torch.equal(same(video, generators[0]), usual(video, generators[1]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"name": "train", "crops": 3}, "crops=3 with 'train'"),
+        ({"name": "clip", "crops": 2}, "crops=2 with 'clip': expected 1, or 3"),
+        ({"name": "clip", "short_side": 200}, r"at least the size of the crop \(224\)"),
+        ({"name": "train", "short_side": (256, 230)}, "the two ends of a range"),
+        ({"name": "released", "short_side": (224, 256)}, "only 'train' draws one"),
+    ],
+)
+def test_crops_and_short_sides_that_do_not_fit(arguments, text):
+    with pytest.raises(VideoOptionError, match=text):
+        transforms.build(**arguments)

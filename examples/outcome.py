@@ -1,0 +1,85 @@
+"""What a run leaves: files of weights, or of prompts, and what they were measured to be worth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor, nn
+
+import openvclip
+from examples.checkpointing import load_whole
+from examples.validation import Validation
+from openvclip import prompting
+from openvclip.checkpoints import save_checkpoint
+from openvclip.distributed import full_state
+from openvclip.ranks import Ranks
+
+WEIGHTS = {
+    "finetuned": "the last weights",
+    "averaged": "the average of the weights along the run",
+    "final": "interpolated with the original CLIP: the weights to use",
+}
+"""The files of weights."""
+
+PROMPTS = {"prompts": "the prompts alone, for `openvclip.prompting.load`"}
+"""The file of a method that learns prompts."""
+
+
+def final_weights(
+    model: nn.Module, clip: dict[str, Tensor], swa: openvclip.SWATracker | None, lam: float
+) -> dict[str, Tensor]:
+    """Equation 10: CLIP interpolated with the average, or with the last weights without one."""
+    theta = swa.averaged_state_dict() if swa is not None else model.state_dict()
+    return openvclip.interpolate(clip, full_state(theta), lam)
+
+
+def leave_weights(
+    out: Path,
+    model: nn.Module,
+    clip: dict[str, Tensor],
+    swa: openvclip.SWATracker | None,
+    lam: float,
+    shapes: Mapping[str, Sequence[int]],
+    validation: Validation,
+    ranks: Ranks,
+) -> tuple[dict[str, str], dict[str, float]]:
+    """Write the last, the average and the final weights; the model has the final ones afterwards.
+
+    Args:
+        out: folder of the files, which the first process writes; all of them call this.
+        model: as training left it, whole or sharded.
+        clip: the original CLIP.
+        swa: the average, where the method averages.
+        lam: weight of ``clip`` in the final weights.
+        shapes: of the entries as the model had them before it was sharded.
+        validation: of the last and of the final weights.
+        ranks: the processes.
+
+    Returns:
+        What the folder holds, and the accuracies by name.
+    """
+    states = {"finetuned": full_state(model.state_dict())}
+    if swa is not None:
+        states["averaged"] = full_state(swa.averaged_state_dict())
+    states["final"] = final_weights(model, clip, swa, lam)
+    results = {f"{name}, last weights": value for name, value in validation.accuracy().items()}
+    load_whole(model, states["final"])
+    results |= {f"{name}, final weights": v for name, v in validation.accuracy().items()}
+    for name, weights in states.items() if ranks.first else ():
+        save_checkpoint(
+            {key: value.reshape(shapes[key]) for key, value in weights.items()},
+            out / f"{name}.safetensors",
+            metadata={"lambda": str(lam)} if name == "final" else None,
+        )
+    return {f"`{name}.safetensors`": WEIGHTS[name] for name in states}, results
+
+
+def leave_prompts(
+    out: Path, model: nn.Module, validation: Validation, ranks: Ranks
+) -> tuple[dict[str, str], dict[str, float]]:
+    """Write the prompts of a frozen model; arguments and results as :func:`leave_weights`."""
+    results = {f"{name}, last prompts": value for name, value in validation.accuracy().items()}
+    if ranks.first:
+        prompting.save(model, out / "prompts.safetensors")
+    return {f"`{name}.safetensors`": text for name, text in PROMPTS.items()}, results
