@@ -26,8 +26,9 @@ from openvclip.video.transforms import Transform
 def load_model(args: argparse.Namespace, device: torch.device) -> tuple[Any, Tokenizer, Transform]:
     """The original CLIP on its device, its tokenizer, and the pixels to train it on.
 
-    Its attention is expanded in time where the method asks for it. With ``--start-from`` it has
-    the weights of that file, which is then what the method takes for the original.
+    Its attention is expanded in time where the method asks for it, unless ``--frame-by-frame``.
+    With ``--start-from`` it has the weights of that file, which is then what the method takes for
+    the original.
     """
     if args.hf:
         from examples.hugging_face import load
@@ -38,7 +39,7 @@ def load_model(args: argparse.Namespace, device: torch.device) -> tuple[Any, Tok
         model, tokenizer, pixels = loaded.model, loaded.tokenizer, loaded.transform
     if args.start_from is not None:
         load_checkpoint(args.start_from, model)
-    if is_expanded(args.method):
+    if is_expanded(args.method) and not args.frame_by_frame:
         openvclip.expand_temporal_attention(model)
     pixels = transforms.build(
         "train",

@@ -83,6 +83,7 @@ def settings_of(args: argparse.Namespace, recipe: Recipe, run: Run) -> dict[str,
     amp = str(run.amp or "off").removeprefix("torch.")
     about = {"every": run.every, "alpha_min": run.alpha_min, "amp": amp, "fsdp": run.fsdp}
     about |= {"betas": list(run.betas), "steps": run.steps, "template": args.template}
+    about |= {"frame_by_frame": args.frame_by_frame}
     about |= {"start_from": None if args.start_from is None else str(args.start_from)}
     pixels = ("frames", "sampling_rate", "sampler", "short_side", "color_jitter", "backend")
     named = {name: getattr(args, name) for name in pixels}
@@ -232,6 +233,11 @@ def _add_recipe_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--alpha-min", type=float, default=0.0, help="lower end of alpha's interval (%(default)s)"
+    )
+    group.add_argument(
+        "--frame-by-frame",
+        action="store_true",
+        help="leave the attention as it is, within a frame (the curve CLIP of Figure 2)",
     )
     group.add_argument(
         "--betas", type=float, nargs=2, default=(0.9, 0.999), help="AdamW's (%(default)s)"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from openvclip.evaluation import Evaluation, evaluate_each
 from openvclip.interpolation import interpolate_into
-from openvclip.state import named_state, overwriting
+from openvclip.state import canonical_state, named_state, overwriting
 
 FIGURE_LAMBDAS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 """The weights of the original CLIP in Figures 2 and 3, from the fine-tuned end."""
@@ -34,7 +34,8 @@ def sweep(
             holds the CLIP as its ``model``. That is set to each interpolation in turn and has its
             own weights back, bitwise, at the end, also after an exception.
         theta_a: state dict of the original model, weighed by ``lam``.
-        theta_b: state dict of the fine-tuned model.
+        theta_b: state dict of the fine-tuned model. Either may be the model's own
+            ``state_dict()``, which is then copied.
         loader: as for :func:`openvclip.evaluation.evaluate`.
         lams: the weights to try.
         progress: show a progress bar; by default where the output is a terminal.
@@ -45,6 +46,7 @@ def sweep(
     """
     model = cast(nn.Module, classifier.model)
     live = [value.detach() for value in named_state(model).values()]
+    theta_a, theta_b = (_apart_from(live, theta) for theta in (theta_a, theta_b))
 
     def logits_at(lam: float, video: Tensor) -> Tensor:
         interpolate_into(model, theta_a, theta_b, lam)
@@ -55,3 +57,12 @@ def sweep(
     with overwriting(live):
         found = evaluate_each(variants, classifier, loader, progress, description)
     return dict(zip(lams, found, strict=True))
+
+
+def _apart_from(live: list[Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The entries, copied where they share memory with weights that will be overwritten."""
+    in_use = {value.untyped_storage().data_ptr() for value in live}
+    return {
+        name: value.clone() if value.untyped_storage().data_ptr() in in_use else value
+        for name, value in canonical_state(state).items()
+    }

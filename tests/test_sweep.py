@@ -58,6 +58,19 @@ def test_each_point_equals_its_own_evaluation_and_clips_are_read_once() -> None:
     assert len(predictions) > 1  # or the comparison above would say nothing
 
 
+@pytest.mark.parametrize("own", [0, 1])
+def test_an_end_may_be_the_models_own_state_dict(own: int) -> None:
+    classifier, loader = _classifier(), CountingLoader()
+    ends = _ends(classifier.model)
+    expected = sweep(classifier, *ends, loader, progress=False)
+    classifier.model.load_state_dict(ends[own])
+    given = list(ends)
+    given[own] = classifier.model.state_dict()
+    found = sweep(classifier, *given, loader, progress=False)
+    for lam, result in found.items():
+        assert torch.equal(result.ranks, expected[lam].ranks)
+
+
 def test_live_weights_are_back_bitwise_also_after_an_exception() -> None:
     classifier = _classifier()
     a, b = _ends(classifier.model)

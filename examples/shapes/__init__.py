@@ -7,6 +7,12 @@ build on each other in this order:
 - :mod:`examples.shapes.glyphs`, :mod:`examples.shapes.raster`, :mod:`examples.shapes.motion`,
   :mod:`examples.shapes.drawing`: from names to pixels;
 - :mod:`examples.shapes.clips`: the data set of H.264 files and its annotation lists;
-- :mod:`examples.shapes.model`, :mod:`examples.shapes.pretrain`: the tiny CLIP and the script that
-  makes its weights.
+- :mod:`examples.shapes.model`, :mod:`examples.shapes.pretrain`: the CLIPs, in three sizes, and the
+  script that makes their weights;
+- :mod:`examples.shapes.studies`, :mod:`examples.shapes.experiment`,
+  :mod:`examples.shapes.schedule`, :mod:`examples.shapes.run`: which runs there are, what a run
+  does, how several share the processes, and the command;
+- :mod:`examples.shapes.results`, :mod:`examples.shapes.statements`,
+  :mod:`examples.shapes.sections`, :mod:`examples.shapes.page`: the results file, what it says of
+  the paper's claims, and the page.
 """

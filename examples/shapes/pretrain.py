@@ -1,6 +1,9 @@
-"""Contrastive pretraining of the tiny CLIP on captioned stills that are drawn on the fly.
+"""Contrastive pretraining of the CLIPs on captioned stills that are drawn on the fly.
 
-``python -m examples.shapes.pretrain --out weights.safetensors`` makes the committed weights anew.
+``python -m examples.shapes.pretrain --out weights.safetensors`` makes the committed weights of the
+model of size "small" anew. The two other sizes, ``--backbone tiny`` and ``--backbone wider``, are
+image towers that learn to match its text tower, which stays as it is ("LiT" of Zhai et al., 2022,
+the other way round: there the image tower is locked); their files hold the image tower alone.
 """
 
 from __future__ import annotations
@@ -8,6 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +23,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from examples.shapes.drawing import draw_images
-from examples.shapes.model import Tokenizer, create_model, normalise
+from examples.shapes.model import (
+    BACKBONES,
+    Backbone,
+    Tokenizer,
+    create_model,
+    image_tower,
+    normalise,
+    text_tower,
+)
 from examples.shapes.world import ACTIONS, COLOURS, SHAPES, TEMPLATES, still_caption
 from openvclip.checkpoints import save_checkpoint
 
@@ -29,6 +41,9 @@ if TYPE_CHECKING:
 __all__ = ["caption_targets", "contrastive_loss", "pretrain", "still_accuracy"]
 
 Attributes = NDArray[np.int64]
+
+Texts = Callable[[list[str]], Tensor]
+"""Normalised features ``[B, D]`` of captions."""
 
 _COLOUR_NAMES = tuple(COLOURS)
 # Marks an attribute that a caption leaves out.
@@ -46,9 +61,13 @@ def pretrain(
     shapes: int = len(SHAPES),
     actions: int = len(ACTIONS),
     start: str | os.PathLike[str] | None = None,
+    backbone: Backbone = "small",
     progress: bool = True,
 ) -> tuple[CLIP, Tokenizer]:
-    """Train the tiny CLIP from scratch: AdamW, linear warm-up, cosine decay to zero.
+    """Train a CLIP: AdamW, linear warm-up, cosine decay to zero.
+
+    The model of size ``"small"`` is trained from scratch. With another backbone only the image
+    tower and the logit scale are, beside the text tower of the committed small one.
 
     Args:
         steps: number of optimizer steps.
@@ -60,6 +79,7 @@ def pretrain(
         shapes: draw only the first so many shapes: a smaller world, learnt faster.
         actions: draw only the first so many actions.
         start: a file of weights to start from, instead of random ones.
+        backbone: size of the image tower.
         progress: whether to show a progress bar.
 
     Returns:
@@ -67,7 +87,10 @@ def pretrain(
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    model, tokenizer = create_model(weights=start)
+    model, tokenizer = create_model(start, backbone=backbone)
+    texts = _trained_texts(model, tokenizer)
+    if backbone != "small":
+        texts = _locked_texts(model, tokenizer)
     model.train()
     optimizer = torch.optim.AdamW(
         _parameter_groups(model, weight_decay), lr=lr, betas=(0.9, 0.98), eps=1e-6, fused=True
@@ -80,7 +103,10 @@ def pretrain(
         drawn, said = _draw_attributes(batch_size, rng, shapes, actions)
         images = normalise(draw_images(drawn[:, 0], drawn[:, 2], drawn[:, 1], rng))
         loss = contrastive_loss(
-            model, images, tokenizer(_captions(said, rng)), caption_targets(drawn, said)
+            model.encode_image(images, normalize=True),
+            texts(_captions(said, rng)),
+            model.logit_scale.exp(),
+            caption_targets(drawn, said),
         )
         optimizer.zero_grad()
         loss.backward()
@@ -94,21 +120,21 @@ def pretrain(
     return model.eval(), tokenizer
 
 
-def contrastive_loss(model: CLIP, images: Tensor, tokens: Tensor, matches: Tensor) -> Tensor:
+def contrastive_loss(
+    image_features: Tensor, text_features: Tensor, scale: Tensor, matches: Tensor
+) -> Tensor:
     """Symmetric cross entropy over the images and captions of a batch, with several right answers.
 
     Args:
-        model: an open_clip model.
-        images: ``[B, 3, H, W]``.
-        tokens: ``[B, context_length]``.
+        image_features: of unit length, ``[B, D]``.
+        text_features: of unit length, ``[B, D]``.
+        scale: factor of the cosines, a scalar.
         matches: ``[B, B]``, true where caption (column) fits image (row); the diagonal is true.
 
     Returns:
         The mean of the two directions, a scalar.
     """
-    image_features = model.encode_image(images, normalize=True)
-    text_features = model.encode_text(tokens, normalize=True)
-    logits = model.logit_scale.exp() * image_features @ text_features.T
+    logits = scale * image_features @ text_features.T
     rows = matches / matches.sum(1, keepdim=True)
     columns = matches.T / matches.sum(0, keepdim=True).T
     return (F.cross_entropy(logits, rows) + F.cross_entropy(logits.T, columns)) / 2
@@ -171,6 +197,28 @@ def still_accuracy(
     }
 
 
+def _trained_texts(model: CLIP, tokenizer: Tokenizer) -> Texts:
+    return lambda captions: model.encode_text(tokenizer(captions), normalize=True)
+
+
+def _locked_texts(model: CLIP, tokenizer: Tokenizer) -> Texts:
+    """Give the model the committed text tower, frozen, whose features are made once a caption."""
+    locked = text_tower()
+    model.load_state_dict(locked, strict=False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in locked)
+    known: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def texts(captions: list[str]) -> Tensor:
+        new = list(dict.fromkeys(caption for caption in captions if caption not in known))
+        if new:
+            known.update(zip(new, model.encode_text(tokenizer(new), normalize=True), strict=True))
+        return torch.stack([known[caption] for caption in captions])
+
+    return texts
+
+
 def _draw_attributes(
     count: int, rng: np.random.Generator, shapes: int, actions: int
 ) -> tuple[Attributes, Attributes]:
@@ -196,6 +244,8 @@ def _parameter_groups(model: CLIP, weight_decay: float) -> list[dict[str, object
     decayed: list[Tensor] = []
     plain: list[Tensor] = []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         (plain if parameter.ndim < 2 or "embedding" in name else decayed).append(parameter)
     return [
         {"params": decayed, "weight_decay": weight_decay},
@@ -220,16 +270,23 @@ def main(argv: list[str] | None = None) -> None:
         required=True,
         help="file to write the weights to (safetensors, half precision)",
     )
+    parser.add_argument("--backbone", choices=BACKBONES, default="small")
     parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     model, tokenizer = pretrain(
-        steps=args.steps, batch_size=args.batch_size, lr=args.lr, seed=args.seed
+        steps=args.steps,
+        batch_size=args.batch_size,
+        lr=args.lr,
+        seed=args.seed,
+        backbone=args.backbone,
     )
-    save_checkpoint(model.state_dict(), args.out, dtype=torch.float16)
-    model, tokenizer = create_model(args.out)
+    state = model.state_dict()
+    kept = state if args.backbone == "small" else image_tower(state)
+    save_checkpoint(kept, args.out, dtype=torch.float16)
+    model, tokenizer = create_model(args.out, backbone=args.backbone)
     for kind, accuracy in still_accuracy(model, tokenizer).items():
         print(f"{kind:>6} accuracy on held-out stills: {accuracy:.1%}")
     print(f"wrote {args.out} ({args.out.stat().st_size / 1e6:.1f} MB)")

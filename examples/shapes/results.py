@@ -1,22 +1,31 @@
-"""The results file of the shapes world, and the table and figure made from it."""
+"""The results file, and what is read from it: accuracies of a study's rows, paired by seed."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from examples.shapes.experiment import Accuracies
+from examples.shapes.experiment import Accuracies, Outcome
+from examples.shapes.studies import MAIN, FineTune, Row, Study, Task
 from openvclip.checkpoints import atomic_path
 from openvclip.report import Curve, markdown_table, mean_and_std, tradeoff_figure
 
 Results = dict[str, Any]
-"""``{"settings": ..., "environment": ..., "seeds": {seed: {row: Accuracies}}}``"""
+"""``{"settings": ..., "environment": ..., "seeds": {seed: {run: Entry}}}``"""
 
-ROW_ORDER = ("CLIP", "FINE-TUNE", "L2", "IWR", "SWA", "Open-VCLIP")
+Entry = dict[str, Any]
+"""A run with a seed: ``definition``, ``rows`` (accuracies by weights, list and lambda),
+``seconds`` (of the whole run) and ``step_seconds`` (median)."""
+
+Numbers = NDArray[np.float64]
 
 
 def save_results(results: Results, path: Path) -> None:
@@ -41,66 +50,165 @@ def load_results(path: Path, settings: dict[str, Any]) -> Results:
     return results
 
 
-def rows(results: Results) -> list[str]:
-    """The rows that every seed has, in the order of the table."""
-    seeds = results["seeds"].values()
-    return [row for row in ROW_ORDER if all(row in seed for seed in seeds)]
+def require_definitions(results: Results, runs: list[FineTune], path: Path) -> None:
+    """Refuse results of runs that are now defined otherwise.
+
+    Raises:
+        FileExistsError: there are some.
+    """
+    for run in runs:
+        for entries in results["seeds"].values():
+            found = entries.get(run.name, {}).get("definition", run.definition())
+            if found != run.definition():
+                raise FileExistsError(
+                    f"{path} holds a run {run.name!r} of other settings: {found}, now "
+                    f"{run.definition()}. Give another --out, or remove that folder."
+                )
 
 
-def accuracies(results: Results, row: str, name: str) -> NDArray[np.float64]:
-    """Accuracies of a row on a list, ``[seeds, lambdas]``, in [0, 1]."""
-    seeds: list[dict[str, Accuracies]] = list(results["seeds"].values())
-    return np.array([list(seed[row][name].values()) for seed in seeds], dtype=np.float64)
+def entry_of(task: Task, outcome: Outcome) -> Entry:
+    """What the results file keeps of a run."""
+    return {
+        "definition": task.run.definition(),
+        "rows": outcome.accuracies,
+        "seconds": outcome.seconds,
+        "step_seconds": outcome.step_seconds,
+    }
 
 
-def lambdas(results: Results, row: str) -> list[float]:
-    """The lambdas of a row, in the order of the columns of :func:`accuracies`."""
-    first: dict[str, Accuracies] = next(iter(results["seeds"].values()))
-    return [float(lam) for lam in first[row]["seen_test"]]
+def holds(results: Results, task: Task) -> bool:
+    """Whether all that a task gives is there."""
+    entry = results["seeds"].get(str(task.seed), {}).get(task.run.name)
+    return entry is not None and set(task.ends) <= set(entry["rows"])
 
 
-def chosen_lambda(results: Results, row: str) -> float:
-    """The lambda of the best mean zero-shot accuracy on the *development* shapes."""
-    means = accuracies(results, row, "development").mean(axis=0)
-    return lambdas(results, row)[int(means.argmax())]
+def enter(results: Results, task: Task, entry: Entry) -> None:
+    """Put in what a task gave, beside other weights of the same run that were there."""
+    entries = results["seeds"].setdefault(str(task.seed), {})
+    rows = entries.get(task.run.name, {"rows": {}})["rows"] | entry["rows"]
+    entries[task.run.name] = {**entry, "rows": rows}
 
 
-def table(results: Results) -> str:
-    """Markdown: accuracies of each row at the fine-tuned end, half way, and at its chosen λ."""
+@dataclass(frozen=True)
+class Table:
+    """The rows of a study that have results, with the seeds that all of them have.
+
+    Attributes:
+        study: the study.
+        results: the results file.
+    """
+
+    study: Study
+    results: Results
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """The rows that have results, of whichever of the study's seeds."""
+        return [row for row in self.study.rows if self._seeds_of(row)]
+
+    @cached_property
+    def seeds(self) -> list[str]:
+        """The seeds that all these rows have."""
+        if not self.rows:
+            return []
+        first, *others = (self._seeds_of(row) for row in self.rows)
+        return [seed for seed in first if all(seed in seeds for seeds in others)]
+
+    def row(self, label: str) -> Row | None:
+        """The row of this label, None where it has no results."""
+        return next((row for row in self.rows if row.label == label), None)
+
+    def entries(self, row: Row) -> list[Entry]:
+        """The run of a row, by seed."""
+        return [self.results["seeds"][seed][row.run.name] for seed in self.seeds]
+
+    def lambdas(self, row: Row) -> list[float]:
+        """The lambdas of a row, in the order of the columns of :meth:`accuracies`."""
+        return [float(lam) for lam in self._accuracies(row)[0]["seen_test"]]
+
+    def accuracies(self, row: Row, name: str) -> Numbers:
+        """Accuracies of a row on a list, ``[seeds, lambdas]``, in [0, 1]."""
+        return np.array(
+            [list(found[name].values()) for found in self._accuracies(row)], dtype=np.float64
+        )
+
+    def at(self, row: Row, lam: float, name: str) -> Numbers:
+        """Accuracies of a row on a list at a lambda, ``[seeds]``; of CLIP, its only ones."""
+        lams = self.lambdas(row)
+        return self.accuracies(row, name)[:, lams.index(lam) if len(lams) > 1 else 0]
+
+    def chosen_lambda(self, row: Row) -> float:
+        """The lambda of the best mean zero-shot accuracy on the *development* shapes."""
+        means = self.accuracies(row, "development").mean(axis=0)
+        return self.lambdas(row)[int(means.argmax())]
+
+    def _accuracies(self, row: Row) -> list[Accuracies]:
+        return [entry["rows"][row.end] for entry in self.entries(row)]
+
+    def _seeds_of(self, row: Row) -> list[str]:
+        found = []
+        for seed in map(str, range(self.study.seeds)):
+            entry = self.results["seeds"].get(seed, {}).get(row.run.name)
+            if entry is not None and row.end in entry["rows"]:
+                found.append(seed)
+        return found
+
+
+def table(results: Results, study: Study = MAIN, *, seconds: bool = False) -> str:
+    """Markdown: accuracies of each row at the fine-tuned end, half way, and at its chosen λ.
+
+    Args:
+        results: the results file.
+        study: whose rows.
+        seconds: add a column with the seconds of a training step.
+    """
+    found = Table(study, results)
     header = ["method", "seen, λ=0", "unseen, λ=0", "seen, λ=0.5", "unseen, λ=0.5"]
     header += ["chosen λ", "seen", "unseen"]
-    return markdown_table(header, [_table_row(results, row) for row in rows(results)])
+    rows = [_table_row(found, row) for row in found.rows]
+    if seconds:
+        header.append("step, s")
+        for cells, row in zip(rows, found.rows, strict=True):
+            cells.append(f"{median(e['step_seconds'] for e in found.entries(row)):.2f}")
+    return markdown_table(header, rows)
 
 
-def _table_row(results: Results, row: str) -> list[str]:
-    if row == "CLIP":
-        return [row, "", "", "", "", "", *_cells(results, row, 1.0)]
-    best = chosen_lambda(results, row)
-    at = [_cells(results, row, lam) for lam in (0.0, 0.5, best)]
-    return [row, *at[0], *at[1], f"{best:g}", *at[2]]
+def _table_row(found: Table, row: Row) -> list[str]:
+    if not row.run.trained:
+        return [row.label, "", "", "", "", "", *_cells(found, row, 1.0)]
+    best = found.chosen_lambda(row)
+    at = [_cells(found, row, lam) for lam in (0.0, 0.5, best)]
+    return [row.label, *at[0], *at[1], f"{best:g}", *at[2]]
 
 
-def _cells(results: Results, row: str, lam: float) -> list[str]:
-    column = lambdas(results, row).index(lam)
-    return [
-        mean_and_std(accuracies(results, row, name)[:, column]) for name in ("seen_test", "unseen")
-    ]
+def _cells(found: Table, row: Row, lam: float) -> list[str]:
+    return [mean_and_std(found.at(row, lam, name)) for name in ("seen_test", "unseen")]
 
 
-def draw(results: Results, path: Path) -> None:
-    """The trade-off figure: unseen over seen accuracy along lambda, stars at the chosen lambda."""
+def draw(
+    found: Table, path: Path, names: Mapping[str, str] | None = None, *, title: str = "Shapes world"
+) -> None:
+    """The trade-off figure: unseen over seen accuracy along lambda, stars at the chosen lambda.
+
+    Args:
+        found: the rows.
+        path: the PNG to write.
+        names: the curves' names by the rows' labels, which they are by default.
+        title: what the figure shows.
+    """
     curves = []
-    for row in rows(results):
-        lams = lambdas(results, row)
-        seen, unseen = (accuracies(results, row, name) for name in ("seen_test", "unseen"))
-        chosen = None if row == "CLIP" else lams.index(chosen_lambda(results, row))
-        highlighted = row in ("FINE-TUNE", "Open-VCLIP")
-        curves.append(Curve(row, lams, seen, unseen, chosen, highlighted))
-    n = len(results["seeds"])
+    for row in found.rows:
+        lams = found.lambdas(row)
+        seen, unseen = (found.accuracies(row, name) for name in ("seen_test", "unseen"))
+        chosen = lams.index(found.chosen_lambda(row)) if row.run.trained else None
+        highlighted = row.label in ("FINE-TUNE", "Open-VCLIP")
+        name = (names or {}).get(row.label, row.label)
+        curves.append(Curve(name, lams, seen, unseen, chosen, highlighted))
+    n = len(found.seeds)
     tradeoff_figure(
         curves,
         path,
-        title=f"Shapes world, {n} seed{'s' if n > 1 else ''}; numbers are λ, stars the chosen λ",
+        title=f"{title}, {n} seed{'s' if n > 1 else ''}; numbers are λ, stars the chosen λ",
         closed_set_label="accuracy on clips of seen shapes (%)",
         zero_shot_label="accuracy on clips of unseen shapes (%)",
     )

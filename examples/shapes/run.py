@@ -3,6 +3,7 @@
 Draws H.264 clips, applies a tiny CLIP frame by frame, fine-tunes it on clips of 8 shapes with and
 without interpolated weight regularisation (IWR) and weight averaging (SWA), interpolates the
 results with the original CLIP, and evaluates on clips of 8 shapes that fine-tuning never saw.
+With --full it does all the studies of docs/shapes.md.
 """
 
 from __future__ import annotations
@@ -11,26 +12,31 @@ import argparse
 import os
 import platform
 import shlex
+import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import openvclip
 from examples.shapes import results as reporting
-from examples.shapes.experiment import LAMBDAS, ROWS, Experiment, Settings
+from examples.shapes.clips import make_clips
+from examples.shapes.experiment import LAMBDAS, Report, Settings, clips_folder, cost, perform
 from examples.shapes.model import create_model
-from examples.shapes.settings import FULL, QUICK, SMOKE
-from examples.shapes.world import class_names
+from examples.shapes.schedule import side_by_side
+from examples.shapes.settings import FULL, SMOKE
+from examples.shapes.studies import AVERAGE, MAIN, OPEN_VCLIP, QUICK, STUDIES, Study, Task, plan
 from openvclip.checkpoints import load_checkpoint, save_checkpoint
 
 AVERAGED = "openvclip-averaged.safetensors"
 FINAL = "openvclip-shapes.safetensors"
 FULL_TIME = (
-    "3 seeds, 3 runs each: about 16 minutes on 2 cores. Finished runs are kept if you stop it; the "
-    "same command goes on."
+    "All studies: less than 2 hours on 2 cores. What is done is kept if you stop it; the same "
+    "command goes on."
 )
 
 
@@ -43,80 +49,164 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=Path("shapes-out"), help="output folder")
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--full", action="store_true", help="3 seeds and all methods")
+    size.add_argument("--full", action="store_true", help="all studies, with 3 or 5 seeds each")
     size.add_argument("--smoke", action="store_true", help="a few steps, to see that all works")
-    parser.add_argument("--seeds", type=int, default=None, help="number of seeds")
-    return parser.parse_args(arguments)
+    names = [study.name for study in STUDIES]
+    parser.add_argument(
+        "--only", nargs="+", choices=names, metavar="STUDY", help=f"some of {', '.join(names)}"
+    )
+    parser.add_argument("--seeds", type=int, default=None, help="at most so many seeds")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="processes, of one thread each; by default one for each core",
+    )
+    args = parser.parse_args(arguments)
+    for name in ("seeds", "jobs"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise SystemExit(f"--{name} {value}: expected at least 1.")
+    return args
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the experiment, then write and print its results."""
     args = parse_arguments(arguments)
-    settings = SMOKE if args.smoke else FULL if args.full else QUICK
-    n_seeds = args.seeds if args.seeds is not None else (3 if args.full else 1)
-    if n_seeds < 1:
-        raise SystemExit(f"--seeds {n_seeds}: expected at least 1.")
-    if args.full:
-        print(FULL_TIME, flush=True)
     started = time.perf_counter()
-    results_path = args.out / "results.json"
+    if args.full and not args.only:
+        print(FULL_TIME, flush=True)
+    studies = studies_of(args)
     try:
-        results = reporting.load_results(results_path, recorded(settings))
-        results["environment"] = _environment()
-        for seed in range(n_seeds):
-            _run_seed(settings, seed, args.out, results, results_path)
+        results = run_studies(
+            SMOKE if args.smoke else FULL, studies, args.out, args.seeds, args.jobs
+        )
     except (openvclip.OpenVCLIPError, FileExistsError) as error:
         raise SystemExit(str(error)) from error
-    _report(results, args.out, time.perf_counter() - started)
+    except KeyboardInterrupt:
+        raise SystemExit("\nStopped. What is done is kept; the same command goes on.") from None
+    _report(results, studies, args.out, time.perf_counter() - started)
 
 
-def _run_seed(
-    settings: Settings, seed: int, out: Path, results: reporting.Results, results_path: Path
-) -> None:
-    """The runs of a seed that the results file does not hold yet, each saved as it comes."""
-    done = results["seeds"].setdefault(str(seed), {})
-    missing = [run for run in settings.runs if ROWS[run][0] not in done]
-    if not missing and "CLIP" in done:
+def studies_of(args: argparse.Namespace) -> list[Study]:
+    """The studies that the command line asks for."""
+    if args.only:
+        return [study for study in STUDIES if study.name in args.only]
+    return list(STUDIES) if args.full else [QUICK]
+
+
+def run_studies(
+    settings: Settings, studies: list[Study], out: Path, seeds: int | None, jobs: int
+) -> reporting.Results:
+    """Do what the results file in ``out`` lacks, and save each result there as it comes.
+
+    Raises:
+        FileExistsError: the folder holds results of other settings.
+        openvclip.OpenVCLIPError: a run failed.
+    """
+    path = out / "results.json"
+    tasks = plan(studies, seeds)
+    results = reporting.load_results(path, recorded(settings))
+    reporting.require_definitions(results, [task.run for task in tasks], path)
+    missing = [task for task in tasks if not reporting.holds(results, task)]
+    if not missing:
+        return results
+    results["environment"] = environment()
+    print(f"{len(missing)} of {len(tasks)} runs to do, {jobs} at a time", flush=True)
+    for seed in sorted({task.seed for task in missing}):
+        make_clips(clips_folder(out, seed), replace(settings.clips, seed=seed), workers=jobs)
+    work = partial(_perform, settings, out)
+    with Progress(settings, missing) as progress:
+        for task, entry in side_by_side(work, missing, jobs, progress.add, out / "log"):
+            reporting.enter(results, task, entry)
+            reporting.save_results(results, path)
+            progress.finished(task, entry)
+    return results
+
+
+def _perform(settings: Settings, out: Path, task: Task, report: Report) -> reporting.Entry:
+    """Do a task in a worker; the weights of the first seed stay there, as a file."""
+    outcome = perform(settings, task, out, report)
+    if task.run == OPEN_VCLIP and task.seed == 0:
+        save_checkpoint(outcome.weights[AVERAGE], out / AVERAGED)
+    return reporting.entry_of(task, outcome)
+
+
+class Progress:
+    """How far all runs together are: a bar on a terminal, and a line for each finished run.
+
+    Args:
+        settings: of the experiment.
+        tasks: all that are to be done.
+    """
+
+    def __init__(self, settings: Settings, tasks: list[Task]) -> None:
+        self.tasks, self.done = tasks, 0
+        self.total, self.passed = sum(cost(settings, task) for task in tasks), 0.0
+        self.started = time.perf_counter()
+        layout = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
+        self.bar = tqdm(total=self.total, desc="all runs", bar_format=layout, disable=None)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def add(self, clips: float) -> None:
+        """So many clips more have gone through a model."""
+        self.passed += clips
+        self.bar.update(clips)
+
+    def finished(self, task: Task, entry: reporting.Entry) -> None:
+        """A task is done."""
+        self.done += 1
+        text = f"{self.done} of {len(self.tasks)}: {task}, {entry['seconds']:.0f} s"
+        if self.passed > 0.01 * self.total:
+            left = (time.perf_counter() - self.started) * (self.total / self.passed - 1)
+            text += f"; about {max(left, 0) / 60:.0f} minutes to go"
+        self.bar.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+
+def _report(results: reporting.Results, studies: list[Study], out: Path, seconds: float) -> None:
+    found = reporting.Table(MAIN, results)
+    tables = [reporting.table(results, study) for study in studies]
+    (out / "table.md").write_text("\n\n".join(tables) + "\n")
+    for study, table in zip(studies, tables, strict=True):
+        print(f"\n{study.name}: top-1 accuracy in %, {_seeds(study, results)}:\n\n{table}")
+    print("\nλ weighs the original CLIP; it is chosen on clips of 8 further shapes (development).")
+    reporting.draw(found, out / "tradeoff.png")
+    written = ["table.md", "tradeoff.png", "results.json"]
+    open_vclip = found.row("Open-VCLIP")
+    if open_vclip is not None and (out / AVERAGED).exists():
+        _save_final(out, found.chosen_lambda(open_vclip))
+        written.append(FINAL)
+    for name in written:
+        print(f"wrote {out / name}")
+    print(f"done in {seconds / 60:.1f} minutes", end="")
+    if FINAL not in written:
+        print()
         return
-    print(f"seed {seed}: clips, then the runs {', '.join(missing)}", flush=True)
-    experiment = Experiment(settings, seed, out / "clips" / f"seed-{seed}")
-    if "CLIP" not in done:
-        done["CLIP"] = experiment.clip_accuracies()
-    for run in missing:
-        for row, (accuracies, theta) in experiment.run(run).items():
-            done[row] = accuracies
-            if row == "Open-VCLIP" and seed == 0:
-                save_checkpoint(theta, out / AVERAGED)
-        reporting.save_results(results, results_path)
+    clip = max((clips_folder(out, 0) / "videos").glob("*/unseen-*.mp4"))
+    command = ["python", "-m", "examples.shapes.predict", str(out / FINAL), str(clip)]
+    print(f"; try the model on a clip:\n  {shlex.join(command)}")
 
 
-def _report(results: reporting.Results, out: Path, seconds: float) -> None:
-    lam = reporting.chosen_lambda(results, "Open-VCLIP")
+def _save_final(out: Path, lam: float) -> None:
     clip = create_model()[0].state_dict()
     final = openvclip.interpolate(clip, load_checkpoint(out / AVERAGED), lam)
     metadata = {"model": "shapes-clip", "lambda": f"{lam:g}"}
     save_checkpoint(final, out / FINAL, dtype=torch.float16, metadata=metadata)
-    table = reporting.table(results)
-    (out / "table.md").write_text(table + "\n")
-    reporting.draw(results, out / "tradeoff.png")
-    print(f"\nTop-1 accuracy in %, {_describe(results)}:\n\n{table}\n")
-    print("λ weighs the original CLIP; it is chosen on clips of 8 further shapes (development).")
-    for name in ("tradeoff.png", "results.json", FINAL):
-        print(f"wrote {out / name}")
-    name = class_names("unseen")[-1]
-    clips = sorted((out / "clips" / "seed-0" / "videos" / name).glob("*.mp4"))
-    command = ["python", "-m", "examples.shapes.predict", str(out / FINAL), str(clips[0])]
-    print(f"done in {seconds / 60:.1f} minutes; try the model on a clip:\n  {shlex.join(command)}")
 
 
-def _describe(results: reporting.Results) -> str:
-    n = len(results["seeds"])
+def _seeds(study: Study, results: reporting.Results) -> str:
+    n = len(reporting.Table(study, results).seeds)
     return "1 seed" if n == 1 else f"mean ± standard deviation over {n} seeds"
 
 
 def recorded(settings: Settings) -> dict[str, object]:
     """The settings as the results file has them; results of others are not mixed with these."""
-    # Without the runs, so that --full continues what the quick mode has done.
     return {
         "clips": asdict(settings.clips),
         "recipe": asdict(settings.recipe),
@@ -124,11 +214,19 @@ def recorded(settings: Settings) -> dict[str, object]:
     }
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
+    """Versions of what computes, and the machine."""
     packages = ("openvclip", "torch", "open_clip_torch", "av", "numpy")
     found = {package: version(package) for package in packages}
-    machine = f"{platform.machine()}, {os.cpu_count()} cores"
+    machine = f"{_processor()}, {os.cpu_count()} cores"
     return {**found, "python": platform.python_version(), "machine": machine}
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 if __name__ == "__main__":

@@ -19,8 +19,5 @@ RECIPE = Recipe(
     l2_weight=0.01,
 )
 
-QUICK = Settings(ClipSettings(train=512, test=512), RECIPE)
-FULL = replace(QUICK, runs=("swa", "openvclip", "l2"))
-SMOKE = Settings(
-    ClipSettings(train=64, test=64), replace(RECIPE, epochs=2, average_after=1), QUICK.runs
-)
+FULL = Settings(ClipSettings(train=512, test=512), RECIPE)
+SMOKE = Settings(ClipSettings(train=64, test=16), replace(RECIPE, epochs=2, average_after=1))

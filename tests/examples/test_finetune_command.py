@@ -78,6 +78,23 @@ def test_vifi_trains_the_text_tower_on_frames_alone(world: Path) -> None:
     assert not (world / "vifi" / "averaged.safetensors").exists()
 
 
+def test_frame_by_frame_leaves_the_attention_as_it_is(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(model: torch.nn.Module) -> None:
+        raise AssertionError("expanded")
+
+    monkeypatch.setattr("openvclip.expand_temporal_attention", refuse)
+    arguments = command(world, "frames", "--method", "finetune", "--epochs", "1")
+    with pytest.raises(AssertionError, match="expanded"):
+        finetune.main(arguments)
+    finetune.main([*arguments, "--frame-by-frame"])
+    monkeypatch.undo()
+    with pytest.raises(SystemExit):
+        finetune.main(arguments)
+    assert "frame_by_frame: there True, now False" in capsys.readouterr().err
+
+
 def test_a_hugging_face_clip_keeps_its_names(world: Path) -> None:
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 

@@ -5,21 +5,34 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
+from multiprocessing import active_children
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from examples.shapes import predict, results, run
-from examples.shapes.settings import FULL
+from examples.shapes.results import Table
+from examples.shapes.studies import (
+    AVERAGE,
+    LAST,
+    MAIN,
+    OPEN_VCLIP,
+    ROW_OPEN_VCLIP,
+    Averaging,
+    Task,
+)
 from openvclip.checkpoints import load_checkpoint
 from tests.helpers import REPO
 
 
-def _fake_results() -> results.Results:
+def _made_results() -> results.Results:
     """Two seeds, three lambdas, numbers chosen so that each choice can be told by hand."""
 
     def row(shift: float) -> dict[str, dict[str, float]]:
@@ -31,28 +44,33 @@ def _fake_results() -> results.Results:
 
     clip = {name: {"1": 0.25} for name in ("seen_test", "development", "unseen")}
     seeds = {
-        str(seed): {"Open-VCLIP": row(0.1 * seed), "FINE-TUNE": row(0.0), "CLIP": clip}
+        str(seed): {
+            "openvclip": {"rows": {"average": row(0.1 * seed)}},
+            "finetune": {"rows": {"last": row(0.0)}},
+            "clip": {"rows": {"last": clip}},
+        }
         for seed in range(2)
     }
     return {"settings": {}, "environment": {}, "seeds": seeds}
 
 
 def test_lambda_is_chosen_on_development_shapes_alone() -> None:
-    found = _fake_results()
-    assert results.chosen_lambda(found, "Open-VCLIP") == 0.5  # unseen would say 0
-    for seed in found["seeds"].values():
-        seed["Open-VCLIP"]["development"]["0.8"] = 1.0
-    assert results.chosen_lambda(found, "Open-VCLIP") == 0.8
+    made = _made_results()
+    assert Table(MAIN, made).chosen_lambda(ROW_OPEN_VCLIP) == 0.5  # unseen would say 0
+    for seed in made["seeds"].values():
+        seed["openvclip"]["rows"]["average"]["development"]["0.8"] = 1.0
+    assert Table(MAIN, made).chosen_lambda(ROW_OPEN_VCLIP) == 0.8
 
 
 def test_table_by_hand() -> None:
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
-        for line in results.table(_fake_results()).splitlines()
+        for line in results.table(_made_results()).splitlines()
     ]
     assert rows[2] == ["CLIP", "", "", "", "", "", "25.0 ± 0.0", "25.0 ± 0.0"]
     half = ["50.0 ± 0.0", "45.0 ± 7.1"]
     assert rows[4] == ["Open-VCLIP", "65.0 ± 7.1", "90.0 ± 0.0", *half, "0.5", *half]
+    assert len(rows) == 5
 
 
 def test_results_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
@@ -63,14 +81,78 @@ def test_results_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
         results.load_results(path, {"a": 2})
 
 
+def test_results_of_a_run_that_was_another_are_not_mixed(tmp_path: Path) -> None:
+    found: results.Results = {"settings": {}, "seeds": {}}
+    task = Task(OPEN_VCLIP, 0, (AVERAGE,))
+    entry = {"definition": OPEN_VCLIP.definition(), "rows": {AVERAGE: {}}}
+    results.enter(found, task, entry)
+    results.require_definitions(found, [OPEN_VCLIP], tmp_path)
+    entry["definition"]["boundary"] = "mask"
+    with pytest.raises(FileExistsError, match=r"a run 'openvclip' of other settings.*'mask'"):
+        results.require_definitions(found, [OPEN_VCLIP], tmp_path)
+
+
+def test_a_task_is_done_when_all_its_weights_are_there() -> None:
+    found: results.Results = {"seeds": {"0": {"openvclip": {"rows": {LAST: {}, AVERAGE: {}}}}}}
+    assert results.holds(found, Task(OPEN_VCLIP, 0, (AVERAGE,)))
+    assert not results.holds(found, Task(OPEN_VCLIP, 0, (AVERAGE, Averaging(1, 0.25))))
+    assert not results.holds(found, Task(OPEN_VCLIP, 1, (AVERAGE,)))
+
+
+def test_other_weights_of_a_run_stay() -> None:
+    found: results.Results = {"seeds": {"0": {"openvclip": {"rows": {LAST: {"a": 1}}}}}}
+    task = Task(OPEN_VCLIP, 0, (AVERAGE,))
+    results.enter(found, task, {"rows": {AVERAGE: {"b": 2}}, "seconds": 5.0})
+    rows = {LAST: {"a": 1}, AVERAGE: {"b": 2}}
+    assert found["seeds"]["0"]["openvclip"] == {"rows": rows, "seconds": 5.0}
+
+
+def _started(out: Path, jobs: int) -> subprocess.Popen[str]:
+    """The command of the README at its smallest."""
+    flags = ["--smoke", "--jobs", str(jobs), "--out", str(out)]
+    command = [sys.executable, "-m", "examples.shapes", *flags]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=REPO)
+
+
+def _until(process: subprocess.Popen[str], beginning: str) -> None:
+    """Wait until the process has said a line with this beginning."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(beginning):
+            return
+    raise AssertionError(f"never said {beginning!r}: {process.communicate()[1]}")
+
+
+def _found(out: Path) -> dict[str, Any]:
+    """The runs in a results file, by name."""
+    runs: dict[str, Any] = json.loads((out / "results.json").read_text())["seeds"]["0"]
+    return runs
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The command of the README at its smallest, run as a user runs it."""
-    out = tmp_path_factory.mktemp("shapes") / "out"
-    command = [sys.executable, "-m", "examples.shapes", "--smoke", "--out", str(out)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=REPO)
-    assert done.returncode == 0, done.stderr
-    return out, done.stdout
+def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The folder of a run that was killed before its last result, and what it held."""
+    out = tmp_path_factory.mktemp("killed") / "out"
+    process = _started(out, jobs=1)
+    _until(process, "2 of 3")
+    process.kill()
+    # Its workers hold the other ends of the pipes: this waits until the last of them has gone.
+    process.communicate(timeout=120)
+    return out, _found(out)
+
+
+@pytest.fixture(scope="module")
+def finished(
+    killed: tuple[Path, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, str]:
+    """The folder of a run with two processes that nothing disturbed, and what it said."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    shutil.copytree(killed[0] / "clips", out / "clips")
+    process = _started(out, jobs=2)
+    said, errors = process.communicate(timeout=400)
+    assert process.returncode == 0, errors
+    return out, said
 
 
 def test_the_run_leaves_what_it_names(finished: tuple[Path, str]) -> None:
@@ -79,16 +161,59 @@ def test_the_run_leaves_what_it_names(finished: tuple[Path, str]) -> None:
         assert (out / name).is_file()
         assert name in text
     assert (out / "table.md").read_text() in text
-    found = json.loads((out / "results.json").read_text())
-    assert set(found["seeds"]["0"]) == {"CLIP", "FINE-TUNE", "SWA", "IWR", "Open-VCLIP"}
+    assert set(_found(out)) == {"clip", "finetune", "openvclip"}
     assert not list(out.rglob("*.tmp"))
+
+
+def test_ctrl_c_keeps_what_is_done(killed: tuple[Path, dict[str, Any]]) -> None:
+    out, before = killed
+    process = _started(out, jobs=2)
+    _until(process, "1 of 3 runs to do")
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert errors == "\nStopped. What is done is kept; the same command goes on.\n"
+    assert _found(out) == before
+
+
+def test_a_killed_run_goes_on_and_gives_the_same_as_two_processes_undisturbed(
+    killed: tuple[Path, dict[str, Any]], finished: tuple[Path, str]
+) -> None:
+    out, before = killed
+    process = _started(out, jobs=1)
+    said, errors = process.communicate(timeout=400)
+    assert process.returncode == 0, errors
+    assert "1 of 3 runs to do, 1 at a time" in said
+    after = _found(out)
+    assert set(before) == {"clip", "finetune"}
+    assert {name: after[name] for name in before} == before
+    other = _found(finished[0])
+    assert set(after) == set(other)
+    for name, entry in after.items():
+        assert entry["rows"] == other[name]["rows"]
+    same = load_checkpoint(finished[0] / run.AVERAGED)
+    for name, value in load_checkpoint(out / run.AVERAGED).items():
+        assert torch.equal(value, same[name])
+
+
+def test_an_error_in_a_worker_is_one_clear_message(
+    finished: tuple[Path, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished[0] / "clips", out / "clips")
+    broken = next((out / "clips").rglob("train-*.mp4"))
+    broken.write_bytes(b"")
+    with pytest.raises(SystemExit, match=r"seed 0 failed: RuntimeError: Unreadable clips"):
+        run.main(["--smoke", "--jobs", "1", "--out", str(out)])
+    assert not active_children()
 
 
 def test_final_weights_lie_between_clip_and_the_average(finished: tuple[Path, str]) -> None:
     from examples.shapes.model import create_model
 
     out, _ = finished
-    lam = results.chosen_lambda(json.loads((out / "results.json").read_text()), "Open-VCLIP")
+    found = Table(MAIN, json.loads((out / "results.json").read_text()))
+    lam = found.chosen_lambda(ROW_OPEN_VCLIP)
     final = load_checkpoint(out / "openvclip-shapes.safetensors")
     average, clip = load_checkpoint(out / run.AVERAGED), create_model()[0].state_dict()
     for name, value in final.items():
@@ -127,25 +252,14 @@ def test_prediction_of_a_broken_file_is_one_clear_line(
         predict.main([str(tmp_path / "no-weights"), str(tmp_path / "empty.mp4")])
 
 
-def test_zero_seeds_are_refused() -> None:
-    with pytest.raises(SystemExit, match="--seeds 0: expected at least 1"):
-        run.main(["--seeds", "0"])
-
-
-@pytest.mark.parametrize("page", ["README.md", "docs/shapes.md"])
-def test_published_table_is_that_of_the_published_results(page: str) -> None:
-    published = json.loads((REPO / "docs" / "assets" / "shapes-results.json").read_text())
-    assert len(published["seeds"]) == 3
-    assert f"<!-- table: shapes -->\n{results.table(published)}\n" in (REPO / page).read_text()
-
-
-def test_published_results_are_of_the_present_settings() -> None:
-    published = json.loads((REPO / "docs" / "assets" / "shapes-results.json").read_text())
-    assert published["settings"] == run.recorded(FULL)
+def test_nothing_to_do_is_refused() -> None:
+    for flag in ("--seeds", "--jobs"):
+        with pytest.raises(SystemExit, match=f"{flag} 0: expected at least 1"):
+            run.main([flag, "0"])
 
 
 def test_figure_is_drawn_from_results(tmp_path: Path) -> None:
-    results.draw(_fake_results(), tmp_path / "t.png")
+    results.draw(Table(MAIN, _made_results()), tmp_path / "t.png")
     from matplotlib.image import imread
 
     assert np.asarray(imread(tmp_path / "t.png")).std() > 0.05

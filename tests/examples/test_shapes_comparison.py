@@ -1,0 +1,566 @@
+"""The comparison of methods in the shapes world: data, training, resuming and its page."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+from examples import finetune
+from examples.recipe import Recipe
+from examples.shapes import comparison, comparison_methods, comparison_page
+from examples.shapes.clips import make_clips
+from examples.shapes.comparison_methods import Run
+from examples.shapes.comparison_settings import (
+    CANDIDATES,
+    FULL,
+    METHODS,
+    RATES,
+    SMOKE,
+    Family,
+    Setting,
+    Sizes,
+    Training,
+    base_and_novel,
+)
+from examples.shapes.comparison_table import ROWS, Comparison, harmonic_mean, step_ratio
+from examples.shapes.experiment import clips_folder
+from examples.shapes.model import create_model
+from examples.shapes.results import Results, save_results
+from examples.shapes.world import class_names
+from tests.helpers import REPO
+
+ASSETS = REPO / "docs" / "assets"
+
+
+def _clips(per_class: int, classes: int = 64, frames: int = 8) -> TensorDataset:
+    """A noisy picture for each class; labels as in the lists: every class once, then again."""
+    generator = torch.Generator().manual_seed(0)
+    label = torch.arange(classes).repeat(per_class)
+    pictures = torch.randn(classes, 1, 3, 4, 4, generator=generator).repeat_interleave(8, dim=-1)
+    noise = torch.randn(len(label), frames, 3, 32, 32, generator=generator)
+    return TensorDataset(pictures.repeat_interleave(8, dim=-2)[label] + 0.3 * noise, label)
+
+
+@pytest.fixture(scope="module")
+def data() -> dict[str, TensorDataset]:
+    few = _clips(2)
+    return dict.fromkeys(("train", "seen_test", "development", "unseen"), few)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cheap_models() -> Iterator[None]:
+    """Copies of one model in place of half a second for each."""
+    model, tokenizer = create_model()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comparison_methods, "create_model", lambda: (deepcopy(model), tokenizer))
+        yield
+
+
+@pytest.fixture(scope="module")
+def clip() -> dict[str, Tensor]:
+    return create_model()[0].state_dict()
+
+
+# What is learned from
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    counts=st.lists(st.integers(4, 9), min_size=1, max_size=6),
+    seed=st.integers(0, 1000),
+    order=st.randoms(use_true_random=False),
+)
+def test_shots_are_balanced_and_nested(counts: list[int], seed: int, order: Any) -> None:
+    labels = [label for label, count in enumerate(counts) for _ in range(count)]
+    order.shuffle(labels)
+    drawn = {n: comparison_methods.draw_shots(torch.tensor(labels), n, seed) for n in (1, 2, 4)}
+    for shots, chosen in drawn.items():
+        found = [labels[index] for index in chosen.tolist()]
+        assert all(found.count(label) == shots for label in range(len(counts)))
+        assert len(set(chosen.tolist())) == shots * len(counts)
+    assert set(drawn[1].tolist()) < set(drawn[2].tolist()) < set(drawn[4].tolist())
+
+
+def test_shots_are_drawn_by_the_seed() -> None:
+    labels = torch.arange(64).repeat(16)
+    draws = [comparison_methods.draw_shots(labels, 4, seed).tolist() for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
+    assert comparison_methods.draw_shots(labels, None, 0).tolist() == list(range(len(labels)))
+    with pytest.raises(ValueError, match="Class 0 has 16 clips, fewer than 17 shots"):
+        comparison_methods.draw_shots(labels, 17, 0)
+
+
+def test_base_and_novel_classes_are_the_seen_ones_divided_by_shape() -> None:
+    base, novel = base_and_novel()
+    assert not set(base) & set(novel)
+    assert set(base) | set(novel) == set(class_names("seen"))
+    assert {name.split()[0] for name in novel} == {"arrow", "bottle", "flower", "heart"}
+    assert len(base) == len(novel) == 32
+
+
+def test_clips_of_a_half_keep_their_class() -> None:
+    clips = _clips(2, frames=1)
+    names = class_names("seen")
+    for half in base_and_novel():
+        _, kept = comparison_methods.of_classes(clips, half)
+        expected = [
+            (video, half.index(names[label]))
+            for video, label in zip(clips.tensors[0], clips.tensors[1].tolist(), strict=True)
+            if names[label] in half
+        ]
+        torch.testing.assert_close(kept.tensors[0], torch.stack([v for v, _ in expected]))
+        assert kept.tensors[1].tolist() == [label for _, label in expected]
+
+
+def test_every_method_sees_the_same_batches(
+    data: dict[str, TensorDataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+
+    def fit(
+        classifier: Any, trained: Any, batches: Iterator[Any], steps: int, *_: Any, **__: Any
+    ) -> None:
+        seen.extend(next(batches)[0] for _ in range(steps))
+
+    monkeypatch.setattr(comparison_methods, "fit", fit)
+    setting = Setting(6, ("base",), shots=1, base=True)
+    found = []
+    for name in ("FINE-TUNE", "bridge and prompt", "Vita-CLIP"):
+        seen.clear()
+        Run(METHODS[name], setting, SMOKE, 3, data).learn()
+        found.append(torch.stack(seen))
+    assert all(torch.equal(found[0], other) for other in found[1:])
+    assert len(found[0]) == 6
+    assert not torch.equal(found[0][:2], found[0][2:4])  # 32 clips are 2 batches; then anew
+
+
+# Training
+
+
+@pytest.mark.parametrize("name", ["FINE-TUNE", "Open-VCLIP", "ViFi-CLIP"])
+def test_training_is_that_of_the_trainer(name: str, clip: dict[str, Tensor]) -> None:
+    """Where the trainer knows a method, the comparison's loop comes to the same weights."""
+    method, clips = METHODS[name], _clips(1, classes=16, frames=4)
+    batches = [clips[torch.arange(i, 16, 4)] for i in range(4)]
+    known = {"FINE-TUNE": "finetune", "Open-VCLIP": "openvclip", "ViFi-CLIP": "vifi"}[name]
+    recipe = Recipe(
+        method=known,
+        epochs=2,
+        warmup_epochs=0,
+        lr=1e-3,
+        end_lr=1e-5,
+        average_after=1,
+        averages_per_epoch=2,
+        seed=3,
+    )
+    states = []
+    for by_trainer in (True, False):
+        model, tokenizer = comparison_methods.create_model()
+        trained = comparison_methods.prepare(model, method)
+        names = class_names("seen")[:16]
+        classifier = comparison_methods.make_classifier(model, tokenizer, names, method)
+        if by_trainer:
+            loader = _Epochs([batches[:2], batches[2:]])
+            _, swa = finetune.train(classifier, loader, 2, recipe)
+        else:
+            swa = comparison_methods.fit(
+                classifier, trained, iter(batches), 4, recipe, method.regularised, lambda *_: None
+            )
+        states.append(model.state_dict() if swa is None else swa.averaged_state_dict())
+    moved, other = (torch.cat([(s[k] - clip[k]).flatten() for k in clip]) for s in states)
+    # Adam's steps have the sign of the gradient, which rounding may flip where it is almost zero.
+    assert (moved - other).norm() < 1e-2 * moved.norm()
+    assert moved.count_nonzero() > 300_000
+
+
+class _Epochs:
+    """A loader that gives other batches in each epoch."""
+
+    def __init__(self, epochs: list[list[Any]]) -> None:
+        self.epochs = iter(epochs)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(next(self.epochs))
+
+
+def _vita_sizes() -> dict[str, int]:
+    """Sizes of Vita-CLIP's parts by hand: 4 layers of width 96, 8 frames, text of width 64."""
+    projection = 4 * (96 * 96 + 96)
+    attention = 4 * (2 * 96 + 4 * (96 * 96 + 96))
+    return {
+        "global_prompts": 4 * 8 * 96,
+        "local_prompts": 4 * 8 * 96 + projection,
+        "summary_prompt": projection + attention,
+        "time_embedding": 8 * 96,
+        "text_prompts": 8 * 64,
+        "all": 2 * 4 * 8 * 96 + projection + attention + 8 * 96 + 8 * 64,
+    }
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_a_method_trains_its_own_part_and_no_other(
+    name: str, data: dict[str, TensorDataset], clip: dict[str, Tensor]
+) -> None:
+    method, steps = METHODS[name], replace(SMOKE, training=Training(batch_size=4))
+    run = Run(method, Setting(2, ("seen",), shots=1), steps, 0, data)
+    run.learn()
+    now = run.model.state_dict()
+    changed = {key for key in clip if not torch.equal(clip[key], now[key])}
+    image = {key for key in clip if key.startswith("visual.")}
+    # As the trainer and the releases have it: the token embedding stays.
+    text = {k for k in clip if not k.startswith(("visual.", "token_embedding", "logit", "attn"))}
+    scale = {"logit_scale"} if method.expanded or method.train == "both" else set()
+    own = {None: set(), "image": image, "text": text, "both": image | text}[method.train]
+    own |= scale if method.train else set()
+    assert changed <= own
+    assert len(changed) >= 0.9 * len(own)
+    expected = [sum(clip[key].numel() for key in own)] if own else []
+    if method.bridged:
+        expected.append(4 * 8 * 96 + 3 * 8 * 64)
+    if method.vita is not None:
+        parts = [part for part, value in method.vita.items() if value]
+        expected = [_vita_sizes()["all" if len(parts) > 1 else parts[0]]]
+    assert run.trained == expected
+    alive = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    assert method.family is None or alive == expected[-1]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(data: dict[str, TensorDataset]) -> None:
+    video, label = data["train"].tensors
+    broken = {**data, "train": TensorDataset(video * math.nan, label)}
+    with pytest.raises(FloatingPointError, match="loss is nan at step 1"):
+        Run(METHODS["FINE-TUNE"], Setting(1, ("seen",)), SMOKE, 0, broken).learn()
+
+
+def test_accuracies_along_lambda_begin_at_the_learned_weights_and_lead_to_clip(
+    data: dict[str, TensorDataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what the learned model says as the labels, against CLIP itself."""
+    monkeypatch.setattr(comparison_methods, "LAMBDAS", (0.0, 1.0))
+    method, names = METHODS["FINE-TUNE"], class_names("seen")
+    rates: dict[Family, float] = {**RATES, "fine-tune": 2e-2}
+    run = Run(method, Setting(2, ("seen",)), SMOKE, 0, data, rates)
+    run.learn()
+    clip, tokenizer = comparison_methods.create_model()
+    comparison_methods.prepare(clip, method)
+    video = data["seen_test"].tensors[0]
+    said = []
+    for model in (run.model, clip):
+        classifier = comparison_methods.make_classifier(model, tokenizer, names, method)
+        with torch.no_grad():
+            said.append(classifier(video).argmax(dim=1))
+    run.data = {**data, "seen_test": TensorDataset(video, said[0])}
+    found = run.result()["accuracy"]["seen"]
+    assert found["0"] == 1.0
+    assert found["1"] == pytest.approx((said[0] == said[1]).float().mean().item(), abs=1e-6)
+    assert found["1"] < 0.9
+
+
+# The command
+
+
+def _plain(results: Results) -> dict[str, Any]:
+    """The seeds' part of results without what depends on the clock."""
+    seeds: dict[str, Any] = deepcopy(results["seeds"])
+    for groups in seeds.values():
+        for runs in groups.values():
+            for run in runs.values():
+                del run["seconds"]
+    return seeds
+
+
+COMMAND = ["--smoke", "--seeds", "1", "--out"]
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Results]:
+    """The comparison at its smallest: killed after the first results, and then continued.
+
+    Returns its folder, and the results as the killed process left them.
+    """
+    out = tmp_path_factory.mktemp("comparison") / "out"
+    make_clips(clips_folder(out, 0), replace(SMOKE.clips, seed=0), workers=1, progress=False)
+    command = [sys.executable, "-m", "examples.shapes.comparison", *COMMAND, str(out)]
+    null = subprocess.DEVNULL
+    process = subprocess.Popen(command, cwd=REPO, stdout=null, stderr=null)
+    path = out / "results.json"
+    while process.poll() is None and not path.exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    before = json.loads(path.read_text())
+    threads = torch.get_num_threads()
+    try:
+        comparison.main([*COMMAND, str(out)])
+    finally:
+        torch.set_num_threads(threads)
+    return out, before
+
+
+def test_every_run_leaves_its_result(killed: tuple[Path, Results]) -> None:
+    found = json.loads((killed[0] / "results.json").read_text())
+    assert list(found["seeds"]["0"]) == ["closed-set and zero-shot", "base-to-novel", "1 shots"]
+    for setting, runs in found["seeds"]["0"].items():
+        assert list(runs) == list(SMOKE.methods)
+        tests = set(SMOKE.settings[setting].tests)
+        assert set(runs["CLIP"]["accuracy"]) == tests
+        assert set(runs["Open-VCLIP"]["accuracy"]) == tests | {"development"}
+        assert list(runs["Open-VCLIP"]["accuracy"]["development"]) == ["0", "0.3", "0.5", "0.7"]
+    assert not list(killed[0].glob("*.tmp"))
+
+
+def test_a_killed_comparison_goes_on_and_repeats_nothing(killed: tuple[Path, Results]) -> None:
+    out, before = killed
+    after = json.loads((out / "results.json").read_text())
+    kept = [(s, m) for s, runs in before["seeds"]["0"].items() for m in runs]
+    assert 0 < len(kept) < 12
+    for setting, method in kept:  # with the time that it took
+        assert after["seeds"]["0"][setting][method] == before["seeds"]["0"][setting][method]
+
+
+def test_a_run_is_the_same_in_any_process(killed: tuple[Path, Results]) -> None:
+    """So it does not matter what was run before it, or where the work was cut off."""
+    out, _ = killed
+    after = json.loads((out / "results.json").read_text())["seeds"]["0"]
+    job = comparison.Job(0, "base-to-novel", "Vita-CLIP", "base-to-novel", "Vita-CLIP")
+    again = comparison.run_job(job, SMOKE, out)
+    expected = after["base-to-novel"]["Vita-CLIP"]
+    assert again["loss"] == expected["loss"]
+    assert again["accuracy"] == expected["accuracy"]
+
+
+def test_tuning_tries_each_rate_with_the_best_of_the_families_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[tuple[str, dict[str, float]]] = []
+
+    def run_job(job: comparison.Job, *_: Any) -> dict[str, Any]:
+        rates = dict(job.rates)
+        tried.append((job.method, rates))
+        return _result({"seen": {"0": rates[job.group]}, "development": {"0": 0.0}})
+
+    monkeypatch.setattr(comparison, "run_job", run_job)
+    comparison.main(["--smoke", "--tune", "--out", str(tmp_path)])
+    best = {family: max(rates) for family, rates in CANDIDATES.items()}
+    assert comparison.best_rates(json.loads((tmp_path / "tuning.json").read_text())) == best
+    assert len(tried) == sum(map(len, CANDIDATES.values()))
+    assert [rates["vifi"] for method, rates in tried if method == "bridge and prompt"] == [
+        best["vifi"]
+    ] * len(CANDIDATES["vifi-prompts"])
+    comparison.main(["--smoke", "--tune", "--out", str(tmp_path)])
+    assert len(tried) == sum(map(len, CANDIDATES.values()))  # nothing was repeated
+
+
+def test_results_of_other_settings_are_refused(
+    killed: tuple[Path, Results], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(RATES, "vita", 1.0)
+    with pytest.raises(SystemExit, match="results of other settings"):
+        comparison.main([*COMMAND, str(killed[0])])
+
+
+@pytest.mark.parametrize("option", ["--seeds", "--jobs"])
+def test_counts_below_one_are_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        comparison.main([option, "0"])
+    assert f"{option} 0: expected at least 1" in capsys.readouterr().err
+
+
+# The page
+
+
+def _result(by_test: dict[str, dict[str, float]], seconds: float | None = 1.0) -> dict[str, Any]:
+    return {"accuracy": by_test, "trained": [10, 2000], "seconds": seconds, "loss": {}}
+
+
+def _made_up() -> Results:
+    """Two seeds with numbers chosen so that each choice can be told by hand."""
+    sizes = Sizes(
+        SMOKE.clips,
+        {
+            "closed-set and zero-shot": Setting(2, ("seen", "unseen")),
+            "base-to-novel": Setting(2, ("base", "novel"), shots=2, base=True),
+        },
+        methods=("CLIP", "FINE-TUNE", "Open-VCLIP"),
+    )
+    results: Results = {
+        "settings": comparison.recorded(sizes, rates=RATES),
+        "environment": {"machine": "abacus", "torch": "0"},
+        "seeds": {},
+    }
+    for seed, more in enumerate((0.0, 0.02)):
+        fine = {
+            "seen": {"0": 0.6 + more, "0.3": 0.5, "0.5": 0.4, "0.7": 0.3},
+            "unseen": {"0": 0.2, "0.3": 0.3, "0.5": 0.9, "0.7": 0.1},
+            "development": {"0": 0.2, "0.3": 0.5, "0.5": 0.4, "0.7": 0.3},
+        }
+        ours = deepcopy(fine)
+        ours["seen"]["0.3"] = 0.7 + 2 * more
+        halves = {"base": {"0": 0.5}, "novel": {"0": 0.25}}
+        results["seeds"][str(seed)] = {
+            "closed-set and zero-shot": {
+                "CLIP": _result({"seen": {"1": 0.2}, "unseen": {"1": 0.3 + more}}, None),
+                "FINE-TUNE": _result(fine, 2.0),
+                "Open-VCLIP": _result(ours, 3.0 + seed),
+            },
+            "base-to-novel": {"CLIP": _result(halves, None)},
+        }
+    return results
+
+
+def test_harmonic_mean_by_hand() -> None:
+    assert harmonic_mean(0.5, 0.25) == pytest.approx(1 / 3)
+    assert harmonic_mean(0.4, 0.4) == pytest.approx(0.4)
+    assert harmonic_mean(0.0, 0.9) == 0.0
+
+
+def test_lambda_is_chosen_on_development_shapes() -> None:
+    results = _made_up()
+    setting = "closed-set and zero-shot"
+    assert Comparison(results).chosen_lambda("FINE-TUNE", setting) == 0.3  # unseen would say 0.5
+    for groups in results["seeds"].values():
+        groups[setting]["FINE-TUNE"]["accuracy"]["development"]["0.7"] = 1.0
+    assert Comparison(results).chosen_lambda("FINE-TUNE", setting) == 0.7
+
+
+def _cells(table: str) -> dict[str, list[str]]:
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    return {line[0]: line[1:] for line in lines}
+
+
+def test_tables_by_hand() -> None:
+    found = Comparison(_made_up())
+    table = _cells(comparison_page.accuracy_table(found, found.quantities))
+    assert table["method"] == ["closed set", "zero-shot", "base", "novel", "harmonic mean"]
+    halves = ["50.0 ± 0.0", "25.0 ± 0.0", "33.3 ± 0.0"]
+    assert table["CLIP"] == ["20.0 ± 0.0", "31.0 ± 1.4", *halves]
+    assert table["FINE-TUNE"] == ["61.0 ± 1.4", "20.0 ± 0.0", "", "", ""]
+    assert table["FINE-TUNE, interpolated"][:2] == ["50.0 ± 0.0", "30.0 ± 0.0"]
+    assert table["Open-VCLIP"][:2] == ["72.0 ± 2.8", "30.0 ± 0.0"]
+    assert "ViFi-CLIP" not in table
+    lambdas = comparison_page.lambda_table(found).splitlines()
+    assert [line.split("|")[3].strip() for line in lambdas[2:6]] == [
+        "61.0",
+        "50.0*",
+        "40.0",
+        "30.0",
+    ]
+    assert step_ratio(TIMING, "Open-VCLIP") == 2.0  # of 2, 1.5 and 3
+    assert step_ratio(TIMING, "CLIP") is None
+
+
+def test_sentences_by_hand() -> None:
+    found = Comparison(_made_up())
+    lines = " ".join(comparison_page.differences(found).split())
+    # +50 and +54: the interval of two seeds is 12.7 standard errors of 2 points to each side
+    assert (
+        "*Open-VCLIP* against *CLIP*: clearly more: closed set +52.0; "
+        "no clear difference: zero-shot −1.0." in lines
+    )
+    assert (
+        "*Open-VCLIP* against *FINE-TUNE, interpolated*: "
+        "no clear difference: closed set +22.0, zero-shot +0.0." in lines
+    )
+    best = comparison_page.best_rows(found)
+    assert "**closed set**: the highest mean is *Open-VCLIP*'s, 72.0" in best
+    assert "**base**: the highest mean is *CLIP*'s, 50.0" in best
+
+
+def test_partial_results_say_what_is_missing() -> None:
+    results = _made_up()
+    del results["seeds"]["1"]["closed-set and zero-shot"]["FINE-TUNE"]
+    found = Comparison(results)
+    table = _cells(comparison_page.accuracy_table(found, found.quantities[:2]))
+    assert table["FINE-TUNE"] == ["60.0 (1)", "20.0 (1)"]
+    assert table["Open-VCLIP"] == ["72.0 ± 2.8", "30.0 ± 0.0"]
+    text = comparison_page.page(results, _tuning(), TIMING)
+    assert "**Not complete:** 7 of 12 runs of 2 seeds" in text
+
+
+TIMING: Results = {
+    "environment": {"machine": "abacus", "torch": "0"},
+    "seconds": {"FINE-TUNE": [1.0, 2.0, 1.0], "Open-VCLIP": [2.0, 3.0, 3.0]},
+}
+
+
+def _tuning() -> Results:
+    tried = {
+        f"{rate:g}": _result({"seen": {"0": rate}, "development": {"0": 0.01 / rate}})
+        for rate in (0.01, 0.2, 0.3)
+    }
+    settings = comparison.recorded(SMOKE)
+    return {"settings": settings, "environment": {}, "seeds": {"100": {"vita": tried}}}
+
+
+def test_the_best_learning_rate_has_the_highest_mean_of_both() -> None:
+    assert comparison.best_rates(_tuning()) == {"vita": 0.01}  # 0.01 + 1 against 0.3 + 0.03
+    tuning = _tuning()
+    tuning["seeds"]["100"]["vita"]["0.01"]["accuracy"]["development"]["0"] = 0.0
+    assert comparison.best_rates(tuning) == {"vita": 0.3}
+
+
+def test_the_page_is_made_from_a_run(killed: tuple[Path, Results], tmp_path: Path) -> None:
+    save_results(_tuning(), killed[0] / "tuning.json")
+    save_results(TIMING, killed[0] / "timing.json")
+    comparison_page.main([str(killed[0] / "results.json"), "--docs", str(tmp_path)])
+    text = (tmp_path / "comparison.md").read_text()
+    assert "**Not complete" not in text
+    for name in (*comparison_page.FILES.values(), comparison_page.FIGURE):
+        assert (tmp_path / "assets" / name).is_file()
+        assert f"assets/{name}" in text
+    rows = {row.label for row in ROWS if row.method in SMOKE.methods}
+    assert rows <= set(_cells(text))
+
+
+def test_the_methods_are_timed_in_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order = []
+
+    def learn(run: Run) -> None:
+        order.append(run.method)
+        run.seconds = [0.0, 2.0 + len(order), 99.0]
+
+    monkeypatch.setattr(Run, "learn", learn)
+    comparison.main(["--time", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "timing.json").read_text())
+    learning = [name for name, method in METHODS.items() if method.family is not None]
+    assert order == [METHODS[name] for name in learning] * 3
+    assert list(found["seconds"]) == learning
+    assert found["seconds"]["FINE-TUNE"] == [3.0, 3.0 + len(learning), 3.0 + 2 * len(learning)]
+
+
+def _published(name: str) -> Results:
+    found: Results = json.loads((ASSETS / comparison_page.FILES[name]).read_text())
+    return found
+
+
+def test_published_page_is_that_of_the_published_results() -> None:
+    page = comparison_page.page(*(_published(name) for name in comparison_page.FILES))
+    assert (REPO / "docs" / "comparison.md").read_text() == page
+
+
+def test_published_results_are_of_the_present_settings() -> None:
+    assert _published("results")["settings"] == comparison.recorded(FULL, rates=RATES)
+    assert _published("tuning")["settings"] == comparison.recorded(FULL)
+
+
+def test_the_learning_rates_are_the_best_of_those_that_were_tried() -> None:
+    tuning = _published("tuning")
+    assert comparison.best_rates(tuning) == RATES
+    tried = {family: list(runs) for family, runs in tuning["seeds"]["100"].items()}
+    assert tried == {family: [f"{r:g}" for r in rates] for family, rates in CANDIDATES.items()}
