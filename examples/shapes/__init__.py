@@ -14,5 +14,7 @@ build on each other in this order:
   does, how several share the processes, and the command;
 - :mod:`examples.shapes.results`, :mod:`examples.shapes.statements`,
   :mod:`examples.shapes.sections`, :mod:`examples.shapes.page`: the results file, what it says of
-  the paper's claims, and the page.
+  the paper's claims, and the page;
+- :mod:`examples.shapes.comparison` and the modules whose names begin like it: the same beside
+  ViFi-CLIP and Vita-CLIP.
 """

@@ -27,9 +27,8 @@ from examples.shapes.comparison_words import (
     over,
     protocol,
     rule,
-    wrapped,
 )
-from examples.shapes.results import Results, save_results
+from examples.shapes.results import Results, save_results, wrapped
 from examples.shapes.statements import Verdict
 from openvclip.checkpoints import atomic_path
 from openvclip.report import Curve, markdown_table, mean_and_std, tradeoff_figure

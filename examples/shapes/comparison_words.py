@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from textwrap import fill
-
 from examples.shapes.comparison_settings import Method, base_and_novel
-from examples.shapes.results import Results
+from examples.shapes.results import Results, wrapped
 from examples.shapes.world import TEMPLATES, class_names
-
-WIDTH = 118
 
 HEADING = """\
 <!-- written by python -m examples.shapes.comparison_page; edit that, not this -->
@@ -35,18 +31,6 @@ python -m examples.shapes.comparison --out comparison-out         # 3 seeds, goe
 python -m examples.shapes.comparison --time --out comparison-out  # the time of a step
 python -m examples.shapes.comparison_page comparison-out/results.json
 ```"""
-
-
-def wrapped(text: str, bullet: str = "") -> str:
-    """A paragraph or, with ``"- "``, an item of a list, in lines that can be read as plain text."""
-    return fill(
-        text,
-        WIDTH,
-        initial_indent=bullet,
-        subsequent_indent=" " * len(bullet),
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
 
 
 def over(seeds: int) -> str:

@@ -9,13 +9,12 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import textwrap
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from string import Template
 
-from examples.shapes.results import Results, Table, draw, save_results, table
+from examples.shapes.results import Results, Table, draw, save_results, table, wrapped
 from examples.shapes.sections import SECTIONS, Section
 from examples.shapes.statements import Claim, Difference, Verdict, judge
 from examples.shapes.studies import MAIN
@@ -39,9 +38,9 @@ def render(results: Results) -> str:
     template = Template(Path(__file__).with_name("page_template.md").read_text())
     return template.substitute(
         test=results["settings"]["clips"]["test"],
-        summary=_wrapped(_summary(results)),
+        summary=wrapped(_summary(results)),
         sections="\n\n".join(_section(section, results) for section in SECTIONS),
-        origin=_wrapped(_origin(results)),
+        origin=wrapped(_origin(results)),
     )
 
 
@@ -74,19 +73,19 @@ def _summary(results: Results) -> str:
 
 def _section(section: Section, results: Results) -> str:
     found = Table(section.study, results)
-    parts = [f"## {section.title}", _wrapped(section.text)]
+    parts = [f"## {section.title}", wrapped(section.text)]
     lines = [sentence(*pair) for pair in judged(section, results)]
     if section.default is not None:
         lines += _alternatives(section, section.default, found)
     if not lines:
         return "\n\n".join([*parts, "There are no results yet."])
-    parts.append(_wrapped(_seeds(found)))
+    parts.append(wrapped(_seeds(found)))
     if section.tabulated:
         text = table(results, section.study, seconds=section.seconds)
         parts.append(f"{MARKER}\n{text}" if section.study == MAIN else text)
     if section.figure is not None:
         parts.append(f"![Unseen over seen accuracy along λ](assets/{section.figure})")
-    parts.append("\n".join(_wrapped(line, "- ") for line in lines))
+    parts.append("\n".join(wrapped(line, "- ") for line in lines))
     return "\n\n".join(parts)
 
 
@@ -128,25 +127,14 @@ def _alternatives(section: Section, default: str, found: Table) -> Iterator[str]
 def _origin(results: Results) -> str:
     environment = results["environment"]
     entries = [entry for runs in results["seeds"].values() for entry in runs.values()]
-    hours = sum(entry["seconds"] for entry in entries) / 3600
+    hours = sum(entry["seconds"] or 0.0 for entry in entries) / 3600
     versions = ", ".join(f"{name} {environment[name]}" for name in environment if name != "machine")
     return (
         f"{len(entries)} runs, {hours:.1f} hours of one core in all "
         f"({environment.get('machine', 'machine unknown')}; {versions}). The accuracies at every "
         f"λ, run by run, are in [`{RESULTS.name}`](assets/{RESULTS.name}); seconds of a step are "
         "those of the processor, the median of a run's steps."
-    )
-
-
-def _wrapped(text: str, mark: str = "") -> str:
-    return textwrap.fill(
-        text,
-        118,
-        initial_indent=mark,
-        subsequent_indent=" " * len(mark),
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+    ) + "".join(f" {note}" for note in results.get("notes", []))
 
 
 def with_table(text: str, results: Results) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import median
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ Results = dict[str, Any]
 
 Entry = dict[str, Any]
 """A run with a seed: ``definition``, ``rows`` (accuracies by weights, list and lambda),
-``seconds`` (of the whole run) and ``step_seconds`` (median)."""
+``seconds`` (of the whole run) and ``step_seconds`` (median), None where they were not taken."""
 
 Numbers = NDArray[np.float64]
 
@@ -169,7 +170,8 @@ def table(results: Results, study: Study = MAIN, *, seconds: bool = False) -> st
     if seconds:
         header.append("step, s")
         for cells, row in zip(rows, found.rows, strict=True):
-            cells.append(f"{median(e['step_seconds'] for e in found.entries(row)):.2f}")
+            steps = [entry["step_seconds"] for entry in found.entries(row)]
+            cells.append(f"{median(step for step in steps if step is not None):.2f}")
     return markdown_table(header, rows)
 
 
@@ -211,4 +213,16 @@ def draw(
         title=f"{title}, {n} seed{'s' if n > 1 else ''}; numbers are λ, stars the chosen λ",
         closed_set_label="accuracy on clips of seen shapes (%)",
         zero_shot_label="accuracy on clips of unseen shapes (%)",
+    )
+
+
+def wrapped(text: str, bullet: str = "") -> str:
+    """A paragraph or, with ``"- "``, an item of a list, in lines that can be read as plain text."""
+    return fill(
+        text,
+        118,
+        initial_indent=bullet,
+        subsequent_indent=" " * len(bullet),
+        break_long_words=False,
+        break_on_hyphens=False,
     )

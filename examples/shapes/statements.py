@@ -136,8 +136,10 @@ def heights(found: Table, first: Row, second: Row) -> tuple[Numbers, Numbers]:
 
 
 def _height(seen: Numbers, unseen: Numbers, wanted: Numbers) -> float:
-    places = np.linspace(0, len(seen) - 1, 100 * (len(seen) - 1) + 1)
-    numbers = np.arange(len(seen))
-    x, y = np.interp(places, numbers, seen), np.interp(places, numbers, unseen)
-    reached = x[None, :] >= wanted[:, None] - 1e-9
-    return float(np.where(reached, y[None, :], -np.inf).max(axis=1).mean())
+    best = np.where(seen[None] >= wanted[:, None], unseen[None], -np.inf).max(axis=1)
+    for place in range(len(seen) - 1):  # where the line to the next point crosses
+        (here, there), (low, high) = seen[place : place + 2], unseen[place : place + 2]
+        crossed = (wanted > min(here, there)) & (wanted < max(here, there))
+        way = (wanted[crossed] - here) / (there - here)
+        best[crossed] = np.maximum(best[crossed], low + way * (high - low))
+    return float(best.mean())

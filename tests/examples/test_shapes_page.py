@@ -125,10 +125,10 @@ def test_the_best_of_several_rows_is_chosen_on_development_shapes() -> None:
 
 
 @settings(max_examples=10, deadline=None)
-@given(st.lists(st.floats(0, 1), min_size=12, max_size=12))
-def test_height_of_curves(numbers: list[float]) -> None:
-    """Against a slow walk along both curves in small steps."""
-    values = np.array(numbers).reshape(2, 2, 3)
+@given(st.lists(st.integers(0, 512), min_size=12, max_size=12))
+def test_height_of_curves(numbers: list[int]) -> None:
+    """Against a slow walk along both curves, of whose steps none is larger than 1/400 in x or y."""
+    values = np.array(numbers).reshape(2, 2, 3) / 512
     rows = {
         row: [{"seen_test": list(seen), "development": [0.0] * 3, "unseen": list(unseen)}]
         for row, (seen, unseen) in zip(
@@ -141,17 +141,22 @@ def test_height_of_curves(numbers: list[float]) -> None:
     assert ours is not None
     low = max(seen.min() for seen, _ in values)
     high = min(seen.max() for seen, _ in values)
-    expected = []
+    bounds = []
     for seen, unseen in values:
         walk = [
             (a * (1 - t) + b * t, c * (1 - t) + d * t)
             for a, b, c, d in zip(seen, seen[1:], unseen, unseen[1:], strict=False)
             for t in np.linspace(0, 1, 400)
         ]
-        wanted = np.linspace(min(low, high), high, 60)
-        best = [max(y for x, y in walk if x >= least - 2e-3) for least in wanted]
-        expected.append(np.mean(best))
-    np.testing.assert_allclose([h[0] for h in heights(found, plain, ours)], expected, atol=0.03)
+        wanted = np.linspace(min(low, high), high, 101)
+        bounds.append(
+            [
+                np.mean([max(y for x, y in walk if x >= least - slack) for least in wanted])
+                for slack in (0.0, 1 / 400 + 1e-9)
+            ]
+        )
+    for (height,), (least, most) in zip(heights(found, plain, ours), bounds, strict=True):
+        assert least - 1e-9 <= height <= most + 1 / 400 + 1e-9
 
 
 # The page
