@@ -1,8 +1,9 @@
 """The published recipes, as defaults of :mod:`examples.finetune` and :mod:`examples.accuracy`.
 
-Source: ``facts.json``, ``training``, ``vifi_clip`` and ``vita_clip``. What these leave open is as
-the releases have it: a cosine that ends at a hundredth of the learning rate (ViFi-CLIP) or at zero
-(Vita-CLIP), 16 frames in supervised training, and a batch of 64 from base to novel.
+Source: the papers (Weng et al., ICML 2023; Rasheed et al. and Wasim et al., CVPR 2023). What they
+leave open is as the releases have it: a cosine that ends at a hundredth of the learning rate
+(ViFi-CLIP) or at zero (Vita-CLIP), 16 frames in supervised training, and a batch of 64 from base
+to novel.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def read_clip(
         VideoOptionError: an unknown sampler or backend, or a number out of range.
         MissingDependencyError: PyAV is not installed, or torchcodec asked for and can't be loaded.
 
-    Source: ``facts.json``, ``released_sampler``.
+    Source: the released code of Open-VCLIP (PySlowFast's PyAV path).
     """
     check_options(num_frames, sampling_rate, target_fps, views, sampler)
     if backend not in BACKENDS:

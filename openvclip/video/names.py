@@ -1,7 +1,7 @@
 """The class names of the data sets that the papers use, and the rules that make them.
 
-Source: ``facts.json``, ``class_name_rules``; the three Kinetics-600 sets are those of Chen & Huang
-(ICCV 2021), 160 each of the 220 classes that Kinetics-600 adds to Kinetics-400.
+Source: the released code of Open-VCLIP; the three Kinetics-600 sets are those of Chen & Huang (ICCV
+2021), 160 each of the 220 classes that Kinetics-600 adds to Kinetics-400.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
 - ``kinetics600``: three sets of 160 classes that Kinetics-400 does not have, on the validation
   videos; mean and std of top-1 and top-5.
 
-Source: ``facts.json``, ``protocols`` and ``vifi_clip``; Section 4.1 of the Open-VCLIP paper.
+Source: Section 4.1 of the Open-VCLIP paper, and the released code of Open-VCLIP and ViFi-CLIP.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ def base_to_novel(
         ProtocolError: another data set, annotation files that are missing or incomplete, or a
             class with fewer videos than ``shots``.
 
-    Source: ``facts.json``, ``vifi_clip.base_to_novel``.
+    Source: ViFi-CLIP (Rasheed et al., CVPR 2023), whose released class lists follow the rule.
     """
     train, test = _first_split(dataset, annotations)
     names = train.class_names
@@ -240,7 +240,7 @@ def few_shot(
     Raises:
         ProtocolError: see :func:`base_to_novel`.
 
-    Source: ``facts.json``, ``vifi_clip.few_shot``.
+    Source: ViFi-CLIP (Rasheed et al., CVPR 2023).
     """
     train, test = _first_split(dataset, annotations)
     shown = _drawn(train._replace(name=f"{dataset}-few-shot-train"), shots, seed)

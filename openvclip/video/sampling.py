@@ -7,8 +7,8 @@ same choice written on a list of time stamps, for tests and for planning without
 Units: *ticks* are the stream's time base, *frames* are counted from 0.
 
 The names: ``"released"`` is what the released Open-VCLIP code does at test time (PySlowFast's PyAV
-path; ``facts.json``, ``released_sampler``), ``"dense"`` the same window at a random start (its
-training), ``"uniform"`` the centre of each of ``num_frames`` equal segments (ViFi-CLIP).
+path), ``"dense"`` the same window at a random start (its training), ``"uniform"`` the centre of
+each of ``num_frames`` equal segments (ViFi-CLIP).
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def plan(
     and its centre when it does not: the released code has both rules. In a stream that starts late
     views are placed from its first frame on; the released code places them from time 0.
 
-    Source: ``facts.json``, ``released_sampler`` and ``vifi_clip.sampling``.
+    Source: the released code of Open-VCLIP (PySlowFast's PyAV path) and of ViFi-CLIP (uniform).
     """
     check_options(num_frames, sampling_rate, target_fps, views, sampler)
     request = _Request(num_frames, sampling_rate, float(target_fps), views, generator)

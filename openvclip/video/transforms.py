@@ -3,7 +3,7 @@
 ``"released"`` is the test-time path of the released Open-VCLIP code, ``"clip"`` CLIP's own image
 preprocessing, ``"train"`` the released augmentation. Tensors stay on their device. No torchvision.
 
-Source: ``facts.json``, ``released_sampler.preprocess`` and ``training``.
+Source: the released code of Open-VCLIP, and Section 5.1.3 of its paper.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The protocols against facts.json, with the official annotation files as the source."""
+"""The protocols against the published counts, with the official annotation files as the source."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ def pixels(*shape, seed=0):
 
 
 def released_reference(video, size):
-    """facts.json word for word: /255, mean and std, bilinear short side, floor, centre crop."""
+    """Step by step as published: /255, mean and std, bilinear short side, floor, centre crop."""
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (transforms.CLIP_MEAN, transforms.CLIP_STD))
     frames = (video.float() / 255 - mean) / std
     height, width = frames.shape[-2:]
