@@ -21,6 +21,7 @@ from openvclip.video._stream import Stream, check_path, decoder_errors, require_
 __all__ = ["VideoCheck", "check_video", "check_videos"]
 
 _START_SECONDS = 300.0  # for a process to import PyTorch, from a slow disk
+_END_SECONDS = 30.0  # for a process that has hung up: the end of an interpreter takes a while
 
 
 class VideoCheck(NamedTuple):
@@ -194,7 +195,7 @@ class _Worker:
                 found: VideoCheck = connection.recv()
                 return found
         except (EOFError, OSError):
-            reason = f"the decoder crashed ({_ending(self._stop())})"
+            reason = f"the decoder crashed ({_ending(self._stop(_END_SECONDS))})"
         else:
             self._stop()
             reason = f"decoding took more than {self._timeout:g} seconds"
@@ -217,16 +218,16 @@ class _Worker:
         except (EOFError, OSError):
             pass
         raise UsageError(
-            f"A process that decodes videos did not start ({_ending(self._stop())}). In a script, "
-            'put what it runs under if __name__ == "__main__":.'
+            f"A process that decodes videos did not start ({_ending(self._stop(_END_SECONDS))}). "
+            'In a script, put what it runs under if __name__ == "__main__":.'
         )
 
-    def _stop(self) -> int | None:
-        """Ends the process; returns its exit status."""
+    def _stop(self, patience: float = 1.0) -> int | None:
+        """Ends the process, by force after ``patience`` seconds; returns its exit status."""
         if self._process is None or self._connection is None:
             return None
         self._connection.close()
-        self._process.join(1.0)
+        self._process.join(patience)
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
