@@ -17,7 +17,14 @@ from openvclip.distributed import (
     own_slices,
 )
 from openvclip.errors import StateMismatchError, UsageError
-from openvclip.state import canonical_state, common_dtype, mismatches, named_parameters, named_state
+from openvclip.state import (
+    canonical_state,
+    common_dtype,
+    memory_of,
+    mismatches,
+    named_parameters,
+    named_state,
+)
 
 _SAMPLES = 64  # values of an entry that go into a fingerprint
 
@@ -55,7 +62,7 @@ def take_anchor(
         )
     known = named_state(model)
     given = _fitting(known, trained, anchor, missing) if anchor is not None else known
-    in_use = {local(value).untyped_storage().data_ptr() for value in known.values()}
+    in_use = {memory_of(value) for value in known.values()}
     return {
         name: _anchored(given[name], parameter, in_use, device)
         for name, parameter in trained.items()
@@ -87,13 +94,15 @@ def _fitting(
 
 
 def _anchored(
-    value: Tensor, parameter: nn.Parameter, in_use: set[int], device: torch.device | None
+    value: Tensor,
+    parameter: nn.Parameter,
+    in_use: set[tuple[torch.device, int]],
+    device: torch.device | None,
 ) -> Tensor:
     part = local_like(value, parameter)
-    storage = part.untyped_storage()
     # model.state_dict() gives the live tensors: an anchor that shares their memory would move
     # along with the training and regularise nothing. A view of a whole tensor would keep it all.
-    copied = storage.data_ptr() in in_use or (is_sharded(parameter) and not is_sharded(value))
+    copied = memory_of(part) in in_use or (is_sharded(parameter) and not is_sharded(value))
     # An anchor that is wider than the parameter stays so, or theta~ would be rounded twice.
     dtype = common_dtype(part.dtype, parameter.dtype)
     return kept(part.to(dtype), device, local(parameter), copy=copied and part.dtype == dtype)

@@ -18,6 +18,7 @@ from openvclip.state import (
     compute_dtype,
     few,
     is_interpolable,
+    memory_of,
     named_state,
     require_match,
     witness,
@@ -172,12 +173,12 @@ def _reusable(
         )
     given = canonical_state(out, "out")
     require_match(b, given, "out is not the result of interpolating such models.", _HINT)
-    taken = {_memory(value) for state in (a, b) for value in state.values() if value.numel()}
+    taken = {memory_of(value) for state in (a, b) for value in state.values() if value.numel()}
     shared, unlike = [], []
     for name, value in given.items():
-        if value.numel() and _memory(value) in taken:
+        if value.numel() and memory_of(value) in taken:
             shared.append(name)
-        taken.add(_memory(value))
+        taken.add(memory_of(value))
         if is_interpolable(value) != is_interpolable(b[name]):
             unlike.append(name)
     if shared:
@@ -192,10 +193,6 @@ def _reusable(
             f"way round ({few(unlike)}). Give the result of an earlier call on such models."
         )
     return {name: given[name] for name in b}
-
-
-def _memory(value: Tensor) -> tuple[torch.device, int]:
-    return value.device, value.untyped_storage().data_ptr()
 
 
 @torch.no_grad()

@@ -139,6 +139,12 @@ def is_interpolable(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
+def memory_of(tensor: Tensor) -> tuple[torch.device, int]:
+    """Where this process keeps the tensor's values; the same for tensors that share memory."""
+    part = local(tensor)
+    return part.device, part.untyped_storage().data_ptr()
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype for arithmetic on weights stored as ``dtype``: never less than float32."""
     return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype

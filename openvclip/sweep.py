@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from openvclip.evaluation import Evaluation, evaluate_each
 from openvclip.interpolation import interpolate_into
-from openvclip.state import canonical_state, named_state, overwriting
+from openvclip.state import canonical_state, memory_of, named_state, overwriting
 
 FIGURE_LAMBDAS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 """The weights of the original CLIP in Figures 2 and 3, from the fine-tuned end."""
@@ -45,8 +45,10 @@ def sweep(
         The evaluation at each ``lam``.
     """
     model = cast(nn.Module, classifier.model)
-    live = [value.detach() for value in named_state(model).values()]
-    theta_a, theta_b = (_apart_from(live, theta) for theta in (theta_a, theta_b))
+    own = named_state(model)
+    live = [value.detach() for value in own.values()]
+    theta_a = _apart_from(own, canonical_state(theta_a, "theta_a", like=own))
+    theta_b = _apart_from(own, canonical_state(theta_b, "theta_b", like=own))
 
     def logits_at(lam: float, video: Tensor) -> Tensor:
         interpolate_into(model, theta_a, theta_b, lam)
@@ -59,10 +61,7 @@ def sweep(
     return dict(zip(lams, found, strict=True))
 
 
-def _apart_from(live: list[Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _apart_from(live: dict[str, Tensor], state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The entries, copied where they share memory with weights that will be overwritten."""
-    in_use = {value.untyped_storage().data_ptr() for value in live}
-    return {
-        name: value.clone() if value.untyped_storage().data_ptr() in in_use else value
-        for name, value in canonical_state(state).items()
-    }
+    in_use = {memory_of(value) for value in live.values()}
+    return {n: v.clone() if memory_of(v) in in_use else v for n, v in state.items()}

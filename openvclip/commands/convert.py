@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from openvclip.commands.outputs import DTYPES, require_free
-from openvclip.commands.types import Commands
+from openvclip.commands.types import Commands, add_allow_options
 from openvclip.errors import CheckpointError
 
 _CONVERT = """\
@@ -40,17 +40,7 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--dtype", choices=DTYPES, help="dtype to store floating-point weights in (as they are)"
     )
-    for what, meaning in (
-        ("missing", "that need not be in the file"),
-        ("unexpected", "to leave out of the result"),
-    ):
-        parser.add_argument(
-            f"--allow-{what}",
-            metavar="PATTERN",
-            action="append",
-            default=[],
-            help=f"names {meaning}, with * and ?; can be given several times",
-        )
+    add_allow_options(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace OUT where it exists")
     parser.set_defaults(run=_convert)
 

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
+from openvclip.commands.types import add_allow_options
 from openvclip.errors import UsageError
 
 if TYPE_CHECKING:
@@ -45,17 +46,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, checkpoint: bool = Tru
         _add_checkpoint_options(group)
     else:
         parser.set_defaults(checkpoint=None, expand=False)
-    for what, meaning in (
-        ("missing", "that need not be in the checkpoint"),
-        ("unexpected", "in the checkpoint to leave out"),
-    ):
-        group.add_argument(
-            f"--allow-{what}",
-            metavar="PATTERN",
-            action="append",
-            default=[],
-            help=f"names of weights {meaning}, with * and ?; can be given several times",
-        )
+    add_allow_options(group)
     group.add_argument(
         "--window", type=int, default=1, help="frames in view on either side (%(default)s)"
     )

@@ -1,4 +1,4 @@
-"""The comparison of methods in the shapes world: data, training, resuming and its page."""
+"""The comparison of methods in the shapes world: data, training, resuming."""
 
 from __future__ import annotations
 
@@ -28,24 +28,21 @@ from examples.shapes.clips import make_clips
 from examples.shapes.comparison_methods import Run
 from examples.shapes.comparison_settings import (
     CANDIDATES,
-    FULL,
     METHODS,
     RATES,
     SMOKE,
     Family,
     Setting,
-    Sizes,
     Training,
     base_and_novel,
 )
-from examples.shapes.comparison_table import ROWS, Comparison, harmonic_mean, step_ratio
+from examples.shapes.comparison_table import ROWS
 from examples.shapes.experiment import clips_folder
 from examples.shapes.model import create_model
 from examples.shapes.results import Results, save_results
 from examples.shapes.world import class_names
+from tests.examples.comparison_results import TIMING, cells, made_result, tuning_results
 from tests.helpers import REPO
-
-ASSETS = REPO / "docs" / "assets"
 
 
 def _clips(per_class: int, classes: int = 64, frames: int = 8) -> TensorDataset:
@@ -353,7 +350,7 @@ def test_tuning_tries_each_rate_with_the_best_of_the_families_before(
     def run_job(job: comparison.Job, *_: Any) -> dict[str, Any]:
         rates = dict(job.rates)
         tried.append((job.method, rates))
-        return _result({"seen": {"0": rates[job.group]}, "development": {"0": 0.0}})
+        return made_result({"seen": {"0": rates[job.group]}, "development": {"0": 0.0}})
 
     monkeypatch.setattr(comparison, "run_job", run_job)
     comparison.main(["--smoke", "--tune", "--out", str(tmp_path)])
@@ -382,141 +379,8 @@ def test_counts_below_one_are_refused(option: str, capsys: pytest.CaptureFixture
     assert f"{option} 0: expected at least 1" in capsys.readouterr().err
 
 
-# The page
-
-
-def _result(by_test: dict[str, dict[str, float]], seconds: float | None = 1.0) -> dict[str, Any]:
-    return {"accuracy": by_test, "trained": [10, 2000], "seconds": seconds, "loss": {}}
-
-
-def _made_up() -> Results:
-    """Two seeds with numbers chosen so that each choice can be told by hand."""
-    sizes = Sizes(
-        SMOKE.clips,
-        {
-            "closed-set and zero-shot": Setting(2, ("seen", "unseen")),
-            "base-to-novel": Setting(2, ("base", "novel"), shots=2, base=True),
-        },
-        methods=("CLIP", "FINE-TUNE", "Open-VCLIP"),
-    )
-    results: Results = {
-        "settings": comparison.recorded(sizes, rates=RATES),
-        "environment": {"machine": "abacus", "torch": "0"},
-        "seeds": {},
-    }
-    for seed, more in enumerate((0.0, 0.02)):
-        fine = {
-            "seen": {"0": 0.6 + more, "0.3": 0.5, "0.5": 0.4, "0.7": 0.3},
-            "unseen": {"0": 0.2, "0.3": 0.3, "0.5": 0.9, "0.7": 0.1},
-            "development": {"0": 0.2, "0.3": 0.5, "0.5": 0.4, "0.7": 0.3},
-        }
-        ours = deepcopy(fine)
-        ours["seen"]["0.3"] = 0.7 + 2 * more
-        halves = {"base": {"0": 0.5}, "novel": {"0": 0.25}}
-        results["seeds"][str(seed)] = {
-            "closed-set and zero-shot": {
-                "CLIP": _result({"seen": {"1": 0.2}, "unseen": {"1": 0.3 + more}}, None),
-                "FINE-TUNE": _result(fine, 2.0),
-                "Open-VCLIP": _result(ours, 3.0 + seed),
-            },
-            "base-to-novel": {"CLIP": _result(halves, None)},
-        }
-    return results
-
-
-def test_harmonic_mean_by_hand() -> None:
-    assert harmonic_mean(0.5, 0.25) == pytest.approx(1 / 3)
-    assert harmonic_mean(0.4, 0.4) == pytest.approx(0.4)
-    assert harmonic_mean(0.0, 0.9) == 0.0
-
-
-def test_lambda_is_chosen_on_development_shapes() -> None:
-    results = _made_up()
-    setting = "closed-set and zero-shot"
-    assert Comparison(results).chosen_lambda("FINE-TUNE", setting) == 0.3  # unseen would say 0.5
-    for groups in results["seeds"].values():
-        groups[setting]["FINE-TUNE"]["accuracy"]["development"]["0.7"] = 1.0
-    assert Comparison(results).chosen_lambda("FINE-TUNE", setting) == 0.7
-
-
-def _cells(table: str) -> dict[str, list[str]]:
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
-    return {line[0]: line[1:] for line in lines}
-
-
-def test_tables_by_hand() -> None:
-    found = Comparison(_made_up())
-    table = _cells(comparison_page.accuracy_table(found, found.quantities))
-    assert table["method"] == ["closed set", "zero-shot", "base", "novel", "harmonic mean"]
-    halves = ["50.0 ± 0.0", "25.0 ± 0.0", "33.3 ± 0.0"]
-    assert table["CLIP"] == ["20.0 ± 0.0", "31.0 ± 1.4", *halves]
-    assert table["FINE-TUNE"] == ["61.0 ± 1.4", "20.0 ± 0.0", "", "", ""]
-    assert table["FINE-TUNE, interpolated"][:2] == ["50.0 ± 0.0", "30.0 ± 0.0"]
-    assert table["Open-VCLIP"][:2] == ["72.0 ± 2.8", "30.0 ± 0.0"]
-    assert "ViFi-CLIP" not in table
-    lambdas = comparison_page.lambda_table(found).splitlines()
-    assert [line.split("|")[3].strip() for line in lambdas[2:6]] == [
-        "61.0",
-        "50.0*",
-        "40.0",
-        "30.0",
-    ]
-    assert step_ratio(TIMING, "Open-VCLIP") == 2.0  # of 2, 1.5 and 3
-    assert step_ratio(TIMING, "CLIP") is None
-
-
-def test_sentences_by_hand() -> None:
-    found = Comparison(_made_up())
-    lines = " ".join(comparison_page.differences(found).split())
-    # +50 and +54: the interval of two seeds is 12.7 standard errors of 2 points to each side
-    assert (
-        "*Open-VCLIP* against *CLIP*: clearly more: closed set +52.0; "
-        "no clear difference: zero-shot −1.0." in lines
-    )
-    assert (
-        "*Open-VCLIP* against *FINE-TUNE, interpolated*: "
-        "no clear difference: closed set +22.0, zero-shot +0.0." in lines
-    )
-    best = comparison_page.best_rows(found)
-    assert "**closed set**: the highest mean is *Open-VCLIP*'s, 72.0" in best
-    assert "**base**: the highest mean is *CLIP*'s, 50.0" in best
-
-
-def test_partial_results_say_what_is_missing() -> None:
-    results = _made_up()
-    del results["seeds"]["1"]["closed-set and zero-shot"]["FINE-TUNE"]
-    found = Comparison(results)
-    table = _cells(comparison_page.accuracy_table(found, found.quantities[:2]))
-    assert table["FINE-TUNE"] == ["60.0 (1)", "20.0 (1)"]
-    assert table["Open-VCLIP"] == ["72.0 ± 2.8", "30.0 ± 0.0"]
-    text = comparison_page.page(results, _tuning(), TIMING)
-    assert "**Not complete:** 7 of 12 runs of 2 seeds" in text
-
-
-TIMING: Results = {
-    "environment": {"machine": "abacus", "torch": "0"},
-    "seconds": {"FINE-TUNE": [1.0, 2.0, 1.0], "Open-VCLIP": [2.0, 3.0, 3.0]},
-}
-
-
-def _tuning() -> Results:
-    tried = {
-        f"{rate:g}": _result({"seen": {"0": rate}, "development": {"0": 0.01 / rate}})
-        for rate in (0.01, 0.2, 0.3)
-    }
-    settings = comparison.recorded(SMOKE)
-    return {"settings": settings, "environment": {}, "seeds": {"100": {"vita": tried}}}
-
-
-def test_the_best_learning_rate_has_the_highest_mean_of_both() -> None:
-    assert comparison.best_rates(_tuning()) == {"vita": 0.01}  # 0.01 + 1 against 0.3 + 0.03
-    tuning = _tuning()
-    tuning["seeds"]["100"]["vita"]["0.01"]["accuracy"]["development"]["0"] = 0.0
-    assert comparison.best_rates(tuning) == {"vita": 0.3}
-
-
 def test_the_page_is_made_from_a_run(killed: tuple[Path, Results], tmp_path: Path) -> None:
-    save_results(_tuning(), killed[0] / "tuning.json")
+    save_results(tuning_results(), killed[0] / "tuning.json")
     save_results(TIMING, killed[0] / "timing.json")
     comparison_page.main([str(killed[0] / "results.json"), "--docs", str(tmp_path)])
     text = (tmp_path / "comparison.md").read_text()
@@ -525,7 +389,7 @@ def test_the_page_is_made_from_a_run(killed: tuple[Path, Results], tmp_path: Pat
         assert (tmp_path / "assets" / name).is_file()
         assert f"assets/{name}" in text
     rows = {row.label for row in ROWS if row.method in SMOKE.methods}
-    assert rows <= set(_cells(text))
+    assert rows <= set(cells(text))
 
 
 def test_the_methods_are_timed_in_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -542,25 +406,3 @@ def test_the_methods_are_timed_in_turns(tmp_path: Path, monkeypatch: pytest.Monk
     assert order == [METHODS[name] for name in learning] * 3
     assert list(found["seconds"]) == learning
     assert found["seconds"]["FINE-TUNE"] == [3.0, 3.0 + len(learning), 3.0 + 2 * len(learning)]
-
-
-def _published(name: str) -> Results:
-    found: Results = json.loads((ASSETS / comparison_page.FILES[name]).read_text())
-    return found
-
-
-def test_published_page_is_that_of_the_published_results() -> None:
-    page = comparison_page.page(*(_published(name) for name in comparison_page.FILES))
-    assert (REPO / "docs" / "comparison.md").read_text() == page
-
-
-def test_published_results_are_of_the_present_settings() -> None:
-    assert _published("results")["settings"] == comparison.recorded(FULL, rates=RATES)
-    assert _published("tuning")["settings"] == comparison.recorded(FULL)
-
-
-def test_the_learning_rates_are_the_best_of_those_that_were_tried() -> None:
-    tuning = _published("tuning")
-    assert comparison.best_rates(tuning) == RATES
-    tried = {family: list(runs) for family, runs in tuning["seeds"]["100"].items()}
-    assert tried == {family: [f"{r:g}" for r in rates] for family, rates in CANDIDATES.items()}

@@ -1,0 +1,113 @@
+"""The page of the comparison, and what it says of made-up and of the published results."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from examples.shapes import comparison, comparison_page
+from examples.shapes.comparison_settings import (
+    CANDIDATES,
+    FULL,
+    RATES,
+)
+from examples.shapes.comparison_table import Comparison, harmonic_mean, step_ratio
+from examples.shapes.results import Results
+from tests.examples.comparison_results import TIMING, cells, made_up, tuning_results
+from tests.helpers import REPO
+
+ASSETS = REPO / "docs" / "assets"
+
+
+def test_harmonic_mean_by_hand() -> None:
+    assert harmonic_mean(0.5, 0.25) == pytest.approx(1 / 3)
+    assert harmonic_mean(0.4, 0.4) == pytest.approx(0.4)
+    assert harmonic_mean(0.0, 0.9) == 0.0
+
+
+def test_lambda_is_chosen_on_development_shapes() -> None:
+    results = made_up()
+    setting = "closed-set and zero-shot"
+    assert Comparison(results).chosen_lambda("FINE-TUNE", setting) == 0.3  # unseen would say 0.5
+    for groups in results["seeds"].values():
+        groups[setting]["FINE-TUNE"]["accuracy"]["development"]["0.7"] = 1.0
+    assert Comparison(results).chosen_lambda("FINE-TUNE", setting) == 0.7
+
+
+def test_tables_by_hand() -> None:
+    found = Comparison(made_up())
+    table = cells(comparison_page.accuracy_table(found, found.quantities))
+    assert table["method"] == ["closed set", "zero-shot", "base", "novel", "harmonic mean"]
+    halves = ["50.0 ± 0.0", "25.0 ± 0.0", "33.3 ± 0.0"]
+    assert table["CLIP"] == ["20.0 ± 0.0", "31.0 ± 1.4", *halves]
+    assert table["FINE-TUNE"] == ["61.0 ± 1.4", "20.0 ± 0.0", "", "", ""]
+    assert table["FINE-TUNE, interpolated"][:2] == ["50.0 ± 0.0", "30.0 ± 0.0"]
+    assert table["Open-VCLIP"][:2] == ["72.0 ± 2.8", "30.0 ± 0.0"]
+    assert "ViFi-CLIP" not in table
+    lambdas = comparison_page.lambda_table(found).splitlines()
+    assert [line.split("|")[3].strip() for line in lambdas[2:6]] == [
+        "61.0",
+        "50.0*",
+        "40.0",
+        "30.0",
+    ]
+    assert step_ratio(TIMING, "Open-VCLIP") == 2.0  # of 2, 1.5 and 3
+    assert step_ratio(TIMING, "CLIP") is None
+
+
+def test_sentences_by_hand() -> None:
+    found = Comparison(made_up())
+    lines = " ".join(comparison_page.differences(found).split())
+    # +50 and +54: the interval of two seeds is 12.7 standard errors of 2 points to each side
+    assert (
+        "*Open-VCLIP* against *CLIP*: clearly more: closed set +52.0; "
+        "no clear difference: zero-shot −1.0." in lines
+    )
+    assert (
+        "*Open-VCLIP* against *FINE-TUNE, interpolated*: "
+        "no clear difference: closed set +22.0, zero-shot +0.0." in lines
+    )
+    best = comparison_page.best_rows(found)
+    assert "**closed set**: the highest mean is *Open-VCLIP*'s, 72.0" in best
+    assert "**base**: the highest mean is *CLIP*'s, 50.0" in best
+
+
+def test_partial_results_say_what_is_missing() -> None:
+    results = made_up()
+    del results["seeds"]["1"]["closed-set and zero-shot"]["FINE-TUNE"]
+    found = Comparison(results)
+    table = cells(comparison_page.accuracy_table(found, found.quantities[:2]))
+    assert table["FINE-TUNE"] == ["60.0 (1)", "20.0 (1)"]
+    assert table["Open-VCLIP"] == ["72.0 ± 2.8", "30.0 ± 0.0"]
+    text = comparison_page.page(results, tuning_results(), TIMING)
+    assert "**Not complete:** 7 of 12 runs of 2 seeds" in text
+
+
+def test_the_best_learning_rate_has_the_highest_mean_of_both() -> None:
+    assert comparison.best_rates(tuning_results()) == {"vita": 0.01}  # 0.01 + 1 against 0.3 + 0.03
+    tuning = tuning_results()
+    tuning["seeds"]["100"]["vita"]["0.01"]["accuracy"]["development"]["0"] = 0.0
+    assert comparison.best_rates(tuning) == {"vita": 0.3}
+
+
+def _published(name: str) -> Results:
+    found: Results = json.loads((ASSETS / comparison_page.FILES[name]).read_text())
+    return found
+
+
+def test_published_page_is_that_of_the_published_results() -> None:
+    page = comparison_page.page(*(_published(name) for name in comparison_page.FILES))
+    assert (REPO / "docs" / "comparison.md").read_text() == page
+
+
+def test_published_results_are_of_the_present_settings() -> None:
+    assert _published("results")["settings"] == comparison.recorded(FULL, rates=RATES)
+    assert _published("tuning")["settings"] == comparison.recorded(FULL)
+
+
+def test_the_learning_rates_are_the_best_of_those_that_were_tried() -> None:
+    tuning = _published("tuning")
+    assert comparison.best_rates(tuning) == RATES
+    tried = {family: list(runs) for family, runs in tuning["seeds"]["100"].items()}
+    assert tried == {family: [f"{r:g}" for r in rates] for family, rates in CANDIDATES.items()}
