@@ -21,9 +21,8 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -46,31 +45,18 @@ from examples.methods import (
     choose_trained,
     make_classifier,
     make_optimizer,
+    make_tracker,
     text_made_once,
 )
 from examples.model_card import ModelCard
-from examples.outcome import final_weights, leave_prompts, leave_weights
-from examples.parallel import agree, give_scalars_an_axis, processes, save_memory, wrap
-from examples.recipe import METHODS, PROMPTED, Recipe, Run, learning_rate, total_steps
+from examples.outcome import leave_prompts, leave_weights
+from examples.parallel import agree, give_scalars_an_axis, loss_error, processes, save_memory, wrap
+from examples.recipe import PROMPTED, Recipe, Run, learning_rate, total_steps
 from examples.run_log import RunLog, Step
 from examples.validation import Validation
-from examples.video_batches import seed_of
+from examples.video_batches import seed_of, steps_of_run
 from openvclip.distributed import no_sync
-from openvclip.errors import UsageError
 from openvclip.ranks import Ranks
-
-__all__ = [
-    "METHODS",
-    "Recipe",
-    "Run",
-    "choose_trained",
-    "final_weights",
-    "learning_rate",
-    "main",
-    "make_optimizer",
-    "parse_arguments",
-    "train",
-]
 
 
 def train(
@@ -130,7 +116,7 @@ def train(
     )
     warmup = recipe.warmup_epochs * steps_per_epoch
     total = total_steps(recipe, run, steps_per_epoch)
-    swa = _make_tracker(model, recipe, steps_per_epoch, total) if recipe.uses_swa else None
+    swa = make_tracker(model, recipe, steps_per_epoch, total) if recipe.uses_swa else None
     state = TrainingState(model, optimizer, scaler, iwr, swa)
     first = checkpoints.resume(state) if checkpoints is not None else 0
 
@@ -155,7 +141,7 @@ def train(
     quiet = None if ranks.first else True
     with once, tqdm(total=total, initial=first, desc=recipe.method, disable=quiet) as bar:
         started = time.perf_counter()
-        for step, batches in _steps(loader, steps_per_epoch, run.accumulate, first, total):
+        for step, batches in steps_of_run(loader, steps_per_epoch, run.accumulate, first, total):
             waiting = time.perf_counter() - started
             lr = learning_rate(step, warmup, total, recipe)
             for group in optimizer.param_groups:
@@ -170,7 +156,7 @@ def train(
             asked = checkpoints is not None and checkpoints.stop_requested
             values, stop = agree(ranks, torch.stack([losses.sum(), between.sum()]), asked)
             if not all(map(math.isfinite, values)):
-                raise _not_finite(values, step + 1, batches, losses + between, ranks)
+                raise loss_error(values, step + 1, batches, losses + between, ranks)
             scaler.unscale_(optimizer)
             if recipe.method == "l2":
                 add_distance_penalty(model, clip, recipe.l2_weight)
@@ -193,67 +179,6 @@ def train(
                 raise SystemExit(128 + signal.SIGTERM)
             started = time.perf_counter()
     return clip, swa
-
-
-def _make_tracker(
-    model: nn.Module, recipe: Recipe, steps_per_epoch: int, total: int
-) -> openvclip.SWATracker:
-    every = max(1, steps_per_epoch // recipe.averages_per_epoch)
-    start = recipe.average_after * steps_per_epoch
-    if start + every > total:
-        raise UsageError(
-            f"No model would enter the average: {total // steps_per_epoch} epochs end before it "
-            f"begins (--average-after {recipe.average_after}). Train longer or average earlier."
-        )
-    return openvclip.SWATracker(model, start=start, every=every)
-
-
-def _steps(
-    loader: Iterable[Sequence[Any]], per_epoch: int, accumulate: int, first: int, total: int
-) -> Iterator[tuple[int, list[Sequence[Any]]]]:
-    """The number of each step from ``first`` on, and its batches."""
-    for epoch in range(first // per_epoch, -(-total // per_epoch)):
-        step, end = max(first, epoch * per_epoch), (epoch + 1) * per_epoch
-        _begin_epoch(loader, epoch, step - epoch * per_epoch)
-        batches = iter(loader)
-        while group := list(islice(batches, accumulate)):
-            yield step, group
-            step += 1
-            if step == total < end:
-                return
-        if step != end:
-            raise UsageError(
-                f"The loader gave {step - epoch * per_epoch} steps in an epoch, with {accumulate} "
-                f"batches in a step; expected steps_per_epoch={per_epoch}."
-            )
-
-
-def _begin_epoch(loader: Any, epoch: int, skip: int) -> None:
-    """Fresh random starts and crops, without the steps that were done before."""
-    if hasattr(loader, "set_epoch"):
-        loader.set_epoch(epoch, skip)
-        return
-    if skip:
-        raise UsageError("This loader can't begin within an epoch; it has no set_epoch().")
-    set_epoch = getattr(getattr(loader, "dataset", None), "set_epoch", None)
-    if set_epoch is not None:
-        set_epoch(epoch)
-
-
-def _not_finite(
-    values: list[float], step: int, batches: list[Sequence[Any]], losses: Tensor, ranks: Ranks
-) -> FloatingPointError:
-    """The error of a loss that is not finite, the same in all processes."""
-    pairs = zip(batches, losses.tolist(), strict=True)
-    own = [
-        n for batch, loss in pairs if not math.isfinite(loss) for names in batch[2:] for n in names
-    ]
-    names = [name for part in ranks.gather(own) for name in part]
-    videos = f" Its videos: {', '.join(names)}." if names else ""
-    value = next(value for value in values if not math.isfinite(value))
-    return FloatingPointError(
-        f"The loss is {value} at step {step}; look at what was read, or lower --lr.{videos}"
-    )
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -304,7 +229,7 @@ def _fine_tune(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> 
         first=checkpoints.last_step,
         every=args.log_every,
     )
-    for text in [*videos.warnings, _plan(args, recipe, run, ranks)] if ranks.first else []:
+    for text in [*videos.warnings, options.plan(args, recipe, run, ranks)] if ranks.first else []:
         print(text, flush=True)
 
     def validate(step: int) -> None:
@@ -350,19 +275,6 @@ def _fine_tune(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> 
         print(f"Wrote {args.out / 'prompts.safetensors'}: the prompts alone.")
     else:
         print(f"Wrote {args.out / 'final.safetensors'}: lambda {recipe.lam} on the original CLIP.")
-
-
-def _plan(args: argparse.Namespace, recipe: Recipe, run: Run, ranks: Ranks) -> str:
-    """The batch and the learning rate, as they come out."""
-    at_a_time = min(args.per_device_batch, -(-recipe.batch_size // ranks.world))
-    parts = [f"{ranks.world} processes" if ranks.world > 1 else "one device"]
-    parts += [f"{at_a_time} at a time"]
-    if run.accumulate > 1:
-        parts += [f"{run.accumulate} times added up"]
-    return (
-        f"{recipe.batch_size} videos a step ({', '.join(parts)}); learning rate {recipe.lr:g}, as "
-        "given, not scaled to the batch."
-    )
 
 
 if __name__ == "__main__":

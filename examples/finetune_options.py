@@ -13,6 +13,7 @@ import torch
 from examples.presets import PRESETS, Preset, overview
 from examples.recipe import METHODS, PROMPTED, Recipe, Run
 from examples.validation import TESTED
+from openvclip.ranks import Ranks
 
 
 def parse_arguments(description: str, arguments: list[str] | None = None) -> argparse.Namespace:
@@ -339,6 +340,19 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
         default=10,
         metavar="STEPS",
         help="between lines of the log (%(default)s)",
+    )
+
+
+def plan(args: argparse.Namespace, recipe: Recipe, run: Run, ranks: Ranks) -> str:
+    """The batch and the learning rate, as they come out."""
+    at_a_time = min(args.per_device_batch, -(-recipe.batch_size // ranks.world))
+    parts = [f"{ranks.world} processes" if ranks.world > 1 else "one device"]
+    parts += [f"{at_a_time} at a time"]
+    if run.accumulate > 1:
+        parts += [f"{run.accumulate} times added up"]
+    return (
+        f"{recipe.batch_size} videos a step ({', '.join(parts)}); learning rate {recipe.lr:g}, as "
+        "given, not scaled to the batch."
     )
 
 

@@ -13,6 +13,7 @@ import openvclip
 from examples.recipe import PROMPTED, VIFI, Recipe
 from openvclip import prompting
 from openvclip.distributed import local, local_like
+from openvclip.errors import UsageError
 from openvclip.prompting import VideoClassifier
 
 Classifier = openvclip.ZeroShotClassifier | VideoClassifier
@@ -118,6 +119,24 @@ def make_optimizer(
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=recipe.lr, betas=betas)
+
+
+def make_tracker(
+    model: nn.Module, recipe: Recipe, steps_per_epoch: int, total: int
+) -> openvclip.SWATracker:
+    """The average of a run of ``total`` steps.
+
+    Raises:
+        UsageError: no model would enter it.
+    """
+    every = max(1, steps_per_epoch // recipe.averages_per_epoch)
+    start = recipe.average_after * steps_per_epoch
+    if start + every > total:
+        raise UsageError(
+            f"No model would enter the average: {total // steps_per_epoch} epochs end before it "
+            f"begins (--average-after {recipe.average_after}). Train longer or average earlier."
+        )
+    return openvclip.SWATracker(model, start=start, every=every)
 
 
 @torch.no_grad()

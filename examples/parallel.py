@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -103,6 +104,30 @@ def agree(ranks: Ranks, losses: Tensor, stop: bool) -> tuple[list[float], bool]:
     distributed.all_reduce(all_of_it)
     *means, wishes = all_of_it.tolist()
     return means, wishes > 0
+
+
+def loss_error(
+    values: list[float], step: int, batches: list[Sequence[Any]], losses: Tensor, ranks: Ranks
+) -> FloatingPointError:
+    """The error of a loss that is not finite, the same in all processes.
+
+    Args:
+        values: the losses of the step, means over the processes.
+        step: its number, from 1.
+        batches: this process's, with the videos' names where they have them.
+        losses: of each of ``batches``.
+        ranks: the processes.
+    """
+    pairs = zip(batches, losses.tolist(), strict=True)
+    own = [
+        n for batch, loss in pairs if not math.isfinite(loss) for names in batch[2:] for n in names
+    ]
+    names = [name for part in ranks.gather(own) for name in part]
+    videos = f" Its videos: {', '.join(names)}." if names else ""
+    value = next(value for value in values if not math.isfinite(value))
+    return FloatingPointError(
+        f"The loss is {value} at step {step}; look at what was read, or lower --lr.{videos}"
+    )
 
 
 def give_scalars_an_axis(model: nn.Module) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -139,6 +140,49 @@ class _Named(Dataset[tuple[Tensor, int, str]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int, str]:
         video, label = self.dataset[index][:2]
         return video, label, self.dataset.path(index)
+
+
+def steps_of_run(
+    loader: Iterable[Sequence[Any]], per_epoch: int, accumulate: int, first: int, total: int
+) -> Iterator[tuple[int, list[Sequence[Any]]]]:
+    """The number of each step of a run, and its batches.
+
+    Args:
+        loader: iterated once an epoch.
+        per_epoch: steps of an epoch.
+        accumulate: batches of a step.
+        first: the steps that were done before.
+        total: of the run, which can end within an epoch.
+
+    Raises:
+        UsageError: the loader gives another number of batches, or can't begin within an epoch.
+    """
+    for epoch in range(first // per_epoch, -(-total // per_epoch)):
+        step, end = max(first, epoch * per_epoch), (epoch + 1) * per_epoch
+        _begin_epoch(loader, epoch, step - epoch * per_epoch)
+        batches = iter(loader)
+        while group := list(islice(batches, accumulate)):
+            yield step, group
+            step += 1
+            if step == total < end:
+                return
+        if step != end:
+            raise UsageError(
+                f"The loader gave {step - epoch * per_epoch} steps in an epoch, with {accumulate} "
+                f"batches in a step; expected steps_per_epoch={per_epoch}."
+            )
+
+
+def _begin_epoch(loader: Any, epoch: int, skip: int) -> None:
+    """Fresh random starts and crops, without the steps that were done before."""
+    if hasattr(loader, "set_epoch"):
+        loader.set_epoch(epoch, skip)
+        return
+    if skip:
+        raise UsageError("This loader can't begin within an epoch; it has no set_epoch().")
+    set_epoch = getattr(getattr(loader, "dataset", None), "set_epoch", None)
+    if set_epoch is not None:
+        set_epoch(epoch)
 
 
 def outlive_the_signal(_: int) -> None:

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo import lookup_backend
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from openvclip import encode_video, expand_temporal_attention
+from openvclip.adapters import attention
 from tests.helpers import gradients, random_video, same_bits, tiny_clip, tiny_tower
 
 BOUNDARIES = ("zero", "mask", "replicate")
@@ -162,19 +164,84 @@ def test_compiled_before_the_expansion() -> None:
 # --- a fused kernel does the work --------------------------------------------------------------
 
 
-def test_scaled_dot_product_attention_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[torch.Size] = []
-    real = functional.scaled_dot_product_attention
+class Kernels(TorchDispatchMode):
+    """Counts the calls of fused attention by the shape of their keys."""
 
-    def counted(q: Tensor, k: Tensor, *rest: Any, **options: Any) -> Tensor:
-        calls.append(k.shape)
-        return real(q, k, *rest, **options)
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, list[int]]] = []
 
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name.startswith("_scaled_dot_product"):
+            keys = args[2] if "backward" in name else args[1]
+            self.calls.append((name, list(keys.shape)))
+        return func(*args, **(kwargs or {}))
+
+
+FUSED = "_scaled_dot_product_flash_attention_for_cpu"
+
+
+def test_fused_attention_does_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     tower = expand_temporal_attention(tiny_tower(), window=2)
-    monkeypatch.setattr(functional, "scaled_dot_product_attention", counted)
-    tower(random_video(2, 4))
-    # B, heads, N for each frame in view, d; in each of 3 layers and of 4 frames.
-    assert calls == [(2, 2, 25, 8)] * 12
+    with Kernels() as kernels:
+        features = tower(random_video(2, 4))
+    # B, heads, N for each frame of the clip in view, d; in each of 3 layers and of 4 frames.
+    seen = [[2, 2, frames * 5, 8] for frames in (3, 4, 4, 3)]
+    assert kernels.calls == [(FUSED, keys) for keys in seen * 3]
+    with Kernels() as kernels:
+        features.sum().backward()
+    assert kernels.calls == [(f"{FUSED}_backward", [2, 2, 5, 8])] * 12
+    monkeypatch.setattr(attention, "_better_in_turn", lambda q: False)
+    with Kernels() as kernels:
+        tower(random_video(2, 4))
+    assert kernels.calls == [(FUSED, [8, 2, 5 * 5, 8])] * 3
+
+
+def test_the_score_matrix_is_never_there() -> None:
+    """No tensor of the size of the scores, or of keys repeated for each frame, in either pass."""
+    t, n, window = 6, 40, 2
+    x = torch.randn(1, t, n, 1, 4, requires_grad=True)
+    view = attention.FrameView(window)
+
+    class Sizes(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            out = func(*args, **(kwargs or {}))
+            for value in out if isinstance(out, tuple) else (out,):
+                if isinstance(value, Tensor):
+                    self.largest = max(self.largest, value.numel())
+            return out
+
+    with Sizes() as sizes:
+        attention.temporal_attention(x, x, x, view).sum().backward()
+    assert 0 < sizes.largest <= x.numel()
+
+
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+def test_dropout_of_the_shares_keeps_their_mean(boundary: Any) -> None:
+    view = attention.FrameView(1, boundary)
+    q, k, v = (torch.randn(1, 3, 4, 2, 8) for _ in range(3))
+    exact = attention.temporal_attention(q, k, v, view)
+    torch.manual_seed(0)
+    drawn = torch.stack(
+        [attention.temporal_attention(q, k, v, view, dropout_p=0.3) for _ in range(2000)]
+    )
+    assert not torch.equal(drawn[0], drawn[1])
+    error = (drawn.mean(0) - exact).abs()
+    assert (error < 6 * drawn.std(0) / 2000**0.5).all()
+
+
+def test_a_tower_with_dropout_drops_in_training_alone() -> None:
+    tower = expand_temporal_attention(tiny_tower(layers=1))
+    video = random_video(2, 3)
+    exact = tower.eval()(video)
+    tower.transformer.resblocks[0].attn.dropout = 0.5
+    assert torch.equal(tower(video), exact)
+    assert not torch.equal(tower.train()(video), exact)
 
 
 def test_a_model_trains_on_videos() -> None:

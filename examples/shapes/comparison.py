@@ -38,7 +38,7 @@ from examples.shapes.comparison_settings import (
     Sizes,
 )
 from examples.shapes.experiment import clips_folder, load_clips
-from examples.shapes.results import Results, load_results, save_results
+from examples.shapes.results import Results, count_run, load_results, save_results
 from examples.shapes.run import environment
 from examples.shapes.schedule import Report, side_by_side
 
@@ -101,7 +101,7 @@ class Runner:
     ) -> None:
         self.sizes, self.out, self.path, self.processes = sizes, out, path, processes
         self.results: Results = load_results(path, settings)
-        self.results["environment"] = environment()
+        self.environment = environment()
 
     def run(self, jobs: list[Job]) -> None:
         """Run those of the jobs that have no result yet; each is saved as it comes."""
@@ -114,6 +114,7 @@ class Runner:
             self.results["seeds"].setdefault(str(job.seed), {}).setdefault(job.group, {})[
                 job.name
             ] = result
+            count_run(self.results, self.environment)
             save_results(self.results, self.path)
             done += self._size(job)
             seconds = (time.perf_counter() - started) * (total - done) / done

@@ -13,9 +13,8 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import openvclip
-from examples.finetune import choose_trained, learning_rate, make_optimizer
-from examples.methods import fixed_text, text_made_once
-from examples.recipe import Recipe
+from examples.methods import choose_trained, fixed_text, make_optimizer, text_made_once
+from examples.recipe import Recipe, learning_rate
 from examples.shapes.clips import LISTS
 from examples.shapes.comparison_settings import (
     LAMBDAS,

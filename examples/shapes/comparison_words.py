@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from examples.shapes.comparison_settings import Method, base_and_novel
-from examples.shapes.results import Results, wrapped
+from examples.shapes.results import Results, origins, wrapped
 from examples.shapes.world import TEMPLATES, class_names
 
 HEADING = """\
@@ -112,5 +112,6 @@ def protocol(results: Results) -> str:
         f"**Learning rates**: {rates}. Each was chosen as the table below says, for one method "
         "without interpolation, and is used for all methods of its kind in all settings: "
         "Open-VCLIP has that of FINE-TUNE.",
+        f"**Made with**: {origins(results)}.",
     )
     return "\n".join(wrapped(item, "- ") for item in items)

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
 import openvclip
-from examples.finetune import Recipe, train
+from examples.finetune import train
+from examples.recipe import Recipe
 from examples.run_log import Step
 from examples.shapes.clips import LISTS, ClipSettings
 from examples.shapes.model import MEAN, STD, Tokenizer, create_model

@@ -14,7 +14,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from string import Template
 
-from examples.shapes.results import Results, Table, draw, save_results, table, wrapped
+from examples.shapes.results import (
+    Results,
+    Table,
+    draw,
+    origins,
+    save_results,
+    table,
+    wrapped,
+)
 from examples.shapes.sections import SECTIONS, Section
 from examples.shapes.statements import Claim, Difference, Verdict, judge
 from examples.shapes.studies import MAIN
@@ -125,13 +133,11 @@ def _alternatives(section: Section, default: str, found: Table) -> Iterator[str]
 
 
 def _origin(results: Results) -> str:
-    environment = results["environment"]
     entries = [entry for runs in results["seeds"].values() for entry in runs.values()]
     hours = sum(entry["seconds"] or 0.0 for entry in entries) / 3600
-    versions = ", ".join(f"{name} {environment[name]}" for name in environment if name != "machine")
     return (
         f"{len(entries)} runs, {hours:.1f} hours of one core in all "
-        f"({environment.get('machine', 'machine unknown')}; {versions}). The accuracies at every "
+        f"({origins(results)}). The accuracies at every "
         f"λ, run by run, are in [`{RESULTS.name}`](assets/{RESULTS.name}); seconds of a step are "
         "those of the processor, the median of a run's steps."
     ) + "".join(f" {note}" for note in results.get("notes", []))

@@ -20,7 +20,8 @@ from openvclip.checkpoints import atomic_path
 from openvclip.report import Curve, markdown_table, mean_and_std, tradeoff_figure
 
 Results = dict[str, Any]
-"""``{"settings": ..., "environment": ..., "seeds": {seed: {run: Entry}}}``"""
+"""``{"settings": ..., "environments": ..., "seeds": {seed: {run: Entry}}}``; environments are the
+versions and machines that runs were made with, each with the number of its ``runs``."""
 
 Entry = dict[str, Any]
 """A run with a seed: ``definition``, ``rows`` (accuracies by weights, list and lambda),
@@ -42,7 +43,7 @@ def load_results(path: Path, settings: dict[str, Any]) -> Results:
         FileExistsError: they were made with other settings.
     """
     if not path.exists():
-        return {"settings": settings, "environment": {}, "seeds": {}}
+        return {"settings": settings, "environments": [], "seeds": {}}
     results: Results = json.loads(path.read_text())
     if results.get("settings") != settings:
         raise FileExistsError(
@@ -75,6 +76,27 @@ def entry_of(task: Task, outcome: Outcome) -> Entry:
         "seconds": outcome.seconds,
         "step_seconds": outcome.step_seconds,
     }
+
+
+def count_run(results: Results, environment: Mapping[str, str]) -> None:
+    """Note that one more run was made with these versions, on this machine."""
+    for known in results["environments"]:
+        if known == {**environment, "runs": known["runs"]}:
+            known["runs"] += 1
+            return
+    results["environments"].append({**environment, "runs": 1})
+
+
+def origins(results: Results) -> str:
+    """The machines and versions that the runs were made with, in words."""
+    several = len(results["environments"]) > 1
+    parts = []
+    for environment in results["environments"]:
+        versions = {key: value for key, value in environment.items() if key != "runs"}
+        machine = versions.pop("machine", "machine unknown")
+        runs = f"{environment['runs']} runs on " if several else ""
+        parts.append(f"{runs}{machine}; " + ", ".join(f"{n} {v}" for n, v in versions.items()))
+    return ". ".join(parts)
 
 
 def holds(results: Results, task: Task) -> bool:

@@ -111,7 +111,7 @@ def run_studies(
     missing = [task for task in tasks if not reporting.holds(results, task)]
     if not missing:
         return results
-    results["environment"] = environment()
+    here = environment()
     print(f"{len(missing)} of {len(tasks)} runs to do, {jobs} at a time", flush=True)
     for seed in sorted({task.seed for task in missing}):
         make_clips(clips_folder(out, seed), replace(settings.clips, seed=seed), workers=jobs)
@@ -119,6 +119,7 @@ def run_studies(
     with Progress(settings, missing) as progress:
         for task, entry in side_by_side(work, missing, jobs, progress.add, out / "log"):
             reporting.enter(results, task, entry)
+            reporting.count_run(results, here)
             reporting.save_results(results, path)
             progress.finished(task, entry)
     return results

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from examples.finetune import Recipe
+from examples.recipe import Recipe
 from examples.shapes.clips import ClipSettings
 from examples.shapes.experiment import Settings
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from openvclip.adapters.in_turn import frames_in_turn
 from openvclip.errors import ExpansionOptionError, VideoShapeError
 
 Boundary = Literal["zero", "mask", "replicate"]
@@ -68,8 +69,8 @@ def temporal_attention(
         ``[B, T, N, heads * d]``.
     """
     b, t, n, heads, d = q.shape
-    if view.window > 0 and _better_in_turn(q):
-        return _frames_in_turn(q, k, v, view, dropout_p, scale)
+    if view.window > 0 and dropout_p == 0.0 and _better_in_turn(q):
+        return frames_in_turn(q, k, v, view, scale).flatten(-2)
     mask = None
     if view.window > 0:
         k, v = _in_view(k, view), _in_view(v, view)
@@ -88,76 +89,6 @@ def _better_in_turn(q: Tensor) -> bool:
     large calls, and a compiled graph no loop over frames.
     """
     return q.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _frames_in_turn(
-    q: Tensor, k: Tensor, v: Tensor, view: FrameView, dropout_p: float, scale: float | None
-) -> Tensor:
-    frames = []
-    for i, query in enumerate(q.unbind(dim=1)):
-        k, around = _LookAround.apply(k, i, view)
-        v, values = _LookAround.apply(v, i, view)
-        frame = functional.scaled_dot_product_attention(
-            query.transpose(1, 2),
-            around.transpose(1, 2),
-            values.transpose(1, 2),
-            dropout_p=dropout_p,
-            scale=scale,
-        )
-        frames.append(frame.transpose(1, 2))
-    return torch.stack(frames, dim=1).flatten(-2)
-
-
-class _LookAround(torch.autograd.Function):
-    """All frames again, for the next call, and the frames in view of one: a view but at the ends.
-
-    The calls form a chain, so that the backward pass comes by one frame after the other and adds
-    each one's gradient to the same buffer, where slicing would make a buffer of the size of all
-    frames for each, and concatenating would hold the gradients of all of them.
-    """
-
-    @staticmethod
-    def forward(x: Tensor, frame: int, view: FrameView) -> tuple[Tensor, Tensor]:
-        return x.view_as(x), _around(x, frame, view)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, int, FrameView], output: Any) -> None:
-        x, ctx.frame, ctx.view = inputs
-        ctx.shape = x.shape
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(
-        ctx: Any, total: Tensor | None, around: Tensor | None
-    ) -> tuple[Tensor | None, None, None]:
-        if around is None:
-            return total, None, None
-        if total is None:  # the last frame of the chain, the first to come by
-            total = around.new_zeros(ctx.shape)
-        t, n = ctx.shape[1:3]
-        first, last = ctx.frame - ctx.view.window, ctx.frame + ctx.view.window + 1
-        before, inside = max(0, -first) * n, (min(t, last) - max(0, first)) * n
-        if ctx.view.boundary == "mask":
-            before = 0
-        middle = around[:, before : before + inside].unflatten(1, (-1, n))
-        total[:, max(0, first) : last] += middle
-        if ctx.view.boundary == "replicate":
-            total[:, 0] += around[:, :before].unflatten(1, (-1, n)).sum(1)
-            total[:, -1] += around[:, before + inside :].unflatten(1, (-1, n)).sum(1)
-        return total, None, None
-
-
-def _around(x: Tensor, frame: int, view: FrameView) -> Tensor:
-    """The frames in view of one frame, ``[B, L, heads, d]``: a view of ``x`` but at the ends."""
-    first, last = frame - view.window, frame + view.window + 1
-    inside = x[:, max(0, first) : last].flatten(1, 2)
-    before, after = max(0, -first), max(0, last - x.shape[1])
-    if view.boundary == "mask" or before == after == 0:
-        return inside
-    if view.boundary == "replicate":
-        return torch.cat([*[x[:, 0]] * before, inside, *[x[:, -1]] * after], dim=1)
-    n = x.shape[2]
-    return functional.pad(inside, (0, 0, 0, 0, before * n, after * n))
 
 
 def _by_head(x: Tensor) -> Tensor:

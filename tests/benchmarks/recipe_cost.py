@@ -112,7 +112,8 @@ def measure(model_name: str, clips: int) -> None:
     import torch
 
     import openvclip
-    from examples.finetune import Recipe, train
+    from examples.finetune import train
+    from examples.recipe import Recipe
     from examples.run_log import Step
     from tests.benchmarks.machine import machine
 

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 import openvclip
-from examples.finetune import Recipe, train
+from examples.finetune import train
+from examples.recipe import Recipe
 from examples.run_log import RunLog, Step
 from tests.benchmarks.machine import machine
 

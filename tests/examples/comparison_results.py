@@ -28,7 +28,7 @@ def made_up() -> Results:
     )
     results: Results = {
         "settings": comparison.recorded(sizes, rates=RATES),
-        "environment": {"machine": "abacus", "torch": "0"},
+        "environments": [{"machine": "abacus", "torch": "0", "runs": 7}],
         "seeds": {},
     }
     for seed, more in enumerate((0.0, 0.02)):
@@ -68,4 +68,4 @@ def tuning_results() -> Results:
         for rate in (0.01, 0.2, 0.3)
     }
     settings = comparison.recorded(SMOKE)
-    return {"settings": settings, "environment": {}, "seeds": {"100": {"vita": tried}}}
+    return {"settings": settings, "environments": [], "seeds": {"100": {"vita": tried}}}

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from examples import finetune
-from examples.finetune import Recipe, Run, learning_rate, train
+from examples.finetune import parse_arguments, train
+from examples.outcome import final_weights
 from examples.parallel import save_memory
+from examples.recipe import METHODS, Recipe, Run, learning_rate
 from examples.run_log import LoaderWatch, Step
 from openvclip.errors import PromptingError, UnsupportedModelError, UsageError
 from openvclip.prompting import VideoClassifier
@@ -26,7 +27,7 @@ from tests.examples.finetune_reference import (
 from tests.helpers import SHARED, snapshot
 
 
-@pytest.mark.parametrize("method", finetune.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_each_method_equals_algorithm_1_written_out(method: str) -> None:
     recipe = dataclasses.replace(TINY, method=method)
     given = classifier_of(method)
@@ -133,7 +134,7 @@ def test_final_weights_interpolate_the_average_with_clip() -> None:
     given = classifier()
     clip, swa = train(given, batches(), 2, TINY)
     assert swa is not None
-    final = finetune.final_weights(given.model, clip, swa, 0.25)
+    final = final_weights(given.model, clip, swa, 0.25)
     for name, mean in swa.averaged_state_dict().items():
         expected = 0.25 * clip[name].double() + 0.75 * mean.double()
         torch.testing.assert_close(final[name].double(), expected, rtol=1e-5, atol=1e-6)
@@ -185,6 +186,6 @@ def test_defaults_are_the_papers() -> None:
     assert [0.0, recipe.alpha_max] == paper["iwr_interval"]
     assert recipe.iwr_weight == paper["iwr_C"]
     assert recipe.lam == paper["interpolation_lambda_weights_CLIP"]["ViT-B/16"]
-    args = finetune.parse_arguments(["--annotations", "a", "--root", "b", "--out", "c"])
+    args = parse_arguments(["--annotations", "a", "--root", "b", "--out", "c"])
     assert (args.frames, args.sampling_rate) == (paper["frames"], paper["sampling_rate"])
     assert args.per_device_batch * paper["gpus"] == paper["global_batch"]

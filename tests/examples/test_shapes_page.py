@@ -40,7 +40,7 @@ def made(rows: dict[Row, list[dict[str, list[float]]]]) -> results.Results:
             entry["rows"][row.end] = {
                 name: dict(zip(lams, values, strict=True)) for name, values in lists.items()
             }
-    clips = {"settings": run.recorded(FULL), "environment": {"machine": "a machine"}}
+    clips = {"settings": run.recorded(FULL), "environments": [{"machine": "a machine", "runs": 9}]}
     return {**clips, "seeds": seeds}
 
 
@@ -61,7 +61,11 @@ def full_of_noise(seed: int = 0) -> results.Results:
             "step_seconds": 0.25 if task.run.trained else None,
         }
     settings_ = json.loads(json.dumps(run.recorded(FULL)))
-    return {"settings": settings_, "environment": {"machine": "a machine"}, "seeds": found}
+    return {
+        "settings": settings_,
+        "environments": [{"machine": "a machine", "runs": 9}],
+        "seeds": found,
+    }
 
 
 # Differences

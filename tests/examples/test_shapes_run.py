@@ -51,7 +51,7 @@ def _made_results() -> results.Results:
         }
         for seed in range(2)
     }
-    return {"settings": {}, "environment": {}, "seeds": seeds}
+    return {"settings": {}, "environments": [], "seeds": seeds}
 
 
 def test_lambda_is_chosen_on_development_shapes_alone() -> None:
@@ -79,6 +79,18 @@ def test_results_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
     assert results.load_results(path, {"a": 1})["settings"] == {"a": 1}
     with pytest.raises(FileExistsError, match="other settings"):
         results.load_results(path, {"a": 2})
+
+
+def test_results_say_how_many_runs_came_from_where(tmp_path: Path) -> None:
+    found = results.load_results(tmp_path / "results.json", {})
+    abacus, loom = {"torch": "1", "machine": "abacus"}, {"torch": "2", "machine": "loom"}
+    results.count_run(found, abacus)
+    assert results.origins(found) == "abacus; torch 1"
+    for environment in (loom, abacus, loom, loom):
+        results.count_run(found, environment)
+    assert results.origins(found) == "2 runs on abacus; torch 1. 3 runs on loom; torch 2"
+    results.save_results(found, tmp_path / "results.json")
+    assert results.load_results(tmp_path / "results.json", {}) == found
 
 
 def test_results_of_a_run_that_was_another_are_not_mixed(tmp_path: Path) -> None:
