@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -95,7 +96,7 @@ def tradeoff_figure(
     axes: Any = figure.add_subplot()
     for index, curve in enumerate(curves):
         _draw(axes, curve, f"C{index}")
-    axes.set(xlabel=closed_set_label, ylabel=zero_shot_label, title=title)
+    axes.set(xlabel=closed_set_label, ylabel=zero_shot_label, title=fill(title, 60))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     with atomic_path(path) as temporary:

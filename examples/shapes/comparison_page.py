@@ -257,7 +257,7 @@ def draw(results: Results, path: Path) -> None:
     tradeoff_figure(
         curves,
         path,
-        title=f"Shapes world, {over(len(results['seeds']))}; stars: the chosen λ",
+        title=f"Shapes world, {over(len(results['seeds']))}; numbers are λ, stars the chosen λ",
         closed_set_label="accuracy on clips of seen shapes (%)",
         zero_shot_label="accuracy on clips of unseen shapes (%)",
     )
