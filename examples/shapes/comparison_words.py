@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import median
+
 from examples.shapes.comparison_settings import Method, base_and_novel
 from examples.shapes.results import Results, origins, wrapped
 from examples.shapes.world import TEMPLATES, class_names
@@ -54,12 +56,13 @@ def describe(method: Method) -> str:
 
 def about_times(timing: Results) -> str:
     """What the table of parameters and times means."""
-    about = timing["environment"]
+    about, seconds = timing["environment"], median(timing["seconds"]["FINE-TUNE"])
     return wrapped(
-        "The time of a step is over that of FINE-TUNE, measured in turns with one thread on this "
-        f"machine: {about['machine']} (torch {about['torch']}). A frozen text tower encodes the "
-        "class names once, a trained one in each step. *bridge and prompt* has two numbers of "
-        "parameters, one for each half; its time is the median over both."
+        f"The time of a step of 16 clips is over that of FINE-TUNE, {seconds:.2f} s, measured in "
+        f"turns with one thread on this machine: {about['machine']} (torch {about['torch']}). "
+        "Class names are encoded once where nothing of the text learns, else in each step. "
+        "*bridge and prompt* has two numbers of parameters, one for each half; its time is the "
+        "median over both."
     )
 
 
@@ -102,8 +105,9 @@ def protocol(results: Results) -> str:
         "layer, after half of the steps as ViFi-CLIP: in the paper it comes on top of a fine-tune, "
         "here all methods have the same number of steps.",
         f"**Pooling and text**: CLIP, FINE-TUNE and Open-VCLIP take the mean of unit features and "
-        f"{len(TEMPLATES)} templates; the others have one template and normalise the mean. *CLIP, "
-        "pooled as in ViFi-CLIP* is where these start from.",
+        f"{len(TEMPLATES)} templates; the others normalise the mean and have one template, or text "
+        "prompts that are learned. *CLIP, pooled as in ViFi-CLIP* is where those with the template "
+        "start from.",
         "**λ** weighs CLIP and is chosen for each method and setting by the best mean accuracy "
         "over seeds on clips of the *development* shapes, on which no method is trained or "
         "reported. That favours what carries over to new shapes, in the closed set and with few "

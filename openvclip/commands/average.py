@@ -11,9 +11,9 @@ from openvclip.commands.types import Commands
 _AVERAGE = """\
 Write the uniform mean of files of weights, such as the checkpoints of a run.
 
-Files are streamed, not loaded: models of any number and size take less than
-100 MB. Sums are in float64; integers come from the last file. PyTorch files
-(.pth) are mapped into memory, safetensors files are read as they are needed.
+Safetensors files are streamed, not loaded: dozens of models of any size take
+less than 100 MB. PyTorch files (.pth) take up to their size. Sums are in
+float64; integers come from the last file.
 """
 _EXAMPLES = """\
 examples:

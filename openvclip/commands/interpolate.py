@@ -14,7 +14,8 @@ Write lam * A + (1 - lam) * B for two files of weights.
 
 lam weighs A, the original CLIP: --lam 1 is A, --lam 0 is B, the fine-tuned
 model. (WiSE-FT and most merging tools weigh the fine-tuned model instead.)
-Files are streamed, not loaded: a model of any size takes less than 100 MB.
+Safetensors files are streamed, not loaded: a model of any size takes less than
+100 MB. PyTorch files (.pth) take up to their size.
 """
 _EXAMPLES = """\
 examples:

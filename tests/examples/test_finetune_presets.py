@@ -312,6 +312,33 @@ def test_prompts_are_tested_on_other_classes(
     assert "numbers its classes" in capsys.readouterr().err
 
 
+def _test_vita(world: Path, prompts: Path, *more: str) -> None:
+    accuracy.main(
+        [
+            *("--preset", "vita", *model_flags(), "--prompts", str(prompts), "--frames", "3"),
+            *("--lists", str(world / "others.csv"), "--root", str(world), "--workers", "0"),
+            *("--device", "cpu", *more),
+        ]
+    )
+
+
+def test_vita_clip_is_zero_shot_after_training(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Shared prompts go with any names; those of classes leave the names alone for others."""
+    (world / "others.csv").write_text("0.mp4,wolf\n1.mp4,lamb\n")
+    for kind in ("--no-class-prompts", "--class-prompts"):
+        finetune.main([*_tiny(world, "vita", kind), "--out", str(world / kind)])
+    _test_vita(world, world / "--no-class-prompts" / "prompts.safetensors")
+    assert "others" in capsys.readouterr().out
+    own = world / "--class-prompts" / "prompts.safetensors"
+    with pytest.raises(SystemExit):
+        _test_vita(world, own)
+    assert "class-specific" in capsys.readouterr().err
+    _test_vita(world, own, "--template", "{}")
+    assert "others" in capsys.readouterr().out
+
+
 def test_crops_are_views_of_a_data_set(world: Path) -> None:
     transform = transforms.build("released", 24, crops=3)
     for views in (1, 2):

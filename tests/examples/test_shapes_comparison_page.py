@@ -99,6 +99,8 @@ def _published(name: str) -> Results:
 def test_published_page_is_that_of_the_published_results() -> None:
     page = comparison_page.page(*(_published(name) for name in comparison_page.FILES))
     assert (REPO / "docs" / "comparison.md").read_text() == page
+    assert set(_published("results")["seeds"]) == {"0", "1", "2"}
+    assert "Not complete" not in page
 
 
 def test_published_results_are_of_the_present_settings() -> None:
