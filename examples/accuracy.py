@@ -127,6 +127,7 @@ def accuracy(
         ),
         num_frames=args.frames,
         sampling_rate=args.sampling_rate,
+        target_fps=args.target_fps,
         sampler=TESTED[args.sampler],
         views=args.views,
         backend=args.backend,

@@ -48,14 +48,21 @@ from examples.methods import (
     make_tracker,
     text_made_once,
 )
-from examples.model_card import ModelCard
-from examples.outcome import leave_prompts, leave_weights
-from examples.parallel import agree, give_scalars_an_axis, loss_error, processes, save_memory, wrap
-from examples.recipe import PROMPTED, Recipe, Run, learning_rate, total_steps
+from examples.outcome import leave
+from examples.parallel import (
+    agree,
+    give_scalars_an_axis,
+    gradient_error,
+    loss_error,
+    processes,
+    save_memory,
+    wrap,
+)
+from examples.recipe import Recipe, Run, learning_rate, total_steps
 from examples.run_log import RunLog, Step
 from examples.validation import Validation
 from examples.video_batches import seed_of, steps_of_run
-from openvclip.distributed import no_sync
+from openvclip.distributed import no_sync, whole
 from openvclip.ranks import Ranks
 
 
@@ -90,7 +97,7 @@ def train(
         The original CLIP's state dict (the anchor), and the average where the method averages.
 
     Raises:
-        FloatingPointError: a loss is not finite; the text names the videos.
+        FloatingPointError: a loss or a gradient is not finite; the text names the videos.
         UsageError: no model would enter the average, or the loader gives another number of steps.
         SystemExit: a checkpoint was saved because a signal asked for it.
     """
@@ -160,7 +167,9 @@ def train(
             scaler.unscale_(optimizer)
             if recipe.method == "l2":
                 add_distance_penalty(model, clip, recipe.l2_weight)
-            nn.utils.clip_grad_norm_(trained, recipe.clip_grad_norm)
+            norm = whole(nn.utils.clip_grad_norm_(trained, recipe.clip_grad_norm)).item()
+            if not math.isfinite(norm) and not scaler.is_enabled():  # a scaler skips the step
+                raise gradient_error(norm, step + 1, batches, ranks)
             scaler.step(optimizer)
             scaler.update()
             if swa is not None:
@@ -171,10 +180,10 @@ def train(
             bar.update()
             if on_step is not None:
                 on_step(Step(done, values[0], lr, alpha, waiting, seconds))
-            if on_epoch is not None and done % steps_per_epoch == 0 and not stop:
-                on_epoch(done)
             if checkpoints is not None and (stop or checkpoints.due(done, total)):
                 checkpoints.save(state, done)
+            if on_epoch is not None and done % steps_per_epoch == 0:
+                on_epoch(done)
             if stop:
                 raise SystemExit(128 + signal.SIGTERM)
             started = time.perf_counter()
@@ -229,8 +238,9 @@ def _fine_tune(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> 
         first=checkpoints.last_step,
         every=args.log_every,
     )
-    for text in [*videos.warnings, options.plan(args, recipe, run, ranks)] if ranks.first else []:
-        print(text, flush=True)
+    if ranks.first:
+        plan = options.plan(args, recipe, run, ranks, videos.batches.batch_size)
+        print(*videos.warnings, plan, sep="\n", flush=True)
 
     def validate(step: int) -> None:
         if found := validation.accuracy():
@@ -253,28 +263,10 @@ def _fine_tune(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> 
         signal.signal(signal.SIGTERM, before)
         videos.batches.close()
         log.close()
-    prompted = recipe.method in PROMPTED
-    if prompted:
-        files, results = leave_prompts(args.out, model, validation, ranks)
-    else:
-        files, results = leave_weights(
-            args.out, model, clip, swa, recipe.lam, shapes, validation, ranks
-        )
-    if not ranks.first:
-        return
-    card = ModelCard(
-        name=Path(args.hf or args.model).name.removesuffix(".json"),
-        lam=None if prompted else recipe.lam,
-        settings=settings,
-        data=videos.about,
-        results=results,
-        files=files,
+    name = Path(args.hf or args.model).name.removesuffix(".json")
+    leave(
+        args.out, name, recipe, model, clip, swa, shapes, validation, ranks, settings, videos.about
     )
-    card.write(args.out / "README.md")
-    if prompted:
-        print(f"Wrote {args.out / 'prompts.safetensors'}: the prompts alone.")
-    else:
-        print(f"Wrote {args.out / 'final.safetensors'}: lambda {recipe.lam} on the original CLIP.")
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ def load_model(args: argparse.Namespace, device: torch.device) -> tuple[Any, Tok
         pixels.size,
         mean=pixels.mean,
         std=pixels.std,
+        hflip=args.flip,
         color_jitter=args.color_jitter,
         short_side=args.short_side,
     )
@@ -126,6 +127,7 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "num_frames": args.frames,
         "sampling_rate": args.sampling_rate,
+        "target_fps": args.target_fps,
         "sampler": args.sampler,
         "backend": args.backend,
     }

@@ -54,7 +54,18 @@ def add_preset_option(parser: argparse.ArgumentParser, arguments: list[str] | No
 
 def recipe_of(args: argparse.Namespace) -> Recipe:
     """The recipe that the arguments give."""
-    return Recipe(**{setting.name: getattr(args, setting.name) for setting in fields(Recipe)})
+    given = {setting.name: getattr(args, setting.name) for setting in fields(Recipe)}
+    if args.lam is None:
+        given["lam"] = _LARGE_LAM if _is_large(args.hf or args.model) else Recipe.lam
+    return Recipe(**given)
+
+
+_LARGE_LAM = 0.6
+"""The paper's for ViT-L/14; smaller models have the recipe's default."""
+
+
+def _is_large(name: str) -> bool:
+    return "vit-l" in name.lower()  # ViT-L-14-quickgelu, openai/clip-vit-large-patch14
 
 
 def run_of(args: argparse.Namespace, accumulate: int, device: torch.device) -> Run:
@@ -86,8 +97,8 @@ def settings_of(args: argparse.Namespace, recipe: Recipe, run: Run) -> dict[str,
     about |= {"betas": list(run.betas), "steps": run.steps, "template": args.template}
     about |= {"frame_by_frame": args.frame_by_frame}
     about |= {"start_from": None if args.start_from is None else str(args.start_from)}
-    pixels = ("frames", "sampling_rate", "sampler", "short_side", "color_jitter", "backend")
-    named = {name: getattr(args, name) for name in pixels}
+    pixels = ("frames", "sampling_rate", "target_fps", "sampler", "short_side")
+    named = {name: getattr(args, name) for name in (*pixels, "flip", "color_jitter", "backend")}
     settings = {**model, **asdict(recipe), **about, **named}
     if recipe.method in PROMPTED:
         settings |= {**prompts_of(args), "class_prompts": args.class_prompts}
@@ -180,6 +191,12 @@ def _add_video_options(parser: argparse.ArgumentParser) -> None:
         "of each of as many parts (%(default)s)",
     )
     group.add_argument(
+        "--flip",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="mirror half of the clips; --no-flip is for labels that tell left from right",
+    )
+    group.add_argument(
         "--color-jitter",
         type=float,
         default=0.0,
@@ -197,7 +214,13 @@ def add_frame_options(group: argparse._ArgumentGroup) -> None:
         "--sampling-rate",
         type=_positive,
         default=16,
-        help="distance of two frames, at 30 a second (%(default)s)",
+        help="distance of two frames, at --target-fps (%(default)s)",
+    )
+    group.add_argument(
+        "--target-fps",
+        type=float,
+        default=30.0,
+        help="frames a second that --sampling-rate counts in (%(default)s)",
     )
     group.add_argument(
         "--short-side",
@@ -219,12 +242,14 @@ def _add_recipe_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("recipe")
     for setting in fields(Recipe):
         kind: Any = type(setting.default)
+        by_model = setting.name == "lam"
+        default = f"{setting.default}; {_LARGE_LAM} for ViT-L" if by_model else "%(default)s"
         group.add_argument(
             "--" + setting.name.replace("_", "-"),
             type=kind,
-            default=setting.default,
+            default=None if by_model else setting.default,
             choices=METHODS if setting.name == "method" else None,
-            help=f"{setting.metadata['help']} (%(default)s)",
+            help=f"{setting.metadata['help']} ({default})",
         )
     group.add_argument(
         "--every",
@@ -343,15 +368,15 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def plan(args: argparse.Namespace, recipe: Recipe, run: Run, ranks: Ranks) -> str:
+def plan(args: argparse.Namespace, recipe: Recipe, run: Run, ranks: Ranks, batch_size: int) -> str:
     """The batch and the learning rate, as they come out."""
-    at_a_time = min(args.per_device_batch, -(-recipe.batch_size // ranks.world))
+    at_a_time = min(args.per_device_batch, -(-batch_size // ranks.world))
     parts = [f"{ranks.world} processes" if ranks.world > 1 else "one device"]
     parts += [f"{at_a_time} at a time"]
     if run.accumulate > 1:
         parts += [f"{run.accumulate} times added up"]
     return (
-        f"{recipe.batch_size} videos a step ({', '.join(parts)}); learning rate {recipe.lr:g}, as "
+        f"{batch_size} videos a step ({', '.join(parts)}); learning rate {recipe.lr:g}, as "
         "given, not scaled to the batch."
     )
 

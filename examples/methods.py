@@ -113,10 +113,10 @@ def fixed_text(classifier: Classifier) -> AbstractContextManager[None]:
 def make_optimizer(
     trained: list[nn.Parameter], recipe: Recipe, betas: tuple[float, float] = (0.9, 0.999)
 ) -> torch.optim.Optimizer:
-    """AdamW; only parameters of two or more axes decay."""
+    """AdamW, with a weight decay of their own for parameters of less than two axes."""
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": recipe.weight_decay_1d},
     ]
     return torch.optim.AdamW(groups, lr=recipe.lr, betas=betas)
 

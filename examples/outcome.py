@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 import openvclip
 from examples.checkpointing import load_whole
+from examples.model_card import ModelCard
+from examples.recipe import PROMPTED, Recipe
 from examples.validation import Validation
 from openvclip import prompting
 from openvclip.checkpoints import save_checkpoint
@@ -32,6 +35,47 @@ def final_weights(
     """Equation 10: CLIP interpolated with the average, or with the last weights without one."""
     theta = swa.averaged_state_dict() if swa is not None else model.state_dict()
     return openvclip.interpolate(clip, full_state(theta), lam)
+
+
+def leave(
+    out: Path,
+    name: str,
+    recipe: Recipe,
+    model: nn.Module,
+    clip: dict[str, Tensor],
+    swa: openvclip.SWATracker | None,
+    shapes: Mapping[str, Sequence[int]],
+    validation: Validation,
+    ranks: Ranks,
+    settings: dict[str, Any],
+    data: dict[str, Any],
+) -> None:
+    """Write what the method gives, weights or prompts, and a model card; say what to use.
+
+    Args:
+        out: folder of the files.
+        name: of the model, for the card.
+        recipe: how it was trained.
+        model: as training left it.
+        clip: the original CLIP.
+        swa: the average, where the method averages.
+        shapes: of the entries as the model had them before it was sharded.
+        validation: of the weights.
+        ranks: the processes; all of them call this.
+        settings: for the card.
+        data: which videos, for the card.
+    """
+    prompted = recipe.method in PROMPTED
+    if prompted:
+        files, results = leave_prompts(out, model, validation, ranks)
+        said = f"Wrote {out / 'prompts.safetensors'}: the prompts alone."
+    else:
+        files, results = leave_weights(out, model, clip, swa, recipe.lam, shapes, validation, ranks)
+        said = f"Wrote {out / 'final.safetensors'}: lambda {recipe.lam} on the original CLIP."
+    if ranks.first:
+        lam = None if prompted else recipe.lam
+        ModelCard(name, lam, settings, data, results, files).write(out / "README.md")
+        print(said)
 
 
 def leave_weights(

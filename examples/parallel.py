@@ -130,6 +130,19 @@ def loss_error(
     )
 
 
+def gradient_error(
+    norm: float, step: int, batches: list[Sequence[Any]], ranks: Ranks
+) -> FloatingPointError:
+    """The error of a gradient that is not finite though the loss is, the same in all processes."""
+    own = [name for batch in batches for names in batch[2:] for name in names]
+    names = [name for part in ranks.gather(own) for name in part]
+    videos = f" The step's videos: {', '.join(names)}." if names else ""
+    return FloatingPointError(
+        f"The norm of the gradient is {norm} at step {step}, where the loss is finite; the weights "
+        f"are as before the step. Look at what was read, or lower --lr.{videos}"
+    )
+
+
 def give_scalars_an_axis(model: nn.Module) -> None:
     """Make scalar parameters (the logit scale) vectors of one number: FSDP2 takes no scalars."""
     for module in model.modules():

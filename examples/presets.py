@@ -44,15 +44,19 @@ _VIFI_CLIPS = {"frames": 32, "sampler": "uniform", "short_side": 256}
 _VIFI_OPTIMIZER = {"warmup_epochs": 5, "weight_decay": 0.001, "betas": (0.9, 0.98)}
 
 
+def _rates(lr: float) -> dict[str, float]:
+    return {"lr": lr, "warmup_start_lr": lr / 100, "end_lr": lr / 100}
+
+
 def _vifi(about: str, *, lr: float, epochs: int, batch_size: int, **more: Any) -> Preset:
-    recipe = {"lr": lr, "end_lr": lr / 100, "epochs": epochs, "batch_size": batch_size}
+    recipe = {**_rates(lr), "epochs": epochs, "batch_size": batch_size}
     words = {"lam": 0.0, "template": "a photo of a {}."}
     training = {"method": "vifi", **recipe, **_VIFI_OPTIMIZER, **_VIFI_CLIPS, **words, **more}
     return Preset(about, training, {"method": "vifi", **_VIFI_CLIPS, "template": words["template"]})
 
 
 def _bridge(about: str, *, lr: float, epochs: int, prompts: int, depth: int) -> Preset:
-    recipe = {"lr": lr, "end_lr": lr / 100, "epochs": epochs, "batch_size": 64}
+    recipe = {**_rates(lr), "epochs": epochs, "batch_size": 64}
     learned = {
         "vision_prompts": prompts,
         "text_prompts": prompts,

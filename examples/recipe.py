@@ -38,10 +38,10 @@ class Recipe:
     epochs: int = _setting(22, "passes over the videos, the warm-up included")
     warmup_epochs: int = _setting(2, "epochs of linear warm-up")
     lr: float = _setting(3.33e-6, "learning rate after the warm-up")
-    end_lr: float = _setting(3.33e-8, "learning rate at the first and at the last step")
-    weight_decay: float = _setting(
-        0.01, "AdamW's weight decay, for matrices (biases, norms and scales have none)"
-    )
+    warmup_start_lr: float = _setting(3.33e-8, "learning rate at the first step")
+    end_lr: float = _setting(3.33e-8, "learning rate at the last step")
+    weight_decay: float = _setting(0.01, "AdamW's weight decay, for matrices")
+    weight_decay_1d: float = _setting(0.0, "the same for biases, norms and scales")
     clip_grad_norm: float = _setting(1.0, "largest norm of the gradient")
     batch_size: int = _setting(64, "videos per step")
     alpha_max: float = _setting(
@@ -50,7 +50,9 @@ class Recipe:
     iwr_weight: float = _setting(0.5, "C of Equation 9")
     l2_weight: float = _setting(0.5, "factor of the squared distance to CLIP (method l2)")
     average_after: int = _setting(
-        2, "epochs before the averaging begins; the paper's is the length of the warm-up"
+        1,
+        "epochs before the averaging begins; the first model is that of an epoch later, so 1 is "
+        "the release's mean of the epochs 2 to 22, the first of which ends the warm-up",
     )
     averages_per_epoch: int = _setting(1, "models of an epoch that enter the average")
     lam: float = _setting(0.5, "weight of CLIP in the final interpolation")
@@ -104,8 +106,8 @@ def total_steps(recipe: Recipe, run: Run, steps_per_epoch: int) -> int:
 
 
 def learning_rate(step: int, warmup: int, total: int, recipe: Recipe) -> float:
-    """Linear from ``end_lr`` to ``lr`` over the warm-up, then half a cosine back to ``end_lr``."""
+    """Linear from ``warmup_start_lr`` to ``lr``, then half a cosine to ``end_lr``."""
     if step < warmup:
-        return recipe.end_lr + (recipe.lr - recipe.end_lr) * step / warmup
+        return recipe.warmup_start_lr + (recipe.lr - recipe.warmup_start_lr) * step / warmup
     done = (step - warmup) / max(1, total - 1 - warmup)
     return recipe.end_lr + (recipe.lr - recipe.end_lr) * 0.5 * (1 + math.cos(math.pi * done))

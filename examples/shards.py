@@ -158,6 +158,7 @@ class ShardBatches:
                 f"{ranks.world} processes and a batch of {batch_size}; give each process a shard "
                 "at least."
             )
+        self.batch_size = batch_size
         self.accumulate = micro_batches_of_a_step(batch_size, micro_batch, ranks)
         self.steps = sum(index.values()) // batch_size
         share = batch_size // ranks.world

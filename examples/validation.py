@@ -101,6 +101,7 @@ class Validation:
             transform=replace(pixels, name="released", color_jitter=(0.0, 0.0, 0.0, 0.0)),
             num_frames=args.frames,
             sampling_rate=args.sampling_rate,
+            target_fps=args.target_fps,
             sampler=TESTED[args.sampler],
             backend=args.backend,
             details=True,

@@ -60,6 +60,7 @@ class VideoBatches:
         pin: read into page-locked memory, for a GPU.
 
     Attributes:
+        batch_size: videos of a step, all of them where there are fewer than were asked for.
         steps: steps of an epoch; the videos that are left over are not seen in it.
         accumulate: micro-batches of a step.
 
@@ -84,7 +85,7 @@ class VideoBatches:
                 f"{len(dataset)} videos don't fill one batch of {batch_size} for "
                 f"{ranks.world} processes; use one process, or a smaller --batch-size."
             )
-        batch_size = min(batch_size, len(dataset))
+        self.batch_size = batch_size = min(batch_size, len(dataset))
         self.accumulate = micro_batches_of_a_step(batch_size, micro_batch, ranks)
         self.steps = len(dataset) // batch_size
         self.dataset = dataset
@@ -157,6 +158,8 @@ def steps_of_run(
     Raises:
         UsageError: the loader gives another number of batches, or can't begin within an epoch.
     """
+    if first >= total:  # a finished run, which can have ended within an epoch
+        return
     for epoch in range(first // per_epoch, -(-total // per_epoch)):
         step, end = max(first, epoch * per_epoch), (epoch + 1) * per_epoch
         _begin_epoch(loader, epoch, step - epoch * per_epoch)

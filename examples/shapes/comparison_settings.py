@@ -140,7 +140,7 @@ class Training:
 
     def recipe(self, lr: float, seed: int) -> Recipe:
         """The recipe with a learning rate, which falls to a hundredth by the end."""
-        return Recipe(lr=lr, end_lr=lr / 100, seed=seed, **asdict(self))
+        return Recipe(lr=lr, warmup_start_lr=lr / 100, end_lr=lr / 100, seed=seed, **asdict(self))
 
 
 @dataclass(frozen=True)

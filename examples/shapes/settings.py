@@ -12,6 +12,7 @@ RECIPE = Recipe(
     epochs=20,
     warmup_epochs=1,
     lr=2e-3,
+    warmup_start_lr=2e-5,
     end_lr=2e-5,
     batch_size=32,
     average_after=10,

@@ -10,14 +10,21 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import openvclip
-from examples.finetune import Recipe, learning_rate
 from examples.methods import attach_prompts
+from examples.recipe import Recipe, learning_rate
 from openvclip.prompting import VideoClassifier
 from tests.helpers import random_video, tiny_clip, tiny_tokenizer
 
 NAMES = ["one", "two", "three"]
 TINY = Recipe(
-    epochs=3, warmup_epochs=1, average_after=1, lr=1e-2, end_lr=1e-4, batch_size=2, seed=3
+    epochs=3,
+    warmup_epochs=1,
+    average_after=1,
+    lr=1e-2,
+    warmup_start_lr=1e-4,
+    end_lr=1e-4,
+    batch_size=2,
+    seed=3,
 )
 Batches = Sequence[tuple[Tensor, Tensor]]
 

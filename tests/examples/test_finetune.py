@@ -10,10 +10,13 @@ import torch
 from torch import nn
 
 from examples.finetune import parse_arguments, train
+from examples.finetune_options import recipe_of
+from examples.methods import make_optimizer
 from examples.outcome import final_weights
 from examples.parallel import save_memory
 from examples.recipe import METHODS, Recipe, Run, learning_rate
 from examples.run_log import LoaderWatch, Step
+from examples.video_batches import steps_of_run
 from openvclip.errors import PromptingError, UnsupportedModelError, UsageError
 from openvclip.prompting import VideoClassifier
 from tests.examples.finetune_reference import (
@@ -66,6 +69,27 @@ def test_fewer_steps_than_epochs_have_and_other_betas() -> None:
     expected = trained_by_hand(recipe, batches(3), betas=(0.5, 0.6), steps=7)[0]
     assert_close(snapshot(given.model), expected)
     assert [step.number for step in steps] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_run_that_ended_within_an_epoch_has_no_more_steps() -> None:
+    loader = [("video", "label")] * 3
+    assert [step for step, _ in steps_of_run(loader, 3, 1, 3, 7)] == [3, 4, 5, 6]
+    assert list(steps_of_run(loader, 3, 1, 7, 7)) == []
+    assert list(steps_of_run(loader, 3, 1, 9, 9)) == []
+
+
+def test_the_rate_begins_and_ends_where_it_is_told_to() -> None:
+    recipe = dataclasses.replace(TINY, warmup_start_lr=0.5, lr=1.0, end_lr=0.25)
+    rates = [learning_rate(step, 2, 6, recipe) for step in range(6)]
+    assert rates == pytest.approx([0.5, 0.75, 1.0, 0.8125, 0.4375, 0.25])
+
+
+def test_weights_of_one_axis_decay_on_their_own() -> None:
+    recipe = dataclasses.replace(TINY, weight_decay=0.3, weight_decay_1d=0.1)
+    layer = nn.Linear(2, 2)
+    groups = make_optimizer(list(layer.parameters()), recipe).param_groups
+    found = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert (found[id(layer.weight)], found[id(layer.bias)]) == (0.3, 0.1)
 
 
 def test_texts_that_nothing_changes_are_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,6 +174,25 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_videos(method: str
     assert all(bool(v.isfinite().all()) for v in given.model.state_dict().values())
 
 
+def test_a_gradient_that_is_not_finite_ends_the_run_before_the_step() -> None:
+    named = [(*batch, [f"{i}-a.mp4", f"{i}-b.mp4"]) for i, batch in enumerate(batches(2))]
+    given, done = classifier(), list[Step]()
+    given.model.visual.proj.register_hook(lambda grad: grad * float("nan") if done else grad)
+    before: dict[str, torch.Tensor] = {}
+
+    def after(step: Step) -> None:
+        done.append(step)
+        before.update(snapshot(given.model))
+
+    recipe = dataclasses.replace(TINY, method="finetune")
+    text = r"norm of the gradient is nan at step 2, where the loss is finite.* 1-a\.mp4, 1-b\.mp4"
+    with pytest.raises(FloatingPointError, match=text):
+        train(given, named, 2, recipe, on_step=after)
+    assert len(done) == 1
+    after_error = snapshot(given.model)
+    assert all(torch.equal(value, after_error[name]) for name, value in before.items())
+
+
 def test_what_cannot_be_run_is_refused_with_its_reason() -> None:
     with pytest.raises(ValueError, match="expected one of openvclip, finetune"):
         Recipe(method="sgd")
@@ -178,14 +221,28 @@ def test_defaults_are_the_papers() -> None:
         pytest.skip("no ../shared/facts")
     paper, recipe = json.loads(facts.read_text())["training"], Recipe()
     assert recipe.epochs == paper["epochs"]
-    assert recipe.warmup_epochs == recipe.average_after == paper["warmup_epochs"]
-    assert (recipe.lr, recipe.end_lr) == (paper["lr"], paper["final_lr"])
-    assert recipe.weight_decay == paper["weight_decay"]
+    assert recipe.warmup_epochs == paper["warmup_epochs"]
+    assert paper["swa"] == "uniform mean of the epoch checkpoints after warm-up (epochs 2..22)"
+    averaged = range(recipe.average_after + 1, recipe.epochs + 1)
+    assert averaged == range(2, 23)
+    assert recipe.averages_per_epoch == 1
+    rates = (recipe.lr, recipe.warmup_start_lr, recipe.end_lr)
+    assert rates == (paper["lr"], paper["warmup_start_lr"], paper["final_lr"])
+    decays = (recipe.weight_decay, recipe.weight_decay_1d)
+    assert decays == (paper["weight_decay"], paper["weight_decay_1d"])
     assert recipe.clip_grad_norm == paper["clip_grad_norm"]
     assert recipe.batch_size == paper["global_batch"]
     assert [0.0, recipe.alpha_max] == paper["iwr_interval"]
     assert recipe.iwr_weight == paper["iwr_C"]
     assert recipe.lam == paper["interpolation_lambda_weights_CLIP"]["ViT-B/16"]
+    for encoder, lam in paper["interpolation_lambda_weights_CLIP"].items():
+        model = encoder.replace("/", "-") + "-quickgelu"
+        given = ["--annotations", "a", "--root", "b", "--out", "c", "--model", model]
+        assert recipe_of(parse_arguments(given)).lam == lam
+        assert recipe_of(parse_arguments([*given, "--lam", "0.3"])).lam == 0.3
     args = parse_arguments(["--annotations", "a", "--root", "b", "--out", "c"])
-    assert (args.frames, args.sampling_rate) == (paper["frames"], paper["sampling_rate"])
+    read = (args.frames, args.sampling_rate, args.target_fps)
+    assert read == (paper["frames"], paper["sampling_rate"], paper["target_fps"])
+    assert args.flip
+    assert "horizontal flip" in paper["augmentation"]
     assert args.per_device_batch * paper["gpus"] == paper["global_batch"]

@@ -53,9 +53,10 @@ def _assert_same_run(folder: Path, one: str, other: str) -> None:
     assert lines[0] == lines[1]
 
 
-def _lines(out: Path) -> list[dict[str, Any]]:
+def _lines(out: Path, having: str = "step") -> list[dict[str, Any]]:
     found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: line[k] for k in ("step", "loss", "lr", "alpha")} for line in found]
+    names = ("step", "loss", "lr", "alpha")
+    return [{k: line[k] for k in names} for line in found if having in line]
 
 
 @contextmanager
@@ -85,6 +86,22 @@ def test_ended_by_sigterm_twice_and_gone_on_with_other_workers(world: Path, kind
     finetune.main(command(world, name, *more, "--workers", "2", files=kind == "files"))
     _assert_same_run(world, kind, name)
     assert len(list((world / name).glob("checkpoint*"))) == 2
+
+
+def test_each_epoch_is_validated_once_though_the_run_is_ended_at_its_end(world: Path) -> None:
+    validated = ("--val-annotations", str(world / "train.csv"), "--val-root", str(world))
+    with terminated_at(1), pytest.raises(SystemExit):
+        finetune.main(command(world, "validated", *validated))
+    assert (world / "validated" / "checkpoint-00000002.pt").exists()
+    assert _validated(world / "validated") == [2]
+    finetune.main(command(world, "validated", *validated))
+    assert _validated(world / "validated") == [2, 4, 6]
+    assert _lines(world / "validated", "loss") == _lines(world / "files")
+
+
+def _validated(out: Path) -> list[int]:
+    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line["step"] for line in found if "val_top1" in line]
 
 
 def test_the_whole_job_ended_then_killed_and_gone_on_with(world: Path, tmp_path: Path) -> None:
