@@ -67,15 +67,15 @@ class WeightTracker(ABC):
         self._steps = 0
         self._n_averaged = 0
         self._averaged_names = frozenset(_names_to_average(model))
+        state, self._aliases = _split_aliases(model)
         # Meta tensors: names, shapes and dtypes of the model to expect, without memory.
         self._expected = {
             name: torch.empty(value.shape, dtype=value.dtype, device="meta")
-            for name, value in _split_aliases(model)[0].items()
+            for name, value in state.items()
         }
         # Sets of tensors, each with the averaged names in the model's order, or empty.
         self._parts: dict[str, dict[str, Tensor]] = {part: {} for part in parts}
         self._carried: dict[str, Tensor] = {}
-        self._aliases: dict[str, str] = {}
 
     @abstractmethod
     def _enter(self, weights: dict[str, Tensor]) -> None:

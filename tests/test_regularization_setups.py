@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from openvclip import InterpolatedWeightRegularizer, SWATracker
 from openvclip.anchors import kept, room_for
@@ -56,6 +58,54 @@ def test_nothing_is_page_locked_or_copied_where_all_is_on_the_cpu() -> None:
     value, beside = torch.rand(3), torch.rand(3)
     assert kept(value, torch.device("cpu"), beside, copy=False) is value
     assert not room_for(beside, torch.device("cpu")).is_pinned()
+
+
+class Copies(TorchFunctionMode):
+    """Pretends that some tensors are page-locked, and notes which copies are not waited for."""
+
+    def __init__(self, pinned: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.pinned = {id(tensor) for tensor in pinned}
+        self.asked: list[tuple[set[int], bool]] = []  # the tensors of a copy, and non_blocking
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is Tensor.is_pinned:
+            return id(args[0]) in self.pinned
+        if kwargs and "non_blocking" in kwargs:
+            flat = [x for arg in args for x in (arg if isinstance(arg, list) else [arg])]
+            self.asked.append(({id(x) for x in flat}, kwargs["non_blocking"]))
+        return func(*args, **(kwargs or {}))
+
+    def of(self, held: Iterable[Tensor]) -> list[bool]:
+        """What was asked for in each call that copies from or to one of these tensors or more."""
+        wanted = {id(tensor) for tensor in held}
+        return [free for tensors, free in self.asked if wanted & tensors]
+
+
+@pytest.mark.parametrize("anchor_pinned", [False, True])
+@pytest.mark.parametrize("stash_pinned", ["none", "all but one", "all"])
+def test_copies_are_not_waited_for_where_the_memory_is_page_locked(
+    anchor_pinned: bool, stash_pinned: str
+) -> None:
+    model = Smooth(0)
+    wider = {n: v.double() for n, v in snapshot(Smooth(1)).items()}  # goes entry by entry
+    iwr = InterpolatedWeightRegularizer(model, anchor=wider, anchor_device="cpu")
+    before = snapshot(model)
+    with iwr.interpolated():
+        pass  # the stash is there from now on
+    anchor, stash = list(iwr._anchor.values()), list(iwr._stash.values())
+    pinned = {"none": [], "all but one": stash[1:], "all": stash}[stash_pinned]
+    with Copies([*pinned, *(anchor if anchor_pinned else [])]) as copies, iwr.interpolated():
+        assert not same_bits(model.state_dict()["first.weight"], before["first.weight"])
+    assert copies.of(stash) == [stash_pinned == "all"] * 2  # there and back
+    assert copies.of(anchor) == [anchor_pinned] * len(anchor)
+    assert_same_state(model.state_dict(), before)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -13,23 +13,24 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from tests.distributed import data_parallel, sharded
+from tests.distributed import data_parallel, resuming, sharded
 from tests.distributed.training import CHECKS, WORLD
 
 
 def main() -> None:
-    assert {data_parallel.__name__, sharded.__name__} == {f.__module__ for f in CHECKS.values()}
+    files = {data_parallel.__name__, resuming.__name__, sharded.__name__}
+    assert files == {check.__module__ for check in CHECKS.values()}
     out, rank = Path(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(1)
     distributed.init_process_group(
         "gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=WORLD
     )
-    files = out / "files"
-    files.mkdir(exist_ok=True)
+    folder = out / "files"
+    folder.mkdir(exist_ok=True)
     results = {}
     for name, function in CHECKS.items():
         try:
-            function(files)
+            function(folder)
             results[name] = "passed"
         except Exception:
             results[name] = traceback.format_exc(limit=-8, chain=False)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,18 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from openvclip import InterpolatedWeightRegularizer, SWATracker, interpolate, save_checkpoint
+from openvclip import (
+    EMATracker,
+    InterpolatedWeightRegularizer,
+    LAWATracker,
+    SWATracker,
+    interpolate,
+    save_checkpoint,
+)
 from openvclip.checkpoints import load_checkpoint
 from openvclip.distributed import full_state, local
 from openvclip.errors import CheckpointError, NonFiniteWeightsError, UsageError
+from openvclip.tracking import WeightTracker
 from tests.distributed.training import (
     ALPHA,
     STEPS,
@@ -26,12 +35,16 @@ from tests.distributed.training import (
     batch,
     check,
     loss_of,
+    mean,
     regulariser,
     skips_where_one_overflows,
     snapshot,
     train,
     trained_by_hand,
 )
+
+DECAY, LATEST = 0.7, 2
+TRACKERS = (SWATracker, partial(EMATracker, decay=DECAY), partial(LAWATracker, k=LATEST))
 
 
 def sharded(seed: int = 0, **settings: Any) -> Net:
@@ -49,17 +62,51 @@ def full(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return full_state(state)
 
 
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def ema(path: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    average = path[0]
+    for weights in path[1:]:
+        average = {n: DECAY * value + (1 - DECAY) * weights[n] for n, value in average.items()}
+    return average
+
+
 @check
 def fsdp_training_equals_one_process(out: Path) -> None:
-    reference, mean = trained_by_hand(every=2)
+    reference, path = trained_by_hand(every=2)
+    expected = (mean(path), ema(path), mean(path[-LATEST:]))
     for settings in ({}, {"anchor_device": "cpu"}):
         model = sharded()
-        iwr, swa = regulariser(model, every=2, **settings), SWATracker(model)
+        iwr, trackers = regulariser(model, every=2, **settings), [make(model) for make in TRACKERS]
         for step in range(STEPS):
             iwr.step(lambda m=model, step=step: loss_of(m, step))  # type: ignore[misc]
-            assert swa.update(model)
+            for tracker in trackers:
+                assert tracker.update(model)
         assert_close(full(model.state_dict()), reference.state_dict())
-        assert_close(full(swa.averaged_state_dict()), mean)
+        for tracker, average in zip(trackers, expected, strict=True):
+            assert_close(full(tracker.averaged_state_dict()), average)
+
+
+@check
+def fsdp_gradients_that_are_reduced_once_equal_one_process(out: Path) -> None:
+    """``set_requires_gradient_sync`` in a loop of its own, as docs/your-own-loop.md has it."""
+    model = sharded()
+    iwr = regulariser(model)
+    assert iwr.optimizer is not None
+    for step in range(STEPS):
+        iwr.optimizer.zero_grad()
+        model.set_requires_gradient_sync(False)  # type: ignore[operator]
+        with iwr.interpolated():
+            (iwr.weight * loss_of(model, step)).backward()
+        assert gradients(model) == {}  # nothing has been reduced
+        model.set_requires_gradient_sync(True)  # type: ignore[operator]
+        loss_of(model, step).backward()
+        iwr.optimizer.step()
+    reference = trained_by_hand()[0]
+    assert_close(full(model.state_dict()), reference.state_dict())
+    assert_close(full(gradients(model)), gradients(reference))
 
 
 @check
@@ -76,9 +123,21 @@ def fsdp_overflow_in_one_process_skips_the_step_in_both(out: Path) -> None:
 
 @check
 def fsdp_keeps_shards_and_communicates_nothing_of_its_own(out: Path) -> None:
-    model = sharded()
+    for make in TRACKERS:
+        for settings, copies in (({}, 1), ({"anchor_device": "cpu"}, 2)):  # the stash is held too
+            model = sharded()
+            iwr, tracker = used_without_communication(model, make, settings)
+            held = [*iwr._anchor.values(), *iwr._stash.values()]
+            size = sum(value.untyped_storage().nbytes() for value in held)
+            assert size == copies * 8 * local_size(model)
+            assert_holds_shards(tracker, model)
+
+
+def used_without_communication(
+    model: Net, make: Callable[[nn.Module], WeightTracker], settings: dict[str, Any]
+) -> tuple[InterpolatedWeightRegularizer, WeightTracker]:
     with CommDebugMode() as made:
-        iwr, swa = regulariser(model), SWATracker(model)
+        iwr, tracker = regulariser(model, **settings), make(model)
     counts = {str(op): n for op, n in made.get_comm_counts().items()}
     assert [op for op in counts if "reduce" not in op] == []  # the fingerprints' values
     with iwr.interpolated():
@@ -87,21 +146,27 @@ def fsdp_keeps_shards_and_communicates_nothing_of_its_own(out: Path) -> None:
         with iwr.interpolated():
             pass
         iwr.state_dict()
-        swa.update(model)
-        swa.update(model)
-        with swa.applied(model):
+        tracker.update(model)
+        tracker.update(model)
+        with tracker.applied(model):
             pass
-        swa.averaged_state_dict()
-        swa.state_dict()
+        tracker.averaged_state_dict()
+        tracker.state_dict()
     assert {str(op) for op in used.get_comm_counts()} <= {"c10d.allreduce_"}  # finite everywhere?
     with CommDebugMode() as seen:
         full(model.state_dict())
     assert seen.get_total_counts() > 0  # it would have been seen
-    for value in swa.state_dict()["sums"].values():
-        assert isinstance(value, DTensor)
-    held = [*iwr._anchor.values(), *iwr._stash.values()]
-    assert sum(value.untyped_storage().nbytes() for value in held) == 8 * local_size(model)
-    average = swa.averaged_state_dict()
+    return iwr, tracker
+
+
+def assert_holds_shards(tracker: WeightTracker, model: nn.Module) -> None:
+    parts = [part for part in tracker._parts.values() if part]
+    assert len(parts) == (LATEST if isinstance(tracker, LAWATracker) else 1)
+    for part in parts:
+        assert all(isinstance(value, DTensor) for value in part.values())
+        size = sum(local(value).untyped_storage().nbytes() for value in part.values())
+        assert size == 8 * local_size(model)
+    average = tracker.averaged_state_dict()
     assert average.pop("temperature").ndim == 0  # whole, as it is in the model
     assert all(isinstance(value, DTensor) for value in average.values())
     assert sum(local(value).numel() for value in average.values()) == local_size(model)

@@ -5,7 +5,7 @@ The reference is always the same training in one process, on the batches of both
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +75,11 @@ def by_hand(model: nn.Module, anchor: dict[str, Tensor], alpha: float, step: int
 
 def trained_by_hand(
     steps: int = STEPS, max_norm: float | None = None, every: int = 1
-) -> tuple[nn.Module, dict[str, Tensor]]:
-    """A model after some steps in one process, and the mean of its weights after each."""
+) -> tuple[nn.Module, list[dict[str, Tensor]]]:
+    """A model after some steps in one process, and its weights after each of them."""
     model, anchor = Net(0), snapshot(Net(1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
-    total: dict[str, Tensor] = {name: torch.zeros_like(v) for name, v in anchor.items()}
+    path = []
     for step in range(steps):
         if step % every == 0:
             by_hand(model, anchor, ALPHA, step)
@@ -89,9 +89,12 @@ def trained_by_hand(
         if max_norm is not None:
             nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         optimizer.step()
-        for name, value in model.state_dict().items():
-            total[name] += value
-    return model, {name: value / steps for name, value in total.items()}
+        path.append(snapshot(model))
+    return model, path
+
+
+def mean(path: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: sum(weights[name] for weights in path) / len(path) for name in path[0]}  # type: ignore[misc]
 
 
 def regulariser(
