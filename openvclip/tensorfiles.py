@@ -26,6 +26,7 @@ INDEX_ENDING = ".safetensors.index.json"
 _LONGEST_HEADER = 100_000_000  # bytes; as the safetensors library has it
 _LONGEST_INDEX = 100_000_000
 _METADATA = "__metadata__"  # the one name in a header that is no entry's
+_TOTAL_SIZE = "total_size"  # the one name in an index's metadata that is no text of the model's
 
 _DTYPES = {
     "F64": torch.float64,
@@ -219,6 +220,9 @@ def require_storable(dtype: torch.dtype) -> None:
 def read_shards(file: Path) -> tuple[dict[Path, Header], dict[str, str]]:
     """The safetensors files that make up a model, each with its header, and their texts.
 
+    The texts of a sharded model are those of its shards and those of its index, which speaks for
+    the whole where two have the same name.
+
     Args:
         file: a safetensors file, which is all of its model, or the index of a sharded one.
 
@@ -246,7 +250,8 @@ def is_index(file: Path) -> bool:
 
 def _read_index(file: Path) -> tuple[dict[Path, Header], dict[str, str]]:
     try:
-        weight_map = _weight_map(_json_object(file.read_bytes(), "the index"))
+        index = _json_object(file.read_bytes(), "the index")
+        weight_map = _weight_map(index)
     except _LieError as lie:
         raise _broken_index(file, str(lie)) from lie
     shards: dict[Path, Header] = {}
@@ -265,7 +270,7 @@ def _read_index(file: Path) -> tuple[dict[Path, Header], dict[str, str]]:
         ):
             if names:
                 raise _broken_index(file, f"{trouble} {few(sorted(names))}")
-    return shards, metadata
+    return shards, {**metadata, **_index_texts(index)}
 
 
 def _weight_map(index: dict[str, Any]) -> dict[str, str]:
@@ -277,6 +282,14 @@ def _weight_map(index: dict[str, Any]) -> dict[str, str]:
         if not isinstance(shard, str) or shard in ("", ".", "..") or set(shard) & set("/\\\0"):
             raise _LieError(f"{name!r} is to be in {str(shard)[:80]!r}, which is no file beside it")
     return weight_map
+
+
+def _index_texts(index: dict[str, Any]) -> dict[str, str]:
+    """The texts among the metadata of an index, which may hold values of any kind."""
+    found = index.get("metadata")
+    if not isinstance(found, dict):
+        return {}
+    return {k: v for k, v in found.items() if isinstance(v, str) and k != _TOTAL_SIZE}
 
 
 def shard_names_in(index: Path) -> set[str]:
@@ -303,5 +316,5 @@ def index_bytes(shards: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[st
     """
     total = sum(size.nbytes for sizes in shards.values() for size in sizes.values())
     weight_map = {name: shard for shard, sizes in shards.items() for name in sizes}
-    index = {"metadata": {**metadata, "total_size": total}, "weight_map": weight_map}
+    index = {"metadata": {**metadata, _TOTAL_SIZE: total}, "weight_map": weight_map}
     return (json.dumps(index, indent=2) + "\n").encode()

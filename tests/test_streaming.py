@@ -6,7 +6,9 @@ import binascii
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -24,6 +26,7 @@ from openvclip.errors import (
     WeightTypeError,
 )
 from openvclip.streaming import pipeline
+from openvclip.streaming.inputs import WeightInput, open_inputs
 from tests.helpers import assert_same_state, same_bits, tiny_clip
 
 State = dict[str, Tensor]
@@ -221,12 +224,24 @@ def test_an_average_with_what_is_not_finite_is_refused(tmp_path: Path, value: st
 
 # --- any method ----------------------------------------------------------------------------------
 
+BLOCKS = [f"{tower}transformer.resblocks.{k}.w" for tower in ("", "visual.") for k in range(3)]
+
+
+def a_state_with_blocks(seed: int, dtype: torch.dtype) -> State:
+    generator = torch.Generator().manual_seed(100 + seed)
+    blocks = {name: torch.randn(4, 3, generator=generator).to(dtype) for name in BLOCKS}
+    return {**a_state(seed, dtype), **blocks}
+
+
 METHODS: dict[str, Callable[[list[State]], State]] = {
     "slerp": lambda states: merging.slerp(states[0], states[1], 0.3),
     "ties": lambda states: merging.ties(states[0], states[1:]),
     "dare": lambda states: merging.dare(states[0], states[1]),
     "negation": lambda states: merging.apply_task_vectors(
         states[0], [merging.task_vector(states[0], states[1])], -0.5
+    ),
+    "lines": lambda states: merging.lines(
+        states[0], states[1:], alpha=0.25, beta=0.5, blocks=BLOCKS
     ),
     "model stock": lambda states: merging.model_stock(states[0], states[1:]),
     "soup": merging.average,
@@ -238,13 +253,28 @@ METHODS: dict[str, Callable[[list[State]], State]] = {
 def test_any_method_on_single_entries_streams(
     tmp_path: Path, which: str, dtype: torch.dtype
 ) -> None:
-    states = [a_state(seed, dtype) for seed in range(3)]
+    states = [a_state_with_blocks(seed, dtype) for seed in range(3)]
     for state in states:
         del state["mask"]
     paths = files(tmp_path, *states)
     openvclip.merge_files(paths, tmp_path / "out.safetensors", METHODS[which], method=which)
     same_entries(load_file(tmp_path / "out.safetensors"), METHODS[which](states))
     assert recipe_of(tmp_path / "out.safetensors")["method"] == which
+
+
+def test_a_method_that_goes_by_depth_streams(tmp_path: Path) -> None:
+    states = [a_state_with_blocks(seed, torch.float64) for seed in range(2)]
+    paths, out = files(tmp_path, *states), tmp_path / "out.safetensors"
+
+    def lines(given: list[State]) -> State:
+        return merging.lines(given[0], given[1], alpha=0.25, beta=0.5, blocks=3)
+
+    openvclip.merge_files(paths, out, lines)
+    merged = load_file(out)
+    same_entries(merged, merging.lines(states[0], states[1], alpha=0.25, beta=0.5))
+    for name, share in zip(BLOCKS, [0.25, 0.5, 0.75] * 2, strict=True):
+        expected = states[0][name] + share * (states[1][name] - states[0][name])
+        torch.testing.assert_close(merged[name], expected, rtol=1e-15, atol=1e-15)
 
 
 @pytest.mark.parametrize(
@@ -264,3 +294,52 @@ def test_what_a_method_must_give(
     with pytest.raises(WeightTypeError, match=reason):
         openvclip.merge_files(paths, tmp_path / "out.safetensors", merge)
     assert sorted(tmp_path.iterdir()) == paths
+
+
+# --- reading, arithmetic and writing at the same time --------------------------------------------
+
+
+class Meetings:
+    """Work on a part waits for other work on the next, for which one thread could not wait."""
+
+    def __init__(self, parts: int) -> None:
+        self._begun: dict[str, list[Event]] = {
+            work: [Event() for _ in range(parts)] for work in ("read", "compute", "write")
+        }
+
+    def at(self, work: str, part: int, other: str | None = None) -> None:
+        self._begun[work][part].set()
+        if other is not None and part + 1 < len(self._begun[other]):
+            begun = self._begun[other][part + 1].wait(timeout=10)
+            assert begun, f"no {other} of part {part + 1} before the end of {work} of part {part}"
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_next_part_is_read_while_one_is_computed_and_the_last_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bool
+) -> None:
+    """Part n is full of n, so what is read, computed and written tells which part it is."""
+    numbers = torch.arange(8.0).repeat_interleave(4)
+    entries = 8 if whole else 2
+    state = {f"w{k}": part.clone() for k, part in enumerate(numbers.chunk(entries))}
+    meetings, written = Meetings(8), []
+    fill = WeightInput.read
+
+    def read(self: WeightInput, name: str, start: int, into: Tensor) -> None:
+        fill(self, name, start, into)
+        meetings.at("read", int(into[0]))
+
+    def compute(name: str, given: list[Tensor], results: list[Tensor]) -> None:
+        meetings.at("compute", int(given[0][0]), "read")
+        results[0].copy_(given[0])
+
+    class Output:
+        def write(self, flat: Tensor) -> None:
+            meetings.at("write", int(flat[0]), "compute")
+            written.append(flat.clone())
+
+    monkeypatch.setattr(WeightInput, "read", read)
+    with ExitStack() as stack:
+        inputs = open_inputs(files(tmp_path, state), stack)
+        pipeline.stream(inputs, [Output()], inputs[0].sizes, compute, whole=whole)
+    assert torch.equal(torch.cat(written), numbers)

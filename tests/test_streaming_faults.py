@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from openvclip.errors import CheckpointError
 from tests.helpers import REPO
 
 SETUP = """
-    import os, random, resource, signal, sys, time
+    import json, os, random, re, resource, signal, sys, time
     from pathlib import Path
     import safetensors.torch, torch, tqdm
     import openvclip
@@ -50,6 +51,20 @@ SETUP = """
 
     def write(target, lam, **options):
         return lambda: openvclip.interpolate_files(a, b, target, lam, **options)
+
+    index = folder / "m.safetensors.index.json"
+    four_shards = {"max_shard_size": 4_000_000}
+
+    def strays():
+        \"\"\"The temporary files and the shards that no index names; there is nothing else.\"\"\"
+        found = {path.name for path in folder.iterdir() if path.is_file()} - {index.name}
+        if index.exists():
+            found -= set(json.loads(index.read_text())["weight_map"].values())
+        temporary = {name for name in found if re.fullmatch("[.].*[.]tmp", name)}
+        tagged = "m-[0-9a-f]{8}-0000[1-4]-of-00004[.]safetensors"
+        shards = {name for name in found if re.fullmatch(tagged, name)}
+        assert found == temporary | shards, found
+        return temporary, shards
 """
 
 
@@ -80,7 +95,7 @@ def test_a_kill_at_any_moment_leaves_the_older_model_or_the_new_one(tmp_path: Pa
         for lam in (0.25, 0.75):
             assert child(write(inputs / f"{lam}.safetensors", lam)) == 0
             whole.append((inputs / f"{lam}.safetensors").read_bytes())
-        out, index = folder / "out.safetensors", folder / "m.safetensors.index.json"
+        out = folder / "out.safetensors"
 
         def forever(target, **options):
             while True:
@@ -100,6 +115,7 @@ def test_a_kill_at_any_moment_leaves_the_older_model_or_the_new_one(tmp_path: Pa
                     half_written += 1
                 stray.unlink()
         print(half_written)
+        out.unlink()
 
         def compare():
             state = openvclip.load_checkpoint(index)
@@ -107,15 +123,57 @@ def test_a_kill_at_any_moment_leaves_the_older_model_or_the_new_one(tmp_path: Pa
             same = [all(torch.equal(state[n], one[n]) for n in one) for one in whole]
             assert state.keys() == whole[0].keys() and any(same)
 
-        assert child(write(index, 0.25, max_shard_size=4_000_000)) == 0
+        assert child(write(index, 0.25, **four_shards)) == 0
         for _ in range(8):
             moment = numbers.uniform(0.0, 0.25)
-            work = lambda: forever(index, max_shard_size=4_000_000)
-            assert child(work, moment) == -signal.SIGKILL
+            assert child(lambda: forever(index, **four_shards), moment) == -signal.SIGKILL
             assert child(compare) == 0
+            strays()
+        assert child(write(index, 0.25, **four_shards)) == 0
+        assert not strays()[1]
         """,
     )
     assert int(out) >= 1, "no process was killed while it wrote"
+
+
+def test_shards_that_a_kill_left_are_removed_by_the_next_write(tmp_path: Path) -> None:
+    """Killed just before the index takes its name, and just after it."""
+    run(
+        tmp_path,
+        """
+        def killed(lam, after):
+            def rename(source, target, replace=os.replace):
+                if after or Path(target) != index:
+                    replace(source, target)
+                if Path(target) == index:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            os.replace = rename
+            write(index, lam, **four_shards)()
+
+        def holds(lam):
+            def compare():
+                a_state, b_state, state = map(openvclip.load_checkpoint, (a, b, index))
+                expected = openvclip.interpolate(a_state, b_state, lam)
+                assert all(torch.equal(state[n], expected[n]) for n in state.keys() | expected)
+            return child(compare) == 0
+
+        def counts():
+            return tuple(map(len, strays()))
+
+        assert child(lambda: killed(0.25, after=False)) == -signal.SIGKILL
+        assert counts() == (1, 4) and not index.exists()
+        assert child(write(index, 0.25, **four_shards)) == 0
+        assert counts() == (1, 0) and holds(0.25)
+
+        assert child(lambda: killed(0.75, after=False)) == -signal.SIGKILL
+        assert counts() == (2, 4) and holds(0.25)
+        assert child(lambda: killed(0.75, after=True)) == -signal.SIGKILL
+        assert counts() == (2, 8) and holds(0.75)  # the older model's, too
+        assert child(write(index, 0.5, **four_shards)) == 0
+        assert counts() == (2, 0) and holds(0.5)
+        """,
+    )
 
 
 def test_a_full_disk_and_ctrl_c_leave_the_older_files(tmp_path: Path) -> None:
@@ -134,7 +192,7 @@ def test_a_full_disk_and_ctrl_c_leave_the_older_files(tmp_path: Path) -> None:
                     os._exit(7)
             return child(limited)
 
-        out, index = folder / "out.safetensors", folder / "m.safetensors.index.json"
+        out = folder / "out.safetensors"
         out.write_bytes(b"older")
         index.write_bytes(b"{}")
         assert full(write(out, 0.5)) == 7
@@ -196,6 +254,78 @@ def test_an_input_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path) -> N
     with pytest.raises(CheckpointError, match=r"a\.safetensors: it ends earlier than it did"):
         openvclip.merge_files([a], tmp_path / "out.safetensors", cuts)
     assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
+def shards_of(index: Path) -> list[Path]:
+    named = set(json.loads(index.read_text())["weight_map"].values())
+    return [index.with_name(name) for name in sorted(named)]
+
+
+def test_no_shard_goes_that_another_made_or_a_json_file_names(tmp_path: Path) -> None:
+    folder = tmp_path / "ü"
+    a = a_file(tmp_path / "a.safetensors")
+    index = folder / "mü.safetensors.index.json"
+
+    def write(target: Path = index) -> list[Path]:
+        openvclip.average_files([a], target, max_shard_size=200)
+        return shards_of(target)
+
+    kept = write()
+    index.rename(folder / "other.safetensors.index.json")
+    kept += write()
+    index.rename(folder / f"{index.name}.bak")
+    kept += write()
+    listed = {"files": [shard.name for shard in shards_of(index)]}
+    (folder / "manifest.json").write_text(json.dumps(listed, ensure_ascii=False))
+    kept += write(folder / "mü-deadbeef.safetensors.index.json")
+    one = kept[0]
+    stray = folder / "mü-deadbeef-00001-of-00001.safetensors"
+    for name in (
+        "mü-00001-of-00001.safetensors",
+        "mü-deadbee-00001-of-00001.safetensors",
+        "mü-DEADBEEF-00001-of-00001.safetensors",
+        "mü-large-deadbeef-00001-of-00001.safetensors",
+        "other-deadbeef-00001-of-00001.safetensors",
+        f"{stray.name}.bak",
+    ):
+        kept.append(folder / name)
+        kept[-1].write_bytes(one.read_bytes())
+    kept.append(a_file(folder / "mü-20260131-00001-of-00001.safetensors"))  # has no recipe
+    kept.append(folder / "mü-20260131-00002-of-00002.safetensors")
+    kept[-1].write_bytes(b"not whole")
+    stray.write_bytes(one.read_bytes())
+    contents = [path.read_bytes() for path in kept]
+    new = write()
+    assert [path.read_bytes() for path in kept] == contents
+    shards = {path.name for path in folder.iterdir() if ".json" not in path.name}
+    assert shards == {path.name for path in kept + new}
+
+
+def test_strays_stay_while_it_is_not_known_whose_they_are(tmp_path: Path) -> None:
+    """After a write that failed, and where they came while it was going on."""
+    a, index = a_file(tmp_path / "a.safetensors"), tmp_path / "m.safetensors.index.json"
+    openvclip.average_files([a], index, max_shard_size=10_000)
+    (whole,) = shards_of(index)
+    stray, late = (tmp_path / f"m-{tag * 8}-00001-of-00001.safetensors" for tag in "12")
+    stray.write_bytes(whole.read_bytes())
+
+    def fails(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        raise ZeroDivisionError
+
+    def another_writes(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        late.write_bytes(stray.read_bytes())
+        return states[0]
+
+    with pytest.raises(ZeroDivisionError):
+        openvclip.merge_files([a], index, fails)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        path.name for path in (a, index, whole, stray)
+    }
+    openvclip.merge_files([a], index, another_writes)
+    (new,) = shards_of(index)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        path.name for path in (a, index, new, late)
+    }
 
 
 def test_shards_that_got_no_index_are_removed(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -81,8 +82,10 @@ def test_shards_in_and_out(tmp_path: Path) -> None:
     openvclip.interpolate_files(a, b, index, 0.5, max_shard_size=100)
     content = json.loads(index.read_text())
     shards = sorted(set(content["weight_map"].values()))
+    tag = shards[0].split("-")[1]
+    assert re.fullmatch("[0-9a-f]{8}", tag)
     assert shards == [
-        f"m-0000{k}-of-0000{len(shards)}.safetensors" for k in range(1, len(shards) + 1)
+        f"m-{tag}-0000{k}-of-0000{len(shards)}.safetensors" for k in range(1, len(shards) + 1)
     ]
     assert len(shards) >= 4
     assert sorted(path.name for path in index.parent.iterdir()) == [*shards, index.name]
@@ -106,6 +109,18 @@ def test_shards_in_and_out(tmp_path: Path) -> None:
     found = recipe_of(tmp_path / "out.safetensors")["inputs"][0]
     assert found["file"] == index.name
     assert found["weights_hash"] == weights_hash(expected)
+    content["metadata"].update(of="the index", total_parameters=92)
+    index.write_text(json.dumps(content))
+    out, again = tmp_path / "out.safetensors", tmp_path / "again.safetensors.index.json"
+    openvclip.average_files([index], out)
+    openvclip.average_files([index], again, max_shard_size=100)
+    with safe_open(out, "pt") as opened:
+        texts = opened.metadata()
+    assert texts.keys() == {"of", "openvclip_recipe"}
+    assert texts["of"] == "the index"
+    total_size = content["metadata"]["total_size"]
+    assert json.loads(again.read_text())["metadata"] == {**texts, "total_size": total_size}
+    assert openvclip.inspect_checkpoint(again).metadata == texts
 
 
 def test_an_output_may_be_one_of_the_inputs(tmp_path: Path) -> None:

@@ -200,6 +200,23 @@ def test_an_index_stands_for_its_shards(tmp_path: Path) -> None:
     assert json.loads(index_bytes(parts, {})) == json.loads(index.read_text())
 
 
+@pytest.mark.parametrize(
+    ("metadata", "expected"),
+    [
+        ({"of": "all", "total_size": "66", "layers": 3, "tags": ["a"]}, {"of": "all"}),
+        ({"epoch": "4"}, {"epoch": "4"}),
+        (["epoch"], {}),
+        (None, {}),
+    ],
+)
+def test_texts_of_an_index_are_read(
+    tmp_path: Path, metadata: object, expected: dict[str, str]
+) -> None:
+    index, _ = sharded(tmp_path)
+    index.write_text(json.dumps({**json.loads(index.read_text()), "metadata": metadata}))
+    assert openvclip.inspect_checkpoint(index).metadata == {"epoch": "3", **expected}
+
+
 def test_a_lying_index_is_refused(tmp_path: Path) -> None:
     index, state = sharded(tmp_path)
     good = tmp_path / "good.safetensors"

@@ -67,10 +67,11 @@ def interpolate_files(
 ) -> None:
     """Write ``lam * a + (1 - lam) * b`` for two files of weights, bit for bit :func:`interpolate`.
 
-    Neither model is loaded: the files are read in stretches of half a megabyte, and read, computed
-    and written at the same time. For safetensors files that takes less than 100 MB of memory,
-    however large they are; entries of PyTorch files are mapped into memory, which can take back
-    what was read of them. **lam weighs a, the original CLIP**, as everywhere in openvclip.
+    Safetensors files are not loaded: they are read in stretches of half a megabyte, and read,
+    computed and written at the same time, in less than 100 MB of memory, however large they are.
+    PyTorch files are mapped into memory, which can take back what was read of them; archives of
+    TorchScript and files of before PyTorch 1.6 are loaded. **lam weighs a, the original CLIP**, as
+    everywhere in openvclip.
 
     Args:
         a: file of the original model: safetensors, the index (``*.safetensors.index.json``) of a
@@ -93,8 +94,12 @@ def interpolate_files(
     SHA-256 of a line ``name dtype shape crc32`` for each entry, sorted by name.
 
     A file takes its name when it is whole and flushed to the disk: after an exception, a kill or a
-    crash there is the older file or the new one. A kill can leave a file behind whose name ends in
-    ``.tmp``, and of a sharded model shards that no index names.
+    crash there is the older file or the new one. A kill can leave files behind whose names end in
+    ``.tmp``. The index of a sharded model takes its name after the shards, and then the older ones
+    are removed, so that a kill around this moment can leave whole shards that no index names. All
+    shards written here have a tag of eight hexadecimal digits in their names
+    (``clip-1a2b3c4d-00001-of-00002.safetensors``) and a recipe in their headers, and the next write
+    of the same index that succeeds removes those that no JSON file in the folder names.
 
     Raises:
         StateMismatchError: names or shapes differ; the error lists all of them.

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 
 from torch import Tensor
 
 from openvclip.checkpoints import atomic_path, write_errors
+from openvclip.errors import CheckpointError
 from openvclip.streaming.inputs import bytes_of
-from openvclip.tensorfiles import INDEX_ENDING, header_bytes, index_bytes, shard_names_in
+from openvclip.streaming.recipe import RECIPE
+from openvclip.tensorfiles import (
+    INDEX_ENDING,
+    header_bytes,
+    index_bytes,
+    read_header,
+    shard_names_in,
+)
 
 SHARD_SIZE = 5_000_000_000  # bytes, as Hugging Face's libraries have it
 _TO_DISK = 16 << 20  # bytes after which what is written is sent on to the disk
@@ -56,13 +66,15 @@ def weight_output(
 
     The header of each is written last, in room that was left for it: the metadata hold hashes
     that are known only then, and a file that was given up before begins with zeros, so that
-    nothing takes it for a whole one.
+    nothing takes it for a whole one. Only shards can be left behind whole under their own names,
+    by a kill around the moment when their index takes its name; its next write removes them.
 
     Args:
         path: the file, or the index of a sharded model.
         sizes: the entries in the order in which they are written, on the meta device.
-        metadata: texts for the headers. Called at the beginning, for their lengths, and at the
-            end, when they must have the same lengths.
+        metadata: texts for the headers, with a recipe, by which shards of this library are known.
+            Called at the beginning, for their lengths, and at the end, when they must have the
+            same lengths.
         max_shard_size: bytes of the entries of a shard; a larger entry has a shard of its own.
 
     Raises:
@@ -74,7 +86,7 @@ def weight_output(
             yield WeightOutput(path, [stack.enter_context(_shard(temporary, sizes, metadata))])
             return
         parts = _parts(sizes, max_shard_size or SHARD_SIZE)
-        names = _free_names(path, len(parts))
+        names = _new_names(path, len(parts))
         index, files = stack.enter_context(_atomic_shards(path, names))
         yield WeightOutput(
             path,
@@ -140,14 +152,19 @@ def _parts(sizes: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
     return parts
 
 
-def _free_names(index: Path, count: int) -> list[str]:
-    """Names of shards that no file has, so that none of an older model is written over."""
-    stem, tag = index.name.removesuffix(INDEX_ENDING), ""
+def _new_names(index: Path, count: int) -> list[str]:
+    """Names of shards that no file has, so that none of an older model is written over.
+
+    All have a tag, also where the plain names are free: it tells shards that a kill left without
+    an index from those that somebody else made.
+    """
     while True:
-        names = [f"{stem}{tag}-{k:05d}-of-{count:05d}.safetensors" for k in range(1, count + 1)]
+        tag = secrets.token_hex(4)
+        names = [
+            f"{_stem(index)}-{tag}-{k:05d}-of-{count:05d}.safetensors" for k in range(1, count + 1)
+        ]
         if not any(index.with_name(name).exists() for name in names):
             return names
-        tag = f"-{secrets.token_hex(3)}"
 
 
 @contextmanager
@@ -156,17 +173,54 @@ def _atomic_shards(index: Path, names: list[str]) -> Iterator[tuple[Path, list[P
 
     The index takes its name last. It is what makes files a model: before, the older model is
     there with all its shards, and afterwards, when these are removed, the new one.
+
+    With the older shards go those that kills have left, if they stood there from the beginning:
+    shards that came meanwhile may be of another process, which is about to name its index.
     """
-    older = {name for name in shard_names_in(index) if _belongs(name, index)}
+    older = {name for name in shard_names_in(index) if name.startswith(f"{_stem(index)}-")}
+    older |= _made_here(index)
     shards = [index.with_name(name) for name in names]
     try:
         with atomic_path(index) as temporary, ExitStack() as stack:
             yield temporary, [stack.enter_context(atomic_path(shard)) for shard in shards]
     finally:
-        current = shard_names_in(index)
-        for name in older.union(names) - current:
-            index.with_name(name).unlink(missing_ok=True)
+        with suppress(OSError):  # what can't be removed now, the next write removes
+            done = shard_names_in(index).issuperset(names)
+            for name in _unnamed(older.union(names) if done else set(names), index.parent):
+                index.with_name(name).unlink(missing_ok=True)
 
 
-def _belongs(shard: str, index: Path) -> bool:
-    return shard.startswith(f"{index.name.removesuffix(INDEX_ENDING)}-")
+def _stem(index: Path) -> str:
+    return index.name.removesuffix(INDEX_ENDING)
+
+
+def _made_here(index: Path) -> set[str]:
+    """The shards of this index's models in its folder that were written by this library.
+
+    The name alone does not say so: in ``m-20260131-00001-of-00002.safetensors`` a date looks like
+    a tag.
+    """
+    ours = re.compile(rf"{re.escape(_stem(index))}-[0-9a-f]{{8}}-\d{{5,}}-of-\d{{5,}}\.safetensors")
+    files = [file for file in index.parent.glob("*.safetensors") if ours.fullmatch(file.name)]
+    return {file.name for file in files if _has_recipe(file)}
+
+
+def _has_recipe(file: Path) -> bool:
+    try:
+        return RECIPE in read_header(file).metadata
+    except CheckpointError:
+        return False
+
+
+def _unnamed(shards: set[str], folder: Path) -> set[str]:
+    """Those of the shards whose names are in no JSON file of the folder, whatever its form.
+
+    So an index under another name, a copy of an older one (``*.json.bak``) and a broken one keep
+    their shards. Temporary indexes, which a kill leaves beside the shards, don't.
+    """
+    spelled = {name: (os.fsencode(name), json.dumps(name)[1:-1].encode()) for name in shards}
+    for file in folder.glob("*.json*"):
+        temporary = file.name.startswith(".") and file.name.endswith(".tmp")
+        text = b"" if temporary or not file.is_file() else file.read_bytes()
+        shards = {name for name in shards if not any(form in text for form in spelled[name])}
+    return shards
