@@ -107,15 +107,16 @@ def leave_weights(
     if swa is not None:
         states["averaged"] = full_state(swa.averaged_state_dict())
     states["final"] = final_weights(model, clip, swa, lam)
-    results = {f"{name}, last weights": value for name, value in validation.accuracy().items()}
-    load_whole(model, states["final"])
-    results |= {f"{name}, final weights": v for name, v in validation.accuracy().items()}
+    # Before the model changes: the last weights are its own tensors.
     for name, weights in states.items() if ranks.first else ():
         save_checkpoint(
             {key: value.reshape(shapes[key]) for key, value in weights.items()},
             out / f"{name}.safetensors",
             metadata={"lambda": str(lam)} if name == "final" else None,
         )
+    results = {f"{name}, last weights": value for name, value in validation.accuracy().items()}
+    load_whole(model, states["final"])
+    results |= {f"{name}, final weights": v for name, v in validation.accuracy().items()}
     return {f"`{name}.safetensors`": WEIGHTS[name] for name in states}, results
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from examples.methods import Classifier, fixed_text
+from examples.video_batches import outlive_the_signal
 from openvclip.evaluation import evaluate
 from openvclip.ranks import Ranks
 from openvclip.video import VideoDataset
@@ -52,6 +53,7 @@ class SharedAccuracy:
             Subset(dataset, own),
             batch_size=batch_size,
             num_workers=workers,
+            worker_init_fn=outlive_the_signal,
             generator=torch.Generator(),  # leaves the global one alone
         )
 

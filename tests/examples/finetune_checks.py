@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, distributed
 
 from examples.checkpointing import Checkpoints, load_whole
-from examples.finetune import Recipe, Run, final_weights, train
+from examples.finetune import train
+from examples.outcome import final_weights
 from examples.parallel import give_scalars_an_axis
+from examples.recipe import Recipe, Run
 from openvclip.distributed import full_state, is_sharded
 from openvclip.errors import CheckpointError
 from openvclip.ranks import Ranks

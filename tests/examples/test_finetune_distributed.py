@@ -1,6 +1,7 @@
 """Two processes: the same training as one, and the end of both when one of them dies.
 
-The checks are in ``tests/examples/finetune_checks.py``; one pair of processes runs them all.
+The checks of the training loop are in ``tests/examples/finetune_checks.py``; one pair of processes
+runs them all.
 """
 
 from __future__ import annotations
@@ -9,8 +10,12 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import ExitStack
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +25,7 @@ from openvclip.checkpoints import load_checkpoint
 from tests.examples import finetune_checks
 from tests.examples.forked import free_port, rendezvous, started
 from tests.examples.tiny_videos import command, write_videos
-from tests.helpers import REPO
+from tests.helpers import REPO, assert_same_state
 
 LIMIT = 300.0  # seconds after which processes that wait for each other are stopped
 
@@ -39,15 +44,23 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    port, logs = free_port(), [tmp_path / f"{rank}.log" for rank in range(2)]
+@contextmanager
+def together(
+    target: Callable[..., object], *arguments: Any, logs: Path
+) -> Iterator[list[BaseProcess]]:
+    """Two processes that find each other as those of ``torchrun`` do, with logs in a folder."""
+    port = free_port()
     with ExitStack() as stack:
-        processes = [
+        yield [
             stack.enter_context(
-                started(finetune_checks.main, [str(tmp_path)], log=log, **rendezvous(rank, 2, port))
+                started(target, *arguments, log=logs / f"{rank}.log", **rendezvous(rank, 2, port))
             )
-            for rank, log in enumerate(logs)
+            for rank in range(2)
         ]
+
+
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    with together(finetune_checks.main, [str(tmp_path)], logs=tmp_path) as processes:
         for process in processes:
             process.join(LIMIT)
     for rank in range(2):
@@ -55,27 +68,87 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
         found = json.loads(file.read_text()) if file.exists() else {}
         failed = {name: text for name, text in found.items() if text != "passed"}
         assert not failed, f"process {rank}:\n" + "\n".join(failed.values())
-        assert len(found) == 15, logs[rank].read_text()
+        assert len(found) == 15, (tmp_path / f"{rank}.log").read_text()
 
 
-def test_a_process_that_dies_ends_all_with_one_message_and_the_run_goes_on(tmp_path: Path) -> None:
-    write_videos(tmp_path, 9)
-    arguments = command(tmp_path, "run", "--save-every", "2", "--per-device-batch", "1")
-    done = torchrun(str(Path("tests/examples/dying_process.py")), *arguments)
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nine videos, and in ``alone`` what one process leaves that trains on them."""
+    folder = tmp_path_factory.mktemp("world")
+    write_videos(folder, 9)
+    finetune.main(validated(folder, "alone"))
+    return folder
+
+
+def validated(folder: Path, out: str, *more: str) -> list[str]:
+    """Arguments of a run with a validation after each epoch; two processes share nine videos."""
+    lists = ["--val-annotations", str(folder / "train.csv"), "--val-root", str(folder)]
+    return command(folder, out, "--per-device-batch", "1", *lists, *more)
+
+
+def lines_of(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    for file in ("finetuned", "averaged", "final"):
+        given, expected = (load_checkpoint(out / f"{file}.safetensors") for out in (one, other))
+        assert given.keys() == expected.keys()
+        for name, value in given.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-5)
+
+
+def test_the_last_weights_are_those_of_the_last_checkpoint(world: Path) -> None:
+    last = load_checkpoint(world / "alone" / "finetuned.safetensors")
+    saved = torch.load(world / "alone" / "checkpoint-00000006.pt", weights_only=True)["model"]
+    assert last.keys() == saved.keys()
+    assert_same_state(last, {name: saved[name] for name in last})
+
+
+@pytest.mark.parametrize("flags", ["", "--fsdp", "--compile aot_eager"])
+def test_two_processes_leave_what_one_leaves(world: Path, tmp_path: Path, flags: str) -> None:
+    """From the command line to the model card, validation on the way."""
+    out, expected = tmp_path / "run", world / "alone"
+    arguments = validated(world, str(out), *flags.split())
+    with together(finetune.main, arguments, logs=tmp_path) as processes:
+        for process in processes:
+            process.join(LIMIT)
+    said = [(tmp_path / f"{rank}.log").read_text() for rank in range(2)]
+    assert [process.exitcode for process in processes] == [0, 0], "\n".join(said)
+    assert "4 videos a step (2 processes, 1 at a time, 2 times added up)" in said[0]
+    assert [text.count("Wrote") for text in said] == [1, 0]
+    assert_same_weights(out, expected)
+    measured = [line for line in lines_of(out) if "val_top1" in line]
+    assert measured == [line for line in lines_of(expected) if "val_top1" in line]
+    assert [line["step"] for line in measured] == [2, 4, 6]
+    assert len({line["val_top1"] for line in measured}) > 1  # accuracies that training changes
+    cards = [(o / "README.md").read_text() for o in (out, expected)]
+    assert cards[0].replace("| fsdp | True |", "| fsdp | False |") == cards[1]
+    assert "| top1, final weights |" in cards[0]
+
+
+@pytest.mark.parametrize(
+    ("rank", "where", "saved"), [("0", "training", [2]), ("1", "validation", [2, 4])]
+)
+def test_a_process_that_dies_ends_all_with_one_message_and_the_run_goes_on(
+    world: Path, tmp_path: Path, rank: str, where: str, saved: list[int]
+) -> None:
+    out, moment = tmp_path / "run", tmp_path / "moment"
+    # With workers, which torchrun ends too: the message must not be that they are gone.
+    arguments = validated(world, str(out), "--save-every", "2", "--workers", "1")
+    script = str(Path("tests/examples/dying_process.py"))
+    done = torchrun(script, rank, where, str(moment), *arguments)  # returns when all have ended
+    assert time.monotonic() - float(moment.read_text()) < 60
     assert done.returncode != 0
-    assert done.stderr.count("Another process of this run is gone") == 1, done.stderr
+    before, *after = done.stderr.split("Another process of this run is gone")
+    assert len(after) == 1, done.stderr
+    assert "Traceback" not in before, before
     assert "4 videos a step (2 processes, 1 at a time, 2 times added up)" in done.stdout
-    out = tmp_path / "run"
-    assert [path.name for path in out.glob("checkpoint*")] == ["checkpoint-00000002.pt"]
+    found = sorted(path.name for path in out.glob("checkpoint*"))
+    assert found == [f"checkpoint-{step:08d}.pt" for step in saved]
     finetune.main(arguments)  # goes on alone
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    finetune.main(command(tmp_path, "alone", "--per-device-batch", "1"))
-    one, other = (
-        load_checkpoint(tmp_path / name / "final.safetensors") for name in ("run", "alone")
-    )
-    for name, value in one.items():
-        torch.testing.assert_close(value, other[name], rtol=1e-3, atol=1e-5)
+    assert [line["step"] for line in lines_of(out) if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert_same_weights(out, world / "alone")
 
 
 @pytest.mark.parametrize("text", ["--batch-size 3", "--batch-size 12"])
