@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -134,7 +135,8 @@ def encode_video(model: nn.Module, video: Tensor) -> Tensor:
         ``[B, D]``.
 
     Raises:
-        VideoShapeError: wrong rank, dtype or channels, no clips, no frames, or a list of clips.
+        VideoShapeError: wrong rank, dtype, channels or frame size, no clips, no frames, or a list
+            of clips.
         UnsupportedModelError: the model has no known way to encode images, or gives no single
             feature for an image.
     """
@@ -157,6 +159,9 @@ def encode_frames(model: nn.Module, video: Tensor) -> Tensor:
     require_video(video)
     encode = _encoder(model)
     expanded = is_expanded(model)
+    # The families are imported where they are needed, which can't be put into a compiled graph.
+    if not expanded and not torch.compiler.is_compiling():
+        _require_video_of_tower(model, video)
     frames = encode(model, video if expanded else video.flatten(0, 1))
     if not isinstance(frames, Tensor) or frames.ndim != (3 if expanded else 2):
         raise UnsupportedModelError(
@@ -164,6 +169,19 @@ def encode_frames(model: nn.Module, video: Tensor) -> Tensor:
             "model whose tower pools its tokens."
         )
     return frames if expanded else frames.unflatten(0, video.shape[:2])
+
+
+def _require_video_of_tower(model: nn.Module, video: Tensor) -> None:
+    """Raise where the tower would fail on a video, or crop it: what expanded ones do themselves.
+
+    Models of the user's own are left alone, since they may change the frames before their tower.
+    """
+    inner = getattr(model, "_orig_mod", model)
+    library = type(inner).__module__.partition(".")[0]
+    if library in ("open_clip", "timm", "transformers"):
+        for family in _families()[0]:
+            for tower in family.find_towers(inner):
+                family.require(tower, video)
 
 
 def _encoder(model: nn.Module) -> Encoder:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from functools import partial
 from typing import Any
 
 import open_clip
@@ -13,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional
 
 from openvclip import encode_video, expand_temporal_attention, restore_spatial_attention
 from openvclip.errors import ExpansionError, UnsupportedModelError, VideoShapeError
@@ -293,10 +295,31 @@ def test_a_foreign_attention_leaves_the_tower_as_it_was() -> None:
     ],
 )
 def test_videos_that_are_none(video: Tensor, text: str) -> None:
-    model = expand_temporal_attention(tiny_clip())
-    for call in (model.encode_image, lambda x: encode_video(model, x)):
+    model, plain = expand_temporal_attention(tiny_clip()), tiny_clip()
+    for call in (model.encode_image, partial(encode_video, model), partial(encode_video, plain)):
         with pytest.raises(VideoShapeError, match=text):
             call(video)
+
+
+def test_a_list_of_clips() -> None:
+    model: Any = expand_temporal_attention(tiny_clip())
+    clips = [torch.zeros(8, 3, 8, 8), torch.zeros(16, 3, 8, 8)]
+    for call in (model.encode_image, model.visual, partial(encode_video, model)):
+        with pytest.raises(VideoShapeError, match=r"Got a list of 2 clips with 8, 16 frames"):
+            call(clips)
+
+
+def test_a_model_of_ones_own_may_change_the_frames_before_its_tower() -> None:
+    class Resizing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.clip = tiny_clip()
+
+        def encode_image(self, x: Tensor) -> Tensor:
+            return self.clip.encode_image(functional.interpolate(x.float(), size=(8, 8)))
+
+    large = random_video(1, 2, pixels=16).double()
+    assert encode_video(Resizing(), large).shape == (1, 8)
 
 
 def test_images_given_to_encode_video() -> None:
@@ -306,15 +329,17 @@ def test_images_given_to_encode_video() -> None:
 
 
 def test_a_video_of_another_float_dtype_is_named_and_autocast_is_left_alone() -> None:
-    model = expand_temporal_attention(tiny_clip())
     video = random_video(1, 2)
-    with pytest.raises(VideoShapeError, match=r"dtype float64; the model's weights are float32"):
-        encode_video(model, video.double())
+    for model in (expand_temporal_attention(tiny_clip()), tiny_clip()):
+        with pytest.raises(
+            VideoShapeError, match=r"dtype float64; the model's weights are float32"
+        ):
+            encode_video(model, video.double())
+        with torch.autocast("cpu", torch.bfloat16):
+            assert encode_video(model, video.bfloat16()).isfinite().all()
     half = expand_temporal_attention(tiny_clip()).bfloat16()
     with pytest.raises(VideoShapeError, match=r"video\.to\(torch\.bfloat16\)"):
         half.encode_image(video)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert encode_video(model, video.bfloat16()).isfinite().all()
 
 
 def test_a_batch_of_no_clips_is_named() -> None:

@@ -10,7 +10,9 @@ import torch
 from open_clip.transformer import QuickGELU, VisionTransformer
 from safetensors import safe_open
 from torch import Tensor
+from torch.autograd import gradgradcheck
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from openvclip import expand_temporal_attention
 from openvclip.adapters import attention
@@ -209,6 +211,15 @@ def test_gradcheck(window: int, frames: int, boundary: Any) -> None:
     )
     view = FrameView(window, boundary)
     assert torch.autograd.gradcheck(lambda *qkv: temporal_attention(*qkv, view), (q, k, v))
+
+
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+def test_gradients_of_gradients_by_the_kernel_that_has_them(boundary: Any) -> None:
+    """Of PyTorch's own attention the plain formulas alone can be differentiated twice."""
+    q, k, v = (torch.randn(1, 3, 2, 1, 2, dtype=torch.float64, requires_grad=True) for _ in "qkv")
+    view = FrameView(1, boundary)
+    with sdpa_kernel([SDPBackend.MATH]):
+        assert gradgradcheck(lambda *qkv: temporal_attention(*qkv, view), (q, k, v))
 
 
 @pytest.mark.usefixtures("way")

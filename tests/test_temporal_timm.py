@@ -10,7 +10,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from timm.layers import Attention, AttentionRope, DiffAttention, HybridEmbed
+from timm.layers import Attention, AttentionRope, DiffAttention, HybridEmbed, SimpleNorm
 from timm.models.eva import Eva, EvaAttention
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import (
@@ -22,7 +22,12 @@ from timm.models.vision_transformer import (
 from timm.models.vitamin import GeGluMlp, MbConvStages, VitCfg
 from torch import Tensor, nn
 
-from openvclip import encode_video, expand_temporal_attention, temporal
+from openvclip import (
+    encode_video,
+    expand_temporal_attention,
+    restore_spatial_attention,
+    temporal,
+)
 from openvclip.errors import UnsupportedModelError, UsageError, VideoShapeError
 from tests.helpers import TEXT, gradients, random_video, randomise, same_bits, tiny_tower
 from tests.test_temporal_reference import equation_3
@@ -68,6 +73,7 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "siglip": vit(class_token=False, global_pool="map", num_classes=0),
     "clip": vit(pre_norm=True),
     "q/k norm": vit(qk_norm=True, scale_attn_norm=True, scale_mlp_norm=True, init_values=0.5),
+    "simple q/k norm": vit(qk_norm=True, norm_layer=SimpleNorm),
     "registers": vit(reg_tokens=2, no_embed_class=True, global_pool="avg"),
     "post norm": vit(block_fn=ResPostBlock, init_values=0.5),
     "any size": vit(dynamic_img_size=True),
@@ -270,6 +276,11 @@ def test_inside_open_clip(settings: dict[str, Any]) -> None:
         torch.testing.assert_close(encode_video(model.visual, clip), plain, **CLOSE)
     with pytest.raises(VideoShapeError, match=r"40 x 32 pixels .* multiples of 16 x 16"):
         model.encode_image(torch.zeros(1, 2, 3, 40, 32))
+    restore_spatial_attention(model)
+    with pytest.raises(VideoShapeError, match=r"40 x 32 pixels .* multiples of 16 x 16"):
+        encode_video(model, torch.zeros(1, 2, 3, 40, 32))
+    with pytest.raises(VideoShapeError, match="dtype float64; the model's weights are float32"):
+        encode_video(model, clip.double())
 
 
 def test_encode_video_of_a_tower_of_open_clip() -> None:

@@ -14,7 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from openvclip import encode_video, expand_temporal_attention
 from openvclip.adapters import attention
-from tests.helpers import gradients, random_video, same_bits, tiny_clip, tiny_tower
+from tests.helpers import (
+    assert_same_state,
+    gradients,
+    random_video,
+    same_bits,
+    tiny_clip,
+    tiny_tower,
+)
 
 BOUNDARIES = ("zero", "mask", "replicate")
 
@@ -53,8 +60,9 @@ def test_checkpointing_recomputes() -> None:
 
 
 @pytest.mark.parametrize("boundary", BOUNDARIES)
-def test_autocast_is_close_to_float32(boundary: Any) -> None:
-    model = expand_temporal_attention(tiny_clip(), boundary=boundary)
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": True}, {"scaled_cosine_attn": True}])
+def test_autocast_is_close_to_float32(changes: dict[str, Any], boundary: Any) -> None:
+    model = expand_temporal_attention(tiny_clip(**changes), boundary=boundary)
     video = random_video(2, 4)
     exact = encode_video(model, video)
     with torch.autocast("cpu", torch.bfloat16):
@@ -77,6 +85,20 @@ def test_models_in_other_dtypes(dtype: torch.dtype) -> None:
     assert got.dtype == dtype
     similarity = functional.cosine_similarity(got.double(), exact.double(), dim=-1)
     assert (similarity > (0.99 if dtype == torch.bfloat16 else 1 - 1e-6)).all()
+
+
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+def test_another_default_device_changes_nothing(boundary: Any) -> None:
+    tower, video = expand_temporal_attention(tiny_tower(), boundary=boundary), random_video(2, 3)
+    expected = tower(video)
+    expected.square().sum().backward()
+    grads = gradients(tower)
+    tower.zero_grad()
+    with torch.device("meta"):
+        got = tower(video)
+        got.square().sum().backward()
+    assert same_bits(got, expected)
+    assert_same_state(gradients(tower), grads)
 
 
 # --- torch.compile -----------------------------------------------------------------------------
@@ -147,6 +169,15 @@ def test_images_and_videos_through_one_compiled_tower() -> None:
     with torch.no_grad():
         for x in (random_video(2, 3), random_video(1, 3)[0], random_video(2, 3)):
             torch.testing.assert_close(compiled(x), tower(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("expanded", [False, True])
+def test_encode_video_is_compiled_in_one_graph(expanded: bool) -> None:
+    model, video = tiny_clip(), random_video(2, 3)
+    if expanded:
+        expand_temporal_attention(model)
+    compiled = torch.compile(lambda x: encode_video(model, x), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(video), encode_video(model, video), rtol=1e-4, atol=1e-5)
 
 
 def test_compiled_before_the_expansion() -> None:

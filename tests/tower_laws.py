@@ -6,6 +6,7 @@ import copy
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -219,7 +220,7 @@ def encode_video_pools_the_frames(case: Case) -> None:
 
 
 def what_is_no_video_is_refused(case: Case) -> None:
-    model = case.expanded()
+    model, plain = case.expanded(), case.make()
     bad: list[tuple[Any, str]] = [
         (torch.zeros(3, 8, 8), r"expected a video \[B, T, C, H, W\]"),
         (torch.zeros(1, 2, 3, 8, 8, dtype=torch.uint8), "dtype uint8; expected normalised"),
@@ -230,12 +231,14 @@ def what_is_no_video_is_refused(case: Case) -> None:
     for video, text in bad:
         with pytest.raises(VideoShapeError, match=text):
             case.features(model, video)
-        with pytest.raises(VideoShapeError, match=text):
-            encode_video(model, video)
+        for one in (model, plain):
+            with pytest.raises(VideoShapeError, match=text):
+                encode_video(one, video)
     clips: Any = [torch.zeros(8, 3, 8, 8), torch.zeros(16, 3, 8, 8)]
-    for one in (model, case.make()):
+    calls = [partial(function, model) for function in (encode_video, case.features)]
+    for call in (*calls, partial(encode_video, plain)):
         with pytest.raises(VideoShapeError, match=r"2 clips with 8, 16 frames.*by length"):
-            encode_video(one, clips)
+            call(clips)
 
 
 LAWS: list[Callable[[Case], None]] = [

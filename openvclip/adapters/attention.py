@@ -69,7 +69,8 @@ def temporal_attention(
         ``[B, T, N, heads * d]``.
     """
     b, t, n, heads, d = q.shape
-    if view.window > 0 and dropout_p == 0.0 and _better_in_turn(q):
+    one_dtype = q.dtype == k.dtype == v.dtype  # else autocast has to make it one, as SDPA does
+    if view.window > 0 and dropout_p == 0.0 and one_dtype and _better_in_turn(q):
         return frames_in_turn(q, k, v, view, scale).flatten(-2)
     mask = None
     if view.window > 0:
@@ -86,9 +87,12 @@ def _better_in_turn(q: Tensor) -> bool:
     """Whether one kernel call a frame, on views, beats one call for all frames, on copies.
 
     On a CPU it does, since there the copies cost more than the attention itself. A GPU wants few
-    large calls, and a compiled graph no loop over frames.
+    large calls, and a compiled graph no loop over frames. Who turns the flash kernels off with
+    ``sdpa_kernel`` wants another kernel, such as the one that can be differentiated twice.
     """
-    return q.device.type == "cpu" and not torch.compiler.is_compiling()
+    if q.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return bool(torch.backends.cuda.flash_sdp_enabled())  # that of CPUs, too
 
 
 def _by_head(x: Tensor) -> Tensor:

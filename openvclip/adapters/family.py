@@ -27,6 +27,8 @@ class Family:
             :class:`UnsupportedModelError` where a layer can't be expanded for another reason
             than the class of its attention.
         expected: the classes of attention in words, for the error text.
+        require: raises :class:`VideoShapeError` unless a tower, expanded or not, takes a video:
+            the size of its frames and, where the tower does not convert it, its dtype.
         encoder: how to get features ``[n, D]`` from images, and ``[B, T, D]`` from videos where
             the model is expanded: a function of the model and the tensor. None where the model
             is not of this family.
@@ -40,6 +42,7 @@ class Family:
     attentions: Classes
     layers: Callable[[Any], list[nn.Module]]
     expected: str
+    require: Callable[[Any, Tensor], None]
     encoder: Callable[[nn.Module], Encoder | None]
     pooling: tuple[type[nn.Module], ...] = ()
     _plain: dict[type[nn.Module], type[nn.Module]] = field(init=False, repr=False)

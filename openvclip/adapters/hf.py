@@ -80,9 +80,10 @@ class _FrameTower(TemporalTower):
             VideoShapeError: neither an image batch nor a video of the tower's frame size.
             UsageError: ``output_attentions`` or ``attention_mask`` with a video.
         """
-        if isinstance(pixel_values, Tensor) and pixel_values.ndim != 4:
-            return _video_outputs(self, pixel_values, *args, **kwargs)
-        return super().forward(pixel_values, *args, **kwargs)  # type: ignore[misc]
+        images = isinstance(pixel_values, Tensor) and pixel_values.ndim == 4
+        if images or pixel_values is None:
+            return super().forward(pixel_values, *args, **kwargs)  # type: ignore[misc]
+        return _video_outputs(self, pixel_values, *args, **kwargs)
 
     def _encode(self, tokens: Tensor, **kwargs: Any) -> Tensor:
         """What the last layer makes of embedded frames ``[B, T, N, D]``."""
@@ -130,14 +131,19 @@ def _video_outputs(
             "output_attentions is for images: the fused attention over a video's frames never "
             "holds its weights. Turn it off for videos."
         )
-    size = tower.embeddings.image_size
-    require_video(video, None if interpolate_pos_encoding else (size, size))
+    _require_video(tower, video, bool(interpolate_pos_encoding))
     tokens = tower.embeddings(
         video.flatten(0, 1), interpolate_pos_encoding=bool(interpolate_pos_encoding)
     )
     hidden = tower._encode(tokens.unflatten(0, video.shape[:2]), **kwargs)
     hidden, pooled = tower._pool(hidden)
     return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=pooled)
+
+
+def _require_video(tower: Any, video: Tensor, any_size: bool = False) -> None:
+    size = tower.embeddings.image_size
+    # Without a weight to compare: the embeddings convert the pixels to the dtype of theirs.
+    require_video(video, None if any_size else (size, size))
 
 
 def take_the_place_of(plain: Any, other: Any) -> None:
@@ -189,6 +195,7 @@ FAMILY = Family(
     },
     layers=_attentions,
     expected="transformers' CLIPAttention or SiglipAttention",
+    require=_require_video,
     encoder=_encoder,
     pooling=(CLIPForImageClassification, SiglipForImageClassification),
 )

@@ -32,8 +32,9 @@ class View(Protocol):
 def frames_in_turn(q: Tensor, k: Tensor, v: Tensor, view: View, scale: float | None) -> Tensor:
     """Attention of each frame's queries over the keys of the frames in view (Equation 3).
 
-    Keys and values are never copied but for repeated end frames, zero keys are never multiplied,
-    and the backward pass takes the memory of its results alone.
+    Keys and values are copied only where end frames are repeated or a layout has no flat view of
+    frames and tokens; zero keys are never multiplied. The backward pass takes the memory of its
+    results and of one frame's parts; it sums the queries' gradient in float32 for half dtypes.
 
     Args:
         q: queries ``[B, T, N, heads, d]``, on a CPU.
@@ -64,7 +65,7 @@ class _FramesInTurn(torch.autograd.Function):
         q: Tensor, k: Tensor, v: Tensor, view: View, scale: float | None
     ) -> tuple[Tensor, Tensor]:
         t = q.shape[1]
-        out = torch.empty(q.shape, dtype=q.dtype)
+        out = q.new_empty(q.shape)
         sums = []
         for i in range(t):
             first, last = _seen(i, t, view)
@@ -97,8 +98,8 @@ class _FramesInTurn(torch.autograd.Function):
         t, wide = q.shape[1], torch.promote_types(q.dtype, torch.float32)
         of_q, of_k, of_v = (
             q.new_zeros(q.shape, dtype=wide),
-            torch.empty_like(k),
-            torch.empty_like(v),
+            k.new_empty(k.shape),
+            v.new_empty(v.shape),
         )
         for j in range(t):
             first, last = _seen(j, t, ctx.view)  # who sees a frame is whom it sees

@@ -83,10 +83,10 @@ class TemporalVisionTransformer(TemporalTower, VisionTransformer):  # type: igno
         Raises:
             VideoShapeError: neither an image batch nor a video of the tower's frame size.
         """
-        if x.ndim == 4:
+        if isinstance(x, Tensor) and x.ndim == 4:
             plain: Tensor | tuple[Tensor, Tensor] = super().forward(x)
             return plain
-        require_video(x, self.image_size, self.conv1.weight)
+        _require_video(self, x)
         clips = x.shape[:2]
         tokens = self._embeds(x.flatten(0, 1)).unflatten(0, clips)
         tokens = self.transformer(tokens)
@@ -95,6 +95,10 @@ class TemporalVisionTransformer(TemporalTower, VisionTransformer):  # type: igno
             pooled = pooled @ self.proj
         pooled = pooled.unflatten(0, clips)
         return (pooled, rest.unflatten(0, clips)) if self.output_tokens else pooled
+
+
+def _require_video(tower: Any, video: Tensor) -> None:
+    require_video(video, tower.image_size, tower.conv1.weight)
 
 
 def _attentions(tower: Any) -> list[nn.Module]:
@@ -126,5 +130,6 @@ FAMILY = Family(
     },
     layers=_attentions,
     expected="torch.nn.MultiheadAttention or open_clip's Attention",
+    require=_require_video,
     encoder=_encoder,
 )

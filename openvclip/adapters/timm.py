@@ -119,10 +119,11 @@ class _FrameTower(TemporalTower):
             VideoShapeError: neither an image batch nor a video that fits the tower.
             UsageError: an attention mask with a video.
         """
-        if x.ndim == 4:
+        if isinstance(x, Tensor) and x.ndim == 4:
             plain: Tensor = super().forward_features(x, *args, **kwargs)  # type: ignore[misc]
             return plain
-        _require_frames(self, x, args, kwargs)
+        _require_video(self, x)
+        _require_no_mask(args, kwargs)
         tokens: Tensor = self.norm(self._through_blocks(x))
         return tokens
 
@@ -173,8 +174,7 @@ def rope_by_layer(tower: Any, rope: Tensor | None, clips: torch.Size) -> list[Te
     return [angles.unflatten(0, clips) if angles.ndim == 4 else angles for angles in layers]
 
 
-def _require_frames(tower: Any, video: Tensor, args: Any, kwargs: dict[str, Any]) -> None:
-    """Raise unless ``video`` fits the tower and comes without ``attn_mask`` and ``is_causal``."""
+def _require_video(tower: Any, video: Tensor) -> None:
     embed = tower.patch_embed
     weight = next(embed.parameters())
     require_video(video, None if tower.dynamic_img_size else embed.img_size, weight)
@@ -185,6 +185,10 @@ def _require_frames(tower: Any, video: Tensor, args: Any, kwargs: dict[str, Any]
                 f"Got frames of {video.shape[-2]} x {video.shape[-1]} pixels (H x W); the model "
                 f"takes multiples of {height} x {width}. Resize and crop the frames first."
             )
+
+
+def _require_no_mask(args: Any, kwargs: dict[str, Any]) -> None:
+    """Raise unless a video comes without ``attn_mask`` and ``is_causal``."""
     if any(option is not None and option is not False for option in (*args, *kwargs.values())):
         raise UsageError(
             "attn_mask and is_causal are for images; a video takes neither, nor does a tower with "
@@ -217,5 +221,6 @@ FAMILY = Family(
     },
     layers=_attentions,
     expected="timm's Attention, EvaAttention or AttentionRope",
+    require=_require_video,
     encoder=_encoder,
 )

@@ -44,7 +44,7 @@ class PromptedVisionTransformer(PromptedTower, VisionTransformer):  # type: igno
             VideoShapeError: neither an image batch nor a video of the tower's frame size, or a
                 clip length that the prompts were not made for.
         """
-        video = x.unsqueeze(1) if x.ndim == 4 else x
+        video = x.unsqueeze(1) if isinstance(x, Tensor) and x.ndim == 4 else x
         require_video(video, self.image_size, self.conv1.weight)
         clips = video.shape[:2]
         tokens = self._embedded(video.flatten(0, 1)).unflatten(0, clips)

@@ -42,7 +42,7 @@ class _Prompted(PromptedTower):
                 length that the prompts were not made for.
             UsageError: an attention mask.
         """
-        video = x.unsqueeze(1) if x.ndim == 4 else x
+        video = x.unsqueeze(1) if isinstance(x, Tensor) and x.ndim == 4 else x
         tokens: Tensor = super().forward_features(video, *args, **kwargs)  # type: ignore[misc]
         return tokens.squeeze(1) if x.ndim == 4 else tokens
 
