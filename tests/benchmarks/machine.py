@@ -8,6 +8,10 @@ from pathlib import Path
 
 import torch
 
+EXACT_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**18)}
+"""Environment of a process whose memory is measured. Without it glibc keeps what was freed, and the
+resident size tells its habits, not those of what runs."""
+
 
 def machine() -> str:
     """Processor, threads and versions, for the line above a table."""

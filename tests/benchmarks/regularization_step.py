@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 import openvclip
-from tests.benchmarks.machine import forget_peak, machine, resident_megabytes
+from tests.benchmarks.machine import EXACT_MALLOC, forget_peak, machine, resident_megabytes
 
 MODEL = "ViT-B-32-quickgelu"
 
@@ -142,8 +142,7 @@ def peak(title: str, clips: int) -> tuple[float, float]:
     """What :func:`measure_peak` prints, from a process of its own."""
     command = [sys.executable, "-m", "tests.benchmarks.regularization_step"]
     command += ["--clips", str(clips), "--measure", title]
-    # Without it glibc keeps freed memory, and the resident size tells its habits, not the step's.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**18)}
+    environment = os.environ | EXACT_MALLOC
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     megabytes, trained = json.loads(done.stdout)
     return megabytes, trained

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import openvclip
-from tests.benchmarks.machine import forget_peak, machine, resident_megabytes
+from tests.benchmarks.machine import EXACT_MALLOC, forget_peak, machine, resident_megabytes
 
 MODELS = ("ViT-B-32-quickgelu", "ViT-B-16-quickgelu")
 
@@ -134,7 +135,8 @@ def peak_megabytes(name: str, variant: str, frames: int, backward: bool, clips: 
     """Growth of the largest resident size during one call, in a process of its own."""
     command = [sys.executable, "-m", "tests.benchmarks.temporal_attention", "--measure"]
     command += [json.dumps([name, variant, frames, backward, clips])]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    environment = os.environ | EXACT_MALLOC
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     return float(done.stdout)
 
 
