@@ -56,16 +56,13 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
     """The recipe that the arguments give."""
     given = {setting.name: getattr(args, setting.name) for setting in fields(Recipe)}
     if args.lam is None:
-        given["lam"] = _LARGE_LAM if _is_large(args.hf or args.model) else Recipe.lam
+        large = "vit-l" in (args.hf or args.model).lower()  # openai/clip-vit-large-patch14, too
+        given["lam"] = _LARGE_LAM if large else Recipe.lam
     return Recipe(**given)
 
 
 _LARGE_LAM = 0.6
 """The paper's for ViT-L/14; smaller models have the recipe's default."""
-
-
-def _is_large(name: str) -> bool:
-    return "vit-l" in name.lower()  # ViT-L-14-quickgelu, openai/clip-vit-large-patch14
 
 
 def run_of(args: argparse.Namespace, accumulate: int, device: torch.device) -> Run:

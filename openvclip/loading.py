@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openvclip.adapters.attention import Boundary
+from openvclip.adapters.view import Boundary
 from openvclip.checkpoints import load_checkpoint
 from openvclip.errors import ModelNameError
 from openvclip.pixels import pixels_for

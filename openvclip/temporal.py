@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from openvclip.adapters.attention import Boundary, FrameView, TemporalTower, require_video
+from openvclip.adapters.attention import TemporalTower, require_video
 from openvclip.adapters.family import Encoder, Family
+from openvclip.adapters.view import Boundary, FrameView
 from openvclip.errors import ExpansionError, ExpansionOptionError, UnsupportedModelError
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -16,7 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from openvclip import expand_temporal_attention
 from openvclip.adapters import attention
-from openvclip.adapters.attention import FrameView, temporal_attention
+from openvclip.adapters.attention import temporal_attention
+from openvclip.adapters.view import FrameView
 from tests.helpers import SHARED, random_video, tiny_tower
 
 GOLDEN = SHARED / "golden" / "expand_temporal_view_T8.safetensors"

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from openvclip import encode_video, expand_temporal_attention
 from openvclip.adapters import attention
+from openvclip.adapters.view import FrameView
 from tests.helpers import (
     assert_same_state,
     gradients,
@@ -233,7 +234,7 @@ def test_the_score_matrix_is_never_there() -> None:
     """No tensor of the size of the scores, or of keys repeated for each frame, in either pass."""
     t, n, window = 6, 40, 2
     x = torch.randn(1, t, n, 1, 4, requires_grad=True)
-    view = attention.FrameView(window)
+    view = FrameView(window)
 
     class Sizes(TorchDispatchMode):
         largest = 0
@@ -254,7 +255,7 @@ def test_the_score_matrix_is_never_there() -> None:
 
 @pytest.mark.parametrize("boundary", BOUNDARIES)
 def test_dropout_of_the_shares_keeps_their_mean(boundary: Any) -> None:
-    view = attention.FrameView(1, boundary)
+    view = FrameView(1, boundary)
     q, k, v = (torch.randn(1, 3, 4, 2, 8) for _ in range(3))
     exact = attention.temporal_attention(q, k, v, view)
     torch.manual_seed(0)

@@ -3,47 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from openvclip.adapters.in_turn import frames_in_turn
-from openvclip.errors import ExpansionOptionError, VideoShapeError
-
-Boundary = Literal["zero", "mask", "replicate"]
+from openvclip.adapters.view import FrameView
+from openvclip.errors import VideoShapeError
 
 
 class TemporalTower:
     """Marks the class of an expanded tower; it answers videos ``[B, T, C, H, W]`` and images."""
-
-
-@dataclass(frozen=True)
-class FrameView:
-    """Which frames the tokens of a frame attend to.
-
-    Attributes:
-        window: frames on either side; 0 is plain CLIP, each frame on its own.
-        boundary: what stands for frames outside the clip: ``"zero"`` (zero key and value
-            vectors), ``"mask"`` (nothing) or ``"replicate"`` (the end frame again).
-    """
-
-    window: int = 1
-    boundary: Boundary = "zero"
-
-    def __post_init__(self) -> None:
-        if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 0:
-            raise ExpansionOptionError(
-                f"window={self.window!r}: expected a number of frames on either side, 1 or more."
-            )
-        if self.boundary not in get_args(Boundary):
-            raise ExpansionOptionError(
-                f"boundary={self.boundary!r}: expected one of "
-                + ", ".join(repr(name) for name in get_args(Boundary))
-                + "."
-            )
 
 
 def temporal_attention(

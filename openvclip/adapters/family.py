@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from openvclip.adapters.attention import FrameView
+from openvclip.adapters.view import FrameView
 from openvclip.errors import UnsupportedModelError
 
 Classes = Mapping[type[nn.Module], type[nn.Module]]

@@ -20,12 +20,12 @@ from transformers.models.siglip.modeling_siglip import (
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, capture_outputs
 
 from openvclip.adapters.attention import (
-    FrameView,
     TemporalTower,
     require_video,
     temporal_attention,
 )
 from openvclip.adapters.family import Encoder, Family
+from openvclip.adapters.view import FrameView
 from openvclip.errors import UsageError
 
 

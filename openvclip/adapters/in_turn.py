@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from openvclip.adapters.view import FrameView
 
 # The kernels behind scaled_dot_product_attention on a CPU. Unlike that function they give and
 # take the logarithm of each query's sum of exponentials, which is what lets attention be put
@@ -15,21 +17,7 @@ _forward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-class View(Protocol):
-    """The frames in view (:class:`openvclip.adapters.attention.FrameView`)."""
-
-    @property
-    def window(self) -> int:
-        """Frames on either side."""
-        ...
-
-    @property
-    def boundary(self) -> str:
-        """What stands for frames outside the clip."""
-        ...
-
-
-def frames_in_turn(q: Tensor, k: Tensor, v: Tensor, view: View, scale: float | None) -> Tensor:
+def frames_in_turn(q: Tensor, k: Tensor, v: Tensor, view: FrameView, scale: float | None) -> Tensor:
     """Attention of each frame's queries over the keys of the frames in view (Equation 3).
 
     Keys and values are copied only where end frames are repeated or a layout has no flat view of
@@ -62,7 +50,7 @@ class _FramesInTurn(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        q: Tensor, k: Tensor, v: Tensor, view: View, scale: float | None
+        q: Tensor, k: Tensor, v: Tensor, view: FrameView, scale: float | None
     ) -> tuple[Tensor, Tensor]:
         t = q.shape[1]
         out = q.new_empty(q.shape)
@@ -83,7 +71,7 @@ class _FramesInTurn(torch.autograd.Function):
 
     @staticmethod
     def setup_context(
-        ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, View, float | None], output: Any
+        ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, FrameView, float | None], output: Any
     ) -> None:
         *tensors, ctx.view, ctx.scale = inputs
         out, log_sums = output
@@ -119,7 +107,7 @@ class _FramesInTurn(torch.autograd.Function):
         return of_q.to(q.dtype), of_k, of_v, None, None
 
 
-def _seen(frame: int, t: int, view: View) -> tuple[int, int]:
+def _seen(frame: int, t: int, view: FrameView) -> tuple[int, int]:
     """The frames of the clip in view of one, as a range."""
     return max(0, frame - view.window), min(t, frame + view.window + 1)
 
@@ -129,7 +117,7 @@ def _rows(x: Tensor) -> Tensor:
     return x.flatten(1, 2).transpose(1, 2)
 
 
-def _with_repeated_ends(x: Tensor, frame: int, view: View) -> Tensor:
+def _with_repeated_ends(x: Tensor, frame: int, view: FrameView) -> Tensor:
     """The frames in view of one; where ends are replicated, as often as they are seen."""
     t = x.shape[1]
     first, last = _seen(frame, t, view)
@@ -140,7 +128,7 @@ def _with_repeated_ends(x: Tensor, frame: int, view: View) -> Tensor:
     return torch.cat([*[x[:, :1]] * before, inside, *[x[:, -1:]] * after], dim=1)
 
 
-def _log_sums_for(log_sums: Tensor, key_frame: int, view: View) -> Tensor:
+def _log_sums_for(log_sums: Tensor, key_frame: int, view: FrameView) -> Tensor:
     """The logarithms ``[B, heads, queries]`` for the queries that see a frame.
 
     A key that is seen m times has m times the share, as if the sum were smaller by that factor.

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from openvclip.adapters.attention import (
-    FrameView,
     TemporalTower,
     require_video,
     temporal_attention,
 )
 from openvclip.adapters.family import Encoder, Family, call
+from openvclip.adapters.view import FrameView
 from openvclip.errors import UnsupportedModelError, UsageError, VideoShapeError
 
 # Other blocks (parallel ones) work on their queries and keys themselves.

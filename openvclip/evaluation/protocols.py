@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openvclip.adapters.attention import FrameView
+from openvclip.adapters.view import FrameView
 from openvclip.errors import EvaluationError, UsageError, VideoNotFoundError
 from openvclip.evaluation.accuracy import Evaluation, score
 from openvclip.evaluation.encoding import Timing, batches_of, encode_videos
