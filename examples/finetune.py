@@ -91,7 +91,8 @@ def train(
         ranks: the processes that train together, each with a loader of its own.
         checkpoints: go on from the last one, and save.
         on_step: called after each step.
-        on_epoch: called after each epoch with the number of steps so far.
+        on_epoch: called after each epoch with the number of steps so far, and once more where a
+            run goes on from the end of one.
 
     Returns:
         The original CLIP's state dict (the anchor), and the average where the method averages.
@@ -147,6 +148,8 @@ def train(
     once = nullcontext() if run.fsdp else text_made_once(classifier)
     quiet = None if ranks.first else True
     with once, tqdm(total=total, initial=first, desc=recipe.method, disable=quiet) as bar:
+        if on_epoch is not None and first and first % steps_per_epoch == 0:
+            on_epoch(first)  # which a process that was killed may not have come to
         started = time.perf_counter()
         for step, batches in steps_of_run(loader, steps_per_epoch, run.accumulate, first, total):
             waiting = time.perf_counter() - started
@@ -243,6 +246,8 @@ def _fine_tune(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> 
         print(*videos.warnings, plan, sep="\n", flush=True)
 
     def validate(step: int) -> None:
+        if any(ranks.gather(log.tells(step, "val_top1"))):
+            return
         if found := validation.accuracy():
             log.write(step, **{f"val_{name}": value for name, value in found.items()})
 

@@ -116,6 +116,13 @@ class RunLog:
                 if value is not None:
                     self._board.add_scalar(name, value, step)
 
+    def tells(self, step: int, name: str) -> bool:
+        """Whether there is a number of this name for a step; no in processes that only train."""
+        if self._path is None:
+            return False
+        lines = map(json.loads, self._path.read_text(encoding="utf-8").splitlines())
+        return any(line["step"] == step and name in line for line in lines)
+
     def close(self) -> None:
         """Let TensorBoard write what it holds."""
         if self._board is not None:

@@ -20,6 +20,7 @@ import torch
 from examples import finetune
 from examples.checkpointing import Checkpoints, TrainingState
 from examples.run_log import RunLog, Step
+from examples.validation import Validation
 from openvclip import InterpolatedWeightRegularizer, SWATracker
 from openvclip.checkpoints import load_checkpoint
 from openvclip.errors import CheckpointError
@@ -97,6 +98,30 @@ def test_each_epoch_is_validated_once_though_the_run_is_ended_at_its_end(world: 
     finetune.main(command(world, "validated", *validated))
     assert _validated(world / "validated") == [2, 4, 6]
     assert _lines(world / "validated", "loss") == _lines(world / "files")
+
+
+def test_an_epoch_whose_validation_was_cut_off_is_validated_afterwards(world: Path) -> None:
+    arguments = command(world, "cut", "--val-annotations", str(world / "train.csv"))
+    arguments += ["--val-root", str(world)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Validation, "accuracy", _cut_off)
+        with pytest.raises(_CutOffError):
+            finetune.main(arguments)
+    assert (world / "cut" / "checkpoint-00000002.pt").exists()
+    assert _validated(world / "cut") == []
+    finetune.main(arguments)
+    assert _validated(world / "cut") == [2, 4, 6]
+    assert _lines(world / "cut", "loss") == _lines(world / "files")
+    finetune.main(arguments)
+    assert _validated(world / "cut") == [2, 4, 6]
+
+
+class _CutOffError(BaseException):
+    """What ends a process, as far as the trainer can tell."""
+
+
+def _cut_off(_: Validation) -> dict[str, float]:
+    raise _CutOffError
 
 
 def _validated(out: Path) -> list[int]:
