@@ -235,7 +235,7 @@ _Lerp = tuple[Tensor, Tensor, Tensor, float]
 """``(out, a, b, lam)``, the tensors of one dtype, on one device."""
 
 
-_PIECE = 2**20
+_PIECE = 2**19
 
 
 def _in_pieces(job: _Lerp) -> list[_Lerp]:

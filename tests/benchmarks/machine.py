@@ -12,6 +12,10 @@ EXACT_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**18)}
 """Environment of a process whose memory is measured. Without it glibc keeps what was freed, and the
 resident size tells its habits, not those of what runs."""
 
+KEEPING_MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+"""Environment of a process that gives no memory back, as with the caching allocators that people
+put in place of glibc's: what is timed is arithmetic, and not the making of fresh pages."""
+
 
 def machine() -> str:
     """Processor, threads and versions, for the line above a table."""

@@ -3,10 +3,12 @@
     python -m tests.benchmarks.regularization_step
     python -m tests.benchmarks.regularization_step --clips 2 --rounds 3
 
-All variants are stepped in turn within one process, round after round, and the median of each
+Each variant has a process of its own. They take turns, round after round, and the median of each
 variant's times is divided by the plain step's; a variant that regularises every fourth step is
-measured over four steps. The memory of a variant is the largest resident size during its steps,
-in a process of its own, less that of the plain step, over the size of the trained parameters.
+measured over four steps. *Two passes* is a step that computes the gradient twice at the same
+weights and does nothing else: the least that a regularised one can cost. The memory of a variant is
+the largest resident size during its steps, in a process of its own, less that of the plain step,
+over the size of the trained parameters.
 Any step of two passes holds the gradients of the first while it computes the second, as a step
 does that keeps them (gradient accumulation, ``zero_grad(set_to_none=False)``); a plain step frees
 them before its only pass.
@@ -20,7 +22,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
@@ -30,8 +31,16 @@ import torch
 from torch import Tensor, nn
 
 import openvclip
-from tests.benchmarks.machine import EXACT_MALLOC, forget_peak, machine, resident_megabytes
+from tests.benchmarks.machine import (
+    EXACT_MALLOC,
+    KEEPING_MALLOC,
+    forget_peak,
+    machine,
+    resident_megabytes,
+)
+from tests.benchmarks.turns import in_turn, serve
 
+MODULE = "tests.benchmarks.regularization_step"
 MODEL = "ViT-B-32-quickgelu"
 
 
@@ -64,6 +73,18 @@ def plain(*, keep_gradients: bool) -> Callable[[Training], Callable[[], Any]]:
         return step
 
     return make
+
+
+def two_passes(run: Training) -> Callable[[], Any]:
+    """Two passes at the same weights and the optimizer's step."""
+
+    def step() -> None:
+        run.optimizer.zero_grad(set_to_none=True)
+        run.loss().backward()
+        run.loss().backward()
+        run.optimizer.step()
+
+    return step
 
 
 def regularised(every: int) -> Callable[[Training], Callable[[], Any]]:
@@ -103,6 +124,7 @@ def through_state_dicts(run: Training) -> Callable[[], Any]:
 VARIANTS: dict[str, tuple[Callable[[Training], Callable[[], Any]], int]] = {
     "plain": (plain(keep_gradients=False), 1),
     "plain, gradients kept": (plain(keep_gradients=True), 1),
+    "two passes": (two_passes, 1),
     "IWR": (regularised(1), 1),
     "IWR, every=4": (regularised(4), 4),
     "through state dicts": (through_state_dicts, 1),
@@ -110,18 +132,23 @@ VARIANTS: dict[str, tuple[Callable[[Training], Callable[[], Any]], int]] = {
 """How to make a step, and how many steps make one turn."""
 
 
-def time_variants(clips: int, rounds: int) -> dict[str, float]:
+def time_variants(clips: int, rounds: int, environment: dict[str, str]) -> dict[str, float]:
     """Median seconds of a step of each variant, the variants in turn."""
-    made = {title: (make(Training(clips)), n) for title, (make, n) in VARIANTS.items()}
-    times: dict[str, list[float]] = {title: [] for title in made}
-    for round_number in range(rounds + 1):
-        for title, (step, n) in made.items():
-            start = time.perf_counter()
-            for _ in range(n):
-                step()
-            if round_number:  # the first warms up
-                times[title].append((time.perf_counter() - start) / n)
-    return {title: statistics.median(values) for title, values in times.items()}
+    cases = {title: json.dumps([title, clips]) for title in VARIANTS}
+    times = in_turn(MODULE, cases, rounds, environment)
+    return {title: statistics.median(times[title]) / n for title, (_, n) in VARIANTS.items()}
+
+
+def time_steps(title: str, clips: int) -> None:
+    """One process of :func:`time_variants`."""
+    make, n = VARIANTS[title]
+    step = make(Training(clips))
+
+    def turn() -> None:
+        for _ in range(n):
+            step()
+
+    serve(turn)
 
 
 def measure_peak(title: str, clips: int) -> None:
@@ -140,8 +167,7 @@ def measure_peak(title: str, clips: int) -> None:
 
 def peak(title: str, clips: int) -> tuple[float, float]:
     """What :func:`measure_peak` prints, from a process of its own."""
-    command = [sys.executable, "-m", "tests.benchmarks.regularization_step"]
-    command += ["--clips", str(clips), "--measure", title]
+    command = [sys.executable, "-m", MODULE, "--clips", str(clips), "--measure", title]
     environment = os.environ | EXACT_MALLOC
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     megabytes, trained = json.loads(done.stdout)
@@ -155,13 +181,19 @@ def main() -> None:
     )
     parser.add_argument("--clips", type=int, default=4, help="clips of 8 frames in a batch")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--keep-memory", action="store_true", help="no page is given back")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.serve:
+        time_steps(*json.loads(args.serve))
+        return
     if args.measure:
         measure_peak(args.measure, args.clips)
         return
     print(f"{machine()}; {MODEL}, {args.clips} clips of 8 frames, {args.rounds} rounds\n")
-    seconds = time_variants(args.clips, args.rounds)
+    environment = KEEPING_MALLOC if args.keep_memory else {}
+    seconds = time_variants(args.clips, args.rounds, environment)
     peaks = {title: peak(title, args.clips) for title in VARIANTS}
     print("| step | time over plain | extra peak memory over the trained parameters |")
     print("| --- | ---: | ---: |")

@@ -3,9 +3,11 @@
     python -m tests.benchmarks.temporal_attention  # everything that docs/benchmarks.md shows
     python -m tests.benchmarks.temporal_attention --only main --models ViT-B-32-quickgelu
 
-All variants of a row are timed in turn within one process, round after round, and the median of
-each variant's times is divided by the median of plain CLIP's. The memory of a variant is measured
-in a process of its own: the largest resident size during one call, less that before it.
+Each variant of a row has a process of its own, since what one leaves to the allocator makes
+another faster or slower. They take turns, round after round, and the median of each variant's times
+is divided by the median of plain CLIP's. ``--keep-memory`` times them with an allocator that keeps
+what is freed: the default one gives large tensors back, and much of a pass is then spent on fresh
+pages. Memory is the largest resident size during one call, less that before it.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -26,8 +27,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import openvclip
-from tests.benchmarks.machine import EXACT_MALLOC, forget_peak, machine, resident_megabytes
+from tests.benchmarks.machine import (
+    EXACT_MALLOC,
+    KEEPING_MALLOC,
+    forget_peak,
+    machine,
+    resident_megabytes,
+)
+from tests.benchmarks.turns import in_turn, serve
 
+MODULE = "tests.benchmarks.temporal_attention"
 MODELS = ("ViT-B-32-quickgelu", "ViT-B-16-quickgelu")
 
 
@@ -114,15 +123,16 @@ def time_variants(
     name: str, variants: tuple[str, ...], frames: int, backward: bool, args: argparse.Namespace
 ) -> dict[str, list[float]]:
     """Seconds of each round of each variant, the variants in turn."""
-    made = {v: prepare(name, v, frames, args.device, args.clips) for v in variants}
-    times: dict[str, list[float]] = {v: [] for v in variants}
-    for round_number in range(args.rounds + 1):
-        for variant, (function, video) in made.items():
-            start = time.perf_counter()
-            call(function, video, backward)
-            if round_number:  # the first warms up
-                times[variant].append(time.perf_counter() - start)
-    return times
+    cases = {v: json.dumps([name, v, frames, backward, args.device, args.clips]) for v in variants}
+    return in_turn(MODULE, cases, args.rounds, KEEPING_MALLOC if args.keep_memory else None)
+
+
+def time_calls(
+    name: str, variant: str, frames: int, backward: bool, device: str, clips: int
+) -> None:
+    """One process of :func:`time_variants`."""
+    function, video = prepare(name, variant, frames, device, clips)
+    serve(lambda: call(function, video, backward))
 
 
 def ratios(times: dict[str, list[float]]) -> dict[str, float]:
@@ -133,8 +143,8 @@ def ratios(times: dict[str, list[float]]) -> dict[str, float]:
 
 def peak_megabytes(name: str, variant: str, frames: int, backward: bool, clips: int) -> float:
     """Growth of the largest resident size during one call, in a process of its own."""
-    command = [sys.executable, "-m", "tests.benchmarks.temporal_attention", "--measure"]
-    command += [json.dumps([name, variant, frames, backward, clips])]
+    case = json.dumps([name, variant, frames, backward, clips])
+    command = [sys.executable, "-m", MODULE, "--measure", case]
     environment = os.environ | EXACT_MALLOC
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     return float(done.stdout)
@@ -169,8 +179,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--clips", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--keep-memory", action="store_true", help="no page is given back")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.serve:
+        time_calls(*json.loads(args.serve))
+        return
     if args.measure:
         measure(*json.loads(args.measure))
         return
