@@ -207,10 +207,10 @@ def witness(tensor: Tensor) -> Tensor:
     if tensor.is_complex():
         return tensor.sum().abs()
     if tensor.dtype == compute_dtype(tensor.dtype) or not tensor.numel():
-        if not tensor.is_contiguous():
+        if tensor.device.type != "cpu" or not tensor.is_contiguous():
             return tensor.sum()
         flat = tensor.view(-1)
-        return flat.dot(flat)  # the quicker of the two
+        return flat.dot(flat)  # the quicker of the two there
     low, high = torch.aminmax(tensor)  # a sum in float32 would make a copy of half precision
     return high.float() - low.float()
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -93,6 +93,26 @@ def test_infinities_follow_the_equation(lam: float) -> None:
     live = nn.ParameterDict({"w": nn.Parameter(torch.zeros(6))})
     interpolate_into(live, {"w": a}, {"w": b}, lam)
     assert same_bits(live["w"], got)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    place=st.integers(0, 1200 * 1000 - 1),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    transposed=st.booleans(),
+)
+def test_an_infinity_is_found_anywhere_in_a_large_entry(
+    place: int, dtype: torch.dtype, transposed: bool
+) -> None:
+    """Large entries are computed in pieces; one number among a million decides."""
+    a, b = torch.zeros(1200, 1000, dtype=dtype), torch.ones(1200, 1000, dtype=dtype)
+    for entry in (a, b):
+        entry.view(-1)[place] = -math.inf
+    if transposed:
+        a, b = a.T, b.T
+    got = interpolate({"w": a}, {"w": b}, 0.25)["w"]
+    expected = torch.where(a.isinf(), -math.inf, 0.75)
+    assert torch.equal(got.float(), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
