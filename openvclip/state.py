@@ -209,8 +209,8 @@ def witness(tensor: Tensor) -> Tensor:
     if tensor.dtype == compute_dtype(tensor.dtype) or not tensor.numel():
         if tensor.device.type != "cpu" or not tensor.is_contiguous():
             return tensor.sum()
-        flat = tensor.view(-1)
-        return flat.dot(flat)  # the quicker of the two there
+        flat, half = tensor.view(-1), (tensor.numel() + 1) // 2
+        return flat[:half].dot(flat[-half:])  # quicker there: each number is read once, in pairs
     low, high = torch.aminmax(tensor)  # a sum in float32 would make a copy of half precision
     return high.float() - low.float()
 

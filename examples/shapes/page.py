@@ -74,8 +74,8 @@ def _summary(results: Results) -> str:
     count = Counter(difference.verdict for _, difference in outcomes)
     return (
         f"In short: of {len(outcomes)} claims of the paper that are judged below, "
-        f"{count['holds']} hold here, {count['unclear']} are not clear, and of "
-        f"{count['opposite']} the opposite holds."
+        f"{count['holds']} hold here, {count['unclear']} are not clear, and the opposite of "
+        f"{count['opposite'] or 'none'} holds."
     )
 
 

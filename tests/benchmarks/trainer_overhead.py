@@ -6,7 +6,7 @@
 ``examples.finetune.train`` runs as it is, on clips of noise, with its checkpoints left out. The
 times within the classifier, ``backward``, ``optimizer.step`` and the loader are taken from the
 steps' times. What is left holds the interpolated weights (both ways), the clipping of the
-gradient, the average of the weights at every step (in a run: once an epoch), and the log.
+gradient and the log; in the last step, that of an epoch's end, the average of the weights too.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Clock:
 
 
 def shares(videos: int, steps: int) -> list[float]:
-    """The part of each step but the first that is the trainer's own."""
+    """The part of each step but the first that is the trainer's own, of one epoch."""
     torch.manual_seed(0)
     model = open_clip.create_model(MODEL)
     openvclip.expand_temporal_attention(model)
@@ -66,7 +66,7 @@ def shares(videos: int, steps: int) -> list[float]:
     tokenizer = open_clip.get_tokenizer(MODEL)
     classifier = openvclip.ZeroShotClassifier(model, tokenizer, names, ["{}"])
     batch = (torch.randn(videos, 8, 3, 224, 224), torch.arange(videos) % len(names))
-    recipe = Recipe(epochs=steps, warmup_epochs=1, average_after=0)
+    recipe = Recipe(epochs=1, warmup_epochs=0, average_after=0)
     clock, found, ends = Clock(), list[float](), list[float]()
 
     def note(step: Step) -> None:
@@ -84,7 +84,7 @@ def shares(videos: int, steps: int) -> list[float]:
         patch.object(optimizer, "step", clock.timed(optimizer.step)),
     ):
         log = RunLog(Path(folder), steps, every=1)
-        train(classifier, [batch], 1, recipe, on_step=note)
+        train(classifier, [batch] * steps, steps, recipe, on_step=note)
         log.close()
     return found
 
@@ -95,12 +95,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--videos", type=int, default=4, help="clips of 8 frames in a step")
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=6, help="steps of the epoch, at least 3")
     args = parser.parse_args()
-    found = shares(args.videos, args.steps)
+    *found, last = shares(args.videos, args.steps)
     print(f"{machine()}; {MODEL}, {args.videos} clips of 8 frames a step\n")
     print(f"the trainer's own part of a step: {statistics.median(found):.1%} (median of ", end="")
-    print(", ".join(f"{share:.1%}" for share in found) + ")")
+    print(", ".join(f"{share:.1%}" for share in found) + f"), at an epoch's end {last:.1%}")
 
 
 if __name__ == "__main__":
