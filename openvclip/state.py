@@ -206,13 +206,13 @@ def witness(tensor: Tensor) -> Tensor:
     """
     if tensor.is_complex():
         return tensor.sum().abs()
-    if tensor.dtype == compute_dtype(tensor.dtype) or not tensor.numel():
-        if tensor.device.type != "cpu" or not tensor.is_contiguous():
-            return tensor.sum()
+    if tensor.dtype != compute_dtype(tensor.dtype) and tensor.numel():
+        low, high = torch.aminmax(tensor)  # a sum in float32 would make a copy of half precision
+        return high.float() - low.float()
+    if tensor.device.type == "cpu" and tensor.is_contiguous():
         flat, half = tensor.view(-1), (tensor.numel() + 1) // 2
-        return flat[:half].dot(flat[-half:])  # quicker there: each number is read once, in pairs
-    low, high = torch.aminmax(tensor)  # a sum in float32 would make a copy of half precision
-    return high.float() - low.float()
+        return flat[:half].dot(flat[-half:])  # quicker there than a sum
+    return tensor.sum()
 
 
 def all_finite(witnesses: Iterable[Tensor]) -> bool:

@@ -231,7 +231,7 @@ SECTIONS: tuple[Section, ...] = (
     Section(
         studies.EVERY,
         "The regulariser in every step, or in some",
-        "The paper regularises each step, which doubles its cost. What the others save is in "
+        "The paper regularises each step, which doubles its cost. What every 4th step saves is in "
         "[the benchmarks](benchmarks.md#a-regularised-step).",
         default="every step",
         called="regularising each step",
