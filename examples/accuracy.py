@@ -28,9 +28,9 @@ from examples.validation import TESTED, SharedAccuracy
 from openvclip import prompting
 from openvclip.checkpoints import atomic_path, load_checkpoint
 from openvclip.errors import UsageError
-from openvclip.loading import LoadedCLIP, load_clip
-from openvclip.ranks import Ranks
-from openvclip.report import markdown_table
+from openvclip.evaluation.figures import markdown_table
+from openvclip.models.loading import LoadedCLIP, load_clip
+from openvclip.processes import Ranks
 from openvclip.video import VideoDataset, transforms
 
 HARMONIC_MEAN = "harmonic mean"

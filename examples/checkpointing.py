@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 import openvclip
 from openvclip.checkpoints import atomic_path
-from openvclip.distributed import is_sharded, local, local_like, whole
 from openvclip.errors import CheckpointError
-from openvclip.ranks import Ranks
-from openvclip.state import named_state
+from openvclip.processes import Ranks
+from openvclip.weights.names import named_state
+from openvclip.weights.shards import is_sharded, local, local_like, whole
 
 _PATTERN = "checkpoint-*.pt"
 

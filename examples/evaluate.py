@@ -29,10 +29,10 @@ from examples.published import METHODS, published
 from openvclip.checkpoints import atomic_path, write_errors
 from openvclip.errors import OpenVCLIPError
 from openvclip.evaluation import ProtocolEvaluation, evaluate_protocol
-from openvclip.evaluation_report import as_json
-from openvclip.loading import load_clip
-from openvclip.ranks import Ranks, joined_ranks, local_rank
-from openvclip.report import markdown_table, mean_and_std
+from openvclip.evaluation.figures import markdown_table, mean_and_std
+from openvclip.evaluation.tables import as_json
+from openvclip.models.loading import load_clip
+from openvclip.processes import Ranks, joined_ranks, local_rank
 from openvclip.video import class_names, protocols, read_annotations
 from openvclip.video.protocols import Split
 

@@ -62,8 +62,8 @@ from examples.recipe import Recipe, Run, learning_rate, total_steps
 from examples.run_log import RunLog, Step
 from examples.validation import Validation
 from examples.video_batches import seed_of, steps_of_run
-from openvclip.distributed import no_sync, whole
-from openvclip.ranks import Ranks
+from openvclip.processes import Ranks
+from openvclip.weights.shards import no_sync, whole
 
 
 def train(

@@ -16,9 +16,9 @@ from examples.shards import ShardBatches, class_indices, find_shards, read_index
 from examples.video_batches import VideoBatches, class_warnings
 from openvclip.checkpoints import load_checkpoint
 from openvclip.errors import UsageError
-from openvclip.labels import read_labels
-from openvclip.loading import load_clip
-from openvclip.ranks import Ranks
+from openvclip.models.labels import read_labels
+from openvclip.models.loading import load_clip
+from openvclip.processes import Ranks
 from openvclip.video import VideoDataset, transforms
 from openvclip.video.transforms import Transform
 

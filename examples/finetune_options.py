@@ -13,7 +13,7 @@ import torch
 from examples.presets import PRESETS, Preset, overview
 from examples.recipe import METHODS, PROMPTED, Recipe, Run
 from examples.validation import TESTED
-from openvclip.ranks import Ranks
+from openvclip.processes import Ranks
 
 
 def parse_arguments(description: str, arguments: list[str] | None = None) -> argparse.Namespace:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 import openvclip
 from examples.recipe import PROMPTED, VIFI, Recipe
 from openvclip import prompting
-from openvclip.distributed import local, local_like
 from openvclip.errors import UsageError
 from openvclip.prompting import VideoClassifier
+from openvclip.weights.shards import local, local_like
 
 Classifier = openvclip.ZeroShotClassifier | VideoClassifier
 Tokenizer = Callable[[list[str]], Tensor]

@@ -15,8 +15,8 @@ from examples.recipe import PROMPTED, Recipe
 from examples.validation import Validation
 from openvclip import prompting
 from openvclip.checkpoints import save_checkpoint
-from openvclip.distributed import full_state
-from openvclip.ranks import Ranks
+from openvclip.processes import Ranks
+from openvclip.weights.shards import full_state
 
 WEIGHTS = {
     "finetuned": "the last weights",

@@ -16,7 +16,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from openvclip.errors import OpenVCLIPError, UnsupportedModelError, UsageError
-from openvclip.ranks import Ranks, local_rank
+from openvclip.processes import Ranks, local_rank
 
 _LOST = (
     "Another process of this run is gone or does not answer, so all of them end; torchrun says "

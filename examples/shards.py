@@ -34,11 +34,11 @@ from examples.video_batches import (
 )
 from openvclip.checkpoints import atomic_path
 from openvclip.errors import AnnotationError, MissingDependencyError, UsageError, VideoError
-from openvclip.ranks import Ranks
-from openvclip.state import few
+from openvclip.processes import Ranks
 from openvclip.video import read_clip
 from openvclip.video.files import VIDEO_SUFFIXES
 from openvclip.video.transforms import Transform
+from openvclip.weights.names import few
 
 _LANES = 16  # streams that a process reads side by side, at most; workers share them
 _SHUFFLED = 100  # encoded videos of a stream that are mixed

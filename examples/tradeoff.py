@@ -35,19 +35,19 @@ from examples import tradeoff_options as options
 from examples.tradeoff_options import Line, file_name
 from openvclip import expand_temporal_attention, restore_spatial_attention
 from openvclip.checkpoints import atomic_path, write_errors
-from openvclip.commands import data, models
+from openvclip.cli.options import data, models
 from openvclip.errors import OpenVCLIPError, UsageError
 from openvclip.evaluation import ProtocolEvaluation, Sampling, evaluate_protocol
-from openvclip.evaluation_report import as_json
-from openvclip.loading import LoadedCLIP, fine_tuned
-from openvclip.ranks import Ranks, joined_ranks
-from openvclip.report import (
+from openvclip.evaluation.figures import (
     Curve,
     markdown_table,
     mean_and_std,
     require_matplotlib,
     tradeoff_figure,
 )
+from openvclip.evaluation.tables import as_json
+from openvclip.models.loading import LoadedCLIP, fine_tuned
+from openvclip.processes import Ranks, joined_ranks
 from openvclip.video.protocols import Split
 
 Results = dict[str, dict[str, ProtocolEvaluation]]
@@ -91,8 +91,8 @@ def load_tuned(clip: LoadedCLIP, path: Path, args: argparse.Namespace) -> dict[s
     if not args.hf:
         patterns = {"allow_missing": args.allow_missing, "allow_unexpected": args.allow_unexpected}
         return {n: v.cpu() for n, v in fine_tuned(clip.model, path, **patterns).items()}
-    from openvclip.reading import read_weights
-    from openvclip.state import canonical_state, named_state, require_match
+    from openvclip.checkpoints.formats import read_weights
+    from openvclip.weights.names import canonical_state, named_state, require_match
 
     state = canonical_state(read_weights(path).weights)  # load_checkpoint gives open_clip's names
     require_match(named_state(clip.model), state, f"{path} does not fit {args.hf}.")

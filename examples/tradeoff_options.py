@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from openvclip.commands import data, models
-from openvclip.sweep import FIGURE_LAMBDAS
+from openvclip.cli.options import data, models
+from openvclip.evaluation.sweep import FIGURE_LAMBDAS
 
 BASELINE = "CLIP, frame by frame"
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Subset
 from examples.methods import Classifier, fixed_text
 from examples.video_batches import outlive_the_signal
 from openvclip.evaluation import evaluate
-from openvclip.ranks import Ranks
+from openvclip.processes import Ranks
 from openvclip.video import VideoDataset
 from openvclip.video.transforms import Transform
 

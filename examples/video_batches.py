@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from openvclip.errors import UsageError
-from openvclip.ranks import Ranks
+from openvclip.processes import Ranks
 from openvclip.video import VideoDataset
 
 Batch = tuple[Tensor, Tensor, list[str]]

@@ -30,7 +30,7 @@ from examples.shapes.model import Tokenizer, create_model
 from examples.shapes.world import TEMPLATES, class_names
 from openvclip import prompting
 from openvclip.evaluation import evaluate
-from openvclip.sweep import sweep
+from openvclip.evaluation.sweep import sweep
 
 if TYPE_CHECKING:
     from open_clip import CLIP

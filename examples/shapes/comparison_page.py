@@ -31,7 +31,7 @@ from examples.shapes.comparison_words import (
 from examples.shapes.results import Results, save_results, wrapped
 from examples.shapes.statements import Verdict
 from openvclip.checkpoints import atomic_path
-from openvclip.report import Curve, markdown_table, mean_and_std, tradeoff_figure
+from openvclip.evaluation.figures import Curve, markdown_table, mean_and_std, tradeoff_figure
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 

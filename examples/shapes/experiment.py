@@ -23,7 +23,7 @@ from examples.shapes.model import MEAN, STD, Tokenizer, create_model
 from examples.shapes.raster import IMAGE_SIZE
 from examples.shapes.studies import AVERAGE, LAST, FineTune, Task
 from examples.shapes.world import TEMPLATES, class_names
-from openvclip.sweep import FIGURE_LAMBDAS, sweep
+from openvclip.evaluation.sweep import FIGURE_LAMBDAS, sweep
 from openvclip.video import VideoDataset, transforms
 
 FRAMES = 8

@@ -11,8 +11,8 @@ import openvclip
 from examples.shapes.experiment import FRAMES, make_classifier
 from examples.shapes.model import MEAN, STD, create_model
 from examples.shapes.raster import IMAGE_SIZE
+from openvclip.models.classifier import evaluation_mode
 from openvclip.video import read_clip, transforms
-from openvclip.zeroshot import evaluation_mode
 
 
 def predict(weights: Path, clip: Path, top: int = 5) -> list[tuple[str, float]]:

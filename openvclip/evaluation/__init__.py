@@ -2,7 +2,7 @@
 
 from openvclip.evaluation.accuracy import NO_RANK, Evaluation, evaluate, evaluate_each, score
 from openvclip.evaluation.encoding import Timing
-from openvclip.evaluation.protocols import (
+from openvclip.evaluation.runner import (
     ProtocolEvaluation,
     Sampling,
     SplitScore,

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from openvclip.errors import VideoShapeError
+from openvclip.models.classifier import evaluation_mode
 from openvclip.video import VideoSample
-from openvclip.zeroshot import evaluation_mode
 
 NO_RANK = torch.iinfo(torch.int64).max
 """The rank of the true class of a clip that could not be read, or whose logits hold NaN."""

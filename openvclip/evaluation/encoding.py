@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from openvclip.evaluation.records import Record, Records
-from openvclip.interpolation import interpolate_into
-from openvclip.ranks import Ranks
-from openvclip.state import named_state, overwriting
-from openvclip.temporal import encode_video
+from openvclip.models.classifier import evaluation_mode
+from openvclip.processes import Ranks
+from openvclip.towers.temporal import encode_video
 from openvclip.video import VideoDataset
-from openvclip.zeroshot import evaluation_mode
+from openvclip.weights.interpolation import interpolate_into
+from openvclip.weights.names import named_state, overwriting
 
 
 @dataclass(frozen=True)

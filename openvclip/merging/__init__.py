@@ -8,10 +8,10 @@ numbers. Every method but ``ties(trim="model")`` and ``greedy_soup`` looks at on
 so that it gives the same for state dicts of one entry each.
 """
 
-from openvclip.lambdas import by_depth, visual_only
 from openvclip.merging.angles import model_stock, slerp
 from openvclip.merging.soups import GreedySoup, average, greedy_soup
 from openvclip.merging.tasks import apply_task_vectors, dare, lines, task_vector, ties
+from openvclip.weights.lambdas import by_depth, visual_only
 
 __all__ = [
     "GreedySoup",

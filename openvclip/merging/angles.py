@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from openvclip.errors import MergeError
-from openvclip.interpolation import Lambda, weights_of, write_interpolated
 from openvclip.merging.entries import combined, difference, matched, own
+from openvclip.weights.interpolation import Lambda, weights_of, write_interpolated
 
 _PARALLEL = 0.9995  # |cosine| above which slerp is linear, mergekit's threshold
 _CHUNK = 1 << 20  # elements that a product in float64 makes a copy of at a time

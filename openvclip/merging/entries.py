@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from openvclip.errors import MergeError
-from openvclip.state import (
+from openvclip.weights.names import (
     canonical_state,
     common_dtype,
     compute_dtype,

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from openvclip.errors import MergeError
-from openvclip.interpolation import Lambda, as_number
-from openvclip.lambdas import by_depth
 from openvclip.merging.entries import combined, difference, matched, own, require_share
-from openvclip.state import canonical_state, is_interpolable
+from openvclip.weights.interpolation import Lambda, as_number
+from openvclip.weights.lambdas import by_depth
+from openvclip.weights.names import canonical_state, is_interpolable
 
 
 def task_vector(

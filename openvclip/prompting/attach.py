@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from openvclip.errors import PromptingError, UsageError
 from openvclip.prompting.text import TextPrompts
-from openvclip.prompting.towers.prompted import PromptedTower, VisionPrompts, find_tower
-from openvclip.state import canonical_state, require_match, unwrap
+from openvclip.towers.prompted import PromptedTower, VisionPrompts, find_tower
+from openvclip.weights.names import canonical_state, require_match, unwrap
 
 Model = TypeVar("Model", bound=nn.Module)
 

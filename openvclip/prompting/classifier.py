@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from openvclip.errors import ClassNamesError, PromptingError
+from openvclip.models.classifier import fill_template, require_clip, require_names
 from openvclip.prompting.attach import has_prompts, prompts_of
 from openvclip.prompting.text import TextPrompts, Tokenizer, encode_prompted, prompted_layout
-from openvclip.temporal import encode_frames
-from openvclip.zeroshot import fill_template, require_clip, require_names
+from openvclip.towers.temporal import encode_frames
 
 PHOTO_TEMPLATE = "a photo of a {}."
 """The template of ViFi-CLIP's fine-tuning."""

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openvclip.checkpoints import save_checkpoint
+from openvclip.checkpoints.api import save_checkpoint
+from openvclip.checkpoints.formats import read_weights
 from openvclip.errors import CheckpointError, OpenVCLIPError, PromptBackboneWarning
 from openvclip.prompting.attach import (
     NAMESPACE,
@@ -23,11 +24,10 @@ from openvclip.prompting.attach import (
     require_unprompted,
 )
 from openvclip.prompting.text import find_text_tower
-from openvclip.prompting.towers.prompted import find_tower
 from openvclip.prompting.vifi import attach_vifi
 from openvclip.prompting.vita import attach_vita
-from openvclip.reading import read_weights
-from openvclip.state import unwrap
+from openvclip.towers.prompted import find_tower
+from openvclip.weights.names import unwrap
 
 _METHODS: dict[str, Callable[..., Any]] = {"vifi": attach_vifi, "vita": attach_vita}
 

@@ -15,8 +15,8 @@ from openvclip.errors import CheckpointError, PromptOptionError, StateMismatchEr
 from openvclip.prompting.attach import NAMESPACE, load_state_dict
 from openvclip.prompting.vifi import attach_vifi
 from openvclip.prompting.vita import attach_vita
-from openvclip.state import canonical_state, require_match
-from openvclip.temporal import encode_frames
+from openvclip.towers.temporal import encode_frames
+from openvclip.weights.names import canonical_state, require_match
 
 _PREFIXES = ("visual.", "image_encoder.")
 _NOT_IMAGES = ("textual.", "text_encoder.", "prompt_learner.", "logit_scale")

@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from openvclip.errors import ClassNamesError, PromptOptionError, UnsupportedModelError
-from openvclip.prompting.towers.open_clip import run_block
+from openvclip.towers.open_clip_prompts import run_block
 
 NamePosition = Literal["end", "middle", "front"]
 Tokenizer = Callable[[list[str]], Tensor]

@@ -24,7 +24,7 @@ from openvclip.prompting.text import (
     require_depth,
     require_text_tower,
 )
-from openvclip.prompting.towers.prompted import VisionPrompts, find_tower
+from openvclip.towers.prompted import VisionPrompts, find_tower
 
 Trained = Literal["both", "image", "text"]
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from openvclip.errors import PromptOptionError, VideoShapeError
+from openvclip.models.classifier import require_names
 from openvclip.prompting.attach import Model, Prompts, attach, require_unprompted
 from openvclip.prompting.text import (
     NamePosition,
@@ -18,8 +19,7 @@ from openvclip.prompting.text import (
     require_count,
     require_text_tower,
 )
-from openvclip.prompting.towers.prompted import TowerFacts, VisionPrompts, find_tower
-from openvclip.zeroshot import require_names
+from openvclip.towers.prompted import TowerFacts, VisionPrompts, find_tower
 
 OtherLength = Literal["error", "nearest"]
 

@@ -20,9 +20,9 @@ import torch
 
 import openvclip
 from openvclip.evaluation.encoding import encode_videos
+from openvclip.evaluation.figures import markdown_table
 from openvclip.evaluation.records import Records
-from openvclip.pixels import pixels_for
-from openvclip.report import markdown_table
+from openvclip.models.preprocess import pixels_for
 from openvclip.video import VideoDataset, find_videos
 
 

@@ -1,4 +1,4 @@
-"""One of the processes that ``tests/test_distributed.py`` starts: it runs each check in turn.
+"""One of the processes that ``test_distributed.py`` starts: it runs each check in turn.
 
 python -m tests.distributed FOLDER RANK
 """

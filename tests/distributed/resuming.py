@@ -17,8 +17,9 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 
-from openvclip import InterpolatedWeightRegularizer, SWATracker, averaging
-from openvclip.tracking import WeightTracker
+from openvclip import InterpolatedWeightRegularizer, SWATracker
+from openvclip.weights import averaging
+from openvclip.weights.tracker import WeightTracker
 from tests.distributed.sharded import TRACKERS, full, sharded
 from tests.distributed.training import STEPS, Net, assert_close, check, loss_of, regulariser
 from tests.helpers import assert_same_state

@@ -23,9 +23,9 @@ from openvclip import (
     save_checkpoint,
 )
 from openvclip.checkpoints import load_checkpoint
-from openvclip.distributed import full_state, local
 from openvclip.errors import CheckpointError, NonFiniteWeightsError, UsageError
-from openvclip.tracking import WeightTracker
+from openvclip.weights.shards import full_state, local
+from openvclip.weights.tracker import WeightTracker
 from tests.distributed.training import (
     ALPHA,
     STEPS,

@@ -14,7 +14,7 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional
 
 from openvclip import InterpolatedWeightRegularizer
-from openvclip.distributed import local
+from openvclip.weights.shards import local
 
 WORLD, STEPS, ALPHA, C = 2, 4, 0.35, 0.7
 CHECKS: dict[str, Callable[[Path], None]] = {}

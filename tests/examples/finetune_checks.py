@@ -22,9 +22,9 @@ from examples.finetune import train
 from examples.outcome import final_weights
 from examples.parallel import give_scalars_an_axis
 from examples.recipe import Recipe, Run
-from openvclip.distributed import full_state, is_sharded
 from openvclip.errors import CheckpointError
-from openvclip.ranks import Ranks
+from openvclip.processes import Ranks
+from openvclip.weights.shards import full_state, is_sharded
 from tests.examples.finetune_reference import (
     TINY,
     assert_close,

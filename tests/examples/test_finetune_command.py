@@ -20,7 +20,7 @@ from examples.shards import ShardBatches, class_indices, find_shards, read_index
 from examples.video_batches import VideoBatches, class_warnings
 from openvclip.checkpoints import load_checkpoint
 from openvclip.errors import AnnotationError, UsageError, VideoError
-from openvclip.ranks import Ranks
+from openvclip.processes import Ranks
 from openvclip.video import VideoDataset, transforms
 from tests.examples.forked import started
 from tests.examples.tiny_videos import CLASSES, command, write_shards, write_videos

@@ -1,0 +1,300 @@
+"""What a file of weights holds, told from its content: safetensors, PyTorch, TorchScript.
+
+Nothing here runs a pickle: PyTorch files are read with ``weights_only=True``, TorchScript archives
+by ``torch.jit.load``, which restores tensors and calls no Python.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openvclip.checkpoints.layout import is_index, read_shards
+from openvclip.errors import CheckpointError, UnsafeCheckpointError
+from openvclip.weights.names import canonical_state, few
+
+SAFETENSORS, TORCH, TORCHSCRIPT = "safetensors", "PyTorch", "TorchScript"
+
+# Where training code puts the weights, beside optimizers and counters.
+_WEIGHT_KEYS = ("model_state", "state_dict", "model_state_dict", "model")
+
+# Integers about the model that stand among the weights of OpenAI's files.
+SETTINGS = frozenset({"input_resolution", "context_length", "vocab_size"})
+
+_BEGINNINGS = (
+    (b"\x89PNG", "a PNG image"),
+    (b"\xff\xd8\xff", "a JPEG image"),
+    (b"GIF8", "a GIF image"),
+    (b"RIFF", "an AVI, WAV or WebP file"),
+    (b"\x1a\x45\xdf\xa3", "a Matroska or WebM video"),
+    (b"\x89HDF", "an HDF5 file"),
+    (b"\x93NUMPY", "a NumPy array"),
+    (b"GGUF", "a GGUF file"),
+    (b"%PDF", "a PDF"),
+    (b"\x1f\x8b", "a gzip archive; unpack it first"),
+    (b"BZh", "a bzip2 archive; unpack it first"),
+    (b"\xfd7zXZ", "an xz archive; unpack it first"),
+    (b"7z\xbc\xaf", "a 7z archive; unpack it first"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself; run `git lfs pull`"),
+)
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """The weights of a file under canonical names, as they stand in it.
+
+    Attributes:
+        path: the file.
+        format: ``"safetensors"``, ``"PyTorch"`` or ``"TorchScript"``.
+        weights: names to tensors; on the meta device where only the sizes were read.
+        key: the top-level entry that the weights were under, or ``""``.
+        beside: the other top-level entries, which hold no weights of this model.
+        metadata: texts of a safetensors header.
+    """
+
+    path: Path
+    format: str
+    weights: dict[str, Tensor]
+    key: str
+    beside: tuple[str, ...]
+    metadata: dict[str, str]
+
+
+def read_weights(
+    path: str | os.PathLike[str], *, sizes_only: bool = False, mapped: bool = False
+) -> WeightFile:
+    """Read a file of weights onto the CPU.
+
+    Args:
+        path: the file; its name is not looked at. The index of a sharded safetensors model stands
+            for the whole of it.
+        sizes_only: give names, shapes and dtypes, as tensors on the meta device. A safetensors
+            file is then read no further than its header.
+        mapped: map the entries of a PyTorch file into memory, where its format allows it, so that
+            they are read when they are first used. The file must then stay as it is.
+
+    Raises:
+        CheckpointError: there is no such file, it is truncated or of another kind, or it holds
+            no weights.
+        UnsafeCheckpointError: it can't be read without running code that it names.
+        StateMismatchError: two names are the same but for a wrapper's prefix.
+    """
+    file = Path(path)
+    kind = kind_of(file)
+    if kind == SAFETENSORS:
+        weights, metadata = _read_safetensors(file, sizes_only)
+        return WeightFile(file, kind, canonical_state(weights, str(file)), "", (), metadata)
+    if kind == TORCHSCRIPT:
+        content: object = _read_torchscript(file)
+    else:
+        content = _read_torch(file, sizes_only, mapped)
+    found, key, beside = _find_weights(content, file)
+    if sizes_only:  # TorchScript gives the tensors themselves
+        found = {name: value.to("meta") for name, value in found.items()}
+    return WeightFile(file, kind, canonical_state(found, str(file)), key, beside, {})
+
+
+# --- the kind of a file ------------------------------------------------------------------------
+
+
+def kind_of(file: Path) -> str:
+    """``SAFETENSORS`` (also for the index of a sharded model), ``TORCH`` or ``TORCHSCRIPT``.
+
+    Raises:
+        CheckpointError: there is no such file, or it is none of these.
+    """
+    try:
+        if file.is_dir():
+            raise CheckpointError(
+                f"There is no file {file}: it is a folder. Give the file of weights"
+                f"{_weights_inside(file)}."
+            )
+        if not file.is_file():
+            raise CheckpointError(
+                f"There is no file {file}; expected a file of weights "
+                "(.safetensors, .pt, .pth, .bin)."
+            )
+        with file.open("rb") as opened:
+            head = opened.read(512)
+        indexed = is_index(file)
+    except OSError as error:
+        raise CheckpointError(f"Can't read {file}: {error}.") from error
+    if head[:4] == b"PK\x03\x04":
+        return _kind_of_zip(file)
+    if (head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32) or indexed:
+        return SAFETENSORS
+    if len(head) > 1 and head[0] == 0x80 and head[1] <= pickle.HIGHEST_PROTOCOL:
+        return TORCH  # as torch.save wrote before its files were zip archives
+    raise _not_whole(file, _description(head))
+
+
+def _weights_inside(folder: Path) -> str:
+    endings = (".safetensors", ".pt", ".pth", ".bin")
+    inside = sorted(entry.name for entry in folder.iterdir() if entry.suffix in endings)
+    return f" in it ({few(inside)})" if inside else ""
+
+
+def _kind_of_zip(file: Path) -> str:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise _not_whole(file, f"the archive is cut off or damaged ({error})") from error
+    last_parts = {name.rpartition("/")[2] for name in names}
+    if "constants.pkl" in last_parts:
+        return TORCHSCRIPT
+    if "data.pkl" in last_parts:
+        return TORCH
+    raise _not_whole(file, f"it is a zip archive of other things ({few(names) or 'nothing'})")
+
+
+def _not_whole(file: Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{file} ({file.stat().st_size} bytes) is not a whole safetensors file, PyTorch "
+        f"checkpoint or TorchScript archive: {reason}. Check the path, or copy or download it "
+        "again."
+    )
+
+
+def _description(head: bytes) -> str:
+    if not head:
+        return "it is empty"
+    for beginning, what in _BEGINNINGS:
+        if head.startswith(beginning):
+            return f"it is {what}"
+    if head[4:8] == b"ftyp":
+        return "it is an MP4 or QuickTime video"
+    text = head.decode("utf-8", errors="ignore")
+    cut_off = len(head) - len(text.encode())  # bytes of a letter that ends beyond the beginning
+    if cut_off < 4 and all(letter.isprintable() or letter in "\r\n\t" for letter in text):
+        if text.lstrip()[:1] == "<":
+            return "it is a web page or XML, perhaps in place of a download that failed"
+        return f"it is a text that begins with {text.strip()[:40]!r}"
+    return f"it begins with the bytes {head[:8].hex(' ')}, as none of these does"
+
+
+# --- reading -----------------------------------------------------------------------------------
+
+
+def _read_safetensors(file: Path, sizes_only: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    shards, metadata = read_shards(file)
+    if sizes_only:
+        return {name: size for header in shards.values() for name, size in header.sizes.items()}, (
+            metadata
+        )
+    try:
+        loaded = [load_file(shard) for shard in shards]
+    except (SafetensorError, OSError, RuntimeError, MemoryError) as error:
+        raise CheckpointError(f"Can't read {file}: {_one(error)}.") from error
+    return {name: value for shard in loaded for name, value in shard.items()}, metadata
+
+
+def _read_torchscript(file: Path) -> Mapping[str, Any]:
+    try:
+        with warnings.catch_warnings():
+            # OpenAI's files are of this kind, whatever becomes of TorchScript.
+            warnings.filterwarnings("ignore", r".*torch\.jit\.load.* is deprecated")
+            archive = torch.jit.load(os.fspath(file), map_location="cpu")
+        return {name: value.detach() for name, value in archive.state_dict().items()}
+    except Exception as error:  # a damaged archive fails in as many ways as there are parts in it
+        raise _not_whole(file, f"the TorchScript archive can't be read ({_one(error)})") from error
+
+
+def _read_torch(file: Path, sizes_only: bool, mapped: bool) -> object:
+    try:
+        with warnings.catch_warnings():
+            # Warns of the pickle protocol or of what else it is about to refuse by an exception.
+            warnings.simplefilter("ignore")
+            device = "meta" if sizes_only else "cpu"
+            if mapped and zipfile.is_zipfile(file):
+                return torch.load(file, map_location=device, weights_only=True, mmap=True)
+            with file.open("rb") as opened:  # of a path, torch.load would look at the name
+                return torch.load(opened, map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise _unsafe_or_damaged(file, error) from error
+    except Exception as error:  # a damaged file fails in as many ways as there are parts in it
+        raise _not_whole(file, f"it can't be read to its end ({_one(error)})") from error
+
+
+def _unsafe_or_damaged(file: Path, error: Exception) -> CheckpointError:
+    text = str(error)
+    needed = re.search(r"GLOBAL (\S+) was not an allowed global", text)
+    detail = text.partition("WeightsUnpickler error: ")[2].splitlines()[:1]
+    if needed:
+        reason = f"it needs {needed.group(1)}, which is not a tensor or a plain value"
+    elif re.search(r"(?i)unsupported (class|global|nested)|unrecognized function|blocklist", text):
+        reason = detail[0] if detail else _one(error)
+    else:
+        return _not_whole(file, "it is a pickle but no checkpoint of tensors and plain values")
+    return UnsafeCheckpointError(
+        f"{file} can't be loaded without running code that it names: {reason}. Nothing was run. "
+        "If you trust where it comes from, open it once with torch.load(path, "
+        "weights_only=False), which does run that code, and keep the weights alone: "
+        "openvclip.save_checkpoint(loaded['state_dict'], 'weights.safetensors')."
+    )
+
+
+def _one(error: Exception) -> str:
+    """The first line of an error that says something, or its kind where none does."""
+    lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+# --- the weights among the rest ------------------------------------------------------------------
+
+
+def _find_weights(content: object, file: Path) -> tuple[dict[str, Tensor], str, tuple[str, ...]]:
+    if not isinstance(content, Mapping):
+        raise CheckpointError(
+            f"{file} holds a {type(content).__name__}; expected a mapping of names to tensors."
+        )
+    keys = [key for key in _WEIGHT_KEYS if _has_weights(content.get(key))]
+    if len(keys) == 1:
+        beside = tuple(str(key) for key in content if key != keys[0])
+        return _tensors(content[keys[0]], file), keys[0], beside
+    if keys or not _has_weights(content):
+        raise _no_weights(content, keys, file)
+    return _tensors(content, file), "", ()
+
+
+def _has_weights(value: object) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(v, Tensor) for v in value.values())
+
+
+def _no_weights(content: Mapping[Any, object], keys: list[str], file: Path) -> CheckpointError:
+    entries = ", ".join(f"{key!r}: {type(value).__name__}" for key, value in content.items())
+    found = f"weights under each of {keys}" if keys else "no weights where they are looked for"
+    return CheckpointError(
+        f"{file} holds {found}; expected names mapped to tensors, at the top or under one of "
+        f"{', '.join(map(repr, _WEIGHT_KEYS))}. Its entries are {entries[:600]}. Save the right "
+        "one alone with openvclip.save_checkpoint."
+    )
+
+
+def _tensors(entries: Mapping[Any, object], file: Path) -> dict[str, Tensor]:
+    tensors = {str(name): value for name, value in entries.items() if isinstance(value, Tensor)}
+    strange = [
+        f"{name} ({type(value).__name__})"
+        for name, value in entries.items()
+        if not isinstance(value, Tensor) and str(name) not in SETTINGS
+    ]
+    if strange:
+        raise CheckpointError(
+            f"{file}: among the weights stand {len(strange)} entries that are no tensors: "
+            f"{', '.join(strange[:20])}. Take them out and save the rest with "
+            "openvclip.save_checkpoint."
+        )
+    return tensors

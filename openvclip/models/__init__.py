@@ -1,0 +1,1 @@
+"""A CLIP ready for videos: loading, pixels, zero-shot classification, prediction."""

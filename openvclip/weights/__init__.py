@@ -1,0 +1,1 @@
+"""Tensors by name: interpolation, averages, regularisation. Knows no file and no CLIP."""

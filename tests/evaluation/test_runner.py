@@ -1,0 +1,250 @@
+"""Splits scored from one pass, against a slow loop over each split's own videos and classes."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import openvclip
+from examples.shapes.model import create_model
+from examples.shapes.world import TEMPLATES
+from openvclip.checkpoints import load_checkpoint
+from openvclip.errors import EvaluationError, RecordsError, UsageError, VideoNotFoundError
+from openvclip.evaluation import ProtocolEvaluation, Sampling, encoding, evaluate_protocol
+from openvclip.evaluation.tables import as_json, as_table, time_spent
+from openvclip.video import dataset as dataset_module
+from openvclip.video import read_clip, transforms
+from openvclip.video.protocols import Split
+from tests.evaluation.conftest import World
+from tests.helpers import assert_same_state, snapshot
+
+SAMPLING = Sampling(sampler="uniform", views=2)
+
+
+def expanded() -> tuple[Any, Any]:
+    model, tokenizer = create_model()
+    return openvclip.expand_temporal_attention(model), tokenizer
+
+
+def run(world: World, **settings: Any) -> ProtocolEvaluation:
+    model, tokenizer = expanded()
+    given = {"sampling": SAMPLING, "templates": TEMPLATES, "workers": 0, "batch_size": 3}
+    splits = settings.pop("splits", world.splits())
+    folder = settings.pop("videos", world.folder)
+    return evaluate_protocol(model, tokenizer, splits, folder, **{**given, **settings})
+
+
+@torch.no_grad()
+def slow_logits(world: World, split: Split, theta: dict[str, Tensor] | None) -> Tensor:
+    """Video by video, view by view and frame by frame, as the paper words it; float64 sums."""
+    model, tokenizer = expanded()
+    classifier = openvclip.ZeroShotClassifier(model, tokenizer, split.class_names, TEMPLATES)
+    if theta is not None:
+        model.load_state_dict(theta)
+    to_input = transforms.build("released", 32)
+    rows = []
+    for path, _ in split.samples:
+        logits = torch.zeros(len(split.class_names), dtype=torch.float64)
+        for view in read_clip(world.folder / path, sampler="uniform", views=2):
+            frames = model.encode_image(to_input(view)[None])[0].double()
+            frames = frames / frames.norm(dim=-1, keepdim=True)
+            cosines = frames @ classifier.text_features.double().T
+            logits += model.logit_scale.exp().double() * cosines.mean(dim=0)
+        rows.append(logits)
+    return torch.stack(rows)
+
+
+def counted(logits: Tensor, split: Split, k: int) -> float:
+    right = sum(
+        label in row.argsort(descending=True)[:k]
+        for row, (_, label) in zip(logits, split.samples, strict=True)
+    )
+    return right / len(split.samples)
+
+
+def test_every_split_at_every_lambda_equals_its_own_slow_evaluation(world: World) -> None:
+    tuned, lams = load_checkpoint(world.tuned), (0.0, 0.4, 1.0)
+    result = run(world, tuned=tuned, lams=lams)
+    assert list(result.scores) == list(lams)
+    clip = snapshot(expanded()[0])
+    seen = set()
+    for lam, scores in result.scores.items():
+        theta = {name: lam * clip[name] + (1 - lam) * tuned[name] for name in clip}
+        for split, score in zip(world.splits(), scores, strict=True):
+            expected = slow_logits(world, split, theta)
+            assert score.evaluation.predictions.tolist() == expected.argmax(dim=1).tolist()
+            for k in (1, 5):
+                assert score.evaluation.top(k) == pytest.approx(counted(expected, split, k))
+            seen.add(tuple(score.evaluation.predictions.tolist()))
+    assert len(seen) > 6  # or the comparisons would say little
+
+
+def test_a_video_is_read_once_for_all_splits_and_lambdas(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: Counter[str] = Counter()
+
+    def counting(path: str, **settings: Any) -> Tensor:
+        read[path] += 1
+        return read_clip(path, **settings)
+
+    monkeypatch.setattr(dataset_module, "read_clip", counting)
+    result = run(world, tuned=load_checkpoint(world.tuned), lams=(0.0, 0.5, 1.0))
+    assert read == {str(world.folder / path): 1 for path, _ in world.samples}
+    assert result.timing.clips == len(world.samples)
+
+
+def test_text_features_and_weights_stay_those_of_the_original(world: World) -> None:
+    model, tokenizer = expanded()
+    before = snapshot(model)
+    settings = {"sampling": SAMPLING, "templates": TEMPLATES, "workers": 0}
+    tuned = load_checkpoint(world.tuned)
+    spoiled = {n: v if n.startswith("visual.") else torch.zeros_like(v) for n, v in tuned.items()}
+    found = [
+        evaluate_protocol(model, tokenizer, world.splits(), world.folder, tuned=t, **settings)
+        for t in (tuned, spoiled)
+    ]
+    assert_same_state(model.state_dict(), before)
+    ranks = [one.scores[0.0][2].evaluation.ranks.tolist() for one in found]
+    assert ranks[0] == ranks[1]  # whatever the checkpoint has for a text tower
+
+
+def test_broken_videos_are_wrong_or_left_out_and_listed(world: World, tmp_path: Path) -> None:
+    shutil.copytree(world.folder / "videos", tmp_path / "videos")
+    broken = [world.samples[1][0], world.samples[4][0]]
+    (tmp_path / broken[0]).write_bytes(b"no video")
+    (tmp_path / broken[1]).unlink()
+    with pytest.raises(VideoNotFoundError, match=rf"1 of 10 videos are not in .* \({broken[1]}\)"):
+        run(world, videos=tmp_path)
+    whole = run(world).scores[None]
+    for leave_out in (False, True):
+        result = run(world, videos=tmp_path, allow_missing=True, leave_out_broken=leave_out)
+        assert [failure.path for failure in result.failures] == [
+            str(tmp_path / path) for path in broken
+        ]
+        for split, score, before in zip(world.splits(), result.scores[None], whole, strict=True):
+            there = [path not in broken for path, _ in split.samples]
+            right = (before.evaluation.ranks == 0) & torch.tensor(there)
+            n = sum(there) if leave_out else len(there)
+            assert score.evaluation.n_clips == n
+            assert score.left_out == (len(there) - n)
+            assert score.evaluation.top1 == pytest.approx(int(right.sum()) / n)
+            assert len(score.class_names) > 8 or score.evaluation.top(9) <= sum(there) / n
+
+
+def test_nothing_is_encoded_for_videos_that_cant_be_read(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(world.folder / "videos", tmp_path / "videos")
+    for place in (1, 3, 4, 5):  # one of the first batch of 3, all of the second
+        (tmp_path / world.samples[place][0]).unlink()
+    encoded = []
+
+    def counting(model: Any, clips: Tensor) -> Tensor:
+        encoded.append(len(clips))
+        return openvclip.encode_video(model, clips)
+
+    monkeypatch.setattr(encoding, "encode_video", counting)
+    result = run(world, videos=tmp_path, allow_missing=True, out=tmp_path / "out")
+    assert encoded == [2 * 2, 3 * 2, 1 * 2]  # two views each
+    assert result.timing.clips == 6
+    whole = run(world).scores[None][2].evaluation.predictions.tolist()
+    expected = [-1 if place in (1, 3, 4, 5) else whole[place] for place in range(10)]
+    assert result.scores[None][2].evaluation.predictions.tolist() == expected
+    run(world, videos=tmp_path, allow_missing=True, out=tmp_path / "out")
+    assert encoded[3 + 4 :] == [2 * 2]  # in between the whole run; then what was tried again
+
+
+def test_a_video_that_is_repaired_is_read_in_the_next_run(world: World, tmp_path: Path) -> None:
+    shutil.copytree(world.folder / "videos", tmp_path / "videos")
+    path = tmp_path / world.samples[0][0]
+    good = path.read_bytes()
+    path.write_bytes(b"")
+    first = run(world, videos=tmp_path, out=tmp_path / "out")
+    assert len(first.failures) == 1
+    path.write_bytes(good)
+    second = run(world, videos=tmp_path, out=tmp_path / "out")
+    assert second.failures == []
+    assert second.timing.clips == 3  # the batch of the broken one, and no other
+    assert second.top(1) == run(world).top(1)
+    third = run(world, videos=tmp_path, out=tmp_path / "out")
+    assert third.timing.clips == 0
+    assert time_spent(third) == "nothing was left to encode"
+    assert third.top(1) == second.top(1)
+
+
+def test_a_model_that_is_expanded_otherwise_is_another_run(world: World, tmp_path: Path) -> None:
+    model, tokenizer = create_model()
+    settings = {"sampling": SAMPLING, "templates": TEMPLATES, "workers": 0, "out": tmp_path}
+    evaluate_protocol(model, tokenizer, world.splits(), world.folder, **settings)
+    openvclip.expand_temporal_attention(model, boundary="mask", layers=[0])
+    with pytest.raises(RecordsError, match='expand: there null, now "0 mask, 1 mask"'):
+        evaluate_protocol(model, tokenizer, world.splits(), world.folder, **settings)
+    openvclip.restore_spatial_attention(model)
+    evaluate_protocol(model, tokenizer, world.splits(), world.folder, **settings)
+
+
+def test_confusion_and_classes_by_hand(world: World) -> None:
+    score = run(world).scores[None][2]
+    answers = score.evaluation.predictions.tolist()
+    pairs = [(label, answer) for (_, label), answer in zip(world.samples, answers, strict=True)]
+    matrix, classes = score.confusion().tolist(), score.per_class()
+    for i, name in enumerate(score.class_names):
+        assert matrix[i] == [pairs.count((i, j)) for j in range(len(score.class_names))]
+        assert classes[name] == pairs.count((i, i)) / sum(label == i for label, _ in pairs)
+
+
+def test_json_and_table_by_hand(world: World) -> None:
+    result = run(world, tuned=load_checkpoint(world.tuned), lams=(0.0, 0.5))
+    found = as_json(result, per_class=True, confusion=True)
+    for lam, entry in zip((0.0, 0.5), found["results"], strict=True):
+        values = torch.tensor(result.top(1, lam), dtype=torch.float64)
+        assert entry["lam"] == lam
+        assert entry["top1"]["mean"] == pytest.approx(float(values.mean()))
+        assert entry["top1"]["std"] == pytest.approx(float(values.std()))
+        assert entry["splits"][0]["top1"] == float(values[0])
+        assert len(entry["splits"][0]["confusion"]) == 3
+        row = [line for line in as_table(result, "B/16").splitlines() if f" {lam:g} |" in line]
+        assert f"{100 * float(values.mean()):.1f} ± {100 * float(values.std()):.1f}" in row[0]
+    assert sum(found["timing"]["shares"].values()) == pytest.approx(1)
+    with pytest.raises(EvaluationError, match=r"lam=0.3: .* expected one of 0\.0, 0\.5"):
+        result.top(1, 0.3)
+
+
+def test_each_protocol_has_its_mean(world: World) -> None:
+    few, late, every = world.splits()
+    splits = [few._replace(protocol="ep1"), every, late._replace(protocol="ep1")]
+    result = run(world, splits=splits)
+    alone = [run(world, splits=[split]).top(1)[0] for split in splits]
+    assert result.protocols == ["ep1", ""]
+    assert result.top(1) == alone
+    assert result.top(1, protocol="ep1") == [alone[0], alone[2]]
+    assert [one.name for one in result.of(protocol="")] == ["all"]
+    found = as_json(result)["results"]
+    assert [(one["protocol"], one["top1"]["mean"]) for one in found] == [
+        ("ep1", pytest.approx((alone[0] + alone[2]) / 2)),
+        ("", alone[1]),
+    ]
+    rows = [line.split("|")[2].strip() for line in as_table(result, "B/16").splitlines()[2:]]
+    assert rows == ["ep1", ""]
+    with pytest.raises(EvaluationError, match="protocol=ep2: nothing was evaluated there"):
+        result.top(1, protocol="ep2")
+
+
+def test_wrong_use_is_told(world: World) -> None:
+    with pytest.raises(UsageError, match="without tuned"):
+        run(world, lams=(0.5,))
+    with pytest.raises(EvaluationError, match="nothing to evaluate"):
+        run(world, splits=[])
+    path = world.samples[0][0]
+    two = [Split("one", ["a", "b"], [(path, 0)]), Split("two", ["a", "b"], [(path, 1)])]
+    with pytest.raises(EvaluationError, match="is of class 'a' in one split and of 'b' in two"):
+        run(world, splits=two)
+    with pytest.raises(VideoNotFoundError, match="no such folder of videos"):
+        run(world, videos=world.folder / "absent")

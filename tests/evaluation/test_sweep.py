@@ -1,0 +1,81 @@
+"""The sweep over lambda equals evaluating each interpolation on its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import openvclip
+from openvclip.evaluation import evaluate
+from openvclip.evaluation.sweep import FIGURE_LAMBDAS, sweep
+from tests.helpers import random_video, tiny_clip, tiny_tokenizer
+
+NAMES = ["red", "green", "blue", "black"]
+
+
+def _classifier() -> openvclip.ZeroShotClassifier:
+    model = openvclip.expand_temporal_attention(tiny_clip())
+    return openvclip.ZeroShotClassifier(model, tiny_tokenizer, NAMES, ["a {}."])
+
+
+def _ends(model: torch.nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    a = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    generator = torch.Generator().manual_seed(1)
+    b = {
+        name: value + 0.5 * torch.randn(value.shape, generator=generator)
+        if value.is_floating_point()
+        else value
+        for name, value in a.items()
+    }
+    return a, b
+
+
+class CountingLoader:
+    def __init__(self) -> None:
+        self.batches = [(random_video(3, 2, seed), torch.tensor([0, 1, 2])) for seed in range(2)]
+        self.read = 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in self.batches:
+            self.read += 1
+            yield batch
+
+
+def test_each_point_equals_its_own_evaluation_and_clips_are_read_once() -> None:
+    classifier, loader = _classifier(), CountingLoader()
+    a, b = _ends(classifier.model)
+    found = sweep(classifier, a, b, loader, progress=False)
+    assert loader.read == len(loader.batches)
+    assert tuple(found) == FIGURE_LAMBDAS
+    for lam, result in found.items():
+        classifier.model.load_state_dict(openvclip.interpolate(a, b, lam))
+        alone = evaluate(classifier, loader.batches, progress=False)
+        assert torch.equal(result.ranks, alone.ranks)
+    predictions = {tuple(result.predictions.tolist()) for result in found.values()}
+    assert len(predictions) > 1  # or the comparison above would say nothing
+
+
+@pytest.mark.parametrize("own", [0, 1])
+def test_an_end_may_be_the_models_own_state_dict(own: int) -> None:
+    classifier, loader = _classifier(), CountingLoader()
+    ends = _ends(classifier.model)
+    expected = sweep(classifier, *ends, loader, progress=False)
+    classifier.model.load_state_dict(ends[own])
+    given = list(ends)
+    given[own] = classifier.model.state_dict()
+    found = sweep(classifier, *given, loader, progress=False)
+    for lam, result in found.items():
+        assert torch.equal(result.ranks, expected[lam].ranks)
+
+
+def test_live_weights_are_back_bitwise_also_after_an_exception() -> None:
+    classifier = _classifier()
+    a, b = _ends(classifier.model)
+    sweep(classifier, a, b, CountingLoader(), [0.3], progress=False)
+    with pytest.raises(openvclip.OpenVCLIPError):
+        sweep(classifier, a, b, [(torch.zeros(1, 3), torch.zeros(1))], [0.3], progress=False)
+    for name, value in classifier.model.state_dict().items():
+        assert torch.equal(value, a[name]), name

@@ -1,0 +1,103 @@
+"""A training process that is killed again and again ends bitwise as one that never was."""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests import resume_run
+from tests.helpers import assert_same_state, through_a_file
+
+KILLS = 20
+# Its processes are forks of one that has imported all that they need, and cost no seconds each.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["torch._dynamo", "openvclip", "tests.weights.resume_run"])
+
+
+@contextmanager
+def process(folder: Path) -> Iterator[tuple[BaseProcess, Connection]]:
+    here, there = CONTEXT.Pipe()
+    child = CONTEXT.Process(target=resume_run.main, args=(folder, there))
+    child.start()
+    there.close()
+    try:
+        yield child, here
+    finally:
+        child.kill()
+        child.join()
+        here.close()
+
+
+def killed_once(folder: Path, moments: random.Random, *, while_saving: bool) -> int:
+    """Start the run, kill it at a random moment of a random step, and return that step."""
+    allowed = moments.randint(0, 17)
+    with process(folder) as (child, pipe):
+        step = pipe.recv()
+        for _ in range(allowed):
+            if while_saving and (step + 1) % resume_run.SAVE_EVERY == 0:
+                break
+            pipe.send("go on")
+            step = pipe.recv()
+        pipe.send("go on")
+        # A step takes about a millisecond and a save a few: any moment of them, or just after.
+        time.sleep(moments.uniform(0.0, 0.006))
+        child.kill()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+    return int(step)
+
+
+def finished(folder: Path) -> dict[str, Tensor]:
+    child = CONTEXT.Process(target=resume_run.main, args=(folder, None))
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    result: dict[str, Tensor] = torch.load(folder / "result.pt", weights_only=True)
+    return result
+
+
+def test_a_run_killed_twenty_times_is_bitwise_the_run_never_stopped(tmp_path: Path) -> None:
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    straight.mkdir()
+    broken.mkdir()
+    expected = finished(straight)
+    assert len(expected["alphas"].unique()) == resume_run.STEPS // 2
+
+    moments = random.Random(0)
+    steps = [killed_once(broken, moments, while_saving=n % 2 == 0) for n in range(KILLS)]
+    assert len(set(steps)) > KILLS // 2  # here and there, and never at the end
+    assert max(steps) < resume_run.STEPS - 1
+    assert_same_state(finished(broken), expected)
+
+
+def result_after(state: dict[str, Any]) -> dict[str, Tensor]:
+    run = resume_run.Run()
+    run.load(through_a_file(state))  # an optimizer goes on in the very tensors that it loads
+    for _ in range(20):
+        run.advance()
+    return run.result()
+
+
+def test_each_part_of_the_state_is_needed() -> None:
+    """So the comparison above sees it when one of them is not restored."""
+    run = resume_run.Run()
+    fresh = through_a_file(run.state())
+    for _ in range(20):
+        run.advance()
+    saved = through_a_file(run.state())
+    expected = result_after(saved)
+    assert_same_state(result_after(saved), expected)
+    for part in saved.keys() - {"step"}:
+        other = result_after(saved | {part: fresh[part]})
+        assert any(not torch.equal(other[name], expected[name]) for name in expected), part
