@@ -20,17 +20,17 @@ import torch
 from torch import nn
 
 import openvclip
-from examples import finetune_options as options
-from examples.methods import fixed_text, is_expanded, make_classifier
-from examples.parallel import processes
-from examples.recipe import METHODS, PROMPTED
-from examples.validation import TESTED, SharedAccuracy
 from openvclip import prompting
 from openvclip.checkpoints import atomic_path, load_checkpoint
 from openvclip.errors import UsageError
 from openvclip.evaluation.figures import markdown_table
 from openvclip.models.loading import LoadedCLIP, load_clip
 from openvclip.processes import Ranks
+from openvclip.training import options
+from openvclip.training.methods import fixed_text, is_expanded, make_classifier
+from openvclip.training.processes import processes
+from openvclip.training.recipe import METHODS, PROMPTED
+from openvclip.training.validation import TESTED, SharedAccuracy
 from openvclip.video import VideoDataset, transforms
 
 HARMONIC_MEAN = "harmonic mean"

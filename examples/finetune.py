@@ -35,10 +35,13 @@ if __package__ in (None, ""):  # started by its path: let it find the files besi
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import openvclip
-from examples import finetune_options as options
-from examples.checkpointing import Checkpoints, TrainingState
-from examples.finetune_inputs import load_model, load_videos
-from examples.methods import (
+from openvclip.processes import Ranks
+from openvclip.training import options
+from openvclip.training.batches import seed_of, steps_of_run
+from openvclip.training.checkpoints import Checkpoints, TrainingState
+from openvclip.training.inputs import load_model, load_videos
+from openvclip.training.log import RunLog, Step
+from openvclip.training.methods import (
     Classifier,
     add_distance_penalty,
     attach_prompts,
@@ -48,8 +51,8 @@ from examples.methods import (
     make_tracker,
     text_made_once,
 )
-from examples.outcome import leave
-from examples.parallel import (
+from openvclip.training.outputs import leave
+from openvclip.training.processes import (
     agree,
     give_scalars_an_axis,
     gradient_error,
@@ -58,11 +61,8 @@ from examples.parallel import (
     save_memory,
     wrap,
 )
-from examples.recipe import Recipe, Run, learning_rate, total_steps
-from examples.run_log import RunLog, Step
-from examples.validation import Validation
-from examples.video_batches import seed_of, steps_of_run
-from openvclip.processes import Ranks
+from openvclip.training.recipe import Recipe, Run, learning_rate, total_steps
+from openvclip.training.validation import Validation
 from openvclip.weights.shards import no_sync, whole
 
 

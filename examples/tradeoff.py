@@ -74,7 +74,7 @@ def load(args: argparse.Namespace) -> LoadedCLIP:
     """The original CLIP on its device; its frames are on their own."""
     if not args.hf:
         return models.load(args)
-    from examples.hugging_face import load as load_hugging_face
+    from openvclip.models.hugging_face import load as load_hugging_face
     from openvclip.video import transforms
 
     model, tokenizer, pixels = load_hugging_face(args.hf)

@@ -35,7 +35,8 @@ ARROWS: dict[str, set[str]] = {
     "models": {"towers", "video", "checkpoints"},
     "prompting": {"models"},
     "evaluation": {"models"},
-    "cli": {"evaluation", "prompting", "merging"},
+    "training": {"evaluation", "prompting"},
+    "cli": {"training", "merging"},
     "__main__": {"cli"},
 }
 WEIGHT_SPACE = ("weights", "merging", "checkpoints")

@@ -12,9 +12,9 @@ build on each other in this order:
 - :mod:`examples.shapes.studies`, :mod:`examples.shapes.experiment`,
   :mod:`examples.shapes.schedule`, :mod:`examples.shapes.run`: which runs there are, what a run
   does, how several share the processes, and the command;
-- :mod:`examples.shapes.results`, :mod:`examples.shapes.statements`,
-  :mod:`examples.shapes.sections`, :mod:`examples.shapes.page`: the results file, what it says of
-  the paper's claims, and the page;
+- :mod:`examples.shapes.results`, :mod:`examples.shapes.report.statements`,
+  :mod:`examples.shapes.report.sections`, :mod:`examples.shapes.report.page`: the results file, what
+  it says of the paper's claims, and the page;
 - :mod:`examples.shapes.comparison` and the modules whose names begin like it: the same beside
   ViFi-CLIP and Vita-CLIP.
 """

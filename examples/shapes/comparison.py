@@ -261,7 +261,7 @@ def main(arguments: list[str] | None = None) -> None:
         Runner(sizes, settings, args.out, path, args.jobs).run(jobs_of(sizes, args.seeds))
     except (openvclip.OpenVCLIPError, FileExistsError) as error:
         raise SystemExit(str(error)) from error
-    print(f"{path} is complete; the page: python -m examples.shapes.comparison_page {path}")
+    print(f"{path} is complete; the page: python -m examples.shapes.report.comparison_page {path}")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,6 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import openvclip
-from examples.methods import choose_trained, fixed_text, make_optimizer, text_made_once
-from examples.recipe import Recipe, learning_rate
 from examples.shapes.clips import LISTS
 from examples.shapes.comparison_settings import (
     LAMBDAS,
@@ -31,6 +29,8 @@ from examples.shapes.world import TEMPLATES, class_names
 from openvclip import prompting
 from openvclip.evaluation import evaluate
 from openvclip.evaluation.sweep import sweep
+from openvclip.training.methods import choose_trained, fixed_text, make_optimizer, text_made_once
+from openvclip.training.recipe import Recipe, learning_rate
 
 if TYPE_CHECKING:
     from open_clip import CLIP

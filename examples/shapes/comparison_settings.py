@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from examples.recipe import Recipe
 from examples.shapes.clips import ClipSettings
 from examples.shapes.world import class_names
 from openvclip.prompting.vifi import Trained
+from openvclip.training.recipe import Recipe
 
 LAMBDAS = (0.0, 0.3, 0.5, 0.7)
 """Weights of CLIP with which the fine-tuned models are tried."""
@@ -130,7 +130,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Training:
-    """The numbers of :class:`examples.recipe.Recipe` that all methods share."""
+    """The numbers of :class:`openvclip.training.recipe.Recipe` that all methods share."""
 
     batch_size: int = 16
     weight_decay: float = 0.01

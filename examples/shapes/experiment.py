@@ -16,14 +16,14 @@ from tqdm import tqdm
 
 import openvclip
 from examples.finetune import train
-from examples.recipe import Recipe
-from examples.run_log import Step
 from examples.shapes.clips import LISTS, ClipSettings
 from examples.shapes.model import MEAN, STD, Tokenizer, create_model
 from examples.shapes.raster import IMAGE_SIZE
 from examples.shapes.studies import AVERAGE, LAST, FineTune, Task
 from examples.shapes.world import TEMPLATES, class_names
 from openvclip.evaluation.sweep import FIGURE_LAMBDAS, sweep
+from openvclip.training.log import Step
+from openvclip.training.recipe import Recipe
 from openvclip.video import VideoDataset, transforms
 
 FRAMES = 8

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from examples.recipe import Recipe
 from examples.shapes.clips import ClipSettings
 from examples.shapes.experiment import Settings
+from openvclip.training.recipe import Recipe
 
 RECIPE = Recipe(
     epochs=20,

@@ -13,8 +13,8 @@ from typing import Any, Literal
 from torch import nn
 
 import openvclip
-from examples.recipe import Run
 from examples.shapes.model import Backbone
+from openvclip.training.recipe import Run
 
 LAST, AVERAGE = "last", "average"
 """Weights that a run gives: those after its last step, and the average that the trainer keeps."""

@@ -113,8 +113,8 @@ def measure(model_name: str, clips: int) -> None:
 
     import openvclip
     from examples.finetune import train
-    from examples.recipe import Recipe
-    from examples.run_log import Step
+    from openvclip.training.log import Step
+    from openvclip.training.recipe import Recipe
     from tests.benchmarks.machine import machine
 
     torch.manual_seed(0)

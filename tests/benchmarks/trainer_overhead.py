@@ -27,8 +27,8 @@ from torch import Tensor
 
 import openvclip
 from examples.finetune import train
-from examples.recipe import Recipe
-from examples.run_log import RunLog, Step
+from openvclip.training.log import RunLog, Step
+from openvclip.training.recipe import Recipe
 from tests.benchmarks.machine import machine
 
 MODEL = "ViT-B-32-quickgelu"

@@ -15,8 +15,8 @@ from itertools import count
 from pathlib import Path
 
 from examples import finetune
-from examples.run_log import RunLog, Step
-from examples.validation import Validation
+from openvclip.training.log import RunLog, Step
+from openvclip.training.validation import Validation
 
 told, measured, validations = RunLog.step, Validation.accuracy, count(1)
 

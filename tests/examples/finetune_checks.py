@@ -17,13 +17,13 @@ import pytest
 import torch
 from torch import Tensor, distributed
 
-from examples.checkpointing import Checkpoints, load_whole
 from examples.finetune import train
-from examples.outcome import final_weights
-from examples.parallel import give_scalars_an_axis
-from examples.recipe import Recipe, Run
 from openvclip.errors import CheckpointError
 from openvclip.processes import Ranks
+from openvclip.training.checkpoints import Checkpoints, load_whole
+from openvclip.training.outputs import final_weights
+from openvclip.training.processes import give_scalars_an_axis
+from openvclip.training.recipe import Recipe, Run
 from openvclip.weights.shards import full_state, is_sharded
 from tests.examples.finetune_reference import (
     TINY,

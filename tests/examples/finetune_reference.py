@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import openvclip
-from examples.methods import attach_prompts
-from examples.recipe import Recipe, learning_rate
 from openvclip.prompting import VideoClassifier
+from openvclip.training.methods import attach_prompts
+from openvclip.training.recipe import Recipe, learning_rate
 from tests.helpers import random_video, tiny_clip, tiny_tokenizer
 
 NAMES = ["one", "two", "three"]

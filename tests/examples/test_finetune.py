@@ -10,15 +10,15 @@ import torch
 from torch import nn
 
 from examples.finetune import parse_arguments, train
-from examples.finetune_options import recipe_of
-from examples.methods import make_optimizer
-from examples.outcome import final_weights
-from examples.parallel import save_memory
-from examples.recipe import METHODS, Recipe, Run, learning_rate
-from examples.run_log import LoaderWatch, Step
-from examples.video_batches import steps_of_run
 from openvclip.errors import PromptingError, UnsupportedModelError, UsageError
 from openvclip.prompting import VideoClassifier
+from openvclip.training.batches import steps_of_run
+from openvclip.training.log import LoaderWatch, Step
+from openvclip.training.methods import make_optimizer
+from openvclip.training.options import recipe_of
+from openvclip.training.outputs import final_weights
+from openvclip.training.processes import save_memory
+from openvclip.training.recipe import METHODS, Recipe, Run, learning_rate
 from tests.examples.finetune_reference import (
     TINY,
     assert_close,

@@ -13,14 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples import finetune, shards
+from examples import finetune
 from examples.finetune import Recipe
 from examples.shapes.model import WEIGHTS, create_model
-from examples.shards import ShardBatches, class_indices, find_shards, read_index
-from examples.video_batches import VideoBatches, class_warnings
 from openvclip.checkpoints import load_checkpoint
 from openvclip.errors import AnnotationError, UsageError, VideoError
 from openvclip.processes import Ranks
+from openvclip.training import shards
+from openvclip.training.batches import VideoBatches, class_warnings
+from openvclip.training.shards import ShardBatches, class_indices, find_shards, read_index
 from openvclip.video import VideoDataset, transforms
 from tests.examples.forked import started
 from tests.examples.tiny_videos import CLASSES, command, write_shards, write_videos

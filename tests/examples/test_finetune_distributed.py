@@ -153,9 +153,9 @@ def test_a_process_that_dies_ends_all_with_one_message_and_the_run_goes_on(
 
 @pytest.mark.parametrize("text", ["--batch-size 3", "--batch-size 12"])
 def test_a_batch_that_processes_cannot_share_is_refused(tmp_path: Path, text: str) -> None:
-    from examples.video_batches import VideoBatches
     from openvclip.errors import UsageError
     from openvclip.processes import Ranks
+    from openvclip.training.batches import VideoBatches
     from openvclip.video import VideoDataset
 
     dataset = VideoDataset([(f"{i}.mp4", 0) for i in range(9)], transform=None)

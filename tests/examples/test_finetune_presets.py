@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from examples import accuracy, finetune, lists
-from examples.finetune_options import recipe_of, run_of
-from examples.presets import PRESETS
-from examples.recipe import PROMPTED, Recipe, Run
 from examples.shapes.model import WEIGHTS, create_model
 from openvclip import prompting
 from openvclip.checkpoints import load_checkpoint, save_checkpoint
 from openvclip.evaluation import score
+from openvclip.training.options import recipe_of, run_of
+from openvclip.training.presets import PRESETS
+from openvclip.training.recipe import PROMPTED, Recipe, Run
 from openvclip.video import VideoDataset, read_clip, transforms
 from tests.examples.test_finetune_resume import terminated_at
 from tests.examples.tiny_videos import CLASSES, model_flags, write_videos

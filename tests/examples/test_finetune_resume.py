@@ -18,12 +18,12 @@ import pytest
 import torch
 
 from examples import finetune
-from examples.checkpointing import Checkpoints, TrainingState
-from examples.run_log import RunLog, Step
-from examples.validation import Validation
 from openvclip import InterpolatedWeightRegularizer, SWATracker
 from openvclip.checkpoints import load_checkpoint
 from openvclip.errors import CheckpointError
+from openvclip.training.checkpoints import Checkpoints, TrainingState
+from openvclip.training.log import RunLog, Step
+from openvclip.training.validation import Validation
 from tests.examples.forked import started
 from tests.examples.tiny_videos import command, write_shards, write_videos
 from tests.helpers import Smooth, assert_same_state, cross_entropy, snapshot

@@ -15,10 +15,11 @@ from torch.distributed.run import get_args_parser
 from torch.utils.flop_counter import FlopCounterMode
 
 import openvclip
-from examples import evaluate, finetune, shards, tradeoff
+from examples import evaluate, finetune, tradeoff
 from examples.published import ENCODERS, PUBLISHED, published
 from openvclip import cli
 from openvclip.towers import attention
+from openvclip.training import shards
 from tests.benchmarks import recipe_cost
 from tests.helpers import REPO, SHARED, random_video, tiny_clip
 
@@ -59,13 +60,13 @@ def test_every_command_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
     for words in commands():
         program, arguments = started(words)
         seen.add(program)
-        if program == "examples.shards":
+        if program == "openvclip.training.shards":
             monkeypatch.setattr(shards, "find_shards", lambda pattern: [])
             monkeypatch.setattr(shards, "atomic_path", _nowhere)
             shards.main(arguments, tell=lambda text: None)
         else:
             PARSERS[program](arguments)
-    assert seen == {*PARSERS, "examples.shards"}
+    assert seen == {*PARSERS, "openvclip.training.shards"}
 
 
 class _nowhere:  # noqa: N801

@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from examples import finetune
-from examples.recipe import Recipe
 from examples.shapes import comparison, comparison_methods, comparison_page
 from examples.shapes.clips import make_clips
 from examples.shapes.comparison_methods import Run
@@ -36,11 +35,12 @@ from examples.shapes.comparison_settings import (
     Training,
     base_and_novel,
 )
-from examples.shapes.comparison_table import ROWS
 from examples.shapes.experiment import clips_folder
 from examples.shapes.model import create_model
+from examples.shapes.report.comparison_table import ROWS
 from examples.shapes.results import Results, save_results
 from examples.shapes.world import class_names
+from openvclip.training.recipe import Recipe
 from tests.examples.comparison_results import TIMING, cells, made_result, tuning_results
 from tests.helpers import REPO
 

@@ -12,7 +12,7 @@ from examples.shapes.comparison_settings import (
     FULL,
     RATES,
 )
-from examples.shapes.comparison_table import Comparison, harmonic_mean, step_ratio
+from examples.shapes.report.comparison_table import Comparison, harmonic_mean, step_ratio
 from examples.shapes.results import Results
 from tests.examples.comparison_results import TIMING, cells, made_up, tuning_results
 from tests.helpers import REPO

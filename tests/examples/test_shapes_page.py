@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from examples.shapes import page, results, run, studies
+from examples.shapes.report.sections import FIGURE_2, SECTIONS
+from examples.shapes.report.statements import _WIDTHS, Claim, Difference, Point, heights, judge
 from examples.shapes.results import Table
-from examples.shapes.sections import FIGURE_2, SECTIONS
 from examples.shapes.settings import FULL
-from examples.shapes.statements import _WIDTHS, Claim, Difference, Point, heights, judge
 from examples.shapes.studies import STUDIES, Row, Study, plan
 from tests.helpers import REPO
 

@@ -9,13 +9,13 @@ from typing import Any
 from torch import Tensor, nn
 
 import openvclip
-from examples.checkpointing import load_whole
-from examples.model_card import ModelCard
-from examples.recipe import PROMPTED, Recipe
-from examples.validation import Validation
 from openvclip import prompting
 from openvclip.checkpoints import save_checkpoint
 from openvclip.processes import Ranks
+from openvclip.training.checkpoints import load_whole
+from openvclip.training.model_card import ModelCard
+from openvclip.training.recipe import PROMPTED, Recipe
+from openvclip.training.validation import Validation
 from openvclip.weights.shards import full_state
 
 WEIGHTS = {

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import openvclip
-from examples.recipe import PROMPTED, VIFI, Recipe
 from openvclip import prompting
 from openvclip.errors import UsageError
 from openvclip.prompting import VideoClassifier
+from openvclip.training.recipe import PROMPTED, VIFI, Recipe
 from openvclip.weights.shards import local, local_like
 
 Classifier = openvclip.ZeroShotClassifier | VideoClassifier
@@ -38,7 +38,7 @@ def attach_prompts(
 
     Args:
         model: where they go, in place.
-        method: one of :data:`examples.recipe.METHODS`.
+        method: one of :data:`openvclip.training.recipe.METHODS`.
         names: the training classes.
         frames: of a clip.
         numbers: ``vision_prompts``, ``text_prompts``, ``vision_depth`` and ``text_depth``, the
@@ -68,7 +68,7 @@ def make_classifier(
         model: with the method's prompts, where it learns some.
         tokenizer: the model's.
         names: the classes.
-        method: one of :data:`examples.recipe.METHODS`.
+        method: one of :data:`openvclip.training.recipe.METHODS`.
         template: one text with ``{}`` in place of the method's own.
     """
     if not is_expanded(method):

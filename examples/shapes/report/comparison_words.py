@@ -9,7 +9,7 @@ from examples.shapes.results import Results, origins, wrapped
 from examples.shapes.world import TEMPLATES, class_names
 
 HEADING = """\
-<!-- written by python -m examples.shapes.comparison_page; edit that, not this -->
+<!-- written by python -m examples.shapes.report.comparison_page; edit that, not this -->
 # Beside ViFi-CLIP and Vita-CLIP"""
 
 INTRODUCTION = (
@@ -31,7 +31,7 @@ COMMANDS = """\
 python -m examples.shapes.comparison --tune --out comparison-out  # the learning rates
 python -m examples.shapes.comparison --out comparison-out         # 3 seeds, goes on if stopped
 python -m examples.shapes.comparison --time --out comparison-out  # the time of a step
-python -m examples.shapes.comparison_page comparison-out/results.json
+python -m examples.shapes.report.comparison_page comparison-out/results.json
 ```"""
 
 

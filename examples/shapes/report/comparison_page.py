@@ -1,9 +1,8 @@
 """The page of the comparison, all of it from its results.
 
-``python -m examples.shapes.comparison_page OUT/results.json`` reads that file and, beside it,
-``tuning.json`` and ``timing.json``, and writes ``docs/comparison.md`` with its figure and copies of
-the three. Results that are not complete make a page as well,
-which says what is missing.
+``python -m examples.shapes.report.comparison_page OUT/results.json`` reads that file and, beside
+it, ``tuning.json`` and ``timing.json``. It writes ``docs/comparison.md`` with its figure and copies
+of the three. Results that are not complete make a page as well, which says what is missing.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ import numpy as np
 
 from examples.shapes.comparison import best_rates
 from examples.shapes.comparison_settings import METHODS
-from examples.shapes.comparison_table import ROWS, Comparison, Quantity, Row, step_ratio
-from examples.shapes.comparison_words import (
+from examples.shapes.report.comparison_table import ROWS, Comparison, Quantity, Row, step_ratio
+from examples.shapes.report.comparison_words import (
     COMMANDS,
     HEADING,
     INTRODUCTION,
@@ -28,12 +27,12 @@ from examples.shapes.comparison_words import (
     protocol,
     rule,
 )
+from examples.shapes.report.statements import Verdict
 from examples.shapes.results import Results, save_results, wrapped
-from examples.shapes.statements import Verdict
 from openvclip.checkpoints import atomic_path
 from openvclip.evaluation.figures import Curve, markdown_table, mean_and_std, tradeoff_figure
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+DOCS = Path(__file__).resolve().parents[3] / "docs"
 
 FILES = {name: f"comparison-{name}.json" for name in ("results", "tuning", "timing")}
 FIGURE = "comparison-tradeoff.png"
@@ -266,7 +265,7 @@ def draw(results: Results, path: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Write the page, its figure and the copies of the results."""
     parser = argparse.ArgumentParser(
-        prog="python -m examples.shapes.comparison_page",
+        prog="python -m examples.shapes.report.comparison_page",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

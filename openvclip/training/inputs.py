@@ -10,15 +10,15 @@ from typing import Any
 import torch
 
 import openvclip
-from examples.methods import Tokenizer, is_expanded
-from examples.recipe import Recipe
-from examples.shards import ShardBatches, class_indices, find_shards, read_index
-from examples.video_batches import VideoBatches, class_warnings
 from openvclip.checkpoints import load_checkpoint
 from openvclip.errors import UsageError
 from openvclip.models.labels import read_labels
 from openvclip.models.loading import load_clip
 from openvclip.processes import Ranks
+from openvclip.training.batches import VideoBatches, class_warnings
+from openvclip.training.methods import Tokenizer, is_expanded
+from openvclip.training.recipe import Recipe
+from openvclip.training.shards import ShardBatches, class_indices, find_shards, read_index
 from openvclip.video import VideoDataset, transforms
 from openvclip.video.transforms import Transform
 
@@ -31,7 +31,7 @@ def load_model(args: argparse.Namespace, device: torch.device) -> tuple[Any, Tok
     the original.
     """
     if args.hf:
-        from examples.hugging_face import load
+        from openvclip.models.hugging_face import load
 
         model, tokenizer, pixels = load(args.hf)
     else:

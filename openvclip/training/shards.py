@@ -1,6 +1,6 @@
 r"""Micro-batches of videos that stream from WebDataset shards, on a disk or in object storage.
 
-    python -m examples.shards "k400-{0000..0999}.tar" --out k400.json
+    python -m openvclip.training.shards "k400-{0000..0999}.tar" --out k400.json
 
 A shard is a tar file with a video ``<key>.mp4`` and its class ``<key>.cls`` (an index or a name)
 for each sample. The index that this command writes holds the labels of each shard, so that a run
@@ -25,16 +25,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from examples.video_batches import (
+from openvclip.checkpoints import atomic_path
+from openvclip.errors import AnnotationError, MissingDependencyError, UsageError, VideoError
+from openvclip.processes import Ranks
+from openvclip.training.batches import (
     Batch,
     end_workers,
     micro_batches_of_a_step,
     outlive_the_signal,
     seed_of,
 )
-from openvclip.checkpoints import atomic_path
-from openvclip.errors import AnnotationError, MissingDependencyError, UsageError, VideoError
-from openvclip.processes import Ranks
 from openvclip.video import read_clip
 from openvclip.video.files import VIDEO_SUFFIXES
 from openvclip.video.transforms import Transform
@@ -79,7 +79,7 @@ def read_index(shards: Sequence[str], path: Path | None) -> dict[str, list[str]]
         if remote:
             raise AnnotationError(
                 f"{few(remote)}: shards that are not on a disk need --shard-index FILE; "
-                "python -m examples.shards PATTERN --out FILE writes one."
+                "python -m openvclip.training.shards PATTERN --out FILE writes one."
             )
         return {name: _labels_of(name) for name in shards}
     try:

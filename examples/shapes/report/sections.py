@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from examples.shapes import studies
-from examples.shapes.statements import Claim, Point
+from examples.shapes.report.statements import Claim, Point
 from examples.shapes.studies import Study
 
 

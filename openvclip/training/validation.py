@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from examples.methods import Classifier, fixed_text
-from examples.video_batches import outlive_the_signal
 from openvclip.evaluation import evaluate
 from openvclip.processes import Ranks
+from openvclip.training.batches import outlive_the_signal
+from openvclip.training.methods import Classifier, fixed_text
 from openvclip.video import VideoDataset
 from openvclip.video.transforms import Transform
 

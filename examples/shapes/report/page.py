@@ -1,7 +1,7 @@
 """The page of the shapes world, from a results file.
 
-``python -m examples.shapes.page RESULTS`` writes ``docs/shapes.md`` and its figures, copies the
-results beside them, and puts the main table into ``README.md``.
+``python -m examples.shapes.report.page RESULTS`` writes ``docs/shapes.md`` and its figures, copies
+the results beside them, and puts the main table into ``README.md``.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from string import Template
 
+from examples.shapes.report.sections import SECTIONS, Section
+from examples.shapes.report.statements import Claim, Difference, Verdict, judge
 from examples.shapes.results import (
     Results,
     Table,
@@ -23,11 +25,9 @@ from examples.shapes.results import (
     table,
     wrapped,
 )
-from examples.shapes.sections import SECTIONS, Section
-from examples.shapes.statements import Claim, Difference, Verdict, judge
 from examples.shapes.studies import MAIN
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PAGE, README = Path("docs") / "shapes.md", Path("README.md")
 RESULTS = Path("docs") / "assets" / "shapes-results.json"
 TRADEOFF = "shapes-tradeoff.png"
@@ -177,7 +177,7 @@ def publish(results: Results, root: Path = ROOT) -> list[Path]:
 def main(arguments: list[str] | None = None) -> None:
     """Write the page from the results."""
     parser = argparse.ArgumentParser(
-        prog="python -m examples.shapes.page",
+        prog="python -m examples.shapes.report.page",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

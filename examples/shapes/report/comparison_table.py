@@ -10,8 +10,8 @@ from typing import Any, Literal
 import numpy as np
 
 from examples.shapes.comparison_settings import METHODS
+from examples.shapes.report.statements import Difference
 from examples.shapes.results import Results
-from examples.shapes.statements import Difference
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from examples.presets import PRESETS, Preset, overview
-from examples.recipe import METHODS, PROMPTED, Recipe, Run
-from examples.validation import TESTED
 from openvclip.processes import Ranks
+from openvclip.training.presets import PRESETS, Preset, overview
+from openvclip.training.recipe import METHODS, PROMPTED, Recipe, Run
+from openvclip.training.validation import TESTED
 
 
 def parse_arguments(description: str, arguments: list[str] | None = None) -> argparse.Namespace:
@@ -168,7 +168,7 @@ def _add_video_options(parser: argparse.ArgumentParser) -> None:
         "--shard-index",
         type=Path,
         metavar="FILE",
-        help="labels of the shards, from python -m examples.shards; needed for shards elsewhere",
+        help="labels of the shards, from python -m openvclip.training.shards; remote shards need it",
     )
     group.add_argument(
         "--classes", type=Path, help="a class name a line; not needed where the lists name them"

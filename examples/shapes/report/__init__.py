@@ -1,0 +1,1 @@
+"""What writes the pages of the shapes world from their results."""
