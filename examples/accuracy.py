@@ -1,7 +1,7 @@
 r"""The accuracy of a fine-tuned or prompted CLIP on lists of videos, each with classes of its own.
 
     python -m examples.accuracy --preset vifi-base-to-novel --weights run/final.safetensors \
-        --lists lists/base.csv lists/novel.csv --root hmdb51 --harmonic-mean
+        --lists lists/base.csv lists/novel.csv --videos hmdb51 --harmonic-mean
     torchrun --nproc-per-node 8 -m examples.accuracy ...
 
 For what ``openvclip evaluate`` does not: text towers and prompts that were trained, and ViFi-CLIP's
@@ -24,14 +24,14 @@ from openvclip import prompting
 from openvclip.checkpoints import atomic_path, load_checkpoint
 from openvclip.errors import UsageError
 from openvclip.evaluation.figures import markdown_table
-from openvclip.models.loading import LoadedCLIP, load_clip
-from openvclip.processes import Ranks
+from openvclip.models.loading import LoadedModel, load_model
+from openvclip.processes import Processes
 from openvclip.training import options
 from openvclip.training.methods import fixed_text, is_expanded, make_classifier
-from openvclip.training.processes import processes
+from openvclip.training.processes import training_processes
 from openvclip.training.recipe import METHODS, PROMPTED
-from openvclip.training.validation import TESTED, SharedAccuracy
-from openvclip.video import VideoDataset, transforms
+from openvclip.training.validation import TESTED, SharedAccuracy, sampling_of
+from openvclip.video import VideoDataset
 
 HARMONIC_MEAN = "harmonic mean"
 
@@ -66,7 +66,9 @@ def _add_test_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--lists", type=Path, nargs="+", required=True, help="lines of path,class name"
     )
-    group.add_argument("--root", type=Path, required=True, help="folder that the paths start from")
+    group.add_argument(
+        "--videos", type=Path, required=True, help="folder that the paths start from"
+    )
     options.add_frame_options(group)
     group.add_argument("--sampler", choices=tuple(TESTED), default="dense", help="(%(default)s)")
     group.add_argument("--views", type=int, default=1, help="clips of a video (%(default)s)")
@@ -92,9 +94,9 @@ def _add_test_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--json", type=Path, metavar="FILE", help="write the accuracies, in [0, 1]")
 
 
-def load_model(args: argparse.Namespace, device: torch.device) -> LoadedCLIP:
+def build_model(args: argparse.Namespace, device: torch.device) -> LoadedModel:
     """The model that is tested, with its prompts."""
-    loaded = load_clip(args.model, args.pretrained, expand=False)
+    loaded = load_model(args.model, args.pretrained, expand=False)
     if args.weights is not None:
         load_checkpoint(args.weights, loaded.model)
     if is_expanded(args.method):
@@ -106,7 +108,7 @@ def load_model(args: argparse.Namespace, device: torch.device) -> LoadedCLIP:
 
 
 def accuracy(
-    args: argparse.Namespace, loaded: LoadedCLIP, path: Path, ranks: Ranks
+    args: argparse.Namespace, loaded: LoadedModel, path: Path, processes: Processes
 ) -> dict[str, float]:
     """``top1`` and ``top5`` in [0, 1] on a list, among its own classes.
 
@@ -116,21 +118,9 @@ def accuracy(
     pixels = loaded.transform
     dataset = VideoDataset(
         path,
-        args.root,
-        transform=transforms.build(
-            "released",
-            pixels.size,
-            mean=pixels.mean,
-            std=pixels.std,
-            short_side=args.short_side,
-            crops=args.crops,
-        ),
-        num_frames=args.frames,
-        sampling_rate=args.sampling_rate,
-        target_fps=args.target_fps,
-        sampler=TESTED[args.sampler],
-        views=args.views,
-        backend=args.backend,
+        args.videos,
+        transform=pixels.with_(name="released", short_side=args.short_side, crops=args.crops),
+        sampling=sampling_of(args, TESTED[args.sampler], args.views),
         details=True,
     )
     if dataset.class_names is None:
@@ -141,9 +131,9 @@ def accuracy(
     answers = nn.Sequential(classifier, nn.Softmax(dim=-1))
     shared = SharedAccuracy(
         dataset,
-        ranks,
+        processes,
         batch_size=args.per_device_batch,
-        workers=args.workers,
+        num_workers=args.num_workers,
         amp=options.amp_of(args, next(loaded.model.parameters()).device),
     )
     with fixed_text(classifier):
@@ -163,13 +153,13 @@ def as_table(results: Mapping[str, Mapping[str, float]]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Test on each list and print the accuracies."""
     args = parse_arguments(arguments)
-    with processes(args.device, args.timeout) as (ranks, device):
-        loaded = load_model(args, device)
-        results = {path.stem: accuracy(args, loaded, path, ranks) for path in args.lists}
+    with training_processes(args.device, args.timeout) as (processes, device):
+        loaded = build_model(args, device)
+        results = {path.stem: accuracy(args, loaded, path, processes) for path in args.lists}
         if args.harmonic_mean:
             top1 = [found["top1"] for found in results.values()]
             results[HARMONIC_MEAN] = {"top1": statistics.harmonic_mean(top1)}
-        if not ranks.first:
+        if not processes.is_first:
             return
         if args.json is not None:
             with atomic_path(args.json) as temporary:

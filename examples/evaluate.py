@@ -31,8 +31,8 @@ from openvclip.errors import OpenVCLIPError
 from openvclip.evaluation import ProtocolEvaluation, evaluate_protocol
 from openvclip.evaluation.figures import markdown_table, mean_and_std
 from openvclip.evaluation.tables import as_json
-from openvclip.models.loading import load_clip
-from openvclip.processes import Ranks, joined_ranks, local_rank
+from openvclip.models.loading import load_model
+from openvclip.processes import Processes, joined_processes, local_rank
 from openvclip.video import class_names, protocols, read_annotations
 from openvclip.video.protocols import Split
 
@@ -45,7 +45,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="ViT-B-16-quickgelu", help="of open_clip (%(default)s)")
-    parser.add_argument("--clip", default="openai", help="the original weights: a tag, or a file")
+    parser.add_argument(
+        "--pretrained", default="openai", help="the original weights: a tag, or a file"
+    )
     parser.add_argument("--checkpoint", type=Path, help="fine-tuned weights, of any known family")
     parser.add_argument("--lam", type=float, default=0.0, help="weight of the original CLIP (0)")
     for name in DATA_SETS:
@@ -61,7 +63,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--amp", choices=("bfloat16", "float16"), help="encode under autocast")
     parser.add_argument("--device", help="default: cuda where there is one, or cpu")
     parser.add_argument("--batch-size", type=int, default=8, help="videos at a time (%(default)s)")
-    parser.add_argument("--workers", type=int, default=4, help="that decode (%(default)s)")
+    parser.add_argument("--num-workers", type=int, default=4, help="that decode (%(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder for results")
     args = parser.parse_args(arguments)
     if not any(getattr(args, name) for name in DATA_SETS):
@@ -101,17 +103,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Evaluate on each data set, then print the table."""
     args = parse_arguments(arguments)
     try:
-        with joined_ranks() as ranks:
-            _evaluate(args, ranks)
+        with joined_processes() as processes:
+            _evaluate(args, processes)
     except OpenVCLIPError as error:
         raise SystemExit(f"evaluate.py: error: {error}") from error
 
 
-def _evaluate(args: argparse.Namespace, ranks: Ranks) -> None:
+def _evaluate(args: argparse.Namespace, processes: Processes) -> None:
     device = args.device or (f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu")
     given = {name: pair for name in DATA_SETS if (pair := getattr(args, name))}
     splits = {name: read_splits(name, *pair) for name, pair in given.items()}
-    clip = load_clip(args.model, args.clip, checkpoint=args.checkpoint, device=device)
+    clip = load_model(args.model, args.clip, checkpoint=args.checkpoint, device=device)
     results = {
         name: evaluate_protocol(
             clip.model,
@@ -122,7 +124,7 @@ def _evaluate(args: argparse.Namespace, ranks: Ranks) -> None:
             lams=[args.lam] if clip.tuned is not None else (),
             transform=clip.transform,
             batch_size=args.batch_size,
-            workers=args.workers,
+            num_workers=args.num_workers,
             amp=getattr(torch, args.amp) if args.amp else None,
             out=args.out / name,
             leave_out_broken=args.leave_out_missing,
@@ -131,7 +133,7 @@ def _evaluate(args: argparse.Namespace, ranks: Ranks) -> None:
         )
         for name, (_, videos) in given.items()
     }
-    if ranks.first:
+    if processes.is_first:
         text = table(list(results.values()), args.published, clip.name)
         found = json.dumps({name: as_json(result) for name, result in results.items()}, indent=1)
         for path, content in ((args.out / "table.md", text), (args.out / "results.json", found)):

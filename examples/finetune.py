@@ -1,7 +1,7 @@
 r"""Fine-tune a CLIP on videos with Open-VCLIP, or one of the methods that it is compared with.
 
     python examples/finetune.py --model ViT-B-16-quickgelu --pretrained openai \
-        --annotations train.csv --root videos/ --classes classes.txt --out run/
+        --annotations train.csv --videos videos/ --classes classes.txt --out run/
     torchrun --nproc-per-node 8 examples/finetune.py --shards "k400-{0000..0999}.tar" ...
 
 The defaults are the paper's recipe for Kinetics-400 (Section 5.1.3 and the released
@@ -35,11 +35,11 @@ if __package__ in (None, ""):  # started by its path: let it find the files besi
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import openvclip
-from openvclip.processes import Ranks
+from openvclip.processes import Processes
 from openvclip.training import options
 from openvclip.training.batches import seed_of, steps_of_run
 from openvclip.training.checkpoints import Checkpoints, TrainingState
-from openvclip.training.inputs import load_model, load_videos
+from openvclip.training.inputs import build_model, load_videos
 from openvclip.training.log import RunLog, Step
 from openvclip.training.methods import (
     Classifier,
@@ -57,8 +57,8 @@ from openvclip.training.processes import (
     give_scalars_an_axis,
     gradient_error,
     loss_error,
-    processes,
     save_memory,
+    training_processes,
     wrap,
 )
 from openvclip.training.recipe import Recipe, Run, learning_rate, total_steps
@@ -73,7 +73,7 @@ def train(
     recipe: Recipe,
     *,
     run: Run | None = None,
-    ranks: Ranks | None = None,
+    processes: Processes | None = None,
     checkpoints: Checkpoints | None = None,
     on_step: Callable[[Step], None] | None = None,
     on_epoch: Callable[[int], None] | None = None,
@@ -88,7 +88,7 @@ def train(
         steps_per_epoch: number of steps that the loader's batches make.
         recipe: how to train.
         run: how to run it.
-        ranks: the processes that train together, each with a loader of its own.
+        processes: the processes that train together, each with a loader of its own.
         checkpoints: go on from the last one, and save.
         on_step: called after each step.
         on_epoch: called after each epoch with the number of steps so far, and once more where a
@@ -102,7 +102,7 @@ def train(
         UsageError: no model would enter the average, or the loader gives another number of steps.
         SystemExit: a checkpoint was saved because a signal asked for it.
     """
-    run, ranks = run or Run(), ranks or Ranks()
+    run, processes = run or Run(), processes or Processes()
     model = classifier.model
     device = next(model.parameters()).device
     home = torch.device("cpu") if run.fsdp else device  # nobody holds a whole model there
@@ -110,7 +110,7 @@ def train(
     choose_trained(model, recipe.method)
     if run.checkpointing:
         save_memory(model)
-    forward = wrap(classifier, ranks, device, fsdp=run.fsdp, compiler=run.compiler)
+    forward = wrap(classifier, processes, device, fsdp=run.fsdp, compiler=run.compiler)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(trained, recipe, run.betas)
     scaler = torch.amp.GradScaler(device.type, enabled=run.amp is torch.float16)
@@ -146,7 +146,7 @@ def train(
     model.train()
     # Sharded text weights can't be used outside a forward pass of the whole.
     once = nullcontext() if run.fsdp else text_made_once(classifier)
-    quiet = None if ranks.first else True
+    quiet = None if processes.is_first else True
     with once, tqdm(total=total, initial=first, desc=recipe.method, disable=quiet) as bar:
         if on_epoch is not None and first and first % steps_per_epoch == 0:
             on_epoch(first)  # which a process that was killed may not have come to
@@ -164,15 +164,15 @@ def train(
                     between = add_gradients(batches, iwr.weight, reduce=False)
             losses = add_gradients(batches, 1.0, reduce=True)
             asked = checkpoints is not None and checkpoints.stop_requested
-            values, stop = agree(ranks, torch.stack([losses.sum(), between.sum()]), asked)
+            values, stop = agree(processes, torch.stack([losses.sum(), between.sum()]), asked)
             if not all(map(math.isfinite, values)):
-                raise loss_error(values, step + 1, batches, losses + between, ranks)
+                raise loss_error(values, step + 1, batches, losses + between, processes)
             scaler.unscale_(optimizer)
             if recipe.method == "l2":
                 add_distance_penalty(model, clip, recipe.l2_weight)
             norm = whole(nn.utils.clip_grad_norm_(trained, recipe.clip_grad_norm)).item()
             if not math.isfinite(norm) and not scaler.is_enabled():  # a scaler skips the step
-                raise gradient_error(norm, step + 1, batches, ranks)
+                raise gradient_error(norm, step + 1, batches, processes)
             scaler.step(optimizer)
             scaler.update()
             if swa is not None:
@@ -201,18 +201,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Train from the command line and write the weights."""
     args = parse_arguments(arguments)
-    with processes(args.device, args.timeout) as (ranks, device):
-        _fine_tune(args, ranks, device)
+    with training_processes(args.device, args.timeout) as (processes, device):
+        _fine_tune(args, processes, device)
 
 
-def _fine_tune(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> None:
+def _fine_tune(args: argparse.Namespace, processes: Processes, device: torch.device) -> None:
     recipe = options.recipe_of(args)
     torch.manual_seed(recipe.seed)
-    model, tokenizer, pixels = load_model(args, device)
+    model, tokenizer, pixels = build_model(args, device)
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     if args.fsdp:
         give_scalars_an_axis(model)
-    videos = load_videos(args, recipe, pixels, ranks, device)
+    videos = load_videos(args, recipe, pixels, processes, device)
     run = options.run_of(args, videos.batches.accumulate, device)
     attach_prompts(
         model,
@@ -223,8 +223,8 @@ def _fine_tune(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> 
         class_prompts=args.class_prompts,
     )
     classifier = make_classifier(model, tokenizer, videos.names, recipe.method, args.template)
-    if not ranks.first:
-        torch.manual_seed(seed_of(recipe.seed, ranks.rank))  # for what is random in a tower
+    if not processes.is_first:
+        torch.manual_seed(seed_of(recipe.seed, processes.rank))  # for what is random in a tower
     settings = options.settings_of(args, recipe, run)
     steps = videos.batches.steps
     checkpoints = Checkpoints(
@@ -232,21 +232,21 @@ def _fine_tune(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> 
         {**settings, **videos.about},
         every=args.save_every or steps,
         keep=args.keep,
-        ranks=ranks,
+        processes=processes,
     )
-    validation = Validation(args, classifier, videos.names, pixels, run.amp, ranks)
+    validation = Validation(args, classifier, videos.names, pixels, run.amp, processes)
     log = RunLog(
-        args.out if ranks.first else None,
+        args.out if processes.is_first else None,
         total_steps(recipe, run, steps),
         first=checkpoints.last_step,
         every=args.log_every,
     )
-    if ranks.first:
-        plan = options.plan(args, recipe, run, ranks, videos.batches.batch_size)
+    if processes.is_first:
+        plan = options.plan(args, recipe, run, processes, videos.batches.batch_size)
         print(*videos.warnings, plan, sep="\n", flush=True)
 
     def validate(step: int) -> None:
-        if any(ranks.gather(log.tells(step, "val_top1"))):
+        if any(processes.gather(log.tells(step, "val_top1"))):
             return
         if found := validation.accuracy():
             log.write(step, **{f"val_{name}": value for name, value in found.items()})
@@ -259,7 +259,7 @@ def _fine_tune(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> 
             steps,
             recipe,
             run=run,
-            ranks=ranks,
+            processes=processes,
             checkpoints=checkpoints,
             on_step=log.step,
             on_epoch=validate,
@@ -270,7 +270,17 @@ def _fine_tune(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> 
         log.close()
     name = Path(args.hf or args.model).name.removesuffix(".json")
     leave(
-        args.out, name, recipe, model, clip, swa, shapes, validation, ranks, settings, videos.about
+        args.out,
+        name,
+        recipe,
+        model,
+        clip,
+        swa,
+        shapes,
+        validation,
+        processes,
+        settings,
+        videos.about,
     )
 
 

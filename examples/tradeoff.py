@@ -1,6 +1,6 @@
 r"""Zero-shot over closed-set accuracy along lambda: Figures 2 and 3 for any checkpoints and data.
 
-    python examples/tradeoff.py --model ViT-B-16-quickgelu --clip openai \
+    python examples/tradeoff.py --model ViT-B-16-quickgelu --pretrained openai \
         --curve "VCLIP=plain/finetuned.safetensors" --curve "Open-VCLIP=run/averaged.safetensors" \
         --closed-set annotations=k400/val.csv videos=k400/val \
         --zero-shot protocol=ucf101-ep2 annotations=ucfTrainTestlist videos=UCF-101 \
@@ -37,7 +37,7 @@ from openvclip import expand_temporal_attention, restore_spatial_attention
 from openvclip.checkpoints import atomic_path, write_errors
 from openvclip.cli.options import data, models
 from openvclip.errors import OpenVCLIPError, UsageError
-from openvclip.evaluation import ProtocolEvaluation, Sampling, evaluate_protocol
+from openvclip.evaluation import ProtocolEvaluation, evaluate_protocol
 from openvclip.evaluation.figures import (
     Curve,
     markdown_table,
@@ -46,8 +46,8 @@ from openvclip.evaluation.figures import (
     tradeoff_figure,
 )
 from openvclip.evaluation.tables import as_json
-from openvclip.models.loading import LoadedCLIP, fine_tuned
-from openvclip.processes import Ranks, joined_ranks
+from openvclip.models.loading import LoadedModel, fine_tuned
+from openvclip.processes import Processes, joined_processes
 from openvclip.video.protocols import Split
 
 Results = dict[str, dict[str, ProtocolEvaluation]]
@@ -70,19 +70,18 @@ def read_splits(chosen: argparse.Namespace) -> list[Split]:
     return [splits[chosen.split - 1]]
 
 
-def load(args: argparse.Namespace) -> LoadedCLIP:
+def load(args: argparse.Namespace) -> LoadedModel:
     """The original CLIP on its device; its frames are on their own."""
     if not args.hf:
         return models.load(args)
     from openvclip.models.hugging_face import load as load_hugging_face
-    from openvclip.video import transforms
 
     model, tokenizer, pixels = load_hugging_face(args.hf)
-    pixels = transforms.build(args.transform, pixels.size, mean=pixels.mean, std=pixels.std)
-    return LoadedCLIP(Path(args.hf).name, model.to(models.device_of(args)), tokenizer, pixels)
+    pixels = pixels.with_(name=args.transform)
+    return LoadedModel(Path(args.hf).name, model.to(models.device_of(args)), tokenizer, pixels)
 
 
-def load_tuned(clip: LoadedCLIP, path: Path, args: argparse.Namespace) -> dict[str, Tensor]:
+def load_tuned(clip: LoadedModel, path: Path, args: argparse.Namespace) -> dict[str, Tensor]:
     """A checkpoint's weights under the names of the model, on the CPU.
 
     Raises:
@@ -102,7 +101,7 @@ def load_tuned(clip: LoadedCLIP, path: Path, args: argparse.Namespace) -> dict[s
 def evaluate(
     line: Line,
     tuned: dict[str, Tensor] | None,
-    clip: LoadedCLIP,
+    clip: LoadedModel,
     chosen: argparse.Namespace,
     splits: Sequence[Split],
     args: argparse.Namespace,
@@ -120,10 +119,10 @@ def evaluate(
             tuned=None if tuned is None else {n: v.to(device) for n, v in tuned.items()},
             lams=args.lams if tuned is not None else (),
             transform=clip.transform,
-            sampling=Sampling(**models.frames_of(args)),
+            sampling=models.sampling_of(args),
             templates=models.templates_of(args),
             batch_size=args.batch_size,
-            workers=args.workers,
+            num_workers=args.num_workers,
             amp=models.amp_of(args),
             out=args.out / "records" / file_name(line.label) / file_name(chosen.label),
             leave_out_broken=chosen.leave_out_broken,
@@ -197,13 +196,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Evaluate all curves on all data sets, then draw."""
     args = options.parse_arguments(__doc__ or "", arguments)
     try:
-        with joined_ranks() as ranks:
-            _run(args, ranks)
+        with joined_processes() as processes:
+            _run(args, processes)
     except OpenVCLIPError as error:
         raise SystemExit(f"tradeoff.py: error: {error}") from error
 
 
-def _run(args: argparse.Namespace, ranks: Ranks) -> None:
+def _run(args: argparse.Namespace, processes: Processes) -> None:
     require_matplotlib()
     datasets = [(chosen, read_splits(chosen)) for chosen in (args.closed_set, *args.zero_shot)]
     clip = load(args)
@@ -215,9 +214,9 @@ def _run(args: argparse.Namespace, ranks: Ranks) -> None:
         for chosen, splits in datasets:
             found = evaluate(line, tuned.get(line), clip, chosen, splits, args)
             results[line.label][chosen.label] = found
-            if ranks.first:
+            if processes.is_first:
                 write_results(results, args.out)
-    if ranks.first:
+    if processes.is_first:
         _report(results, lines, args.out)
 
 

@@ -52,7 +52,9 @@ def parse_arguments(description: str, arguments: Sequence[str] | None = None) ->
     models.add_frame_options(parser)
     group = parser.add_argument_group("run and results")
     group.add_argument("--batch-size", type=int, default=8, help="videos at a time (%(default)s)")
-    group.add_argument("--workers", type=int, default=4, help="processes that decode (%(default)s)")
+    group.add_argument(
+        "--num-workers", type=int, default=4, help="processes that decode (%(default)s)"
+    )
     group.add_argument("--out", type=Path, required=True, help="folder for everything")
     args = parser.parse_args(arguments)
     for lam in args.lams:

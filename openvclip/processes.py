@@ -18,55 +18,59 @@ _PATIENCE = timedelta(days=7)
 
 
 @dataclass(frozen=True)
-class Ranks:
+class Processes:
     """One process among those that work on the same thing.
 
     Attributes:
         rank: the number of this process, from 0.
-        world: how many there are.
+        world_size: how many there are.
     """
 
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
 
     @property
-    def first(self) -> bool:
+    def is_first(self) -> bool:
         """Whether this is the process that prints and writes."""
         return self.rank == 0
 
     def share(self, work: list[T]) -> list[T]:
-        """This process's part of a list: every ``world``-th entry."""
-        return work[self.rank :: self.world]
+        """This process's part of a list: every ``world_size``-th entry."""
+        return work[self.rank :: self.world_size]
 
     def wait(self) -> None:
         """Return when every process has come here."""
-        if self.world > 1:
+        if self.world_size > 1:
             distributed.barrier()
 
     def gather(self, value: T) -> list[T]:
         """What each process gives, in the order of their numbers, in every process."""
-        if self.world == 1:
+        if self.world_size == 1:
             return [value]
-        found: list[Any] = [None] * self.world
+        found: list[Any] = [None] * self.world_size
         distributed.all_gather_object(found, value)
         return found
 
 
 @contextmanager
-def joined_ranks() -> Iterator[Ranks]:
+def joined_processes() -> Iterator[Processes]:
     """The processes of ``torchrun``, or of a process group that is there already; else this one.
 
     A group that is made here is taken apart at the end.
     """
     if not distributed.is_available():
-        yield Ranks()
+        yield Processes()
         return
     made = not distributed.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1
     if made:
         distributed.init_process_group("gloo", timeout=_PATIENCE)
     try:
         there = distributed.is_initialized()
-        yield Ranks(distributed.get_rank(), distributed.get_world_size()) if there else Ranks()
+        yield (
+            Processes(distributed.get_rank(), distributed.get_world_size())
+            if there
+            else Processes()
+        )
     finally:
         if made:
             distributed.destroy_process_group()

@@ -138,7 +138,7 @@ def test_the_arrows_are_seen(tmp_path: Path) -> None:
     source = tmp_path / "room.py"
     source.write_text(
         "import openvclip.video.decode\nfrom openvclip import towers\n"
-        "def f():\n    from openvclip.weights.names import few\n    import json, torch\n"
+        "def f():\n    from openvclip.weights.names import listed\n    import json, torch\n"
     )
     assert imported_rooms(source) == {"video", "towers", "weights"}
 

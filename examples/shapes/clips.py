@@ -85,7 +85,7 @@ def make_clips(
     out: str | os.PathLike[str],
     settings: ClipSettings | None = None,
     *,
-    workers: int = 2,
+    num_workers: int = 2,
     progress: bool = True,
 ) -> dict[str, Path]:
     """Write the data set, or what is missing of it.
@@ -97,7 +97,7 @@ def make_clips(
     Args:
         out: folder to write to, made if it does not exist.
         settings: size and seed of the data set.
-        workers: number of processes; 1 draws in this process.
+        num_workers: number of processes; 1 draws in this process.
         progress: whether to show a progress bar.
 
     Returns:
@@ -112,7 +112,7 @@ def make_clips(
     missing = [clip for clips in planned.values() for clip in clips if not clip.path.exists()]
     for folder in {clip.path.parent for clip in missing}:
         folder.mkdir(parents=True, exist_ok=True)
-    _write_all(missing, settings, workers, progress)
+    _write_all(missing, settings, num_workers, progress)
     return {name: _write_list(out / f"{name}.csv", clips) for name, clips in planned.items()}
 
 
@@ -182,7 +182,9 @@ def _plan(out: Path, name: str, settings: ClipSettings) -> Iterator[_Clip]:
         )
 
 
-def _write_all(clips: list[_Clip], settings: ClipSettings, workers: int, progress: bool) -> None:
+def _write_all(
+    clips: list[_Clip], settings: ClipSettings, num_workers: int, progress: bool
+) -> None:
     jobs = [clips[start : start + 16] for start in range(0, len(clips), 16)]
     with tqdm(
         total=len(clips),
@@ -190,12 +192,12 @@ def _write_all(clips: list[_Clip], settings: ClipSettings, workers: int, progres
         unit="clip",
         disable=None if progress and clips else True,
     ) as bar:
-        if workers <= 1 or len(jobs) <= 1:
+        if num_workers <= 1 or len(jobs) <= 1:
             for job in jobs:
                 bar.update(_write_some(job, settings))
             return
         # Spawned, not forked: a fork of a process that has run torch can hang in its thread pool.
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
             for written in pool.map(_write_some, jobs, [settings] * len(jobs)):
                 bar.update(written)
 
@@ -229,10 +231,10 @@ def main(argv: list[str] | None = None) -> None:
     defaults = ClipSettings()
     for name, default in asdict(defaults).items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--num-workers", type=int, default=2)
     args = parser.parse_args(argv)
     settings = ClipSettings(**{name: getattr(args, name) for name in asdict(defaults)})
-    for name, path in make_clips(args.out, settings, workers=args.workers).items():
+    for name, path in make_clips(args.out, settings, num_workers=args.num_workers).items():
         print(f"{name}: {settings.count(name)} clips in {path}")
 
 

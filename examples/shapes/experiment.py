@@ -24,7 +24,7 @@ from examples.shapes.world import TEMPLATES, class_names
 from openvclip.evaluation.sweep import FIGURE_LAMBDAS, sweep
 from openvclip.training.log import Step
 from openvclip.training.recipe import Recipe
-from openvclip.video import VideoDataset, transforms
+from openvclip.video import Sampling, VideoDataset, transforms
 
 FRAMES = 8
 LAMBDAS = FIGURE_LAMBDAS
@@ -68,16 +68,15 @@ class Outcome:
     step_seconds: float | None
 
 
-def load_clips(folder: Path, name: str, *, workers: int = 2) -> TensorDataset:
+def load_clips(folder: Path, name: str, *, num_workers: int = 2) -> TensorDataset:
     """Decode a list's files to normalised clips ``[N, T, 3, 32, 32]`` and labels ``[N]``."""
     dataset = VideoDataset(
         folder / f"{name}.csv",
         folder,
         transform=transforms.build("released", IMAGE_SIZE, mean=MEAN, std=STD),
-        num_frames=FRAMES,
-        sampler="uniform",
+        sampling=Sampling(num_frames=FRAMES, sampler="uniform"),
     )
-    loader = DataLoader(dataset, batch_size=32, num_workers=workers)
+    loader = DataLoader(dataset, batch_size=32, num_workers=num_workers)
     bar = tqdm(loader, desc=f"decode {name}", disable=None)
     videos, labels = zip(*bar, strict=True)
     if dataset.failures:
@@ -159,7 +158,7 @@ def perform(settings: Settings, task: Task, out: Path, report: Report = lambda _
 
 @lru_cache(maxsize=1)  # one seed's clips are 200 MB
 def _decoded(folder: Path) -> dict[str, TensorDataset]:
-    return {name: load_clips(folder, name, workers=0) for name in LISTS}
+    return {name: load_clips(folder, name, num_workers=0) for name in LISTS}
 
 
 def _train(

@@ -114,7 +114,7 @@ def run_studies(
     here = environment()
     print(f"{len(missing)} of {len(tasks)} runs to do, {jobs} at a time", flush=True)
     for seed in sorted({task.seed for task in missing}):
-        make_clips(clips_folder(out, seed), replace(settings.clips, seed=seed), workers=jobs)
+        make_clips(clips_folder(out, seed), replace(settings.clips, seed=seed), num_workers=jobs)
     work = partial(_perform, settings, out)
     with Progress(settings, missing) as progress:
         for task, entry in side_by_side(work, missing, jobs, progress.add, out / "log"):

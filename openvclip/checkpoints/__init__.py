@@ -2,13 +2,12 @@
 
 from openvclip.checkpoints.api import (
     CheckpointInfo,
-    atomic_path,
     convert_checkpoint,
     inspect_checkpoint,
     load_checkpoint,
     save_checkpoint,
-    write_errors,
 )
+from openvclip.checkpoints.atomic import atomic_path, write_errors
 from openvclip.checkpoints.streaming import average_files, interpolate_files, merge_files
 
 __all__ = [

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from openvclip.checkpoints.layout import is_index, read_shards
 from openvclip.errors import CheckpointError, UnsafeCheckpointError
-from openvclip.weights.names import canonical_state, few
+from openvclip.weights.names import canonical_state, listed
 
 SAFETENSORS, TORCH, TORCHSCRIPT = "safetensors", "PyTorch", "TorchScript"
 
@@ -141,7 +141,7 @@ def kind_of(file: Path) -> str:
 def _weights_inside(folder: Path) -> str:
     endings = (".safetensors", ".pt", ".pth", ".bin")
     inside = sorted(entry.name for entry in folder.iterdir() if entry.suffix in endings)
-    return f" in it ({few(inside)})" if inside else ""
+    return f" in it ({listed(inside)})" if inside else ""
 
 
 def _kind_of_zip(file: Path) -> str:
@@ -155,7 +155,7 @@ def _kind_of_zip(file: Path) -> str:
         return TORCHSCRIPT
     if "data.pkl" in last_parts:
         return TORCH
-    raise _not_whole(file, f"it is a zip archive of other things ({few(names) or 'nothing'})")
+    raise _not_whole(file, f"it is a zip archive of other things ({listed(names) or 'nothing'})")
 
 
 def _not_whole(file: Path, reason: str) -> CheckpointError:

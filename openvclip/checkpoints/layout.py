@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from openvclip.errors import CheckpointError
-from openvclip.weights.names import few
+from openvclip.weights.names import listed
 
 INDEX_ENDING = ".safetensors.index.json"
 
@@ -166,7 +166,7 @@ def _json_object(text: bytes, what: str) -> dict[str, Any]:
         if len(found) < len(pairs):
             names = [name for name, _ in pairs]
             twice = sorted({name for name in names if names.count(name) > 1})
-            raise _LieError(f"{what} has {few([repr(name) for name in twice])} twice")
+            raise _LieError(f"{what} has {listed([repr(name) for name in twice])} twice")
         return found
 
     try:
@@ -269,7 +269,7 @@ def _read_index(file: Path) -> tuple[dict[Path, Header], dict[str, str]]:
             (held - promised, f"it does not name what {shard} holds:"),
         ):
             if names:
-                raise _broken_index(file, f"{trouble} {few(sorted(names))}")
+                raise _broken_index(file, f"{trouble} {listed(sorted(names))}")
     return shards, {**metadata, **_index_texts(index)}
 
 

@@ -27,8 +27,8 @@ The exit status is 1 if a file is bad or damaged.
 _CHECK_EXAMPLES = """\
 examples:
   openvclip check-videos UCF-101 -o checked.csv
-  openvclip check-videos train.csv val.csv --root /data/kinetics -o checked.csv
-  openvclip check-videos ucfTrainTestlist --root UCF-101 -o checked.csv
+  openvclip check-videos train.csv val.csv --videos /data/kinetics -o checked.csv
+  openvclip check-videos ucfTrainTestlist --videos UCF-101 -o checked.csv
 """
 _INTERRUPTED = 130  # as shells report a process that Ctrl-C ended
 
@@ -53,13 +53,15 @@ def add(commands: Commands) -> None:
         "-o", "--output", metavar="OUT.csv", type=Path, required=True, help="file to write"
     )
     parser.add_argument(
-        "--root",
+        "--videos",
         metavar="DIR",
         type=Path,
         default=Path(),
         help="folder that the paths in annotation files start from (where you are)",
     )
-    parser.add_argument("--workers", metavar="N", type=int, help="processes (one for each core)")
+    parser.add_argument(
+        "--num-workers", metavar="N", type=int, help="processes (one for each core)"
+    )
     parser.add_argument(
         "--quick", action="store_true", help="decode only the first frame of each file"
     )
@@ -91,7 +93,7 @@ def _check(options: argparse.Namespace) -> int:
         dict.fromkeys(path for source in options.sources for path in _files(source, options.root))
     )
     checks = check_videos(
-        files, workers=options.workers, quick=options.quick, timeout=options.timeout
+        files, num_workers=options.num_workers, quick=options.quick, timeout=options.timeout
     )
     counts: Counter[str] = Counter()
     stopped = False

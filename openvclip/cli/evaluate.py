@@ -15,8 +15,8 @@ from openvclip.cli.options.models import (
     add_model_options,
     amp_of,
     device_of,
-    frames_of,
     load,
+    sampling_of,
     templates_of,
 )
 from openvclip.cli.options.types import Commands
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from openvclip.video.transforms import Transform
 
 # Options that change neither what is encoded nor what it is called.
-_NOT_SETTINGS = {"run", "command", "out", "json", "per_class", "confusion", "workers", "device"}
+_NOT_SETTINGS = {"run", "command", "out", "json", "per_class", "confusion", "num_workers", "device"}
 _NOT_SETTINGS |= {"leave_out_broken", "allow_missing_videos"}
 
 _EVALUATE = """\
@@ -40,7 +40,7 @@ Under torchrun each process takes a part of the videos.
 """
 _EXAMPLES = """\
 examples:
-  openvclip evaluate --model ViT-B-16-quickgelu --clip openai \\
+  openvclip evaluate --model ViT-B-16-quickgelu --pretrained openai \\
       --checkpoint swa.pth --lam 0.5 --protocol ucf101-ep1 \\
       --annotations ucfTrainTestlist/ --videos UCF-101/
   openvclip evaluate --protocol hmdb51-ep1 hmdb51-ep3 \\
@@ -97,7 +97,9 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--batch-size", type=int, default=8, help="videos encoded at a time (%(default)s)"
     )
-    group.add_argument("--workers", type=int, default=2, help="processes that decode (%(default)s)")
+    group.add_argument(
+        "--num-workers", type=int, default=2, help="processes that decode (%(default)s)"
+    )
     group.add_argument(
         "--out",
         type=Path,
@@ -109,16 +111,16 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from openvclip.evaluation import Sampling, evaluate_protocol
-    from openvclip.processes import joined_ranks
+    from openvclip.evaluation import evaluate_protocol
+    from openvclip.processes import joined_processes
 
     _check(options)
     splits = splits_of(options)
     loaded = load(options)
     title = ", ".join(options.protocol) or options.annotations.name
     folder = options.out or _default_folder(options)
-    with joined_ranks() as ranks:
-        if ranks.first and not options.json:
+    with joined_processes() as processes:
+        if processes.is_first and not options.json:
             videos = len({path for split in splits for path, _ in split.samples})
             print(f"{title}: {_plural(len(splits), 'split')}, {_plural(videos, 'video')}")
         result = evaluate_protocol(
@@ -129,10 +131,10 @@ def _evaluate(options: argparse.Namespace) -> None:
             tuned=loaded.tuned,
             lams=options.lam,
             transform=_cropped(loaded.transform, options),
-            sampling=Sampling(**frames_of(options)),
+            sampling=sampling_of(options),
             templates=templates_of(options),
             batch_size=options.batch_size,
-            workers=options.workers,
+            num_workers=options.num_workers,
             amp=amp_of(options),
             out=folder,
             leave_out_broken=options.leave_out_broken,
@@ -140,27 +142,18 @@ def _evaluate(options: argparse.Namespace) -> None:
             settings={"protocol": title, "model": loaded.name},
             description=title,
         )
-        if ranks.first:
+        if processes.is_first:
             _report(result, options, loaded.name, folder)
 
 
 def _cropped(transform: Transform, options: argparse.Namespace) -> Transform:
-    from openvclip.video import transforms
-
-    return transforms.build(
-        transform.name,
-        transform.size,
-        mean=transform.mean,
-        std=transform.std,
-        short_side=options.short_side,
-        crops=options.crops,
-    )
+    return transform.with_(short_side=options.short_side, crops=options.crops)
 
 
 def _check(options: argparse.Namespace) -> None:
     if options.lam and options.checkpoint is None:
         raise UsageError("--lam interpolates with fine-tuned weights: give --checkpoint too.")
-    for name, least in (("batch_size", 1), ("workers", 0)):
+    for name, least in (("batch_size", 1), ("num_workers", 0)):
         if getattr(options, name) < least:
             flag = name.replace("_", "-")
             raise UsageError(f"--{flag} {getattr(options, name)}: expected at least {least}.")
@@ -178,7 +171,7 @@ def _default_folder(options: argparse.Namespace) -> Path:
 def _report(
     result: ProtocolEvaluation, options: argparse.Namespace, name: str, folder: Path
 ) -> None:
-    from openvclip.checkpoints.api import atomic_path, write_errors
+    from openvclip.checkpoints.atomic import atomic_path, write_errors
     from openvclip.evaluation.tables import as_json, as_table, time_spent
 
     found = as_json(result, per_class=options.per_class, confusion=options.confusion)

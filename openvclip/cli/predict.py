@@ -15,8 +15,8 @@ from openvclip.cli.options.models import (
     add_frame_options,
     add_model_options,
     amp_of,
-    frames_of,
     load,
+    sampling_of,
     templates_of,
 )
 from openvclip.cli.options.types import Commands
@@ -133,7 +133,7 @@ def _entry(
     transform: Transform,
 ) -> dict[str, Any]:
     """Predict, print unless JSON is wanted, and return what JSON shows."""
-    from openvclip.checkpoints.api import write_errors
+    from openvclip.checkpoints.atomic import write_errors
     from openvclip.models.prediction import predict
     from openvclip.models.timeline import predict_timeline
 
@@ -143,7 +143,7 @@ def _entry(
             path,
             transform=transform,
             num_frames=options.frames,
-            seconds=options.frames * options.rate / 30
+            seconds=options.frames * options.sampling_rate / 30
             if options.seconds is None
             else options.seconds,
             step=options.step,
@@ -153,7 +153,7 @@ def _entry(
         if not options.json:
             print(f"{timeline}\nwrote {picture}", flush=True)
         return {**_timeline_as_json(timeline, options.top), "figure": str(picture)}
-    prediction = predict(classifier, path, transform=transform, **frames_of(options))
+    prediction = predict(classifier, path, transform=transform, sampling=sampling_of(options))
     top = prediction.top(options.top)
     if not options.json:
         rows = [f"{probability:6.1%}  {label}" for label, probability in top]

@@ -4,11 +4,11 @@ from openvclip.evaluation.accuracy import NO_RANK, Evaluation, evaluate, evaluat
 from openvclip.evaluation.encoding import Timing
 from openvclip.evaluation.runner import (
     ProtocolEvaluation,
-    Sampling,
     SplitScore,
     evaluate_protocol,
     require_videos,
 )
+from openvclip.video.sampling import Sampling
 
 __all__ = [
     "NO_RANK",

@@ -14,11 +14,12 @@ from torch.utils.data import DataLoader
 
 from openvclip.evaluation.records import Record, Records
 from openvclip.models.classifier import evaluation_mode
-from openvclip.processes import Ranks
+from openvclip.processes import Processes
 from openvclip.towers.temporal import encode_video
 from openvclip.video import VideoDataset
 from openvclip.weights.interpolation import interpolate_into
-from openvclip.weights.names import named_state, overwriting
+from openvclip.weights.names import named_state
+from openvclip.weights.numerics import overwriting
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,9 @@ def encode_videos(
     tuned: Mapping[str, Tensor] | None = None,
     lams: Sequence[float] = (),
     batch_size: int = 8,
-    workers: int = 2,
+    num_workers: int = 2,
     amp: torch.dtype | None = None,
-    ranks: Ranks | None = None,
+    processes: Processes | None = None,
     progress: bool | None = None,
     description: str = "encode",
 ) -> Timing:
@@ -118,27 +119,29 @@ def encode_videos(
         lams: L weights of the original CLIP, which ``model`` holds; without them the model is
             taken as it is, and L is 1. Each video is read once for all of them.
         batch_size: videos at a time, each with all its views.
-        workers: processes that decode; 0 decodes in this one.
+        num_workers: processes that decode; 0 decodes in this one.
         amp: autocast to this dtype while encoding.
-        ranks: the processes that share the work.
+        processes: the processes that share the work.
         progress: show a progress bar; by default where the output is a terminal.
         description: the bar's label.
     """
-    ranks = ranks or Ranks()
+    processes = processes or Processes()
     batches = batches_of(len(dataset), batch_size)
     left = [key for key in range(len(batches)) if not _is_done(records, key)]
-    mine = ranks.share(left)
+    mine = processes.share(left)
     first = next(model.parameters())
     device, dtype = first.device, first.dtype
-    ranks.wait()  # all have read the same records before the first is written
+    processes.wait()  # all have read the same records before the first is written
     clock, done = _Clock(), 0
     loader = DataLoader(
         dataset,
         batch_sampler=[batches[key] for key in mine],
-        num_workers=min(workers, len(mine)),
+        num_workers=min(num_workers, len(mine)),
         pin_memory=device.type == "cuda",
     )
-    bar = _bar(len(dataset), sum(len(batches[key]) for key in left), ranks, progress, description)
+    bar = _bar(
+        len(dataset), sum(len(batches[key]) for key in left), processes, progress, description
+    )
     with bar, evaluation_mode(model), torch.no_grad(), _weights(model, tuned, lams) as variants:
         clock.lap("other")
         for key, sample in zip(mine, loader, strict=True):
@@ -156,11 +159,11 @@ def encode_videos(
             values = torch.stack(found, dim=1) if found else torch.empty(0)
             records.add(Record(key, values, errors))
             done += len(video)
-            bar.update(min(len(sample.error) * ranks.world, bar.total - bar.n))
+            bar.update(min(len(sample.error) * processes.world_size, bar.total - bar.n))
             clock.lap("other")
-    ranks.wait()
+    processes.wait()
     records.reload()
-    return joined_timing(ranks.gather(clock.timing(done)))
+    return joined_timing(processes.gather(clock.timing(done)))
 
 
 def batches_of(n: int, batch_size: int) -> list[list[int]]:
@@ -213,9 +216,11 @@ def _weights(
         yield [setter(lam) for lam in lams]
 
 
-def _bar(total: int, left: int, ranks: Ranks, progress: bool | None, description: str) -> Any:
+def _bar(
+    total: int, left: int, processes: Processes, progress: bool | None, description: str
+) -> Any:
     from tqdm import tqdm  # comes with open_clip
 
-    disable = True if not ranks.first else None if progress is None else not progress
+    disable = True if not processes.is_first else None if progress is None else not progress
     started = total - left
     return tqdm(total=total, initial=started, desc=description, unit="clip", disable=disable)

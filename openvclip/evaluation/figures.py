@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from openvclip.checkpoints.api import atomic_path
+from openvclip.checkpoints.atomic import atomic_path
 from openvclip.errors import MissingDependencyError
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openvclip.checkpoints.api import atomic_path
+from openvclip.checkpoints.atomic import atomic_path
 from openvclip.errors import RecordsError
 
 _MAGIC = b"OVCR"

@@ -18,34 +18,14 @@ from openvclip.evaluation.accuracy import Evaluation, score
 from openvclip.evaluation.encoding import Timing, batches_of, encode_videos
 from openvclip.evaluation.records import Records
 from openvclip.models.classifier import VIDEO_TEMPLATES, ZeroShotClassifier
-from openvclip.models.preprocess import pixels_for
-from openvclip.processes import Ranks, joined_ranks
+from openvclip.models.preprocess import transform_for
+from openvclip.processes import Processes, joined_processes
 from openvclip.towers.view import FrameView
 from openvclip.video import Failure, VideoDataset
 from openvclip.video.protocols import Split
+from openvclip.video.sampling import PAPER_SAMPLING, Sampling
 from openvclip.video.transforms import Transform
-from openvclip.weights.names import canonical_state, few
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Which frames of a video are taken; the defaults are the paper's 3 x 1 views.
-
-    Attributes:
-        num_frames: T, frames of a view; see :func:`openvclip.video.read_clip` for all of these.
-        sampling_rate: distance of two frames, counted at ``target_fps``.
-        target_fps: frames per second.
-        views: V, clips taken from a video; their logits are summed.
-        sampler: ``"released"`` or ``"uniform"``.
-        backend: the decoder.
-    """
-
-    num_frames: int = 8
-    sampling_rate: int = 16
-    target_fps: float = 30
-    views: int = 3
-    sampler: str = "released"
-    backend: str = "pyav"
+from openvclip.weights.names import canonical_state, listed
 
 
 @dataclass(frozen=True)
@@ -149,7 +129,7 @@ def evaluate_protocol(
     sampling: Sampling | None = None,
     templates: Sequence[str] = VIDEO_TEMPLATES,
     batch_size: int = 8,
-    workers: int = 2,
+    num_workers: int = 2,
     amp: torch.dtype | None = None,
     out: str | os.PathLike[str] | None = None,
     leave_out_broken: bool = False,
@@ -183,7 +163,7 @@ def evaluate_protocol(
         sampling: which frames; three views of 8 by default.
         templates: texts with ``{}`` for the class name.
         batch_size: videos at a time, each with all its views.
-        workers: processes that decode.
+        num_workers: processes that decode.
         amp: autocast to this dtype.
         out: folder for results as they come. With the same settings a run goes on where an
             earlier one stopped. ``None`` keeps them in memory.
@@ -201,8 +181,8 @@ def evaluate_protocol(
         UsageError: several processes without ``out``; ``lams`` without ``tuned``.
         ClassNamesError, StateMismatchError, VideoOptionError: see there.
     """
-    sampling = sampling or Sampling()
-    transform = transform or pixels_for(model)
+    sampling = sampling or PAPER_SAMPLING
+    transform = transform or transform_for(model)
     if lams and tuned is None:
         raise UsageError(f"lams={list(lams)} without tuned: give the fine-tuned model's weights.")
     lams = [float(lam) for lam in lams] or ([] if tuned is None else [0.0])
@@ -223,10 +203,10 @@ def evaluate_protocol(
         "device": next(model.parameters()).device.type,
     }
     names = list(dict.fromkeys(name for split in splits for name in split.class_names))
-    dataset = VideoDataset(samples, root, transform=transform, details=True, **asdict(sampling))
-    with joined_ranks() as ranks:
-        _require_folder(ranks, out)
-        with Records(None if out is None else Path(out), facts, ranks.rank) as records:
+    dataset = VideoDataset(samples, root, transform=transform, sampling=sampling, details=True)
+    with joined_processes() as processes:
+        _require_folder(processes, out)
+        with Records(None if out is None else Path(out), facts, processes.rank) as records:
             texts = ZeroShotClassifier(model, tokenizer, names, templates).text_features
             timing = encode_videos(
                 model,
@@ -235,9 +215,9 @@ def evaluate_protocol(
                 tuned=tuned,
                 lams=lams,
                 batch_size=batch_size,
-                workers=workers,
+                num_workers=num_workers,
                 amp=amp,
-                ranks=ranks,
+                processes=processes,
                 progress=progress,
                 description=description,
             )
@@ -263,16 +243,16 @@ def require_videos(paths: Sequence[str], root: str) -> None:
     missing = [path for path in paths if not os.path.isfile(os.path.join(root, path))]
     if missing:
         raise VideoNotFoundError(
-            f"{len(missing)} of {len(paths)} videos are not in {root} ({few(missing)}). Check the "
-            "folder, which paths start from; to go on without them, allow missing videos."
+            f"{len(missing)} of {len(paths)} videos are not in {root} ({listed(missing)}). Check "
+            "the folder, which paths start from; to go on without them, allow missing videos."
         )
 
 
-def _require_folder(ranks: Ranks, out: str | os.PathLike[str] | None) -> None:
-    if ranks.world > 1 and out is None:
+def _require_folder(processes: Processes, out: str | os.PathLike[str] | None) -> None:
+    if processes.world_size > 1 and out is None:
         raise UsageError(
-            f"{ranks.world} processes evaluate together and find each other's results in a folder "
-            "that all of them can reach: give out."
+            f"{processes.world_size} processes evaluate together and find each other's results in "
+            "a folder that all of them can reach: give out."
         )
 
 

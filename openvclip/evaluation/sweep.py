@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from openvclip.evaluation import Evaluation, evaluate_each
 from openvclip.weights.interpolation import interpolate_into
-from openvclip.weights.names import canonical_state, memory_of, named_state, overwriting
+from openvclip.weights.names import canonical_state, named_state
+from openvclip.weights.numerics import memory_of, overwriting
 
 FIGURE_LAMBDAS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 """The weights of the original CLIP in Figures 2 and 3, from the fine-tuned end."""

@@ -9,13 +9,8 @@ import torch
 from torch import Tensor
 
 from openvclip.errors import MergeError
-from openvclip.weights.names import (
-    canonical_state,
-    common_dtype,
-    compute_dtype,
-    is_interpolable,
-    require_match,
-)
+from openvclip.weights.names import canonical_state, require_match
+from openvclip.weights.numerics import common_dtype, compute_dtype, is_interpolable
 
 Combine = Callable[[str, list[Tensor]], Tensor]
 """From an entry's name and its real tensors, one for each model, to a new tensor of their shape."""

@@ -14,7 +14,8 @@ from openvclip.errors import MergeError
 from openvclip.merging.entries import combined, difference, matched, own, require_share
 from openvclip.weights.interpolation import Lambda, as_number
 from openvclip.weights.lambdas import by_depth
-from openvclip.weights.names import canonical_state, is_interpolable
+from openvclip.weights.names import canonical_state
+from openvclip.weights.numerics import is_interpolable
 
 
 def task_vector(

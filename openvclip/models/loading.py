@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from openvclip.checkpoints.api import load_checkpoint
 from openvclip.checkpoints.formats import kind_of
 from openvclip.errors import ModelNameError
-from openvclip.models.preprocess import pixels_for
+from openvclip.models.preprocess import transform_for
 from openvclip.towers.temporal import expand_temporal_attention
 from openvclip.towers.view import Boundary
 from openvclip.video.transforms import Transform
@@ -26,7 +26,7 @@ _SCHEMAS = ("local-dir:", "hf-hub:")
 
 
 @dataclass(frozen=True)
-class LoadedCLIP:
+class LoadedModel:
     """What an evaluation or a prediction needs of a model.
 
     Attributes:
@@ -44,7 +44,7 @@ class LoadedCLIP:
     tuned: dict[str, Tensor] | None = None
 
 
-def load_clip(
+def load_model(
     name: str,
     clip: str | os.PathLike[str] | None,
     *,
@@ -56,7 +56,7 @@ def load_clip(
     device: str | torch.device = "cpu",
     allow_missing: str | Iterable[str] = (),
     allow_unexpected: str | Iterable[str] = (),
-) -> LoadedCLIP:
+) -> LoadedModel:
     """Build an open_clip model, load the original CLIP into it, and read a fine-tuned one.
 
     Args:
@@ -88,7 +88,7 @@ def load_clip(
         kind_of(Path(checkpoint))  # told before the original CLIP's weights are downloaded
     known = _registered(name)
     model = _built(known, clip)
-    to_pixels = pixels_for(model, transform)
+    to_pixels = transform_for(model, transform)
     if expand or (expand is None and checkpoint is not None):
         expand_temporal_attention(model, window=window, boundary=boundary)
     tuned = None
@@ -98,7 +98,7 @@ def load_clip(
         )
         tuned = {n: v.to(device) for n, v in tuned.items()}
     model = model.to(device).eval()
-    return LoadedCLIP(Path(known).name, model, open_clip.get_tokenizer(known), to_pixels, tuned)
+    return LoadedModel(Path(known).name, model, open_clip.get_tokenizer(known), to_pixels, tuned)
 
 
 def fine_tuned(

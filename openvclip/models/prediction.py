@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from openvclip.errors import UsageError
 from openvclip.models.classifier import VIDEO_TEMPLATES, ZeroShotClassifier, evaluation_mode
-from openvclip.models.preprocess import pixels_for
+from openvclip.models.preprocess import transform_for
 from openvclip.video.decoding import read_clip
+from openvclip.video.sampling import PAPER_SAMPLING, Sampling
 from openvclip.video.transforms import Transform
 
 _CLIP_VOCABULARY = 49408
@@ -55,12 +56,7 @@ def predict(
     tokenizer: Callable[[list[str]], Tensor] | None = None,
     transform: Transform | None = None,
     templates: Sequence[str] = VIDEO_TEMPLATES,
-    num_frames: int = 8,
-    sampling_rate: int = 16,
-    target_fps: float = 30,
-    views: int = 3,
-    sampler: str = "released",
-    backend: str = "pyav",
+    sampling: Sampling = PAPER_SAMPLING,
 ) -> Prediction:
     """Which of some labels fits a video best.
 
@@ -77,12 +73,7 @@ def predict(
         transform: from 8-bit frames to what the model takes; by default CLIP's pixels at the
             model's size, as the released evaluation makes them.
         templates: texts with ``{}`` for the label.
-        num_frames: see :func:`openvclip.video.read_clip`, for this and the following ones.
-        sampling_rate: distance of two frames, counted at ``target_fps``.
-        target_fps: frames per second.
-        views: clips taken from the video.
-        sampler: which frames.
-        backend: the decoder.
+        sampling: which frames of the video to read; by default the paper's 3 views of 8 frames.
 
     Returns:
         The probabilities: the softmax of the mean of the views' logits. (An evaluation sums the
@@ -96,16 +87,8 @@ def predict(
         UnsupportedModelError: ``model`` is no open_clip model.
     """
     classifier = classifier_for(model, labels, tokenizer, templates)
-    transform = transform or pixels_for(classifier.model)
-    clips = read_clip(
-        video,
-        num_frames=num_frames,
-        sampling_rate=sampling_rate,
-        target_fps=target_fps,
-        views=views,
-        sampler=sampler,
-        backend=backend,
-    )
+    transform = transform or transform_for(classifier.model)
+    clips = read_clip(video, **vars(sampling))
     device = classifier.text_features.device
     pixels = transform(clips).flatten(0, -5)  # crops of a view are views
     logits = logits_of(classifier, pixels.to(device)).mean(dim=0)

@@ -10,7 +10,7 @@ from openvclip.errors import UnsupportedModelError
 from openvclip.video.transforms import CLIP_MEAN, CLIP_STD, Transform, build
 
 
-def pixels_for(model: nn.Module, transform: str = "released") -> Transform:
+def transform_for(model: nn.Module, transform: str = "released") -> Transform:
     """The transform whose result ``model`` was trained on.
 
     Args:

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from openvclip.checkpoints.api import atomic_path
+from openvclip.checkpoints.atomic import atomic_path
 from openvclip.errors import MissingDependencyError
 from openvclip.models.classifier import VIDEO_TEMPLATES
 from openvclip.models.prediction import classifier_for, logits_of
-from openvclip.models.preprocess import pixels_for
+from openvclip.models.preprocess import transform_for
 from openvclip.video.sliding import sliding_windows
 from openvclip.video.transforms import Transform
 
@@ -147,7 +147,7 @@ def predict_timeline(
     classifier = classifier_for(model, labels, tokenizer, templates)
     windows = sliding_windows(
         video,
-        transform=transform or pixels_for(classifier.model),
+        transform=transform or transform_for(classifier.model),
         num_frames=num_frames,
         seconds=seconds,
         step=step,

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from openvclip.errors import VideoShapeError
-from openvclip.towers.attention_cpu import frames_in_turn
+from openvclip.towers.attention_cpu import attend_frame_by_frame
 from openvclip.towers.view import FrameView
 
 
@@ -42,8 +42,8 @@ def temporal_attention(
     """
     b, t, n, heads, d = q.shape
     one_dtype = q.dtype == k.dtype == v.dtype  # else autocast has to make it one, as SDPA does
-    if view.window > 0 and dropout_p == 0.0 and one_dtype and _better_in_turn(q):
-        return frames_in_turn(q, k, v, view, scale).flatten(-2)
+    if view.window > 0 and dropout_p == 0.0 and one_dtype and _prefers_frame_by_frame(q):
+        return attend_frame_by_frame(q, k, v, view, scale).flatten(-2)
     mask = None
     if view.window > 0:
         k, v = _in_view(k, view), _in_view(v, view)
@@ -55,7 +55,7 @@ def temporal_attention(
     return out.transpose(1, 2).reshape(b, t, n, heads * d)
 
 
-def _better_in_turn(q: Tensor) -> bool:
+def _prefers_frame_by_frame(q: Tensor) -> bool:
     """Whether one kernel call a frame, on views, beats one call for all frames, on copies.
 
     On a CPU it does, since there the copies cost more than the attention itself. A GPU wants few

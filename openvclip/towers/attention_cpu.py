@@ -17,7 +17,9 @@ _forward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def frames_in_turn(q: Tensor, k: Tensor, v: Tensor, view: FrameView, scale: float | None) -> Tensor:
+def attend_frame_by_frame(
+    q: Tensor, k: Tensor, v: Tensor, view: FrameView, scale: float | None
+) -> Tensor:
     """Attention of each frame's queries over the keys of the frames in view (Equation 3).
 
     Keys and values are copied only where end frames are repeated or a layout has no flat view of
@@ -35,11 +37,11 @@ def frames_in_turn(q: Tensor, k: Tensor, v: Tensor, view: FrameView, scale: floa
         ``[B, T, N, heads, d]``.
     """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    out, _ = _FramesInTurn.apply(q, k, v, view, scale)
+    out, _ = _FrameByFrame.apply(q, k, v, view, scale)
     return out  # type: ignore[no-any-return]
 
 
-class _FramesInTurn(torch.autograd.Function):
+class _FrameByFrame(torch.autograd.Function):
     """The forward pass goes by the frames of the queries, the backward pass by those of the keys.
 
     The logarithm of a query's sum over all its keys turns scores into shares, whichever part of

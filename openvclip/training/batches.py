@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from openvclip.errors import UsageError
-from openvclip.processes import Ranks
+from openvclip.processes import Processes
 from openvclip.video import VideoDataset
 
 Batch = tuple[Tensor, Tensor, list[str]]
@@ -27,7 +27,7 @@ def seed_of(*parts: object) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def micro_batches_of_a_step(batch_size: int, micro_batch: int, ranks: Ranks) -> int:
+def micro_batches_of_a_step(batch_size: int, micro_batch: int, processes: Processes) -> int:
     """How many micro-batches each process adds up.
 
     Raises:
@@ -36,12 +36,13 @@ def micro_batches_of_a_step(batch_size: int, micro_batch: int, ranks: Ranks) -> 
     for name, value in (("--batch-size", batch_size), ("--per-device-batch", micro_batch)):
         if value < 1:
             raise UsageError(f"{name} {value}: expected at least 1.")
-    if batch_size % ranks.world:
+    if batch_size % processes.world_size:
         raise UsageError(
-            f"--batch-size {batch_size} can't be shared evenly by {ranks.world} processes; choose "
-            f"a multiple of {ranks.world}, or another number of processes."
+            f"--batch-size {batch_size} can't be shared evenly by {processes.world_size} "
+            f"processes; choose a multiple of {processes.world_size}, or another number of "
+            "processes."
         )
-    return -(-batch_size // ranks.world // micro_batch)
+    return -(-batch_size // processes.world_size // micro_batch)
 
 
 class VideoBatches:
@@ -54,9 +55,9 @@ class VideoBatches:
         dataset: the videos.
         batch_size: videos of a step, in all processes together.
         micro_batch: videos at a time.
-        ranks: the processes.
+        processes: the processes.
         seed: of the order.
-        workers: processes that read videos, for each process that trains.
+        num_workers: processes that read videos, for each process that trains.
         pin: read into page-locked memory, for a GPU.
 
     Attributes:
@@ -74,27 +75,27 @@ class VideoBatches:
         *,
         batch_size: int,
         micro_batch: int,
-        ranks: Ranks | None = None,
+        processes: Processes | None = None,
         seed: int = 0,
-        workers: int = 0,
+        num_workers: int = 0,
         pin: bool = False,
     ) -> None:
-        ranks = ranks or Ranks()
-        if ranks.world > 1 and len(dataset) < batch_size:
+        processes = processes or Processes()
+        if processes.world_size > 1 and len(dataset) < batch_size:
             raise UsageError(
                 f"{len(dataset)} videos don't fill one batch of {batch_size} for "
-                f"{ranks.world} processes; use one process, or a smaller --batch-size."
+                f"{processes.world_size} processes; use one process, or a smaller --batch-size."
             )
         self.batch_size = batch_size = min(batch_size, len(dataset))
-        self.accumulate = micro_batches_of_a_step(batch_size, micro_batch, ranks)
+        self.accumulate = micro_batches_of_a_step(batch_size, micro_batch, processes)
         self.steps = len(dataset) // batch_size
         self.dataset = dataset
-        self._order = _Order(len(dataset), batch_size, micro_batch, ranks, seed)
+        self._order = _Order(len(dataset), batch_size, micro_batch, processes, seed)
         self._loader = DataLoader(
             _Named(dataset),
             batch_sampler=self._order,
-            num_workers=workers,
-            persistent_workers=workers > 0,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
             pin_memory=pin,
             worker_init_fn=outlive_the_signal,
             generator=torch.Generator().manual_seed(seed),  # leaves the global one alone
@@ -118,16 +119,18 @@ class VideoBatches:
 class _Order(Sampler[list[int]]):
     """The indices of one process's micro-batches."""
 
-    def __init__(self, n: int, batch_size: int, micro_batch: int, ranks: Ranks, seed: int) -> None:
+    def __init__(
+        self, n: int, batch_size: int, micro_batch: int, processes: Processes, seed: int
+    ) -> None:
         self.n, self.batch_size, self.micro_batch = n, batch_size, micro_batch
-        self.ranks, self.seed = ranks, seed
+        self.processes, self.seed = processes, seed
         self.epoch = self.first_step = 0
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(seed_of(self.seed, self.epoch))
         order = torch.randperm(self.n, generator=generator).tolist()
         for step in range(self.first_step, self.n // self.batch_size):
-            own = self.ranks.share(order[step * self.batch_size : (step + 1) * self.batch_size])
+            own = self.processes.share(order[step * self.batch_size : (step + 1) * self.batch_size])
             for start in range(0, len(own), self.micro_batch):
                 yield own[start : start + self.micro_batch]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import openvclip
 from openvclip.checkpoints import atomic_path
 from openvclip.errors import CheckpointError
-from openvclip.processes import Ranks
+from openvclip.processes import Processes
 from openvclip.weights.names import named_state
 from openvclip.weights.shards import is_sharded, local, local_like, whole
 
@@ -42,7 +42,7 @@ class Checkpoints:
         settings: what the numbers of the run depend on; a run with others is refused.
         every: steps between two checkpoints.
         keep: how many stay.
-        ranks: the processes of the run; the first writes.
+        processes: the processes of the run; the first writes.
 
     Raises:
         CheckpointError: ``every`` or ``keep`` is below 1.
@@ -55,12 +55,12 @@ class Checkpoints:
         *,
         every: int,
         keep: int = 2,
-        ranks: Ranks | None = None,
+        processes: Processes | None = None,
     ) -> None:
         if every < 1 or keep < 1:
             raise CheckpointError(f"every={every}, keep={keep}: expected at least 1 of each.")
         self.folder, self.settings = folder, dict(settings)
-        self.every, self.keep, self.ranks = every, keep, ranks or Ranks()
+        self.every, self.keep, self.processes = every, keep, processes or Processes()
         self.stop_requested = False
 
     def request_stop(self, *_: object) -> None:
@@ -84,14 +84,14 @@ class Checkpoints:
             CheckpointError: it can't be read, or is of a run with other settings, which are shown.
         """
         found = self._found()
-        self.ranks.wait()  # or one process could see a checkpoint that another writes by then
+        self.processes.wait()  # or one process could see a checkpoint that another writes by then
         if not found:
             return 0
         saved = _read(found[-1])
         _require_same_settings(saved["settings"], self.settings, self.folder)
         _restore(state, saved)
-        if self.ranks.rank < len(saved["random"]):
-            _set_random_state(saved["random"][self.ranks.rank])
+        if self.processes.rank < len(saved["random"]):
+            _set_random_state(saved["random"][self.processes.rank])
         return int(saved["step"])
 
     def save(self, state: TrainingState, step: int) -> None:
@@ -101,7 +101,7 @@ class Checkpoints:
             CheckpointError: in all processes, if it can't be written; earlier ones are as they
                 were.
         """
-        random = self.ranks.gather(_random_state())
+        random = self.processes.gather(_random_state())
         content = _gathered(
             {
                 "settings": self.settings,
@@ -115,11 +115,11 @@ class Checkpoints:
             }
         )
         path = self.folder / f"checkpoint-{step:08d}.pt"
-        problem = _write(content, path) if self.ranks.first else ""
-        problem = self.ranks.gather(problem)[0]
+        problem = _write(content, path) if self.processes.is_first else ""
+        problem = self.processes.gather(problem)[0]
         if problem:
             raise CheckpointError(problem)
-        if self.ranks.first:
+        if self.processes.is_first:
             for old in self._found()[: -self.keep]:
                 old.unlink()
 

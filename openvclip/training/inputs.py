@@ -13,17 +13,18 @@ import openvclip
 from openvclip.checkpoints import load_checkpoint
 from openvclip.errors import UsageError
 from openvclip.models.labels import read_labels
-from openvclip.models.loading import load_clip
-from openvclip.processes import Ranks
+from openvclip.models.loading import load_model
+from openvclip.processes import Processes
 from openvclip.training.batches import VideoBatches, class_warnings
 from openvclip.training.methods import Tokenizer, is_expanded
 from openvclip.training.recipe import Recipe
 from openvclip.training.shards import ShardBatches, class_indices, find_shards, read_index
-from openvclip.video import VideoDataset, transforms
+from openvclip.training.validation import sampling_of
+from openvclip.video import VideoDataset
 from openvclip.video.transforms import Transform
 
 
-def load_model(args: argparse.Namespace, device: torch.device) -> tuple[Any, Tokenizer, Transform]:
+def build_model(args: argparse.Namespace, device: torch.device) -> tuple[Any, Tokenizer, Transform]:
     """The original CLIP on its device, its tokenizer, and the pixels to train it on.
 
     Its attention is expanded in time where the method asks for it, unless ``--frame-by-frame``.
@@ -35,20 +36,14 @@ def load_model(args: argparse.Namespace, device: torch.device) -> tuple[Any, Tok
 
         model, tokenizer, pixels = load(args.hf)
     else:
-        loaded = load_clip(args.model, args.pretrained, expand=False, transform="train")
+        loaded = load_model(args.model, args.pretrained, expand=False, transform="train")
         model, tokenizer, pixels = loaded.model, loaded.tokenizer, loaded.transform
     if args.start_from is not None:
         load_checkpoint(args.start_from, model)
     if is_expanded(args.method) and not args.frame_by_frame:
         openvclip.expand_temporal_attention(model)
-    pixels = transforms.build(
-        "train",
-        pixels.size,
-        mean=pixels.mean,
-        std=pixels.std,
-        hflip=args.flip,
-        color_jitter=args.color_jitter,
-        short_side=args.short_side,
+    pixels = pixels.with_(
+        name="train", hflip=args.flip, color_jitter=args.color_jitter, short_side=args.short_side
     )
     return model.to(device), tokenizer, pixels
 
@@ -71,7 +66,11 @@ class Videos:
 
 
 def load_videos(
-    args: argparse.Namespace, recipe: Recipe, pixels: Transform, ranks: Ranks, device: torch.device
+    args: argparse.Namespace,
+    recipe: Recipe,
+    pixels: Transform,
+    processes: Processes,
+    device: torch.device,
 ) -> Videos:
     """The training videos, from annotated files or from shards.
 
@@ -79,13 +78,14 @@ def load_videos(
         AnnotationError, ClassNamesError: a list, an index or the class names don't fit.
         UsageError: the batch can't be shared by the processes.
     """
+    sampling = sampling_of(args, args.sampler)
     names = read_labels(args.classes) if args.classes is not None else None
     reading: dict[str, Any] = {
         "batch_size": recipe.batch_size,
         "micro_batch": args.per_device_batch,
-        "ranks": ranks,
+        "processes": processes,
         "seed": recipe.seed,
-        "workers": args.workers,
+        "num_workers": args.num_workers,
         "pin": device.type == "cuda",
     }
     batches: VideoBatches | ShardBatches
@@ -94,19 +94,19 @@ def load_videos(
         names = names or []
         found = class_indices(read_index(find_shards(args.shards), args.shard_index), names)
         sizes = {shard: len(labels) for shard, labels in found.items()}
-        batches = ShardBatches(sizes, names, transform=pixels, sampling=_sampling(args), **reading)
+        batches = ShardBatches(sizes, names, transform=pixels, sampling=sampling, **reading)
         labels = [label for shard in found.values() for label in shard]
         content: object = found
         # Which videos a step sees depends on how many streams there are.
-        about |= {"processes": ranks.world, "per_device_batch": args.per_device_batch}
+        about |= {"processes": processes.world_size, "per_device_batch": args.per_device_batch}
     else:
         dataset = VideoDataset(
             args.annotations,
-            args.root,
+            args.videos,
             class_names=names,
             transform=pixels,
             seed=recipe.seed,
-            **_sampling(args),
+            sampling=sampling,
         )
         if dataset.class_names is None:
             raise UsageError(
@@ -121,13 +121,3 @@ def load_videos(
     about |= {"source": source, "videos": len(labels), "classes": len(names), "digest": digest}
     unseen = read_labels(args.zero_shot_classes) if args.zero_shot_classes is not None else []
     return Videos(batches, names, about, class_warnings(labels, names, unseen))
-
-
-def _sampling(args: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "num_frames": args.frames,
-        "sampling_rate": args.sampling_rate,
-        "target_fps": args.target_fps,
-        "sampler": args.sampler,
-        "backend": args.backend,
-    }

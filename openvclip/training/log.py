@@ -60,7 +60,7 @@ class LoaderWatch:
         self._said = True
         return (
             f"The loader is the bottleneck: {part:.0%} of the last {self.steps} steps was waiting "
-            "for videos. More --workers help, or videos that are smaller or on a faster disk."
+            "for videos. More --num-workers help, or videos that are smaller or on a faster disk."
         )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from openvclip.processes import Ranks
+from openvclip.processes import Processes
 from openvclip.training.presets import PRESETS, Preset, overview
 from openvclip.training.recipe import METHODS, PROMPTED, Recipe, Run
 from openvclip.training.validation import TESTED
@@ -154,11 +154,11 @@ def _add_start_options(group: argparse._ArgumentGroup) -> None:
 
 def _add_video_options(parser: argparse.ArgumentParser) -> None:
     """What is trained on, and tested on along the way."""
-    group = parser.add_argument_group("videos (--annotations and --root, or --shards)")
+    group = parser.add_argument_group("videos (--annotations and --videos, or --shards)")
     group.add_argument(
         "--annotations", type=Path, help="lines of path,label, or a data set's official lists"
     )
-    group.add_argument("--root", type=Path, help="folder that the paths start from")
+    group.add_argument("--videos", type=Path, help="folder that the paths start from")
     group.add_argument(
         "--shards",
         metavar="PATTERN",
@@ -168,7 +168,7 @@ def _add_video_options(parser: argparse.ArgumentParser) -> None:
         "--shard-index",
         type=Path,
         metavar="FILE",
-        help="labels of the shards, from python -m openvclip.training.shards; remote shards need it",
+        help="labels of the shards, written by python -m openvclip.training.shards",
     )
     group.add_argument(
         "--classes", type=Path, help="a class name a line; not needed where the lists name them"
@@ -201,7 +201,7 @@ def _add_video_options(parser: argparse.ArgumentParser) -> None:
     )
     validation = parser.add_argument_group("validation on the training classes, after each epoch")
     validation.add_argument("--val-annotations", type=Path, help="lines of path,label")
-    validation.add_argument("--val-root", type=Path, help="folder of these videos (--root)")
+    validation.add_argument("--val-videos", type=Path, help="folder of these videos (--videos)")
 
 
 def add_frame_options(group: argparse._ArgumentGroup) -> None:
@@ -326,7 +326,7 @@ def add_reading_options(group: argparse._ArgumentGroup) -> None:
         "needs (%(default)s)",
     )
     group.add_argument(
-        "--workers",
+        "--num-workers",
         type=int,
         default=4,
         help="processes that read videos, per device (%(default)s)",
@@ -365,10 +365,12 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def plan(args: argparse.Namespace, recipe: Recipe, run: Run, ranks: Ranks, batch_size: int) -> str:
+def plan(
+    args: argparse.Namespace, recipe: Recipe, run: Run, processes: Processes, batch_size: int
+) -> str:
     """The batch and the learning rate, as they come out."""
-    at_a_time = min(args.per_device_batch, -(-batch_size // ranks.world))
-    parts = [f"{ranks.world} processes" if ranks.world > 1 else "one device"]
+    at_a_time = min(args.per_device_batch, -(-batch_size // processes.world_size))
+    parts = [f"{processes.world_size} processes" if processes.world_size > 1 else "one device"]
     parts += [f"{at_a_time} at a time"]
     if run.accumulate > 1:
         parts += [f"{run.accumulate} times added up"]
@@ -381,18 +383,18 @@ def plan(args: argparse.Namespace, recipe: Recipe, run: Run, ranks: Ranks, batch
 def _require_consistent(args: argparse.Namespace, fail: Callable[[str], object]) -> None:
     """Call ``fail`` with a text where options contradict each other or one is missing."""
     if (args.annotations is None) == (args.shards is None):
-        fail("give --annotations (with --root), or --shards")
-    if args.annotations is not None and args.root is None:
-        fail("--annotations needs --root, the folder that its paths start from")
+        fail("give --annotations (with --videos), or --shards")
+    if args.annotations is not None and args.videos is None:
+        fail("--annotations needs --videos, the folder that its paths start from")
     if args.shards is not None and args.classes is None:
         fail("--shards needs --classes, a class name a line")
-    if args.val_annotations is not None and args.val_root is None and args.root is None:
-        fail("--val-annotations needs --val-root, the folder that its paths start from")
+    if args.val_annotations is not None and args.val_videos is None and args.videos is None:
+        fail("--val-annotations needs --val-videos, the folder that its paths start from")
     if args.method == "bridge" and args.start_from is None:
         fail(
             "--method bridge needs --start-from, the fine-tuned weights that it learns prompts for"
         )
     if args.method in PROMPTED and args.fsdp:
         fail("--fsdp shards what is trained, and prompts are small: leave it out")
-    if args.workers < 0:
-        fail(f"--workers {args.workers}: expected at least 0")
+    if args.num_workers < 0:
+        fail(f"--num-workers {args.num_workers}: expected at least 0")

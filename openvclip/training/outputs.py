@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import openvclip
 from openvclip import prompting
 from openvclip.checkpoints import save_checkpoint
-from openvclip.processes import Ranks
+from openvclip.processes import Processes
 from openvclip.training.checkpoints import load_whole
 from openvclip.training.model_card import ModelCard
 from openvclip.training.recipe import PROMPTED, Recipe
@@ -46,7 +46,7 @@ def leave(
     swa: openvclip.SWATracker | None,
     shapes: Mapping[str, Sequence[int]],
     validation: Validation,
-    ranks: Ranks,
+    processes: Processes,
     settings: dict[str, Any],
     data: dict[str, Any],
 ) -> None:
@@ -61,24 +61,26 @@ def leave(
         swa: the average, where the method averages.
         shapes: of the entries as the model had them before it was sharded.
         validation: of the weights.
-        ranks: the processes; all of them call this.
+        processes: the processes; all of them call this.
         settings: for the card.
         data: which videos, for the card.
     """
     prompted = recipe.method in PROMPTED
     if prompted:
-        files, results = leave_prompts(out, model, validation, ranks)
+        files, results = write_prompts(out, model, validation, processes)
         said = f"Wrote {out / 'prompts.safetensors'}: the prompts alone."
     else:
-        files, results = leave_weights(out, model, clip, swa, recipe.lam, shapes, validation, ranks)
+        files, results = write_weights(
+            out, model, clip, swa, recipe.lam, shapes, validation, processes
+        )
         said = f"Wrote {out / 'final.safetensors'}: lambda {recipe.lam} on the original CLIP."
-    if ranks.first:
+    if processes.is_first:
         lam = None if prompted else recipe.lam
         ModelCard(name, lam, settings, data, results, files).write(out / "README.md")
         print(said)
 
 
-def leave_weights(
+def write_weights(
     out: Path,
     model: nn.Module,
     clip: dict[str, Tensor],
@@ -86,7 +88,7 @@ def leave_weights(
     lam: float,
     shapes: Mapping[str, Sequence[int]],
     validation: Validation,
-    ranks: Ranks,
+    processes: Processes,
 ) -> tuple[dict[str, str], dict[str, float]]:
     """Write the last, the average and the final weights; the model has the final ones afterwards.
 
@@ -98,7 +100,7 @@ def leave_weights(
         lam: weight of ``clip`` in the final weights.
         shapes: of the entries as the model had them before it was sharded.
         validation: of the last and of the final weights.
-        ranks: the processes.
+        processes: the processes.
 
     Returns:
         What the folder holds, and the accuracies by name.
@@ -108,7 +110,7 @@ def leave_weights(
         states["averaged"] = full_state(swa.averaged_state_dict())
     states["final"] = final_weights(model, clip, swa, lam)
     # Before the model changes: the last weights are its own tensors.
-    for name, weights in states.items() if ranks.first else ():
+    for name, weights in states.items() if processes.is_first else ():
         save_checkpoint(
             {key: value.reshape(shapes[key]) for key, value in weights.items()},
             out / f"{name}.safetensors",
@@ -120,11 +122,11 @@ def leave_weights(
     return {f"`{name}.safetensors`": WEIGHTS[name] for name in states}, results
 
 
-def leave_prompts(
-    out: Path, model: nn.Module, validation: Validation, ranks: Ranks
+def write_prompts(
+    out: Path, model: nn.Module, validation: Validation, processes: Processes
 ) -> tuple[dict[str, str], dict[str, float]]:
-    """Write the prompts of a frozen model; arguments and results as :func:`leave_weights`."""
+    """Write the prompts of a frozen model; arguments and results as :func:`write_weights`."""
     results = {f"{name}, last prompts": value for name, value in validation.accuracy().items()}
-    if ranks.first:
+    if processes.is_first:
         prompting.save(model, out / "prompts.safetensors")
     return {f"`{name}.safetensors`": text for name, text in PROMPTS.items()}, results

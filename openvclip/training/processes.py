@@ -16,7 +16,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from openvclip.errors import OpenVCLIPError, UnsupportedModelError, UsageError
-from openvclip.processes import Ranks, local_rank
+from openvclip.processes import Processes, local_rank
 
 _LOST = (
     "Another process of this run is gone or does not answer, so all of them end; torchrun says "
@@ -25,7 +25,9 @@ _LOST = (
 
 
 @contextmanager
-def processes(device: str | None, minutes: float) -> Iterator[tuple[Ranks, torch.device]]:
+def training_processes(
+    device: str | None, minutes: float
+) -> Iterator[tuple[Processes, torch.device]]:
     """The processes that ``torchrun`` started, or this one alone, and this one's device.
 
     Errors that say themselves what is wrong end the process with their text, printed by one of
@@ -37,7 +39,7 @@ def processes(device: str | None, minutes: float) -> Iterator[tuple[Ranks, torch
     """
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    ranks = Ranks(int(os.environ.get("RANK", "0")), world)
+    processes = Processes(int(os.environ.get("RANK", "0")), world)
     if world > 1:
         if place == torch.device("cuda"):  # without a number
             place = torch.device("cuda", local_rank())
@@ -46,21 +48,21 @@ def processes(device: str | None, minutes: float) -> Iterator[tuple[Ranks, torch
         backend = "nccl" if place.type == "cuda" else "gloo"
         distributed.init_process_group(backend, timeout=timedelta(minutes=minutes))
     try:
-        yield ranks, place
+        yield processes, place
     except (OpenVCLIPError, FloatingPointError) as error:
-        _end(str(error), ranks)
+        _end(str(error), processes)
     except RuntimeError as error:
         if not _is_loss_of_a_process(error):
             raise
-        _end(_LOST, ranks)
+        _end(_LOST, processes)
     except SystemExit:  # stopped by a signal, all of them after the same step
-        _leave(ranks)
+        _leave(processes)
         raise
-    _leave(ranks)
+    _leave(processes)
 
 
-def _leave(ranks: Ranks) -> None:
-    if ranks.world > 1:
+def _leave(processes: Processes) -> None:
+    if processes.world_size > 1:
         distributed.destroy_process_group()
 
 
@@ -70,10 +72,10 @@ def _is_loss_of_a_process(error: RuntimeError) -> bool:
     return known or (distributed.is_initialized() and "gloo" in str(error).lower())
 
 
-def _end(text: str, ranks: Ranks) -> None:
-    if ranks.world == 1 or _is_first_to_say(text):
+def _end(text: str, processes: Processes) -> None:
+    if processes.world_size == 1 or _is_first_to_say(text):
         print(text, file=sys.stderr, flush=True)
-    if ranks.world == 1:
+    if processes.world_size == 1:
         raise SystemExit(1)
     # Without clean-up: the threads of the process group can wait for a process that is gone.
     sys.stdout.flush()
@@ -93,21 +95,27 @@ def _is_first_to_say(text: str) -> bool:
         return True
 
 
-def agree(ranks: Ranks, losses: Tensor, stop: bool) -> tuple[list[float], bool]:
+def agree(processes: Processes, losses: Tensor, stop: bool) -> tuple[list[float], bool]:
     """The means of the processes' losses, and whether any of them is to stop.
 
     This is where a step waits for its losses.
     """
-    if ranks.world == 1:
+    if processes.world_size == 1:
         return losses.tolist(), stop
-    all_of_it = torch.cat([losses.float() / ranks.world, losses.new_full((1,), stop).float()])
+    all_of_it = torch.cat(
+        [losses.float() / processes.world_size, losses.new_full((1,), stop).float()]
+    )
     distributed.all_reduce(all_of_it)
     *means, wishes = all_of_it.tolist()
     return means, wishes > 0
 
 
 def loss_error(
-    values: list[float], step: int, batches: list[Sequence[Any]], losses: Tensor, ranks: Ranks
+    values: list[float],
+    step: int,
+    batches: list[Sequence[Any]],
+    losses: Tensor,
+    processes: Processes,
 ) -> FloatingPointError:
     """The error of a loss that is not finite, the same in all processes.
 
@@ -116,13 +124,13 @@ def loss_error(
         step: its number, from 1.
         batches: this process's, with the videos' names where they have them.
         losses: of each of ``batches``.
-        ranks: the processes.
+        processes: the processes.
     """
     pairs = zip(batches, losses.tolist(), strict=True)
     own = [
         n for batch, loss in pairs if not math.isfinite(loss) for names in batch[2:] for n in names
     ]
-    names = [name for part in ranks.gather(own) for name in part]
+    names = [name for part in processes.gather(own) for name in part]
     videos = f" Its videos: {', '.join(names)}." if names else ""
     value = next(value for value in values if not math.isfinite(value))
     return FloatingPointError(
@@ -131,11 +139,11 @@ def loss_error(
 
 
 def gradient_error(
-    norm: float, step: int, batches: list[Sequence[Any]], ranks: Ranks
+    norm: float, step: int, batches: list[Sequence[Any]], processes: Processes
 ) -> FloatingPointError:
     """The error of a gradient that is not finite though the loss is, the same in all processes."""
     own = [name for batch in batches for names in batch[2:] for name in names]
-    names = [name for part in ranks.gather(own) for name in part]
+    names = [name for part in processes.gather(own) for name in part]
     videos = f" The step's videos: {', '.join(names)}." if names else ""
     return FloatingPointError(
         f"The norm of the gradient is {norm} at step {step}, where the loss is finite; the weights "
@@ -166,18 +174,23 @@ def save_memory(model: nn.Module) -> None:
 
 
 def wrap(
-    classifier: nn.Module, ranks: Ranks, device: torch.device, *, fsdp: bool, compiler: str | None
+    classifier: nn.Module,
+    processes: Processes,
+    device: torch.device,
+    *,
+    fsdp: bool,
+    compiler: str | None,
 ) -> nn.Module:
     """What to call in place of the classifier, so that gradients are those of the joint batch.
 
     Args:
         classifier: on its device. It is changed in place by ``fsdp`` and ``compiler``.
-        ranks: the processes that train together.
+        processes: the processes that train together.
         device: where the classifier is.
         fsdp: shard it (FSDP2) instead of keeping a copy in each process.
         compiler: backend of ``torch.compile`` for each layer of the towers, or ``None``.
     """
-    if fsdp and ranks.world == 1:
+    if fsdp and processes.world_size == 1:
         raise UsageError("--fsdp shards the model among processes: start several with torchrun.")
     if compiler is not None:
         for layer in _layers(classifier):
@@ -186,12 +199,12 @@ def wrap(
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        mesh = init_device_mesh(device.type, (ranks.world,))
+        mesh = init_device_mesh(device.type, (processes.world_size,))
         for layer in _layers(classifier):
             fully_shard(layer, mesh=mesh)
         fully_shard(classifier, mesh=mesh)
         return classifier
-    if ranks.world > 1:
+    if processes.world_size > 1:
         return DistributedDataParallel(classifier)
     return classifier
 

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from openvclip.checkpoints import atomic_path
 from openvclip.errors import AnnotationError, MissingDependencyError, UsageError, VideoError
-from openvclip.processes import Ranks
+from openvclip.processes import Processes
 from openvclip.training.batches import (
     Batch,
     end_workers,
@@ -35,10 +35,10 @@ from openvclip.training.batches import (
     outlive_the_signal,
     seed_of,
 )
-from openvclip.video import read_clip
+from openvclip.video import Sampling, read_clip
 from openvclip.video.files import VIDEO_SUFFIXES
 from openvclip.video.transforms import Transform
-from openvclip.weights.names import few
+from openvclip.weights.names import listed
 
 _LANES = 16  # streams that a process reads side by side, at most; workers share them
 _SHUFFLED = 100  # encoded videos of a stream that are mixed
@@ -59,8 +59,8 @@ def find_shards(pattern: str) -> list[str]:
     if missing:
         raise AnnotationError(
             f"--shards {pattern!r} means {len(shards)} files, of which {len(missing)} don't exist "
-            f"({few(missing)}). Check the folder, and the numbers with their leading zeros, as in "
-            "'k400-{0000..0999}.tar'; quote the pattern."
+            f"({listed(missing)}). Check the folder, and the numbers with their leading zeros, as "
+            "in 'k400-{0000..0999}.tar'; quote the pattern."
         )
     if len(set(shards)) < len(shards):
         raise AnnotationError(f"--shards {pattern!r} names some shards more than once.")
@@ -78,7 +78,7 @@ def read_index(shards: Sequence[str], path: Path | None) -> dict[str, list[str]]
         remote = [name for name in shards if _is_remote(name)]
         if remote:
             raise AnnotationError(
-                f"{few(remote)}: shards that are not on a disk need --shard-index FILE; "
+                f"{listed(remote)}: shards that are not on a disk need --shard-index FILE; "
                 "python -m openvclip.training.shards PATTERN --out FILE writes one."
             )
         return {name: _labels_of(name) for name in shards}
@@ -90,8 +90,10 @@ def read_index(shards: Sequence[str], path: Path | None) -> dict[str, list[str]]
     missing = [name for name in shards if name not in index]
     if missing:
         raise AnnotationError(
-            f"{path}: lacks {len(missing)} of {len(shards)} shards ({few(missing)}). Its names are "
-            "like " + few(sorted(found)) + "; write it with the pattern that you give to --shards."
+            f"{path}: lacks {len(missing)} of {len(shards)} shards ({listed(missing)}). Its names "
+            "are like "
+            + listed(sorted(found))
+            + "; write it with the pattern that you give to --shards."
         )
     return index
 
@@ -122,10 +124,10 @@ class ShardBatches:
         batch_size: videos of a step, in all processes together.
         micro_batch: videos at a time.
         transform: from 8-bit frames to pixels.
-        sampling: arguments for :func:`openvclip.video.read_clip`.
-        ranks: the processes.
+        sampling: which frames of a video to read.
+        processes: the processes.
         seed: of everything random.
-        workers: processes that read videos, for each process that trains.
+        num_workers: processes that read videos, for each process that trains.
         pin: read into page-locked memory, for a GPU.
 
     Attributes:
@@ -145,39 +147,40 @@ class ShardBatches:
         batch_size: int,
         micro_batch: int,
         transform: Transform,
-        sampling: Mapping[str, Any],
-        ranks: Ranks | None = None,
+        sampling: Sampling,
+        processes: Processes | None = None,
         seed: int = 0,
-        workers: int = 0,
+        num_workers: int = 0,
         pin: bool = False,
     ) -> None:
-        ranks = ranks or Ranks()
-        if len(index) < ranks.world or sum(index.values()) < batch_size:
+        processes = processes or Processes()
+        if len(index) < processes.world_size or sum(index.values()) < batch_size:
             raise UsageError(
                 f"{len(index)} shards with {sum(index.values())} videos are too few for "
-                f"{ranks.world} processes and a batch of {batch_size}; give each process a shard "
-                "at least."
+                f"{processes.world_size} processes and a batch of {batch_size}; give each process "
+                "a shard at least."
             )
         self.batch_size = batch_size
-        self.accumulate = micro_batches_of_a_step(batch_size, micro_batch, ranks)
+        self.accumulate = micro_batches_of_a_step(batch_size, micro_batch, processes)
         self.steps = sum(index.values()) // batch_size
-        share = batch_size // ranks.world
+        share = batch_size // processes.world_size
         sizes = [min(micro_batch, share - i) for i in range(0, share, micro_batch)]
         lanes = _LANES
-        while lanes * ranks.world > len(index):
+        while lanes * processes.world_size > len(index):
             lanes //= 2
-        if workers and lanes % workers:
+        if num_workers and lanes % num_workers:
             allowed = [str(n) for n in range(1, lanes + 1) if lanes % n == 0]
             raise UsageError(
-                f"--workers {workers}: {len(index)} shards and {ranks.world} processes make "
-                f"{lanes} streams a process; choose {', '.join(allowed)} workers, or more shards."
+                f"--num-workers {num_workers}: {len(index)} shards and {processes.world_size} "
+                f"processes make {lanes} streams a process; choose {', '.join(allowed)} workers, "
+                "or more shards."
             )
-        self._samples = _Samples(names, transform, dict(sampling), seed)
-        self._dataset = _Lanes(dict(index), self._samples, sizes, self.steps, lanes, ranks)
+        self._samples = _Samples(names, transform, sampling, seed)
+        self._dataset = _Lanes(dict(index), self._samples, sizes, self.steps, lanes, processes)
         self._loader = DataLoader(
             self._dataset,
             batch_size=None,  # they come as batches
-            num_workers=workers,
+            num_workers=num_workers,
             pin_memory=pin,
             worker_init_fn=outlive_the_signal,
             generator=torch.Generator().manual_seed(seed),
@@ -201,7 +204,7 @@ class _Samples:
     """Labelled clips from the bytes of samples."""
 
     def __init__(
-        self, names: Sequence[str], transform: Transform, sampling: dict[str, Any], seed: int
+        self, names: Sequence[str], transform: Transform, sampling: Sampling, seed: int
     ) -> None:
         self.names, self.transform, self.sampling, self.seed = names, transform, sampling, seed
 
@@ -227,7 +230,7 @@ class _Samples:
             file.write(sample[ending])
             file.flush()
             try:
-                clip = read_clip(file.name, generator=generator, **self.sampling)[0]
+                clip = read_clip(file.name, generator=generator, **vars(self.sampling))[0]
             except VideoError as error:
                 raise VideoError(str(error).replace(file.name, name)) from error
         return self.transform(clip, generator), label, name
@@ -243,9 +246,9 @@ class _Lanes(IterableDataset[Batch]):
         sizes: list[int],
         steps: int,
         lanes: int,
-        ranks: Ranks,
+        processes: Processes,
     ) -> None:
-        self.index, self.samples, self.ranks = index, samples, ranks
+        self.index, self.samples, self.processes = index, samples, processes
         self.sizes, self.steps, self.lanes = sizes, steps, lanes
         self.epoch = self.first_step = 0
 
@@ -286,7 +289,8 @@ class _Lanes(IterableDataset[Batch]):
     def _encoded(self, lane: int, skip: int) -> Iterator[tuple[Any, ...]]:
         shards = list(self.index)
         random.Random(seed_of(self.samples.seed, self.epoch)).shuffle(shards)
-        own = shards[self.ranks.rank + lane * self.ranks.world :: self.lanes * self.ranks.world]
+        world = self.processes.world_size
+        own = shards[self.processes.rank + lane * world :: self.lanes * world]
         turn = 0
         while True:
             for shard in own:
@@ -347,7 +351,7 @@ def _labels_of(shard: str) -> list[str]:
     if bare or not videos:
         raise AnnotationError(
             f"{shard}: "
-            + (f"{len(bare)} videos have no label ({few(bare)})" if bare else "holds no videos")
+            + (f"{len(bare)} videos have no label ({listed(bare)})" if bare else "holds no videos")
             + "; expected <key>.mp4 and <key>.cls for each sample."
         )
     return [labels[key] for key in videos]

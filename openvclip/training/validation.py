@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,14 +13,27 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from openvclip.evaluation import evaluate
-from openvclip.processes import Ranks
+from openvclip.processes import Processes
 from openvclip.training.batches import outlive_the_signal
 from openvclip.training.methods import Classifier, fixed_text
 from openvclip.video import VideoDataset
+from openvclip.video.sampling import Sampler, Sampling
 from openvclip.video.transforms import Transform
 
-TESTED = {"dense": "released", "uniform": "uniform"}
+TESTED: dict[str, Sampler] = {"dense": "released", "uniform": "uniform"}
 """For each way in which frames are taken in training, the one of testing."""
+
+
+def sampling_of(args: argparse.Namespace, sampler: Sampler, views: int = 1) -> Sampling:
+    """The frames that the options ask for."""
+    return Sampling(
+        num_frames=args.frames,
+        sampling_rate=args.sampling_rate,
+        target_fps=args.target_fps,
+        views=views,
+        sampler=sampler,
+        backend=args.backend,
+    )
 
 
 class SharedAccuracy:
@@ -29,30 +41,30 @@ class SharedAccuracy:
 
     Args:
         dataset: gives :class:`openvclip.video.VideoSample` (``details=True``).
-        ranks: the processes.
+        processes: the processes.
         batch_size: videos at a time.
-        workers: processes that read videos, for each process.
+        num_workers: processes that read videos, for each process.
         amp: autocast to this dtype.
     """
 
     def __init__(
         self,
         dataset: VideoDataset,
-        ranks: Ranks,
+        processes: Processes,
         *,
         batch_size: int,
-        workers: int,
+        num_workers: int,
         amp: torch.dtype | None,
     ) -> None:
-        self.ranks, self.amp = ranks, amp
-        own = ranks.share(list(range(len(dataset))))
+        self.processes, self.amp = processes, amp
+        own = processes.share(list(range(len(dataset))))
         self._count = len(own)
         # As many batches in each process: sharded weights are put together by all at once.
-        own += [0] * (-(-len(dataset) // ranks.world) - len(own))
+        own += [0] * (-(-len(dataset) // processes.world_size) - len(own))
         self._loader: DataLoader[Any] = DataLoader(
             Subset(dataset, own),
             batch_size=batch_size,
-            num_workers=workers,
+            num_workers=num_workers,
             worker_init_fn=outlive_the_signal,
             generator=torch.Generator(),  # leaves the global one alone
         )
@@ -61,11 +73,11 @@ class SharedAccuracy:
         """``top1`` and ``top5`` in [0, 1] of the weights as they are."""
         device = next(classifier.parameters()).device
         with torch.autocast(device.type, self.amp, enabled=self.amp is not None):
-            progress = None if self.ranks.first else False
+            progress = None if self.processes.is_first else False
             found = evaluate(classifier, self._loader, progress=progress, description=description)
         places = found.ranks[: self._count]
         counts = [int((places < 1).sum()), int((places < 5).sum()), len(places)]
-        first, five, videos = map(sum, zip(*self.ranks.gather(counts), strict=True))
+        first, five, videos = map(sum, zip(*self.processes.gather(counts), strict=True))
         return {"top1": first / videos, "top5": five / videos}
 
 
@@ -78,7 +90,7 @@ class Validation:
         names: the training classes.
         pixels: of the training; those of the validation have their size, mean and deviation.
         amp: autocast to this dtype.
-        ranks: the processes.
+        processes: the processes.
     """
 
     def __init__(
@@ -88,7 +100,7 @@ class Validation:
         names: Sequence[str],
         pixels: Transform,
         amp: torch.dtype | None,
-        ranks: Ranks,
+        processes: Processes,
     ) -> None:
         self.classifier = classifier
         # Sharded text weights can't be used outside a forward pass of the whole.
@@ -98,18 +110,18 @@ class Validation:
             return
         dataset = VideoDataset(
             args.val_annotations,
-            args.val_root or args.root,
+            args.val_videos or args.videos,
             class_names=names,
-            transform=replace(pixels, name="released", color_jitter=(0.0, 0.0, 0.0, 0.0)),
-            num_frames=args.frames,
-            sampling_rate=args.sampling_rate,
-            target_fps=args.target_fps,
-            sampler=TESTED[args.sampler],
-            backend=args.backend,
+            transform=pixels.with_(name="released"),
+            sampling=sampling_of(args, TESTED[args.sampler]),
             details=True,
         )
         self._shared = SharedAccuracy(
-            dataset, ranks, batch_size=args.per_device_batch, workers=args.workers, amp=amp
+            dataset,
+            processes,
+            batch_size=args.per_device_batch,
+            num_workers=args.num_workers,
+            amp=amp,
         )
 
     def accuracy(self) -> dict[str, float]:

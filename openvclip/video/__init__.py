@@ -10,11 +10,15 @@ from openvclip.video.dataset import Failure, VideoDataset, VideoSample
 from openvclip.video.decoding import read_clip
 from openvclip.video.files import find_videos
 from openvclip.video.names import class_names
+from openvclip.video.sampling import Backend, Sampler, Sampling
 from openvclip.video.sliding import SlidingWindow, sliding_windows
 
 __all__ = [
     "Annotations",
+    "Backend",
     "Failure",
+    "Sampler",
+    "Sampling",
     "SlidingWindow",
     "VideoCheck",
     "VideoDataset",

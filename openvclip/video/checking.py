@@ -100,7 +100,7 @@ def _decoded(path: str, quick: bool) -> VideoCheck:
 def check_videos(
     paths: Iterable[str | os.PathLike[str]],
     *,
-    workers: int | None = None,
+    num_workers: int | None = None,
     quick: bool = False,
     timeout: float = 600.0,
 ) -> Generator[VideoCheck, None, None]:
@@ -108,7 +108,7 @@ def check_videos(
 
     Args:
         paths: the files.
-        workers: processes that decode; one for each core by default.
+        num_workers: processes that decode; one for each core by default.
         quick: see :func:`check_video`.
         timeout: seconds after which a file counts as bad.
 
@@ -120,16 +120,16 @@ def check_videos(
     ``if __name__ == "__main__":`` around what it runs.
 
     Raises:
-        VideoOptionError: ``workers`` or ``timeout`` is not above 0.
+        VideoOptionError: ``num_workers`` or ``timeout`` is not above 0.
         MissingDependencyError: PyAV is not installed.
         UsageError: the processes can't be started.
     """
     require_av()
     files = [os.fspath(path) for path in paths]
-    number = min(workers or os.cpu_count() or 1, max(len(files), 1)) if workers != 0 else 0
+    number = min(num_workers or os.cpu_count() or 1, max(len(files), 1)) if num_workers != 0 else 0
     if number < 1 or timeout <= 0:
         raise VideoOptionError(
-            f"workers={workers!r}, timeout={timeout!r}: expected numbers above 0."
+            f"num_workers={num_workers!r}, timeout={timeout!r}: expected numbers above 0."
         )
     return _run(files, [_Worker(quick, timeout) for _ in range(number)])
 

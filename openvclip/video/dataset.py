@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from openvclip.errors import AnnotationError, VideoError, VideoNotFoundError, VideoOptionError
+from openvclip.errors import AnnotationError, VideoError, VideoNotFoundError
 from openvclip.video.annotations import read_annotations
-from openvclip.video.decoding import BACKENDS, read_clip
-from openvclip.video.sampling import check_options
+from openvclip.video.decoding import read_clip
+from openvclip.video.sampling import Sampling
 from openvclip.video.transforms import Transform
 
 __all__ = ["Failure", "VideoDataset", "VideoSample"]
@@ -89,12 +89,8 @@ class VideoDataset(Dataset[tuple[Tensor, int] | VideoSample]):
             only where all videos have one size. Callables other than
             :class:`~openvclip.video.transforms.Transform` may use PyTorch's global generator, which
             is seeded for the item and put back.
-        num_frames: T, see :func:`read_clip`.
-        sampling_rate: see :func:`read_clip`.
-        target_fps: see :func:`read_clip`.
-        views: V, see :func:`read_clip`.
-        sampler: ``"dense"`` for training; ``"released"`` or ``"uniform"`` for evaluation.
-        backend: see :func:`read_clip`.
+        sampling: which frames to read; ``Sampling()`` by default. Take the sampler ``"dense"`` for
+            training, ``"released"`` or ``"uniform"`` for evaluation.
         class_names: the classes in the order of their indices, for annotation files with names.
         subset: ``"train"``, ``"test"`` or ``"val"``, for official lists; see
             :func:`read_annotations`.
@@ -111,7 +107,6 @@ class VideoDataset(Dataset[tuple[Tensor, int] | VideoSample]):
     Raises:
         AnnotationError: see :func:`read_annotations`; or an empty list of pairs.
         VideoNotFoundError: a list of Kinetics, and no folder ``root``.
-        VideoOptionError: an unknown sampler or backend, or a number out of range.
         VideoError: on access, in training, when one video after another cannot be read.
     """
 
@@ -121,12 +116,7 @@ class VideoDataset(Dataset[tuple[Tensor, int] | VideoSample]):
         root: str | os.PathLike[str] = ".",
         *,
         transform: Callable[[Tensor], Tensor] | None,
-        num_frames: int = 8,
-        sampling_rate: int = 16,
-        target_fps: float = 30,
-        views: int = 1,
-        sampler: str = "released",
-        backend: str = "pyav",
+        sampling: Sampling | None = None,
         class_names: Sequence[str] | None = None,
         subset: str | None = None,
         split: int = 1,
@@ -134,9 +124,6 @@ class VideoDataset(Dataset[tuple[Tensor, int] | VideoSample]):
         seed: int = 0,
         failure_log: str | os.PathLike[str] | None = None,
     ) -> None:
-        check_options(num_frames, sampling_rate, target_fps, views, sampler)
-        if backend not in BACKENDS:
-            raise VideoOptionError(f"backend={backend!r} is not known: choose one of {BACKENDS}.")
         self.root = os.fspath(root)
         if isinstance(annotations, (str, os.PathLike)):
             found = read_annotations(
@@ -147,12 +134,7 @@ class VideoDataset(Dataset[tuple[Tensor, int] | VideoSample]):
             self.samples = _pairs(annotations)
             self.class_names = None if class_names is None else list(class_names)
         self.transform = transform
-        self.num_frames = num_frames
-        self.sampling_rate = sampling_rate
-        self.target_fps = target_fps
-        self.views = views
-        self.sampler = sampler
-        self.backend = backend
+        self.sampling = sampling or Sampling()
         self.details = details
         self.seed = seed
         # In shared memory, so that workers that live on see the new epoch.
@@ -204,17 +186,8 @@ class VideoDataset(Dataset[tuple[Tensor, int] | VideoSample]):
         return None, reason
 
     def _read(self, index: int, generator: torch.Generator) -> Tensor:
-        clip = read_clip(
-            self.path(index),
-            num_frames=self.num_frames,
-            sampling_rate=self.sampling_rate,
-            target_fps=self.target_fps,
-            views=self.views,
-            sampler=self.sampler,
-            backend=self.backend,
-            generator=generator,
-        )
-        return clip[0] if self.views == 1 else clip
+        clip = read_clip(self.path(index), **vars(self.sampling), generator=generator)
+        return clip[0] if self.sampling.views == 1 else clip
 
     def _apply(self, clip: Tensor, generator: torch.Generator) -> Tensor:
         if self.transform is None:
@@ -227,8 +200,8 @@ class VideoDataset(Dataset[tuple[Tensor, int] | VideoSample]):
             return self.transform(clip)
 
     def _black(self, index: int) -> Tensor:
-        shape = (self.num_frames, 3, 224, 224)
-        clip = torch.zeros(shape if self.views == 1 else (self.views, *shape), dtype=torch.uint8)
+        views, shape = self.sampling.views, (self.sampling.num_frames, 3, 224, 224)
+        clip = torch.zeros(shape if views == 1 else (views, *shape), dtype=torch.uint8)
         return self._apply(clip, self._generator(index, 0))
 
     def _substitute(self, index: int, reason: str) -> tuple[Tensor, int]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openvclip.errors import VideoError, VideoOptionError
+from openvclip.errors import VideoError
 from openvclip.video._stream import (
     Stream,
     check_path,
@@ -25,15 +25,12 @@ from openvclip.video._stream import (
     with_count,
 )
 from openvclip.video._torchcodec import decode_frames, require_torchcodec
-from openvclip.video.sampling import Window, check_options, plan, select
+from openvclip.video.sampling import Backend, Sampler, Sampling, Window, plan, select
 
 if TYPE_CHECKING:
     import av
 
-__all__ = ["BACKENDS", "read_clip"]
-
-BACKENDS: tuple[str, ...] = ("pyav", "torchcodec")
-"""The names that ``backend=`` takes."""
+__all__ = ["read_clip"]
 
 # Frames of a window are put in the order of their time stamps (AVI files with B-frames come out
 # of it); codecs reorder over at most 16 frames.
@@ -51,8 +48,8 @@ def read_clip(
     sampling_rate: int = 16,
     target_fps: float = 30,
     views: int = 1,
-    sampler: str = "released",
-    backend: str = "pyav",
+    sampler: Sampler = "released",
+    backend: Backend = "pyav",
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Reads the frames that a model sees of a video file.
@@ -88,10 +85,7 @@ def read_clip(
 
     Source: the released code of Open-VCLIP (PySlowFast's PyAV path).
     """
-    check_options(num_frames, sampling_rate, target_fps, views, sampler)
-    if backend not in BACKENDS:
-        known = ", ".join(map(repr, BACKENDS))
-        raise VideoOptionError(f"backend={backend!r} is not known: choose one of {known}.")
+    sampling = Sampling(num_frames, sampling_rate, target_fps, views, sampler, backend)
     require_av()
     if backend == "torchcodec":
         require_torchcodec()
@@ -102,15 +96,7 @@ def read_clip(
         if counting or backend == "torchcodec":
             index = index_packets(full)
             info, stamps = with_count(info, index.count) if counting else info, index.stamps
-        windows = plan(
-            info,
-            num_frames=num_frames,
-            sampling_rate=sampling_rate,
-            target_fps=target_fps,
-            views=views,
-            sampler=sampler,
-            generator=generator,
-        )
+        windows = plan(info, sampling, generator)
         video = None
         if backend == "torchcodec" and stamps and stream.in_order:
             numbers = [number for window in windows for number in select(stamps, window)]

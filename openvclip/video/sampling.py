@@ -14,14 +14,85 @@ each of ``num_frames`` equal segments (ViFi-CLIP).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import torch
 
 from openvclip.errors import VideoOptionError
 
-__all__ = ["SAMPLERS", "StreamInfo", "Window", "plan", "select"]
+__all__ = [
+    "BACKENDS",
+    "PAPER_SAMPLING",
+    "SAMPLERS",
+    "Backend",
+    "Sampler",
+    "Sampling",
+    "StreamInfo",
+    "Window",
+    "plan",
+    "select",
+]
+
+Sampler = Literal["released", "uniform", "dense"]
+"""The rule that places the frames of a clip; see :class:`Sampling`."""
+
+Backend = Literal["pyav", "torchcodec"]
+"""The library that decodes."""
+
+SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Which frames of a video are read, and by which decoder.
+
+    Attributes:
+        num_frames: frames in a view, T.
+        sampling_rate: distance between two frames of a view, in frames at ``target_fps``. Ignored
+            by ``"uniform"``, which spans the whole video.
+        target_fps: the frame rate in which ``sampling_rate`` counts, frames per second.
+        views: clips taken from each video, V.
+        sampler: ``"released"`` (the released Open-VCLIP test path), ``"uniform"`` (centres of equal
+            segments, ViFi-CLIP) or ``"dense"`` (the released training path: a random start).
+        backend: ``"pyav"`` or ``"torchcodec"``. Both give the same frames.
+
+    Raises:
+        VideoOptionError: an unknown sampler or backend, or a number out of range.
+    """
+
+    num_frames: int = 8
+    sampling_rate: int = 16
+    target_fps: float = 30
+    views: int = 1
+    sampler: Sampler = "released"
+    backend: Backend = "pyav"
+
+    def __post_init__(self) -> None:
+        for name in ("num_frames", "sampling_rate", "views"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise VideoOptionError(f"{name}={value!r}: expected a whole number of at least 1.")
+        if not (math.isfinite(self.target_fps) and self.target_fps > 0):
+            raise VideoOptionError(
+                f"target_fps={self.target_fps!r}: expected frames per second above 0."
+            )
+        known: tuple[str, tuple[str, ...]]
+        for known in (("sampler", SAMPLERS), ("backend", BACKENDS)):
+            value = getattr(self, known[0])
+            if value not in known[1]:
+                names = ", ".join(map(repr, known[1]))
+                raise VideoOptionError(f"{known[0]}={value!r} is not known: choose one of {names}.")
+
+    def with_(self, **changes: Any) -> Sampling:
+        """A copy with some attributes changed."""
+        return replace(self, **changes)
+
+
+PAPER_SAMPLING = Sampling(views=3)
+"""The paper's evaluation: 3 views of 8 frames, 16 frames apart at 30 frames per second."""
 
 
 @dataclass(frozen=True)
@@ -67,71 +138,33 @@ class Window:
     offsets: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class _Request:
-    num_frames: int
-    sampling_rate: int
-    target_fps: float
-    views: int
-    generator: torch.Generator | None
-
-
 def plan(
     info: StreamInfo,
-    *,
-    num_frames: int = 8,
-    sampling_rate: int = 16,
-    target_fps: float = 30,
-    views: int = 1,
-    sampler: str = "released",
+    sampling: Sampling | None = None,
     generator: torch.Generator | None = None,
 ) -> list[Window]:
-    """Places the views of one video.
+    """Place the views of one video.
+
+    With one view, ``"released"`` takes the beginning of the video if the container gives a
+    duration, and the centre if it does not: the released code has both rules. In a stream that
+    starts late, views are placed from its first frame on; the released code places them from time
+    0.
 
     Args:
-        info: the stream; ``frames`` must be known, counted if need be.
-        num_frames: T, frames in a view.
-        sampling_rate: distance of two frames of a view, in frames at ``target_fps``; not used by
-            ``"uniform"``, which spans the whole video.
-        target_fps: the frame rate that ``sampling_rate`` counts in, frames per second.
-        views: V, how many clips to take from the video.
-        sampler: ``"released"``, ``"uniform"`` or ``"dense"``.
-        generator: source of the random starts of ``"dense"``; the global one when ``None``.
+        info: the stream. ``frames`` must be known; count the frames where the container does not
+            give their number.
+        sampling: which frames to take; ``Sampling()`` by default.
+        generator: source of the random starts of ``"dense"``; the global generator by default.
 
     Returns:
         V windows with ``num_frames`` offsets each.
 
-    Raises:
-        VideoOptionError: an unknown sampler, or a number out of range.
-
-    One view is the beginning of the video for ``"released"`` when the container gives a duration,
-    and its centre when it does not: the released code has both rules. In a stream that starts late
-    views are placed from its first frame on; the released code places them from time 0.
-
     Source: the released code of Open-VCLIP (PySlowFast's PyAV path) and of ViFi-CLIP (uniform).
     """
-    check_options(num_frames, sampling_rate, target_fps, views, sampler)
-    request = _Request(num_frames, sampling_rate, float(target_fps), views, generator)
-    return _SAMPLERS[sampler](info, request)
-
-
-def check_options(
-    num_frames: int, sampling_rate: int, target_fps: float, views: int, sampler: str
-) -> None:
-    """Raises :class:`VideoOptionError` for options that no video could satisfy."""
-    for name, value in (
-        ("num_frames", num_frames),
-        ("sampling_rate", sampling_rate),
-        ("views", views),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise VideoOptionError(f"{name}={value!r}: expected a whole number of at least 1.")
-    if not (math.isfinite(target_fps) and target_fps > 0):
-        raise VideoOptionError(f"target_fps={target_fps!r}: expected frames per second above 0.")
-    if sampler not in _SAMPLERS:
-        raise VideoOptionError(
-            f"sampler={sampler!r} is not known: choose one of {', '.join(map(repr, SAMPLERS))}."
-        )
+    sampling = sampling or Sampling()
+    if sampling.sampler == "dense":
+        return _dense(info, sampling, generator)
+    return _released(info, sampling) if sampling.sampler == "released" else _uniform(info, sampling)
 
 
 def select(timestamps: Sequence[int], window: Window) -> list[int]:
@@ -167,77 +200,68 @@ def _inside(timestamps: Sequence[int], start: int, end: int | None) -> list[int]
     return [kept[stamp] for stamp in sorted(kept)]
 
 
-def _released(info: StreamInfo, request: _Request) -> list[Window]:
+def _released(info: StreamInfo, sampling: Sampling) -> list[Window]:
     if not info.timed:
-        return _released_by_number(info, request)
-    delta = _spare(info, request)
-    return [_timed(info, request, delta * view / request.views) for view in range(request.views)]
+        return _released_by_number(info, sampling)
+    delta = _spare(info, sampling)
+    return [_timed(info, sampling, delta * view / sampling.views) for view in range(sampling.views)]
 
 
-def _dense(info: StreamInfo, request: _Request) -> list[Window]:
-    draws = [float(torch.rand((), generator=request.generator)) for _ in range(request.views)]
+def _dense(info: StreamInfo, sampling: Sampling, generator: torch.Generator | None) -> list[Window]:
+    draws = [float(torch.rand((), generator=generator)) for _ in range(sampling.views)]
     if info.timed:
-        delta = _spare(info, request)
-        return [_timed(info, request, delta * draw) for draw in draws]
-    length = _clip_length(info, request)
+        delta = _spare(info, sampling)
+        return [_timed(info, sampling, delta * draw) for draw in draws]
+    length = _clip_length(info, sampling)
     spare = max((info.frames or 0) - length, 0.0)
-    return [_numbered(info, request, spare * draw) for draw in draws]
+    return [_numbered(info, sampling, spare * draw) for draw in draws]
 
 
-def _uniform(info: StreamInfo, request: _Request) -> list[Window]:
+def _uniform(info: StreamInfo, sampling: Sampling) -> list[Window]:
     # V views share the segments: view v looks at (v + 1/2) / V of each, so one view at its centre.
-    segment = max(info.frames or 0, 1) / request.num_frames
+    segment = max(info.frames or 0, 1) / sampling.num_frames
     windows = []
-    for view in range(request.views):
-        inside = (view + 0.5) / request.views
-        offsets = tuple(int((i + inside) * segment) for i in range(request.num_frames))
+    for view in range(sampling.views):
+        inside = (view + 0.5) / sampling.views
+        offsets = tuple(int((i + inside) * segment) for i in range(sampling.num_frames))
         windows.append(Window(None, None, offsets))
     return windows
 
 
-_SAMPLERS: dict[str, Callable[[StreamInfo, _Request], list[Window]]] = {
-    "released": _released,
-    "uniform": _uniform,
-    "dense": _dense,
-}
-SAMPLERS: tuple[str, ...] = tuple(_SAMPLERS)
-"""The names that ``sampler=`` takes."""
-
-
-def _span(info: StreamInfo, request: _Request) -> int:
+def _span(info: StreamInfo, sampling: Sampling) -> int:
     """S, how many frames of the stream the released code decodes for one view."""
-    seconds = request.sampling_rate * (request.num_frames - 1) / request.target_fps
+    seconds = sampling.sampling_rate * (sampling.num_frames - 1) / sampling.target_fps
     return max(1, math.ceil(seconds * info.fps))
 
 
-def _spare(info: StreamInfo, request: _Request) -> int:
-    return max((info.frames or 0) - _span(info, request), 0)
+def _spare(info: StreamInfo, sampling: Sampling) -> int:
+    return max((info.frames or 0) - _span(info, sampling), 0)
 
 
-def _clip_length(info: StreamInfo, request: _Request) -> float:
+def _clip_length(info: StreamInfo, sampling: Sampling) -> float:
     """The length of a clip in frames of the stream: a fraction, 128 / 30 * fps as released."""
-    return request.num_frames * request.sampling_rate / request.target_fps * info.fps
+    return sampling.num_frames * sampling.sampling_rate / sampling.target_fps * info.fps
 
 
-def _timed(info: StreamInfo, request: _Request, start: float) -> Window:
+def _timed(info: StreamInfo, sampling: Sampling, start: float) -> Window:
     """The window whose first frame is number ``start``, a fraction, by time stamp."""
     tick = (info.duration or 0) / max(info.frames or 0, 1)
-    end = start + _span(info, request) - 1
-    offsets = _spread(0.0, _clip_length(info, request) - 1, request.num_frames)
+    end = start + _span(info, sampling) - 1
+    offsets = _spread(0.0, _clip_length(info, sampling) - 1, sampling.num_frames)
     return Window(info.start + int(start * tick), info.start + int(end * tick), offsets)
 
 
-def _released_by_number(info: StreamInfo, request: _Request) -> list[Window]:
-    frames, views = info.frames or 0, request.views
-    spare = max(frames - _clip_length(info, request), 0.0)
+def _released_by_number(info: StreamInfo, sampling: Sampling) -> list[Window]:
+    frames, views = info.frames or 0, sampling.views
+    spare = max(frames - _clip_length(info, sampling), 0.0)
     starts = [spare // 2] if views == 1 else [spare // (views - 1) * view for view in range(views)]
-    return [_numbered(info, request, start) for start in starts]
+    return [_numbered(info, sampling, start) for start in starts]
 
 
-def _numbered(info: StreamInfo, request: _Request, start: float) -> Window:
-    end = start + max(_clip_length(info, request) - 1, 0.0)  # below 1 frame at tiny rates
+def _numbered(info: StreamInfo, sampling: Sampling, start: float) -> Window:
+    end = start + max(_clip_length(info, sampling) - 1, 0.0)  # below 1 frame at tiny rates
     last = max((info.frames or 0) - 1, 0)
-    offsets = _spread(start, end, request.num_frames)
+    offsets = _spread(start, end, sampling.num_frames)
     return Window(None, None, tuple(min(offset, last) for offset in offsets))
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,6 +60,20 @@ class Transform:
     def random(self) -> bool:
         """Whether two calls on the same clip can differ."""
         return self.name == "train"
+
+    def with_(self, **changes: Any) -> Transform:
+        """A copy with some options of :func:`build` changed, checked as :func:`build` checks them.
+
+        A name other than ``"train"`` drops ``color_jitter``, unless ``changes`` gives it.
+
+        Example:
+            >>> build("train", 224, color_jitter=0.4).with_(name="released", crops=3).crops
+            3
+        """
+        options = asdict(self)
+        if changes.get("name", self.name) != "train":
+            options["color_jitter"] = 0.0
+        return build(**{**options, **changes})
 
     def __call__(self, video: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Transforms a video or a batch.

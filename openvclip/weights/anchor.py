@@ -9,14 +9,8 @@ import torch
 from torch import Tensor, distributed, nn
 
 from openvclip.errors import StateMismatchError, UsageError
-from openvclip.weights.names import (
-    canonical_state,
-    common_dtype,
-    memory_of,
-    mismatches,
-    named_parameters,
-    named_state,
-)
+from openvclip.weights.names import canonical_state, mismatches, named_parameters, named_state
+from openvclip.weights.numerics import common_dtype, memory_of
 from openvclip.weights.shards import (
     backend_device,
     is_sharded,

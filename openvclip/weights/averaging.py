@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from openvclip.errors import UsageError
-from openvclip.weights.names import foreach, lerp_
+from openvclip.weights.numerics import foreach, lerp_
 from openvclip.weights.tracker import WeightTracker, shards
 
 _BLOCK = 128  # models summed up before their sum is added to the others'

@@ -11,17 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from openvclip.errors import ExtrapolationWarning, LambdaError, UsageError
-from openvclip.weights.names import (
+from openvclip.weights.names import canonical_state, listed, named_state, require_match
+from openvclip.weights.numerics import (
     all_finite,
-    canonical_state,
     common_dtype,
     compute_dtype,
-    few,
+    finite_probe,
     is_interpolable,
     memory_of,
-    named_state,
-    require_match,
-    witness,
 )
 
 Lambda = SupportsFloat | Callable[[str], SupportsFloat]
@@ -184,13 +181,13 @@ def _reusable(
     if shared:
         raise UsageError(
             f"{len(shared)} entries of out share memory with theta_a, theta_b or each other "
-            f"({few(shared)}), which would be overwritten. Give the result of an earlier call, or "
-            "nothing."
+            f"({listed(shared)}), which would be overwritten. Give the result of an earlier call, "
+            "or nothing."
         )
     if unlike:
         raise UsageError(
             f"{len(unlike)} entries of out are whole numbers where theta_b's are not, or the other "
-            f"way round ({few(unlike)}). Give the result of an earlier call on such models."
+            f"way round ({listed(unlike)}). Give the result of an earlier call on such models."
         )
     return {name: given[name] for name in b}
 
@@ -262,7 +259,7 @@ def _lerp(jobs: list[_Lerp]) -> None:
     witnesses = []
     for out, a, b, lam in jobs:
         torch.lerp(b, a, lam, out=out)
-        witnesses.append(witness(out))  # while out is in the cache
+        witnesses.append(finite_probe(out))  # while out is in the cache
     if all_finite(witnesses):
         return
     for out, a, b, lam in jobs:

@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 
 from openvclip.errors import LossError, RegularizationError, StateMismatchError, UsageError
 from openvclip.weights.anchor import fingerprint, kept, room_for, take_anchor, trained_parameters
-from openvclip.weights.names import few, lerp_, overwriting
+from openvclip.weights.names import listed
+from openvclip.weights.numerics import lerp_, overwriting
 from openvclip.weights.shards import (
     backend_device,
     local,
@@ -236,7 +237,7 @@ class InterpolatedWeightRegularizer:
         if unknown:
             raise UsageError(
                 f"{len(unknown)} parameters require gradients that did not when the regulariser "
-                f"was made ({few(unknown)}). Make it after the last change of requires_grad, "
+                f"was made ({listed(unknown)}). Make it after the last change of requires_grad, "
                 "with the original weights as anchor."
             )
         live = {name: local(p) for name, p in trained.items() if name in self._anchor}

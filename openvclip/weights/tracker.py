@@ -16,17 +16,14 @@ from openvclip.errors import (
     StateMismatchError,
     UsageError,
 )
-from openvclip.weights.names import (
+from openvclip.weights.names import listed, named_parameters, named_state, require_match
+from openvclip.weights.numerics import (
     common_dtype,
     compute_dtype,
-    few,
     foreach,
     is_interpolable,
-    named_parameters,
-    named_state,
     non_finite_names,
     overwriting,
-    require_match,
 )
 from openvclip.weights.shards import local, reshard
 
@@ -127,7 +124,7 @@ class WeightTracker(ABC):
         broken = non_finite_names(averaged) if self.check_finite else []
         if broken:
             raise NonFiniteWeightsError(
-                f"The weights hold NaN or infinity in {len(broken)} entries ({few(broken)}), so "
+                f"The weights hold NaN or infinity in {len(broken)} entries ({listed(broken)}), so "
                 f"they were not added; the average of {self.n_averaged} models is as it was. "
                 "Look for a learning rate that is too high or a loss that overflows."
             )
@@ -152,7 +149,7 @@ class WeightTracker(ABC):
         if late:
             raise UsageError(
                 f"{len(late)} parameters require gradients that did not when the tracker was made "
-                f"({few(late)}). Make the tracker after the last change of requires_grad."
+                f"({listed(late)}). Make the tracker after the last change of requires_grad."
             )
         entries = {name: state[name].detach() for name in self._expected}
         averaged = {

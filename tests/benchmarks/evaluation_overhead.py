@@ -22,22 +22,22 @@ import openvclip
 from openvclip.evaluation.encoding import encode_videos
 from openvclip.evaluation.figures import markdown_table
 from openvclip.evaluation.records import Records
-from openvclip.models.preprocess import pixels_for
-from openvclip.video import VideoDataset, find_videos
+from openvclip.models.preprocess import transform_for
+from openvclip.video import Sampling, VideoDataset, find_videos
 
 
-def shares(model: Any, args: argparse.Namespace, workers: int, views: int) -> list[str]:
+def shares(model: Any, args: argparse.Namespace, num_workers: int, views: int) -> list[str]:
     """Clips a second, and the parts of the time."""
     paths = find_videos(args.clips)[: args.n]
     dataset = VideoDataset(
         [(path, 0) for path in paths],
         args.clips,
-        transform=pixels_for(model),
-        views=views,
+        transform=transform_for(model),
+        sampling=Sampling(views=views),
         details=True,
     )
     timing = encode_videos(
-        model, dataset, Records(None, {}), workers=workers, batch_size=args.batch_size
+        model, dataset, Records(None, {}), num_workers=num_workers, batch_size=args.batch_size
     )
     return [f"{timing.clips_per_second:.2f}", *(f"{part:.1%}" for part in timing.shares().values())]
 
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=8, help="clips to read")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--views", type=int, nargs="+", default=[3, 1])
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
+    parser.add_argument("--num-workers", type=int, nargs="+", default=[0, 2])
     args = parser.parse_args()
     model = openvclip.expand_temporal_attention(open_clip.create_model(args.model)).eval()
     with torch.no_grad():
@@ -60,7 +60,7 @@ def main() -> None:
     rows = [
         [f"{views} x 8 frames, {workers} workers", *shares(model, args, workers, views)]
         for views in args.views
-        for workers in args.workers
+        for workers in args.num_workers
     ]
     print(
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads; torch "

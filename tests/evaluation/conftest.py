@@ -30,12 +30,12 @@ class World:
     def model_flags(self) -> list[str]:
         config = REPO / "examples" / "shapes" / "shapes-clip.json"
         prompts = self.folder / "templates.txt"
-        return ["--model", str(config), "--clip", str(WEIGHTS), "--templates", str(prompts)]
+        return ["--model", str(config), "--pretrained", str(WEIGHTS), "--templates", str(prompts)]
 
     def evaluate_flags(self, out: Path) -> list[str]:
         data = ["--annotations", str(self.folder / "seen_test.csv"), "--videos", str(self.folder)]
         data += ["--classes", str(self.folder / "classes.txt"), "--out", str(out)]
-        frames = ["--sampler", "uniform", "--views", "2", "--batch-size", "3", "--workers", "0"]
+        frames = ["--sampler", "uniform", "--views", "2", "--batch-size", "3", "--num-workers", "0"]
         return ["evaluate", *self.model_flags, *data, *frames]
 
     def splits(self) -> list[Split]:
@@ -50,7 +50,7 @@ class World:
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     pytest.importorskip("av")
     folder = tmp_path_factory.mktemp("world")
-    make_clips(folder, ClipSettings(train=1, test=10, frames=12), workers=1, progress=False)
+    make_clips(folder, ClipSettings(train=1, test=10, frames=12), num_workers=1, progress=False)
     (folder / "classes.txt").write_text("\n".join(class_names("seen")) + "\n")
     (folder / "templates.txt").write_text("\n".join(TEMPLATES) + "\n")
     tuned = folder / "tuned.safetensors"

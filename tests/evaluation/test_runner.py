@@ -34,7 +34,7 @@ def expanded() -> tuple[Any, Any]:
 
 def run(world: World, **settings: Any) -> ProtocolEvaluation:
     model, tokenizer = expanded()
-    given = {"sampling": SAMPLING, "templates": TEMPLATES, "workers": 0, "batch_size": 3}
+    given = {"sampling": SAMPLING, "templates": TEMPLATES, "num_workers": 0, "batch_size": 3}
     splits = settings.pop("splits", world.splits())
     folder = settings.pop("videos", world.folder)
     return evaluate_protocol(model, tokenizer, splits, folder, **{**given, **settings})
@@ -103,7 +103,7 @@ def test_a_video_is_read_once_for_all_splits_and_lambdas(
 def test_text_features_and_weights_stay_those_of_the_original(world: World) -> None:
     model, tokenizer = expanded()
     before = snapshot(model)
-    settings = {"sampling": SAMPLING, "templates": TEMPLATES, "workers": 0}
+    settings = {"sampling": SAMPLING, "templates": TEMPLATES, "num_workers": 0}
     tuned = load_checkpoint(world.tuned)
     spoiled = {n: v if n.startswith("visual.") else torch.zeros_like(v) for n, v in tuned.items()}
     found = [
@@ -181,7 +181,7 @@ def test_a_video_that_is_repaired_is_read_in_the_next_run(world: World, tmp_path
 
 def test_a_model_that_is_expanded_otherwise_is_another_run(world: World, tmp_path: Path) -> None:
     model, tokenizer = create_model()
-    settings = {"sampling": SAMPLING, "templates": TEMPLATES, "workers": 0, "out": tmp_path}
+    settings = {"sampling": SAMPLING, "templates": TEMPLATES, "num_workers": 0, "out": tmp_path}
     evaluate_protocol(model, tokenizer, world.splits(), world.folder, **settings)
     openvclip.expand_temporal_attention(model, boundary="mask", layers=[0])
     with pytest.raises(RecordsError, match='expand: there null, now "0 mask, 1 mask"'):

@@ -19,7 +19,7 @@ from torch import Tensor, distributed
 
 from examples.finetune import train
 from openvclip.errors import CheckpointError
-from openvclip.processes import Ranks
+from openvclip.processes import Processes
 from openvclip.training.checkpoints import Checkpoints, load_whole
 from openvclip.training.outputs import final_weights
 from openvclip.training.processes import give_scalars_an_axis
@@ -39,27 +39,27 @@ JOINT = batches(2, 4)
 class Loader:
     """This process's part of the joint batches, in two micro-batches; begins anywhere."""
 
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks, self.first = ranks, 0
+    def __init__(self, processes: Processes) -> None:
+        self.processes, self.first = processes, 0
 
     def set_epoch(self, epoch: int, first_step: int = 0) -> None:
         self.first = first_step
 
     def __iter__(self) -> Any:
         for video, label in JOINT[self.first :]:
-            share = slice(self.ranks.rank, None, self.ranks.world)
+            share = slice(self.processes.rank, None, self.processes.world_size)
             parts = zip(video[share].chunk(2), label[share].chunk(2), strict=True)
             yield from ((*part, ["a video"] * len(part[1])) for part in parts)
 
 
 def trained(
-    ranks: Ranks, recipe: Recipe, run: Run, checkpoints: Checkpoints | None = None
+    processes: Processes, recipe: Recipe, run: Run, checkpoints: Checkpoints | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     given = classifier_of(recipe.method)
     if run.fsdp:
         give_scalars_an_axis(given.model)
     clip, swa = train(
-        given, Loader(ranks), 2, recipe, run=run, ranks=ranks, checkpoints=checkpoints
+        given, Loader(processes), 2, recipe, run=run, processes=processes, checkpoints=checkpoints
     )
     assert any(map(is_sharded, given.model.parameters())) == run.fsdp
     average = full_state(swa.averaged_state_dict()) if swa is not None else {}
@@ -73,9 +73,9 @@ def trained(
     return last, average
 
 
-def compare(ranks: Ranks, method: str, run: Run) -> None:
+def compare(processes: Processes, method: str, run: Run) -> None:
     recipe = replace(TINY, method=method)
-    last, average = trained(ranks, recipe, run)
+    last, average = trained(processes, recipe, run)
     expected, mean = trained_by_hand(recipe, JOINT, every=run.every)
     if run.amp is not None:
         assert all(bool(value.isfinite().all()) for value in last.values())
@@ -85,70 +85,73 @@ def compare(ranks: Ranks, method: str, run: Run) -> None:
         assert_close(average, mean, method)
 
 
-def resume(ranks: Ranks, out: Path, run: Run) -> None:
+def resume(processes: Processes, out: Path, run: Run) -> None:
     """Stopped after step 3 and gone on with, in two processes and then in one."""
     folder = out / f"resume-{run.fsdp}"
-    checkpoints = Checkpoints(folder, {"lr": 1}, every=3, ranks=ranks)
-    last, average = trained(ranks, TINY, run, checkpoints)
+    checkpoints = Checkpoints(folder, {"lr": 1}, every=3, processes=processes)
+    last, average = trained(processes, TINY, run, checkpoints)
     assert sorted(path.name for path in folder.iterdir()) == [
         "checkpoint-00000003.pt",
         "checkpoint-00000006.pt",
     ]
-    ranks.wait()
-    if ranks.first:
+    processes.wait()
+    if processes.is_first:
         (folder / "checkpoint-00000006.pt").unlink()
-    ranks.wait()
-    again = Checkpoints(folder, {"lr": 1}, every=10, ranks=ranks)
+    processes.wait()
+    again = Checkpoints(folder, {"lr": 1}, every=10, processes=processes)
     assert again.last_step == 3
-    ranks.wait()
-    for one, other in zip(trained(ranks, TINY, run, again), (last, average), strict=True):
+    processes.wait()
+    for one, other in zip(trained(processes, TINY, run, again), (last, average), strict=True):
         assert all(torch.equal(one[name], value) for name, value in other.items())
-    if ranks.first and not run.fsdp:
+    if processes.is_first and not run.fsdp:
         (folder / "checkpoint-00000006.pt").unlink()
-        alone = trained(Ranks(), TINY, run, Checkpoints(folder, {"lr": 1}, every=10))
+        alone = trained(Processes(), TINY, run, Checkpoints(folder, {"lr": 1}, every=10))
         assert_close(alone[0], last)
         assert_close(alone[1], average)
-    ranks.wait()
+    processes.wait()
 
 
-def refuse(ranks: Ranks, out: Path) -> None:
+def refuse(processes: Processes, out: Path) -> None:
     """Faults of one process are errors of both, with one text."""
-    if ranks.first:
+    if processes.is_first:
         (out / "a file").touch()
-    ranks.wait()
-    checkpoints = Checkpoints(out / "a file" / "folder", {}, every=3, ranks=ranks)
+    processes.wait()
+    checkpoints = Checkpoints(out / "a file" / "folder", {}, every=3, processes=processes)
     with pytest.raises(CheckpointError, match=r"00000003\.pt can't be written"):
-        trained(ranks, TINY, Run(accumulate=2), checkpoints)
-    if ranks.rank == 1:
+        trained(processes, TINY, Run(accumulate=2), checkpoints)
+    if processes.rank == 1:
         JOINT[1][0][1, 0, 0, 0, 0] = float("nan")  # in the part of process 1
     with pytest.raises(FloatingPointError, match=r"at step 2.* Its videos: a video\b"):
-        trained(ranks, TINY, Run(accumulate=2))
+        trained(processes, TINY, Run(accumulate=2))
 
 
 def main(arguments: Sequence[str]) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
-    ranks, out = Ranks(distributed.get_rank(), distributed.get_world_size()), Path(arguments[0])
+    processes, out = (
+        Processes(distributed.get_rank(), distributed.get_world_size()),
+        Path(arguments[0]),
+    )
     results = {}
     plain, sharded = Run(accumulate=2), Run(accumulate=2, fsdp=True)
     checks: dict[str, Any] = {
-        "data parallel": lambda: compare(ranks, "openvclip", plain),
-        "data parallel, every=2": lambda: compare(ranks, "iwr", replace(plain, every=2)),
-        "data parallel, l2": lambda: compare(ranks, "l2", plain),
-        "data parallel, vifi": lambda: compare(ranks, "vifi", plain),
-        "data parallel, bridge": lambda: compare(ranks, "bridge", plain),
-        "data parallel, vita": lambda: compare(ranks, "vita", plain),
-        "sharded": lambda: compare(ranks, "openvclip", sharded),
-        "sharded, l2": lambda: compare(ranks, "l2", sharded),
-        "sharded, vifi": lambda: compare(ranks, "vifi", sharded),
-        "sharded, vifi-image": lambda: compare(ranks, "vifi-image", sharded),
-        "sharded, float16": lambda: compare(ranks, "swa", replace(sharded, amp=torch.float16)),
+        "data parallel": lambda: compare(processes, "openvclip", plain),
+        "data parallel, every=2": lambda: compare(processes, "iwr", replace(plain, every=2)),
+        "data parallel, l2": lambda: compare(processes, "l2", plain),
+        "data parallel, vifi": lambda: compare(processes, "vifi", plain),
+        "data parallel, bridge": lambda: compare(processes, "bridge", plain),
+        "data parallel, vita": lambda: compare(processes, "vita", plain),
+        "sharded": lambda: compare(processes, "openvclip", sharded),
+        "sharded, l2": lambda: compare(processes, "l2", sharded),
+        "sharded, vifi": lambda: compare(processes, "vifi", sharded),
+        "sharded, vifi-image": lambda: compare(processes, "vifi-image", sharded),
+        "sharded, float16": lambda: compare(processes, "swa", replace(sharded, amp=torch.float16)),
         "sharded, recomputed": lambda: compare(
-            ranks, "openvclip", replace(sharded, checkpointing=True)
+            processes, "openvclip", replace(sharded, checkpointing=True)
         ),
-        "resumed": lambda: resume(ranks, out, plain),
-        "resumed, sharded": lambda: resume(ranks, out, sharded),
-        "refused": lambda: refuse(ranks, out),
+        "resumed": lambda: resume(processes, out, plain),
+        "resumed, sharded": lambda: resume(processes, out, sharded),
+        "refused": lambda: refuse(processes, out),
     }
     for name, check in checks.items():
         try:
@@ -156,7 +159,7 @@ def main(arguments: Sequence[str]) -> None:
             results[name] = "passed"
         except Exception:
             results[name] = traceback.format_exc(limit=-8, chain=False)
-        (out / f"{ranks.rank}.json").write_text(json.dumps(results))
+        (out / f"{processes.rank}.json").write_text(json.dumps(results))
         distributed.barrier()
     distributed.destroy_process_group()
 

@@ -40,7 +40,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def flags(out: Path, *more: str) -> list[str]:
-    model = ["--model", str(MODEL), "--clip", str(WEIGHTS), "--device", "cpu", "--workers", "0"]
+    model = [
+        "--model",
+        str(MODEL),
+        "--pretrained",
+        str(WEIGHTS),
+        "--device",
+        "cpu",
+        "--num-workers",
+        "0",
+    ]
     return [*model, "--out", str(out), *more]
 
 

@@ -237,10 +237,10 @@ def test_defaults_are_the_papers() -> None:
     assert recipe.lam == paper["interpolation_lambda_weights_CLIP"]["ViT-B/16"]
     for encoder, lam in paper["interpolation_lambda_weights_CLIP"].items():
         model = encoder.replace("/", "-") + "-quickgelu"
-        given = ["--annotations", "a", "--root", "b", "--out", "c", "--model", model]
+        given = ["--annotations", "a", "--videos", "b", "--out", "c", "--model", model]
         assert recipe_of(parse_arguments(given)).lam == lam
         assert recipe_of(parse_arguments([*given, "--lam", "0.3"])).lam == 0.3
-    args = parse_arguments(["--annotations", "a", "--root", "b", "--out", "c"])
+    args = parse_arguments(["--annotations", "a", "--videos", "b", "--out", "c"])
     read = (args.frames, args.sampling_rate, args.target_fps)
     assert read == (paper["frames"], paper["sampling_rate"], paper["target_fps"])
     assert args.flip

@@ -18,11 +18,11 @@ from examples.finetune import Recipe
 from examples.shapes.model import WEIGHTS, create_model
 from openvclip.checkpoints import load_checkpoint
 from openvclip.errors import AnnotationError, UsageError, VideoError
-from openvclip.processes import Ranks
+from openvclip.processes import Processes
 from openvclip.training import shards
 from openvclip.training.batches import VideoBatches, class_warnings
 from openvclip.training.shards import ShardBatches, class_indices, find_shards, read_index
-from openvclip.video import VideoDataset, transforms
+from openvclip.video import Sampling, VideoDataset, transforms
 from tests.examples.forked import started
 from tests.examples.tiny_videos import CLASSES, command, write_shards, write_videos
 from tests.helpers import REPO
@@ -44,7 +44,7 @@ def test_a_run_leaves_weights_numbers_and_a_card(
     world: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (world / "unseen.txt").write_text("Heart_Resting\nlion roaring\n")
-    validated = ["--val-annotations", str(world / "train.csv"), "--val-root", str(world)]
+    validated = ["--val-annotations", str(world / "train.csv"), "--val-videos", str(world)]
     other = ["--zero-shot-classes", str(world / "unseen.txt"), "--lam", "0.25"]
     finetune.main(command(world, "run", *validated, *other))
     text, out = capsys.readouterr().out, world / "run"
@@ -166,12 +166,12 @@ def _start_by_path(folder: str, arguments: list[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ("--out o", "give --annotations (with --root), or --shards"),
-        ("--out o --annotations a", "--annotations needs --root"),
+        ("--out o", "give --annotations (with --videos), or --shards"),
+        ("--out o --annotations a", "--annotations needs --videos"),
         ("--out o --shards s", "--shards needs --classes"),
-        ("--out o --shards s --classes c --val-annotations v", "needs --val-root"),
-        ("--out o --annotations a --root r --workers -1", "expected at least 0"),
-        ("--out o --annotations a --root r --every 0", "expected at least 1"),
+        ("--out o --shards s --classes c --val-annotations v", "needs --val-videos"),
+        ("--out o --annotations a --videos r --num-workers -1", "expected at least 0"),
+        ("--out o --annotations a --videos r --every 0", "expected at least 1"),
     ],
 )
 def test_options_that_do_not_fit(
@@ -204,34 +204,43 @@ def test_class_warnings() -> None:
 # --- the order of files ------------------------------------------------------------------------
 
 
-def _files(ranks: Ranks, micro_batch: int, epoch: int = 0, first: int = 0) -> list[list[int]]:
+def _files(
+    processes: Processes, micro_batch: int, epoch: int = 0, first: int = 0
+) -> list[list[int]]:
     dataset = VideoDataset([(f"{i}.mp4", i) for i in range(50)], transform=None)
-    found = VideoBatches(dataset, batch_size=12, micro_batch=micro_batch, ranks=ranks, seed=4)
+    found = VideoBatches(
+        dataset, batch_size=12, micro_batch=micro_batch, processes=processes, seed=4
+    )
     found.set_epoch(epoch, first)
     assert found.steps == 4
-    assert found.accumulate == -(-12 // ranks.world // micro_batch)
+    assert found.accumulate == -(-12 // processes.world_size // micro_batch)
     return list(found._order)
 
 
 def test_a_step_sees_the_same_files_however_it_is_shared() -> None:
-    alone = _files(Ranks(), 12)
+    alone = _files(Processes(), 12)
     assert len({index for batch in alone for index in batch}) == 48
     for world_size, micro in ((1, 5), (2, 6), (3, 2), (4, 2)):
-        parts = [_files(Ranks(rank, world_size), micro) for rank in range(world_size)]
+        parts = [_files(Processes(rank, world_size), micro) for rank in range(world_size)]
         per_step = -(-12 // world_size // micro)
         for step, batch in enumerate(alone):
             own = slice(step * per_step, (step + 1) * per_step)
             seen = [index for part in parts for one in part[own] for index in one]
             assert sorted(seen) == sorted(batch)
-    assert _files(Ranks(), 12, first=3) == alone[3:]
-    assert _files(Ranks(), 12, epoch=1) != alone
+    assert _files(Processes(), 12, first=3) == alone[3:]
+    assert _files(Processes(), 12, epoch=1) != alone
 
 
 # --- shards ------------------------------------------------------------------------------------
 
 
 def _batches(
-    pattern: str, *, workers: int = 0, ranks: Ranks | None = None, first: int = 0, epoch: int = 0
+    pattern: str,
+    *,
+    num_workers: int = 0,
+    processes: Processes | None = None,
+    first: int = 0,
+    epoch: int = 0,
 ) -> list[tuple[torch.Tensor, torch.Tensor, list[str]]]:
     sizes = {shard: len(labels) for shard, labels in read_index(find_shards(pattern), None).items()}
     found = ShardBatches(
@@ -240,9 +249,9 @@ def _batches(
         batch_size=4,
         micro_batch=2,
         transform=transforms.build("train", 32),
-        sampling={"num_frames": 2, "sampling_rate": 3, "sampler": "dense"},
-        workers=workers,
-        ranks=ranks,
+        sampling=Sampling(num_frames=2, sampling_rate=3, sampler="dense"),
+        num_workers=num_workers,
+        processes=processes,
     )
     found.set_epoch(epoch, first)
     return list(found)
@@ -256,13 +265,13 @@ def test_shards_in_one_order_for_any_number_of_workers(world: Path) -> None:
         assert int(label) == int(name.rsplit("/", 1)[1]) % 2
     for workers in (1, 2):
         for first in (0, 1):
-            given = _batches(_pattern(world), workers=workers, first=first)
+            given = _batches(_pattern(world), num_workers=workers, first=first)
             assert [batch[2] for batch in given] == [batch[2] for batch in expected[2 * first :]]
             for one, other in zip(given, expected[2 * first :], strict=True):
                 assert torch.equal(one[0], other[0])
     other = [batch[2] for batch in _batches(_pattern(world), epoch=1)]
     assert other != [batch[2] for batch in expected]
-    parts = [_batches(_pattern(world), ranks=Ranks(rank, 2)) for rank in range(2)]
+    parts = [_batches(_pattern(world), processes=Processes(rank, 2)) for rank in range(2)]
     shards_of = [{n.rsplit("/", 1)[0] for *_, b in part for n in b} for part in parts]
     assert not shards_of[0] & shards_of[1]
 
@@ -315,6 +324,6 @@ def test_shards_that_do_not_fit(world: Path, tmp_path: Path) -> None:
     with pytest.raises(AnnotationError, match="unknown class 'star sliding'"):
         class_indices(read_index(find_shards(_pattern(world)), None), ["another"])
     with pytest.raises(UsageError, match=r"make 4 streams a process; choose 1, 2, 4 workers"):
-        _batches(_pattern(world), workers=3)
+        _batches(_pattern(world), num_workers=3)
     with pytest.raises(UsageError, match="too few for 5 processes"):
-        _batches(_pattern(world), ranks=Ranks(0, 5))
+        _batches(_pattern(world), processes=Processes(0, 5))

@@ -82,7 +82,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def validated(folder: Path, out: str, *more: str) -> list[str]:
     """Arguments of a run with a validation after each epoch; two processes share nine videos."""
-    lists = ["--val-annotations", str(folder / "train.csv"), "--val-root", str(folder)]
+    lists = ["--val-annotations", str(folder / "train.csv"), "--val-videos", str(folder)]
     return command(folder, out, "--per-device-batch", "1", *lists, *more)
 
 
@@ -135,7 +135,7 @@ def test_a_process_that_dies_ends_all_with_one_message_and_the_run_goes_on(
 ) -> None:
     out, moment = tmp_path / "run", tmp_path / "moment"
     # With workers, which torchrun ends too: the message must not be that they are gone.
-    arguments = validated(world, str(out), "--save-every", "2", "--workers", "1")
+    arguments = validated(world, str(out), "--save-every", "2", "--num-workers", "1")
     script = str(Path("tests/examples/dying_process.py"))
     done = torchrun(script, rank, where, str(moment), *arguments)  # returns when all have ended
     assert time.monotonic() - float(moment.read_text()) < 60
@@ -154,10 +154,12 @@ def test_a_process_that_dies_ends_all_with_one_message_and_the_run_goes_on(
 @pytest.mark.parametrize("text", ["--batch-size 3", "--batch-size 12"])
 def test_a_batch_that_processes_cannot_share_is_refused(tmp_path: Path, text: str) -> None:
     from openvclip.errors import UsageError
-    from openvclip.processes import Ranks
+    from openvclip.processes import Processes
     from openvclip.training.batches import VideoBatches
     from openvclip.video import VideoDataset
 
     dataset = VideoDataset([(f"{i}.mp4", 0) for i in range(9)], transform=None)
     with pytest.raises(UsageError, match=r"can't be shared evenly by 2|9 videos don't fill one"):
-        VideoBatches(dataset, batch_size=int(text.split()[1]), micro_batch=2, ranks=Ranks(0, 2))
+        VideoBatches(
+            dataset, batch_size=int(text.split()[1]), micro_batch=2, processes=Processes(0, 2)
+        )

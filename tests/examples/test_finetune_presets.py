@@ -18,7 +18,7 @@ from openvclip.evaluation import score
 from openvclip.training.options import recipe_of, run_of
 from openvclip.training.presets import PRESETS
 from openvclip.training.recipe import PROMPTED, Recipe, Run
-from openvclip.video import VideoDataset, read_clip, transforms
+from openvclip.video import Sampling, VideoDataset, read_clip, transforms
 from tests.examples.test_finetune_resume import terminated_at
 from tests.examples.tiny_videos import CLASSES, model_flags, write_videos
 from tests.helpers import SHARED, assert_same_state
@@ -46,11 +46,11 @@ def _tiny(folder: Path, preset: str, *more: str) -> list[str]:
     """A preset at tiny size, with all else as it sets it."""
     start = ("--start-from", str(folder / "start.safetensors"), *TINY_PROMPTS)
     bridge = start if preset.startswith("bridge") else ()
-    data = ("--annotations", str(folder / "train.csv"), "--root", str(folder))
+    data = ("--annotations", str(folder / "train.csv"), "--videos", str(folder))
     return [
         *("--preset", preset, *model_flags(), *data, "--out", str(folder / preset)),
         *("--classes", str(folder / "classes.txt"), "--frames", "3", "--sampling-rate", "3"),
-        *("--batch-size", "4", "--per-device-batch", "4", "--workers", "0", "--device", "cpu"),
+        *("--batch-size", "4", "--per-device-batch", "4", "--num-workers", "0", "--device", "cpu"),
         *(("--short-side", "36") if preset.startswith(("vifi", "bridge")) else ()),
         *("--text-prompts", "1", *ONE_EPOCH[preset], *bridge, *more),
     ]
@@ -61,7 +61,7 @@ def _rows(path: Path) -> list[list[str]]:
 
 
 def _settings(preset: str, *more: str) -> tuple[Recipe, Run, Any]:
-    where = ["--annotations", "a", "--root", "b", "--out", "c", "--start-from", "d"]
+    where = ["--annotations", "a", "--videos", "b", "--out", "c", "--start-from", "d"]
     args = finetune.parse_arguments([*where, "--preset", preset, *more])
     return recipe_of(args), run_of(args, 1, torch.device("cpu")), args
 
@@ -76,7 +76,7 @@ def facts() -> Any:
 
 def test_defaults_are_the_first_preset() -> None:
     assert _settings("open-vclip")[0] == Recipe()
-    args = finetune.parse_arguments(["--annotations", "a", "--root", "b", "--out", "c"])
+    args = finetune.parse_arguments(["--annotations", "a", "--videos", "b", "--out", "c"])
     assert args.preset == "open-vclip"
 
 
@@ -110,7 +110,7 @@ def test_presets_of_vifi_clip_are_the_facts(preset: str, part: str, facts: Any) 
 
 def test_multi_view_testing_is_the_facts(facts: Any) -> None:
     assert facts["vifi_clip"]["fully_supervised"]["eval_views"] == "16 frames, 4x3 views"
-    tested = ["--weights", "w", "--lists", "l", "--root", "r"]
+    tested = ["--weights", "w", "--lists", "l", "--videos", "r"]
     args = accuracy.parse_arguments(["--preset", "vifi-supervised", *tested])
     assert (args.frames, args.views, args.crops, args.sampler) == (16, 4, 3, "uniform")
     assert args.short_side is None
@@ -161,7 +161,7 @@ def test_a_flag_has_the_last_word_wherever_it_stands(capsys: pytest.CaptureFixtu
         assert recipe.weight_decay == 0.05
         assert args.class_prompts != bool(where)
         assert run.betas == ((0.9, 0.95) if where else (0.9, 0.999))
-    data = ["--annotations", "a", "--root", "b", "--out", "c"]
+    data = ["--annotations", "a", "--videos", "b", "--out", "c"]
     args = finetune.parse_arguments(["--epochs", "3", *data, "--preset=vifi-few-shot"])
     assert (args.epochs, args.lr) == (3, 2e-6)
     for text, wrong in (
@@ -273,9 +273,9 @@ def test_four_by_three_views_of_base_and_novel_equal_a_slow_evaluation(
     found = world / "accuracy.json"
     accuracy.main(
         [
-            *("--preset", "vifi-supervised", *model_flags(), "--frames", "3", "--workers", "0"),
+            *("--preset", "vifi-supervised", *model_flags(), "--frames", "3", "--num-workers", "0"),
             *("--weights", str(world / "tuned.safetensors"), "--average", "probabilities"),
-            *("--lists", str(world / "base.csv"), str(world / "novel.csv"), "--root", str(world)),
+            *("--lists", str(world / "base.csv"), str(world / "novel.csv"), "--videos", str(world)),
             *("--short-side", "40", "--harmonic-mean", "--json", str(found), "--device", "cpu"),
         ]
     )
@@ -295,7 +295,7 @@ def test_prompts_are_tested_on_other_classes(
     world: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     finetune.main([*_tiny(world, "bridge-base-to-novel"), "--out", str(world / "shared")])
-    shared = ["--root", str(world), "--workers", "0", "--device", "cpu", *model_flags()]
+    shared = ["--videos", str(world), "--num-workers", "0", "--device", "cpu", *model_flags()]
     common = [*shared, "--preset", "bridge-base-to-novel", "--frames", "3", "--short-side", "36"]
     prompts = ["--prompts", str(world / "shared" / "prompts.safetensors")]
     accuracy.main([*common, *prompts, "--lists", str(world / "novel.csv")])
@@ -316,7 +316,7 @@ def _test_vita(world: Path, prompts: Path, *more: str) -> None:
     accuracy.main(
         [
             *("--preset", "vita", *model_flags(), "--prompts", str(prompts), "--frames", "3"),
-            *("--lists", str(world / "others.csv"), "--root", str(world), "--workers", "0"),
+            *("--lists", str(world / "others.csv"), "--videos", str(world), "--num-workers", "0"),
             *("--device", "cpu", *more),
         ]
     )
@@ -346,9 +346,7 @@ def test_crops_are_views_of_a_data_set(world: Path) -> None:
             [("0.mp4", 0), ("gone.mp4", 0)],
             world,
             transform=transform,
-            num_frames=3,
-            views=views,
-            sampler="uniform",
+            sampling=Sampling(num_frames=3, views=views, sampler="uniform"),
             details=True,
         )
         shown, black = dataset[0], dataset[1]

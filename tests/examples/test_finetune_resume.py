@@ -80,17 +80,19 @@ def test_ended_by_sigterm_twice_and_gone_on_with_other_workers(world: Path, kind
     name, more = f"{kind}-again", _shards(world) if kind == "shards" else ()
     for step, workers in ((2, "0"), (4, "1")):
         with terminated_at(step), pytest.raises(SystemExit) as ended:
-            finetune.main(command(world, name, *more, "--workers", workers, files=kind == "files"))
+            finetune.main(
+                command(world, name, *more, "--num-workers", workers, files=kind == "files")
+            )
         assert ended.value.code == 143
         # The signal comes after the step has asked for it: the run saves after the next one.
         assert (world / name / f"checkpoint-{step + 1:08d}.pt").exists()
-    finetune.main(command(world, name, *more, "--workers", "2", files=kind == "files"))
+    finetune.main(command(world, name, *more, "--num-workers", "2", files=kind == "files"))
     _assert_same_run(world, kind, name)
     assert len(list((world / name).glob("checkpoint*"))) == 2
 
 
 def test_each_epoch_is_validated_once_though_the_run_is_ended_at_its_end(world: Path) -> None:
-    validated = ("--val-annotations", str(world / "train.csv"), "--val-root", str(world))
+    validated = ("--val-annotations", str(world / "train.csv"), "--val-videos", str(world))
     with terminated_at(1), pytest.raises(SystemExit):
         finetune.main(command(world, "validated", *validated))
     assert (world / "validated" / "checkpoint-00000002.pt").exists()
@@ -102,7 +104,7 @@ def test_each_epoch_is_validated_once_though_the_run_is_ended_at_its_end(world: 
 
 def test_an_epoch_whose_validation_was_cut_off_is_validated_afterwards(world: Path) -> None:
     arguments = command(world, "cut", "--val-annotations", str(world / "train.csv"))
-    arguments += ["--val-root", str(world)]
+    arguments += ["--val-videos", str(world)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Validation, "accuracy", _cut_off)
         with pytest.raises(_CutOffError):
@@ -130,7 +132,7 @@ def _validated(out: Path) -> list[int]:
 
 
 def test_the_whole_job_ended_then_killed_and_gone_on_with(world: Path, tmp_path: Path) -> None:
-    arguments = command(world, "killed", "--save-every", "2", "--workers", "2")
+    arguments = command(world, "killed", "--save-every", "2", "--num-workers", "2")
     assert _signalled_at(1, signal.SIGTERM, arguments, tmp_path / "log") == 143
     assert _signalled_at(5, signal.SIGKILL, arguments, tmp_path / "log") == -signal.SIGKILL
     found = sorted(path.name for path in (world / "killed").glob("*.pt"))

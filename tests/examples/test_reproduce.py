@@ -204,7 +204,7 @@ def test_what_is_shown_beside_ones_own_is_the_papers() -> None:
 
 def test_operations_are_those_that_torch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     # All frames at once, as on a GPU; a CPU multiplies no zero keys.
-    monkeypatch.setattr(attention, "_better_in_turn", lambda q: False)
+    monkeypatch.setattr(attention, "_prefers_frame_by_frame", lambda q: False)
     # Some releases of torch have no count for the kernel of CPUs.
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     video = random_video(2, 8)

@@ -292,7 +292,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Results]:
     Returns its folder, and the results as the killed process left them.
     """
     out = tmp_path_factory.mktemp("comparison") / "out"
-    make_clips(clips_folder(out, 0), replace(SMOKE.clips, seed=0), workers=1, progress=False)
+    make_clips(clips_folder(out, 0), replace(SMOKE.clips, seed=0), num_workers=1, progress=False)
     command = [sys.executable, "-m", "examples.shapes.comparison", *COMMAND, str(out)]
     null = subprocess.DEVNULL
     process = subprocess.Popen(command, cwd=REPO, stdout=null, stderr=null)

@@ -244,7 +244,7 @@ def test_the_look_of_videos_can_be_chosen():
 def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     pytest.importorskip("av")
     out = tmp_path_factory.mktemp("shapes")
-    return make_clips(out, SETTINGS, workers=1, progress=False)
+    return make_clips(out, SETTINGS, num_workers=1, progress=False)
 
 
 def read_list(path: Path) -> list[tuple[Path, int]]:
@@ -293,7 +293,7 @@ def test_a_finished_data_set_is_left_alone(world):
     files = [file for path in world.values() for file, _ in read_list(path)]
     before = [file.stat().st_mtime_ns for file in files]
     out = world["train"].parent
-    assert make_clips(out, SETTINGS, workers=1, progress=False) == world
+    assert make_clips(out, SETTINGS, num_workers=1, progress=False) == world
     assert [file.stat().st_mtime_ns for file in files] == before
 
 
@@ -302,7 +302,7 @@ def test_an_interrupted_data_set_is_completed_with_the_same_bytes(world):
     others = {path: path.stat().st_mtime_ns for path in file.parent.parent.rglob("*.mp4")}
     content = file.read_bytes()
     file.unlink()
-    make_clips(world["train"].parent, SETTINGS, workers=1, progress=False)
+    make_clips(world["train"].parent, SETTINGS, num_workers=1, progress=False)
     assert file.read_bytes() == content
     assert all(path.stat().st_mtime_ns == time for path, time in others.items() if path != file)
 

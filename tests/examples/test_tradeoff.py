@@ -48,9 +48,9 @@ class World:
 
     def arguments(self, out: Path, *more: str) -> list[str]:
         return [
-            *("--model", str(MODEL), "--clip", str(WEIGHTS), "--device", "cpu"),
+            *("--model", str(MODEL), "--pretrained", str(WEIGHTS), "--device", "cpu"),
             *("--templates", str(self.folder / "templates.txt"), "--sampler", "uniform"),
-            *("--frames", "4", "--views", "2", "--batch-size", "3", "--workers", "0"),
+            *("--frames", "4", "--views", "2", "--batch-size", "3", "--num-workers", "0"),
             *("--closed-set", *self.data("seen_test"), "label=seen"),
             *("--zero-shot", *self.data("unseen"), "--lams", *map(str, LAMS)),
             *("--out", str(out), *more),
@@ -60,7 +60,7 @@ class World:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     folder = tmp_path_factory.mktemp("world")
-    make_clips(folder, ClipSettings(train=1, test=8, frames=8), workers=1, progress=False)
+    make_clips(folder, ClipSettings(train=1, test=8, frames=8), num_workers=1, progress=False)
     for split in ("seen", "unseen"):
         (folder / f"{split}.txt").write_text("\n".join(class_names(split)[:10]) + "\n")
     (folder / "templates.txt").write_text("\n".join(TEMPLATES[:2]) + "\n")

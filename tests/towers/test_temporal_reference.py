@@ -35,7 +35,7 @@ SETTINGS = [
 @pytest.fixture(params=[True, False], ids=["in-turn", "at-once"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Views of the frames in turn, as on a CPU, or one call on copies, as on a GPU."""
-    monkeypatch.setattr(attention, "_better_in_turn", lambda q: request.param)
+    monkeypatch.setattr(attention, "_prefers_frame_by_frame", lambda q: request.param)
 
 
 def equation_3(q: Tensor, k: Tensor, v: Tensor, window: int, boundary: str) -> Tensor:

@@ -224,7 +224,7 @@ def test_fused_attention_does_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     with Kernels() as kernels:
         features.sum().backward()
     assert kernels.calls == [(f"{FUSED}_backward", [2, 2, 5, 8])] * 12
-    monkeypatch.setattr(attention, "_better_in_turn", lambda q: False)
+    monkeypatch.setattr(attention, "_prefers_frame_by_frame", lambda q: False)
     with Kernels() as kernels:
         tower(random_video(2, 4))
     assert kernels.calls == [(FUSED, [8, 2, 5 * 5, 8])] * 3

@@ -17,7 +17,7 @@ import torch
 
 from openvclip.errors import VideoError
 from openvclip.video import read_clip
-from openvclip.video.decoding import BACKENDS
+from openvclip.video.sampling import BACKENDS
 
 SECONDS = 10.0  # of processor time for one file; they take a few milliseconds
 MEMORY = 2**30  # of addresses, beyond what the process has after the whole files

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from openvclip.video import VideoDataset, transforms
+from openvclip.video import Sampling, VideoDataset, transforms
 
 
 class Watched(Dataset[Any]):
@@ -43,9 +43,7 @@ def main(video: Path, clips: int) -> None:
         samples,
         video.parent,
         transform=transforms.build("train", 32, color_jitter=0.4),
-        sampler="dense",
-        num_frames=4,
-        sampling_rate=2,
+        sampling=Sampling(num_frames=4, sampling_rate=2, sampler="dense"),
         details=True,
     )
     loader = DataLoader(Watched(data), batch_size=None, num_workers=1)

@@ -80,7 +80,7 @@ def test_quick_looks_at_the_first_frame(folder):
 def test_a_crash_costs_one_file(folder, monkeypatch):
     monkeypatch.setattr(checking, "_serve", servers.crashing)
     names = ["good.mkv", "text.mp4", "sub/other.MKV", "empty.mp4"]
-    checks = check_videos([folder / name for name in names], workers=1)
+    checks = check_videos([folder / name for name in names], num_workers=1)
     found = {check.path: check for check in checks}
     assert sorted(found) == sorted(str(folder / name) for name in names)
     assert {name: found[str(folder / name)].status for name in names} == {
@@ -101,7 +101,7 @@ def test_processes_that_do_not_start(folder, monkeypatch):
 
 
 def test_options(folder):
-    for options in ({"workers": 0}, {"workers": -2}, {"timeout": 0}):
+    for options in ({"num_workers": 0}, {"num_workers": -2}, {"timeout": 0}):
         with pytest.raises(VideoOptionError, match="expected numbers above 0"):
             check_videos([folder / "good.mkv"], **options)
     assert list(check_videos([])) == []
@@ -117,7 +117,7 @@ def rows(path):
 
 def test_the_command(folder, tmp_path, capsys):
     table = tmp_path / "checked.csv"
-    assert main(["check-videos", str(folder), "-o", str(table), "--workers", "1"]) == 1
+    assert main(["check-videos", str(folder), "-o", str(table), "--num-workers", "1"]) == 1
     found = rows(table)
     assert {row["path"]: row["status"] for row in found} == {
         str(folder / name): status for name, status in STATUS.items()
@@ -148,7 +148,16 @@ def test_the_command_on_lists(folder, tmp_path, capsys):
     table = tmp_path / "checked.csv"
     listed = tmp_path / "list.csv"
     listed.write_text("good.mkv,0\nsub/other.MKV,1\ngood.mkv,0\n")
-    options = ["--root", str(folder), "-o", str(table), "--quick", "--workers", "1", "--overwrite"]
+    options = [
+        "--videos",
+        str(folder),
+        "-o",
+        str(table),
+        "--quick",
+        "--num-workers",
+        "1",
+        "--overwrite",
+    ]
     assert main(["check-videos", str(listed), *options]) == 0
     assert [row["status"] for row in rows(table)] == ["ok", "ok"]
     listed.write_text("good.mkv,0\nnone.mp4,1\n")
@@ -177,7 +186,7 @@ def test_ctrl_c_leaves_what_was_found(folder, tmp_path):
     table = tmp_path / "checked.csv"
     command = [sys.executable, "-m", "openvclip", "check-videos", str(tmp_path / "many")]
     process = subprocess.Popen(
-        [*command, "-o", str(table), "--workers", "1"],
+        [*command, "-o", str(table), "--num-workers", "1"],
         cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         # what a shell starts in the background ignores it, and so would its children
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -195,8 +204,8 @@ def test_ctrl_c_leaves_what_was_found(folder, tmp_path):
 
 def test_the_command_on_real_clips(clips, tmp_path):
     table = tmp_path / "checked.csv"
-    arguments = [str(clips / "labels.csv"), "--root", str(clips), "-o", str(table)]
-    assert main(["check-videos", *arguments, "--workers", "1"]) == 0
+    arguments = [str(clips / "labels.csv"), "--videos", str(clips), "-o", str(table)]
+    assert main(["check-videos", *arguments, "--num-workers", "1"]) == 0
     found = rows(table)
     assert len(found) == 73
     annotated = {str(clips / row["path"]): row["frames"] for row in rows(clips / "labels.csv")}

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from openvclip.errors import AnnotationError, VideoError, VideoOptionError
-from openvclip.video import VideoDataset, VideoSample, transforms
+from openvclip.video import Sampling, VideoDataset, VideoSample, transforms
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +27,11 @@ def folder(encode, tmp_path_factory):
 
 
 def dataset(folder, name="list.csv", **options):
-    options = {"transform": transforms.build("train", 16), "num_frames": 4, **options}
-    return VideoDataset(folder / name, folder, **options)
+    read = {name: options.pop(name) for name in vars(Sampling()) if name in options}
+    options = {"transform": transforms.build("train", 16), **options}
+    return VideoDataset(
+        folder / name, folder, sampling=Sampling(**{"num_frames": 4, **read}), **options
+    )
 
 
 def test_a_training_loop(folder):
@@ -99,7 +102,7 @@ def test_workers_and_order_change_nothing(folder):
         del loaders
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, 2])
 def test_training_replaces_broken_videos(workers, folder):
     data = dataset(folder, "broken.csv", sampler="dense")
     labels = []
@@ -117,7 +120,7 @@ def test_training_replaces_broken_videos(workers, folder):
     assert label in readable.values()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, 2])
 def test_evaluation_flags_broken_videos(workers, folder):
     data = dataset(
         folder, "broken.csv", details=True, views=2, transform=transforms.build("clip", 16)

@@ -16,7 +16,7 @@ from openvclip.errors import (
     VideoOptionError,
 )
 from openvclip.video import _stream, decoding, read_clip
-from openvclip.video.sampling import StreamInfo, plan, select
+from openvclip.video.sampling import Sampling, StreamInfo, plan, select
 from tests.video.conftest import unprivileged
 from tests.video.formats import FORMATS
 
@@ -89,7 +89,7 @@ def test_variable_frame_rate(encode, numbers):
     with _stream.Stream(str(path)) as stream:
         info = stream.info
         stamps = [stamp for stamp, _ in stream.frames()]
-    windows = plan(info, num_frames=4, views=3)
+    windows = plan(info, Sampling(num_frames=4, views=3))
     clip = read_clip(path, num_frames=4, views=3)
     assert numbers(clip) == [select(stamps, window) for window in windows]
 
@@ -200,7 +200,7 @@ def test_picker_equals_select():
         stamps = [max(0, i + j) for i, j in enumerate(jitter)]  # out of order, with repeats
         info = StreamInfo(fps=30.0, frames=length, duration=length)
         rate = int(torch.randint(1, 5, (), generator=generator))
-        for window in plan(info, num_frames=4, sampling_rate=rate, views=3):
+        for window in plan(info, Sampling(num_frames=4, sampling_rate=rate, views=3)):
             picker = decoding._Picker(window)
             for index, stamp in enumerate(stamps):
                 if not picker.done:

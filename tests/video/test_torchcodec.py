@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from openvclip.errors import MissingDependencyError, VideoError
-from openvclip.video import VideoDataset, _torchcodec, read_clip
+from openvclip.video import Sampling, VideoDataset, _torchcodec, read_clip
 from tests.video.formats import FORMATS
 
 # The two bring FFmpegs of their own, whose conversions to RGB round differently.
@@ -111,7 +111,9 @@ def test_damaged_files_are_left_to_pyav(encode, decoded, tmp_path):
 
 def test_a_data_set(encode, decoded):
     path = encode("torchcodec-set.mp4")
-    data = VideoDataset([(path.name, 0)], path.parent, transform=None, backend="torchcodec")
+    data = VideoDataset(
+        [(path.name, 0)], path.parent, transform=None, sampling=Sampling(backend="torchcodec")
+    )
     assert data[0][0].shape == (8, 3, 64, 144)
     assert len(decoded) == 1
 
@@ -121,6 +123,8 @@ def test_without_torchcodec(monkeypatch, encode):
     path = encode("torchcodec-absent.mp4", frames=4)
     with pytest.raises(MissingDependencyError, match="backend='pyav' needs neither"):
         read_clip(path, backend="torchcodec")
-    data = VideoDataset([(path.name, 0)], path.parent, transform=None, backend="torchcodec")
+    data = VideoDataset(
+        [(path.name, 0)], path.parent, transform=None, sampling=Sampling(backend="torchcodec")
+    )
     with pytest.raises(MissingDependencyError):
         data[0]

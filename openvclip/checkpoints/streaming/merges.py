@@ -26,7 +26,8 @@ from openvclip.errors import (
     WeightTypeError,
 )
 from openvclip.weights.interpolation import Lambda, weights_of, write_interpolated
-from openvclip.weights.names import common_dtype, few, is_interpolable
+from openvclip.weights.names import listed
+from openvclip.weights.numerics import common_dtype, is_interpolable
 
 StrPath: TypeAlias = str | os.PathLike[str]
 Merge: TypeAlias = Callable[[list[dict[str, Tensor]]], Mapping[str, Tensor]]
@@ -340,7 +341,7 @@ class _Mean:
             if not bool(torch.isfinite(values).all())
         ]
         raise NonFiniteWeightsError(
-            f"{name} holds NaN or infinity in {few(files)}, so the mean would too. Leave "
+            f"{name} holds NaN or infinity in {listed(files)}, so the mean would too. Leave "
             "that file out; look for a learning rate that is too high or a loss that overflows."
         )
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from openvclip.checkpoints.api import atomic_path, write_errors
+from openvclip.checkpoints.atomic import atomic_path, write_errors
 from openvclip.checkpoints.layout import (
     INDEX_ENDING,
     header_bytes,

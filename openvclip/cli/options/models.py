@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 from openvclip.cli.options.types import add_allow_options
 from openvclip.errors import UsageError
@@ -12,19 +12,10 @@ from openvclip.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
-    from openvclip.models.loading import LoadedCLIP
+    from openvclip.models.loading import LoadedModel
+    from openvclip.video import Sampling
 
 _AMP = ("bfloat16", "float16")
-
-
-class FrameOptions(TypedDict):
-    """Keyword arguments of :func:`openvclip.video.read_clip`."""
-
-    num_frames: int
-    sampling_rate: int
-    views: int
-    sampler: str
-    backend: str
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, checkpoint: bool = True) -> None:
@@ -37,7 +28,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, checkpoint: bool = Tru
         "local-dir:... or hf-hub:... (%(default)s)",
     )
     group.add_argument(
-        "--clip",
+        "--pretrained",
         default=None,
         metavar="TAG|FILE",
         help="the original CLIP's weights: a tag of open_clip, or a file (openai)",
@@ -81,7 +72,10 @@ def add_frame_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("frames")
     group.add_argument("--frames", type=int, default=8, help="frames of a clip (%(default)s)")
     group.add_argument(
-        "--rate", type=int, default=16, help="distance of two frames, at 30 a second (%(default)s)"
+        "--sampling-rate",
+        type=int,
+        default=16,
+        help="distance of two frames, at 30 a second (%(default)s)",
     )
     group.add_argument(
         "--views", type=int, default=3, help="clips taken from a video (%(default)s)"
@@ -106,27 +100,29 @@ def add_frame_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def frames_of(options: argparse.Namespace) -> FrameOptions:
-    """Which frames the options say."""
-    return {
-        "num_frames": options.frames,
-        "sampling_rate": options.rate,
-        "views": options.views,
-        "sampler": options.sampler,
-        "backend": options.backend,
-    }
+def sampling_of(options: argparse.Namespace) -> Sampling:
+    """The frames that the options ask for."""
+    from openvclip.video import Sampling
+
+    return Sampling(
+        num_frames=options.frames,
+        sampling_rate=options.sampling_rate,
+        views=options.views,
+        sampler=options.sampler,
+        backend=options.backend,
+    )
 
 
-def load(options: argparse.Namespace) -> LoadedCLIP:
+def load(options: argparse.Namespace) -> LoadedModel:
     """The model that the options describe; its weights are the original CLIP's."""
-    from openvclip.models.loading import brings_weights, load_clip
+    from openvclip.models.loading import brings_weights, load_model
 
-    clip = options.clip
-    if clip is None and not brings_weights(options.model):
-        clip = "openai"
-    return load_clip(
+    pretrained = options.pretrained
+    if pretrained is None and not brings_weights(options.model):
+        pretrained = "openai"
+    return load_model(
         options.model,
-        clip,
+        pretrained,
         checkpoint=options.checkpoint,
         expand=options.expand,
         window=options.window,
