@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, 1 where a check found something, 2 where an error was printed, or 130
         after Ctrl-C.
     """
-    options = _parser().parse_args(arguments)
+    options = build_parser().parse_args(arguments)
     try:
         status: int | None = options.run(options)
     except OpenVCLIPError as error:
@@ -42,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status or 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
     parser = argparse.ArgumentParser(
         prog="openvclip", description="Weights that turn an image CLIP into a video model."
     )

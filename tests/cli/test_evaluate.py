@@ -21,9 +21,9 @@ from openvclip.checkpoints import load_checkpoint
 from openvclip.evaluation.records import Records
 from openvclip.video import class_names, read_clip, transforms
 from openvclip.video.protocols import Split, class_name, load
-from tests.evaluation.conftest import World
 from tests.evaluation.test_runner import counted, slow_logits
 from tests.helpers import REPO, SHARED, same_bits
+from tests.world import World
 
 Captured = pytest.CaptureFixture[str]
 

@@ -21,8 +21,8 @@ from openvclip.evaluation.tables import as_json, as_table, time_spent
 from openvclip.video import dataset as dataset_module
 from openvclip.video import read_clip, transforms
 from openvclip.video.protocols import Split
-from tests.evaluation.conftest import World
 from tests.helpers import assert_same_state, snapshot
+from tests.world import World
 
 SAMPLING = Sampling(sampler="uniform", views=2)
 

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import openvclip
 from examples import evaluate, finetune, tradeoff
 from examples.published import ENCODERS, PUBLISHED, published
-from openvclip import cli
+from openvclip.cli.main import build_parser
 from openvclip.towers import attention
 from openvclip.training import shards
 from tests.benchmarks import recipe_cost
@@ -29,7 +29,7 @@ DATA_SETS = {"UCF-101": "ucf101", "HMDB-51": "hmdb51", "Kinetics-600": "kinetics
 # --- commands ----------------------------------------------------------------------------------
 
 PARSERS: dict[str, Callable[[Sequence[str]], Any]] = {
-    "openvclip": lambda words: cli._parser().parse_args(words),
+    "openvclip": lambda words: build_parser().parse_args(words),
     "examples/finetune.py": lambda words: finetune.parse_arguments(list(words)),
     "examples/evaluate.py": evaluate.parse_arguments,
     "examples/tradeoff.py": lambda words: tradeoff.options.parse_arguments("", words),

@@ -16,8 +16,8 @@ from openvclip import cli
 from openvclip.checkpoints import load_checkpoint
 from openvclip.errors import ClassNamesError, UsageError, VideoNotFoundError
 from openvclip.video import class_names, read_clip, transforms
-from tests.evaluation.conftest import World
 from tests.helpers import SHARED, tiny_clip
+from tests.world import World
 
 Captured = pytest.CaptureFixture[str]
 LABELS = ["square resting", "star sliding", "key bouncing"]

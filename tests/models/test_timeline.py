@@ -16,7 +16,7 @@ from examples.shapes.clips import write_clip
 from examples.shapes.model import create_model
 from openvclip import cli
 from openvclip.models.timeline import Timeline, clock, predict_timeline
-from tests.evaluation.conftest import World
+from tests.world import World
 
 Captured = pytest.CaptureFixture[str]
 

@@ -1,0 +1,5 @@
+"""Fixtures of these tests."""
+
+from tests.world import world
+
+__all__ = ["world"]
