@@ -113,7 +113,7 @@ def _evaluate(args: argparse.Namespace, processes: Processes) -> None:
     device = args.device or (f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu")
     given = {name: pair for name in DATA_SETS if (pair := getattr(args, name))}
     splits = {name: read_splits(name, *pair) for name, pair in given.items()}
-    clip = load_model(args.model, args.clip, checkpoint=args.checkpoint, device=device)
+    clip = load_model(args.model, args.pretrained, checkpoint=args.checkpoint, device=device)
     results = {
         name: evaluate_protocol(
             clip.model,

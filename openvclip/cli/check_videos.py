@@ -90,7 +90,7 @@ def _check(options: argparse.Namespace) -> int:
     if not output.parent.is_dir():
         raise VideoOptionError(f"{output}: there is no folder {output.parent}; make it first.")
     files = list(
-        dict.fromkeys(path for source in options.sources for path in _files(source, options.root))
+        dict.fromkeys(path for source in options.sources for path in _files(source, options.videos))
     )
     checks = check_videos(
         files, num_workers=options.num_workers, quick=options.quick, timeout=options.timeout

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from examples import finetune
-from examples.shapes import comparison, comparison_methods, comparison_page
+from examples.shapes import comparison, comparison_methods
 from examples.shapes.clips import make_clips
 from examples.shapes.comparison_methods import Run
 from examples.shapes.comparison_settings import (
@@ -37,6 +37,7 @@ from examples.shapes.comparison_settings import (
 )
 from examples.shapes.experiment import clips_folder
 from examples.shapes.model import create_model
+from examples.shapes.report import comparison_page
 from examples.shapes.report.comparison_table import ROWS
 from examples.shapes.results import Results, save_results
 from examples.shapes.world import class_names

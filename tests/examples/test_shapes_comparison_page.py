@@ -6,12 +6,13 @@ import json
 
 import pytest
 
-from examples.shapes import comparison, comparison_page
+from examples.shapes import comparison
 from examples.shapes.comparison_settings import (
     CANDIDATES,
     FULL,
     RATES,
 )
+from examples.shapes.report import comparison_page
 from examples.shapes.report.comparison_table import Comparison, harmonic_mean, step_ratio
 from examples.shapes.results import Results
 from tests.examples.comparison_results import TIMING, cells, made_up, tuning_results

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from examples.shapes import page, results, run, studies
+from examples.shapes import results, run, studies
+from examples.shapes.report import page
 from examples.shapes.report.sections import FIGURE_2, SECTIONS
 from examples.shapes.report.statements import _WIDTHS, Claim, Difference, Point, heights, judge
 from examples.shapes.results import Table

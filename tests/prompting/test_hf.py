@@ -13,8 +13,8 @@ import torch
 from openvclip import expand_temporal_attention
 from openvclip import prompting as P
 from openvclip.errors import UnsupportedModelError, UsageError
-from tests import prompting_towers as laws
 from tests.helpers import random_video, same_bits
+from tests.prompting import towers as laws
 from tests.prompting.reference import NAMES, word_tokenizer
 from tests.prompting.test_released import VIFI, VITA, by_hand, fill, golden, needs_golden
 from tests.prompting.towers import METHODS, vifi, vita

@@ -27,8 +27,8 @@ from openvclip.errors import (
     UnsupportedModelError,
     UsageError,
 )
-from tests import prompting_towers as laws
 from tests.helpers import assert_same_state, gradients, random_video, randomise, same_bits, snapshot
+from tests.prompting import towers as laws
 from tests.prompting.reference import NAMES, TEXT, word_tokenizer
 from tests.prompting.test_released import VIFI, VITA, by_hand, fill, golden, needs_golden
 from tests.prompting.towers import METHODS, vifi

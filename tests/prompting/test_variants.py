@@ -12,8 +12,8 @@ from torch import Tensor
 
 from openvclip import expand_temporal_attention
 from openvclip import prompting as P
-from tests import prompting_towers as laws
 from tests.helpers import TEXT, VISION, random_video, randomise, tiny_tower
+from tests.prompting import towers as laws
 from tests.prompting.towers import METHODS, vifi, vita
 from tests.towers.test_temporal_variants import VARIANTS
 from tests.towers.tower_laws import Case

@@ -103,10 +103,10 @@ def test_workers_and_order_change_nothing(folder):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_training_replaces_broken_videos(workers, folder):
+def test_training_replaces_broken_videos(num_workers, folder):
     data = dataset(folder, "broken.csv", sampler="dense")
     labels = []
-    for video, label in DataLoader(data, batch_size=5, num_workers=workers):
+    for video, label in DataLoader(data, batch_size=5, num_workers=num_workers):
         assert video.shape == (5, 4, 3, 16, 16)
         labels = label.tolist()
     assert [labels[i] for i in (0, 2, 4)] == [0, 1, 2]
@@ -121,11 +121,11 @@ def test_training_replaces_broken_videos(workers, folder):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_evaluation_flags_broken_videos(workers, folder):
+def test_evaluation_flags_broken_videos(num_workers, folder):
     data = dataset(
         folder, "broken.csv", details=True, views=2, transform=transforms.build("clip", 16)
     )
-    batches = list(DataLoader(data, batch_size=5, num_workers=workers))
+    batches = list(DataLoader(data, batch_size=5, num_workers=num_workers))
     assert len(batches) == 1
     batch = batches[0]
     assert isinstance(batch, VideoSample)

@@ -37,7 +37,7 @@ def test_frames_of_every_format(kind, encode, numbers):
         fps = stream.info.fps  # an elementary stream has none and counts as 25
     options = {"num_frames": 4, "sampling_rate": 8, "views": 3}
     expected = [
-        [select(range(0, 60 * tick, tick), window) for window in plan(info, **options)]
+        [select(range(0, 60 * tick, tick), window) for window in plan(info, Sampling(**options))]
         for tick, info in (
             (1, StreamInfo(fps, 60, 60)),  # a fractional start goes down to the frame before
             (100, StreamInfo(fps, 60, 6000)),  # and up to the next where ticks are fine
@@ -301,7 +301,7 @@ def test_avi_without_index(encode, numbers, tmp_path):
         info = stream.info  # without the index its length is estimated
     assert info.timed
     options = {"num_frames": 4, "sampling_rate": 8, "views": 3}
-    windows = plan(info, **options)
+    windows = plan(info, Sampling(**options))
     assert numbers(read_clip(path, **options)) == [select(range(60), w) for w in windows]
 
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests import resume_run
 from tests.helpers import assert_same_state, through_a_file
+from tests.weights import resume_run
 
 KILLS = 20
 # Its processes are forks of one that has imported all that they need, and cost no seconds each.
