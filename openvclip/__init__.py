@@ -1,14 +1,24 @@
-"""openvclip: turn an image CLIP into an open-vocabulary video model by its weights alone."""
+"""Turn an image CLIP into an open-vocabulary video model by changing its weights alone.
 
-from openvclip import merging
-from openvclip.checkpoints.api import (
+The names below are the public face. The rooms (``openvclip.video``, ``openvclip.evaluation``, ...)
+are imported when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from openvclip.checkpoints import (
     CheckpointInfo,
+    average_files,
     convert_checkpoint,
     inspect_checkpoint,
+    interpolate_files,
     load_checkpoint,
+    merge_files,
     save_checkpoint,
 )
-from openvclip.checkpoints.streaming import average_files, interpolate_files, merge_files
 from openvclip.errors import OpenVCLIPError
 from openvclip.models.classifier import VIDEO_TEMPLATES, ZeroShotClassifier
 from openvclip.models.prediction import Prediction, predict
@@ -17,25 +27,43 @@ from openvclip.towers.temporal import (
     expand_temporal_attention,
     restore_spatial_attention,
 )
+from openvclip.towers.view import Boundary
 from openvclip.weights.averaging import EMATracker, LAWATracker, SWATracker
-from openvclip.weights.interpolation import interpolate, interpolate_into
+from openvclip.weights.interpolation import Lambda, interpolate, interpolate_into
 from openvclip.weights.regularization import InterpolatedWeightRegularizer
+
+if TYPE_CHECKING:
+    from openvclip import (
+        checkpoints,
+        evaluation,
+        merging,
+        models,
+        prompting,
+        towers,
+        training,
+        video,
+        weights,
+    )
 
 __version__ = "0.1.0"
 
 __all__ = [
     "VIDEO_TEMPLATES",
+    "Boundary",
     "CheckpointInfo",
     "EMATracker",
     "InterpolatedWeightRegularizer",
     "LAWATracker",
+    "Lambda",
     "OpenVCLIPError",
     "Prediction",
     "SWATracker",
     "ZeroShotClassifier",
     "average_files",
+    "checkpoints",
     "convert_checkpoint",
     "encode_video",
+    "evaluation",
     "expand_temporal_attention",
     "inspect_checkpoint",
     "interpolate",
@@ -44,7 +72,38 @@ __all__ = [
     "load_checkpoint",
     "merge_files",
     "merging",
+    "models",
     "predict",
+    "prompting",
     "restore_spatial_attention",
     "save_checkpoint",
+    "towers",
+    "training",
+    "video",
+    "weights",
 ]
+
+_ROOMS = frozenset(
+    {
+        "checkpoints",
+        "evaluation",
+        "merging",
+        "models",
+        "prompting",
+        "towers",
+        "training",
+        "video",
+        "weights",
+    }
+)
+
+
+def __getattr__(name: str) -> Any:
+    """Import a room when it is first used (PEP 562)."""
+    if name in _ROOMS:
+        return importlib.import_module(f"openvclip.{name}")
+    raise AttributeError(f"module 'openvclip' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
