@@ -1,11 +1,11 @@
-"""Where an evaluation's time goes: reading real clips, copying them, encoding them.
+"""Measure how an evaluation's time splits into reading clips, copying them and encoding them.
 
     python -m tests.benchmarks.evaluation_overhead --clips ../shared/data/clips
 
-The model has random weights, which makes no difference to the time. Without workers reading and
-encoding take turns, so that *decode* is all of reading's time. With workers it is the time in
-which the encoder waited for them; they take the same cores as the encoder, which shows in the
-clips per second.
+The model has random weights, which does not change the time. Without workers, reading and encoding
+run one after the other, so *decode* is the whole time of reading. With workers, *decode* is the
+time for which the encoder waited. Workers use the same cores as the encoder, which lowers the clips
+per second.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""Time and memory of merging files of ViT-L/14's size, beside mergekit, a plain script and cp.
+"""Measure time and memory of merging files of ViT-L/14's size, beside mergekit, a script and cp.
 
     python -m tests.benchmarks.file_interpolation --mergekit /opt/mergekit-venv/bin/mergekit-pytorch
 
-Makes two safetensors files with the entries of open_clip's ViT-L-14 in float32 (1.7 GB each) in a
-temporary folder, and interpolates them with each program in turn, in a process of its own, round
-after round; medians are shown. Memory is the largest resident size of the process, pages of mapped
-files included, of which a process that did nothing but ``import torch`` is told beside it. The
-time of a process includes its imports. All files are in the page cache. openvclip alone hashes its
-inputs and flushes its output to the disk within its time.
+The benchmark writes two safetensors files with the entries of open_clip's ViT-L-14 in float32
+(1.7 GB each) to a temporary folder. Each program interpolates them in its own process; the programs
+run in turn for a number of rounds, and medians are printed. The time of a process includes its
+imports. Memory is the largest resident size of the process, including pages of mapped files; the
+size of a process that only runs ``import torch`` is printed beside it. All files are in the page
+cache. Only openvclip hashes its inputs and flushes its output to the disk within its time.
 
-The average of 21 files reads two files under 21 names, so that its time is that of reading from the
-page cache; 21 different files (36 GB) would be read from the disk.
+The average of 21 files reads two files under 21 names, so its inputs come from the page cache. 21
+different files (36 GB) would be read from the disk.
 """
 
 from __future__ import annotations

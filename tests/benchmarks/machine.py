@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine's name, and the resident memory of a process (Linux)."""
+"""The machine's name and the resident memory of a process (Linux), for all benchmarks."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from pathlib import Path
 import torch
 
 EXACT_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**18)}
-"""Environment of a process whose memory is measured. Without it glibc keeps what was freed, and the
-resident size tells its habits, not those of what runs."""
+"""Environment of a process whose memory is measured: glibc returns freed memory to the system.
+
+Without it, the resident size includes freed memory that glibc keeps.
+"""
 
 KEEPING_MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
-"""Environment of a process that gives no memory back, as with the caching allocators that people
-put in place of glibc's: what is timed is arithmetic, and not the making of fresh pages."""
+"""Environment of a process that keeps freed memory, as caching allocators do.
+
+The times then measure arithmetic, without the allocation of new pages.
+"""
 
 
 def machine() -> str:

@@ -1,12 +1,13 @@
-"""What the paper's recipe costs: its operations counted, and the time on 8 GPUs that they mean.
+"""Count the operations of the paper's recipe, and estimate its time on 8 GPUs.
 
     python -m tests.benchmarks.recipe_cost                    # the tables of docs/reproduce.md
     python -m tests.benchmarks.recipe_cost --measure ViT-B-32-quickgelu --clips 4
     python -m tests.benchmarks.recipe_cost --decode clip.mp4 another.mp4
 
-The times on GPUs are estimates: counted operations over an assumed part of the GPU's peak. With
-``--measure`` a step of the trainer is timed on this machine and set against its count, and against
-a plain product of matrices; with ``--decode`` the reading of training clips is timed.
+The times on GPUs are estimates: the counted operations divided by an assumed fraction of the GPU's
+peak. ``--measure`` times one step of the trainer on this machine and compares the time with the
+count, and with the time of a plain matrix product. ``--decode`` times the reading of training
+clips.
 """
 
 from __future__ import annotations

@@ -1,17 +1,18 @@
-"""Time and memory of one regularised training step, as ratios to a plain step.
+"""Measure time and memory of one regularised training step, as ratios to a plain step.
 
     python -m tests.benchmarks.regularization_step
     python -m tests.benchmarks.regularization_step --clips 2 --rounds 3
 
-Each variant has a process of its own. They take turns, round after round, and the median of each
-variant's times is divided by the plain step's; a variant that regularises every fourth step is
-measured over four steps. *Two passes* is a step that computes the gradient twice at the same
-weights and does nothing else: the least that a regularised one can cost. The memory of a variant is
-the largest resident size during its steps, in a process of its own, less that of the plain step,
-over the size of the trained parameters.
-Any step of two passes holds the gradients of the first while it computes the second, as a step
-does that keeps them (gradient accumulation, ``zero_grad(set_to_none=False)``); a plain step frees
-them before its only pass.
+Each variant runs in its own process. The variants are timed in turn for a number of rounds, and the
+median time of each variant is divided by that of the plain step. A variant that regularises every
+fourth step is measured over four steps. *Two passes* computes the gradient twice at the same
+weights and does nothing else, which is the lower limit for a regularised step. Memory is the
+largest resident size during the steps of a variant, minus that of the plain step, divided by the
+size of the trained parameters.
+
+A step with two passes holds the gradients of the first pass during the second one. A plain step
+that keeps its gradients between steps (gradient accumulation, ``zero_grad(set_to_none=False)``)
+holds as much. A plain step that frees its gradients does not.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from tests.benchmarks.machine import (
     machine,
     resident_megabytes,
 )
-from tests.benchmarks.turns import in_turn, serve
+from tests.benchmarks.turns import serve, time_variants_in_turn
 
 MODULE = "tests.benchmarks.regularization_step"
 MODEL = "ViT-B-32-quickgelu"
@@ -135,7 +136,7 @@ VARIANTS: dict[str, tuple[Callable[[Training], Callable[[], Any]], int]] = {
 def time_variants(clips: int, rounds: int, environment: dict[str, str]) -> dict[str, float]:
     """Median seconds of a step of each variant, the variants in turn."""
     cases = {title: json.dumps([title, clips]) for title in VARIANTS}
-    times = in_turn(MODULE, cases, rounds, environment)
+    times = time_variants_in_turn(MODULE, cases, rounds, environment)
     return {title: statistics.median(times[title]) / n for title, (_, n) in VARIANTS.items()}
 
 

@@ -1,13 +1,14 @@
-"""Time and memory of the expanded attention, as ratios to plain frame-by-frame CLIP.
+"""Measure time and memory of the expanded attention, as ratios to plain frame-by-frame CLIP.
 
-    python -m tests.benchmarks.temporal_attention  # everything that docs/benchmarks.md shows
+    python -m tests.benchmarks.temporal_attention  # all tables of docs/benchmarks.md
     python -m tests.benchmarks.temporal_attention --only main --models ViT-B-32-quickgelu
 
-Each variant of a row has a process of its own, since what one leaves to the allocator makes
-another faster or slower. They take turns, round after round, and the median of each variant's times
-is divided by the median of plain CLIP's. ``--keep-memory`` times them with an allocator that keeps
-what is freed: the default one gives large tensors back, and much of a pass is then spent on fresh
-pages. Memory is the largest resident size during one call, less that before it.
+Each variant runs in its own process, because the state of the memory allocator that one variant
+leaves changes the speed of the next. The variants are timed in turn for a number of rounds. Their
+median times are divided by the median time of plain CLIP. ``--keep-memory`` uses an allocator that
+keeps freed memory: the default allocator returns large tensors to the system, so that a large part
+of each pass is spent on new pages. Memory is the largest resident size during one call, minus the
+resident size before the call.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from tests.benchmarks.machine import (
     machine,
     resident_megabytes,
 )
-from tests.benchmarks.turns import in_turn, serve
+from tests.benchmarks.turns import serve, time_variants_in_turn
 
 MODULE = "tests.benchmarks.temporal_attention"
 MODELS = ("ViT-B-32-quickgelu", "ViT-B-16-quickgelu")
@@ -124,7 +125,9 @@ def time_variants(
 ) -> dict[str, list[float]]:
     """Seconds of each round of each variant, the variants in turn."""
     cases = {v: json.dumps([name, v, frames, backward, args.device, args.clips]) for v in variants}
-    return in_turn(MODULE, cases, args.rounds, KEEPING_MALLOC if args.keep_memory else None)
+    return time_variants_in_turn(
+        MODULE, cases, args.rounds, KEEPING_MALLOC if args.keep_memory else None
+    )
 
 
 def time_calls(

@@ -1,12 +1,12 @@
-"""What the trainer adds to a step: everything but the passes, the optimizer and the loader.
+"""Measure what the trainer adds to a step, without the passes, the optimizer and the loader.
 
     python -m tests.benchmarks.trainer_overhead
     python -m tests.benchmarks.trainer_overhead --videos 8 --steps 5
 
-``examples.finetune.train`` runs as it is, on clips of noise, with its checkpoints left out. The
-times within the classifier, ``backward``, ``optimizer.step`` and the loader are taken from the
-steps' times. What is left holds the interpolated weights (both ways), the clipping of the
-gradient and the log; in the last step, that of an epoch's end, the average of the weights too.
+The loop of ``examples/finetune.py`` runs on clips of noise, without checkpoints. The times inside
+the classifier, ``backward``, ``optimizer.step`` and the loader are subtracted from the time of each
+step. The rest contains setting and restoring the interpolated weights, clipping the gradient and
+writing the log. In the last step of an epoch it also contains averaging the weights.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Variants that are timed in turn, each in a process of its own.
+"""Time variants in turn, each in its own process.
 
-What one variant leaves to the allocator makes another faster or slower within one process, and one
-after the other they meet different states of the machine.
+In one process, the state of the allocator that one variant leaves makes the next variant faster or
+slower. Timing all rounds of one variant before the next would compare different states of the
+machine.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 
 
-def in_turn(
+def time_variants_in_turn(
     module: str, cases: Mapping[str, str], rounds: int, environment: Mapping[str, str] | None = None
 ) -> dict[str, list[float]]:
     """Seconds of each round of each variant, after one that does not count.
