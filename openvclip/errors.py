@@ -1,6 +1,7 @@
-"""The error family: one base class, each member also the built-in that a caller would expect.
+"""Errors and warnings of openvclip.
 
-Every text says what was given, what was expected and what to do.
+Every error derives from :class:`OpenVCLIPError` and from a built-in exception of the same kind.
+Each error text says what was given, what was expected and what to do.
 """
 
 from __future__ import annotations
@@ -9,21 +10,21 @@ from collections.abc import Iterable, Sequence
 
 
 class OpenVCLIPError(Exception):
-    """Base of every error that openvclip raises on purpose."""
+    """Base class of all errors that openvclip raises on purpose."""
 
 
 class StateMismatchError(OpenVCLIPError, KeyError):
-    """Two sets of named weights do not fit together.
+    """Raised when the names or shapes of two state dicts do not match.
 
     Attributes:
-        missing: names that were expected and are not there.
-        unexpected: names that are there and were not expected.
-        mismatched: ``(name, expected shape, given shape)`` for entries of different shapes.
+        missing: names that are expected but not given, sorted.
+        unexpected: names that are given but not expected, sorted.
+        mismatched: ``(name, expected shape, given shape)`` of each entry whose shapes differ.
     """
 
     def __init__(
         self,
-        what: str,
+        summary: str,
         *,
         missing: Iterable[str] = (),
         unexpected: Iterable[str] = (),
@@ -35,7 +36,7 @@ class StateMismatchError(OpenVCLIPError, KeyError):
         self.mismatched = sorted(
             (name, tuple(expected), tuple(given)) for name, expected, given in mismatched
         )
-        lines = [what]
+        lines = [summary]
         if self.missing:
             lines.append(f"  missing ({len(self.missing)}): " + ", ".join(self.missing))
         if self.unexpected:
@@ -50,7 +51,7 @@ class StateMismatchError(OpenVCLIPError, KeyError):
         super().__init__(self.text)
 
     def __str__(self) -> str:
-        return self.text  # KeyError would show the repr, with its line breaks escaped
+        return self.text  # KeyError would show the repr, with escaped line breaks
 
     def __reduce__(self) -> tuple[object, ...]:
         return (_rebuild_mismatch, (type(self), self.text, dict(self.__dict__)))
@@ -65,120 +66,123 @@ def _rebuild_mismatch(
 
 
 class WeightTypeError(OpenVCLIPError, TypeError):
-    """Something that should map names to tensors does not."""
+    """Raised when an argument is not a state dict, or not a model, where one is expected."""
 
 
 class LambdaError(OpenVCLIPError, ValueError):
-    """An interpolation weight is not a finite number."""
+    """Raised when an interpolation weight or a scale is not a finite number."""
 
 
 class MergeError(OpenVCLIPError, ValueError):
-    """The settings of a merge do not make sense, or the score of a model is no number."""
+    """Raised when a setting of a merge method is invalid or the score of a model is not finite."""
 
 
 class ExtrapolationWarning(UserWarning):
-    """An interpolation weight lies outside [0, 1]."""
+    """Issued when an interpolation weight lies outside [0, 1]."""
 
 
 class NonFiniteWeightsError(OpenVCLIPError, ValueError):
-    """Weights that hold NaN or infinity were given to an average."""
+    """Raised when weights that hold NaN or infinity are given to an average."""
 
 
 class EmptyAverageError(OpenVCLIPError, RuntimeError):
-    """An average of nothing was asked for."""
+    """Raised when an average is requested before any model was added to it."""
 
 
 class RegularizationError(OpenVCLIPError, ValueError):
-    """The settings of the regulariser do not make sense."""
+    """Raised when a setting of the regulariser is invalid."""
 
 
 class LossError(OpenVCLIPError, ValueError):
-    """The closure did not return a scalar loss with a graph behind it."""
+    """Raised when a closure does not return a scalar loss that requires gradients."""
 
 
 class UsageError(OpenVCLIPError, RuntimeError):
-    """A call came in a state in which it can't be answered."""
+    """Raised when a call is not possible in the current state or with these arguments."""
 
 
 class UnsupportedModelError(OpenVCLIPError, TypeError):
-    """The model holds no tower that the operation is known to be right for."""
+    """Raised when a model has no image tower of a supported architecture."""
 
 
 class ExpansionError(OpenVCLIPError, RuntimeError):
-    """A model was expanded twice, or restored without having been expanded."""
+    """Raised when a model is expanded twice, or restored although it is not expanded."""
 
 
 class ExpansionOptionError(ExpansionError, ValueError):
-    """The window, the boundary mode or the layers of an expansion do not make sense."""
+    """Raised when the window, the boundary mode or the layers of an expansion are invalid."""
 
 
 class PromptingError(OpenVCLIPError, RuntimeError):
-    """Prompts were attached twice, or asked for where none are attached."""
+    """Raised when a model already has prompts, or when it has none but prompts are required."""
 
 
 class PromptOptionError(PromptingError, ValueError):
-    """The number, depth or placing of prompts does not make sense for the model."""
+    """Raised when the number, depth or placement of prompts is invalid for the model."""
 
 
 class VideoShapeError(OpenVCLIPError, ValueError):
-    """A video tensor has the wrong rank, dtype, number of frames or frame size."""
+    """Raised when a video tensor has a wrong rank, dtype, number of frames or frame size."""
 
 
 class ClassNamesError(OpenVCLIPError, ValueError):
-    """The class names or the templates can't make a classifier."""
+    """Raised when a classifier cannot be built from the class names or templates."""
 
 
 class VideoError(OpenVCLIPError, ValueError):
-    """A video file can't be read."""
+    """Raised when a video file cannot be read."""
 
 
 class VideoNotFoundError(VideoError, FileNotFoundError):
-    """There is no file at the path of a video."""
+    """Raised when the path of a video does not exist."""
 
 
 class VideoOptionError(OpenVCLIPError, ValueError):
-    """An option of the video reader is not one of those known, or out of range.
+    """Raised when an option of the video reader is unknown or out of range.
 
-    It is not a :class:`VideoError`: no file is at fault, so a data set that skips broken files
-    must not skip over it.
+    This class does not derive from :class:`VideoError`. A data set that skips unreadable files
+    catches :class:`VideoError`, and must not hide a wrong option.
     """
 
 
 class AnnotationError(OpenVCLIPError, ValueError):
-    """A line of an annotation file can't be understood."""
+    """Raised when a line of an annotation file cannot be parsed."""
 
 
 class ProtocolError(OpenVCLIPError, ValueError):
-    """An evaluation protocol is not known, or the annotation files at hand do not make it."""
+    """Raised when an evaluation protocol is unknown or its annotation files are incomplete."""
 
 
 class ModelNameError(OpenVCLIPError, ValueError):
-    """There is no such model, or there are no such weights for it."""
+    """Raised when a model name is unknown, or when no such pretrained weights exist for it."""
 
 
 class EvaluationError(OpenVCLIPError, ValueError):
-    """The videos, splits or settings given can't be evaluated."""
+    """Raised when videos, splits or settings cannot be evaluated."""
 
 
 class RecordsError(OpenVCLIPError, ValueError):
-    """A folder holds results of another evaluation, or can't be written."""
+    """Raised when a results folder belongs to another evaluation or is not writable."""
 
 
 class CheckpointError(OpenVCLIPError, ValueError):
-    """A file of weights can't be read, or holds something else."""
+    """Raised when a checkpoint cannot be read or written, or does not hold the expected weights."""
 
 
 class UnsafeCheckpointError(CheckpointError):
-    """A file of weights can't be read without running code that it names; none was run."""
+    """Raised when reading a checkpoint would execute code. No code was executed."""
 
 
 class ActivationWarning(UserWarning):
-    """Weights that were trained with QuickGELU are loaded into a model that has GELU."""
+    """Issued when weights trained with QuickGELU are loaded into a model that uses GELU."""
 
 
 class PromptBackboneWarning(UserWarning):
-    """Prompts are attached to a backbone of the right sizes and other weights than their own."""
+    """Issued when a backbone has the right sizes for prompts, but other weights.
+
+    The prompts were trained with the backbone that their file describes.
+    """
 
 
 class MissingDependencyError(OpenVCLIPError, ImportError):
-    """An optional dependency is needed and not installed."""
+    """Raised when an optional dependency is required but not installed."""

@@ -1,4 +1,4 @@
-"""Processes that evaluate together: who does what, and waiting for each other."""
+"""Processes that work on one job: their ranks, their shares of the work, synchronisation."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch import distributed
 
 T = TypeVar("T")
 
-# The first process to be done waits for the last one, which may have hours of videos before it.
-_PATIENCE = timedelta(days=7)
+# A process that finishes early waits for the others, which may need hours for their videos.
+_TIMEOUT = timedelta(days=7)
 
 
 @dataclass(frozen=True)
 class Processes:
-    """One process among those that work on the same thing.
+    """The rank of this process and the number of processes that share a job.
 
     Attributes:
-        rank: the number of this process, from 0.
-        world_size: how many there are.
+        rank: rank of this process, from 0.
+        world_size: number of processes.
     """
 
     rank: int = 0
@@ -31,51 +31,50 @@ class Processes:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that prints and writes."""
+        """Whether this process has rank 0. Only the first process prints and writes files."""
         return self.rank == 0
 
     def share(self, work: list[T]) -> list[T]:
-        """This process's part of a list: every ``world_size``-th entry."""
+        """Return the items of ``work`` for this process: every ``world_size``-th item."""
         return work[self.rank :: self.world_size]
 
     def wait(self) -> None:
-        """Return when every process has come here."""
+        """Wait until all processes have called this method."""
         if self.world_size > 1:
             distributed.barrier()
 
     def gather(self, value: T) -> list[T]:
-        """What each process gives, in the order of their numbers, in every process."""
+        """Return the values of all processes, in the order of their ranks, in every process."""
         if self.world_size == 1:
             return [value]
-        found: list[Any] = [None] * self.world_size
-        distributed.all_gather_object(found, value)
-        return found
+        values: list[Any] = [None] * self.world_size
+        distributed.all_gather_object(values, value)
+        return values
 
 
 @contextmanager
 def joined_processes() -> Iterator[Processes]:
-    """The processes of ``torchrun``, or of a process group that is there already; else this one.
+    """Yield the processes of the current process group.
 
-    A group that is made here is taken apart at the end.
+    If ``torchrun`` started several processes and no process group exists, a ``gloo`` group is
+    created, and destroyed after the block. Without either, the job has this process alone.
     """
     if not distributed.is_available():
         yield Processes()
         return
-    made = not distributed.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if made:
-        distributed.init_process_group("gloo", timeout=_PATIENCE)
+    creates_group = not distributed.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if creates_group:
+        distributed.init_process_group("gloo", timeout=_TIMEOUT)
     try:
-        there = distributed.is_initialized()
-        yield (
-            Processes(distributed.get_rank(), distributed.get_world_size())
-            if there
-            else Processes()
-        )
+        if distributed.is_initialized():
+            yield Processes(distributed.get_rank(), distributed.get_world_size())
+        else:
+            yield Processes()
     finally:
-        if made:
+        if creates_group:
             distributed.destroy_process_group()
 
 
 def local_rank() -> int:
-    """The number of this process on its machine, as ``torchrun`` gives it; 0 alone."""
+    """Return the rank of this process on its machine, as set by ``torchrun``. Default: 0."""
     return int(os.environ.get("LOCAL_RANK", "0"))

@@ -25,7 +25,8 @@ from openvclip.video import Failure, VideoDataset
 from openvclip.video.protocols import Split
 from openvclip.video.sampling import PAPER_SAMPLING, Sampling
 from openvclip.video.transforms import Transform
-from openvclip.weights.names import canonical_state, listed
+from openvclip.weights.hashing import weights_hash
+from openvclip.weights.names import listed
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ def evaluate_protocol(
         **(settings or {}),
         **_list_facts([path for path, _ in samples]),
         **_model_facts(model),
-        "tuned": None if tuned is None else _digest(tuned),
+        "tuned": None if tuned is None else weights_hash(tuned),
         "lams": lams,
         **asdict(sampling),
         "transform": asdict(transform),
@@ -307,16 +308,6 @@ def _scored(
     )
 
 
-def _digest(state: Mapping[str, Tensor]) -> str:
-    """Eight bytes that tell weights apart."""
-    hashed = hashlib.blake2b(digest_size=8)
-    for name, value in sorted(canonical_state(state).items()):
-        hashed.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-        plain = value.detach().cpu().contiguous().flatten()
-        hashed.update(plain.view(torch.uint8).numpy().data)
-    return hashed.hexdigest()
-
-
 def _model_facts(model: nn.Module) -> dict[str, Any]:
     """What the features depend on beside the weights: activations, and what frames attend to."""
     views = [getattr(module, "view", None) for module in model.modules()]
@@ -324,7 +315,7 @@ def _model_facts(model: nn.Module) -> dict[str, Any]:
     return {
         "expand": ", ".join(sorted(set(found))) or None,
         "architecture": _digest_text(f"{model} {found}"),
-        "weights": _digest(model.state_dict()),
+        "weights": weights_hash(model.state_dict()),
     }
 
 

@@ -1,16 +1,26 @@
-"""Merging of weights: the published methods, each a function on state dicts.
+"""Merging of weights: the published methods, each of which is a function on state dicts.
 
-All follow the rules of :func:`openvclip.interpolate`: entries are matched by plain names, the
-result is new memory without a graph, half precision is computed in float32 and rounded once.
-Integer and boolean entries are carried from the first state dict that a function is given (of
-:func:`slerp`, from ``theta_b``, as in ``interpolate``). Complex entries count as pairs of real
-numbers. Every method but ``ties(trim="model")`` and ``greedy_soup`` looks at one entry at a time,
-so that it gives the same for state dicts of one entry each.
+All methods follow the rules of :func:`openvclip.interpolate`. Entries are matched by their
+canonical names. The result is new memory without a graph. Half precision is computed in float32
+and rounded once. Integer and boolean entries are copied from the first state dict that is passed
+to a function; :func:`slerp` copies them from ``theta_b``, as ``interpolate`` does. A complex number
+counts as a pair of real numbers.
+
+All methods except ``ties(trim="model")`` and ``greedy_soup`` use one entry at a time. They return
+the same result for state dicts of one entry each, so :func:`openvclip.merge_files` can apply them
+to files.
+
+To add a method, write one file in this package, import the function below and add its name to
+``__all__``. Add the method to ``METHODS`` in ``tests/merging/test_merging_rules.py``, which checks
+the rules above.
 """
 
 from openvclip.merging.angles import model_stock, slerp
+from openvclip.merging.dare_dropping import dare
+from openvclip.merging.lines_scaling import lines
 from openvclip.merging.soups import GreedySoup, average, greedy_soup
-from openvclip.merging.tasks import apply_task_vectors, dare, lines, task_vector, ties
+from openvclip.merging.task_arithmetic import apply_task_vectors, task_vector
+from openvclip.merging.ties_merging import ties
 from openvclip.weights.lambdas import by_depth, visual_only
 
 __all__ = [

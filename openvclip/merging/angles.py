@@ -1,4 +1,4 @@
-"""Methods that go by the angle between weights: slerp and Model Stock."""
+"""Merge methods that use the angle between weights: slerp and Model Stock."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from openvclip.errors import MergeError
-from openvclip.merging.entries import combined, difference, matched, own
+from openvclip.merging.entries import combined, contiguous_copy, difference, matched
 from openvclip.weights.interpolation import Lambda, weights_of, write_interpolated
 
-_PARALLEL = 0.9995  # |cosine| above which slerp is linear, mergekit's threshold
-_CHUNK = 1 << 20  # elements that a product in float64 makes a copy of at a time
+_PARALLEL = 0.9995  # |cosine| above which slerp is linear, as in mergekit
+_CHUNK = 1 << 20  # elements that are copied to float64 at a time
 
 
 def slerp(
@@ -24,32 +24,35 @@ def slerp(
     *,
     dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    r"""Spherical interpolation of each tensor: an arc from ``theta_b`` to ``theta_a``.
+    r"""Interpolate each tensor spherically, along an arc from ``theta_b`` to ``theta_a``.
 
     .. math:: \frac{\sin(\lambda\Omega)}{\sin\Omega} a
               + \frac{\sin((1-\lambda)\Omega)}{\sin\Omega} b,
               \qquad \cos\Omega = \frac{a \cdot b}{|a| |b|}
 
-    (Shoemake, "Animating rotation with quaternion curves", SIGGRAPH 1985), with each tensor taken
-    as one vector and not normalised, as in mergekit's ``slerp``. **lam weighs theta_a**, as in
-    :func:`openvclip.interpolate`; mergekit's ``t`` is ``1 - lam`` where theta_a is its base.
+    (Shoemake, "Animating rotation with quaternion curves", SIGGRAPH 1985.) Each tensor is one
+    vector and is not normalised, as in mergekit's ``slerp``. **lam weighs theta_a**, as in
+    :func:`openvclip.interpolate`. mergekit's ``t`` is ``1 - lam`` if its base model is theta_a.
 
-    Where :math:`|\cos\Omega| > 0.9995` (the tensors point the same way or opposite ways; scalars
-    always do) the interpolation is linear, as in mergekit. It is linear too where one of the
-    tensors is zero, and so has no direction, or is not finite; there mergekit takes a right angle.
+    If :math:`|\cos\Omega| > 0.9995`, the interpolation is linear, as in mergekit. The two tensors
+    then have nearly the same or nearly opposite directions; this is the case for all scalars. The
+    interpolation is also linear if a tensor is zero or not finite, because such a tensor has no
+    direction. For these tensors mergekit uses a right angle.
 
     Args:
         theta_a: state dict of the original model.
-        theta_b: state dict of the fine-tuned model: the same names and shapes.
-        lam: a number, or a function from an entry's plain name to its number.
-        dtype: dtype of the floating-point entries of the result, as in ``interpolate``.
+        theta_b: state dict of the fine-tuned model, with the same names and shapes.
+        lam: a number, or a function from the canonical name of an entry to its number.
+        dtype: dtype of the floating-point entries of the result, as in
+            :func:`openvclip.interpolate`.
 
     Returns:
         A new dict in the order of ``theta_b``, on its devices. At ``lam=0`` and ``lam=1`` the
-        entries are bitwise those of that end. Integer and boolean entries come from ``theta_b``.
+        entries equal those of ``theta_b`` and ``theta_a`` bitwise. Integer and boolean entries
+        come from ``theta_b``.
 
     Raises:
-        StateMismatchError, WeightTypeError, LambdaError: as in ``interpolate``.
+        StateMismatchError, WeightTypeError, LambdaError: as in :func:`openvclip.interpolate`.
 
     Warns:
         ExtrapolationWarning: a weight lies outside [0, 1].
@@ -59,17 +62,17 @@ def slerp(
 
     def combine(name: str, entries: list[Tensor]) -> Tensor:
         y, x = entries
-        share = weight_of[name]
-        cosine = math.nan if share in (0.0, 1.0) else _cosine(x, y)
-        # Not `> _PARALLEL`: the cosine of what is zero or not finite is NaN.
+        weight = weight_of[name]
+        cosine = math.nan if weight in (0.0, 1.0) else _cosine(x, y)
+        # Not `> _PARALLEL`: the cosine of a zero tensor or a tensor with infinities is NaN.
         if not abs(cosine) <= _PARALLEL:
             result = torch.empty_like(y, memory_format=torch.contiguous_format)
-            write_interpolated({name: result}, {name: x}, {name: y}, {name: share})
+            write_interpolated({name: result}, {name: x}, {name: y}, {name: weight})
             return result
         angle = math.acos(cosine)
-        of_a = math.sin(share * angle) / math.sin(angle)
-        of_b = math.sin((1.0 - share) * angle) / math.sin(angle)
-        return (of_a * x).add_(y, alpha=of_b)
+        factor_a = math.sin(weight * angle) / math.sin(angle)
+        factor_b = math.sin((1.0 - weight) * angle) / math.sin(angle)
+        return (factor_a * x).add_(y, alpha=factor_b)
 
     return combined([b, a], combine, dtype)
 
@@ -80,55 +83,62 @@ def model_stock(
     *,
     dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    r"""Model Stock: the mean of fine-tuned models, drawn towards the original by their angle.
+    r"""Interpolate between the original model and the mean of fine-tuned models by their angles.
 
-    For each tensor, with :math:`N` fine-tuned models and :math:`\theta` the angle between their
-    differences from the original :math:`w_0`:
+    For each tensor, with :math:`N` fine-tuned models, their mean :math:`\bar{w}`, the original
+    :math:`w_0`, and the angle :math:`\theta` between the changes of the fine-tuned models:
 
     .. math:: w = t \bar{w} + (1 - t) w_0,
               \qquad t = \frac{N \cos\theta}{1 + (N - 1) \cos\theta}
 
-    (Jang et al., "Model Stock: All we need is just a few fine-tuned models", ECCV 2024). For more
-    than two models :math:`\cos\theta` is the mean of the cosines of all pairs, as in mergekit.
+    (Jang et al., "Model Stock: All we need is just a few fine-tuned models", ECCV 2024.) For more
+    than two models, :math:`\cos\theta` is the mean of the cosines of all pairs, as in mergekit.
 
-    A ratio outside [0, 1] is no interpolation, so where :math:`\cos\theta \le 0`, when the models
-    moved apart, the original is kept. It is also kept where all models left it as it is, and a
-    model that did not move a tensor has cosine 0 to the others.
+    If :math:`\cos\theta \le 0`, the ratio would not be an interpolation, and the original tensor is
+    kept. If no model changed a tensor, the original tensor is kept too. If one model of a pair did
+    not change a tensor, the cosine of the pair is 0.
 
     Args:
         base: state dict of the original model.
-        tuned: state dicts of two or more models that were fine-tuned from it.
-        dtype: dtype of the floating-point entries of the result; by default the narrowest that
-            holds those of all models.
+        tuned: state dicts of two or more models that were fine-tuned from the original model.
+        dtype: dtype of the floating-point entries of the result. Default: the narrowest dtype that
+            holds the entries of all models.
 
     Returns:
         A new dict in the order of ``base``, on its devices, with its integer entries.
 
     Raises:
-        MergeError: fewer than two fine-tuned models.
-        StateMismatchError, WeightTypeError: as in ``interpolate``.
+        MergeError: there are fewer than two fine-tuned models.
+        StateMismatchError, WeightTypeError: as in :func:`openvclip.interpolate`.
     """
     states = matched(base, tuned)
     if len(tuned) < 2:
-        raise MergeError("model_stock needs two or more fine-tuned models, got 1.")
+        raise MergeError(
+            "model_stock needs two or more fine-tuned models, got 1. Use interpolate for one model."
+        )
 
     def combine(_: str, entries: list[Tensor]) -> Tensor:
         start, *ends = entries
         deltas = [difference(end, start) for end in ends]
-        cosines = [_cosine(x, y) for x, y in itertools.combinations(deltas, 2)]
-        cosine = sum(0.0 if math.isnan(value) else value for value in cosines) / len(cosines)
-        count = len(ends)
-        ratio = count * cosine / (1.0 + (count - 1) * cosine) if cosine > 0.0 else 0.0
+        ratio = _stock_ratio(deltas)
         total = deltas[0]
         for delta in deltas[1:]:
             total += delta
-        return start + total.mul_(ratio / count) if ratio else own(start)
+        return start + total.mul_(ratio / len(ends)) if ratio else contiguous_copy(start)
 
     return combined(states, combine, dtype)
 
 
+def _stock_ratio(deltas: list[Tensor]) -> float:
+    """Return t of Model Stock: the weight of the mean of the fine-tuned models."""
+    cosines = [_cosine(x, y) for x, y in itertools.combinations(deltas, 2)]
+    cosine = sum(0.0 if math.isnan(value) else value for value in cosines) / len(cosines)
+    count = len(deltas)
+    return count * cosine / (1.0 + (count - 1) * cosine) if cosine > 0.0 else 0.0
+
+
 def _cosine(x: Tensor, y: Tensor) -> float:
-    """The cosine of the angle, in float64; NaN where one is zero or not finite."""
+    """Return the cosine of the angle, in float64. NaN if a tensor is zero or not finite."""
     norms = math.sqrt(_dot(x, x)) * math.sqrt(_dot(y, y))
     if norms == 0.0 or not math.isfinite(norms):
         return math.nan

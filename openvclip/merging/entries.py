@@ -1,4 +1,4 @@
-"""What the methods have in common: matched models, and arithmetic entry by entry."""
+"""What all merge methods share: models with the same names, and arithmetic entry by entry."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ import torch
 from torch import Tensor
 
 from openvclip.errors import MergeError
+from openvclip.weights.interpolation import Lambda, as_number
 from openvclip.weights.names import canonical_state, require_match
 from openvclip.weights.numerics import common_dtype, compute_dtype, is_interpolable
 
 Combine = Callable[[str, list[Tensor]], Tensor]
-"""From an entry's name and its real tensors, one for each model, to a new tensor of their shape."""
+"""A function from the name of an entry and its real tensors, one per model, to the merged tensor.
+
+The result is a new tensor of the same shape.
+"""
 
 _HINT = (
-    "All state dicts must come from the same architecture; wrappers' prefixes (module., "
-    "_orig_mod.) are already taken out of the names."
+    "All state dicts must come from the same architecture. Prefixes of wrappers (module., "
+    "_orig_mod.) are already removed from the names."
 )
 
 
@@ -27,22 +31,28 @@ def matched(
     what: str = "base",
     what_others: str = "tuned[{}]",
 ) -> list[dict[str, Tensor]]:
-    """All models under canonical names, ``base`` first.
+    """Return all models under canonical names, ``base`` first.
+
+    Args:
+        base: state dict that defines the expected names and shapes.
+        others: state dicts of one or more other models.
+        what: name of ``base`` in error texts.
+        what_others: name of each other model in error texts; ``{}`` is its position.
 
     Raises:
-        MergeError: there are no others, or one state dict stands where a sequence is expected.
-        StateMismatchError: one of the others has other names or shapes than ``base``.
-        WeightTypeError: one is not a mapping from names to tensors.
+        MergeError: ``others`` is empty, or a single state dict instead of a sequence.
+        StateMismatchError: another model has other names or shapes than ``base``.
+        WeightTypeError: a model is not a mapping from names to tensors.
     """
     if not isinstance(others, Sequence) or not others:
-        given = "none" if isinstance(others, Sequence) else f"one {type(others).__name__}"
-        raise MergeError(f"Expected a list of one or more state dicts to merge, got {given}.")
+        received = "none" if isinstance(others, Sequence) else f"one {type(others).__name__}"
+        raise MergeError(f"Expected a list of one or more state dicts to merge, got {received}.")
     states = [canonical_state(base, what)]
-    for number, other in enumerate(others):
-        name = what_others.format(number)
+    for position, other in enumerate(others):
+        name = what_others.format(position)
         states.append(canonical_state(other, name))
-        text = f"{name} and {what} do not fit together ({what} is expected)."
-        require_match(states[0], states[-1], text, _HINT)
+        summary = f"{name} and {what} do not fit together: expected the names and shapes of {what}."
+        require_match(states[0], states[-1], summary, _HINT)
     return states
 
 
@@ -54,35 +64,37 @@ def combined(
     *,
     narrow: bool = True,
 ) -> dict[str, Tensor]:
-    """Each entry made by ``combine`` in at least float32 and rounded once.
+    """Return the entries that ``combine`` computes, in at least float32 and rounded once.
 
     Args:
         states: models with the same canonical names and shapes.
-        combine: gets the entries on the device of the first model's, complex ones as pairs of
-            real numbers (``[..., 2]``), and returns a new tensor of their shape.
-        dtype: dtype of the floating-point entries of the result; by default the narrowest that
-            holds those of all models.
-        narrow: whether that may be half precision.
+        combine: function that merges the tensors of one entry. All tensors are on the device of
+            the first model's entry. A complex tensor is passed as pairs of real numbers
+            (``[..., 2]``).
+        dtype: dtype of the floating-point entries of the result. Default: the narrowest dtype that
+            holds the entries of all models.
+        narrow: whether the default dtype may be half precision.
 
     Returns:
-        A new dict in the order of the first state, integer and boolean entries copied from it.
+        A new dict in the order of the first state. Integer and boolean entries are copied from the
+        first state.
     """
     result = {}
     for name, first in states[0].items():
         if not is_interpolable(first):
-            result[name] = own(first)
+            result[name] = contiguous_copy(first)
             continue
         entries = [state[name].detach() for state in states]
-        kept = functools.reduce(common_dtype, (entry.dtype for entry in entries))
-        merged = combine(name, [_real(entry, first.device, kept) for entry in entries])
-        merged = torch.view_as_complex(merged) if kept.is_complex else merged
-        default = kept if narrow else compute_dtype(kept)
+        common = functools.reduce(common_dtype, (entry.dtype for entry in entries))
+        merged = combine(name, [_real(entry, first.device, common) for entry in entries])
+        merged = torch.view_as_complex(merged) if common.is_complex else merged
+        default = common if narrow else compute_dtype(common)
         result[name] = merged.to(default if dtype is None else dtype).contiguous()
     return result
 
 
-def own(tensor: Tensor) -> Tensor:
-    """A contiguous copy without a graph."""
+def contiguous_copy(tensor: Tensor) -> Tensor:
+    """Return a contiguous copy without a graph."""
     # A plain clone keeps the strides of an expanded view, whose elements share memory.
     return tensor.detach().clone(memory_format=torch.contiguous_format)
 
@@ -92,15 +104,38 @@ def _real(entry: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.view_as_real(wide.resolve_conj()) if wide.is_complex() else wide
 
 
+def interpolable_entries(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the floating-point and complex entries of a state dict."""
+    return {name: value for name, value in state.items() if is_interpolable(value)}
+
+
 def difference(tuned: Tensor, base: Tensor) -> Tensor:
-    """``tuned - base``, and 0 where they are equal, which the ``-inf`` of two masks are too."""
+    """Return ``tuned - base``, with 0 for equal values, also for two equal infinities."""
     delta = tuned - base
     if not bool(torch.isfinite(delta.sum())):
-        delta[tuned == base] = 0.0
+        delta[tuned == base] = 0.0  # for example -inf in both masks
     return delta
 
 
-def require_share(value: float, what: str, *, one: bool) -> None:
-    """Raise a :class:`MergeError` unless the value lies in [0, 1], or in [0, 1) without ``one``."""
-    if not (0.0 <= value < 1.0 or (one and value == 1.0)):
-        raise MergeError(f"{what}={value!r}: expected a share in [0, 1{']' if one else ')'}.")
+def scale_of(scale: Lambda, name: str) -> float:
+    """Return the scale of one entry.
+
+    Raises:
+        LambdaError: the scale is not a finite number.
+    """
+    if callable(scale):
+        return as_number(scale(name), f"scale({name!r})")
+    return as_number(scale, "scale")
+
+
+def require_share(value: float, what: str, *, allow_one: bool) -> None:
+    """Raise a :class:`MergeError` if the value is not in [0, 1], or in [0, 1) if 1 is not allowed.
+
+    Args:
+        value: the share.
+        what: name of the argument, for the error text.
+        allow_one: whether the value may be 1.
+    """
+    if not (0.0 <= value < 1.0 or (allow_one and value == 1.0)):
+        interval = "[0, 1]" if allow_one else "[0, 1)"
+        raise MergeError(f"{what}={value!r}: expected a share in {interval}.")

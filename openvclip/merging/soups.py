@@ -17,23 +17,25 @@ from openvclip.merging.entries import combined, matched
 def average(
     models: Sequence[Mapping[str, Tensor]], *, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """The mean of the models: the uniform soup of Wortsman et al., "Model soups" (ICML 2022).
+    """Return the mean of the models (uniform soup).
+
+    Wortsman et al., "Model soups: averaging weights of multiple fine-tuned models improves
+    accuracy without increasing inference time" (ICML 2022).
 
     Args:
         models: one or more state dicts with the same names and shapes.
-        dtype: dtype of the floating-point entries of the result; by default the narrowest that
-            holds those of all models.
+        dtype: dtype of the floating-point entries of the result. Default: the narrowest dtype that
+            holds the entries of all models.
 
     Returns:
-        A new dict in the order of the first model, on its devices, with its integer entries. The
-        sums are in float64 and rounded once, so the mean of equal models is bitwise that model.
+        A new dict in the order of the first model, on its devices, with its integer entries. Sums
+        are computed in float64 and rounded once, so the mean of equal models is bitwise that model.
 
     Raises:
         MergeError: there are no models.
-        StateMismatchError, WeightTypeError: as in ``interpolate``.
+        StateMismatchError, WeightTypeError: as in :func:`openvclip.interpolate`.
     """
-    if not isinstance(models, Sequence) or not models:
-        raise MergeError("average: expected a list of one or more state dicts.")
+    _require_models(models, "average")
     states = matched(models[0], models, "models[0]", "models[{}]")[1:]
 
     def combine(_: str, entries: list[Tensor]) -> Tensor:
@@ -47,13 +49,13 @@ def average(
 
 @dataclass(frozen=True)
 class GreedySoup:
-    """What :func:`greedy_soup` found.
+    """Result of :func:`greedy_soup`.
 
     Attributes:
         weights: state dict of the soup.
-        ingredients: positions of the models in it, in the order in which they were added.
-        score: the soup's own score.
-        scores: score of each model by itself, in the order in which they were given.
+        ingredients: positions of the models in the soup, in the order in which they were added.
+        score: score of the soup.
+        scores: score of each single model, in the order of ``models``.
     """
 
     weights: dict[str, Tensor]
@@ -68,42 +70,47 @@ def greedy_soup(
     *,
     dtype: torch.dtype | None = None,
 ) -> GreedySoup:
-    """The greedy soup: models are added, best first, while the mean does not get worse.
+    """Add models to a mean, best model first, and keep each model that does not lower the score.
 
     Wortsman et al., "Model soups: averaging weights of multiple fine-tuned models improves
     accuracy without increasing inference time" (ICML 2022): the models are sorted by their score on
-    held-out data, the best is the first ingredient, and each further one stays where the mean of
-    all ingredients with it scores at least as well as the soup without it. So the soup is never
-    worse than the best model on the data that it was chosen by; report other data.
+    held-out data, and the best model is the first ingredient. Each further model becomes an
+    ingredient if the mean with this model scores at least as well as the mean without it. The soup
+    therefore scores at least as well as the best model on the held-out data. Report the accuracy
+    on other data.
 
     Args:
         models: one or more state dicts with the same names and shapes.
-        evaluate: from a state dict to its score on held-out data, of which more is better. It is
-            called ``2 n - 1`` times for ``n`` models, and must not change what it is given.
+        evaluate: function from a state dict to its score on held-out data; higher is better. It is
+            called ``2 n - 1`` times for ``n`` models and must not change the state dict.
         dtype: dtype of the floating-point entries of the soup, as in :func:`average`.
 
     Returns:
-        The soup, what is in it and the scores. Models with equal scores keep their order. A soup
-        of one ingredient is that model, in memory of its own.
+        The soup, its ingredients and the scores. Models with equal scores keep their order. A soup
+        of one ingredient is a copy of that model.
 
     Raises:
         MergeError: there are no models, or a score is not a finite number.
-        StateMismatchError, WeightTypeError: as in ``interpolate``.
+        StateMismatchError, WeightTypeError: as in :func:`openvclip.interpolate`.
     """
-    if not isinstance(models, Sequence) or not models:
-        raise MergeError("greedy_soup: expected a list of one or more state dicts.")
-    matched(models[0], models, "models[0]", "models[{}]")  # before hours of evaluation
+    _require_models(models, "greedy_soup")
+    matched(models[0], models, "models[0]", "models[{}]")  # fails before a long evaluation
     scores = [_score(evaluate, model, f"models[{i}]") for i, model in enumerate(models)]
     order = sorted(range(len(models)), key=lambda i: -scores[i])
     ingredients, best = order[:1], scores[order[0]]
     weights = average([models[order[0]]], dtype=dtype)
-    for candidate in order[1:]:
-        tried = [*ingredients, candidate]
-        soup = average([models[i] for i in tried], dtype=dtype)
-        score = _score(evaluate, soup, f"the mean of models {tried}")
+    for position in order[1:]:
+        candidate = [*ingredients, position]
+        soup = average([models[i] for i in candidate], dtype=dtype)
+        score = _score(evaluate, soup, f"the mean of models {candidate}")
         if score >= best:
-            ingredients, best, weights = tried, score, soup
+            ingredients, best, weights = candidate, score, soup
     return GreedySoup(weights, tuple(ingredients), best, tuple(scores))
+
+
+def _require_models(models: object, function: str) -> None:
+    if not isinstance(models, Sequence) or not models:
+        raise MergeError(f"{function}: expected a list of one or more state dicts.")
 
 
 def _score(
@@ -114,6 +121,6 @@ def _score(
     score = float(evaluate(weights))
     if not math.isfinite(score):
         raise MergeError(
-            f"evaluate gave {score} for {what}; expected a finite number, of which more is better."
+            f"evaluate returned {score} for {what}; expected a finite number (higher is better)."
         )
     return score

@@ -1,31 +1,21 @@
-"""The original weights that a regulariser interpolates with: taking, keeping, recognising them."""
+"""The anchor of a regulariser: the original weights of the trained parameters."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from openvclip.errors import StateMismatchError, UsageError
 from openvclip.weights.names import canonical_state, mismatches, named_parameters, named_state
 from openvclip.weights.numerics import common_dtype, memory_of
-from openvclip.weights.shards import (
-    backend_device,
-    is_sharded,
-    local,
-    local_like,
-    mesh_groups,
-    own_slices,
-)
-
-_SAMPLES = 64  # values of an entry that go into a fingerprint
+from openvclip.weights.shards import is_sharded, local, local_like
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The live parameters that require gradients, under canonical names."""
-    return {n: p for n, p in named_parameters(model).items() if p.requires_grad}
+    """Return the live parameters that require gradients, under canonical names."""
+    return {name: p for name, p in named_parameters(model).items() if p.requires_grad}
 
 
 def take_anchor(
@@ -34,121 +24,95 @@ def take_anchor(
     missing: str,
     device: torch.device | None,
 ) -> dict[str, Tensor]:
-    """The anchor of each trained parameter that has one, in the parameters' order.
+    """Return the anchor of each trained parameter, in the order of the parameters.
 
-    Of a sharded parameter it is the part that this process holds, as a plain tensor.
+    The anchor of a sharded parameter is the part that this process holds, as a plain tensor.
 
     Args:
         model: the model that is trained.
-        anchor: the original weights by name; ``None`` takes the model's as they are.
+        anchor: original weights by name. ``None`` takes the current weights of the model.
         missing: ``"error"`` or ``"skip"``, for trained parameters that ``anchor`` lacks.
-        device: where to keep it; ``None`` keeps each entry beside its parameter.
+        device: device of the result. ``None`` uses the device of each parameter.
 
     Raises:
-        UsageError: nothing requires gradients.
-        StateMismatchError: the anchor does not fit.
+        UsageError: no parameter requires gradients.
+        StateMismatchError: the names or shapes of the anchor do not match the model.
     """
     trained = trained_parameters(model)
     if not trained:
         raise UsageError(
             "No parameter of the model requires gradients, so there is nothing to regularise. "
-            "Make the regulariser after requires_grad has been set."
+            "Set requires_grad before you create the regulariser."
         )
-    known = named_state(model)
-    given = _fitting(known, trained, anchor, missing) if anchor is not None else known
-    in_use = {memory_of(value) for value in known.values()}
+    live = named_state(model)
+    originals = live if anchor is None else _matching_anchor(live, trained, anchor, missing)
+    in_use = {memory_of(value) for value in live.values()}
     return {
-        name: _anchored(given[name], parameter, in_use, device)
+        name: _anchor_of(parameter, originals[name], in_use, device)
         for name, parameter in trained.items()
-        if name in given
+        if name in originals
     }
 
 
-def _fitting(
-    known: dict[str, Tensor],
+def _matching_anchor(
+    live: dict[str, Tensor],
     trained: dict[str, nn.Parameter],
     anchor: Mapping[str, Tensor],
     missing: str,
 ) -> dict[str, Tensor]:
-    given = canonical_state(anchor, "anchor", like=known)
-    lacking = trained.keys() - given.keys()
-    unexpected = given.keys() - known.keys()
-    mismatched = [entry for entry in mismatches(known, given) if entry[0] in trained]
-    refused = bool(lacking) and (missing == "error" or lacking == trained.keys())
-    if unexpected or mismatched or refused:
+    originals = canonical_state(anchor, "anchor", like=live)
+    missing_names = trained.keys() - originals.keys()
+    unexpected = originals.keys() - live.keys()
+    mismatched = [entry for entry in mismatches(live, originals) if entry[0] in trained]
+    refuses_missing = missing == "error" or missing_names == trained.keys()
+    if unexpected or mismatched or (missing_names and refuses_missing):
         raise StateMismatchError(
-            "The anchor does not fit the trained parameters of the model (which are expected).",
-            missing=lacking,
+            "The anchor does not match the model: the trained parameters define the expected "
+            "names and shapes.",
+            missing=missing_names,
             unexpected=unexpected,
             mismatched=mismatched,
-            hint="Give the state dict of the original model under the trained model's names; "
-            "missing='skip' trains parameters that the anchor lacks without regularisation.",
+            hint="Pass the state dict of the original model under the names of the trained model. "
+            "missing='skip' trains the missing parameters without regularisation.",
         )
-    return given
+    return originals
 
 
-def _anchored(
-    value: Tensor,
+def _anchor_of(
     parameter: nn.Parameter,
+    original: Tensor,
     in_use: set[tuple[torch.device, int]],
     device: torch.device | None,
 ) -> Tensor:
-    part = local_like(value, parameter)
-    # model.state_dict() gives the live tensors: an anchor that shares their memory would move
-    # along with the training and regularise nothing. A view of a whole tensor would keep it all.
-    copied = memory_of(part) in in_use or (is_sharded(parameter) and not is_sharded(value))
-    # An anchor that is wider than the parameter stays so, or theta~ would be rounded twice.
+    part = local_like(original, parameter)
+    # model.state_dict() returns the live tensors. An anchor in their memory would change with the
+    # training. A view of a whole tensor would keep the memory of the whole tensor.
+    needs_copy = memory_of(part) in in_use or (is_sharded(parameter) and not is_sharded(original))
+    # An anchor that is wider than the parameter stays wide: theta~ must be rounded once only.
     dtype = common_dtype(part.dtype, parameter.dtype)
-    return kept(part.to(dtype), device, local(parameter), copy=copied and part.dtype == dtype)
+    return to_anchor_device(
+        part.to(dtype), device, local(parameter), copy=needs_copy and part.dtype == dtype
+    )
 
 
-def kept(value: Tensor, device: torch.device | None, beside: Tensor, *, copy: bool) -> Tensor:
-    """``value`` on ``device`` (where ``beside`` is, by default), page-locked for a GPU's copies."""
-    there = value.to(beside.device if device is None else device, copy=copy)
-    return there.pin_memory() if _pinned(there.device, beside) else there
+def to_anchor_device(
+    anchor: Tensor, device: torch.device | None, parameter: Tensor, *, copy: bool
+) -> Tensor:
+    """Return ``anchor`` on ``device``. Default: the device of the parameter.
 
-
-def room_for(beside: Tensor, device: torch.device) -> Tensor:
-    """Memory for a copy of ``beside``, on ``device`` as :func:`kept` has it."""
-    return torch.empty_like(beside, device=device, pin_memory=_pinned(device, beside))
-
-
-def _pinned(device: torch.device, beside: Tensor) -> bool:
-    return device.type == "cpu" and beside.device.type == "cuda"
-
-
-def fingerprint(anchor: dict[str, Tensor], model: nn.Module) -> str:
-    """A digest of names, shapes and up to 64 evenly spaced values of each entry.
-
-    Enough to tell the original weights from fine-tuned ones without reading all of them. It is
-    the same for a sharded model and for a whole one: the processes exchange the values only.
+    The result is in page-locked memory if it is on the CPU and the parameter is on a GPU.
     """
-    parameters = named_parameters(model)
-    names = sorted(anchor)
-    samples = [_sample(anchor[name], parameters[name]).cpu().double() for name in names]
-    values = torch.cat(samples)
-    for group in mesh_groups(parameters.values()):
-        values = values.to(backend_device(parameters.values()))
-        distributed.all_reduce(values, distributed.ReduceOp.MAX, group)
-    counts = [len(sample) for sample in samples]
-    digest = hashlib.blake2b(digest_size=16)
-    for name, sample in zip(names, values.cpu().split(counts), strict=True):
-        digest.update(f"{name} {list(parameters[name].shape)}".encode())
-        digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()
+    moved = anchor.to(parameter.device if device is None else device, copy=copy)
+    return moved.pin_memory() if _needs_pinning(moved.device, parameter) else moved
 
 
-def _sample(value: Tensor, parameter: nn.Parameter) -> Tensor:
-    """The values; -inf, which every other number is larger than, for those in other processes."""
-    numel = parameter.numel()
-    index = torch.arange(0, numel, max(1, numel // _SAMPLES), device=value.device)[:_SAMPLES]
-    if not is_sharded(parameter):
-        return value.reshape(-1)[index]
-    along = torch.stack(torch.unravel_index(index, parameter.shape))
-    start = along.new_tensor([part.start for part in own_slices(parameter)])
-    place = along - start[:, None]
-    size = place.new_tensor(value.shape)[:, None]
-    own = ((place >= 0) & (place < size)).all(dim=0)
-    sample = value.new_full(index.shape, -torch.inf)
-    sample[own] = value[tuple(place[:, own])]
-    return sample
+def empty_stash(parameter: Tensor, device: torch.device) -> Tensor:
+    """Return an uninitialised tensor like ``parameter`` on ``device``.
+
+    The tensor is in page-locked memory if it is on the CPU and the parameter is on a GPU.
+    """
+    return torch.empty_like(parameter, device=device, pin_memory=_needs_pinning(device, parameter))
+
+
+def _needs_pinning(device: torch.device, parameter: Tensor) -> bool:
+    return device.type == "cpu" and parameter.device.type == "cuda"

@@ -3,50 +3,51 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from openvclip.errors import UsageError
 from openvclip.weights.numerics import foreach, lerp_
-from openvclip.weights.tracker import WeightTracker, shards
+from openvclip.weights.tracker import Entries, WeightTracker, shards
 
-_BLOCK = 128  # models summed up before their sum is added to the others'
+_BLOCK = 128  # models in one partial sum
 
 
 class SWATracker(WeightTracker):
     r"""Stochastic weight averaging: the uniform mean of the weights at chosen steps.
 
-    Algorithm 1: with ``T = start`` and ``c = every``, the weights after step ``s = 1, 2, ...``
-    enter the average where ``s > T`` and ``(s - T) % c == 0``. By Equation 10 the average of
+    With ``T = start`` and ``c = every`` of Algorithm 1, the weights after step ``s = 1, 2, ...``
+    are added to the average if ``s > T`` and ``(s - T) % c == 0``. By Equation 10 the average of
     interpolated weights is the interpolation of the average, so one average serves every
     :math:`\lambda`::
 
         theta = interpolate(clip, swa.averaged_state_dict(), 0.5)
 
-    What is averaged: the parameters that require gradients when the tracker is made (all
-    parameters where none does, for averaging checkpoints that are loaded one after the other).
-    Everything else (frozen parameters, buffers such as batch-norm statistics) is carried as it
-    is at the last update, so that frozen weights stay bitwise what they were.
+    The tracker averages the parameters that require gradients when the tracker is created. If no
+    parameter requires gradients, it averages all parameters; use this to average checkpoints that
+    are loaded into one model after the other. All other entries (frozen parameters, and buffers
+    such as batch-norm statistics) keep their values of the last averaged step. Frozen weights
+    therefore stay bitwise the same.
 
-    Numerics: the tracker keeps the *sum* of the weights in ``dtype`` and divides when read, where
-    a running mean would round at every update; an update is one foreach addition. Sums of 128
-    models are added up apart from each other, so that the rounding does not grow with the length
-    of the run. Sums beyond the range of ``dtype`` (weights near 1e36 in float32) are infinite:
-    give ``dtype=torch.float64`` then.
+    Numerics: the tracker keeps the *sum* of the weights in ``dtype``, and divides it when the
+    average is read. A running mean would be rounded at every update. An update is one foreach
+    addition. The sums of each 128 models are kept apart, so the rounding error does not grow with
+    the length of the run. Sums beyond the range of ``dtype`` become infinite (weights near 1e36
+    in float32); use ``dtype=torch.float64`` for such weights.
 
     Args:
-        model: the model whose weights will be given to :meth:`update`. Wrappers
-            (``DistributedDataParallel``, ``torch.compile``) may be around it.
+        model: the model whose weights are passed to :meth:`update`, with or without wrappers
+            (``DistributedDataParallel``, ``torch.compile``).
         start: number of steps before the averaging begins (``T``), for example the warm-up.
         every: number of steps between two averaged models (``c``), for example one epoch.
-        dtype: dtype of the sums, at least float32; a float64 parameter is summed in float64.
-        check_finite: refuse weights that hold NaN or infinity, which would spoil the average for
-            good. It reads all weights once more; ``False`` is for loops that stop at the first
-            loss that is not finite.
-        device: where the sums are kept, for example ``"cpu"``; by default on the model's devices.
+        dtype: dtype of the sums, at least float32. A float64 parameter is summed in float64.
+        check_finite: whether to refuse weights that hold NaN or infinity, which would make the
+            average useless. The check reads all weights once more. ``False`` suits loops that stop
+            at the first loss that is not finite.
+        device: device of the sums, for example ``"cpu"``. Default: the device of each parameter.
 
-    Memory: one copy of the averaged parameters in ``dtype`` and one of the rest in its own dtype,
-    from the first averaged step on; one more copy of the averaged parameters from the 129th model
-    on.
+    Memory: from the first averaged step on, one copy of the averaged parameters in ``dtype`` and
+    one copy of all other entries in their own dtypes. From the 129th model on, one more copy of the
+    averaged parameters.
 
     Raises:
         UsageError: ``start`` or ``every`` is out of range.
@@ -63,73 +64,72 @@ class SWATracker(WeightTracker):
         check_finite: bool = True,
         device: torch.device | str | None = None,
     ) -> None:
-        # The sums of the current block of models, and of all full blocks before it.
-        parts = ("sums", "earlier")
         super().__init__(
-            model,
-            start=start,
-            every=every,
-            dtype=dtype,
-            check_finite=check_finite,
-            parts=parts,
-            device=device,
+            model, start=start, every=every, dtype=dtype, check_finite=check_finite, device=device
         )
+        self._sums: Entries = {}  # of the current block of models
+        self._earlier: Entries = {}  # of all earlier blocks
 
-    def _enter(self, weights: dict[str, Tensor]) -> None:
+    def _add(self, weights: Entries) -> None:
         if self._n_averaged == 0:
-            self._parts["sums"] = self._wide_copy(weights)
+            self._sums.update(self._wide_copy(weights))
             return
         if self._n_averaged % _BLOCK == 0:
             self._end_block()
         live = shards(weights)
         if self._device is not None:
             live = [value.to(self._device) for value in live]
-        foreach._foreach_add_(shards(self._parts["sums"]), live)
+        foreach._foreach_add_(shards(self._sums), live)
 
     def _end_block(self) -> None:
-        sums, earlier = self._parts["sums"], self._parts["earlier"]
-        if earlier:
-            foreach._foreach_add_(shards(earlier), shards(sums))
+        if self._earlier:
+            foreach._foreach_add_(shards(self._earlier), shards(self._sums))
         else:
-            self._parts["earlier"] = {name: value.clone() for name, value in sums.items()}
-        foreach._foreach_zero_(shards(sums))
+            self._earlier.update({name: value.clone() for name, value in self._sums.items()})
+        foreach._foreach_zero_(shards(self._sums))
 
-    def _means(self) -> dict[str, Tensor]:
-        means = {name: value.clone() for name, value in self._parts["sums"].items()}
-        if self._parts["earlier"]:
-            foreach._foreach_add_(shards(means), shards(self._parts["earlier"]))
-        foreach._foreach_div_(shards(means), float(self._n_averaged))
-        return means
+    def _mean(self) -> Entries:
+        mean = {name: value.clone() for name, value in self._sums.items()}
+        if self._earlier:
+            foreach._foreach_add_(shards(mean), shards(self._earlier))
+        foreach._foreach_div_(shards(mean), float(self._n_averaged))
+        return mean
+
+    def _tensors(self) -> dict[str, Entries]:
+        return {"sums": self._sums, "earlier": self._earlier}
 
 
 class EMATracker(WeightTracker):
-    r"""Exponential moving average of the weights: the latest count most.
+    r"""Exponential moving average of the weights, in which the latest models weigh most.
 
-    The first model that enters is the average; with each further one, of weights
-    :math:`\theta`,
+    The first model that is added is the average. Each further model with weights :math:`\theta`
+    changes the average to
 
     .. math:: \bar\theta \leftarrow d\, \bar\theta + (1 - d)\, \theta
 
-    where :math:`d` is ``decay``; with ``warmup`` it is the smaller of that and
-    :math:`(1 + n) / (10 + n)` for the :math:`n` models that are in the average already, so that
-    the first ones are soon forgotten (as in TensorFlow's ``ExponentialMovingAverage`` with
-    ``num_updates``, and in ``torch_ema``). What is averaged, and what is carried as it is, are the
-    same as with :class:`SWATracker`.
+    where :math:`d` is ``decay``. With ``warmup``, :math:`d` is the smaller of ``decay`` and
+    :math:`(1 + n) / (10 + n)`, where :math:`n` is the number of models in the average before the
+    update. The weight of the first models then falls quickly (as in TensorFlow's
+    ``ExponentialMovingAverage`` with ``num_updates``, and in ``torch_ema``). The averaged entries
+    and the treatment of all other entries are those of :class:`SWATracker`.
 
-    Numerics: the average is kept in ``dtype``, at least float32. In half precision the change of
-    one update, ``1 - decay`` of the difference, would be rounded away.
+    Numerics: the average is kept in ``dtype``, at least float32. Half precision would round away
+    the change of one update, which is ``1 - decay`` of the difference.
 
     Args:
-        model: the model whose weights will be given to :meth:`update`; wrappers may be around it.
-        decay: the share of the average that each update keeps, in [0, 1).
-        warmup: whether the decay begins smaller.
+        model: the model whose weights are passed to :meth:`update`, with or without wrappers.
+        decay: share of the average that each update keeps, in [0, 1).
+        warmup: whether the decay starts small and grows to ``decay``.
         start: number of steps before the averaging begins.
-        every: number of steps between two updates of the average; ``decay`` is per update.
+        every: number of steps between two updates of the average. ``decay`` applies to each
+            update.
         dtype: dtype of the average, at least float32.
-        check_finite: refuse weights that hold NaN or infinity, as with :class:`SWATracker`.
-        device: where the average is kept; by default on the model's devices.
+        check_finite: whether to refuse weights that hold NaN or infinity, as in
+            :class:`SWATracker`.
+        device: device of the average. Default: the device of each parameter.
 
-    Memory: one copy of the averaged parameters in ``dtype`` and one of the rest in its own.
+    Memory: one copy of the averaged parameters in ``dtype`` and one copy of all other entries in
+    their own dtypes.
 
     Raises:
         UsageError: ``decay``, ``start`` or ``every`` is out of range.
@@ -152,52 +152,52 @@ class EMATracker(WeightTracker):
     ) -> None:
         if not 0.0 <= decay < 1.0:
             raise UsageError(f"decay={decay!r}: expected a number in [0, 1), such as 0.9999.")
+        super().__init__(
+            model, start=start, every=every, dtype=dtype, check_finite=check_finite, device=device
+        )
         self.decay = float(decay)
         self.warmup = warmup
-        parts = ("average",)
-        super().__init__(
-            model,
-            start=start,
-            every=every,
-            dtype=dtype,
-            check_finite=check_finite,
-            parts=parts,
-            device=device,
-        )
+        self._average: Entries = {}
 
-    def _enter(self, weights: dict[str, Tensor]) -> None:
+    def _add(self, weights: Entries) -> None:
         if self._n_averaged == 0:
-            self._parts["average"] = self._wide_copy(weights)
-            return
-        lerp_(shards(self._parts["average"]), shards(weights), 1.0 - self._decay_now())
+            self._average.update(self._wide_copy(weights))
+        else:
+            lerp_(shards(self._average), shards(weights), 1.0 - self._current_decay())
 
-    def _decay_now(self) -> float:
+    def _current_decay(self) -> float:
         n = self._n_averaged
         return min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
 
-    def _means(self) -> dict[str, Tensor]:
-        return {name: value.clone() for name, value in self._parts["average"].items()}
+    def _mean(self) -> Entries:
+        return {name: value.clone() for name, value in self._average.items()}
+
+    def _tensors(self) -> dict[str, Entries]:
+        return {"average": self._average}
 
 
 class LAWATracker(WeightTracker):
     """Latest weight averaging: the uniform mean of the last ``k`` models.
 
     Kaddour, "Stop wasting my time! Saving days of ImageNet and BERT training with latest weight
-    averaging" (2022): the mean of the weights at the ends of the latest ``k`` epochs; so
-    ``every`` should be the number of steps in one. Until ``k`` models have entered, those that
-    have are averaged. What is averaged, and what is carried as it is, are the same as with
-    :class:`SWATracker`.
+    averaging" (2022), averages the weights at the ends of the last ``k`` epochs. Set ``every`` to
+    the number of steps in one epoch to do the same. The average of fewer than ``k`` models is the
+    mean of all models that were added. The averaged entries and the treatment of all other entries
+    are those of :class:`SWATracker`.
 
     Args:
-        model: the model whose weights will be given to :meth:`update`; wrappers may be around it.
+        model: the model whose weights are passed to :meth:`update`, with or without wrappers.
         k: number of models in the average.
-        start: number of steps before the first model enters.
-        every: number of steps between two models.
+        start: number of steps before the averaging begins.
+        every: number of steps between two averaged models.
         dtype: dtype of the average, at least float32. The models are kept in their own dtypes.
-        check_finite: refuse weights that hold NaN or infinity, as with :class:`SWATracker`.
-        device: where the models are kept, for example ``"cpu"``; by default on the model's devices.
+        check_finite: whether to refuse weights that hold NaN or infinity, as in
+            :class:`SWATracker`.
+        device: device of the kept models, for example ``"cpu"``. Default: the device of each
+            parameter.
 
-    Memory: ``k`` copies of the averaged parameters and one of the rest, in their own dtypes.
+    Memory: ``k`` copies of the averaged parameters and one copy of all other entries, in their own
+    dtypes.
 
     Raises:
         UsageError: ``k``, ``start`` or ``every`` is out of range.
@@ -217,37 +217,32 @@ class LAWATracker(WeightTracker):
     ) -> None:
         if not (isinstance(k, int) and k >= 1):
             raise UsageError(f"k={k!r}: expected a whole number of models, at least 1.")
-        self.k = k
-        parts = tuple(f"model_{slot}" for slot in range(k))  # filled in turn, over and over
         super().__init__(
-            model,
-            start=start,
-            every=every,
-            dtype=dtype,
-            check_finite=check_finite,
-            parts=parts,
-            device=device,
+            model, start=start, every=every, dtype=dtype, check_finite=check_finite, device=device
         )
+        self.k = k
+        self._models: list[Entries] = [{} for _ in range(k)]  # a ring buffer
 
     @property
     def n_averaged(self) -> int:
         """Number of models in the average, at most ``k``."""
         return min(self._n_averaged, self.k)
 
-    def _enter(self, weights: dict[str, Tensor]) -> None:
-        slot = f"model_{self._n_averaged % self.k}"
-        if self._parts[slot]:
-            foreach._foreach_copy_(shards(self._parts[slot]), shards(weights))
-        else:
-            self._parts[slot] = {
-                name: value.to(self._device or value.device, copy=True)
-                for name, value in weights.items()
-            }
+    def _add(self, weights: Entries) -> None:
+        oldest = self._models[self._n_averaged % self.k]
+        if oldest:
+            foreach._foreach_copy_(shards(oldest), shards(weights))
+            return
+        for name, value in weights.items():
+            oldest[name] = value.to(self._device or value.device, copy=True)
 
-    def _means(self) -> dict[str, Tensor]:
-        first, *others = list(self._parts.values())[: self.n_averaged]
-        means = self._wide_copy(first)
+    def _mean(self) -> Entries:
+        first, *others = self._models[: self.n_averaged]
+        mean = self._wide_copy(first)
         for other in others:
-            foreach._foreach_add_(shards(means), shards(other))
-        foreach._foreach_div_(shards(means), float(self.n_averaged))
-        return means
+            foreach._foreach_add_(shards(mean), shards(other))
+        foreach._foreach_div_(shards(mean), float(self.n_averaged))
+        return mean
+
+    def _tensors(self) -> dict[str, Entries]:
+        return {f"model_{slot}": weights for slot, weights in enumerate(self._models)}

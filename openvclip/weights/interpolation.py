@@ -22,11 +22,19 @@ from openvclip.weights.numerics import (
 )
 
 Lambda = SupportsFloat | Callable[[str], SupportsFloat]
-"""An interpolation weight: one number, or a function from an entry's name to its number."""
+"""An interpolation weight: a number, or a function from the name of an entry to its number.
 
+A number is anything that ``float()`` accepts except text: an ``int``, a ``float``, a tensor of one
+element. A function is called once for each entry, with the canonical name.
+:func:`openvclip.merging.by_depth` and :func:`openvclip.merging.visual_only` return such functions.
+"""
+
+_MISMATCH = (
+    "theta_a and theta_b do not fit together: theta_a defines the expected names and shapes."
+)
 _HINT = (
-    "Both state dicts must come from the same architecture; wrappers' prefixes (module., "
-    "_orig_mod.) are already taken out of the names."
+    "Both state dicts must come from the same architecture. Prefixes of wrappers (module., "
+    "_orig_mod.) are already removed from the names."
 )
 
 
@@ -40,37 +48,39 @@ def interpolate(
 ) -> dict[str, Tensor]:
     """Return ``lam * theta_a + (1 - lam) * theta_b``, entry by entry.
 
-    This is Equation 6 (and the last step of Equation 10 and of Algorithm 2) with ``theta_a`` the
-    original CLIP: **lam weights CLIP**, so ``lam=1`` is CLIP and ``lam=0`` the fine-tuned model.
-    WiSE-FT and most merging tools weigh the *fine-tuned* model instead: their alpha is
-    ``1 - lam``.
+    This is Equation 6, and the last step of Equation 10 and of Algorithm 2. ``theta_a`` is the
+    original CLIP: **lam weighs the original CLIP**. ``lam=1`` gives the original CLIP, and
+    ``lam=0`` gives the fine-tuned model. WiSE-FT and most merging tools weigh the *fine-tuned*
+    model instead: their alpha is ``1 - lam``.
 
     Args:
         theta_a: state dict of the original model.
-        theta_b: state dict of the fine-tuned model: the same names and shapes. Names may carry
-            the prefixes of wrappers (``module.``, ``_orig_mod.``); the result has plain names.
-        lam: a number, or a function that gets an entry's plain name and returns its number, for
-            example ``lambda name: 0.5 if name.startswith("visual.") else 1.0``.
-        dtype: dtype of the floating-point entries of the result. By default the entry's own;
-            where the two inputs differ, the narrowest dtype that holds both.
-        out: the result of an earlier call, to be overwritten. Fresh memory costs several times
-            what the arithmetic does, so a loop over many pairs of models should give it. The
-            entries keep their dtypes and devices; they must not be the inputs' own tensors. After
-            an error in the middle of the arithmetic they hold something of both results.
+        theta_b: state dict of the fine-tuned model, with the same names and shapes. Names may have
+            the prefixes of wrappers (``module.``, ``_orig_mod.``). The result has canonical names,
+            without prefixes.
+        lam: a number, or a function from the canonical name of an entry to its number, for example
+            ``lambda name: 0.5 if name.startswith("visual.") else 1.0``.
+        dtype: dtype of the floating-point entries of the result. Default: the dtype of each entry;
+            if the dtypes of the two inputs differ, the narrowest dtype that holds both.
+        out: result of an earlier call, which is overwritten and returned. New memory costs several
+            times as much as the arithmetic, so pass ``out`` in a loop over many pairs of models.
+            The entries keep their dtypes and devices. They must not share memory with the inputs.
+            After an error during the arithmetic, they hold values of both results.
 
     Returns:
-        A new dict in the order of ``theta_b``, each tensor on the device of ``theta_b``'s entry,
-        contiguous memory of its own (nothing is shared with the inputs), without a graph; the
-        tensors are those of ``out`` where it is given. At ``lam=0`` and ``lam=1`` the entries are
-        bitwise those of that end. Integer and boolean entries come from ``theta_b`` at every
-        ``lam``. Half precision is computed in float32 and rounded once.
+        A new dict in the order of ``theta_b``. Each tensor is contiguous, on the device of
+        ``theta_b``'s entry, without a graph, and shares no memory with the inputs. With ``out``,
+        the tensors are those of ``out``. At ``lam=0`` and ``lam=1`` the entries equal those of
+        ``theta_b`` and ``theta_a`` bitwise. Integer and boolean entries come from ``theta_b`` for
+        every ``lam``. Half precision is computed in float32 and rounded once.
 
     Raises:
-        StateMismatchError: names or shapes differ; the error lists all of them.
+        StateMismatchError: names or shapes differ. The error lists all differences.
         WeightTypeError: an argument is not a mapping from names to tensors.
         LambdaError: a weight is not a finite number.
-        UsageError: both ``dtype`` and ``out`` are given, ``out`` shares memory with an input or
-            within itself, or has whole numbers where ``theta_b`` has others.
+        UsageError: both ``dtype`` and ``out`` are given; two entries of ``out`` share memory; an
+            entry of ``out`` shares memory with an input; or an entry of ``out`` is an integer
+            where ``theta_b`` has a floating-point number, or the reverse.
 
     Warns:
         ExtrapolationWarning: a weight lies outside [0, 1].
@@ -83,7 +93,7 @@ def interpolate(
     """
     a = canonical_state(theta_a, "theta_a")
     b = canonical_state(theta_b, "theta_b")
-    require_match(a, b, "theta_a and theta_b do not fit together (theta_a is expected).", _HINT)
+    require_match(a, b, _MISMATCH, _HINT)
     weight_of = weights_of(lam, b)
     if out is None:
         result = {name: _empty_for(a[name], b[name], dtype) for name in b}
@@ -99,25 +109,36 @@ def interpolate_into(
 ) -> None:
     """Set the weights of ``model`` to ``interpolate(theta_a, theta_b, lam)``, in place.
 
-    For sweeps over ``lam``: the result is written straight into the model's own tensors, so
-    nothing of the size of the model is allocated where dtypes and devices agree. The parameters
-    stay the same objects. The inputs must not be the model's own live tensors, or the next
-    interpolation would start from this one's result.
+    Use this for sweeps over ``lam``. The result is written directly into the tensors of the model.
+    No memory of the size of the model is allocated if dtypes and devices agree. The parameters
+    stay the same objects. ``theta_a`` and ``theta_b`` must not share memory with the model, or the
+    next interpolation would start from this result.
+
+    Args:
+        model: the model whose parameters and buffers are overwritten.
+        theta_a: state dict of the original model.
+        theta_b: state dict of the fine-tuned model, with the same names and shapes.
+        lam: weight of ``theta_a``, as in :func:`interpolate`.
 
     Raises:
-        StateMismatchError: the names or shapes of ``theta_a``, ``theta_b`` and the model differ.
+        StateMismatchError: names or shapes of ``theta_a``, ``theta_b`` and the model differ.
         LambdaError, WeightTypeError: as in :func:`interpolate`.
     """
     live = named_state(model)
     a = canonical_state(theta_a, "theta_a", like=live)
     b = canonical_state(theta_b, "theta_b", like=live)
-    require_match(a, b, "theta_a and theta_b do not fit together (theta_a is expected).", _HINT)
-    require_match(live, b, "The state dicts do not fit the model (the model is expected).", _HINT)
+    require_match(a, b, _MISMATCH, _HINT)
+    require_match(
+        live,
+        b,
+        "The state dicts do not fit the model: the model defines the expected names and shapes.",
+        _HINT,
+    )
     write_interpolated(live, a, b, weights_of(lam, b))
 
 
 def weights_of(lam: Lambda, names: Mapping[str, Tensor]) -> dict[str, float]:
-    """The weight of each entry as a finite float; one warning for those outside [0, 1]."""
+    """Return the weight of each entry as a finite float. Warn once for weights outside [0, 1]."""
     if callable(lam):
         weights = {name: as_number(lam(name), f"lam({name!r})") for name in names}
     else:
@@ -125,8 +146,9 @@ def weights_of(lam: Lambda, names: Mapping[str, Tensor]) -> dict[str, float]:
     outside = {weight for weight in weights.values() if not 0.0 <= weight <= 1.0}
     if outside:
         warnings.warn(
-            f"lam = {min(outside):g} lies outside [0, 1]: this extrapolates beyond the two models "
-            "instead of interpolating between them. lam weighs theta_a (the original CLIP).",
+            f"lam = {min(outside):g} lies outside [0, 1], so the result is an extrapolation beyond "
+            "the two models. lam weighs theta_a (the original CLIP). Pass a number in [0, 1] to "
+            "interpolate.",
             ExtrapolationWarning,
             stacklevel=3,
         )
@@ -134,10 +156,10 @@ def weights_of(lam: Lambda, names: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def as_number(value: SupportsFloat, what: str) -> float:
-    """The weight as a finite float; ``what`` names it in the error."""
+    """Return the weight as a finite float. ``what`` is its name in the error text."""
     try:
         if isinstance(value, str):
-            raise TypeError("text, even of digits, is no number")
+            raise TypeError("text is not accepted as a number")
         number = float(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise LambdaError(
@@ -162,34 +184,45 @@ def _reusable(
     b: Mapping[str, Tensor],
     dtype: torch.dtype | None,
 ) -> dict[str, Tensor]:
-    """The tensors of an earlier result in the order of ``b``."""
+    """Return the tensors of ``out`` in the order of ``b``."""
     if dtype is not None:
         raise UsageError(
             f"dtype={dtype} and out were both given, but the entries of out keep their dtypes. "
-            "Give one of the two."
+            "Pass only one of the two."
         )
-    given = canonical_state(out, "out")
-    require_match(b, given, "out is not the result of interpolating such models.", _HINT)
-    taken = {memory_of(value) for state in (a, b) for value in state.values() if value.numel()}
-    shared, unlike = [], []
-    for name, value in given.items():
-        if value.numel() and memory_of(value) in taken:
+    entries = canonical_state(out, "out")
+    require_match(
+        b,
+        entries,
+        "out does not fit theta_b: theta_b defines the expected names and shapes.",
+        _HINT,
+    )
+    _require_own_memory(entries, a, b)
+    other_kind = [name for name in b if is_interpolable(entries[name]) != is_interpolable(b[name])]
+    if other_kind:
+        raise UsageError(
+            f"{len(other_kind)} entries of out are whole numbers but those of theta_b are not, or "
+            f"the reverse ({listed(other_kind)}). Pass the result of an earlier call for models "
+            "of this architecture."
+        )
+    return {name: entries[name] for name in b}
+
+
+def _require_own_memory(
+    entries: Mapping[str, Tensor], a: Mapping[str, Tensor], b: Mapping[str, Tensor]
+) -> None:
+    in_use = {memory_of(value) for state in (a, b) for value in state.values() if value.numel()}
+    shared = []
+    for name, value in entries.items():
+        if value.numel() and memory_of(value) in in_use:
             shared.append(name)
-        taken.add(memory_of(value))
-        if is_interpolable(value) != is_interpolable(b[name]):
-            unlike.append(name)
+        in_use.add(memory_of(value))
     if shared:
         raise UsageError(
             f"{len(shared)} entries of out share memory with theta_a, theta_b or each other "
-            f"({listed(shared)}), which would be overwritten. Give the result of an earlier call, "
-            "or nothing."
+            f"({listed(shared)}) and would be overwritten. Pass the result of an earlier call, or "
+            "omit out."
         )
-    if unlike:
-        raise UsageError(
-            f"{len(unlike)} entries of out are whole numbers where theta_b's are not, or the other "
-            f"way round ({listed(unlike)}). Give the result of an earlier call on such models."
-        )
-    return {name: given[name] for name in b}
 
 
 @torch.no_grad()
@@ -201,16 +234,17 @@ def write_interpolated(
 ) -> None:
     """Overwrite each target with ``weight * a + (1 - weight) * b``, rounded once to its dtype.
 
-    The one place where two weights become a third: ends are copied bitwise, integer and boolean
-    entries come from ``b``. Memory is made only where dtypes or devices differ.
+    All interpolation in openvclip uses this function. At the weights 0 and 1 entries are copied
+    bitwise. Integer and boolean entries come from ``b``. Memory is allocated only if dtypes or
+    devices differ.
 
     Args:
-        targets: tensors to overwrite, which share no memory with the inputs.
-        a: original entries, at least those of ``targets``, of the same shapes.
-        b: fine-tuned entries, likewise.
-        weight_of: the weight of ``a`` for each entry, as :func:`weights_of` gives it.
+        targets: tensors to overwrite. They share no memory with the inputs.
+        a: original entries with at least the names of ``targets``, of the same shapes.
+        b: fine-tuned entries with at least the names of ``targets``, of the same shapes.
+        weight_of: weight of ``a`` for each entry, from :func:`weights_of`.
     """
-    alike: list[_Lerp] = []
+    same_kind: list[_Lerp] = []
     for name, target in targets.items():
         lam, x, y = weight_of[name], a[name], b[name]
         if lam == 0.0 or not is_interpolable(y):
@@ -218,25 +252,25 @@ def write_interpolated(
         elif lam == 1.0:
             target.copy_(x)
         elif x.dtype == y.dtype == target.dtype and x.device == y.device == target.device:
-            alike.append((target, x, y, lam))
+            same_kind.append((target, x, y, lam))
         else:
-            work = compute_dtype(common_dtype(x.dtype, y.dtype))
-            x, y = x.to(target.device, work), y.to(target.device, work)
+            wide_dtype = compute_dtype(common_dtype(x.dtype, y.dtype))
+            x, y = x.to(target.device, wide_dtype), y.to(target.device, wide_dtype)
             wide = torch.empty_like(y)
             _lerp([(wide, x, y, lam)])
             target.copy_(wide)
-    _lerp(alike)
+    _lerp(same_kind)
 
 
 _Lerp = tuple[Tensor, Tensor, Tensor, float]
-"""``(out, a, b, lam)``, the tensors of one dtype, on one device."""
+"""``(out, a, b, lam)``, where all tensors have the same dtype and device."""
 
 
-_PIECE = 2**19
+_PIECE = 2**19  # elements
 
 
 def _in_pieces(job: _Lerp) -> list[_Lerp]:
-    """The same in pieces of which a CPU has the result in its cache when it is looked at."""
+    """Split a large job, so that a piece of the result is still in a CPU's cache for the check."""
     *tensors, lam = job
     out = tensors[0]
     if out.device.type != "cpu" or out.numel() <= _PIECE:
@@ -248,23 +282,23 @@ def _in_pieces(job: _Lerp) -> list[_Lerp]:
 
 
 def _lerp(jobs: list[_Lerp]) -> None:
-    """``out <- lam * a + (1 - lam) * b``, where equal entries stay bitwise what they are.
+    """Compute ``out <- lam * a + (1 - lam) * b``. Equal values of a and b stay bitwise the same.
 
-    ``torch.lerp`` has that property, needs no temporary and computes half precision in float32,
-    but goes through ``a - b``: where that is not finite (the ``-inf`` of masks, a difference that
-    overflows) the plain formula is taken. What tells is looked at together, so that a device is
-    waited for once.
+    ``torch.lerp`` keeps equal values, needs no temporary tensor and computes half precision in
+    float32. It uses ``a - b``, which is not finite for the ``-inf`` of masks or if the difference
+    overflows. For such values the plain formula is used. The probes of all jobs are checked
+    together, with one synchronisation per device.
     """
     jobs = [piece for job in jobs for piece in _in_pieces(job)]
-    witnesses = []
+    probes = []
     for out, a, b, lam in jobs:
         torch.lerp(b, a, lam, out=out)
-        witnesses.append(finite_probe(out))  # while out is in the cache
-    if all_finite(witnesses):
+        probes.append(finite_probe(out))  # while out is in the cache
+    if all_finite(probes):
         return
     for out, a, b, lam in jobs:
         broken = ~torch.isfinite(out)
         if bool(broken.any()):
-            wide = compute_dtype(out.dtype)
-            plain = lam * a[broken].to(wide) + (1.0 - lam) * b[broken].to(wide)
+            wide_dtype = compute_dtype(out.dtype)
+            plain = lam * a[broken].to(wide_dtype) + (1.0 - lam) * b[broken].to(wide_dtype)
             out[broken] = plain.to(out.dtype)

@@ -1,4 +1,4 @@
-"""Interpolation weights by name: functions to pass as ``lam`` to ``interpolate`` and its kin."""
+"""Interpolation weights by name: functions to pass as ``lam`` or as a scale."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from openvclip.errors import LambdaError
 from openvclip.weights.interpolation import Lambda
 from openvclip.weights.names import canonical_names
 
-# open_clip's transformer.resblocks.3., timm's blocks.3., Hugging Face's encoder.layers.3.
+# open_clip: transformer.resblocks.3.  timm: blocks.3.  Hugging Face: encoder.layers.3.
 _BLOCK = re.compile(r"^(?P<tower>(?:.*?\.)?(?:resblocks|blocks|layers|layer))\.(?P<index>\d+)\.")
 _VISUAL_PARTS = frozenset({"visual", "vision_model", "visual_projection"})
 
@@ -22,51 +22,53 @@ def by_depth(
     *,
     outside: float | None = None,
 ) -> Callable[[str], float]:
-    r"""A weight that goes linearly from the shallowest block of a tower to the deepest.
+    r"""Return a weight that changes linearly from the first to the last block of a tower.
 
-    Block :math:`\ell = 1, ..., L` of a transformer gets
+    Block :math:`\ell = 1, ..., L` of a transformer gets the weight
     :math:`\text{first} + (\text{last} - \text{first}) (\ell - 1) / (L - 1)`, as in LiNeS (Wang et
-    al., ICLR 2025). Blocks are known by their names: ``transformer.resblocks.N.`` and
+    al., ICLR 2025). Blocks are recognised by their names: ``transformer.resblocks.N.`` and
     ``visual.transformer.resblocks.N.`` (open_clip), ``blocks.N.`` (timm), ``encoder.layers.N.``
-    (Hugging Face). Each tower is counted by itself.
+    (Hugging Face). The blocks of each tower are counted separately.
 
     Args:
-        first: weight of each tower's first block, and of its only one.
-        last: weight of each tower's last block.
-        blocks: number of blocks, of every tower, or the names to count them in, for example a
-            state dict.
-        outside: weight of everything that is in no block: embeddings, the last norm, projections,
-            the logit scale. By default ``first``, as in LiNeS.
+        first: weight of the first block of each tower. A single block gets this weight.
+        last: weight of the last block of each tower.
+        blocks: number of blocks of every tower, or names of entries (for example a state dict) in
+            which the blocks are counted.
+        outside: weight of all entries outside the blocks: embeddings, the last norm, projections
+            and the logit scale. Default: ``first``, as in LiNeS.
 
     Returns:
-        A function from an entry's plain name to its weight.
+        A function from the canonical name of an entry to its weight.
 
     Raises:
-        LambdaError: there are no blocks; or, by the function, a name has a block beyond the last.
+        LambdaError: there are no blocks. The returned function raises it for a name whose block
+            index is too large.
 
     Example:
-        >>> lam = by_depth(1.0, 0.0, 12)  # shallow blocks stay CLIP's
+        >>> lam = by_depth(1.0, 0.0, 12)  # shallow blocks near the original CLIP
         >>> lam("visual.transformer.resblocks.11.ln_1.weight")
         0.0
     """
     depths = blocks if isinstance(blocks, int) else _count_blocks(blocks)
     if not depths or (isinstance(depths, int) and depths < 0):
         raise LambdaError(
-            "by_depth found no blocks (names such as visual.transformer.resblocks.0., blocks.0. or "
-            "encoder.layers.0.); pass the number of blocks or the state dict of a transformer."
+            "by_depth found no blocks: expected names such as visual.transformer.resblocks.0., "
+            "blocks.0. or encoder.layers.0.; pass the number of blocks or the state dict of a "
+            "transformer."
         )
-    rest = first if outside is None else outside
+    outside_weight = first if outside is None else outside
 
     def weight_of(name: str) -> float:
-        found = _BLOCK.match(name)
-        if found is None:
-            return rest
-        index, tower = int(found["index"]), found["tower"]
+        match = _BLOCK.match(name)
+        if match is None:
+            return outside_weight
+        index, tower = int(match["index"]), match["tower"]
         depth = depths if isinstance(depths, int) else depths.get(tower, 0)
         if index >= depth:
             raise LambdaError(
-                f"{name!r} lies in block {index} (from 0) of {tower!r}, of which by_depth was told "
-                f"{depth} blocks; make it with the number of blocks of this model."
+                f"{name!r} belongs to block {index} (from 0) of {tower!r}, but by_depth was told "
+                f"{depth} blocks. Pass the number of blocks of this model to by_depth."
             )
         share = index / max(depth - 1, 1)
         return (1.0 - share) * first + share * last
@@ -76,26 +78,26 @@ def by_depth(
 
 def _count_blocks(names: Iterable[str]) -> dict[str, int]:
     counts: dict[str, int] = {}
-    for found in map(_BLOCK.match, canonical_names(names)):
-        if found is not None:
-            counts[found["tower"]] = max(counts.get(found["tower"], 0), int(found["index"]) + 1)
+    for match in map(_BLOCK.match, canonical_names(names)):
+        if match is not None:
+            counts[match["tower"]] = max(counts.get(match["tower"], 0), int(match["index"]) + 1)
     return counts
 
 
 def visual_only(lam: Lambda) -> Callable[[str], SupportsFloat]:
-    """The weight ``lam`` in the visual tower and 1, the original model, everywhere else.
+    """Return a weight that is ``lam`` in the visual tower and 1 (the original model) elsewhere.
 
-    Of the visual tower are the entries with ``visual`` (open_clip), ``vision_model`` or
-    ``visual_projection`` (Hugging Face) as a part of the name. The text tower, the logit scale and
-    the logit bias stay bitwise the original's, so text features that were computed before serve
-    the interpolated model. In the state dict of a bare tower no name has these parts: pass ``lam``
-    itself there.
+    An entry belongs to the visual tower if a part of its name is ``visual`` (open_clip),
+    ``vision_model`` or ``visual_projection`` (Hugging Face). The text tower, the logit scale and
+    the logit bias stay bitwise those of the original model, so text features of the original model
+    are valid for the interpolated model too. The names in the state dict of a tower alone lack
+    these parts: use ``lam`` itself for such a state dict.
 
     Args:
-        lam: a number, or a function from a name to its number such as :func:`by_depth` gives.
+        lam: a number, or a function from a name to its number, for example from :func:`by_depth`.
 
     Returns:
-        A function from an entry's plain name to its weight:
+        A function from the canonical name of an entry to its weight, for example for
         ``interpolate(clip, tuned, visual_only(0.5))``.
 
     Example:

@@ -1,9 +1,8 @@
-"""Names, matching and dtypes of state dicts: the one owner of those rules.
+"""Names of state dicts: canonical forms, comparison, and the named weights of a model.
 
-A *state* is a mapping from names to tensors. Wrappers put their own parts into the names
-(``module.`` from data parallelism, ``_orig_mod.`` from ``torch.compile`` and so on); everything
-in openvclip compares *canonical* names, from which those parts are gone, and never compares
-entries by position.
+A *state dict* maps names to tensors. Wrappers add parts to the names: ``module.`` (data
+parallelism), ``_orig_mod.`` (``torch.compile``) and others. All of openvclip compares *canonical*
+names, which are the names without these parts. Entries are never matched by position.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from openvclip.errors import StateMismatchError, WeightTypeError
 from openvclip.weights.shards import reshard
 
-# These parts can stand anywhere in a name, since any submodule can be wrapped on its own.
+# Any submodule can be wrapped, so these parts can occur at any position of a name.
 _WRAPPER_PARTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
 
@@ -27,26 +26,28 @@ def _without_wrappers(name: str) -> str:
 
 
 def canonical_names(names: Iterable[str]) -> dict[str, str]:
-    """Map the canonical form of each name to the name as it was given.
+    """Return a dict from the canonical form of each name to the original name.
 
-    ``_orig_mod`` and the wrappers of FSDP and activation checkpointing are dropped wherever they
-    stand. A leading ``module.`` is dropped, as often as it is there, only when every name has it:
-    data parallelism wraps the whole model, while a single ``module.`` is somebody's own attribute.
+    The parts that ``torch.compile``, FSDP and activation checkpointing add are removed at any
+    position. A leading ``module.`` is removed, repeatedly, only if all names have it. Data
+    parallelism wraps the whole model, so if only some names start with ``module.``, it is an
+    attribute of the model.
 
     Raises:
         StateMismatchError: two names have the same canonical form.
     """
-    given = list(names)
-    short = [_without_wrappers(name) for name in given]
-    while short and all(name.startswith("module.") for name in short):
-        short = [name.removeprefix("module.") for name in short]
-    canonical = dict(zip(short, given, strict=True))
-    if len(canonical) < len(given):
-        twice = {name for name in short if short.count(name) > 1}
+    raw_names = list(names)
+    short_names = [_without_wrappers(name) for name in raw_names]
+    while short_names and all(name.startswith("module.") for name in short_names):
+        short_names = [name.removeprefix("module.") for name in short_names]
+    pairs = list(zip(short_names, raw_names, strict=True))
+    canonical = dict(pairs)
+    if len(canonical) < len(raw_names):
+        repeated = {name for name in short_names if short_names.count(name) > 1}
         raise StateMismatchError(
-            "Several names become the same once the names of wrappers are taken out.",
-            unexpected=[raw for name, raw in zip(short, given, strict=True) if name in twice],
-            hint="Keep one entry of each, under the name that the plain model gives it.",
+            "Several names become the same once the names of wrappers are removed.",
+            unexpected=[raw for short, raw in pairs if short in repeated],
+            hint="Keep one entry for each weight, under the name of the model without wrappers.",
         )
     return canonical
 
@@ -54,14 +55,16 @@ def canonical_names(names: Iterable[str]) -> dict[str, str]:
 def canonical_state(
     state: Mapping[str, Tensor], what: str = "state", *, like: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """The same tensors (not copies) under canonical names, in the same order.
+    """Return the tensors of a state dict under canonical names, in the same order.
+
+    The tensors are not copied.
 
     Args:
-        state: names to tensors.
-        what: the name of the argument, for the error.
-        like: the live entries of a model that the names are to be those of. Where its own names
-            all begin with ``module.`` (it keeps everything in an attribute of that name and is no
-            data-parallel wrapper), the result's begin with it too.
+        state: mapping from names to tensors.
+        what: name of the argument, for the error text.
+        like: live entries of the model to which the names must fit. If all names of this model
+            start with ``module.`` (the model has an attribute ``module`` and nothing else), then
+            all names of the result start with ``module.`` too.
 
     Raises:
         WeightTypeError: ``state`` is not a mapping from names to tensors.
@@ -75,19 +78,19 @@ def canonical_state(
         raise WeightTypeError(
             f"{what}: expected a mapping of names to tensors, got {type(state).__name__}."
         )
-    strange = [name for name, value in state.items() if not isinstance(value, Tensor)]
-    if strange:
-        first = strange[0]
+    non_tensors = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if non_tensors:
+        first = non_tensors[0]
         raise WeightTypeError(
             f"{what}: expected names mapped to tensors, but {first!r} holds a "
-            f"{type(state[first]).__name__} ({len(strange)} such entries). If this is a training "
-            "checkpoint, pass the entry that holds the weights, for example ckpt['state_dict']."
+            f"{type(state[first]).__name__} ({len(non_tensors)} such entries). If this is a "
+            "training checkpoint, pass its weights, for example ckpt['state_dict']."
         )
-    prefix = _own_prefix(like) if like is not None else ""
+    prefix = _module_prefix(like) if like is not None else ""
     return {prefix + name: state[raw] for name, raw in canonical_names(state).items()}
 
 
-def _own_prefix(live: Mapping[str, Tensor]) -> str:
+def _module_prefix(live: Mapping[str, Tensor]) -> str:
     prefix = ""
     while live and all(name.startswith(prefix + "module.") for name in live):
         prefix += "module."
@@ -95,10 +98,10 @@ def _own_prefix(live: Mapping[str, Tensor]) -> str:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model itself, without data-parallel and ``torch.compile`` wrappers around it.
+    """Return the model inside the wrappers of data parallelism and ``torch.compile``.
 
     Raises:
-        WeightTypeError: it is not a module.
+        WeightTypeError: ``model`` is not a module.
     """
     if not isinstance(model, nn.Module):
         raise WeightTypeError(f"Expected a torch.nn.Module, got {type(model).__name__}.")
@@ -112,17 +115,18 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The live parameters under canonical names; a shared one appears once, under its first.
+    """Return the live parameters of a model under canonical names.
 
-    Under ``fully_shard`` they are the shards, as the optimizer has them.
+    A shared parameter appears once, under its first name. Under ``fully_shard`` the parameters are
+    the shards that the optimizer updates.
     """
-    plain = unwrap(model)
-    reshard(plain)
-    return {_without_wrappers(name): parameter for name, parameter in plain.named_parameters()}
+    plain_model = unwrap(model)
+    reshard(plain_model)
+    return {_without_wrappers(name): value for name, value in plain_model.named_parameters()}
 
 
 def named_state(model: nn.Module) -> dict[str, Tensor]:
-    """The live entries of the state dict (parameters and buffers) under canonical names."""
+    """Return the live parameters and buffers of a model's state dict under canonical names."""
     state = unwrap(model).state_dict(keep_vars=True)
     return {
         _without_wrappers(name): value for name, value in state.items() if isinstance(value, Tensor)
@@ -132,7 +136,7 @@ def named_state(model: nn.Module) -> dict[str, Tensor]:
 def mismatches(
     expected: Mapping[str, Tensor], given: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
-    """``(name, expected shape, given shape)`` for shared names whose shapes differ."""
+    """Yield ``(name, expected shape, given shape)`` of shared names whose shapes differ."""
     for name in expected.keys() & given.keys():
         if expected[name].shape != given[name].shape:
             yield name, tuple(expected[name].shape), tuple(given[name].shape)
@@ -141,13 +145,13 @@ def mismatches(
 def require_match(
     expected: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str, hint: str = ""
 ) -> None:
-    """Raise one :class:`StateMismatchError` with everything that differs, or return.
+    """Raise one :class:`StateMismatchError` with all differences of names and shapes, if any.
 
     Args:
         expected: entries under canonical names.
         given: entries under canonical names.
-        what: the first line of the error.
-        hint: the last line of the error.
+        what: first line of the error text.
+        hint: last line of the error text.
     """
     missing = expected.keys() - given.keys()
     unexpected = given.keys() - expected.keys()
@@ -159,5 +163,5 @@ def require_match(
 
 
 def listed(names: Sequence[str]) -> str:
-    """The first names of a list that may be long, for an error's text."""
+    """Return the first three names as text for an error message, with ``...`` if more follow."""
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

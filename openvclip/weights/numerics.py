@@ -1,6 +1,6 @@
-"""Arithmetic on weights: dtypes, finiteness, interpolation in place, temporary overwriting.
+"""Arithmetic on weights: dtypes, finite values, interpolation in place, temporary values.
 
-Half precision is computed in float32 and rounded once.
+Half-precision values are computed in float32 and rounded once.
 """
 
 from __future__ import annotations
@@ -15,71 +15,82 @@ from torch import Tensor
 from openvclip.weights.shards import any_process, local
 
 foreach = cast(Any, torch)
-"""``torch`` as the home of the ``_foreach_*`` functions, which carry no type annotations."""
+"""``torch`` without types: the ``_foreach_*`` functions have no type annotations."""
 
 
 def is_interpolable(tensor: Tensor) -> bool:
-    """Whether arithmetic on the entry means something: floating point and complex entries."""
+    """Return whether the tensor has a floating-point or complex dtype."""
     return tensor.is_floating_point() or tensor.is_complex()
 
 
 def memory_of(tensor: Tensor) -> tuple[torch.device, int]:
-    """Where this process keeps the tensor's values; the same for tensors that share memory."""
+    """Return the device and the address of the memory that holds this process's values.
+
+    Tensors that share memory have the same result.
+    """
     part = local(tensor)
     return part.device, part.untyped_storage().data_ptr()
 
 
+def bytes_of(flat: Tensor) -> memoryview:
+    """Return the memory of a contiguous one-dimensional tensor on the CPU."""
+    return flat.view(torch.uint8).numpy().data
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype for arithmetic on weights stored as ``dtype``: never less than float32."""
+    """Return the dtype for arithmetic on weights of ``dtype``: at least float32."""
     return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
 
 
 def common_dtype(a: torch.dtype, b: torch.dtype) -> torch.dtype:
-    """The narrowest dtype that holds both without loss (float32 where only float32 does)."""
+    """Return the narrowest dtype that holds the values of both dtypes without loss.
+
+    The result for float16 and bfloat16 is float32.
+    """
     return a if a == b else torch.promote_types(compute_dtype(a), compute_dtype(b))
 
 
 def non_finite_names(state: Mapping[str, Tensor]) -> list[str]:
-    """Names of the entries that hold NaN or infinity.
+    """Return the names of entries that hold NaN or infinity.
 
-    One number of each entry is looked at first, all together; entries are looked at one by one
-    only where one of these is not finite. Of sharded entries each process looks at its own part,
-    and all of them get the same names.
+    First, one probe value is computed for each entry, and all probes are checked together. Only if
+    a probe is not finite, each entry is checked by itself. Each process checks its own shards, and
+    all processes return the same names.
     """
-    own = {name: local(value) for name, value in state.items() if is_interpolable(value)}
-    if not any_process([not all_finite(_probes(list(own.values())))], state.values())[0]:
+    parts = {name: local(value) for name, value in state.items() if is_interpolable(value)}
+    if not any_process([not all_finite(_probes(list(parts.values())))], state.values())[0]:
         return []
-    broken = [not bool(torch.isfinite(value).all()) for value in own.values()]
+    broken = [not bool(torch.isfinite(part).all()) for part in parts.values()]
     broken = any_process(broken, state.values())
-    return [name for name, is_broken in zip(own, broken, strict=True) if is_broken]
+    return [name for name, is_broken in zip(parts, broken, strict=True) if is_broken]
 
 
 def finite_probe(tensor: Tensor) -> Tensor:
-    """A real number that is not finite where the tensor holds one that is not.
+    """Return a real scalar that is not finite if a value of the tensor is not finite.
 
-    It may overflow where all are finite, so that a closer look has to follow.
+    The scalar can also overflow for finite values. Check each value if it is not finite.
     """
     if tensor.is_complex():
         return tensor.sum().abs()
     if tensor.dtype != compute_dtype(tensor.dtype) and tensor.numel():
-        low, high = torch.aminmax(tensor)  # a sum in float32 would make a copy of half precision
+        low, high = torch.aminmax(tensor)  # a sum in float32 would copy half-precision values
         return high.float() - low.float()
     if tensor.device.type == "cpu" and tensor.is_contiguous():
         flat, half = tensor.view(-1), (tensor.numel() + 1) // 2
-        return flat[:half].dot(flat[-half:])  # quicker there than a sum
+        return flat[:half].dot(flat[-half:])  # on a CPU faster than a sum
     return tensor.sum()
 
 
 def all_finite(probes: Iterable[Tensor]) -> bool:
-    """Whether every :func:`finite_probe` is finite in float32; each device is waited for once."""
+    """Return whether all probes are finite in float32, with one synchronisation per device."""
     by_device: dict[torch.device, list[Tensor]] = {}
-    for value in probes:
-        by_device.setdefault(value.device, []).append(value.float())
+    for probe in probes:
+        by_device.setdefault(probe.device, []).append(probe.float())
     return all(bool(torch.isfinite(torch.stack(group)).all()) for group in by_device.values())
 
 
 def _probes(tensors: list[Tensor]) -> list[Tensor]:
-    """One for each tensor; on a GPU by few kernels, where the tensors are of one dtype."""
+    """Return one probe per tensor; on a GPU with few kernels, if all tensors have one dtype."""
     if all(tensor.device.type == "cpu" or not tensor.numel() for tensor in tensors):
         return [finite_probe(tensor) for tensor in tensors]
     return list(foreach._foreach_norm([t for t in tensors if t.numel()], float("inf")))
@@ -87,50 +98,50 @@ def _probes(tensors: list[Tensor]) -> list[Tensor]:
 
 @torch.no_grad()
 def lerp_(live: list[Tensor], towards: list[Tensor], weight: float) -> None:
-    """``live <- weight * towards + (1 - weight) * live``, rounded once, at the end.
+    """Overwrite ``live`` with ``weight * towards + (1 - weight) * live``, rounded once.
 
     Args:
-        live: tensors to overwrite.
+        live: tensors that are overwritten.
         towards: tensors of the same shapes, of any dtypes, on any devices.
-        weight: how far to go.
+        weight: weight of ``towards``.
     """
     pairs = list(zip(live, towards, strict=True))
-    if all((t.device, t.dtype) == (own.device, own.dtype) for own, t in pairs):
+    if all((a.device, a.dtype) == (b.device, b.dtype) for a, b in pairs):
         foreach._foreach_lerp_(live, towards, weight)  # computes half precision in float32
         return
-    for own, other in pairs:
-        wide = common_dtype(own.dtype, other.dtype)
-        # The allocator gives the memory of one copy to the next, in the stream's order.
-        there = other.to(own.device, non_blocking=other.is_pinned()).to(wide)
-        if own.dtype == wide:
-            foreach._foreach_lerp_([own], [there], weight)
+    for target, source in pairs:
+        wide_dtype = common_dtype(target.dtype, source.dtype)
+        # The allocator reuses the memory of one copy for the next one, in the stream's order.
+        wide = source.to(target.device, non_blocking=source.is_pinned()).to(wide_dtype)
+        if target.dtype == wide_dtype:
+            foreach._foreach_lerp_([target], [wide], weight)
         else:
-            own.copy_(torch.lerp(own.to(wide), there, weight))
+            target.copy_(torch.lerp(target.to(wide_dtype), wide, weight))
 
 
 @contextmanager
 def overwriting(live: list[Tensor], stash: list[Tensor] | None = None) -> Iterator[None]:
-    """Within the block ``live`` may be overwritten; afterwards it holds bitwise what it held.
+    """Restore the values of ``live`` bitwise after the block, which may overwrite them.
 
     Args:
-        live: tensors that are views of a model's weights (detached, so that autograd's version
-            counters see the writes and refuse a backward pass through weights that changed).
-        stash: tensors to keep the values in, one for each of ``live``, on any device; made where
-            not given.
+        live: detached views of a model's weights. Autograd's version counters record the writes
+            to them, so autograd refuses a backward pass through weights that were overwritten.
+        stash: tensors in which the values are kept during the block, one for each tensor of
+            ``live``, on any device. Default: new tensors.
     """
     with torch.no_grad():
         if stash is None:
             stash = [torch.empty_like(tensor) for tensor in live]
-        # Copies between a GPU and page-locked memory need not be waited for: the GPU does them
-        # in the order of its stream, so before and after all that is done to the weights.
-        free = all(tensor.is_pinned() for tensor in stash)
-        foreach._foreach_copy_(stash, live, non_blocking=free)
+        # Copies between a GPU and page-locked memory are asynchronous. The GPU runs them in the
+        # order of its stream, so they are done before and after all changes of the weights.
+        asynchronous = all(tensor.is_pinned() for tensor in stash)
+        foreach._foreach_copy_(stash, live, non_blocking=asynchronous)
     try:
-        # Inside an autocast region PyTorch keeps half-precision copies of the weights, which
-        # would outlive the change of the weights that they were made from.
+        # Inside an autocast region PyTorch caches half-precision copies of the weights. The cached
+        # copies must not be used for other values of the weights.
         torch.clear_autocast_cache()
         yield
     finally:
         with torch.no_grad():
-            foreach._foreach_copy_(live, stash, non_blocking=free)
+            foreach._foreach_copy_(live, stash, non_blocking=asynchronous)
         torch.clear_autocast_cache()

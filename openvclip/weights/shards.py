@@ -1,8 +1,7 @@
-"""Processes that train one model together: shards, gradient reduction, agreement.
+"""Processes that train one model together: shards, reduction of gradients, agreement.
 
-Under ``fully_shard`` (FSDP2) a parameter is a ``DTensor``, of which each process holds a part.
-Everything in openvclip that keeps copies of weights keeps such parts; only :func:`full_state`
-puts entries together.
+Under ``fully_shard`` (FSDP2) each parameter is a ``DTensor``, and each process holds a part of it.
+Copies of weights in openvclip are such parts as well. Only :func:`full_state` gathers entries.
 """
 
 from __future__ import annotations
@@ -21,13 +20,19 @@ from openvclip.errors import UsageError
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a ``DTensor``. None exists before its module, slow to import, is there."""
+    """Return whether the tensor is a ``DTensor``.
+
+    The module of ``DTensor`` is slow to import. No ``DTensor`` exists before it is imported.
+    """
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part that this process holds, detached, in the same memory; all of a plain tensor."""
+    """Return the part of a tensor that this process holds, detached, in the same memory.
+
+    The part of a plain tensor is the whole tensor.
+    """
     if not is_sharded(tensor):
         return tensor.detach()
     detached: Any = tensor.detach()
@@ -37,9 +42,9 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def own_slices(tensor: Tensor) -> tuple[slice, ...]:
-    """Where in the whole tensor the part of a sharded one is that this process holds."""
+    """Return the position of this process's part in the whole tensor, one slice per dimension."""
     sharded: Any = tensor
-    (chunk,) = sharded.__create_chunk_list__()  # what distributed checkpoints ask for
+    (chunk,) = sharded.__create_chunk_list__()  # torch.distributed.checkpoint uses this method
     return tuple(
         slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True)
     )
@@ -47,30 +52,30 @@ def own_slices(tensor: Tensor) -> tuple[slice, ...]:
 
 @torch.no_grad()
 def local_like(value: Tensor, like: Tensor) -> Tensor:
-    """The part of ``value`` that belongs to this process's part of ``like``.
+    """Return the part of ``value`` that corresponds to this process's part of ``like``.
 
     Args:
-        value: the whole tensor, on any device, or one that is sharded in any way.
+        value: a whole tensor on any device, or a tensor with any sharding.
         like: a tensor of the same shape, plain or sharded.
 
     Returns:
-        A view of ``value`` where that is a whole tensor; that takes no communication.
+        If ``value`` is a whole tensor, a view of it; this needs no communication.
     """
     if not is_sharded(like):
         return whole(value)
     if not is_sharded(value):
         return value.detach()[own_slices(like)]
-    there: Any = like
-    moved: Any = value
-    return local(moved.redistribute(there.device_mesh, there.placements))
+    target: Any = like
+    source: Any = value
+    return local(source.redistribute(target.device_mesh, target.placements))
 
 
 def reshard(model: nn.Module) -> None:
-    """Free the copies of whole parameters that ``fully_shard`` keeps between two passes.
+    """Free the gathered parameters that ``fully_shard`` keeps between two passes.
 
-    The root module keeps its own after a forward pass without a backward one, and every module
-    does after ``set_reshard_after_backward(False)``. They would go on serving the old weights
-    after the shards were written to, and hide the shards from ``named_parameters()``.
+    The root module keeps its gathered parameters after a forward pass without a backward pass.
+    After ``set_reshard_after_backward(False)``, all modules keep them. Gathered parameters do not
+    see later changes of the shards, and they hide the shards from ``named_parameters()``.
     """
     module = sys.modules.get("torch.distributed.fsdp")
     if module is None:
@@ -82,14 +87,15 @@ def reshard(model: nn.Module) -> None:
 
 @contextmanager
 def no_sync(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Within the block ``DistributedDataParallel``, wherever it is, only adds gradients up.
+    """Accumulate gradients without reduction in each ``DistributedDataParallel`` of ``modules``.
 
-    One with ``static_graph=True`` is left alone: its first backward pass has to reduce.
+    This does not apply to wrappers with ``static_graph=True``, whose first backward pass must
+    reduce the gradients.
     """
     with ExitStack() as stack:
-        for part in _data_parallel(modules):
-            if not part.static_graph:
-                stack.enter_context(part.no_sync())
+        for wrapper in _data_parallel(modules):
+            if not wrapper.static_graph:
+                stack.enter_context(wrapper.no_sync())
         yield
 
 
@@ -99,92 +105,100 @@ def _data_parallel(modules: Iterable[nn.Module]) -> list[DistributedDataParallel
 
 
 def process_groups(modules: Iterable[nn.Module]) -> list[Any]:
-    """The groups of processes that train the modules together, in the same order in each."""
+    """Return the process groups that train the modules, in the same order in each process."""
     modules = list(modules)
     groups: list[Any] = [part.process_group for part in _data_parallel(modules)]
-    return _each_once(groups + mesh_groups(p for module in modules for p in module.parameters()))
+    return _unique(groups + mesh_groups(p for module in modules for p in module.parameters()))
 
 
 def mesh_groups(tensors: Iterable[Tensor]) -> list[Any]:
-    """The groups of processes that hold parts of the tensors; none where none is sharded."""
+    """Return the process groups that hold the shards of the tensors, or none without shards."""
     sharded: list[Any] = [tensor for tensor in tensors if is_sharded(tensor)]
-    return _each_once([g for tensor in sharded for g in tensor.device_mesh.get_all_groups()])
+    return _unique([g for tensor in sharded for g in tensor.device_mesh.get_all_groups()])
 
 
-def _each_once(groups: list[Any]) -> list[Any]:
+def _unique(groups: list[Any]) -> list[Any]:
     return list({id(group): group for group in groups}.values())
 
 
 def backend_device(tensors: Iterable[Tensor]) -> torch.device:
-    """Where the backend of their processes wants its tensors; shards may be offloaded."""
+    """Return the device on which the process group of the tensors communicates.
+
+    It can differ from the device of the shards, which may be offloaded to the CPU.
+    """
     tensors = list(tensors)
     first: Any = next((tensor for tensor in tensors if is_sharded(tensor)), tensors[0])
     return torch.device(first.device_mesh.device_type) if is_sharded(first) else first.device
 
 
 def any_process(flags: list[bool], tensors: Iterable[Tensor]) -> list[bool]:
-    """Each flag, set where any of the processes set it that hold parts of the sharded tensors.
+    """Return for each flag whether it is set in any process that holds shards of the tensors.
 
-    Without sharded tensors nothing is sent. Else every process calls this with as many flags.
+    Without sharded tensors, the flags are returned without communication. With sharded tensors,
+    every process must call this function with the same number of flags.
     """
     tensors = list(tensors)
     groups = mesh_groups(tensors)
     if not groups:
         return flags
     sharded = [tensor for tensor in tensors if is_sharded(tensor)]
-    own = torch.tensor(flags, dtype=torch.int32, device=backend_device(sharded))
+    reduced = torch.tensor(flags, dtype=torch.int32, device=backend_device(sharded))
     for group in groups:
-        distributed.all_reduce(own, distributed.ReduceOp.MAX, group=group)
-    return [bool(flag) for flag in own.tolist()]
+        distributed.all_reduce(reduced, distributed.ReduceOp.MAX, group=group)
+    return [bool(flag) for flag in reduced.tolist()]
 
 
 def require_agreement(
     groups: Iterable[Any], facts: Mapping[str, bytes], device: torch.device, hint: str
 ) -> None:
-    """Raise in every process of a group unless each of the facts is the same in all of them.
+    """Raise an error in every process of a group if any fact differs between the processes.
 
     Args:
-        groups: from :func:`process_groups`; every process calls this.
-        facts: what is compared, by the name that the error gives it.
-        device: from :func:`backend_device`.
-        hint: the end of the error's text.
+        groups: process groups from :func:`process_groups`. Every process must call this function.
+        facts: values to compare, by the name that the error text uses.
+        device: device from :func:`backend_device`.
+        hint: last sentence of the error text.
 
     Raises:
         UsageError: a fact differs between processes.
     """
     digests = b"".join(hashlib.blake2b(fact, digest_size=16).digest() for fact in facts.values())
-    own = torch.tensor(list(digests), dtype=torch.uint8, device=device).reshape(len(facts), 16)
+    mine = torch.tensor(list(digests), dtype=torch.uint8, device=device).reshape(len(facts), 16)
     for group in groups:
-        others = [torch.empty_like(own) for _ in range(distributed.get_world_size(group))]
-        distributed.all_gather(others, own, group=group)
-        same = torch.stack([(other == others[0]).all(dim=1) for other in others]).all(dim=0)
+        gathered = [torch.empty_like(mine) for _ in range(distributed.get_world_size(group))]
+        distributed.all_gather(gathered, mine, group=group)
+        same = torch.stack([(row == gathered[0]).all(dim=1) for row in gathered]).all(dim=0)
         if not bool(same.all()):
-            unlike = [name for name, alike in zip(facts, same.tolist(), strict=True) if not alike]
+            different = [
+                name for name, is_same in zip(facts, same.tolist(), strict=True) if not is_same
+            ]
             raise UsageError(
-                f"The processes that train the model together differ in {' and '.join(unlike)}. "
-                + hint
+                "The processes that train the model together differ in "
+                f"{' and '.join(different)}. {hint}"
             )
 
 
 @torch.no_grad()
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor put together from all its parts, in every process; a plain one as it is."""
+    """Return the gathered tensor in every process. A plain tensor is returned detached."""
     entry: Any = tensor.detach()
-    full: Tensor = entry.full_tensor() if is_sharded(tensor) else entry
-    return full
+    gathered: Tensor = entry.full_tensor() if is_sharded(tensor) else entry
+    return gathered
 
 
 def full_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state with its sharded entries (``DTensor``) put together, on the CPU.
+    """Return a state dict whose sharded entries (``DTensor``) are gathered on the CPU.
 
-    One entry at a time is whole on the device. Every process calls this, and every one gets the
-    result; :func:`openvclip.save_checkpoint` keeps it in one process only.
+    Entries are gathered one after the other, so the device holds at most one whole entry at a time.
+    Every process must call this function, and every process gets the result. Use
+    :func:`openvclip.save_checkpoint` to gather the entries in one process only.
 
     Args:
-        state: names to tensors, for example the average of a model under ``fully_shard``.
+        state: mapping from names to tensors, for example the average of a model under
+            ``fully_shard``.
 
     Returns:
-        The same names in the same order. Entries that are not sharded are the given tensors.
+        The same names in the same order. Entries that are not sharded are the tensors of ``state``.
     """
     return {
         name: whole(value).cpu() if is_sharded(value) else value for name, value in state.items()

@@ -1,11 +1,11 @@
-"""What all averages of weights along a run share: schedule, entries, applying, resuming."""
+"""The base class of all weight averages: schedule, entries, use in a model, saving and resuming."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -27,28 +27,67 @@ from openvclip.weights.numerics import (
 )
 from openvclip.weights.shards import local, reshard
 
+Entries: TypeAlias = dict[str, Tensor]
+"""Tensors by canonical name. Under ``fully_shard`` the tensors are ``DTensor``."""
+
 
 class WeightTracker(ABC):
-    """Base of the trackers; a subclass says how weights enter the average and how it is read.
+    """Base class of averages of a model's weights along a training run.
 
-    The rules that all share: the parameters that require gradients when the tracker is made are
-    averaged (all parameters where none does), and everything else is carried as it is at the last
-    update. Weights that are not finite are refused. Under ``fully_shard`` each process averages
-    its own shards.
+    All trackers follow the same rules. They average the parameters that require gradients when the
+    tracker is created, or all parameters if none requires gradients. All other entries (frozen
+    parameters and buffers) keep their values of the last averaged step. Weights that are not finite
+    are refused. Under ``fully_shard`` each process averages its own shards.
+
+    A new tracker is a subclass. It overrides three methods:
+
+    * :meth:`_add` adds the weights of a model to the average.
+    * :meth:`_mean` returns the average.
+    * :meth:`_tensors` returns the dicts of tensors that the tracker keeps. The base class saves
+      them, loads them and moves them between devices.
+
+    A mean of the first and the last model, for example::
+
+        class FirstAndLast(WeightTracker):
+            def __init__(self, model, **options):
+                super().__init__(model, **options)
+                self._first, self._last = {}, {}
+
+            def _add(self, weights):
+                if self._n_averaged == 0:
+                    self._first.update(self._wide_copy(weights))
+                self._last.update(self._wide_copy(weights))
+
+            def _mean(self):
+                return {name: (self._first[name] + self._last[name]) / 2 for name in self._first}
+
+            def _tensors(self):
+                return {"first": self._first, "last": self._last}
+
+    Args:
+        model: the model whose weights are passed to :meth:`update`, with or without wrappers.
+        start: number of steps before the averaging begins.
+        every: number of steps between two averaged models.
+        dtype: dtype of the average, at least float32.
+        check_finite: whether to refuse weights that hold NaN or infinity.
+        device: device of the average. Default: the device of each parameter.
+
+    Raises:
+        UsageError: ``start`` or ``every`` is out of range.
+        WeightTypeError: ``model`` is not a module.
     """
 
-    _settings: tuple[str, ...] = ("start", "every")
-    """Attributes that are saved and loaded with the average."""
+    _settings: ClassVar[tuple[str, ...]] = ("start", "every")
+    """Names of the attributes that ``state_dict()`` saves and ``load_state_dict()`` restores."""
 
     def __init__(
         self,
         model: nn.Module,
         *,
-        start: int,
-        every: int,
-        dtype: torch.dtype,
-        check_finite: bool,
-        parts: tuple[str, ...],
+        start: int = 0,
+        every: int = 1,
+        dtype: torch.dtype = torch.float32,
+        check_finite: bool = True,
         device: torch.device | str | None = None,
     ) -> None:
         if not (isinstance(start, int) and isinstance(every, int) and start >= 0 and every >= 1):
@@ -65,81 +104,101 @@ class WeightTracker(ABC):
         self._n_averaged = 0
         self._averaged_names = frozenset(_names_to_average(model))
         state, self._aliases = _split_aliases(model)
-        # Meta tensors: names, shapes and dtypes of the model to expect, without memory.
+        # The expected names, shapes and dtypes as meta tensors, which need no memory.
         self._expected = {
             name: torch.empty(value.shape, dtype=value.dtype, device="meta")
             for name, value in state.items()
         }
-        # Sets of tensors, each with the averaged names in the model's order, or empty.
-        self._parts: dict[str, dict[str, Tensor]] = {part: {} for part in parts}
-        self._carried: dict[str, Tensor] = {}
+        self._carried: Entries = {}
+
+    # --- what a subclass overrides -----------------------------------------------------------
 
     @abstractmethod
-    def _enter(self, weights: dict[str, Tensor]) -> None:
-        """Let the finite weights of a model into ``self._parts``, in place from the second on."""
+    def _add(self, weights: Entries) -> None:
+        """Add the weights of one model to the average.
+
+        Args:
+            weights: live weights with the averaged names, in the order of the model. They are
+                finite unless ``check_finite=False``. Do not change them and do not keep them.
+                ``self._n_averaged`` is the number of models that were added before.
+        """
 
     @abstractmethod
-    def _means(self) -> dict[str, Tensor]:
-        """The average of at least one model, in new tensors."""
+    def _mean(self) -> Entries:
+        """Return the average as new tensors. At least one model was added before this call."""
 
-    def _wide_copy(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The entries in the dtype in which they are averaged, on the average's device."""
-        copied = {}
+    @abstractmethod
+    def _tensors(self) -> dict[str, Entries]:
+        """Return the dicts of tensors that the tracker keeps, by their names in ``state_dict()``.
+
+        Each dict holds the averaged names or is empty. The first dict must not be empty after a
+        model was added. The base class changes the dicts in place, so return the same dict objects
+        in each call.
+        """
+
+    def _wide_copy(self, weights: Entries) -> Entries:
+        """Return copies of the weights in the dtype and on the device of the average."""
+        copies = {}
         for name, value in weights.items():
             dtype = common_dtype(self.dtype, compute_dtype(value.dtype))
-            copied[name] = value.to(self._device or value.device, dtype, copy=True)
-        return copied
+            copies[name] = value.to(self._device or value.device, dtype, copy=True)
+        return copies
+
+    # --- what all trackers share -------------------------------------------------------------
 
     @property
     def n_averaged(self) -> int:
-        """Number of models in the average so far."""
+        """Number of models in the average."""
         return self._n_averaged
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> bool:
-        """Count one training step and, where it is due, add the weights of ``model``.
+        """Count one training step, and add the weights of ``model`` if the schedule says so.
 
         Args:
-            model: the model after the optimizer's step.
+            model: the model after the step of the optimizer.
 
         Returns:
-            Whether the weights entered the average.
+            Whether the weights were added to the average.
 
         Raises:
-            NonFiniteWeightsError: the weights hold NaN or infinity, in any of the processes that
-                hold shards of them. The average is as before; the step counts. Not raised with
-                ``check_finite=False``.
-            StateMismatchError: the model's names or shapes are not those of the tracked model.
-            UsageError: a parameter requires gradients now and did not when the tracker was made.
+            NonFiniteWeightsError: the weights hold NaN or infinity, in any process that holds
+                shards of them. The average does not change, but the step is counted. Not raised
+                with ``check_finite=False``.
+            StateMismatchError: names or shapes differ from those of the tracked model.
+            UsageError: a parameter requires gradients that did not when the tracker was created.
         """
         self._steps += 1
-        since = self._steps - self.start
-        due = since > 0 and since % self.every == 0
-        if due:
-            self._add(model)
-        return due
+        steps_after_start = self._steps - self.start
+        is_due = steps_after_start > 0 and steps_after_start % self.every == 0
+        if is_due:
+            self._add_model(model)
+        return is_due
 
-    def _add(self, model: nn.Module) -> None:
+    def _add_model(self, model: nn.Module) -> None:
         averaged, carried = self._live(model)
         broken = non_finite_names(averaged) if self.check_finite else []
         if broken:
             raise NonFiniteWeightsError(
                 f"The weights hold NaN or infinity in {len(broken)} entries ({listed(broken)}), so "
-                f"they were not added; the average of {self.n_averaged} models is as it was. "
+                f"they were not added. The average of {self.n_averaged} models did not change. "
                 "Look for a learning rate that is too high or a loss that overflows."
             )
-        self._enter(averaged)
+        self._add(averaged)
         if self._carried:
             _copy(self._carried, carried)
         else:
             self._carried = {name: value.clone() for name, value in carried.items()}
         self._n_averaged += 1
 
-    def _live(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The model's entries, detached: those to average and the rest, in the tracker's order."""
+    def _live(self, model: nn.Module) -> tuple[Entries, Entries]:
+        """Return the detached entries to average and all other entries, in the tracker's order."""
         state, self._aliases = _split_aliases(model)
         require_match(
-            self._expected, state, "The model is not the one that the tracker was made for."
+            self._expected,
+            state,
+            "The model is not the model of this tracker: the tracked model defines the expected "
+            "names and shapes.",
         )
         late = [
             name
@@ -148,39 +207,40 @@ class WeightTracker(ABC):
         ]
         if late:
             raise UsageError(
-                f"{len(late)} parameters require gradients that did not when the tracker was made "
-                f"({listed(late)}). Make the tracker after the last change of requires_grad."
+                f"{len(late)} parameters require gradients that did not when the tracker was "
+                f"created ({listed(late)}). Create the tracker after the last change of "
+                "requires_grad."
             )
-        entries = {name: state[name].detach() for name in self._expected}
+        carried = {name: state[name].detach() for name in self._expected}
         averaged = {
-            name: entries.pop(name) for name in list(entries) if name in self._averaged_names
+            name: carried.pop(name) for name in list(carried) if name in self._averaged_names
         }
-        self._follow_devices(averaged, entries)
-        return averaged, entries
+        self._follow_devices(averaged, carried)
+        return averaged, carried
 
-    def _follow_devices(self, averaged: dict[str, Tensor], carried: dict[str, Tensor]) -> None:
-        """Move the average to its device or the model's, which may have moved since."""
-        for own, live in (
-            *((part, averaged) for part in self._parts.values()),
-            (self._carried, carried),
-        ):
-            device = self._device if live is averaged else None
-            own.update({n: value.to(device or live[n].device) for n, value in own.items()})
+    def _follow_devices(self, averaged: Entries, carried: Entries) -> None:
+        """Move the average to its device. Default: the current device of each live entry."""
+        for entries in self._tensors().values():
+            for name, value in entries.items():
+                entries[name] = value.to(self._device or averaged[name].device)
+        for name, value in self._carried.items():
+            self._carried[name] = value.to(carried[name].device)
 
-    def averaged_state_dict(self) -> dict[str, Tensor]:
-        """The average as a state dict under the plain model's names.
+    def averaged_state_dict(self) -> Entries:
+        """Return the average as a state dict under canonical names.
 
         Returns:
-            New tensors: averaged entries in ``dtype`` or wider, the rest as carried. Under
-            ``fully_shard`` they are shards, as in ``model.state_dict()``.
+            New tensors. Averaged entries have ``dtype`` or a wider dtype. All other entries have
+            the values and the dtype of the last averaged step. Under ``fully_shard`` the entries
+            are shards, as in ``model.state_dict()``.
 
         Raises:
-            EmptyAverageError: no step was averaged yet.
+            EmptyAverageError: no model was added yet.
         """
-        self._require_some()
-        means = self._means()
+        self._require_models()
+        mean = self._mean()
         state = {
-            name: means[name] if name in means else self._carried[name].clone()
+            name: mean[name] if name in mean else self._carried[name].clone()
             for name in self._expected
         }
         state.update({alias: state[name].clone() for alias, name in self._aliases.items()})
@@ -188,88 +248,107 @@ class WeightTracker(ABC):
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:
-        """Put the average into ``model`` for the length of a ``with`` block.
+        """Use the average as the weights of ``model`` inside a ``with`` block.
 
-        The live weights are back, bitwise, afterwards, also after an exception. The parameters
-        stay the same objects, so optimizers keep working.
+        After the block, the live weights are restored bitwise, also after an exception. The
+        parameters stay the same objects, so optimizers keep working.
+
+        Args:
+            model: the tracked model.
+
+        Yields:
+            ``model``.
 
         Raises:
-            EmptyAverageError: no step was averaged yet.
-            StateMismatchError: the average does not fit the model.
+            EmptyAverageError: no model was added yet.
+            StateMismatchError: names or shapes differ from those of the tracked model.
         """
-        self._require_some()
+        self._require_models()
         averaged, carried = self._live(model)
         try:
             with overwriting([local(value) for value in (*averaged.values(), *carried.values())]):
                 with torch.no_grad():
-                    _copy(averaged, self._means())
+                    _copy(averaged, self._mean())
                     _copy(carried, self._carried)
                 yield model
         finally:
-            reshard(model)  # or gathered copies of the average stay in use
+            reshard(model)  # frees gathered copies of the average
 
-    def _require_some(self) -> None:
+    def _require_models(self) -> None:
         if self._n_averaged == 0:
             raise EmptyAverageError(
-                f"The average is empty: after {self._steps} steps no model has entered it, since "
-                f"start={self.start} and every={self.every} (the first enters at step "
-                f"{self.start + self.every}). Call update(model) after each step."
+                f"The average is empty after {self._steps} steps: with start={self.start} and "
+                f"every={self.every}, a model first enters at step {self.start + self.every}. "
+                "Call update(model) after each step of the optimizer."
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that :meth:`load_state_dict` needs to go on as if never stopped, bitwise.
+        """Return the state of the tracker, with which a run resumes bitwise.
 
-        The tensors are the tracker's own: save them, or clone them before the next update.
+        The tensors are not copied. Save them, or clone them before the next call of
+        :meth:`update`.
         """
         return {
             "steps": self._steps,
             "n_averaged": self._n_averaged,
             **{setting: getattr(self, setting) for setting in self._settings},
-            **{part: dict(held) for part, held in self._parts.items()},
+            **{name: dict(entries) for name, entries in self._tensors().items()},
             "carried": dict(self._carried),
             "aliases": dict(self._aliases),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state that :meth:`state_dict` gave, copying its tensors.
+        """Restore a state from :meth:`state_dict`. The tensors are copied.
 
         Raises:
-            StateMismatchError: it belongs to another model, to a run that trained other
-                parameters, or lacks an entry.
+            StateMismatchError: an entry is missing or unknown, or the state belongs to another
+                model or to a run that trained other parameters.
         """
-        wanted = self.state_dict().keys()
-        if state.keys() != wanted:
+        expected = self.state_dict().keys()
+        if state.keys() != expected:
             raise StateMismatchError(
                 f"This is not the state of a {type(self).__name__}.",
-                missing=wanted - state.keys(),
-                unexpected=state.keys() - wanted,
+                missing=expected - state.keys(),
+                unexpected=state.keys() - expected,
             )
         if state["n_averaged"]:
             self._require_same_entries(state)
         self._steps, self._n_averaged = int(state["steps"]), int(state["n_averaged"])
         for setting in self._settings:
             setattr(self, setting, type(getattr(self, setting))(state[setting]))
-        self._parts = {part: self._own_entries(state[part]) for part in self._parts}
-        self._carried = self._own_entries(state["carried"])
+        for name, entries in (*self._tensors().items(), ("carried", self._carried)):
+            entries.clear()
+            entries.update(self._copied_in_order(state[name]))
         self._aliases = dict(state["aliases"])
 
-    def _own_entries(self, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        # In the model's order, which the foreach operations rely on: a file may have another.
+    def _copied_in_order(self, saved: Mapping[str, Tensor]) -> Entries:
+        # The foreach operations rely on the model's order. A file can have another order.
         return {name: saved[name].clone() for name in self._expected if name in saved}
 
     def _require_same_entries(self, state: dict[str, Any]) -> None:
         trained = {name: self._expected[name] for name in self._averaged_names}
-        rest = {name: v for name, v in self._expected.items() if name not in trained}
+        carried = {name: v for name, v in self._expected.items() if name not in trained}
         hint = "Freeze the same parameters as in the run that was saved."
-        for number, part in enumerate(self._parts):
-            if number == 0 or state[part]:  # the first holds something from the first model on
-                what = "The saved average is not of what this model trains."
-                require_match(trained, state[part], what, hint)
-        require_match(rest, state["carried"], "The saved average is not of this model.", hint)
+        for number, name in enumerate(self._tensors()):
+            if number == 0 or state[name]:
+                require_match(
+                    trained,
+                    state[name],
+                    "The saved average does not fit the model: the trained parameters define the "
+                    "expected names and shapes.",
+                    hint,
+                )
+        require_match(
+            carried,
+            state["carried"],
+            "The saved average does not fit the model: its frozen parameters and buffers define "
+            "the expected names and shapes.",
+            hint,
+        )
 
 
 def shards(entries: Mapping[str, Tensor]) -> list[Tensor]:
-    """What this process holds of the entries."""
+    """Return the parts of the entries that this process holds."""
     return [local(value) for value in entries.values()]
 
 
@@ -279,22 +358,22 @@ def _names_to_average(model: nn.Module) -> list[str]:
     return trained or [name for name, value in parameters.items() if is_interpolable(value)]
 
 
-def _split_aliases(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The entries of the state dict, each once, and ``{further name: first name}`` for the rest."""
-    first: dict[int, str] = {}
-    state: dict[str, Tensor] = {}
+def _split_aliases(model: nn.Module) -> tuple[Entries, dict[str, str]]:
+    """Return each entry of the state dict once, and ``{further name: first name}`` of tied ones."""
+    first_names: dict[int, str] = {}
+    state: Entries = {}
     aliases: dict[str, str] = {}
     for name, value in named_state(model).items():
-        if id(value) in first:
-            aliases[name] = first[id(value)]
+        if id(value) in first_names:
+            aliases[name] = first_names[id(value)]
         else:
-            first[id(value)] = name
+            first_names[id(value)] = name
             state[name] = value
     return state, aliases
 
 
 @torch.no_grad()
-def _copy(target: dict[str, Tensor], source: Mapping[str, Tensor]) -> None:
+def _copy(target: Entries, source: Mapping[str, Tensor]) -> None:
     if target:
         values = {name: source[name] for name in target}
         foreach._foreach_copy_(shards(target), shards(values))

@@ -160,7 +160,7 @@ def used_without_communication(
 
 
 def assert_holds_shards(tracker: WeightTracker, model: nn.Module) -> None:
-    parts = [part for part in tracker._parts.values() if part]
+    parts = [part for part in tracker._tensors().values() if part]
     assert len(parts) == (LATEST if isinstance(tracker, LAWATracker) else 1)
     for part in parts:
         assert all(isinstance(value, DTensor) for value in part.values())

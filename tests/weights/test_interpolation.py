@@ -201,12 +201,12 @@ def test_mismatch_is_one_error_with_everything() -> None:
     with pytest.raises(StateMismatchError) as caught:
         interpolate(a, b, 0.5)
     assert str(caught.value) == (
-        "theta_a and theta_b do not fit together (theta_a is expected).\n"
+        "theta_a and theta_b do not fit together: theta_a defines the expected names and shapes.\n"
         "  missing (2): also, gone\n"
         "  unexpected (1): new\n"
         "  shape of x.weight: expected [2, 3], given [3, 2]\n"
-        "Both state dicts must come from the same architecture; wrappers' prefixes (module., "
-        "_orig_mod.) are already taken out of the names."
+        "Both state dicts must come from the same architecture. Prefixes of wrappers (module., "
+        "_orig_mod.) are already removed from the names."
     )
     assert caught.value.missing == ["also", "gone"]
     assert caught.value.unexpected == ["new"]

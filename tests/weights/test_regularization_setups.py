@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from openvclip import InterpolatedWeightRegularizer, SWATracker
-from openvclip.weights.anchor import kept, room_for
+from openvclip.weights.anchor import empty_stash, to_anchor_device
 from tests.helpers import Net, Smooth, assert_same_state, batch, cross_entropy, same_bits, snapshot
 
 # --- anchor_device -----------------------------------------------------------------------------
@@ -56,8 +56,8 @@ def test_entries_that_are_interpolated_one_by_one_change_no_bit() -> None:
 
 def test_nothing_is_page_locked_or_copied_where_all_is_on_the_cpu() -> None:
     value, beside = torch.rand(3), torch.rand(3)
-    assert kept(value, torch.device("cpu"), beside, copy=False) is value
-    assert not room_for(beside, torch.device("cpu")).is_pinned()
+    assert to_anchor_device(value, torch.device("cpu"), beside, copy=False) is value
+    assert not empty_stash(beside, torch.device("cpu")).is_pinned()
 
 
 class Copies(TorchFunctionMode):

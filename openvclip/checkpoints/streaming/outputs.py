@@ -21,9 +21,9 @@ from openvclip.checkpoints.layout import (
     read_header,
     shard_names_in,
 )
-from openvclip.checkpoints.streaming.inputs import bytes_of
 from openvclip.checkpoints.streaming.provenance import RECIPE
 from openvclip.errors import CheckpointError
+from openvclip.weights.numerics import bytes_of
 
 SHARD_SIZE = 5_000_000_000  # bytes, as Hugging Face's libraries have it
 _TO_DISK = 16 << 20  # bytes after which what is written is sent on to the disk

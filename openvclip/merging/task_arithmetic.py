@@ -1,0 +1,107 @@
+"""Task arithmetic: task vectors, which are the changes that fine-tuning makes, and their sums."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from openvclip.errors import MergeError
+from openvclip.merging.entries import (
+    combined,
+    contiguous_copy,
+    difference,
+    interpolable_entries,
+    matched,
+    scale_of,
+)
+from openvclip.weights.interpolation import Lambda
+from openvclip.weights.names import canonical_state
+
+
+def task_vector(
+    base: Mapping[str, Tensor],
+    tuned: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """Return the task vector ``tuned - base`` (Ilharco et al., ICLR 2023).
+
+    Args:
+        base: state dict of the original model.
+        tuned: state dict of the fine-tuned model, with the same names and shapes.
+        dtype: dtype of the result. Default: at least float32, because the small differences of
+            half-precision weights lose digits if they are rounded to half precision again.
+
+    Returns:
+        New tensors on the devices of ``base``, for floating-point and complex entries only. Equal
+        values give 0, also two equal infinities.
+
+    Raises:
+        StateMismatchError, WeightTypeError: as in :func:`openvclip.interpolate`.
+    """
+    base_entries, tuned_entries = matched(base, [tuned], what_others="tuned")
+    return combined(
+        [interpolable_entries(base_entries), tuned_entries],
+        lambda _, entries: difference(entries[1], entries[0]),
+        dtype,
+        narrow=False,
+    )
+
+
+def apply_task_vectors(
+    base: Mapping[str, Tensor],
+    vectors: Sequence[Mapping[str, Tensor]],
+    scale: Lambda | Sequence[Lambda] = 1.0,
+    *,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    r"""Return the sum of ``base`` and scaled task vectors (task arithmetic).
+
+    .. math:: \theta = \theta_0 + \sum_t \lambda_t \tau_t
+
+    Several vectors add their tasks to the model. A scale of ``-1`` removes a task. Scales between
+    0 and 1 weigh the tasks. (Ilharco et al., "Editing models with task arithmetic", ICLR 2023.)
+
+    Args:
+        base: state dict of the original model.
+        vectors: task vectors with the floating-point and complex entries of ``base``.
+        scale: a number, or a function from the canonical name of an entry to its number. A
+            sequence of numbers or functions gives one scale to each vector.
+        dtype: dtype of the floating-point entries of the result. Default: the dtype of each entry
+            of ``base``.
+
+    Returns:
+        A new dict in the order of ``base``, on its devices, with its integer entries.
+
+    Raises:
+        MergeError: there are no vectors, or the number of scales differs from that of the vectors.
+        LambdaError: a scale is not a finite number.
+        StateMismatchError, WeightTypeError: as in :func:`openvclip.interpolate`.
+    """
+    base_entries = canonical_state(base, "base")
+    states = matched(
+        interpolable_entries(base_entries),
+        vectors,
+        "the floating-point entries of base",
+        "vectors[{}]",
+    )
+    scales = list(scale) if isinstance(scale, Sequence) else [scale] * len(vectors)
+    if len(scales) != len(vectors):
+        raise MergeError(
+            f"Got {len(scales)} scales for {len(vectors)} task vectors. Pass one scale for each "
+            "vector, or one scale for all vectors."
+        )
+
+    def combine(name: str, entries: list[Tensor]) -> Tensor:
+        result = contiguous_copy(entries[0])
+        for vector, vector_scale in zip(entries[1:], scales, strict=True):
+            result.add_(vector, alpha=scale_of(vector_scale, name))
+        return result
+
+    changed = combined(states, combine, None)
+    return {
+        name: changed[name].to(dtype or value.dtype) if name in changed else contiguous_copy(value)
+        for name, value in base_entries.items()
+    }

@@ -1,0 +1,69 @@
+"""Checks of the settings, the optimizer and the losses that a regulariser accepts."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from openvclip.errors import LossError, RegularizationError, UsageError
+from openvclip.weights.anchor import trained_parameters
+
+
+def require_settings(
+    interval: tuple[float, float], weight: float, every: int, missing: str
+) -> None:
+    """Raise a :class:`RegularizationError` if a setting is out of range."""
+    if not _is_interval(interval):
+        raise RegularizationError(
+            f"interval={interval!r}: expected (low, high) with 0 <= low <= high <= 1. alpha is the "
+            "weight of the anchor (the original CLIP); the paper uses (0.0, 0.6)."
+        )
+    if not (isinstance(weight, (int, float)) and math.isfinite(weight) and weight >= 0.0):
+        raise RegularizationError(f"weight={weight!r}: expected C of Equation 9, a number >= 0.")
+    if not (isinstance(every, int) and every >= 1):
+        raise RegularizationError(f"every={every!r}: expected a whole number of steps >= 1.")
+    if missing not in ("error", "skip"):
+        raise RegularizationError(f"missing={missing!r}: expected 'error' or 'skip'.")
+
+
+def _is_interval(interval: Any) -> bool:
+    try:
+        low, high = interval
+        return 0.0 <= float(low) <= float(high) <= 1.0
+    except (TypeError, ValueError):
+        return False
+
+
+def require_own_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
+    """Raise a :class:`UsageError` if the optimizer holds no trained parameter of the model."""
+    trained = {id(p) for p in trained_parameters(model).values()}
+    optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not trained & optimized:
+        raise UsageError(
+            "The optimizer holds none of the model's trained parameters. Create the optimizer for "
+            "this model, after the model was copied or moved."
+        )
+
+
+def require_loss(loss: object) -> Tensor:
+    """Return the loss, or raise a :class:`LossError` if it is not a scalar with a graph."""
+    if not isinstance(loss, Tensor):
+        raise LossError(
+            f"The closure returned {type(loss).__name__}; expected the loss, a scalar tensor. The "
+            "closure must run the forward pass and return the loss without calling backward()."
+        )
+    if loss.numel() != 1:
+        raise LossError(
+            f"The closure returned a tensor of shape {list(loss.shape)}; expected a scalar loss. "
+            "Reduce it, for example with .mean()."
+        )
+    if not loss.requires_grad:
+        raise LossError(
+            "The loss has no graph because it does not require gradients. Compute the loss from "
+            "the output of the model with gradients enabled, without torch.no_grad(), .detach() "
+            "and .item()."
+        )
+    return loss
