@@ -197,8 +197,8 @@ class WeightTracker(ABC):
         require_match(
             self._expected,
             state,
-            "The model is not the model of this tracker: the tracked model defines the expected "
-            "names and shapes.",
+            "The model does not fit the tracker: the tracked model defines the expected names and "
+            "shapes.",
         )
         late = [
             name

@@ -137,7 +137,7 @@ def test_an_empty_average() -> None:
 
 def test_another_model() -> None:
     swa = SWATracker(Net())
-    with pytest.raises(StateMismatchError, match="not the one that the tracker was made for"):
+    with pytest.raises(StateMismatchError, match="does not fit the tracker: the tracked model defines"):
         swa.update(nn.Linear(4, 4))
     swa.update(Net())
     with pytest.raises(StateMismatchError), swa.applied(nn.Linear(4, 4)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import zlib
 from pathlib import Path
@@ -84,7 +85,7 @@ def test_parts_have_the_hash_of_the_whole(cuts: list[int], dtype: torch.dtype) -
     value = torch.arange(60).reshape(3, 20).to(dtype)
     hashed = WeightsHash({"w": value})
     edges = [0, *sorted(cuts), 60]
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in itertools.pairwise(edges):
         hashed.update("w", value.view(-1)[start:end])
     assert hashed.hexdigest() == weights_hash({"w": value})
 
