@@ -82,10 +82,10 @@ def ddp_reduces_both_passes_at_once_with_every_setting_of_the_wrapper(out: Path)
 @check
 def ddp_around_a_module_that_holds_the_model(out: Path) -> None:
     expected = trained_by_hand()[0].state_dict()
-    for given, reductions in ((True, STEPS), (False, 2 * STEPS)):
+    for with_wrapper, reductions in ((True, STEPS), (False, 2 * STEPS)):
         inner = Net(0)
         model, calls = data_parallel(nn.Sequential(inner))
-        train(regulariser(model, inner, wrapper=model if given else None), model)
+        train(regulariser(model, inner, wrapper=model if with_wrapper else None), model)
         assert_close(inner.state_dict(), expected)
         assert len(calls) == reductions
 
@@ -144,9 +144,9 @@ def every_process_draws_the_same_alphas(out: Path) -> None:
     for _ in range(5):
         with iwr.interpolated() as alpha:
             alphas.append(alpha)
-    here, there = gathered(alphas)
-    assert here == there
-    assert len(set(here)) == 5
+    first, second = gathered(alphas)
+    assert first == second
+    assert len(set(first)) == 5
 
 
 @check

@@ -67,11 +67,11 @@ def go_on(
         swa.update(model)
 
 
-def assert_same_average(here: WeightTracker, there: WeightTracker) -> None:
+def assert_same_average(resumed: WeightTracker, straight: WeightTracker) -> None:
     """Settings and counts, and bitwise the tensors, which may be sharded in either."""
-    given, expected = here.state_dict(), there.state_dict()
-    assert list(given) == list(expected)
-    for key, entry in given.items():
+    state, expected = resumed.state_dict(), straight.state_dict()
+    assert list(state) == list(expected)
+    for key, entry in state.items():
         if isinstance(entry, dict) and key != "aliases":
             assert_same_state(full(entry), full(expected[key]))
         else:

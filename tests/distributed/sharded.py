@@ -124,11 +124,11 @@ def fsdp_overflow_in_one_process_skips_the_step_in_both(out: Path) -> None:
 @check
 def fsdp_keeps_shards_and_communicates_nothing_of_its_own(out: Path) -> None:
     for make in TRACKERS:
-        for settings, copies in (({}, 1), ({"anchor_device": "cpu"}, 2)):  # the stash is held too
+        for settings, copies in (({}, 1), ({"anchor_device": "cpu"}, 2)):  # the stash stays too
             model = sharded()
             iwr, tracker = used_without_communication(model, make, settings)
-            held = [*iwr._anchor.values(), *iwr._stash.values()]
-            size = sum(value.untyped_storage().nbytes() for value in held)
+            tensors = [*iwr._anchor.values(), *iwr._stash.values()]
+            size = sum(value.untyped_storage().nbytes() for value in tensors)
             assert size == copies * 8 * local_size(model)
             assert_holds_shards(tracker, model)
 

@@ -135,9 +135,9 @@ def skips_where_one_overflows(model: nn.Module) -> None:
     assert not all(torch.equal(a, b) for a, b in zip(before, now, strict=True))
 
 
-def assert_close(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    assert {name.removeprefix("module.") for name in given} == expected.keys()
-    for name, value in given.items():
+def assert_close(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    assert {name.removeprefix("module.") for name in state} == expected.keys()
+    for name, value in state.items():
         wanted = expected[name.removeprefix("module.")]
         torch.testing.assert_close(value, wanted, rtol=1e-9, atol=1e-11, msg=lambda m: f"{name}{m}")  # noqa: B023
 

@@ -171,8 +171,8 @@ def test_equal_infinities_make_no_change() -> None:
 def trimmed64(vector: list[float], density: float) -> list[float]:
     if density == 0.0:
         return [0.0] * len(vector)
-    kept = sorted((abs(x) for x in vector), reverse=True)[: max(1, int(density * len(vector)))]
-    return [x if abs(x) >= kept[-1] else 0.0 for x in vector]
+    largest = sorted((abs(x) for x in vector), reverse=True)[: max(1, int(density * len(vector)))]
+    return [x if abs(x) >= largest[-1] else 0.0 for x in vector]
 
 
 def merged64(vectors: list[list[float]], base: list[float], scale: float) -> list[float]:
@@ -249,12 +249,14 @@ def test_dare_drops_or_rescales_each_change(dtype: torch.dtype) -> None:
     got = dare(base, tuned, drop=0.5, seed=3)
     dropped = 0
     for name in floats(base):
-        kept = [
+        rescaled = [
             x + (y - x) / 0.5
             for x, y in zip(numbers(base[name]), numbers(tuned[name]), strict=True)
         ]
         gone = (got[name] == base[name]).flatten().tolist()
-        expected = [x if g else k for x, k, g in zip(numbers(base[name]), kept, gone, strict=True)]
+        expected = [
+            x if g else k for x, k, g in zip(numbers(base[name]), rescaled, gone, strict=True)
+        ]
         assert_near(got[name], expected, base[name])
         dropped += sum(gone)
     assert 10 < dropped < 40  # of 56

@@ -237,7 +237,7 @@ def test_applied_puts_the_live_weights_back() -> None:
     model.norm.running_mean.fill_(50.0)
     model.norm.num_batches_tracked.fill_(77)
     live = snapshot(model)
-    kept = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
     average = swa.averaged_state_dict()
     with swa.applied(model) as inside:
         assert inside is model
@@ -245,7 +245,7 @@ def test_applied_puts_the_live_weights_back() -> None:
         assert model.norm.running_mean[0] == 2.0
         assert not same_bits(model.head.weight, live["head.weight"])
     assert_same_state(model.state_dict(), live)
-    assert all(p is kept[n] for n, p in model.named_parameters())
+    assert all(p is parameters[n] for n, p in model.named_parameters())
 
     with pytest.raises(RuntimeError, match="in between"), swa.applied(model):
         spoil(model)

@@ -78,13 +78,13 @@ def test_the_average_shares_no_memory_with_tracker_or_model() -> None:
     swa = SWATracker(model)
     swa.update(model)
     first = swa.averaged_state_dict()
-    kept = {name: value.clone() for name, value in first.items()}
+    expected = {name: value.clone() for name, value in first.items()}
     for value in first.values():
         value.zero_()
     with torch.no_grad():
         for value in model.state_dict().values():
             value.zero_()
-    assert_same_state(swa.averaged_state_dict(), kept)
+    assert_same_state(swa.averaged_state_dict(), expected)
 
 
 # --- errors ------------------------------------------------------------------------------------
@@ -137,7 +137,9 @@ def test_an_empty_average() -> None:
 
 def test_another_model() -> None:
     swa = SWATracker(Net())
-    with pytest.raises(StateMismatchError, match="does not fit the tracker: the tracked model defines"):
+    with pytest.raises(
+        StateMismatchError, match="does not fit the tracker: the tracked model defines"
+    ):
         swa.update(nn.Linear(4, 4))
     swa.update(Net())
     with pytest.raises(StateMismatchError), swa.applied(nn.Linear(4, 4)):

@@ -53,9 +53,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
 
 def _reported(folder: Path, rank: int) -> dict[str, str]:
     file = folder / f"{rank}.json"
-    found: dict[str, str] = json.loads(file.read_text()) if file.exists() else {}
+    outcomes: dict[str, str] = json.loads(file.read_text()) if file.exists() else {}
     errors = (folder / f"{rank}.errors").read_text()
-    return {name: found.get(name, f"not reached\n{errors}") for name in NAMES}
+    return {name: outcomes.get(name, f"not reached\n{errors}") for name in NAMES}
 
 
 def test_there_are_checks() -> None:
@@ -64,5 +64,5 @@ def test_there_are_checks() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_in_two_processes(results: list[dict[str, str]], name: str) -> None:
-    for rank, found in enumerate(results):
-        assert found[name] == "passed", f"process {rank}:\n{found[name]}"
+    for rank, outcomes in enumerate(results):
+        assert outcomes[name] == "passed", f"process {rank}:\n{outcomes[name]}"

@@ -83,6 +83,21 @@ def test_ends_are_bitwise(dtype: torch.dtype, lam: float) -> None:
     assert_same_state(interpolate(a, b, lam), a if lam else b)
 
 
+@given(
+    st.lists(st.tuples(*[st.integers(-(2**31), 2**31 - 1)] * 2), min_size=1, max_size=20),
+    st.sampled_from([0.0, 1.0]),
+)
+def test_ends_are_bitwise_for_every_bit_pattern(
+    patterns: list[tuple[int, ...]], lam: float
+) -> None:
+    a, b = (torch.tensor(column, dtype=torch.int32) for column in zip(*patterns, strict=True))
+    ends = {"w": a.view(torch.float32)}, {"w": b.view(torch.float32)}
+    assert_same_state(interpolate(*ends, lam), ends[0] if lam else ends[1])
+    model = nn.ParameterDict({"w": nn.Parameter(torch.zeros(len(a)))})
+    interpolate_into(model, *ends, lam)
+    assert_same_state(model.state_dict(), ends[0] if lam else ends[1])
+
+
 @pytest.mark.parametrize("lam", [0.25, 0.5, 0.75])
 def test_infinities_follow_the_equation(lam: float) -> None:
     """A mask of -inf that both models hold must not turn into NaN."""
@@ -266,14 +281,14 @@ def test_inputs_are_neither_changed_nor_aliased(lam: float) -> None:
     before = [{n: v.clone() for n, v in s.items()} for s in (a, b)]
     got = interpolate(a, b, lam)
     pointers = {v.untyped_storage().data_ptr() for s in (a, b) for v in s.values()}
-    own = [value.untyped_storage().data_ptr() for value in got.values()]
-    assert pointers.isdisjoint(own)
-    assert len(set(own)) == len(own)
+    addresses = [value.untyped_storage().data_ptr() for value in got.values()]
+    assert pointers.isdisjoint(addresses)
+    assert len(set(addresses)) == len(addresses)
     for value in got.values():
         assert value.is_contiguous()
         value.zero_()
-    for s, kept in zip((a, b), before, strict=True):
-        assert_same_state(s, kept)
+    for s, copies in zip((a, b), before, strict=True):
+        assert_same_state(s, copies)
 
 
 def test_the_output_has_no_graph() -> None:

@@ -89,13 +89,14 @@ def test_into_a_model_equals_interpolate(dtype: torch.dtype, lam: float) -> None
     a, b = snapshot(Net(0).to(dtype)), snapshot(Net(1).to(dtype))
     b["norm.num_batches_tracked"].fill_(7)
     model = Net(2).to(dtype)
-    kept = dict(model.named_parameters()), {n: t.data_ptr() for n, t in model.state_dict().items()}
+    parameters = dict(model.named_parameters())
+    addresses = {n: t.data_ptr() for n, t in model.state_dict().items()}
     wanted = [p.requires_grad for p in model.parameters()]
     before = [{n: v.clone() for n, v in s.items()} for s in (a, b)]
     interpolate_into(model, a, b, lam)
     assert_same_state(model.state_dict(), interpolate(a, b, lam))
-    assert {n: t.data_ptr() for n, t in model.state_dict().items()} == kept[1]
-    assert all(p is kept[0][n] for n, p in model.named_parameters())
+    assert {n: t.data_ptr() for n, t in model.state_dict().items()} == addresses
+    assert all(p is parameters[n] for n, p in model.named_parameters())
     assert [p.requires_grad for p in model.parameters()] == wanted
     assert_same_state(a, before[0])
     assert_same_state(b, before[1])

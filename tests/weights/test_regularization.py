@@ -175,12 +175,12 @@ def _double(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_inside_the_block_the_weights_are_the_interpolated_ones(dtype: torch.dtype) -> None:
     model, anchor = randomise(Net(0).to(dtype), 0), snapshot(randomise(Net(1).to(dtype), 1))
     before = snapshot(model)
-    kept = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
     iwr = InterpolatedWeightRegularizer(model, anchor=anchor, interval=(0.3, 0.3))
     with iwr.interpolated() as alpha:
         assert alpha == pytest.approx(0.3)
         for name, value in model.state_dict().items():
-            parameter = kept.get(name)
+            parameter = parameters.get(name)
             if parameter is None or not parameter.requires_grad:
                 assert same_bits(value, before[name]), name
             else:
@@ -190,7 +190,7 @@ def test_inside_the_block_the_weights_are_the_interpolated_ones(dtype: torch.dty
                 assert (value <= (exact + slack).to(dtype)).all()
                 assert not same_bits(value, before[name]), name
     assert_same_state(model.state_dict(), before)
-    assert all(p is kept[n] for n, p in model.named_parameters())
+    assert all(p is parameters[n] for n, p in model.named_parameters())
 
 
 def test_parameters_of_several_dtypes() -> None:

@@ -173,17 +173,17 @@ def test_one_autocast_region_around_the_block_and_what_follows() -> None:
     other = Smooth(1)
     x = batch()[0]
     with torch.autocast("cpu", torch.bfloat16):
-        here = model(x)
+        before = model(x)
         with iwr.interpolated():
-            there = model(x)
-        back = model(x)
+            inside = model(x)
+        after = model(x)
         expected = other(x)
-    assert same_bits(there, expected)
-    assert same_bits(here, back)
-    assert not same_bits(here, there)
+    assert same_bits(inside, expected)
+    assert same_bits(before, after)
+    assert not same_bits(before, inside)
 
 
-# --- loops of one's own ------------------------------------------------------------------------
+# --- other loops -------------------------------------------------------------------------------
 
 
 def test_accumulation_and_clipping_equal_one_big_batch() -> None:
@@ -218,15 +218,15 @@ def test_accumulation_and_clipping_equal_one_big_batch() -> None:
 
 def test_step_equals_the_block_written_out() -> None:
     model, iwr = regulariser(seed=2)
-    other, own = regulariser(seed=2)
-    optimizer = own.optimizer
+    other, other_iwr = regulariser(seed=2)
+    optimizer = other_iwr.optimizer
     assert optimizer is not None
     for step in range(3):
         iwr.step(lambda step=step: cross_entropy(model, step))  # type: ignore[misc]
         optimizer.zero_grad()
         cross_entropy(other, step).backward()
-        with own.interpolated():
-            (own.weight * cross_entropy(other, step)).backward()
+        with other_iwr.interpolated():
+            (other_iwr.weight * cross_entropy(other, step)).backward()
         optimizer.step()
         assert_same_state(model.state_dict(), other.state_dict())
 
@@ -267,7 +267,7 @@ def storages(tensors: list[Tensor]) -> dict[int, int]:
     return {part.data_ptr(): part.nbytes() for part in parts}
 
 
-def held(thing: object, seen: set[int] | None = None) -> dict[int, int]:
+def storages_in(thing: object, seen: set[int] | None = None) -> dict[int, int]:
     """Bytes of every tensor storage that an object holds itself, by address."""
     seen = set() if seen is None else seen
     if id(thing) in seen or isinstance(thing, (nn.Module, torch.optim.Optimizer)):
@@ -284,7 +284,7 @@ def held(thing: object, seen: set[int] | None = None) -> dict[int, int]:
         inner = list(vars(thing).values())
     out: dict[int, int] = {}
     for item in inner:
-        out |= held(item, seen)
+        out |= storages_in(item, seen)
     return out
 
 
@@ -292,14 +292,14 @@ def test_between_the_steps_the_anchor_is_all_that_is_held() -> None:
     model = Net()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     anchor = snapshot(Net(1))
-    given = {value.untyped_storage().data_ptr() for value in anchor.values()}
+    addresses = {value.untyped_storage().data_ptr() for value in anchor.values()}
     iwr = InterpolatedWeightRegularizer(model, optimizer, anchor=anchor)
-    own = InterpolatedWeightRegularizer(model, optimizer)
+    with_snapshot = InterpolatedWeightRegularizer(model, optimizer)
     for step in range(3):
-        assert held(iwr).keys() <= given  # the user's own tensors, not copies
-        assert sum(held(own).values()) == trained_bytes(model)
-        for one in (iwr, own):
-            one.step(lambda step=step: cross_entropy(model, step))  # type: ignore[misc]
+        assert storages_in(iwr).keys() <= addresses  # the tensors of the anchor, not copies
+        assert sum(storages_in(with_snapshot).values()) == trained_bytes(model)
+        for regularizer in (iwr, with_snapshot):
+            regularizer.step(lambda step=step: cross_entropy(model, step))  # type: ignore[misc]
 
 
 def test_a_step_holds_the_copy_of_the_weights_or_the_first_gradients_but_not_both() -> None:

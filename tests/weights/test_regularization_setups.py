@@ -82,10 +82,10 @@ class Copies(TorchFunctionMode):
             self.asked.append(({id(x) for x in flat}, kwargs["non_blocking"]))
         return func(*args, **(kwargs or {}))
 
-    def of(self, held: Iterable[Tensor]) -> list[bool]:
+    def of(self, tensors: Iterable[Tensor]) -> list[bool]:
         """What was asked for in each call that copies from or to one of these tensors or more."""
-        wanted = {id(tensor) for tensor in held}
-        return [free for tensors, free in self.asked if wanted & tensors]
+        wanted = {id(tensor) for tensor in tensors}
+        return [free for copied, free in self.asked if wanted & copied]
 
 
 @pytest.mark.parametrize("anchor_pinned", [False, True])
@@ -132,10 +132,10 @@ def test_on_a_gpu_the_cpu_keeps_page_locked_memory_and_changes_no_bit(dtype: tor
         with pytest.raises(KeyboardInterrupt), iwr.interpolated():
             raise KeyboardInterrupt
         assert_same_state(model.state_dict(), before)
-        held = [*iwr._anchor.values(), *iwr._stash.values()]
+        copies = [*iwr._anchor.values(), *iwr._stash.values()]
         assert bool(iwr._stash) == (device == "cpu")
-        assert {tensor.is_pinned() for tensor in held} == {device == "cpu"}
-        assert {tensor.device.type for tensor in held} == {device or "cuda"}
+        assert {tensor.is_pinned() for tensor in copies} == {device == "cpu"}
+        assert {tensor.device.type for tensor in copies} == {device or "cuda"}
     assert_same_state(models[1], models[0])
 
 
@@ -206,13 +206,13 @@ class Tied(nn.Module):
     def __init__(self, seed: int) -> None:
         super().__init__()
         torch.manual_seed(seed)
-        self.there, self.back = nn.Linear(4, 4), nn.Linear(4, 4)
-        self.back.weight = self.there.weight
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.second.weight = self.first.weight
         self.head = nn.Linear(4, 2)
         self.double()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.back(torch.tanh(self.there(x)))))
+        return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))))
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -27,16 +27,16 @@ CONTEXT.set_forkserver_preload(["torch._dynamo", "openvclip", "tests.weights.res
 
 @contextmanager
 def process(folder: Path) -> Iterator[tuple[BaseProcess, Connection]]:
-    here, there = CONTEXT.Pipe()
-    child = CONTEXT.Process(target=resume_run.main, args=(folder, there))
+    parent, child_end = CONTEXT.Pipe()
+    child = CONTEXT.Process(target=resume_run.main, args=(folder, child_end))
     child.start()
-    there.close()
+    child_end.close()
     try:
-        yield child, here
+        yield child, parent
     finally:
         child.kill()
         child.join()
-        here.close()
+        parent.close()
 
 
 def killed_once(folder: Path, moments: random.Random, *, while_saving: bool) -> int:
