@@ -1,4 +1,4 @@
-"""One of the processes that ``test_distributed.py`` starts: it runs each check in turn.
+"""Run all checks in one of the two processes that ``test_distributed.py`` starts.
 
 python -m tests.distributed FOLDER RANK
 """

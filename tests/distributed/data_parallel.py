@@ -34,7 +34,7 @@ from tests.distributed.training import (
 
 
 def data_parallel(model: nn.Module, **settings: Any) -> tuple[nn.Module, list[int]]:
-    """The wrapped model, and a list that grows with each all-reduce of gradients."""
+    """Return the wrapped model, and a list with one item for each all-reduce of gradients."""
     wrapped = DistributedDataParallel(model, **settings)
     calls: list[int] = []
 
@@ -71,7 +71,7 @@ def ddp_reduces_both_passes_at_once_with_every_setting_of_the_wrapper(out: Path)
     for setting, reductions in (
         ("gradient_as_bucket_view", STEPS),
         ("find_unused_parameters", STEPS),
-        ("static_graph", STEPS + STEPS // 2),  # each pass apart
+        ("static_graph", STEPS + STEPS // 2),  # each pass is reduced separately
     ):
         model, calls = data_parallel(Net(0), **{setting: True})
         train(regulariser(model, every=2), model)
@@ -138,7 +138,7 @@ def ddp_overflow_in_one_process_skips_the_step_in_both(out: Path) -> None:
 @check
 def every_process_draws_the_same_alphas(out: Path) -> None:
     model, _ = data_parallel(Net(0))
-    torch.manual_seed(distributed.get_rank())  # the global state is each process's own
+    torch.manual_seed(distributed.get_rank())  # the global random states differ
     iwr = InterpolatedWeightRegularizer(model, seed=3)
     alphas = []
     for _ in range(5):

@@ -1,6 +1,6 @@
-"""Runs that go on from torch.distributed.checkpoint, in two processes.
+"""Runs that resume from torch.distributed.checkpoint, in two processes.
 
-``save`` and ``load`` do what docs/your-own-loop.md shows.
+``save`` and ``load`` are the code of docs/your-own-loop.md.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def go_on(
 
 
 def assert_same_average(resumed: WeightTracker, straight: WeightTracker) -> None:
-    """Settings and counts, and bitwise the tensors, which may be sharded in either."""
+    """Compare settings, counts and (bitwise) tensors. The tensors of both may be sharded."""
     state, expected = resumed.state_dict(), straight.state_dict()
     assert list(state) == list(expected)
     for key, entry in state.items():
@@ -81,13 +81,13 @@ def assert_same_average(resumed: WeightTracker, straight: WeightTracker) -> None
 @check
 def fsdp_resumes_bitwise_from_a_distributed_checkpoint(out: Path) -> None:
     alphas: dict[str, Any] = {"interval": (0.0, 0.6)}
-    late = partial(SWATracker, start=STEPS)  # with nothing in it when it is saved
+    late = partial(SWATracker, start=STEPS)  # empty when it is saved
     for number, make in enumerate((*TRACKERS, late)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(averaging, "_BLOCK", 2)  # the sums have an earlier block
+            patch.setattr(averaging, "_BLOCK", 2)  # so that the tracker has an earlier block
             folder, model, resumed = out / f"run-{number}", sharded(), sharded(3)
             for trained in (model, resumed):
-                trained.head.bias.requires_grad_(False)  # carried, as a shard
+                trained.head.bias.requires_grad_(False)  # not averaged, but sharded
             iwr, swa = regulariser(model, **alphas), make(model)
             go_on(model, iwr, swa, range(3))
             save(folder, model, iwr, swa)

@@ -91,7 +91,7 @@ def fsdp_training_equals_one_process(out: Path) -> None:
 
 @check
 def fsdp_gradients_that_are_reduced_once_equal_one_process(out: Path) -> None:
-    """``set_requires_gradient_sync`` in a loop of its own, as docs/your-own-loop.md has it."""
+    """``set_requires_gradient_sync`` in a custom loop, as in docs/your-own-loop.md."""
     model = sharded()
     iwr = regulariser(model)
     assert iwr.optimizer is not None
@@ -100,7 +100,7 @@ def fsdp_gradients_that_are_reduced_once_equal_one_process(out: Path) -> None:
         model.set_requires_gradient_sync(False)  # type: ignore[operator]
         with iwr.interpolated():
             (iwr.weight * loss_of(model, step)).backward()
-        assert gradients(model) == {}  # nothing has been reduced
+        assert gradients(model) == {}  # no gradient was reduced yet
         model.set_requires_gradient_sync(True)  # type: ignore[operator]
         loss_of(model, step).backward()
         iwr.optimizer.step()
@@ -124,7 +124,7 @@ def fsdp_overflow_in_one_process_skips_the_step_in_both(out: Path) -> None:
 @check
 def fsdp_keeps_shards_and_communicates_nothing_of_its_own(out: Path) -> None:
     for make in TRACKERS:
-        for settings, copies in (({}, 1), ({"anchor_device": "cpu"}, 2)):  # the stash stays too
+        for settings, copies in (({}, 1), ({"anchor_device": "cpu"}, 2)):  # the stash is kept too
             model = sharded()
             iwr, tracker = used_without_communication(model, make, settings)
             tensors = [*iwr._anchor.values(), *iwr._stash.values()]
@@ -139,9 +139,9 @@ def used_without_communication(
     with CommDebugMode() as made:
         iwr, tracker = regulariser(model, **settings), make(model)
     counts = {str(op): n for op, n in made.get_comm_counts().items()}
-    assert [op for op in counts if "reduce" not in op] == []  # the fingerprints' values
+    assert [op for op in counts if "reduce" not in op] == []  # for the fingerprint
     with iwr.interpolated():
-        pass  # the first block compares the processes' settings
+        pass  # the first block compares the settings of the processes
     with CommDebugMode() as used:
         with iwr.interpolated():
             pass
@@ -152,10 +152,12 @@ def used_without_communication(
             pass
         tracker.averaged_state_dict()
         tracker.state_dict()
-    assert {str(op) for op in used.get_comm_counts()} <= {"c10d.allreduce_"}  # finite everywhere?
+    assert {str(op) for op in used.get_comm_counts()} <= {
+        "c10d.allreduce_"
+    }  # for the check of finite values
     with CommDebugMode() as seen:
         full(model.state_dict())
-    assert seen.get_total_counts() > 0  # it would have been seen
+    assert seen.get_total_counts() > 0  # so CommDebugMode counts such operations
     return iwr, tracker
 
 
@@ -167,14 +169,14 @@ def assert_holds_shards(tracker: WeightTracker, model: nn.Module) -> None:
         size = sum(local(value).untyped_storage().nbytes() for value in part.values())
         assert size == 8 * local_size(model)
     average = tracker.averaged_state_dict()
-    assert average.pop("temperature").ndim == 0  # whole, as it is in the model
+    assert average.pop("temperature").ndim == 0  # not sharded, as in the model
     assert all(isinstance(value, DTensor) for value in average.values())
     assert sum(local(value).numel() for value in average.values()) == local_size(model)
 
 
 @check
 def fsdp_block_holds_the_interpolated_weights_whatever_stays_gathered(out: Path) -> None:
-    """After a forward pass alone, or backward without resharding, gathered copies stay."""
+    """Gathered copies stay after a forward pass alone, and without resharding after backward."""
     plain, other = Net(0), Net(1)
     mixed = Net(2)
     theta, anchor = snapshot(plain), snapshot(other)
@@ -210,7 +212,7 @@ def fsdp_around_a_module_that_holds_the_model(out: Path) -> None:
     outer = fully_shard(nn.Sequential(inner), ignored_params={inner.temperature})
     iwr = regulariser(outer, inner, wrapper=outer)
     with torch.no_grad():
-        before = outer(x)  # the outermost module keeps what it gathered
+        before = outer(x)  # the outermost module keeps its gathered weights
         with iwr.interpolated():
             assert not torch.equal(outer(x), before)
         assert torch.equal(outer(x), before)
@@ -300,7 +302,7 @@ def fsdp_saves_whole_tensors_once(out: Path) -> None:
     swa.update(model)
     file = out / "average.safetensors"
     save_checkpoint(swa.averaged_state_dict(), file, metadata={"a": "b"})
-    assert_close(load_checkpoint(file), plain)  # in each process: it is there for all of them
+    assert_close(load_checkpoint(file), plain)  # each process can read the file
     theta = interpolate(snapshot(Net(1)), full(swa.averaged_state_dict()), 0.5)
     save_checkpoint(theta, out / f"{distributed.get_rank()}.safetensors")
     distributed.barrier()

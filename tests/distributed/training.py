@@ -1,6 +1,6 @@
-"""What the checks of two processes share: a model, its batches, and Equation 9 written out.
+"""Model, batches and an explicit Equation 9, which the checks in two processes share.
 
-The reference is always the same training in one process, on the batches of both joined.
+The reference is always the same training in one process, on the joined batches of both.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def check(function: Callable[[Path], None]) -> Callable[[Path], None]:
 
 
 class Net(nn.Module):
-    """``[B, 5] -> [B, 3]``: sizes that two can't halve, a layer used twice, a frozen scalar."""
+    """``[B, 5] -> [B, 3]``, with odd sizes, a layer that is used twice, and a frozen scalar."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Net(nn.Module):
 
 
 def batch(step: int, part: int | None = None) -> tuple[Tensor, Tensor]:
-    """The joint batch of a step, or the part of one process."""
+    """Return the joined batch of a step, or the part of one process."""
     generator = torch.Generator().manual_seed(step)
     x = torch.randn(12, 5, generator=generator, dtype=torch.float64)
     y = torch.randint(0, 3, (12,), generator=generator)
@@ -61,7 +61,7 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
 
 
 def by_hand(model: nn.Module, anchor: dict[str, Tensor], alpha: float, step: int) -> None:
-    """Equation 9 on the joint batch, into the gradients of ``model``."""
+    """Set the gradients of ``model`` to Equation 9 on the joined batch."""
     other = Net(0)
     theta = snapshot(model)
     other.load_state_dict({n: alpha * anchor[n] + (1 - alpha) * theta[n] for n in theta})
@@ -76,7 +76,7 @@ def by_hand(model: nn.Module, anchor: dict[str, Tensor], alpha: float, step: int
 def trained_by_hand(
     steps: int = STEPS, max_norm: float | None = None, every: int = 1
 ) -> tuple[nn.Module, list[dict[str, Tensor]]]:
-    """A model after some steps in one process, and its weights after each of them."""
+    """Train in one process. Return the model, and its weights after each step."""
     model, anchor = Net(0), snapshot(Net(1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     path = []
@@ -113,7 +113,7 @@ def train(
 
 
 def skips_where_one_overflows(model: nn.Module) -> None:
-    """A loss that is infinite in one process, once in each pass, then a step that is taken."""
+    """Check that an infinite loss in one process skips the step in both, for either pass."""
     iwr, scaler = regulariser(model), torch.amp.GradScaler("cpu", init_scale=1024.0)
     before = [local(p).clone() for p in model.parameters()]
     for broken_call in (1, 2):

@@ -1,4 +1,4 @@
-"""The merge methods against slow float64 loops written from the papers, and their laws."""
+"""The merge methods equal slow float64 loops written from the papers, and obey their laws."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def numbers(tensor: Tensor) -> list[float]:
 
 
 def assert_near(got: Tensor, expected: list[float], like: Tensor) -> None:
-    """Within the rounding of the entry's dtype and of float32 arithmetic in between."""
+    """Compare up to the rounding of the entry's dtype and of the float32 arithmetic."""
     exact = torch.tensor(expected, dtype=torch.float64).reshape(like.shape)
     eps = torch.finfo(like.dtype).eps
     tight = eps if like.dtype.itemsize < 4 else 8 * eps
@@ -176,7 +176,7 @@ def trimmed64(vector: list[float], density: float) -> list[float]:
 
 
 def merged64(vectors: list[list[float]], base: list[float], scale: float) -> list[float]:
-    """TIES-Merging from the election of signs on, weight by weight."""
+    """The steps 2 and 3 of TIES-Merging (elect signs, average), weight by weight."""
     out = []
     for start, column in zip(base, zip(*vectors, strict=True), strict=True):
         total = sum(column)
@@ -217,7 +217,7 @@ def test_ties_equals_the_algorithm(trim: Any, seed: int, density: float, n: int)
 @few_examples
 @given(st.lists(st.lists(st.integers(-3, 3), min_size=6, max_size=6), min_size=1, max_size=5))
 def test_ties_with_ties_and_zeros(deltas: list[list[int]]) -> None:
-    """Small whole numbers: signs balance exactly, magnitudes coincide, changes are zero."""
+    """Small whole numbers give exact ties of signs, equal magnitudes and zero changes."""
     base = {"w": torch.arange(6.0)}
     tuned = [{"w": base["w"] + torch.tensor(d)} for d in deltas]
     got = ties(base, tuned, density=0.5)["w"]
@@ -226,7 +226,7 @@ def test_ties_with_ties_and_zeros(deltas: list[list[int]]) -> None:
 
 
 def test_ties_by_hand() -> None:
-    """Columns: agreement, a majority by size, a tie, a change that is trimmed."""
+    """The columns are: equal signs, a larger negative value, a tie, a trimmed change."""
     base = {"w": torch.zeros(4)}
     tuned = [{"w": torch.tensor([2.0, -9.0, 3.0, 1.0])}, {"w": torch.tensor([4.0, 5.0, -3.0, 0.5])}]
     assert ties(base, tuned, density=0.75)["w"].tolist() == [3.0, -9.0, 0.0, 0.0]

@@ -1,4 +1,4 @@
-"""What all merge methods have in common: memory, names, dtypes, strictness, errors."""
+"""Rules of all merge methods: memory, names, dtypes, matching, errors."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_names_are_plain_and_the_dtype_holds_both(method: str) -> None:
 def test_entries_one_by_one_give_the_same(method: str) -> None:
     a, b = state(0, torch.float16), state(1, torch.float16)
     if method == "lines":
-        return  # counts blocks; has a test of its own
+        return  # lines counts blocks; see test_merging.py
     whole = METHODS[method](a, b)
     for name in whole:
         assert same_bits(METHODS[method]({name: a[name]}, {name: b[name]})[name], whole[name])

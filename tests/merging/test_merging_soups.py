@@ -1,4 +1,4 @@
-"""Uniform and greedy soups against the paper's recipe written out, and their laws."""
+"""Uniform and greedy soups equal the recipe of the paper, and obey their laws."""
 
 from __future__ import annotations
 

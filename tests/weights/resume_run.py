@@ -1,7 +1,7 @@
-"""A training run that may be killed at any moment; ``test_resume.py`` starts and kills it.
+"""A training run that can be killed at any moment. ``test_resume.py`` starts and kills it.
 
-It goes on from ``checkpoint.pt`` in its folder where there is one, writes one every few steps, and
-leaves ``result.pt`` with the final weights, the average and alpha of every step.
+The run resumes from ``checkpoint.pt`` in its folder if the file exists, and writes the file every
+few steps. At the end it writes ``result.pt`` with the final weights, the average and all alphas.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ STEPS, SAVE_EVERY = 400, 7
 
 
 class Run:
-    """Everything that decides how a training goes on, and nothing else."""
+    """The complete state of a training run."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
         self.model = nn.Sequential(
             nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 4)
         )
-        # The anchor is a file that the user has; here it is made anew, the same each time.
+        # A user loads the anchor from a file. Here each run computes the same anchor.
         anchor = {name: v + 0.1 for name, v in self.model.state_dict().items() if v.ndim}
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, STEPS)
@@ -90,7 +90,7 @@ class Run:
 
 
 class _alpha_of:  # noqa: N801
-    """The alphas that blocks of the regulariser yield meanwhile, ``step``'s own among them."""
+    """Collect the alphas that a regulariser draws inside a ``with`` block."""
 
     def __init__(self, iwr: InterpolatedWeightRegularizer) -> None:
         self.iwr, self.draw = iwr, iwr._draw
@@ -115,7 +115,7 @@ def write(state: dict[str, Any], path: Path) -> None:
 
 
 def main(folder: Path, starter: Connection | None) -> None:
-    """Train to the end; with ``starter``, each step waits until that allows it."""
+    """Train to the end. With ``starter``, wait for its message before each step."""
     torch.use_deterministic_algorithms(True)
     torch.set_num_threads(1)
     run, checkpoint = Run(), folder / "checkpoint.pt"

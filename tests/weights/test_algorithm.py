@@ -1,4 +1,4 @@
-"""Algorithms 1 and 2 of the paper as they are printed, against the library's parts together."""
+"""The parts of the library together equal Algorithms 1 and 2 as the paper prints them."""
 
 from __future__ import annotations
 
@@ -91,6 +91,6 @@ def test_the_parts_together_are_the_algorithms() -> None:
     for name, value in expected.items():
         torch.testing.assert_close(theta[name.removeprefix("model.")], value, rtol=1e-9, atol=1e-11)
     frozen = {n: v for n, v in theta.items() if f"model.{n}" not in expected}
-    assert_same_state(frozen, {n: clip[n] for n in frozen})  # the text tower, untouched
+    assert_same_state(frozen, {n: clip[n] for n in frozen})  # the text tower did not change
     model.load_state_dict(theta)
     assert (theta["visual.proj"] - clip["visual.proj"]).abs().max() > 1e-4

@@ -1,4 +1,4 @@
-"""SWATracker: Equation 10, the schedule of Algorithm 1, resuming and applying."""
+"""SWATracker: Equation 10, the schedule of Algorithm 1, resuming, use in a model."""
 
 from __future__ import annotations
 
@@ -44,8 +44,9 @@ def mean64(history: list[dict[str, Tensor]], name: str) -> Tensor:
 
 
 def test_ten_thousand_updates_of_a_bf16_model_equal_the_float64_mean() -> None:
-    """Within one float32 spacing at the size of the weights, where a running mean is off by more
-    than ten; with float64 sums, correctly rounded whatever the noise.
+    """The error is at most one float32 spacing; that of a running mean is more than ten.
+
+    With float64 sums, the average is correctly rounded.
     """
     model = nn.Linear(16, 8).bfloat16()
     start = {n: v.clone() for n, v in model.state_dict().items()}
@@ -134,7 +135,7 @@ def test_the_average_of_interpolations_is_the_interpolation_of_the_average(
 
 
 def algorithm_1(start: int, cycle: int, weights: list[float]) -> tuple[list[int], float | None]:
-    """Its lines on averaging, as they stand: the steps that were averaged and theta_SWA."""
+    """Return the averaged steps and theta_SWA, by the lines of Algorithm 1 on averaging."""
     step, counting, theta_swa, averaged = 0, 0, None, []
     for theta in weights:
         step = step + 1
@@ -196,7 +197,7 @@ def test_a_loaded_state_is_a_copy_and_is_matched_by_name() -> None:
     swa, other = SWATracker(model), SWATracker(model)
     swa.update(model)
     state = swa.state_dict()
-    for part in ("sums", "carried"):  # safetensors files, for one, come back sorted
+    for part in ("sums", "carried"):  # as if loaded from a safetensors file, which is sorted
         state[part] = dict(sorted(state[part].items(), reverse=True))
     other.load_state_dict(state)
     jump(model, 1)
@@ -266,6 +267,6 @@ def test_training_goes_on_as_if_never_applied() -> None:
             swa.update(model)
             if with_average:
                 with swa.applied(model), torch.no_grad():
-                    model(batch(step)[0])  # in train mode: the batch norm's buffers change too
+                    model(batch(step)[0])  # train mode changes the buffers of the batch norm too
         runs.append(snapshot(model))
     assert_same_state(runs[0], runs[1])

@@ -1,4 +1,4 @@
-"""SWATracker: the entries that it carries, tied ones, errors, wrapped models."""
+"""SWATracker: entries that are not averaged, tied entries, errors, wrapped models."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from openvclip.errors import (
 )
 from tests.helpers import Net, assert_same_state, jump, same_bits, snapshot, through_a_file
 
-# --- what is carried ---------------------------------------------------------------------------
+# --- entries that are not averaged -------------------------------------------------------------
 
 
 def test_frozen_parameters_and_buffers_are_carried_bitwise() -> None:
@@ -197,7 +197,7 @@ def test_one_foreach_addition_an_update(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_long_average_of_wild_bf16_weights_keeps_its_rounding_down() -> None:
-    """Weights of many magnitudes, new at each of 3,000 updates: a plain sum drifts further."""
+    """With 3,000 models of many magnitudes, the error of a plain sum is larger."""
     model, plain = nn.Linear(16, 8).bfloat16(), torch.zeros(8, 16)
     swa, generator = SWATracker(model), torch.Generator().manual_seed(0)
     total = torch.zeros(8, 16, dtype=torch.float64)
@@ -215,7 +215,7 @@ def test_long_average_of_wild_bf16_weights_keeps_its_rounding_down() -> None:
 
 
 def test_resuming_around_the_end_of_a_block_is_bitwise() -> None:
-    """128 models make a block; stopping before, at and after its end changes nothing."""
+    """A block has 128 models. Resuming before, at and after its end gives the same average."""
     model = nn.Linear(3, 2)
     whole = SWATracker(model)
     parts = {stop: SWATracker(model) for stop in (127, 128, 129, 256)}

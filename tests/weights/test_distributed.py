@@ -1,6 +1,6 @@
-"""Two processes: regulariser and averages under DistributedDataParallel and fully_shard (FSDP2).
+"""Regulariser and averages in two processes, with DistributedDataParallel and fully_shard (FSDP2).
 
-The checks are in ``tests/distributed/``; one pair of processes runs them all.
+The checks are in ``tests/distributed/``. One pair of processes runs all of them.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ NAMES = [
     for node in ast.parse((REPO / "tests" / "distributed" / file).read_text()).body
     if isinstance(node, ast.FunctionDef) and node.decorator_list
 ]
-LIMIT = 300.0  # seconds after which processes that wait for each other are stopped
+LIMIT = 300.0  # seconds for all checks; then both processes are stopped
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    """What each of the two processes says of each check."""
+    """Return the outcomes of the checks by name, for each of the two processes."""
     folder = tmp_path_factory.mktemp("processes")
     commands = [
         [sys.executable, "-W", "error", "-m", "tests.distributed", str(folder), str(rank)]
@@ -45,7 +45,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
             processes.append(process)
             stack.callback(process.wait)
             stack.callback(process.kill)
-        with suppress(subprocess.TimeoutExpired):  # the checks that were not reached fail below
+        with suppress(subprocess.TimeoutExpired):  # checks without an outcome fail below
             for process in processes:
                 process.wait(LIMIT)
     return [_reported(folder, rank) for rank in range(2)]

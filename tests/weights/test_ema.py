@@ -1,4 +1,4 @@
-"""EMATracker: the recurrence, its warm-up, resuming, and the rules it shares with SWATracker."""
+"""EMATracker: the recurrence, the warm-up, resuming, and the rules of all trackers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.helpers import Net, assert_same_state, jump, same_bits, snapshot, thr
 
 
 def recurrence(values: list[float], decay: float, warmup: bool) -> float:
-    """The update of torch_ema with the first value as the shadow that it begins with."""
+    """The update of torch_ema, starting with the first value."""
     shadow = values[0]
     for num_updates, value in enumerate(values[1:], start=1):
         d = min(decay, (1 + num_updates) / (10 + num_updates)) if warmup else decay

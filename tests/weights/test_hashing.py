@@ -1,4 +1,4 @@
-"""The hash of all values and the fingerprint of some: definitions, invariances, stable values."""
+"""The hash of all values and the fingerprint of 64 values: definitions, invariances."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def ramp_model() -> nn.Module:
 
 
 def test_the_fingerprint_of_checkpoints_keeps_its_value() -> None:
-    """Checkpoints of earlier runs hold it; another value would refuse to resume them."""
+    """Checkpoints of earlier runs hold this value. With another value they could not resume."""
     state_of_run = InterpolatedWeightRegularizer(ramp_model()).state_dict()
     assert state_of_run["anchor_fingerprint"] == "22b1ebff4a43801fbde68061df963024"
 

@@ -1,4 +1,4 @@
-"""interpolate: Equation 6, its ends, its dtypes and its errors."""
+"""interpolate: Equation 6, the ends, dtypes and errors."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_infinities_follow_the_equation(lam: float) -> None:
 def test_an_infinity_is_found_anywhere_in_a_large_entry(
     place: int, dtype: torch.dtype, transposed: bool
 ) -> None:
-    """Large entries are computed in pieces; one number among a million decides."""
+    """Large entries are computed in pieces. One infinity among a million values must be found."""
     a, b = torch.zeros(1200, 1000, dtype=dtype), torch.ones(1200, 1000, dtype=dtype)
     for entry in (a, b):
         entry.view(-1)[place] = -math.inf
@@ -133,7 +133,7 @@ def test_an_infinity_is_found_anywhere_in_a_large_entry(
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @given(lam=WEIGHTS, seed=st.integers(0, 1000))
 def test_half_precision_is_rounded_once(dtype: torch.dtype, lam: float, seed: int) -> None:
-    """Correct rounding of the exact value, up to what float32 arithmetic in between may shift."""
+    """The exact value is rounded correctly, up to the rounding of the float32 arithmetic."""
     a, b = state(seed, dtype)["w"], state(seed + 1, dtype)["w"]
     got = interpolate({"w": a}, {"w": b}, lam)["w"]
     assert got.dtype == dtype
@@ -340,7 +340,7 @@ def test_lam_as_a_tensor() -> None:
     assert_same_state(interpolate(a, b, torch.tensor(0.25)), interpolate(a, b, 0.25))
 
 
-# --- what is not a state dict ------------------------------------------------------------------
+# --- arguments of other types ------------------------------------------------------------------
 
 
 def test_a_module_instead_of_its_state() -> None:

@@ -1,4 +1,4 @@
-"""Interpolation into an earlier result and into a live model: what it writes, and no memory."""
+"""Interpolation into an earlier result and into a model: values, and no allocated memory."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_out_that_shares_memory_within_itself_or_is_of_another_kind() -> None:
 
 
 def test_out_with_entries_that_hold_nothing() -> None:
-    """All such tensors have the address 0, which is no shared memory."""
+    """All empty tensors have the address 0, but share no memory."""
     a, b = ({"none": torch.empty(0), "also": torch.empty(3, 0)} for _ in range(2))
     assert_same_state(interpolate(a, b, 0.5, out=interpolate(a, b, 0.5)), b)
 

@@ -1,4 +1,4 @@
-"""by_depth and visual_only on the names of the families of towers, and through interpolate."""
+"""by_depth and visual_only: names of all tower families, and use in interpolate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LAWATracker: the mean of the last k models, resuming, and the rules it shares."""
+"""LAWATracker: the mean of the last k models, resuming, and the rules of all trackers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_is_the_mean_of_the_latest(values: list[float], k: int) -> None:
 
 
 def test_old_models_leave_no_rounding_behind() -> None:
-    """A running sum from which the oldest is subtracted would keep the error of the large one."""
+    """A running sum, minus the oldest model, would keep the rounding error of a large model."""
     model = nn.Linear(1, 1, bias=False)
     lawa = LAWATracker(model, k=2)
     for value in (1e10, 0.1, 0.3):

@@ -1,4 +1,4 @@
-"""InterpolatedWeightRegularizer: Equations 7-9, what moves and what comes back."""
+"""InterpolatedWeightRegularizer: Equations 7-9, interpolated and restored weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.helpers import (
 
 
 def alphas(interval: tuple[float, float], n: int, seed: int = 0) -> list[float]:
-    """The draws of a regulariser with these settings, taken through its public face."""
+    """Return the first draws of a regulariser with these settings."""
     iwr = InterpolatedWeightRegularizer(Smooth(), interval=interval, seed=seed)
     return [_drawn(iwr) for _ in range(n)]
 
@@ -113,7 +113,7 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_steps_equal_an_optimizer_with_gradients_made_by_hand(kind: str) -> None:
-    """Bitwise: so the weights are back exactly before the optimizer moves them."""
+    """Equality is bitwise, so the weights are restored before the step of the optimizer."""
     model, by_hand = Smooth(0, freeze=True), Smooth(0, freeze=True)
     anchor = snapshot(Smooth(1))
     optimizer, other = (OPTIMIZERS[kind](m.parameters()) for m in (model, by_hand))
@@ -168,7 +168,7 @@ def _double(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.double() for name, value in state.items()}
 
 
-# --- what moves, and what comes back -----------------------------------------------------------
+# --- interpolated and restored weights ---------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -228,8 +228,8 @@ def test_after_an_exception_in_the_loss_the_weights_are_back(fails_in_call: int)
         iwr.step(closure)
     assert all(same_bits(p, parameters[n]) for n, p in model.named_parameters())
     assert not optimizer.state
-    assert bool(gradients(model)) == (fails_in_call == 2)  # left over; the next step clears them
-    with iwr.interpolated():  # the block is not thought to be open still
+    assert bool(gradients(model)) == (fails_in_call == 2)  # the next step clears these gradients
+    with iwr.interpolated():  # the earlier block counts as ended
         pass
     iwr.step(lambda: cross_entropy(model))
     assert not same_bits(model.head.weight, parameters["head.weight"])

@@ -1,4 +1,4 @@
-"""InterpolatedWeightRegularizer: the anchors, losses and settings that it takes and refuses."""
+"""InterpolatedWeightRegularizer: valid and invalid anchors, losses and settings."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_parameters_that_the_anchor_lacks() -> None:
     with iwr.interpolated():
         assert same_bits(model.scale, before["scale"])
         assert not same_bits(model.second.weight, before["second.weight"])
-    with pytest.raises(StateMismatchError):  # nothing at all is there to regularise
+    with pytest.raises(StateMismatchError):  # no parameter has an anchor
         InterpolatedWeightRegularizer(model, anchor={}, missing="skip")
 
 
@@ -198,7 +198,7 @@ def test_settings_of_the_wrong_type(settings: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("with_scaler", [False, True])
 def test_clipping_bounds_the_norm_of_the_combined_gradient(with_scaler: bool) -> None:
-    """With SGD at lr 1 a step is as long as the clipped gradient; direction from Equation 9."""
+    """With SGD at lr 1, a step is the negative clipped gradient, whose direction is Equation 9."""
     model, reference = Smooth(), Smooth()
     anchor = snapshot(Smooth(1))
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)

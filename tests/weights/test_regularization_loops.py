@@ -152,7 +152,7 @@ def test_infinite_gradients_skip_the_step_and_halve_the_scale(bad_call: int) -> 
 
 
 def test_autocast_around_the_step_does_not_serve_stale_weights() -> None:
-    """Autocast keeps half-precision copies of the weights; they must follow the weights."""
+    """Autocast caches half-precision copies of the weights, which must follow the weights."""
     inside, around = regulariser(interval=(0.6, 0.6)), regulariser(interval=(0.6, 0.6))
 
     def under_autocast() -> Tensor:
@@ -210,7 +210,7 @@ def test_accumulation_and_clipping_equal_one_big_batch() -> None:
                 (parts[1].weight * functional.cross_entropy(parts[0](some), labels) / 3).backward()
         other_norm = nn.utils.clip_grad_norm_(parts[0].parameters(), 0.1)
         micro.step()
-        assert norm > 0.1  # so that clipping took place
+        assert norm > 0.1  # so the gradient was clipped
         torch.testing.assert_close(norm, other_norm)
     for name, value in whole[0].state_dict().items():
         torch.testing.assert_close(parts[0].state_dict()[name], value)
@@ -262,13 +262,13 @@ def test_a_compiled_model() -> None:
 
 
 def storages(tensors: list[Tensor]) -> dict[int, int]:
-    """Bytes of the tensors' storages, by address."""
+    """Return the bytes of the storages of the tensors, by address."""
     parts = [tensor.untyped_storage() for tensor in tensors]
     return {part.data_ptr(): part.nbytes() for part in parts}
 
 
 def storages_in(thing: object, seen: set[int] | None = None) -> dict[int, int]:
-    """Bytes of every tensor storage that an object holds itself, by address."""
+    """Return the bytes of the storages in the attributes of an object, by address."""
     seen = set() if seen is None else seen
     if id(thing) in seen or isinstance(thing, (nn.Module, torch.optim.Optimizer)):
         return {}
@@ -312,7 +312,7 @@ def test_a_step_holds_the_copy_of_the_weights_or_the_first_gradients_but_not_bot
         gc.collect()
         return [x for x in gc.get_objects() if issubclass(type(x), Tensor)]
 
-    others = known()  # what other tests left, some of it without memory
+    others = known()  # tensors of other tests
 
     def closure() -> Tensor:
         tensors = [*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None)]
@@ -322,7 +322,7 @@ def test_a_step_holds_the_copy_of_the_weights_or_the_first_gradients_but_not_bot
 
     for _ in range(4):
         iwr.step(closure)
-    *_, between, at_the_weights, plain = held_in_call  # the third step's two calls, the fourth's
+    *_, between, at_the_weights, plain = held_in_call  # two calls of step 3, one of step 4
     assert between - plain == at_the_weights - plain == trained_bytes(model)
 
 

@@ -1,4 +1,4 @@
-"""InterpolatedWeightRegularizer: anchors elsewhere, float16 with a scaler, shared parameters."""
+"""InterpolatedWeightRegularizer: device of the anchor, float16, shared parameters."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_an_anchor_kept_on_the_cpu_changes_no_bit(dtype: torch.dtype) -> None:
 
 
 def test_entries_that_are_interpolated_one_by_one_change_no_bit() -> None:
-    """One wider anchor takes all entries off the foreach path, as an anchor elsewhere does."""
+    """With one wider anchor, no entry uses the foreach path, as with an anchor elsewhere."""
     together, apart = Smooth(0), Smooth(0)
     anchor = snapshot(Smooth(1))
     wider = anchor | {"scale": anchor["scale"].double()}
@@ -61,12 +61,12 @@ def test_nothing_is_page_locked_or_copied_where_all_is_on_the_cpu() -> None:
 
 
 class Copies(TorchFunctionMode):
-    """Pretends that some tensors are page-locked, and notes which copies are not waited for."""
+    """Report some tensors as page-locked, and record which copies are asynchronous."""
 
     def __init__(self, pinned: Iterable[Tensor]) -> None:
         super().__init__()
         self.pinned = {id(tensor) for tensor in pinned}
-        self.asked: list[tuple[set[int], bool]] = []  # the tensors of a copy, and non_blocking
+        self.asked: list[tuple[set[int], bool]] = []  # for each copy: its tensors, and non_blocking
 
     def __torch_function__(
         self,
@@ -83,7 +83,7 @@ class Copies(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def of(self, tensors: Iterable[Tensor]) -> list[bool]:
-        """What was asked for in each call that copies from or to one of these tensors or more."""
+        """Return ``non_blocking`` of each copy from or to any of these tensors."""
         wanted = {id(tensor) for tensor in tensors}
         return [free for copied, free in self.asked if wanted & copied]
 
@@ -94,16 +94,18 @@ def test_copies_are_not_waited_for_where_the_memory_is_page_locked(
     anchor_pinned: bool, stash_pinned: str
 ) -> None:
     model = Smooth(0)
-    wider = {n: v.double() for n, v in snapshot(Smooth(1)).items()}  # goes entry by entry
+    wider = {
+        n: v.double() for n, v in snapshot(Smooth(1)).items()
+    }  # so entries are copied one by one
     iwr = InterpolatedWeightRegularizer(model, anchor=wider, anchor_device="cpu")
     before = snapshot(model)
     with iwr.interpolated():
-        pass  # the stash is there from now on
+        pass  # allocates the stash
     anchor, stash = list(iwr._anchor.values()), list(iwr._stash.values())
     pinned = {"none": [], "all but one": stash[1:], "all": stash}[stash_pinned]
     with Copies([*pinned, *(anchor if anchor_pinned else [])]) as copies, iwr.interpolated():
         assert not same_bits(model.state_dict()["first.weight"], before["first.weight"])
-    assert copies.of(stash) == [stash_pinned == "all"] * 2  # there and back
+    assert copies.of(stash) == [stash_pinned == "all"] * 2  # one copy to the stash, one back
     assert copies.of(anchor) == [anchor_pinned] * len(anchor)
     assert_same_state(model.state_dict(), before)
 
@@ -162,7 +164,7 @@ def test_float16_gradients_that_overflow_are_skipped_until_the_scale_fits() -> N
         if scaler.get_scale() < scale:
             assert_same_state(model.state_dict(), moved)
         scales.append(scaler.get_scale())
-    assert scales[0] == 2.0**23  # 2^24 times a gradient of about one is no float16
+    assert scales[0] == 2.0**23  # a gradient near 1 times 2^24 overflows in float16
     assert scales[-1] == scales[-2]
     assert not same_bits(model.second.weight, before["second.weight"])
     assert all(torch.isfinite(p).all() for p in model.parameters())

@@ -1,4 +1,4 @@
-"""A training process that is killed again and again ends bitwise as one that never was."""
+"""A training process that is killed many times ends bitwise like one that was never killed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.helpers import assert_same_state, through_a_file
 from tests.weights import resume_run
 
 KILLS = 20
-# Its processes are forks of one that has imported all that they need, and cost no seconds each.
+# The processes are forks of a process that has imported all modules, so they start quickly.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch._dynamo", "openvclip", "tests.weights.resume_run"])
 
@@ -40,7 +40,7 @@ def process(folder: Path) -> Iterator[tuple[BaseProcess, Connection]]:
 
 
 def killed_once(folder: Path, moments: random.Random, *, while_saving: bool) -> int:
-    """Start the run, kill it at a random moment of a random step, and return that step."""
+    """Start the run, kill it at a random moment of a random step, and return the step."""
     allowed = moments.randint(0, 17)
     with process(folder) as (child, pipe):
         step = pipe.recv()
@@ -50,7 +50,7 @@ def killed_once(folder: Path, moments: random.Random, *, while_saving: bool) -> 
             pipe.send("go on")
             step = pipe.recv()
         pipe.send("go on")
-        # A step takes about a millisecond and a save a few: any moment of them, or just after.
+        # A step takes about a millisecond and a save a few milliseconds. Kill during or after them.
         time.sleep(moments.uniform(0.0, 0.006))
         child.kill()
         child.join()
@@ -76,21 +76,21 @@ def test_a_run_killed_twenty_times_is_bitwise_the_run_never_stopped(tmp_path: Pa
 
     moments = random.Random(0)
     steps = [killed_once(broken, moments, while_saving=n % 2 == 0) for n in range(KILLS)]
-    assert len(set(steps)) > KILLS // 2  # here and there, and never at the end
+    assert len(set(steps)) > KILLS // 2  # at different steps, and never at the end
     assert max(steps) < resume_run.STEPS - 1
     assert_same_state(finished(broken), expected)
 
 
 def result_after(state: dict[str, Any]) -> dict[str, Tensor]:
     run = resume_run.Run()
-    run.load(through_a_file(state))  # an optimizer goes on in the very tensors that it loads
+    run.load(through_a_file(state))  # an optimizer changes the tensors that it loads
     for _ in range(20):
         run.advance()
     return run.result()
 
 
 def test_each_part_of_the_state_is_needed() -> None:
-    """So the comparison above sees it when one of them is not restored."""
+    """The test above would therefore fail if one part were not restored."""
     run = resume_run.Run()
     fresh = through_a_file(run.state())
     for _ in range(20):

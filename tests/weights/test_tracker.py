@@ -1,4 +1,4 @@
-"""WeightTracker: a new average is one class with three methods, and its base does all else."""
+"""WeightTracker: a new tracker is one class with three methods."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Median(WeightTracker):
 
 
 def history_of(tracker: WeightTracker, model: Net, steps: range) -> list[dict[str, Tensor]]:
-    """The models that were added in these steps."""
+    """Train for some steps, and return the models that were added."""
     added = []
     for step in steps:
         jump(model, step)
