@@ -94,9 +94,9 @@ def model_stock(
     (Jang et al., "Model Stock: All we need is just a few fine-tuned models", ECCV 2024.) For more
     than two models, :math:`\cos\theta` is the mean of the cosines of all pairs, as in mergekit.
 
-    If :math:`\cos\theta \le 0`, the ratio would not be an interpolation, and the original tensor is
-    kept. If no model changed a tensor, the original tensor is kept too. If one model of a pair did
-    not change a tensor, the cosine of the pair is 0.
+    If :math:`\cos\theta \le 0`, the models moved apart, and :math:`t` is not in (0, 1]. The
+    original tensor is then kept. If no model changed a tensor, the original tensor is kept too. If
+    a model of a pair did not change a tensor, the cosine of the pair is 0.
 
     Args:
         base: state dict of the original model.

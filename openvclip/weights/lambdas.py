@@ -42,8 +42,8 @@ def by_depth(
         A function from the canonical name of an entry to its weight.
 
     Raises:
-        LambdaError: there are no blocks. The returned function raises it for a name whose block
-            index is too large.
+        LambdaError: there are no blocks. The returned function raises a ``LambdaError`` for a name
+            whose block index is not below the number of blocks.
 
     Example:
         >>> lam = by_depth(1.0, 0.0, 12)  # shallow blocks near the original CLIP

@@ -266,7 +266,7 @@ class InterpolatedWeightRegularizer:
         return live
 
     def _stash_for(self, live: dict[str, Tensor]) -> list[Tensor] | None:
-        """Return tensors on ``anchor_device`` for the copy of the weights; ``None`` without one.
+        """Return tensors on ``anchor_device`` for a copy of the weights, or ``None`` without it.
 
         Page-locked memory is slow to allocate, so these tensors are kept for the next block.
         Without ``anchor_device``, the copy is allocated on the device of the weights and freed
@@ -308,7 +308,7 @@ class InterpolatedWeightRegularizer:
 
         The state holds a fingerprint of the anchor instead of the anchor itself, which is the
         original CLIP and usually available as a file. :meth:`load_state_dict` raises an error if
-        the anchor is another one.
+        the fingerprints of the two anchors differ.
         """
         return {
             "interval": self.interval,
@@ -335,7 +335,7 @@ class InterpolatedWeightRegularizer:
             )
         if state["anchor_fingerprint"] != current["anchor_fingerprint"]:
             raise StateMismatchError(
-                "The anchor is not the one of the run that was saved. Create the regulariser with "
+                "The anchor differs from the anchor of the saved run. Create the regulariser with "
                 "anchor=<state dict of the original CLIP>, or before the fine-tuned weights are "
                 "loaded into the model. The same parameters must require gradients in both runs."
             )

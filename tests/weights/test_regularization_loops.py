@@ -100,7 +100,7 @@ def test_a_resumed_run_is_bitwise_a_run_never_stopped() -> None:
 def test_another_anchor_is_refused_and_the_same_in_another_order_is_not() -> None:
     _, iwr = regulariser()
     state = iwr.state_dict()
-    with pytest.raises(StateMismatchError, match="anchor is not the one of the run"):
+    with pytest.raises(StateMismatchError, match="anchor differs from the anchor of the saved run"):
         regulariser(anchor=snapshot(Smooth(2)))[1].load_state_dict(state)
     turned = dict(reversed(snapshot(Smooth(1)).items()))
     regulariser(anchor=turned)[1].load_state_dict(state)
