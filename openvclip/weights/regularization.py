@@ -83,9 +83,9 @@ class InterpolatedWeightRegularizer:
             ``fully_shard`` wraps a larger module than ``model``, for example a classifier that
             holds the model.
         anchor: original weights by name, usually the state dict of the original CLIP. ``None``
-            copies the current weights of the trained parameters. Tensors on the right device that
-            the model does not use are kept without a copy, so do not change them. The anchor of a
-            sharded model can hold whole or sharded tensors.
+            copies the current weights of the trained parameters. Tensors that are already on the
+            device of the anchor, and that share no memory with the model, are kept without a copy:
+            do not change them. The anchor of a sharded model can hold whole or sharded tensors.
         anchor_device: device of the anchor, and of the copy of the weights during
             :meth:`interpolated`. Default: the device of the parameters. Use ``"cpu"`` for a model
             that barely fits on its GPU: the copies use page-locked memory, one tensor of the
