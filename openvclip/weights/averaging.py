@@ -15,10 +15,10 @@ _BLOCK = 128  # models in one partial sum
 class SWATracker(WeightTracker):
     r"""Stochastic weight averaging: the uniform mean of the weights at chosen steps.
 
-    With ``T = start`` and ``c = every`` of Algorithm 1, the weights after step ``s = 1, 2, ...``
-    are added to the average if ``s > T`` and ``(s - T) % c == 0``. By Equation 10 the average of
-    interpolated weights is the interpolation of the average, so one average serves every
-    :math:`\lambda`::
+    The schedule is that of Algorithm 1 with ``T = start`` and ``c = every``. The weights after step
+    ``s = 1, 2, ...`` are added to the average if ``s > T`` and ``(s - T) % c == 0``. By Equation
+    10, the average of interpolated weights is the interpolation of the average. One average can
+    therefore be interpolated at every :math:`\lambda`::
 
         theta = interpolate(clip, swa.averaged_state_dict(), 0.5)
 

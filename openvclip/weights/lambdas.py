@@ -89,9 +89,9 @@ def visual_only(lam: Lambda) -> Callable[[str], SupportsFloat]:
 
     An entry belongs to the visual tower if a part of its name is ``visual`` (open_clip),
     ``vision_model`` or ``visual_projection`` (Hugging Face). The text tower, the logit scale and
-    the logit bias stay bitwise those of the original model, so text features of the original model
-    are valid for the interpolated model too. The names in the state dict of a tower alone lack
-    these parts: use ``lam`` itself for such a state dict.
+    the logit bias stay bitwise those of the original model. Text features of the original model
+    are therefore valid for the interpolated model too. In the state dict of a visual tower alone,
+    the names lack these parts: use ``lam`` itself for such a state dict.
 
     Args:
         lam: a number, or a function from a name to its number, for example from :func:`by_depth`.

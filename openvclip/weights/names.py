@@ -62,9 +62,9 @@ def canonical_state(
     Args:
         state: mapping from names to tensors.
         what: name of the argument, for the error text.
-        like: live entries of the model to which the names must fit. If all names of this model
-            start with ``module.`` (the model has an attribute ``module`` and nothing else), then
-            all names of the result start with ``module.`` too.
+        like: live entries of the model to which the names must fit. A model whose only attribute
+            is called ``module`` has names that all start with ``module.``. The names of the result
+            then start with ``module.`` too.
 
     Raises:
         WeightTypeError: ``state`` is not a mapping from names to tensors.
