@@ -1,7 +1,7 @@
 """Turn an image CLIP into an open-vocabulary video model by changing its weights alone.
 
-The names below are the public face. The rooms (``openvclip.video``, ``openvclip.evaluation``, ...)
-are imported when they are first used.
+The names in ``__all__`` are the public API. The subpackages (``openvclip.video``,
+``openvclip.evaluation``, ...) are imported on first use.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ _ROOMS = frozenset(
 
 
 def __getattr__(name: str) -> Any:
-    """Import a room when it is first used (PEP 562)."""
+    """Import a subpackage on first use (PEP 562)."""
     if name in _ROOMS:
         return importlib.import_module(f"openvclip.{name}")
     raise AttributeError(f"module 'openvclip' has no attribute {name!r}")

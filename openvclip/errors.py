@@ -66,7 +66,7 @@ def _rebuild_mismatch(
 
 
 class WeightTypeError(OpenVCLIPError, TypeError):
-    """Raised when an argument is not a state dict, or not a model, where one is expected."""
+    """Raised when an argument has the wrong type: a state dict or a model was expected."""
 
 
 class LambdaError(OpenVCLIPError, ValueError):
@@ -154,7 +154,7 @@ class ProtocolError(OpenVCLIPError, ValueError):
 
 
 class ModelNameError(OpenVCLIPError, ValueError):
-    """Raised when a model name is unknown, or when no such pretrained weights exist for it."""
+    """Raised when a model name is unknown, or when the model lacks the requested weights."""
 
 
 class EvaluationError(OpenVCLIPError, ValueError):

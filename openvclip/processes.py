@@ -57,7 +57,8 @@ def joined_processes() -> Iterator[Processes]:
     """Yield the processes of the current process group.
 
     If ``torchrun`` started several processes and no process group exists, a ``gloo`` group is
-    created, and destroyed after the block. Without either, the job has this process alone.
+    created, and destroyed after the block. If there is neither a process group nor ``torchrun``,
+    the result has rank 0 and world size 1.
     """
     if not distributed.is_available():
         yield Processes()

@@ -129,7 +129,7 @@ def scale_of(scale: Lambda, name: str) -> float:
 
 
 def require_share(value: float, what: str, *, allow_one: bool) -> None:
-    """Raise a :class:`MergeError` if the value is not in [0, 1], or in [0, 1) if 1 is not allowed.
+    """Require a value in [0, 1], or in [0, 1) with ``allow_one=False``; else raise a MergeError.
 
     Args:
         value: the share.

@@ -37,8 +37,8 @@ def lines(
         alpha: scale of the first block.
         beta: difference between the scales of the last and the first block.
         blocks: number of blocks, or names of entries in which the blocks are counted, as in
-            :func:`by_depth`. Default: the names of ``base``. Pass it if ``base`` is only a part of
-            a model.
+            :func:`by_depth`. Default: the names of ``base``. If ``base`` is only a part of a model,
+            pass ``blocks``.
         dtype: dtype of the floating-point entries of the result. Default: the narrowest dtype that
             holds the entries of all models.
 

@@ -38,8 +38,8 @@ def ties(
 
     1. Trim: only the largest values of each task vector :math:`\tau_t` are kept. All other values
        become 0.
-    2. Elect signs: the sign of the change of each weight is that of the sum over the models,
-       :math:`\text{sgn}(\sum_t \hat\tau_t)`.
+    2. Elect signs: for each weight, the elected sign is the sign of the sum of all trimmed task
+       vectors, :math:`\text{sgn}(\sum_t \hat\tau_t)`.
     3. Average: the change of each weight is the mean of the values with that sign, times
        ``scale``. Zeros do not count in the mean.
 
@@ -61,7 +61,7 @@ def ties(
 
     Returns:
         A new dict in the order of ``base``, on its devices, with its integer entries. Trimming
-        keeps fine-tuned weights that are not finite. The mean may not keep them.
+        keeps NaN and infinite changes, but the mean can drop them.
 
     Raises:
         MergeError: there are no models, or a setting is out of range.
@@ -109,7 +109,8 @@ def _bounds_of_models(states: list[dict[str, Tensor]], density: float) -> list[f
 
 
 def _smallest_kept(deltas: list[Tensor], density: float) -> float:
-    """Return the smallest magnitude among the largest values, of which ``density`` is the share."""
+    """Return the trim threshold: the smallest magnitude in the top ``density`` share of all
+    values."""
     magnitudes = torch.cat([delta.reshape(-1).abs().to(deltas[0].device) for delta in deltas])
     total = magnitudes.numel()
     if density == 0.0 or total == 0:

@@ -88,7 +88,8 @@ def _anchor_of(
     # model.state_dict() returns the live tensors. An anchor in their memory would change with the
     # training. A view of a whole tensor would keep the memory of the whole tensor.
     needs_copy = memory_of(part) in in_use or (is_sharded(parameter) and not is_sharded(original))
-    # An anchor that is wider than the parameter stays wide: theta~ must be rounded once only.
+    # Keep the anchor's dtype if it is wider than the parameter's. Casting it would round twice: the
+    # anchor, then theta~.
     dtype = common_dtype(part.dtype, parameter.dtype)
     return to_anchor_device(
         part.to(dtype), device, local(parameter), copy=needs_copy and part.dtype == dtype

@@ -16,23 +16,23 @@ class SWATracker(WeightTracker):
     r"""Stochastic weight averaging: the uniform mean of the weights at chosen steps.
 
     The schedule is that of Algorithm 1 with ``T = start`` and ``c = every``. The weights after step
-    ``s = 1, 2, ...`` are added to the average if ``s > T`` and ``(s - T) % c == 0``. By Equation
-    10, the average of interpolated weights is the interpolation of the average. One average can
-    therefore be interpolated at every :math:`\lambda`::
+    ``s = 1, 2, ...`` are added to the average if ``s > T`` and ``(s - T) % c == 0``. Averaging and
+    interpolation commute (Equation 10), so one average can be interpolated at every
+    :math:`\lambda`::
 
         theta = interpolate(clip, swa.averaged_state_dict(), 0.5)
 
     The tracker averages the parameters that require gradients when the tracker is created. If no
-    parameter requires gradients, it averages all parameters; use this to average checkpoints that
-    are loaded into one model after the other. All other entries (frozen parameters, and buffers
-    such as batch-norm statistics) keep their values of the last averaged step. Frozen weights
-    therefore stay bitwise the same.
+    parameter requires gradients, it averages all parameters. To average checkpoint files, freeze
+    all parameters, load one checkpoint at a time into the model, and call :meth:`update` after
+    each. All other entries (frozen parameters, and buffers such as batch-norm statistics) keep
+    their values of the last averaged step. Frozen weights therefore stay bitwise the same.
 
     Numerics: the tracker keeps the *sum* of the weights in ``dtype``, and divides it when the
     average is read. A running mean would be rounded at every update. An update is one foreach
-    addition. The sums of each 128 models are kept apart, so the rounding error does not grow with
-    the length of the run. Sums beyond the range of ``dtype`` become infinite (weights near 1e36
-    in float32); use ``dtype=torch.float64`` for such weights.
+    addition. Blocks of 128 models are summed first, and the block sums are then added to a total.
+    This keeps the rounding error of long runs small. Sums beyond the range of ``dtype`` become
+    infinite (weights near 1e36 in float32); use ``dtype=torch.float64`` for such weights.
 
     Args:
         model: the model whose weights are passed to :meth:`update`, with or without wrappers
@@ -102,7 +102,7 @@ class SWATracker(WeightTracker):
 class EMATracker(WeightTracker):
     r"""Exponential moving average of the weights, in which the latest models weigh most.
 
-    The first model that is added is the average. Each further model with weights :math:`\theta`
+    The average starts as a copy of the first model. Each further model with weights :math:`\theta`
     changes the average to
 
     .. math:: \bar\theta \leftarrow d\, \bar\theta + (1 - d)\, \theta
@@ -113,8 +113,9 @@ class EMATracker(WeightTracker):
     ``ExponentialMovingAverage`` with ``num_updates``, and in ``torch_ema``). The averaged entries
     and the treatment of all other entries are those of :class:`SWATracker`.
 
-    Numerics: the average is kept in ``dtype``, at least float32. Half precision would round away
-    the change of one update, which is ``1 - decay`` of the difference.
+    Numerics: the average is kept in ``dtype``, at least float32. One update changes the average by
+    ``(1 - decay) * (theta - average)``. In half precision, this small change would be lost to
+    rounding.
 
     Args:
         model: the model whose weights are passed to :meth:`update`, with or without wrappers.

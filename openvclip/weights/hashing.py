@@ -1,8 +1,8 @@
 """Hashes of weights: one of all values, and a fingerprint of a few values of each entry.
 
-* :func:`weights_hash` reads all values. Recipes in the headers of merged files and the settings of
-  an evaluation hold it. :class:`WeightsHash` computes the same hash from values that arrive in
-  parts.
+* :func:`weights_hash` reads all values. The hash is stored in the header of each merged file and in
+  the settings of each evaluation. :class:`WeightsHash` computes the same hash from values that
+  arrive in parts.
 * :func:`fingerprint` reads 64 values of each entry, and each process reads its own shards. The
   state of a regulariser holds the fingerprint of its anchor.
 

@@ -65,7 +65,8 @@ def interpolate(
         out: result of an earlier call, which is overwritten and returned. New memory costs several
             times as much as the arithmetic, so pass ``out`` in a loop over many pairs of models.
             The entries keep their dtypes and devices. They must not share memory with the inputs.
-            After an error during the arithmetic, they hold values of both results.
+            If an error occurs during the arithmetic, some entries already hold the new result, and
+            others still hold the old result.
 
     Returns:
         A new dict in the order of ``theta_b``. Each tensor is contiguous, on the device of
@@ -270,7 +271,8 @@ _PIECE = 2**19  # elements
 
 
 def _in_pieces(job: _Lerp) -> list[_Lerp]:
-    """Split a large job, so that a piece of the result is still in a CPU's cache for the check."""
+    """Split a large tensor on the CPU, so that each piece is still in the cache when it is
+    checked."""
     *tensors, lam = job
     out = tensors[0]
     if out.device.type != "cpu" or out.numel() <= _PIECE:
@@ -286,7 +288,8 @@ def _lerp(jobs: list[_Lerp]) -> None:
 
     ``torch.lerp`` keeps equal values, needs no temporary tensor and computes half precision in
     float32. It uses ``a - b``, which is not finite for the ``-inf`` of masks or if the difference
-    overflows. For such values the plain formula is used. The probes of all jobs are checked
+    overflows. For such values the plain formula is used. One scalar per piece
+    (:func:`finite_probe`) shows whether the piece may hold such values. All scalars are checked
     together, with one synchronisation per device.
     """
     jobs = [piece for job in jobs for piece in _in_pieces(job)]

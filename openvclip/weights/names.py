@@ -30,8 +30,8 @@ def canonical_names(names: Iterable[str]) -> dict[str, str]:
 
     The parts that ``torch.compile``, FSDP and activation checkpointing add are removed at any
     position. A leading ``module.`` is removed, repeatedly, only if all names have it. Data
-    parallelism wraps the whole model, so if only some names start with ``module.``, it is an
-    attribute of the model.
+    parallelism wraps the whole model. If only some names start with ``module.``, then ``module`` is
+    a submodule of the model, and the names are kept.
 
     Raises:
         StateMismatchError: two names have the same canonical form.
@@ -62,9 +62,8 @@ def canonical_state(
     Args:
         state: mapping from names to tensors.
         what: name of the argument, for the error text.
-        like: live entries of the model to which the names must fit. A model whose only attribute
-            is called ``module`` has names that all start with ``module.``. The names of the result
-            then start with ``module.`` too.
+        like: entries of the target model. If all their names start with ``module.``, the names of
+            the result start with this prefix too.
 
     Raises:
         WeightTypeError: ``state`` is not a mapping from names to tensors.

@@ -68,7 +68,7 @@ def non_finite_names(state: Mapping[str, Tensor]) -> list[str]:
 def finite_probe(tensor: Tensor) -> Tensor:
     """Return a real scalar that is not finite if a value of the tensor is not finite.
 
-    The scalar can also overflow for finite values. Check each value if it is not finite.
+    The scalar can also overflow for finite values. If the scalar is not finite, check each value.
     """
     if tensor.is_complex():
         return tensor.sum().abs()
@@ -90,7 +90,7 @@ def all_finite(probes: Iterable[Tensor]) -> bool:
 
 
 def _probes(tensors: list[Tensor]) -> list[Tensor]:
-    """Return one probe per tensor; on a GPU with few kernels, if all tensors have one dtype."""
+    """Return one probe per tensor. On a GPU, tensors of one dtype share a few kernels."""
     if all(tensor.device.type == "cpu" or not tensor.numel() for tensor in tensors):
         return [finite_probe(tensor) for tensor in tensors]
     return list(foreach._foreach_norm([t for t in tensors if t.numel()], float("inf")))
@@ -111,7 +111,8 @@ def lerp_(live: list[Tensor], towards: list[Tensor], weight: float) -> None:
         return
     for target, source in pairs:
         wide_dtype = common_dtype(target.dtype, source.dtype)
-        # The allocator reuses the memory of one copy for the next one, in the stream's order.
+        # Only one wide copy exists at a time. The allocator reuses its memory safely, because all
+        # kernels run on one stream.
         wide = source.to(target.device, non_blocking=source.is_pinned()).to(wide_dtype)
         if target.dtype == wide_dtype:
             foreach._foreach_lerp_([target], [wide], weight)

@@ -73,8 +73,9 @@ class InterpolatedWeightRegularizer:
     regulariser with the same seed. The first step or block compares the generators, settings and
     anchors of the processes, and raises an error if they differ. Under
     ``DistributedDataParallel``, :meth:`step` reduces the gradients of both passes together. Under
-    ``fully_shard`` (FSDP2), the anchor and the stash are shards, and gradients are reduced after
-    each pass. Reducing them together would need memory for the gradients of the whole model.
+    ``fully_shard`` (FSDP2), the anchor and the copy of the weights are shards, and gradients are
+    reduced after each pass. Reducing them together would need memory for the gradients of the whole
+    model.
 
     Args:
         model: the model that is trained, with or without wrappers.
@@ -94,7 +95,8 @@ class InterpolatedWeightRegularizer:
             uses (0.0, 0.6). Equal values fix alpha.
         weight: C of Equation 9, at least 0. The paper uses 0.5.
         every: :meth:`step` adds the interpolated pass in every ``every``-th call, starting with
-            the first call. All other calls are plain steps. C does not change.
+            the first call. All other calls are plain steps. The weight C is not scaled up for the
+            skipped calls.
         seed: seed of the generator of alpha.
         missing: what to do with trained parameters that the anchor lacks. ``"error"`` raises an
             error, ``"skip"`` trains them without regularisation.
@@ -245,14 +247,14 @@ class InterpolatedWeightRegularizer:
             self._reshard()  # frees gathered copies of the interpolated weights
 
     def _interpolated_weights(self) -> dict[str, Tensor]:
-        """Return the live weights that have an anchor, detached; move anchors to their devices."""
+        """Return the detached weights that have an anchor; move each anchor to its device."""
         trained = trained_parameters(self.model)
         unknown = [n for n in trained if n not in self._anchor and n not in self._unanchored]
         if unknown:
             raise UsageError(
-                f"{len(unknown)} parameters require gradients that did not when the regulariser "
-                f"was created ({listed(unknown)}). Create the regulariser after the last change "
-                "of requires_grad, with the original weights as anchor."
+                f"{len(unknown)} parameters require gradients now but were frozen when the "
+                f"regulariser was created ({listed(unknown)}). Create the regulariser after the "
+                "last change of requires_grad, with the original weights as anchor."
             )
         live = {name: local(p) for name, p in trained.items() if name in self._anchor}
         for name, tensor in live.items():  # the model may be on another device by now
@@ -266,7 +268,7 @@ class InterpolatedWeightRegularizer:
         return live
 
     def _stash_for(self, live: dict[str, Tensor]) -> list[Tensor] | None:
-        """Return tensors on ``anchor_device`` for a copy of the weights, or ``None`` without it.
+        """Return buffers on ``anchor_device`` for a copy of the weights; None if it is not set.
 
         Page-locked memory is slow to allocate, so these tensors are kept for the next block.
         Without ``anchor_device``, the copy is allocated on the device of the weights and freed
@@ -281,7 +283,7 @@ class InterpolatedWeightRegularizer:
         return [self._stash[name] for name in live]
 
     def _require_agreement(self) -> None:
-        """Compare all that determines alpha, in the first step or block and after loading."""
+        """Raise an error if the processes differ in seed, settings or anchor."""
         groups = [] if self._agreed else process_groups(self._modules())
         if groups:
             facts = {

@@ -1,7 +1,8 @@
 """Processes that train one model together: shards, reduction of gradients, agreement.
 
 Under ``fully_shard`` (FSDP2) each parameter is a ``DTensor``, and each process holds a part of it.
-Copies of weights in openvclip are such parts as well. Only :func:`full_state` gathers entries.
+openvclip copies only the local shard of each parameter. :func:`whole` and :func:`full_state` gather
+whole tensors.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from openvclip.errors import UsageError
 def is_sharded(tensor: Tensor) -> bool:
     """Return whether the tensor is a ``DTensor``.
 
-    The module of ``DTensor`` is slow to import. No ``DTensor`` exists before it is imported.
+    ``torch.distributed.tensor`` is slow to import, so this function never imports it. If the module
+    is not loaded, no tensor can be a ``DTensor``.
     """
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
@@ -59,7 +61,8 @@ def local_like(value: Tensor, like: Tensor) -> Tensor:
         like: a tensor of the same shape, plain or sharded.
 
     Returns:
-        If ``value`` is a whole tensor, a view of it; this needs no communication.
+        The part as a plain tensor. For a whole ``value`` it is a view and needs no communication. A
+        sharded ``value`` is redistributed, so every process must call this function.
     """
     if not is_sharded(like):
         return whole(value)

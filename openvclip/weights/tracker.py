@@ -166,7 +166,8 @@ class WeightTracker(ABC):
                 shards of them. The average does not change, but the step is counted. Not raised
                 with ``check_finite=False``.
             StateMismatchError: names or shapes differ from those of the tracked model.
-            UsageError: a parameter requires gradients that did not when the tracker was created.
+            UsageError: a parameter that was frozen when the tracker was created now requires
+            gradients.
         """
         self._steps += 1
         steps_after_start = self._steps - self.start
@@ -207,8 +208,8 @@ class WeightTracker(ABC):
         ]
         if late:
             raise UsageError(
-                f"{len(late)} parameters require gradients that did not when the tracker was "
-                f"created ({listed(late)}). Create the tracker after the last change of "
+                f"{len(late)} parameters require gradients now but were frozen when the tracker "
+                f"was created ({listed(late)}). Create the tracker after the last change of "
                 "requires_grad."
             )
         carried = {name: state[name].detach() for name in self._expected}
@@ -359,7 +360,8 @@ def _names_to_average(model: nn.Module) -> list[str]:
 
 
 def _split_aliases(model: nn.Module) -> tuple[Entries, dict[str, str]]:
-    """Return each entry of the state dict once, and ``{further name: first name}`` of tied ones."""
+    """Return the state dict without duplicates of tied tensors, and ``{removed name: kept
+    name}``."""
     first_names: dict[int, str] = {}
     state: Entries = {}
     aliases: dict[str, str] = {}
