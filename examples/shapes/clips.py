@@ -13,7 +13,8 @@ import argparse
 import csv
 import json
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -29,7 +30,15 @@ from examples.shapes.raster import IMAGE_SIZE
 from examples.shapes.world import COLOURS, Split, class_names
 from openvclip.checkpoints import atomic_path
 
-__all__ = ["CLIP_SIZE", "LISTS", "ClipSettings", "draw_clip", "make_clips", "write_clip"]
+__all__ = [
+    "CLIP_SIZE",
+    "LISTS",
+    "ClipSettings",
+    "draw_clip",
+    "make_clips",
+    "missing_clips",
+    "write_clip",
+]
 
 #: Which split each annotation list is drawn from.
 LISTS: dict[str, Split] = {
@@ -87,6 +96,7 @@ def make_clips(
     *,
     num_workers: int = 2,
     progress: bool = True,
+    on_written: Callable[[int, float], object] | None = None,
 ) -> dict[str, Path]:
     """Write the data set, or what is missing of it.
 
@@ -99,6 +109,8 @@ def make_clips(
         settings: size and seed of the data set.
         num_workers: number of processes; 1 draws in this process.
         progress: whether to show a progress bar.
+        on_written: function that takes the number of clips of each finished batch, and the seconds
+            that a process needed for the batch.
 
     Returns:
         The annotation lists, by name: ``train``, ``seen_test``, ``development``, ``unseen``.
@@ -112,8 +124,24 @@ def make_clips(
     missing = [clip for clips in planned.values() for clip in clips if not clip.path.exists()]
     for folder in {clip.path.parent for clip in missing}:
         folder.mkdir(parents=True, exist_ok=True)
-    _write_all(missing, settings, num_workers, progress)
+    with tqdm(
+        total=len(missing),
+        desc="writing clips",
+        unit="clip",
+        disable=None if progress and missing else True,
+    ) as bar:
+        for count, seconds in _write_all(missing, settings, num_workers):
+            bar.update(count)
+            if on_written is not None:
+                on_written(count, seconds)
     return {name: _write_list(out / f"{name}.csv", clips) for name, clips in planned.items()}
+
+
+def missing_clips(out: str | os.PathLike[str], settings: ClipSettings) -> int:
+    """Return the number of clips that :func:`make_clips` has to write."""
+    return sum(
+        not clip.path.exists() for name in LISTS for clip in _plan(Path(out), name, settings)
+    )
 
 
 def draw_clip(name: str, index: int, settings: ClipSettings) -> NDArray[np.uint8]:
@@ -183,26 +211,21 @@ def _plan(out: Path, name: str, settings: ClipSettings) -> Iterator[_Clip]:
 
 
 def _write_all(
-    clips: list[_Clip], settings: ClipSettings, num_workers: int, progress: bool
-) -> None:
-    jobs = [clips[start : start + 16] for start in range(0, len(clips), 16)]
-    with tqdm(
-        total=len(clips),
-        desc="writing clips",
-        unit="clip",
-        disable=None if progress and clips else True,
-    ) as bar:
-        if num_workers <= 1 or len(jobs) <= 1:
-            for job in jobs:
-                bar.update(_write_some(job, settings))
-            return
-        # Spawned, not forked: a fork of a process that has run torch can hang in its thread pool.
-        with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
-            for written in pool.map(_write_some, jobs, [settings] * len(jobs)):
-                bar.update(written)
+    clips: list[_Clip], settings: ClipSettings, num_workers: int
+) -> Iterator[tuple[int, float]]:
+    """Write clips; yield the number of clips of each batch and the seconds that it took."""
+    batches = [clips[start : start + 16] for start in range(0, len(clips), 16)]
+    if num_workers <= 1 or len(batches) <= 1:
+        for batch in batches:
+            yield _write_batch(batch, settings)
+        return
+    # Spawned, not forked: a fork of a process that has run torch can hang in its thread pool.
+    with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(_write_batch, batches, [settings] * len(batches))
 
 
-def _write_some(clips: list[_Clip], settings: ClipSettings) -> int:
+def _write_batch(clips: list[_Clip], settings: ClipSettings) -> tuple[int, float]:
+    started = time.perf_counter()
     for clip in clips:
         write_clip(
             clip.path,
@@ -210,7 +233,7 @@ def _write_some(clips: list[_Clip], settings: ClipSettings) -> int:
             fps=settings.fps,
             crf=settings.crf,
         )
-    return len(clips)
+    return len(clips), time.perf_counter() - started
 
 
 def _write_list(path: Path, clips: list[_Clip]) -> Path:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 from statistics import median
 
@@ -18,6 +17,7 @@ import openvclip
 from examples.finetune import train
 from examples.shapes.clips import LISTS, ClipSettings
 from examples.shapes.model import MEAN, STD, Tokenizer, create_model
+from examples.shapes.progress import Phase, Reporter
 from examples.shapes.raster import IMAGE_SIZE
 from examples.shapes.studies import AVERAGE, LAST, FineTune, Task
 from examples.shapes.world import TEMPLATES, class_names
@@ -33,8 +33,13 @@ TEST_LISTS = ("seen_test", "development", "unseen")
 Accuracies = dict[str, dict[str, float]]
 """Accuracy in [0, 1] by list and, as text, lambda."""
 
-Report = Callable[[float], None]
-"""Takes the clips that have gone through the model since the last call (:func:`cost`)."""
+# Costs, in seconds of one process on the reference machine; see :mod:`examples.shapes.progress`.
+DRAWING_SECONDS = 0.0095  # draw and encode a clip
+DECODING_SECONDS = 0.0049  # decode a clip
+TRAINING_SECONDS = 0.0029  # one pass of a clip through the small model in training
+EVALUATION_SECONDS = 0.0029  # one pass of a clip through the small model in evaluation
+PROCESS_SECONDS = 3.8  # start a process
+MODEL_SECONDS = 0.6  # create and expand a model
 
 
 @dataclass(frozen=True)
@@ -68,8 +73,27 @@ class Outcome:
     step_seconds: float | None
 
 
-def load_clips(folder: Path, name: str, *, num_workers: int = 2) -> TensorDataset:
-    """Decode a list's files to normalised clips ``[N, T, 3, 32, 32]`` and labels ``[N]``."""
+def load_clips(
+    folder: Path,
+    name: str,
+    *,
+    num_workers: int = 2,
+    on_decoded: Callable[[int], object] = lambda _: None,
+) -> TensorDataset:
+    """Decode the files of a list.
+
+    Args:
+        folder: the folder of the list and of its clips.
+        name: name of the list.
+        num_workers: worker processes of the ``DataLoader``.
+        on_decoded: function that takes the number of clips of each decoded batch.
+
+    Returns:
+        Normalised clips ``[N, T, 3, 32, 32]`` and class indices ``[N]``.
+
+    Raises:
+        RuntimeError: a clip cannot be read.
+    """
     dataset = VideoDataset(
         folder / f"{name}.csv",
         folder,
@@ -77,13 +101,17 @@ def load_clips(folder: Path, name: str, *, num_workers: int = 2) -> TensorDatase
         sampling=Sampling(num_frames=FRAMES, sampler="uniform"),
     )
     loader = DataLoader(dataset, batch_size=32, num_workers=num_workers)
-    bar = tqdm(loader, desc=f"decode {name}", disable=None)
-    videos, labels = zip(*bar, strict=True)
+    videos: list[Tensor] = []
+    class_indices: list[Tensor] = []
+    for video, class_index in tqdm(loader, desc=f"decode {name}", disable=None):
+        videos.append(video)
+        class_indices.append(class_index)
+        on_decoded(len(video))
     if dataset.failures:
         raise RuntimeError(
             f"Unreadable clips, delete {folder} to make them anew: {dataset.failures}"
         )
-    return TensorDataset(torch.cat(videos), torch.cat(labels))
+    return TensorDataset(torch.cat(videos), torch.cat(class_indices))
 
 
 def make_classifier(
@@ -106,48 +134,76 @@ def recipe_of(settings: Settings, run: FineTune, seed: int) -> Recipe:
 
 
 def cost(settings: Settings, task: Task) -> float:
-    """Clips that go once through the small model in the time that the task takes, about."""
+    """Return the cost of a task in clips that go once through the small model."""
+    training, evaluation = _passes(settings, task)
+    return training + evaluation
+
+
+def phase_costs(settings: Settings, task: Task, *, first: bool) -> dict[Phase, float]:
+    """Return the cost of each phase of a task; see :mod:`examples.shapes.progress`.
+
+    Args:
+        settings: the size of the experiment.
+        task: the task.
+        first: whether the task is the first with its seed in its process. Then the process starts
+            and decodes the clips.
+    """
+    training, evaluation = _passes(settings, task)
+    clips = sum(map(settings.clips.count, LISTS)) if first else 0
+    return {
+        "starting": MODEL_SECONDS + (PROCESS_SECONDS if first else 0.0),
+        "decoding": DECODING_SECONDS * clips,
+        "fine-tuning": TRAINING_SECONDS * training,
+        "evaluating": EVALUATION_SECONDS * evaluation,
+    }
+
+
+def _passes(settings: Settings, task: Task) -> tuple[float, float]:
+    """The cost of training and of evaluation, in clips that go once through the small model."""
     run, points = task.run, 1
     training = 0.0
     if run.trained:
         recipe, points = recipe_of(settings, run, task.seed), len(task.ends) * len(LAMBDAS)
         steps = recipe.epochs * (settings.clips.train // recipe.batch_size)
-        training = steps * _step_cost(recipe, run)
-    return training + points * len(TEST_LISTS) * settings.clips.test * run.relative_cost
+        training = steps * _step_passes(recipe, run)
+    return training, points * len(TEST_LISTS) * settings.clips.test * run.relative_cost
 
 
-def _step_cost(recipe: Recipe, run: FineTune) -> float:
+def _step_passes(recipe: Recipe, run: FineTune) -> float:
     passes = 1 + (1 / run.every if recipe.uses_iwr else 0)
     return 3 * recipe.batch_size * passes * run.relative_cost  # backward costs two forward passes
 
 
-def perform(settings: Settings, task: Task, out: Path, report: Report = lambda _: None) -> Outcome:
-    """Train the task's run, unless it is CLIP itself, and evaluate the weights that are asked for.
+def perform(settings: Settings, task: Task, out: Path, reporter: Reporter | None = None) -> Outcome:
+    """Train the task's run, unless the run is CLIP itself, and evaluate the weights.
 
     Args:
         settings: the size of the experiment.
         task: the run, its seed (of clips, order and alpha), and the weights to evaluate.
-        out: folder of the experiment, which has the clips of the seed.
-        report: told of the progress.
+        out: folder of the experiment, which contains the clips of the seed.
+        reporter: takes the progress.
     """
-    run, data = task.run, _decoded(clips_folder(out, task.seed))
+    run, report = task.run, reporter or Reporter(str(task))
+    data = _decoded(clips_folder(out, task.seed), report)
     started = time.process_time()
     model, tokenizer = create_model(backbone=run.backbone)
     if run.boundary is not None:
         openvclip.expand_temporal_attention(model, boundary=run.boundary)
     clip = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    report("starting", MODEL_SECONDS)
     weights, seconds = {LAST: clip}, list[float]()
     if run.trained:
         recipe = recipe_of(settings, run, task.seed)
         weights, seconds = _train(recipe, task, model, tokenizer, data["train"], report)
-    accuracies: dict[str, Accuracies] = {}
-    for end in task.ends:
-        lams = LAMBDAS if run.trained else (1.0,)
-        found = _accuracies(model, tokenizer, clip, weights[end], data, lams)
-        accuracies[end] = {}
-        for name, points in found:
-            accuracies[end][name] = points
-            report(len(lams) * settings.clips.test * run.relative_cost)
+    lams = LAMBDAS if run.trained else (1.0,)
+    evaluation = _Evaluation(model, tokenizer, clip, data, lams)
+    clip_cost = EVALUATION_SECONDS * len(lams) * run.relative_cost
+    accuracies = {
+        end: evaluation.accuracies(
+            weights[end], lambda clips: report("evaluating", clips * clip_cost)
+        )
+        for end in task.ends
+    }
     return Outcome(
         accuracies,
         {end: weights[end] for end in task.ends},
@@ -156,9 +212,23 @@ def perform(settings: Settings, task: Task, out: Path, report: Report = lambda _
     )
 
 
-@lru_cache(maxsize=1)  # one seed's clips are 200 MB
-def _decoded(folder: Path) -> dict[str, TensorDataset]:
-    return {name: load_clips(folder, name, num_workers=0) for name in LISTS}
+_DECODED: dict[Path, dict[str, TensorDataset]] = {}
+
+
+def _decoded(folder: Path, report: Reporter) -> dict[str, TensorDataset]:
+    """The clips of one seed, which stay in memory (200 MB) until another seed is asked for."""
+    if folder not in _DECODED:
+        _DECODED.clear()
+        _DECODED[folder] = {
+            name: load_clips(
+                folder,
+                name,
+                num_workers=0,
+                on_decoded=lambda clips: report("decoding", DECODING_SECONDS * clips),
+            )
+            for name in LISTS
+        }
+    return _DECODED[folder]
 
 
 def _train(
@@ -167,9 +237,9 @@ def _train(
     model: torch.nn.Module,
     tokenizer: Tokenizer,
     clips: TensorDataset,
-    report: Report,
+    report: Reporter,
 ) -> tuple[dict[str, dict[str, Tensor]], list[float]]:
-    """Fine-tune the model; the weights that are asked for, and the seconds of each step."""
+    """Fine-tune the model; return the requested weights and the seconds of each step."""
     classifier = make_classifier(model, tokenizer, "seen")
     generator = torch.Generator().manual_seed(recipe.seed)
     loader = DataLoader(clips, recipe.batch_size, shuffle=True, drop_last=True, generator=generator)
@@ -185,7 +255,7 @@ def _train(
                 trackers[averaging.name] = averaging.tracker(model, len(loader))
         for tracker in trackers.values():
             tracker.update(model)
-        report(_step_cost(recipe, task.run))
+        report("fine-tuning", TRAINING_SECONDS * _step_passes(recipe, task.run))
         begun = time.process_time()
 
     _, swa = train(classifier, loader, len(loader), recipe, run=task.run.how, on_step=after_step)
@@ -196,16 +266,33 @@ def _train(
     return weights, seconds
 
 
-def _accuracies(
-    model: torch.nn.Module,
-    tokenizer: Tokenizer,
-    clip: dict[str, Tensor],
-    theta: dict[str, Tensor],
-    data: dict[str, TensorDataset],
-    lams: Sequence[float],
-) -> Iterator[tuple[str, dict[str, float]]]:
-    """The accuracies on each test list along lambda."""
-    for name in TEST_LISTS:
-        classifier = make_classifier(model, tokenizer, LISTS[name])
-        points = sweep(classifier, clip, theta, DataLoader(data[name], batch_size=64), lams)
-        yield name, {f"{lam:g}": result.top1 for lam, result in points.items()}
+@dataclass(frozen=True)
+class _Evaluation:
+    """The evaluation of fine-tuned weights along lambda."""
+
+    model: torch.nn.Module
+    tokenizer: Tokenizer
+    clip: dict[str, Tensor]
+    data: dict[str, TensorDataset]
+    lams: Sequence[float]
+
+    def accuracies(
+        self, theta: dict[str, Tensor], on_evaluated: Callable[[int], object]
+    ) -> Accuracies:
+        """Return the accuracies of the weights on each test list."""
+        accuracies: Accuracies = {}
+        for name in TEST_LISTS:
+            classifier = make_classifier(self.model, self.tokenizer, LISTS[name])
+            loader = _counted(DataLoader(self.data[name], batch_size=64), on_evaluated)
+            points = sweep(classifier, self.clip, theta, loader, self.lams)
+            accuracies[name] = {f"{lam:g}": result.top1 for lam, result in points.items()}
+        return accuracies
+
+
+def _counted(
+    loader: Iterable[list[Tensor]], on_evaluated: Callable[[int], object]
+) -> Iterator[list[Tensor]]:
+    """Yield the batches of a loader; tell the number of clips when the next batch is due."""
+    for batch in loader:
+        yield batch
+        on_evaluated(len(batch[0]))

@@ -12,22 +12,30 @@ import argparse
 import os
 import platform
 import shlex
-import sys
 import time
+from collections import Counter
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import openvclip
 from examples.shapes import results as reporting
-from examples.shapes.clips import make_clips
-from examples.shapes.experiment import LAMBDAS, Report, Settings, clips_folder, cost, perform
+from examples.shapes.clips import make_clips, missing_clips
+from examples.shapes.experiment import (
+    DRAWING_SECONDS,
+    LAMBDAS,
+    PROCESS_SECONDS,
+    Settings,
+    clips_folder,
+    perform,
+    phase_costs,
+)
 from examples.shapes.model import create_model
-from examples.shapes.schedule import side_by_side
+from examples.shapes.progress import DRAWING, Advance, Costs, Estimator, Progress, Reporter
+from examples.shapes.schedule import Report, side_by_side
 from examples.shapes.settings import FULL, SMOKE
 from examples.shapes.studies import AVERAGE, MAIN, OPEN_VCLIP, QUICK, STUDIES, Study, Task, plan
 from openvclip.checkpoints import load_checkpoint, save_checkpoint
@@ -113,61 +121,51 @@ def run_studies(
         return results
     here = environment()
     print(f"{len(missing)} of {len(tasks)} runs to do, {jobs} at a time", flush=True)
-    for seed in sorted({task.seed for task in missing}):
-        make_clips(clips_folder(out, seed), replace(settings.clips, seed=seed), num_workers=jobs)
     work = partial(_perform, settings, out)
-    with Progress(settings, missing) as progress:
-        for task, entry in side_by_side(work, missing, jobs, progress.add, out / "log"):
+    with Progress(_estimator(settings, missing, out, jobs)) as progress:
+        for seed in sorted({task.seed for task in missing}):
+            make_clips(
+                clips_folder(out, seed),
+                replace(settings.clips, seed=seed),
+                num_workers=jobs,
+                progress=False,
+                on_written=lambda clips, seconds: progress.add(
+                    Advance(DRAWING, "drawing", clips * DRAWING_SECONDS, seconds)
+                ),
+            )
+        progress.finish(DRAWING)
+        for number, (task, entry) in enumerate(
+            side_by_side(work, missing, jobs, progress.add, out / "log"), start=1
+        ):
             reporting.enter(results, task, entry)
             reporting.count_run(results, here)
             reporting.save_results(results, path)
-            progress.finished(task, entry)
+            seconds = f"{entry['seconds']:.0f} s"
+            progress.finish(str(task), f"{number} of {len(missing)}: {task}, {seconds}")
     return results
 
 
+def _estimator(settings: Settings, tasks: list[Task], out: Path, processes: int) -> Estimator:
+    """Return the estimator of the time that the tasks take, the drawing of clips included."""
+    seeds = Counter[int]()
+    costs: dict[str, Costs] = {}
+    for task in tasks:
+        costs[str(task)] = phase_costs(settings, task, first=seeds[task.seed] < processes)
+        seeds[task.seed] += 1
+    clips = sum(
+        missing_clips(clips_folder(out, seed), replace(settings.clips, seed=seed)) for seed in seeds
+    )
+    return Estimator(clips * DRAWING_SECONDS, costs, processes)
+
+
 def _perform(settings: Settings, out: Path, task: Task, report: Report) -> reporting.Entry:
-    """Do a task in a worker; the weights of the first seed stay there, as a file."""
-    outcome = perform(settings, task, out, report)
+    """Do a task in a worker process, which saves the average of the first seed as a file."""
+    reporter = Reporter(str(task), report)
+    reporter.started(PROCESS_SECONDS)
+    outcome = perform(settings, task, out, reporter)
     if task.run == OPEN_VCLIP and task.seed == 0:
         save_checkpoint(outcome.weights[AVERAGE], out / AVERAGED)
     return reporting.entry_of(task, outcome)
-
-
-class Progress:
-    """How far all runs together are: a bar on a terminal, and a line for each finished run.
-
-    Args:
-        settings: of the experiment.
-        tasks: all that are to be done.
-    """
-
-    def __init__(self, settings: Settings, tasks: list[Task]) -> None:
-        self.tasks, self.done = tasks, 0
-        self.total, self.passed = sum(cost(settings, task) for task in tasks), 0.0
-        self.started = time.perf_counter()
-        layout = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
-        self.bar = tqdm(total=self.total, desc="all runs", bar_format=layout, disable=None)
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-
-    def add(self, clips: float) -> None:
-        """So many clips more have gone through a model."""
-        self.passed += clips
-        self.bar.update(clips)
-
-    def finished(self, task: Task, entry: reporting.Entry) -> None:
-        """A task is done."""
-        self.done += 1
-        text = f"{self.done} of {len(self.tasks)}: {task}, {entry['seconds']:.0f} s"
-        if self.passed > 0.01 * self.total:
-            left = (time.perf_counter() - self.started) * (self.total / self.passed - 1)
-            text += f"; about {max(left, 0) / 60:.0f} minutes to go"
-        self.bar.write(text, file=sys.stdout)
-        sys.stdout.flush()
 
 
 def _report(results: reporting.Results, studies: list[Study], out: Path, seconds: float) -> None:

@@ -13,7 +13,7 @@ from functools import partial
 from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,9 +21,10 @@ from openvclip.errors import OpenVCLIPError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-Report = Callable[[float], None]
+Report = Callable[[Any], None]
+"""Function that takes what a worker process reports."""
 
-_progress: SimpleQueue[float]  # of a worker
+_reports: SimpleQueue[Any]  # of a worker process
 
 
 class WorkError(OpenVCLIPError, RuntimeError):
@@ -56,16 +57,16 @@ def side_by_side(
         return
     log.mkdir(parents=True, exist_ok=True)
     context = get_context("spawn")  # a fork of a process that has run torch can hang
-    progress: SimpleQueue[float] = context.SimpleQueue()
+    reports: SimpleQueue[Any] = context.SimpleQueue()
     before = set(active_children())
-    pool = ProcessPoolExecutor(min(jobs, len(items)), context, _begin_worker, (progress, log))
+    pool = ProcessPoolExecutor(min(jobs, len(items)), context, _begin_worker, (reports, log))
     try:
         call = partial(_call, function)
         running = {pool.submit(call, item): item for item in items}
         while running:
             done, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
-            while not progress.empty():
-                report(progress.get())
+            while not reports.empty():
+                report(reports.get())
             for future in done:
                 item = running.pop(future)
                 yield item, _result(future, item, log)
@@ -75,7 +76,7 @@ def side_by_side(
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-        progress.close()
+        reports.close()
 
 
 def _result(future: Future[Result], item: object, log: Path) -> Result:
@@ -91,12 +92,12 @@ def _result(future: Future[Result], item: object, log: Path) -> Result:
 
 
 def _call(function: Callable[[Item, Report], Result], item: Item) -> Result:
-    return function(item, _progress.put)
+    return function(item, _reports.put)
 
 
-def _begin_worker(progress: SimpleQueue[float], log: Path) -> None:
-    global _progress
-    _progress = progress
+def _begin_worker(reports: SimpleQueue[Any], log: Path) -> None:
+    global _reports
+    _reports = reports
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the first process ends us
     # A file is no terminal, so that the progress bars of several workers don't mix.
