@@ -34,10 +34,10 @@ Accuracies = dict[str, dict[str, float]]
 """Accuracy in [0, 1] by list and, as text, lambda."""
 
 # Costs, in seconds of one process on the reference machine; see :mod:`examples.shapes.progress`.
-DRAWING_SECONDS = 0.0095  # draw and encode a clip
+DRAWING_SECONDS = 0.0085  # draw and encode a clip
 DECODING_SECONDS = 0.0049  # decode a clip
-TRAINING_SECONDS = 0.0029  # one pass of a clip through the small model in training
-EVALUATION_SECONDS = 0.0029  # one pass of a clip through the small model in evaluation
+TRAINING_SECONDS = 0.0026  # one pass of a clip through the small model in training
+EVALUATION_SECONDS = 0.0028  # one pass of a clip through the small model in evaluation
 PROCESS_SECONDS = 3.8  # start a process
 MODEL_SECONDS = 0.6  # create and expand a model
 

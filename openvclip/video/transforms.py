@@ -285,7 +285,7 @@ def _bilinear_crop(
     corners: Sequence[tuple[int, int]],
     recolour: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    # The released code normalises before it resizes. Bilinear weights sum to 1, so the order changes
+    # The released code normalises before it resizes. Bilinear weights sum to 1: the order changes
     # nothing beyond rounding. Resizing first leaves fewer pixels to normalise.
     parts = []
     for frames in _chunks(clip):
