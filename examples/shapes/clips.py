@@ -1,10 +1,9 @@
-"""The data set of the shapes world: H.264 files and annotation lists, as real data sets have.
+"""The data set of the shapes world: H.264 files and annotation lists.
 
-``python -m examples.shapes.clips OUT`` writes ``OUT/videos/<class name>/<n>.mp4`` and, beside the
-folder of videos, ``train.csv`` and ``seen_test.csv`` (classes of the seen shapes),
-``development.csv`` and ``unseen.csv``. A line of a list is ``path,label``: the path is relative to
-the list's own folder, the label is the place of the class in
-:func:`examples.shapes.world.class_names` of that split.
+``python -m examples.shapes.clips OUT`` writes ``OUT/videos/<class name>/<n>.mp4`` and four lists in
+``OUT``: ``train.csv`` and ``seen_test.csv`` (classes of the seen shapes), ``development.csv`` and
+``unseen.csv``. A line of a list is ``path,class index``. The path is relative to ``OUT``. The class
+index refers to :func:`examples.shapes.world.class_names` of the split.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ __all__ = [
     "write_clip",
 ]
 
-#: Which split each annotation list is drawn from.
+#: The split of each annotation list.
 LISTS: dict[str, Split] = {
     "train": "seen",
     "seen_test": "seen",
@@ -48,7 +47,7 @@ LISTS: dict[str, Split] = {
     "unseen": "unseen",
 }
 
-#: Height and width of the files, in pixels. Twice the drawn size, so that 4:2:0 chroma keeps one
+#: Height and width of the videos, in pixels: twice the drawn size, so that 4:2:0 chroma has one
 #: sample for each drawn pixel.
 CLIP_SIZE = 2 * IMAGE_SIZE
 
@@ -57,15 +56,15 @@ _SETTINGS_FILE = "settings.json"
 
 @dataclass(frozen=True)
 class ClipSettings:
-    """What determines the data set; the same settings give the same clips.
+    """The settings of the data set; the same settings give the same clips.
 
     Attributes:
         train: number of clips for fine-tuning.
         test: number of clips in each of the other three lists.
         frames: frames of a clip.
-        fps: frames per second.
+        fps: frame rate, in frames per second.
         crf: quality of the H.264 encoding, 0 (lossless) to 51.
-        seed: of everything that is drawn.
+        seed: seed of all random numbers.
     """
 
     train: int = 1024
@@ -82,11 +81,11 @@ class ClipSettings:
 
 @dataclass(frozen=True)
 class _Clip:
-    """One clip to write: the list it belongs to, its place there, its label and its file."""
+    """A clip to write: its list, its index in the list, its class index and its file."""
 
     list_name: str
     index: int
-    label: int
+    class_index: int
     path: Path
 
 
@@ -98,14 +97,14 @@ def make_clips(
     progress: bool = True,
     on_written: Callable[[int, float], object] | None = None,
 ) -> dict[str, Path]:
-    """Write the data set, or what is missing of it.
+    """Write the data set, or the missing part of it.
 
-    Every file is written under a temporary name and renamed when it is complete, and the lists come
-    last. An interrupted call is continued by the next one; a finished one costs only a look at the
-    file names.
+    Every file is written under a temporary name and renamed when it is complete. The lists are
+    written last. If a call was interrupted, the next call writes the missing files. If the data set
+    is complete, a call only reads the file names.
 
     Args:
-        out: folder to write to, made if it does not exist.
+        out: folder to write to. It is created if it does not exist.
         settings: size and seed of the data set.
         num_workers: number of processes; 1 draws in this process.
         progress: whether to show a progress bar.
@@ -116,7 +115,7 @@ def make_clips(
         The annotation lists, by name: ``train``, ``seen_test``, ``development``, ``unseen``.
 
     Raises:
-        FileExistsError: if the folder holds clips that were made with other settings.
+        FileExistsError: the folder contains clips that were made with other settings.
     """
     out, settings = Path(out), settings or ClipSettings()
     _claim(out, settings)
@@ -145,7 +144,7 @@ def missing_clips(out: str | os.PathLike[str], settings: ClipSettings) -> int:
 
 
 def draw_clip(name: str, index: int, settings: ClipSettings) -> NDArray[np.uint8]:
-    """Draw clip number ``index`` of a list before its compression, ``[frames, 32, 32, 3]``."""
+    """Draw clip ``index`` of a list without compression, ``[frames, 32, 32, 3]``."""
     names = class_names(LISTS[name])
     shape, action = names[index % len(names)].rsplit(" ", 1)
     rng = np.random.default_rng([settings.seed, list(LISTS).index(name), index])
@@ -156,9 +155,9 @@ def draw_clip(name: str, index: int, settings: ClipSettings) -> NDArray[np.uint8
 def write_clip(
     path: str | os.PathLike[str], video: NDArray[np.uint8], *, fps: int = 8, crf: int = 23
 ) -> None:
-    """Write a video as an H.264 file in MP4, with 4:2:0 colour, twice as high and wide as given.
+    """Write a video as an H.264 file in MP4 with 4:2:0 colour, at twice its height and width.
 
-    The file appears under its name only when it is complete.
+    The file gets its name only when it is complete.
     """
     import av
 
@@ -167,8 +166,8 @@ def write_clip(
     large = video.repeat(2, axis=1).repeat(2, axis=2)
     try:
         with av.open(os.path.abspath(partial), "w") as container:
-            # With several threads or with macroblock trees, x264 now and then encodes the same
-            # frames to different bytes.
+            # With several threads or with macroblock trees, x264 sometimes encodes the same frames
+            # to different bytes.
             options = {"preset": "veryfast", "threads": "1", "x264-params": "mbtree=0"}
             options["crf"] = str(crf)
             stream = container.add_stream("libx264", rate=Fraction(fps), options=options)
@@ -183,15 +182,15 @@ def write_clip(
 
 
 def _claim(out: Path, settings: ClipSettings) -> None:
-    """Note the settings in the folder, or check that they are the ones noted there."""
+    """Save the settings in the folder, or compare them with the settings in the folder."""
     out.mkdir(parents=True, exist_ok=True)
     note = out / _SETTINGS_FILE
     if note.exists():
-        found = json.loads(note.read_text())
-        if found != asdict(settings):
+        saved = json.loads(note.read_text())
+        if saved != asdict(settings):
             raise FileExistsError(
-                f"{out} holds clips made with {found}, but {asdict(settings)} was asked for: "
-                f"choose another folder or remove it"
+                f"{out} holds clips made with {saved}, but the settings of this call are "
+                f"{asdict(settings)}. Choose another folder, or remove the folder."
             )
         return
     with atomic_path(note) as partial:
@@ -201,13 +200,9 @@ def _claim(out: Path, settings: ClipSettings) -> None:
 def _plan(out: Path, name: str, settings: ClipSettings) -> Iterator[_Clip]:
     names = class_names(LISTS[name])
     for index in range(settings.count(name)):
-        label = index % len(names)
-        yield _Clip(
-            name,
-            index,
-            label,
-            out / "videos" / names[label] / f"{name}-{index // len(names):04d}.mp4",
-        )
+        class_index = index % len(names)
+        file = f"{name}-{index // len(names):04d}.mp4"
+        yield _Clip(name, index, class_index, out / "videos" / names[class_index] / file)
 
 
 def _write_all(
@@ -240,21 +235,23 @@ def _write_list(path: Path, clips: list[_Clip]) -> Path:
     with atomic_path(path) as partial, partial.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerows(
-            (clip.path.relative_to(path.parent).as_posix(), clip.label) for clip in clips
+            (clip.path.relative_to(path.parent).as_posix(), clip.class_index) for clip in clips
         )
     return path
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Write the data set and say where its lists are."""
+    """Write the data set and print the paths of its lists."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out", type=Path, help="folder to write to")
     defaults = ClipSettings()
     for name, default in asdict(defaults).items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--num-workers", type=int, default=2)
+        parser.add_argument(f"--{name}", type=int, default=default, help="default: %(default)s")
+    parser.add_argument(
+        "--num-workers", type=int, default=2, help="number of processes (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     settings = ClipSettings(**{name: getattr(args, name) for name in asdict(defaults)})
     for name, path in make_clips(args.out, settings, num_workers=args.num_workers).items():

@@ -1,4 +1,4 @@
-"""One fine-tuning run of the comparison: its clips, its training, its accuracies along lambda."""
+"""One run of the experiment: its clips, its fine-tuning, and its accuracies along lambda."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LAMBDAS = FIGURE_LAMBDAS
 TEST_LISTS = ("seen_test", "development", "unseen")
 
 Accuracies = dict[str, dict[str, float]]
-"""Accuracy in [0, 1] by list and, as text, lambda."""
+"""Accuracies in [0, 1] by list and by lambda; lambda is written as text."""
 
 # Costs, in seconds of one process on the reference machine; see :mod:`examples.shapes.progress`.
 DRAWING_SECONDS = 0.0085  # draw and encode a clip
@@ -44,11 +44,11 @@ MODEL_SECONDS = 0.6  # create and expand a model
 
 @dataclass(frozen=True)
 class Settings:
-    """The size of an experiment; the recipe's hyper-parameters were chosen on development shapes.
+    """The size of an experiment. The hyper-parameters were chosen on the development shapes.
 
     Attributes:
-        clips: the data set, but for its seed.
-        recipe: how to fine-tune, but for method, seed and what a run changes.
+        clips: the data set; each run sets the seed.
+        recipe: the recipe; each run sets the method, the seed and its own changes.
     """
 
     clips: ClipSettings = field(default_factory=ClipSettings)
@@ -57,14 +57,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run gives.
+    """The result of a run.
 
     Attributes:
-        accuracies: of the weights that were asked for, by their names.
-        weights: the same weights.
-        seconds: time of the processor for the whole run, evaluation included. A run has one
-            thread, so this is its wall time where nothing else runs beside it.
-        step_seconds: the same of a training step (median), None without training.
+        accuracies: the accuracies of each of the requested weights, by the name of the weights.
+        weights: the requested weights by name.
+        seconds: processor time of the whole run, including the evaluation. A run has one thread, so
+            on an idle machine this is also the wall-clock time.
+        step_seconds: processor time of a training step (median), or ``None`` without training.
     """
 
     accuracies: dict[str, Accuracies]
@@ -117,19 +117,19 @@ def load_clips(
 def make_classifier(
     model: torch.nn.Module, tokenizer: Tokenizer, split: str
 ) -> openvclip.ZeroShotClassifier:
-    """The zero-shot classifier of a split's classes (all classes of all splits for ``"all"``)."""
+    """Return the zero-shot classifier of a split; ``"all"`` means the classes of all splits."""
     splits = ("seen", "development", "unseen") if split == "all" else (split,)
-    names = [name for one in splits for name in class_names(one)]  # type: ignore[arg-type]
+    names = [name for part in splits for name in class_names(part)]  # type: ignore[arg-type]
     return openvclip.ZeroShotClassifier(model, tokenizer, names, TEMPLATES)
 
 
 def clips_folder(out: Path, seed: int) -> Path:
-    """Where the clips of a seed are kept."""
+    """Return the folder of the clips of a seed."""
     return out / "clips" / f"seed-{seed}"
 
 
 def recipe_of(settings: Settings, run: FineTune, seed: int) -> Recipe:
-    """The recipe of a run."""
+    """Return the recipe of a run."""
     return replace(settings.recipe, method=run.method, seed=seed, **run.changes)
 
 
@@ -216,7 +216,7 @@ _DECODED: dict[Path, dict[str, TensorDataset]] = {}
 
 
 def _decoded(folder: Path, report: Reporter) -> dict[str, TensorDataset]:
-    """The clips of one seed, which stay in memory (200 MB) until another seed is asked for."""
+    """Return the clips of a seed. They stay in memory (200 MB) until another seed is needed."""
     if folder not in _DECODED:
         _DECODED.clear()
         _DECODED[folder] = {
@@ -250,7 +250,7 @@ def _train(
     def after_step(_: Step) -> None:
         nonlocal begun
         seconds.append(time.process_time() - begun)
-        if not trackers:  # the trainer has chosen by now what is trained, and so averaged
+        if not trackers:  # now the trainer has set which weights are trained and therefore averaged
             for averaging in task.averagings:
                 trackers[averaging.name] = averaging.tracker(model, len(loader))
         for tracker in trackers.values():

@@ -1,9 +1,10 @@
 """Open-VCLIP on a small world of drawn shapes, from CLIP to an open-vocabulary video model.
 
-Draws H.264 clips, applies a tiny CLIP frame by frame, fine-tunes it on clips of 8 shapes with and
-without interpolated weight regularisation (IWR) and weight averaging (SWA), interpolates the
-results with the original CLIP, and evaluates on clips of 8 shapes that fine-tuning never saw.
-With --full it does all the studies of docs/shapes.md.
+This command draws H.264 clips and applies a tiny CLIP to them frame by frame. It fine-tunes the
+CLIP on clips of 8 shapes, with and without interpolated weight regularisation (IWR) and weight
+averaging (SWA), and interpolates the results with the original CLIP. Then it evaluates them on
+clips of 8 shapes that are not in the training clips. With --full it runs all studies of
+docs/shapes.md.
 """
 
 from __future__ import annotations
@@ -43,13 +44,13 @@ from openvclip.checkpoints import load_checkpoint, save_checkpoint
 AVERAGED = "openvclip-averaged.safetensors"
 FINAL = "openvclip-shapes.safetensors"
 FULL_TIME = (
-    "All studies: less than 2 hours on 2 cores. What is done is kept if you stop it; the same "
-    "command goes on."
+    "All studies: less than 2 hours on 2 cores. If you stop the command, finished runs are kept, "
+    "and the same command continues."
 )
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m examples.shapes",
         description=__doc__,
@@ -57,18 +58,22 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=Path("shapes-out"), help="output folder")
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--full", action="store_true", help="all studies, with 3 or 5 seeds each")
-    size.add_argument("--smoke", action="store_true", help="a few steps, to see that all works")
+    size.add_argument("--full", action="store_true", help="run all studies with 3 or 5 seeds each")
+    size.add_argument("--smoke", action="store_true", help="run a few steps as a test")
     names = [study.name for study in STUDIES]
     parser.add_argument(
-        "--only", nargs="+", choices=names, metavar="STUDY", help=f"some of {', '.join(names)}"
+        "--only",
+        nargs="+",
+        choices=names,
+        metavar="STUDY",
+        help=f"run only these studies, of {', '.join(names)}",
     )
-    parser.add_argument("--seeds", type=int, default=None, help="at most so many seeds")
+    parser.add_argument("--seeds", type=int, default=None, help="largest number of seeds")
     parser.add_argument(
         "--jobs",
         type=int,
         default=os.cpu_count() or 1,
-        help="processes, of one thread each; by default one for each core",
+        help="number of processes with one thread each (default: one for each core)",
     )
     args = parser.parse_args(arguments)
     for name in ("seeds", "jobs"):
@@ -97,7 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def studies_of(args: argparse.Namespace) -> list[Study]:
-    """The studies that the command line asks for."""
+    """Return the studies that the command line selects."""
     if args.only:
         return [study for study in STUDIES if study.name in args.only]
     return list(STUDIES) if args.full else [QUICK]
@@ -106,10 +111,17 @@ def studies_of(args: argparse.Namespace) -> list[Study]:
 def run_studies(
     settings: Settings, studies: list[Study], out: Path, seeds: int | None, jobs: int
 ) -> reporting.Results:
-    """Do what the results file in ``out`` lacks, and save each result there as it comes.
+    """Do the runs that the results file in ``out`` lacks, and save each result at once.
+
+    Args:
+        settings: the size of the experiment.
+        studies: the studies.
+        out: folder of the results.
+        seeds: largest number of seeds of a study. Default: the number of each study.
+        jobs: number of processes.
 
     Raises:
-        FileExistsError: the folder holds results of other settings.
+        FileExistsError: the folder contains results of other settings.
         openvclip.OpenVCLIPError: a run failed.
     """
     path = out / "results.json"
@@ -169,17 +181,17 @@ def _perform(settings: Settings, out: Path, task: Task, report: Report) -> repor
 
 
 def _report(results: reporting.Results, studies: list[Study], out: Path, seconds: float) -> None:
-    found = reporting.Table(MAIN, results)
+    main_table = reporting.Table(MAIN, results)
     tables = [reporting.table(results, study) for study in studies]
     (out / "table.md").write_text("\n\n".join(tables) + "\n")
     for study, table in zip(studies, tables, strict=True):
         print(f"\n{study.name}: top-1 accuracy in %, {_seeds(study, results)}:\n\n{table}")
     print("\nλ weighs the original CLIP; it is chosen on clips of 8 further shapes (development).")
-    reporting.draw(found, out / "tradeoff.png")
+    reporting.draw(main_table, out / "tradeoff.png")
     written = ["table.md", "tradeoff.png", "results.json"]
-    open_vclip = found.row("Open-VCLIP")
+    open_vclip = main_table.row("Open-VCLIP")
     if open_vclip is not None and (out / AVERAGED).exists():
-        _save_final(out, found.chosen_lambda(open_vclip))
+        _save_final(out, main_table.chosen_lambda(open_vclip))
         written.append(FINAL)
     for name in written:
         print(f"wrote {out / name}")
@@ -205,7 +217,7 @@ def _seeds(study: Study, results: reporting.Results) -> str:
 
 
 def recorded(settings: Settings) -> dict[str, object]:
-    """The settings as the results file has them; results of others are not mixed with these."""
+    """Return the settings for the results file, which must not mix results of other settings."""
     return {
         "clips": asdict(settings.clips),
         "recipe": asdict(settings.recipe),
@@ -214,11 +226,11 @@ def recorded(settings: Settings) -> dict[str, object]:
 
 
 def environment() -> dict[str, str]:
-    """Versions of what computes, and the machine."""
+    """Return the versions of the packages that compute the results, and the machine."""
     packages = ("openvclip", "torch", "open_clip_torch", "av", "numpy")
-    found = {package: version(package) for package in packages}
+    versions = {package: version(package) for package in packages}
     machine = f"{_processor()}, {os.cpu_count()} cores"
-    return {**found, "python": platform.python_version(), "machine": machine}
+    return {**versions, "python": platform.python_version(), "machine": machine}
 
 
 def _processor() -> str:

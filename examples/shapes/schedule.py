@@ -1,4 +1,7 @@
-"""Work shared among processes of one thread each: no number depends on how many there are."""
+"""Share work among processes with one thread each.
+
+Results do not depend on the number of processes.
+"""
 
 from __future__ import annotations
 
@@ -38,20 +41,24 @@ def side_by_side(
     report: Report,
     log: Path,
 ) -> Iterator[tuple[Item, Result]]:
-    """Give each item's result as it comes; items are begun in their order.
+    """Call a function for each item in worker processes, and yield the results as they come.
 
-    However this ends (an error, Ctrl-C, a killed process), no process stays behind.
+    The items are started in their order. All worker processes end with this function, also after an
+    error, Ctrl-C or the death of a process.
 
     Args:
-        function: called in a process of its own with an item and a function to report progress to;
-            it and its items and results go through pickle.
-        items: what to do.
-        jobs: processes.
-        report: called here with what the function reports.
-        log: folder for what the processes write to their standard error.
+        function: function that is called in a worker process with an item and a function to report
+            progress. The function, the items and the results are pickled.
+        items: the items.
+        jobs: number of worker processes.
+        report: function that is called in this process with each report of a worker process.
+        log: folder for the standard error of the worker processes.
+
+    Yields:
+        ``(item, result)`` for each item.
 
     Raises:
-        WorkError: the function raised an exception for an item, or a process died.
+        WorkError: the function raised an exception for an item, or a worker process died.
     """
     if not items:
         return
@@ -72,7 +79,7 @@ def side_by_side(
                 yield item, _result(future, item, log)
     except BaseException:
         for process in set(active_children()) - before:
-            process.terminate()  # what they are at would take minutes
+            process.terminate()  # waiting for the end of the work would take minutes
         raise
     finally:
         pool.shutdown(cancel_futures=True)
@@ -84,10 +91,10 @@ def _result(future: Future[Result], item: object, log: Path) -> Result:
         return future.result()
     except BrokenProcessPool as error:
         raise WorkError(
-            f"A process that worked on {item} or beside it died, perhaps for want of memory (see "
-            f"{log}); --jobs sets how many there are."
+            f"A process that worked on {item} or beside it died, perhaps because the memory was "
+            f"full (see {log}). Use fewer processes with --jobs."
         ) from error
-    except Exception as error:  # whatever the function raised, in the other process
+    except Exception as error:  # the function raised an exception in the worker process
         raise WorkError(f"{item} failed: {type(error).__name__}: {error}") from error
 
 
@@ -99,14 +106,16 @@ def _begin_worker(reports: SimpleQueue[Any], log: Path) -> None:
     global _reports
     _reports = reports
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the first process ends us
-    # A file is no terminal, so that the progress bars of several workers don't mix.
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches all processes; the parent process ends this process
+    # A file is no terminal, so the worker processes show no progress bars.
     sys.stderr = (log / f"worker-{os.getpid()}.log").open("w", buffering=1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """Nobody would take the results of a worker that outlives a killed parent."""
+    """End this process if the parent process was killed, because its results would be lost."""
     parent = parent_process()
     if parent is not None:
         parent.join()

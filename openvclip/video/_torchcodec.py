@@ -30,8 +30,8 @@ def require_torchcodec() -> Any:
     ) as error:  # or FFmpeg is missing
         reason = (str(error).strip().splitlines() or [""])[0]
         raise MissingDependencyError(
-            f"backend='torchcodec' can't be loaded ({reason}). Install the version of torchcodec "
-            "for this PyTorch and FFmpeg's shared libraries, or use backend='pyav'."
+            f"backend='torchcodec' can't be loaded ({reason}). It needs the version of torchcodec "
+            "for this PyTorch, and FFmpeg's shared libraries; backend='pyav' needs neither."
         ) from error
     return decoders
 
