@@ -140,9 +140,8 @@ class Runner:
         if self.processes == 1:
             yield from ((job, run_job(job, self.sizes, self.out)) for job in jobs)
             return
-        for seed in sorted(
-            {job.seed for job in jobs}
-        ):  # otherwise each process would draw the clips
+        # Draw the clips here. Otherwise each process would draw them.
+        for seed in sorted({job.seed for job in jobs}):
             make_clips(clips_folder(self.out, seed), replace(self.sizes.clips, seed=seed))
         yield from side_by_side(
             partial(_in_worker, self.sizes, self.out),

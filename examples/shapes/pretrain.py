@@ -47,7 +47,7 @@ Texts = Callable[[list[str]], Tensor]
 
 _COLOUR_NAMES = tuple(COLOURS)
 # Marks an attribute that a caption does not mention.
-_UNSAID = -1
+_UNMENTIONED = -1
 
 
 def pretrain(
@@ -100,13 +100,13 @@ def pretrain(
     )
     bar = tqdm(range(steps), desc="pretraining", unit="step", disable=None if progress else True)
     for step in bar:
-        drawn, said = _draw_attributes(batch_size, rng, shapes, actions)
+        drawn, mentioned = _draw_attributes(batch_size, rng, shapes, actions)
         images = normalise(draw_images(drawn[:, 0], drawn[:, 2], drawn[:, 1], rng))
         loss = contrastive_loss(
             model.encode_image(images, normalize=True),
-            texts(_captions(said, rng)),
+            texts(_captions(mentioned, rng)),
             model.logit_scale.exp(),
-            caption_targets(drawn, said),
+            caption_targets(drawn, mentioned),
         )
         optimizer.zero_grad()
         loss.backward()
@@ -140,7 +140,7 @@ def contrastive_loss(
     return (F.cross_entropy(logits, rows) + F.cross_entropy(logits.T, columns)) / 2
 
 
-def caption_targets(drawn: Attributes, said: Attributes) -> Tensor:
+def caption_targets(drawn: Attributes, mentioned: Attributes) -> Tensor:
     """Return 1 for each image (row) that fits a caption (column) and 0 otherwise, ``[B, B]``.
 
     There are few different captions, so a batch contains the same caption several times. A caption
@@ -149,10 +149,10 @@ def caption_targets(drawn: Attributes, said: Attributes) -> Tensor:
 
     Args:
         drawn: shape, action and colour of each image, ``[B, 3]``.
-        said: shape, action and colour of each caption, ``[B, 3]``; -1 for an attribute that the
-            caption does not mention.
+        mentioned: shape, action and colour of each caption, ``[B, 3]``; -1 for an attribute that
+            the caption does not mention.
     """
-    fits = (drawn[:, None] == said[None]) | (said[None] == _UNSAID)
+    fits = (drawn[:, None] == mentioned[None]) | (mentioned[None] == _UNMENTIONED)
     return torch.from_numpy(fits.all(-1)).float()
 
 
@@ -226,17 +226,17 @@ def _draw_attributes(
     """Draw shape, action and colour of stills, ``[B, 3]``, and the attributes in their captions."""
     kinds = (shapes, actions, len(_COLOUR_NAMES))
     drawn = np.stack([rng.integers(0, kind, count) for kind in kinds], axis=1)
-    said = drawn.copy()
-    said[rng.random(count) < 0.1, 1] = _UNSAID
-    said[rng.random(count) < 0.6, 2] = _UNSAID
-    return drawn, said
+    mentioned = drawn.copy()
+    mentioned[rng.random(count) < 0.1, 1] = _UNMENTIONED
+    mentioned[rng.random(count) < 0.6, 2] = _UNMENTIONED
+    return drawn, mentioned
 
 
-def _captions(said: Attributes, rng: np.random.Generator) -> list[str]:
+def _captions(mentioned: Attributes, rng: np.random.Generator) -> list[str]:
     captions = []
-    for shape, action, colour in said.tolist():
-        action_name = None if action == _UNSAID else ACTIONS[action]
-        colour_name = None if colour == _UNSAID else _COLOUR_NAMES[colour]
+    for shape, action, colour in mentioned.tolist():
+        action_name = None if action == _UNMENTIONED else ACTIONS[action]
+        colour_name = None if colour == _UNMENTIONED else _COLOUR_NAMES[colour]
         captions.append(still_caption(SHAPES[shape], action_name, colour_name, rng))
     return captions
 

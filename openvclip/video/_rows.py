@@ -43,7 +43,7 @@ class Row(NamedTuple):
     subset: str | None = None
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         """The file and the line number, for error texts."""
         return f"{self.file}, line {self.line}"
 

@@ -97,9 +97,9 @@ def test_normalise_is_what_clip_does():
 
 def test_a_caption_fits_every_image_of_which_it_is_true():
     drawn = np.array([[0, 1, 2], [0, 1, 3], [0, 1, 2], [4, 1, 2]])
-    said = np.array([[0, 1, -1], [0, 1, 3], [0, 1, 2], [4, -1, -1]])
+    mentioned = np.array([[0, 1, -1], [0, 1, 3], [0, 1, 2], [4, -1, -1]])
     expected = [[1, 0, 1, 0], [1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1]]
-    assert caption_targets(drawn, said).tolist() == expected
+    assert caption_targets(drawn, mentioned).tolist() == expected
 
 
 def test_without_duplicates_the_loss_is_open_clips(pretrained):

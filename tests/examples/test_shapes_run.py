@@ -82,41 +82,41 @@ def test_results_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
 
 
 def test_results_say_how_many_runs_came_from_where(tmp_path: Path) -> None:
-    found = results.load_results(tmp_path / "results.json", {})
+    saved = results.load_results(tmp_path / "results.json", {})
     abacus, loom = {"torch": "1", "machine": "abacus"}, {"torch": "2", "machine": "loom"}
-    results.count_run(found, abacus)
-    assert results.origins(found) == "abacus; torch 1"
+    results.count_run(saved, abacus)
+    assert results.origins(saved) == "abacus; torch 1"
     for environment in (loom, abacus, loom, loom):
-        results.count_run(found, environment)
-    assert results.origins(found) == "2 runs on abacus; torch 1. 3 runs on loom; torch 2"
-    results.save_results(found, tmp_path / "results.json")
-    assert results.load_results(tmp_path / "results.json", {}) == found
+        results.count_run(saved, environment)
+    assert results.origins(saved) == "2 runs on abacus; torch 1. 3 runs on loom; torch 2"
+    results.save_results(saved, tmp_path / "results.json")
+    assert results.load_results(tmp_path / "results.json", {}) == saved
 
 
 def test_results_of_a_run_that_was_another_are_not_mixed(tmp_path: Path) -> None:
-    found: results.Results = {"settings": {}, "seeds": {}}
+    saved: results.Results = {"settings": {}, "seeds": {}}
     task = Task(OPEN_VCLIP, 0, (AVERAGE,))
     entry = {"definition": OPEN_VCLIP.definition(), "rows": {AVERAGE: {}}}
-    results.enter(found, task, entry)
-    results.require_definitions(found, [OPEN_VCLIP], tmp_path)
+    results.enter(saved, task, entry)
+    results.require_definitions(saved, [OPEN_VCLIP], tmp_path)
     entry["definition"]["boundary"] = "mask"
     with pytest.raises(FileExistsError, match=r"a run 'openvclip' of other settings.*'mask'"):
-        results.require_definitions(found, [OPEN_VCLIP], tmp_path)
+        results.require_definitions(saved, [OPEN_VCLIP], tmp_path)
 
 
 def test_a_task_is_done_when_all_its_weights_are_there() -> None:
-    found: results.Results = {"seeds": {"0": {"openvclip": {"rows": {LAST: {}, AVERAGE: {}}}}}}
-    assert results.holds(found, Task(OPEN_VCLIP, 0, (AVERAGE,)))
-    assert not results.holds(found, Task(OPEN_VCLIP, 0, (AVERAGE, Averaging(1, 0.25))))
-    assert not results.holds(found, Task(OPEN_VCLIP, 1, (AVERAGE,)))
+    saved: results.Results = {"seeds": {"0": {"openvclip": {"rows": {LAST: {}, AVERAGE: {}}}}}}
+    assert results.holds(saved, Task(OPEN_VCLIP, 0, (AVERAGE,)))
+    assert not results.holds(saved, Task(OPEN_VCLIP, 0, (AVERAGE, Averaging(1, 0.25))))
+    assert not results.holds(saved, Task(OPEN_VCLIP, 1, (AVERAGE,)))
 
 
 def test_other_weights_of_a_run_stay() -> None:
-    found: results.Results = {"seeds": {"0": {"openvclip": {"rows": {LAST: {"a": 1}}}}}}
+    saved: results.Results = {"seeds": {"0": {"openvclip": {"rows": {LAST: {"a": 1}}}}}}
     task = Task(OPEN_VCLIP, 0, (AVERAGE,))
-    results.enter(found, task, {"rows": {AVERAGE: {"b": 2}}, "seconds": 5.0})
+    results.enter(saved, task, {"rows": {AVERAGE: {"b": 2}}, "seconds": 5.0})
     rows = {LAST: {"a": 1}, AVERAGE: {"b": 2}}
-    assert found["seeds"]["0"]["openvclip"] == {"rows": rows, "seconds": 5.0}
+    assert saved["seeds"]["0"]["openvclip"] == {"rows": rows, "seconds": 5.0}
 
 
 def _started(out: Path, jobs: int) -> subprocess.Popen[str]:
@@ -133,7 +133,7 @@ def _until(process: subprocess.Popen[str], beginning: str) -> None:
     for line in process.stdout:
         if line.startswith(beginning):
             return
-    raise AssertionError(f"never said {beginning!r}: {process.communicate()[1]}")
+    raise AssertionError(f"never printed {beginning!r}: {process.communicate()[1]}")
 
 
 def _found(out: Path) -> dict[str, Any]:
@@ -162,9 +162,9 @@ def finished(
     out = tmp_path_factory.mktemp("finished") / "out"
     shutil.copytree(killed[0] / "clips", out / "clips")
     process = _started(out, jobs=2)
-    said, errors = process.communicate(timeout=400)
+    output, errors = process.communicate(timeout=400)
     assert process.returncode == 0, errors
-    return out, said
+    return out, output
 
 
 def test_the_run_leaves_what_it_names(finished: tuple[Path, str]) -> None:
@@ -193,9 +193,9 @@ def test_a_killed_run_goes_on_and_gives_the_same_as_two_processes_undisturbed(
 ) -> None:
     out, before = killed
     process = _started(out, jobs=1)
-    said, errors = process.communicate(timeout=400)
+    output, errors = process.communicate(timeout=400)
     assert process.returncode == 0, errors
-    assert "1 of 3 runs to do, 1 at a time" in said
+    assert "1 of 3 runs to do, 1 at a time" in output
     after = _found(out)
     assert set(before) == {"clip", "finetune"}
     assert {name: after[name] for name in before} == before
@@ -224,8 +224,8 @@ def test_final_weights_lie_between_clip_and_the_average(finished: tuple[Path, st
     from examples.shapes.model import create_model
 
     out, _ = finished
-    found = Table(MAIN, json.loads((out / "results.json").read_text()))
-    lam = found.chosen_lambda(ROW_OPEN_VCLIP)
+    saved = Table(MAIN, json.loads((out / "results.json").read_text()))
+    lam = saved.chosen_lambda(ROW_OPEN_VCLIP)
     final = load_checkpoint(out / "openvclip-shapes.safetensors")
     average, clip = load_checkpoint(out / run.AVERAGED), create_model()[0].state_dict()
     for name, value in final.items():

@@ -106,8 +106,8 @@ def test_rotation(encode, tmp_path):
         matrix = struct.pack(">9i", *(65536 * x for x in (a, b, 0, c, d, 0, 0, 0)), 2**30)
         turned = tmp_path / "turned.mp4"
         turned.write_bytes(data[:header] + data[header:].replace(identity, matrix, 1))
-        found = read_clip(turned, num_frames=2)
-        assert torch.equal(found, torch.rot90(upright, turns, dims=(-2, -1)))
+        clip = read_clip(turned, num_frames=2)
+        assert torch.equal(clip, torch.rot90(upright, turns, dims=(-2, -1)))
 
 
 def test_size_that_changes_on_the_way(encode, tmp_path):
@@ -220,9 +220,9 @@ def test_dense_follows_its_generator(encode, numbers):
         )
 
     assert starts(1) == starts(1)
-    found = {starts(seed)[0][0] for seed in range(12)}
-    assert len(found) > 6
-    assert max(found) > 40
+    first_frames = {starts(seed)[0][0] for seed in range(12)}
+    assert len(first_frames) > 6
+    assert max(first_frames) > 40
 
 
 def _text(path):
@@ -347,9 +347,9 @@ def test_a_file_that_breaks_off_gives_what_is_there(name, encode, numbers, tmp_p
     for sampler in ("released", "uniform", "dense"):
         clip = read_clip(path, views=3, sampler=sampler)
         assert clip.shape == (3, 8, 3, 64, 144)
-        found = numbers(clip)
-        assert all(view == sorted(view) for view in found)
-        assert found[0][1] < 130  # of 200: the file has about 120
+        views = numbers(clip)
+        assert all(view == sorted(view) for view in views)
+        assert views[0][1] < 130  # of 200: the file has about 120
 
 
 @pytest.mark.parametrize(

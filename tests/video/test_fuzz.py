@@ -46,8 +46,8 @@ def test_damaged_files(backend, originals, tmp_path):
     )  # fmt: skip
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0, f"{lines[-1:]}\n{done.stderr[-3000:]}"
-    found = collections.Counter(line["outcome"] for line in lines if "outcome" in line)
-    assert set(found) == {"error", "frames"}
-    assert found.total() == FILES
-    assert found["error"] > 50  # both ways out were taken
-    assert found["frames"] > 50
+    outcomes = collections.Counter(line["outcome"] for line in lines if "outcome" in line)
+    assert set(outcomes) == {"error", "frames"}
+    assert outcomes.total() == FILES
+    assert outcomes["error"] > 50  # both ways out were taken
+    assert outcomes["frames"] > 50
