@@ -17,7 +17,7 @@ import openvclip
 from examples.finetune import train
 from examples.shapes.clips import LISTS, ClipSettings
 from examples.shapes.model import MEAN, STD, Tokenizer, create_model
-from examples.shapes.progress import Phase, Reporter
+from examples.shapes.progress import Costs, Phase, Reporter
 from examples.shapes.raster import IMAGE_SIZE
 from examples.shapes.studies import AVERAGE, LAST, FineTune, Task
 from examples.shapes.world import TEMPLATES, class_names
@@ -156,6 +156,38 @@ def phase_costs(settings: Settings, task: Task, *, first: bool) -> dict[Phase, f
         "fine-tuning": TRAINING_SECONDS * training,
         "evaluating": EVALUATION_SECONDS * evaluation,
     }
+
+
+MEASUREMENT_COSTS: Costs = {
+    "starting": MODEL_SECONDS + 2.0,  # import open_clip
+    "fine-tuning": 3 * 3 * 32 * TRAINING_SECONDS,
+    "evaluating": 3 * 32 * EVALUATION_SECONDS,
+}
+"""The cost of :func:`measure_speed`."""
+
+
+def measure_speed(report: Reporter) -> None:
+    """Report the speed of this machine: some passes of random clips, in a second or two.
+
+    The first phases of a run draw and decode clips, so they do not show how fast a model trains.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        model, _ = create_model()
+        openvclip.expand_temporal_attention(model)
+        clips = torch.randn(32, FRAMES, 3, IMAGE_SIZE, IMAGE_SIZE)
+        model.encode_image(clips[:1]).sum().backward()
+        report("starting", MEASUREMENT_COSTS["starting"])
+        for _ in range(3):
+            model.encode_image(clips).sum().backward()
+            report("fine-tuning", MEASUREMENT_COSTS["fine-tuning"] / 3)
+        with torch.no_grad():
+            for _ in range(3):
+                model.encode_image(clips)
+                report("evaluating", MEASUREMENT_COSTS["evaluating"] / 3)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _passes(settings: Settings, task: Task) -> tuple[float, float]:

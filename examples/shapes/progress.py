@@ -27,7 +27,10 @@ Costs = Mapping[Phase, float]
 DRAWING = "drawing clips"
 """The name of the task that draws all clips; it comes before the other tasks."""
 
-_PRIOR = 2.0  # cost for which the speed of all phases counts in the speed of one phase
+MEASUREMENT = "measurement"
+"""The name of the task that measures the speed of the machine; it comes before all other tasks."""
+
+_PRIOR = 0.5  # cost for which the speed of all phases counts in the speed of one phase
 _LINE_SECONDS = 12.0  # between two lines where the output is no terminal
 
 
@@ -80,14 +83,18 @@ class Estimator:
     """Estimate the time to go from the work that was done so far.
 
     Args:
+        measurement: cost of the measurement, which is done by one process.
         drawing: cost of drawing all clips, which all processes share.
         tasks: cost of each task by the task's name, in the order in which the tasks begin. One
             process works on a task.
         processes: number of processes.
     """
 
-    def __init__(self, drawing: float, tasks: Mapping[str, Costs], processes: int) -> None:
-        self._tasks: dict[str, Costs] = {DRAWING: {"drawing": drawing}, **tasks}
+    def __init__(
+        self, measurement: Costs, drawing: float, tasks: Mapping[str, Costs], processes: int
+    ) -> None:
+        first: dict[str, Costs] = {MEASUREMENT: measurement, DRAWING: {"drawing": drawing}}
+        self._tasks = {**first, **tasks}
         self._processes = processes
         self._done: defaultdict[tuple[str, Phase], float] = defaultdict(float)
         self._costs: defaultdict[Phase, float] = defaultdict(float)  # of pieces that were timed
@@ -121,8 +128,8 @@ class Estimator:
         """Return the estimated time to the end of the run, ``None`` before the first report."""
         if not self._costs:
             return None
-        drawing, *others = (self._seconds_left(name) for name in self._tasks)
-        return drawing / self._processes + _duration(others, self._processes)
+        measurement, drawing, *others = (self._seconds_left(name) for name in self._tasks)
+        return measurement + drawing / self._processes + _duration(others, self._processes)
 
     def _seconds_left(self, task: str) -> float:
         return sum(
@@ -159,12 +166,12 @@ class Progress:
         self.estimator, self._clock = estimator, clock
         self._started = self._reported = clock()
         self._line_at = self._started + 3
-        self._phase: Phase = "drawing"
+        self._phase = "measuring"
         self._lock = threading.RLock()
         self._stopped = threading.Event()
         self._ticker = threading.Thread(target=self._tick, daemon=True)
         layout = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}{postfix}]"
-        self._bar = tqdm(total=estimator.total, desc="drawing", bar_format=layout, disable=None)
+        self._bar = tqdm(total=estimator.total, desc=self._phase, bar_format=layout, disable=None)
 
     def __enter__(self) -> Progress:
         self._ticker.start()
@@ -179,7 +186,8 @@ class Progress:
         """Take a report of a process into account."""
         with self._lock:
             self.estimator.add(advance)
-            self._phase, self._reported = advance.phase, self._clock()
+            self._reported = self._clock()
+            self._phase = "measuring" if advance.task == MEASUREMENT else advance.phase
 
     def finish(self, task: str, text: str = "") -> None:
         """Count a task as done and print a text together with the time to go."""

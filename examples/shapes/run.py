@@ -28,14 +28,24 @@ from examples.shapes.clips import make_clips, missing_clips
 from examples.shapes.experiment import (
     DRAWING_SECONDS,
     LAMBDAS,
+    MEASUREMENT_COSTS,
     PROCESS_SECONDS,
     Settings,
     clips_folder,
+    measure_speed,
     perform,
     phase_costs,
 )
 from examples.shapes.model import create_model
-from examples.shapes.progress import DRAWING, Advance, Costs, Estimator, Progress, Reporter
+from examples.shapes.progress import (
+    DRAWING,
+    MEASUREMENT,
+    Advance,
+    Costs,
+    Estimator,
+    Progress,
+    Reporter,
+)
 from examples.shapes.schedule import Report, side_by_side
 from examples.shapes.settings import FULL, SMOKE
 from examples.shapes.studies import AVERAGE, MAIN, OPEN_VCLIP, QUICK, STUDIES, Study, Task, plan
@@ -135,6 +145,7 @@ def run_studies(
     print(f"{len(missing)} of {len(tasks)} runs to do, {jobs} at a time", flush=True)
     work = partial(_perform, settings, out)
     with Progress(_estimator(settings, missing, out, jobs)) as progress:
+        measure_speed(Reporter(MEASUREMENT, progress.add))
         for seed in sorted({task.seed for task in missing}):
             make_clips(
                 clips_folder(out, seed),
@@ -167,7 +178,7 @@ def _estimator(settings: Settings, tasks: list[Task], out: Path, processes: int)
     clips = sum(
         missing_clips(clips_folder(out, seed), replace(settings.clips, seed=seed)) for seed in seeds
     )
-    return Estimator(clips * DRAWING_SECONDS, costs, processes)
+    return Estimator(MEASUREMENT_COSTS, clips * DRAWING_SECONDS, costs, processes)
 
 
 def _perform(settings: Settings, out: Path, task: Task, report: Report) -> reporting.Entry:

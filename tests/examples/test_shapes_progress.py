@@ -10,6 +10,7 @@ import pytest
 from examples.shapes.experiment import phase_costs
 from examples.shapes.progress import (
     DRAWING,
+    MEASUREMENT,
     PHASES,
     Advance,
     Costs,
@@ -78,7 +79,7 @@ def test_the_estimate_is_right_within_30_percent_after_a_tenth_of_the_work(
     processes: int, slowness: dict[Phase, float]
 ) -> None:
     tasks, drawing = _quick_costs(processes), 20.0
-    estimator = Estimator(drawing, tasks, processes)
+    estimator = Estimator({}, drawing, tasks, processes)
     reports = _simulate(drawing, tasks, processes, slowness)
     end = reports[-1][0]
     checked = 0
@@ -97,13 +98,23 @@ def test_the_estimate_is_right_within_30_percent_after_a_tenth_of_the_work(
 def test_the_estimate_counts_the_tasks_that_wait_for_a_free_process() -> None:
     tasks: dict[str, Costs] = {"short": {"fine-tuning": 10}, "long": {"fine-tuning": 40}}
     for processes, expected in ((1, 50), (2, 40), (4, 40)):
-        estimator = Estimator(0, tasks, processes)
+        estimator = Estimator({}, 0, tasks, processes)
         estimator.add(Advance("short", "evaluating", 1, 1))
         assert estimator.seconds_to_go() == pytest.approx(expected)
 
 
+def test_the_measurement_sets_the_speed_of_phases_that_have_not_begun() -> None:
+    measurement: Costs = {"starting": 2, "fine-tuning": 1}
+    estimator = Estimator(measurement, 100, {"run": {"fine-tuning": 60}}, 2)
+    estimator.add(Advance(MEASUREMENT, "starting", 2, 2))
+    assert estimator.seconds_to_go() == pytest.approx(1 + 50 + 60)
+    estimator.add(Advance(MEASUREMENT, "fine-tuning", 1, 3))
+    estimator.add(Advance(DRAWING, "drawing", 50, 50))
+    assert estimator.seconds_to_go() == pytest.approx(25 + 60 * 3, rel=0.3)
+
+
 def test_no_time_is_given_before_something_was_measured() -> None:
-    estimator = Estimator(10, {"run": {"starting": 5, "fine-tuning": 10}}, 1)
+    estimator = Estimator({}, 10, {"run": {"starting": 5, "fine-tuning": 10}}, 1)
     assert estimator.seconds_to_go() is None
     estimator.add(Advance("run", "starting", 5, None))
     assert estimator.seconds_to_go() is None
@@ -113,7 +124,7 @@ def test_no_time_is_given_before_something_was_measured() -> None:
 
 
 def test_work_beyond_the_plan_does_not_count_and_a_finished_task_counts_as_a_whole() -> None:
-    estimator = Estimator(0, {"run": {"decoding": 4, "fine-tuning": 6}}, 1)
+    estimator = Estimator({}, 0, {"run": {"decoding": 4, "fine-tuning": 6}}, 1)
     estimator.add(Advance("run", "decoding", 40, 40))
     estimator.add(Advance("run", "evaluating", 40, 40))
     assert (estimator.done, estimator.total) == (4, 10)
@@ -140,7 +151,7 @@ def test_without_a_terminal_a_line_comes_every_12_seconds(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     clock = Clock()
-    progress = Progress(Estimator(0, {"run": {"fine-tuning": 100}}, 1), clock)
+    progress = Progress(Estimator({}, 0, {"run": {"fine-tuning": 100}}, 1), clock)
     lines: list[tuple[float, str]] = []
     for second in range(61):
         clock.now = float(second)
@@ -159,7 +170,7 @@ def test_without_a_terminal_a_line_comes_every_12_seconds(
 
 def test_the_time_to_go_falls_between_two_reports() -> None:
     clock = Clock()
-    progress = Progress(Estimator(0, {"run": {"fine-tuning": 100}}, 1), clock)
+    progress = Progress(Estimator({}, 0, {"run": {"fine-tuning": 100}}, 1), clock)
     assert progress.time_to_go() == "time to go not known yet"
     progress.add(Advance("run", "fine-tuning", 10, 10))
     assert progress.time_to_go() == "about 1 min 30 s to go"
