@@ -24,8 +24,8 @@ class Jitter(NamedTuple):
             brightness]``.
         contrast: the difference between a pixel and the mean grey of its frame is multiplied by a
             factor from ``[max(0, 1 - contrast), 1 + contrast]``.
-        saturation: the difference between a pixel and its own grey is multiplied by a factor from
-            ``[max(0, 1 - saturation), 1 + saturation]``.
+        saturation: the difference between a pixel and the grey of the pixel is multiplied by a
+            factor from ``[max(0, 1 - saturation), 1 + saturation]``.
         hue: the hue is rotated by a fraction of the colour circle from ``[-hue, hue]``. At most
             0.5.
     """

@@ -77,8 +77,8 @@ class OfficialLists:
         searched = [os.path.join(start, folder) for folder in self.folders]
         raise ProtocolError(
             f"annotations={start!r} holds no official lists of {dataset}: looked for "
-            f"{', '.join(self.files)} in {', '.join(searched)}. Give the folder that the official "
-            "annotations were unpacked to."
+            f"{', '.join(self.files)} in {', '.join(searched)}. Give the folder into which you "
+            "unpacked the official annotations."
         )
 
 

@@ -55,7 +55,7 @@ def check_path(path: str | os.PathLike[str]) -> str:
         size = os.stat(full).st_size
     except (FileNotFoundError, NotADirectoryError) as error:
         raise VideoNotFoundError(
-            f"{name}: no such file. Check the path, and the root that annotations are relative to."
+            f"{name}: no such file. Check the path, and the folder to which it is relative."
         ) from error
     except (OSError, ValueError) as error:
         raise VideoError(f"{name}: cannot be opened ({error}).") from error

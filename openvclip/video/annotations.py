@@ -149,13 +149,13 @@ def _class_index(row: Row, lookup: dict[str, int], names: Sequence[str] | None) 
         return lookup[row.label]
     if not _is_index(row.label):
         raise AnnotationError(
-            f"{row.location}: unknown class {row.label!r}; it is none of the {len(lookup)} class "
-            "names, nor an index."
+            f"{row.location}: unknown class {row.label!r}; expected one of the {len(lookup)} "
+            "class names, or a class index."
         )
     index = int(row.label)
     if names is not None and index >= len(names):
         raise AnnotationError(
             f"{row.location}: class index {index} of {row.path!r}; there are {len(names)} classes, "
-            f"so at most {len(names) - 1} is possible."
+            f"so the largest class index is {len(names) - 1}."
         )
     return index

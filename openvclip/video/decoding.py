@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 __all__ = ["read_clip"]
 
-# Frames of a window are sorted by time stamp, because decoders return the frames of AVI files with
-# B-frames in another order. Codecs reorder at most 16 frames.
+# Frames of a window are sorted by time stamp, because in AVI files with B-frames the time stamps of
+# the decoded frames do not increase. Codecs reorder at most 16 frames.
 REORDER = 16
 # In seconds. A seek goes back to a key frame, and key frames are seconds apart: a seek over a
 # shorter distance saves no time.

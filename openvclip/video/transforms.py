@@ -162,10 +162,12 @@ def build(
         )
     jitter = _jitter(color_jitter)
     if any(jitter) and name != "train":
-        raise VideoOptionError(f"color_jitter={color_jitter!r} with {name!r}: only for 'train'.")
+        raise VideoOptionError(
+            f"color_jitter={color_jitter!r} with {name!r}: only 'train' changes colours."
+        )
     if crops not in (1, 3) or (crops == 3 and name == "train"):
         raise VideoOptionError(
-            f"crops={crops!r} with {name!r}: expected 1, or 3 where the crop is not drawn."
+            f"crops={crops!r} with {name!r}: expected 1 or 3, and 1 for 'train'."
         )
     moments = tuple(map(float, mean)), tuple(map(float, std))
     short = _short_side(short_side, size, name)
@@ -183,7 +185,9 @@ def _short_side(option: int | Sequence[int] | None, size: int, name: str) -> tup
             "the two ends of a range."
         )
     if ends[0] < ends[1] and name != "train":
-        raise VideoOptionError(f"short_side={option!r} with {name!r}: only 'train' draws one.")
+        raise VideoOptionError(
+            f"short_side={option!r} with {name!r}: only 'train' draws one from a range."
+        )
     return ends[0], ends[1]
 
 
