@@ -1,4 +1,4 @@
-"""The shapes world from end to end, at its smallest, and the files that come out."""
+"""The shapes world from end to end at its smallest size, and the files that it writes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.helpers import REPO
 
 
 def _made_results() -> results.Results:
-    """Two seeds, three lambdas, numbers chosen so that each choice can be told by hand."""
+    """Two seeds and three lambdas, with numbers for which each choice is known."""
 
     def row(shift: float) -> dict[str, dict[str, float]]:
         return {
@@ -120,7 +120,7 @@ def test_other_weights_of_a_run_stay() -> None:
 
 
 def _started(out: Path, jobs: int) -> subprocess.Popen[str]:
-    """The command of the README at its smallest."""
+    """Start the command of the README at its smallest size."""
     flags = ["--smoke", "--jobs", str(jobs), "--out", str(out)]
     command = [sys.executable, "-m", "examples.shapes", *flags]
     pipe = subprocess.PIPE
@@ -128,7 +128,7 @@ def _started(out: Path, jobs: int) -> subprocess.Popen[str]:
 
 
 def _until(process: subprocess.Popen[str], beginning: str) -> None:
-    """Wait until the process has said a line with this beginning."""
+    """Wait until the process has printed a line with this beginning."""
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith(beginning):
@@ -137,19 +137,19 @@ def _until(process: subprocess.Popen[str], beginning: str) -> None:
 
 
 def _found(out: Path) -> dict[str, Any]:
-    """The runs in a results file, by name."""
+    """Return the runs in a results file by name."""
     runs: dict[str, Any] = json.loads((out / "results.json").read_text())["seeds"]["0"]
     return runs
 
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """The folder of a run that was killed before its last result, and what it held."""
+    """The folder of a run that was killed before its last result, and its finished runs."""
     out = tmp_path_factory.mktemp("killed") / "out"
     process = _started(out, jobs=1)
     _until(process, "2 of 3")
     process.kill()
-    # Its workers hold the other ends of the pipes: this waits until the last of them has gone.
+    # The worker processes hold the other ends of the pipes, so this waits for their end.
     process.communicate(timeout=120)
     return out, _found(out)
 
@@ -158,7 +158,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, An
 def finished(
     killed: tuple[Path, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, str]:
-    """The folder of a run with two processes that nothing disturbed, and what it said."""
+    """The folder of a complete run with two processes, and its output."""
     out = tmp_path_factory.mktemp("finished") / "out"
     shutil.copytree(killed[0] / "clips", out / "clips")
     process = _started(out, jobs=2)

@@ -1,4 +1,4 @@
-"""The studies of the shapes world: which runs they need, and how these share the processes."""
+"""The studies of the shapes world: their runs, and how the runs share the processes."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def test_ucf101_lists(text, subset, tmp_path):
     other = {"train": "test", "test": "train"}[subset]
     with pytest.raises(AnnotationError, match=f"no videos of subset='{other}'; it has {subset}"):
         read_annotations(path, subset=other)
-    # names of one's own: as folders or as prompts spell them
+    # class names of the user: spelled like the folders or like the prompts
     assert read_annotations(path, ["YoYo", "Archery"]).samples == [(ARCHERY, 1), (YOYO, 0)]
     assert read_annotations(path, ["Archery", "Yoyo"]).samples == [(ARCHERY, 0), (YOYO, 1)]
     with pytest.raises(AnnotationError, match=r"anything\.txt, line 2: unknown class 'Yoyo'"):
@@ -143,7 +143,7 @@ def test_hmdb51_lists(tmp_path):
     label = class_names("hmdb51").index("shake hands")
     both = [("shake_hands/a_(1).avi", label), ("shake_hands/b!.avi", label)]
     annotations = read_annotations(path)
-    assert annotations.samples == both  # without the one that is not used
+    assert annotations.samples == both  # without the video that the split does not use
     assert annotations.class_names == class_names("hmdb51")
     assert read_annotations(path, subset="train").samples == both[:1]
     assert read_annotations(path, subset="test").samples == both[1:]
@@ -166,7 +166,7 @@ def test_folders_of_official_lists(clips, tmp_path):
         annotations = read_annotations(ucf, subset="train", split=split)
         assert len(annotations.samples) == count
         assert annotations == read_annotations(ucf / f"trainlist0{split}.txt")
-        # the label that the list writes down, and ours from the folder
+        # the class index in the list, and the class index from the folder
         lines = (ucf / f"trainlist0{split}.txt").read_text().split("\n")[:-1]
         assert [
             (line.split()[0], int(line.split()[1]) - 1) for line in lines

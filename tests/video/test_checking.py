@@ -1,4 +1,4 @@
-"""Finding bad files: what is found, that a crash ends nothing, and the command."""
+"""Checks of video files: their results, crashes of the decoder, and the command."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.video import servers
 
 @pytest.fixture(scope="module")
 def folder(encode, tmp_path_factory):
-    """Two good videos, one that is damaged, three that are bad."""
+    """Two good videos, one damaged video and three bad files."""
     root = tmp_path_factory.mktemp("to-check")
     options = {"x264-params": "bframes=0:keyint=6"}
     whole = encode("check.mkv", frames=90, fps=25, options=options).read_bytes()
@@ -57,7 +57,7 @@ def test_one_file(folder):
     for name, check in results.items():
         assert bool(check.reason) == (check.status != "ok")
         assert name in check.reason or not check.reason
-        # what it says is what the reader does
+        # read_clip agrees with the status
         if check.status == "bad":
             with pytest.raises(VideoError):
                 read_clip(folder / name)
@@ -188,13 +188,13 @@ def test_ctrl_c_leaves_what_was_found(folder, tmp_path):
     process = subprocess.Popen(
         [*command, "-o", str(table), "--num-workers", "1"],
         cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        # what a shell starts in the background ignores it, and so would its children
+        # shells start background processes with SIGINT ignored, and child processes inherit this
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     while process.poll() is None and not (table.exists() and table.read_bytes().count(b"\n") > 3):
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
-    out, err = process.communicate(timeout=60)  # ends when nobody holds the pipes any longer
+    os.killpg(process.pid, signal.SIGINT)  # to all processes, as a terminal does
+    out, err = process.communicate(timeout=60)  # returns when all processes have closed the pipes
     assert process.returncode == 130, err
     results = rows(table)
     assert 3 <= len(results) < 2000

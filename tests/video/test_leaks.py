@@ -1,4 +1,4 @@
-"""A worker that reads clip after clip holds no more memory or files at the end."""
+"""A worker that reads many clips needs no more memory or files at the end."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers import REPO
 
-# OPENVCLIP_LEAK_CLIPS=10000 reads as many as an epoch has.
+# OPENVCLIP_LEAK_CLIPS=10000 reads as many clips as an epoch.
 CLIPS = int(os.environ.get("OPENVCLIP_LEAK_CLIPS", "1000"))
 
 
@@ -30,5 +30,5 @@ def test_workers_keep_neither_memory_nor_files(encode):
     ]
     assert measurements[-1]["errors"] == CLIPS // 10
     assert measurements[-1]["files"] == measurements[2]["files"]
-    # A frame is 54 KiB: one lost with each clip would be 54 * 700 KiB at the least.
+    # A frame needs 54 KiB. A leak of one frame for each clip would need at least 54 * 700 KiB.
     assert measurements[-1]["kib"] - measurements[2]["kib"] < 54 * 0.7 * CLIPS / 4

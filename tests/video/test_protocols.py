@@ -1,4 +1,4 @@
-"""The protocols against the published counts, with the official annotation files as the source."""
+"""The protocols, built from the official annotation files, against the published counts."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def sets(facts):
 
 @pytest.fixture(scope="module")
 def folders(facts):
-    """The folders of both data sets, from the annotation files themselves."""
+    """The class folders of both data sets, from the annotation files."""
     ucf = [line.split("/")[0] for line in lines(DATA / "ucfTrainTestlist" / "testlist01.txt")]
     hmdb = [
         path.name.removesuffix("_test_split1.txt")
@@ -51,7 +51,7 @@ def lines(path):
 
 
 def hmdb_rows(number):
-    """(folder, file name, flag) of every video, read in the plainest way."""
+    """(folder, file name, flag) of every video, read without the package."""
     rows = []
     for path in sorted((DATA / "testTrainMulti_7030_splits").glob(f"*_test_split{number}.txt")):
         folder = path.name[: -len(f"_test_split{number}.txt")]
@@ -76,7 +76,7 @@ def test_class_name_rules_on_all_names(names, folders):
         made = [protocols.class_name(dataset, folder) for folder in folders[dataset]]
         assert len(set(made)) == count
         assert set(made) == set(names[dataset])
-    for name in names["ucf101"]:  # and back: a capital starts each word, and nothing else
+    for name in names["ucf101"]:  # and back: a capital letter starts each word
         assert re.fullmatch(r"[A-Z][a-z]*( [A-Z][a-z]*)*", name), name
     assert all(protocols.class_name("kinetics600", name) == name for name in names["kinetics400"])
 
@@ -158,7 +158,7 @@ def test_videos_of_hmdb51_are_those_of_the_flags(names):
 
 
 def kinetics_csv(path, sets, each=46, header="label,youtube_id,time_start,time_end,split"):
-    """A validation list with ``each`` videos of every class of the three sets, and of others."""
+    """Write a validation list with ``each`` videos of every class of the three sets, and others."""
     every = sorted({name for n in (1, 2, 3) for name in sets[f"split{n}"]} | {"archery", "yoga"})
     rows = [
         f"{name},{index:05d}-_{video:05d},{video},{video + 10},val"
@@ -194,7 +194,7 @@ def test_kinetics_600(file, sets, facts, tmp_path):
 
 def test_another_kinetics_600_list_is_refused(sets, tmp_path):
     path = tmp_path / "validate.csv"
-    kinetics_csv(path, sets, each=88)  # 14080: the list that circulates holds training videos
+    kinetics_csv(path, sets, each=88)  # 14080: the list of ViFi-CLIP contains training videos
     with pytest.raises(ProtocolError, match=r"14080 videos; expected 7276 to 8000\. These are not"):
         protocols.load("kinetics600", annotations=tmp_path, allow_incomplete=True)
     kinetics_csv(path, sets, each=2)

@@ -24,7 +24,7 @@ def whole(frame: Tensor) -> Tensor:
 def expected(
     frames: int, fps: float, count: int, seconds: float, step: float
 ) -> list[tuple[float, float, list[int]]]:
-    """Frame n is shown from n / fps on; a window takes what is shown at its times."""
+    """Frame n is displayed from n / fps on; a window takes the frames displayed at its times."""
     length = frames / fps
     windows: list[tuple[float, float, list[int]]] = []
     while not windows or (windows[-1][1] < length and len(windows) * step < length):
@@ -81,7 +81,7 @@ def test_frames_are_transformed_once_and_few_are_kept(encode: Encode) -> None:
 def test_times_count_from_the_first_frame_and_follow_a_variable_rate(
     encode: Encode, numbers: Numbers
 ) -> None:
-    stamps = [5000, 5100, 5200, 6200, 6300, 6400]  # milliseconds; frame 2 is shown for a second
+    stamps = [5000, 5100, 5200, 6200, 6300, 6400]  # milliseconds; frame 2 is displayed for a second
     path = encode("slide-vfr.mkv", frames=6, times=stamps)
     windows = list(sliding_windows(path, transform=whole, num_frames=2, seconds=0.5, step=0.5))
     assert [numbers(window.clip) for window in windows] == [[0, 2], [2, 2], [2, 3]]

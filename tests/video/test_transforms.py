@@ -64,7 +64,7 @@ def test_clip_equals_clips_own_preprocessing(shape):
         mean, std = np.array(transforms.CLIP_MEAN), np.array(transforms.CLIP_STD)
         grey_levels = result.permute(1, 2, 0).numpy() * std * 255 + mean * 255
         difference = np.abs(grey_levels - small)
-        # both compute in fixed point, with roundings of their own
+        # both compute in fixed point and round differently
         assert difference.max() < 2.01
         assert difference.mean() < 0.02
 
@@ -156,7 +156,7 @@ def drawn(transform, video, seed):
 
 @pytest.mark.parametrize("index", range(4))
 def test_color_jitter_equals_torchvision(index):
-    """One kind of change at a time, with the factor found by torchvision's own functions."""
+    """One kind of change at a time; torchvision's functions give the factor."""
     vision = pytest.importorskip("torchvision.transforms.functional")
     changes = [
         vision.adjust_brightness, vision.adjust_contrast, vision.adjust_saturation,
@@ -209,7 +209,7 @@ def test_color_jitter_is_one_for_a_clip():
     first, second = transform(video, torch.Generator().manual_seed(1))
     assert all(torch.equal(first[0], other) for other in first)
     assert not torch.equal(first, second)
-    # without jitter nothing more is drawn: runs from before it was there repeat
+    # without jitter no further number is drawn, so older runs can be repeated
     plain, off = transforms.build("train", 32), transforms.build("train", 32, color_jitter=0)
     assert torch.equal(drawn(plain, video, 4), drawn(off, video, 4))
 
