@@ -24,7 +24,7 @@ import torch
 
 import openvclip
 from examples.shapes import results as reporting
-from examples.shapes.clips import make_clips, missing_clips
+from examples.shapes.clips import ClipSettings, make_clips, missing_clips
 from examples.shapes.experiment import (
     DRAWING_SECONDS,
     LAMBDAS,
@@ -107,7 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (openvclip.OpenVCLIPError, FileExistsError) as error:
         raise SystemExit(str(error)) from error
     except KeyboardInterrupt:
-        raise SystemExit("\nStopped. What is done is kept; the same command goes on.") from None
+        raise SystemExit("\nStopped. Finished runs are kept; the same command continues.") from None
     _report(results, studies, args.out, time.perf_counter() - started)
 
 
@@ -147,15 +147,7 @@ def run_studies(
     with Progress(_estimator(settings, missing, out, jobs)) as progress:
         measure_speed(Reporter(MEASUREMENT, progress.add))
         for seed in sorted({task.seed for task in missing}):
-            make_clips(
-                clips_folder(out, seed),
-                replace(settings.clips, seed=seed),
-                num_workers=jobs,
-                progress=False,
-                on_written=lambda clips, seconds: progress.add(
-                    Advance(DRAWING, "drawing", clips * DRAWING_SECONDS, seconds)
-                ),
-            )
+            _draw_clips(replace(settings.clips, seed=seed), out, jobs, progress)
         progress.finish(DRAWING)
         for number, (task, entry) in enumerate(
             side_by_side(work, missing, jobs, progress.add, out / "log"), start=1
@@ -179,6 +171,14 @@ def _estimator(settings: Settings, tasks: list[Task], out: Path, processes: int)
         missing_clips(clips_folder(out, seed), replace(settings.clips, seed=seed)) for seed in seeds
     )
     return Estimator(MEASUREMENT_COSTS, clips * DRAWING_SECONDS, costs, processes)
+
+
+def _draw_clips(clips: ClipSettings, out: Path, processes: int, progress: Progress) -> None:
+    def add(count: int, seconds: float) -> None:
+        progress.add(Advance(DRAWING, "drawing", count * DRAWING_SECONDS, seconds))
+
+    folder = clips_folder(out, clips.seed)
+    make_clips(folder, clips, num_workers=processes, progress=False, on_written=add)
 
 
 def _perform(settings: Settings, out: Path, task: Task, report: Report) -> reporting.Entry:
