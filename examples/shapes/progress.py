@@ -3,7 +3,7 @@
 The cost of a piece of work is the number of seconds that one process needs for it on the reference
 machine, a virtual machine with 2 cores. Processes report the cost that they have done and the
 seconds that they needed. :class:`Estimator` computes the speed of this machine from these reports,
-separately for each phase, and from the speeds the time to go.
+separately for each phase, and from the speeds the time to go. Recent reports count most.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ MEASUREMENT = "measurement"
 """The name of the task that measures the speed of the machine; it comes before all other tasks."""
 
 _PRIOR = 0.5  # cost for which the speed of all phases counts in the speed of one phase
+_HALF_LIFE = 20.0  # cost after which an old measurement counts half: the load of a machine changes
 _LINE_SECONDS = 12.0  # between two lines where the output is no terminal
 
 
@@ -116,8 +117,9 @@ class Estimator:
         """Take a report into account."""
         self._done[advance.task, advance.phase] += advance.cost
         if advance.seconds is not None and advance.cost > 0:
-            self._costs[advance.phase] += advance.cost
-            self._seconds[advance.phase] += advance.seconds
+            weight = 0.5 ** (advance.cost / _HALF_LIFE)
+            for sums, value in ((self._costs, advance.cost), (self._seconds, advance.seconds)):
+                sums[advance.phase] = weight * sums[advance.phase] + value
 
     def finish(self, task: str) -> None:
         """Count a task as done, even if its reports do not add up to its cost."""

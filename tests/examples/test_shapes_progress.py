@@ -113,6 +113,13 @@ def test_the_measurement_sets_the_speed_of_phases_that_have_not_begun() -> None:
     assert estimator.seconds_to_go() == pytest.approx(25 + 60 * 3, rel=0.3)
 
 
+def test_a_changed_load_of_the_machine_changes_the_estimate() -> None:
+    estimator = Estimator({}, 0, {"run": {"fine-tuning": 500}}, 1)
+    for number in range(1, 301):
+        estimator.add(Advance("run", "fine-tuning", 1, 1 if number > 200 else 4))
+    assert estimator.seconds_to_go() == pytest.approx(200, rel=0.15)  # the mean would give 600
+
+
 def test_no_time_is_given_before_something_was_measured() -> None:
     estimator = Estimator({}, 10, {"run": {"starting": 5, "fine-tuning": 10}}, 1)
     assert estimator.seconds_to_go() is None
