@@ -30,7 +30,7 @@ DRAWING = "drawing clips"
 MEASUREMENT = "measurement"
 """The name of the task that measures the speed of the machine; it comes before all other tasks."""
 
-_PRIOR = 0.5  # cost for which the speed of all phases counts in the speed of one phase
+_PRIOR = 1.0  # cost for which the speed of all phases counts in the speed of one phase
 _HALF_LIFE = 20.0  # cost after which an old measurement counts half: the load of a machine changes
 _LINE_SECONDS = 12.0  # between two lines where the output is no terminal
 
