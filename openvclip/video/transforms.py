@@ -167,7 +167,7 @@ def build(
         )
     if crops not in (1, 3) or (crops == 3 and name == "train"):
         raise VideoOptionError(
-            f"crops={crops!r} with {name!r}: expected 1 or 3, and 1 for 'train'."
+            f"crops={crops!r} with {name!r}: expected 1, or 3 if the crop is not random."
         )
     moments = tuple(map(float, mean)), tuple(map(float, std))
     short = _short_side(short_side, size, name)
