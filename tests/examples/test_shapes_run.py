@@ -124,7 +124,11 @@ def _started(out: Path, jobs: int) -> subprocess.Popen[str]:
     flags = ["--smoke", "--jobs", str(jobs), "--out", str(out)]
     command = [sys.executable, "-m", "examples.shapes", *flags]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=REPO)
+    return subprocess.Popen(
+        command, stdout=pipe, stderr=pipe, text=True, cwd=REPO,
+        # Shells start background processes with SIGINT ignored, and child processes inherit this.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
 
 
 def _until(process: subprocess.Popen[str], beginning: str) -> None:
