@@ -1,13 +1,13 @@
-r"""The lists of videos of a setting: what is trained on, and what is tested on.
+r"""Write the annotation lists of a setting: the videos for training and the videos for testing.
 
-    python -m examples.lists base-to-novel hmdb51 --annotations testTrainMulti_7030_splits \
+    python lists.py base-to-novel hmdb51 --annotations testTrainMulti_7030_splits \
         --videos hmdb51 --seed 1 --out lists/        # train.csv, base.csv, novel.csv
-    python -m examples.lists few-shot ucf101 --shots 8 ... --out lists/  # train.csv, test.csv
-    python -m examples.lists protocol ucf101-ep3 ... --out lists/        # ucf101-ep3-1.csv, ...
+    python lists.py few-shot ucf101 --shots 8 ... --out lists/  # train.csv, test.csv
+    python lists.py protocol ucf101-ep3 ... --out lists/        # ucf101-ep3-1.csv, ...
 
 ``--shots all`` takes all training videos, for supervised training on UCF-101 and HMDB-51. A list
-has a line ``path,class name`` for each video, which ``examples/finetune.py --annotations``,
-``examples.accuracy --lists`` and ``openvclip evaluate --annotations`` take without ``--classes``.
+has a line ``path,class name`` for each video. ``finetune.py --annotations``, ``accuracy.py
+--lists`` and ``openvclip evaluate --annotations`` read such a list without ``--classes``.
 """
 
 from __future__ import annotations
@@ -27,30 +27,37 @@ SETTINGS = ("base-to-novel", "few-shot", "protocol")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="lists.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("setting", choices=SETTINGS)
     known = ", ".join(protocols.PROTOCOLS)
-    parser.add_argument("name", help=f"ucf101 or hmdb51; a protocol's: {known}")
+    parser.add_argument("name", help=f"ucf101 or hmdb51; for the setting protocol one of {known}")
     parser.add_argument(
         "--annotations", type=Path, required=True, help="folder of the official lists"
     )
     parser.add_argument(
         "--videos",
         type=Path,
-        help="their folder, to find those that lie elsewhere than the official lists say",
+        help="folder of the videos, to find videos that are not at the paths of the official lists",
     )
     parser.add_argument(
         "--shots",
         type=_shots,
         default=16,
         metavar="N|all",
-        help="training videos of a class; not for a protocol (%(default)s)",
+        help="training videos of each class; ignored for a protocol (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=1, help="draws them (%(default)s)")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the lists")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=1,
+        help="seed that draws the training videos (default: %(default)s)",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder to write the lists to")
     return parser.parse_args(arguments)
 
 
@@ -59,25 +66,25 @@ def _shots(text: str) -> int | None:
 
 
 def splits_of(args: argparse.Namespace) -> dict[str, Split]:
-    """The parts of a setting by name.
+    """Return the splits of a setting by name.
 
     Raises:
         ProtocolError, AnnotationError, VideoNotFoundError: see :mod:`openvclip.video.protocols`.
     """
-    where = {"annotations": args.annotations, "videos": args.videos}
+    folders = {"annotations": args.annotations, "videos": args.videos}
     if args.setting == "protocol":
-        return {split.name: split for split in protocols.load(args.name, **where)}
+        return {split.name: split for split in protocols.load(args.name, **folders)}
     draw = {"shots": args.shots, "seed": args.seed}
     if args.setting == "few-shot":
-        return protocols.few_shot(args.name, **where, **draw)._asdict()
-    return protocols.base_to_novel(args.name, **where, **draw)._asdict()
+        return protocols.few_shot(args.name, **folders, **draw)._asdict()
+    return protocols.base_to_novel(args.name, **folders, **draw)._asdict()
 
 
 def write_list(split: Split, path: Path) -> None:
     """Write a line ``path,class name`` for each video, atomically."""
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
-        rows.writerows((video, split.class_names[label]) for video, label in split.samples)
+        rows.writerows((video, split.class_names[index]) for video, index in split.samples)
 
 
 def main(arguments: list[str] | None = None, tell: Callable[[str], object] = print) -> None:
@@ -91,7 +98,7 @@ def main(arguments: list[str] | None = None, tell: Callable[[str], object] = pri
             classes, videos = len(split.class_names), len(split.samples)
             tell(f"{args.out / name}.csv: {videos} videos of {classes} classes")
     except (OpenVCLIPError, OSError) as error:
-        print(f"examples.lists: error: {error}", file=sys.stderr)
+        print(f"lists.py: error: {error}", file=sys.stderr)
         raise SystemExit(1) from error
 
 

@@ -1,4 +1,4 @@
-"""The whole method on a small world: ``python -m examples.shapes --out shapes-out``."""
+"""Run the whole method in the shapes world: ``python -m examples.shapes --out shapes-out``."""
 
 from examples.shapes.run import main
 

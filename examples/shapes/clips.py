@@ -1,10 +1,9 @@
-"""The data set of the shapes world: H.264 files and annotation lists, as real data sets have.
+"""The data set of the shapes world: H.264 files and annotation lists.
 
-``python -m examples.shapes.clips OUT`` writes ``OUT/videos/<class name>/<n>.mp4`` and, beside the
-folder of videos, ``train.csv`` and ``seen_test.csv`` (classes of the seen shapes),
-``development.csv`` and ``unseen.csv``. A line of a list is ``path,label``: the path is relative to
-the list's own folder, the label is the place of the class in
-:func:`examples.shapes.world.class_names` of that split.
+``python -m examples.shapes.clips OUT`` writes ``OUT/videos/<class name>/<n>.mp4`` and four lists in
+``OUT``: ``train.csv`` and ``seen_test.csv`` (classes of the seen shapes), ``development.csv`` and
+``unseen.csv``. A line of a list is ``path,class index``. The path is relative to ``OUT``. The class
+index refers to :func:`examples.shapes.world.class_names` of the split.
 """
 
 from __future__ import annotations
@@ -13,7 +12,8 @@ import argparse
 import csv
 import json
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -29,9 +29,17 @@ from examples.shapes.raster import IMAGE_SIZE
 from examples.shapes.world import COLOURS, Split, class_names
 from openvclip.checkpoints import atomic_path
 
-__all__ = ["CLIP_SIZE", "LISTS", "ClipSettings", "draw_clip", "make_clips", "write_clip"]
+__all__ = [
+    "CLIP_SIZE",
+    "LISTS",
+    "ClipSettings",
+    "draw_clip",
+    "make_clips",
+    "missing_clips",
+    "write_clip",
+]
 
-#: Which split each annotation list is drawn from.
+#: The split of each annotation list.
 LISTS: dict[str, Split] = {
     "train": "seen",
     "seen_test": "seen",
@@ -39,7 +47,7 @@ LISTS: dict[str, Split] = {
     "unseen": "unseen",
 }
 
-#: Height and width of the files, in pixels. Twice the drawn size, so that 4:2:0 chroma keeps one
+#: Height and width of the videos, in pixels: twice the drawn size, so that 4:2:0 chroma has one
 #: sample for each drawn pixel.
 CLIP_SIZE = 2 * IMAGE_SIZE
 
@@ -48,15 +56,15 @@ _SETTINGS_FILE = "settings.json"
 
 @dataclass(frozen=True)
 class ClipSettings:
-    """What determines the data set; the same settings give the same clips.
+    """The settings of the data set; the same settings give the same clips.
 
     Attributes:
         train: number of clips for fine-tuning.
         test: number of clips in each of the other three lists.
         frames: frames of a clip.
-        fps: frames per second.
+        fps: frame rate, in frames per second.
         crf: quality of the H.264 encoding, 0 (lossless) to 51.
-        seed: of everything that is drawn.
+        seed: seed of all random numbers.
     """
 
     train: int = 1024
@@ -73,11 +81,11 @@ class ClipSettings:
 
 @dataclass(frozen=True)
 class _Clip:
-    """One clip to write: the list it belongs to, its place there, its label and its file."""
+    """A clip to write: its list, its index in the list, its class index and its file."""
 
     list_name: str
     index: int
-    label: int
+    class_index: int
     path: Path
 
 
@@ -87,24 +95,27 @@ def make_clips(
     *,
     num_workers: int = 2,
     progress: bool = True,
+    on_written: Callable[[int, float], object] | None = None,
 ) -> dict[str, Path]:
-    """Write the data set, or what is missing of it.
+    """Write the data set, or the missing part of it.
 
-    Every file is written under a temporary name and renamed when it is complete, and the lists come
-    last. An interrupted call is continued by the next one; a finished one costs only a look at the
-    file names.
+    Every file is written under a temporary name and renamed when it is complete. The lists are
+    written last. If a call was interrupted, the next call writes the missing files. If the data set
+    is complete, a call only reads the file names.
 
     Args:
-        out: folder to write to, made if it does not exist.
+        out: folder to write to. It is created if it does not exist.
         settings: size and seed of the data set.
         num_workers: number of processes; 1 draws in this process.
         progress: whether to show a progress bar.
+        on_written: function that takes the number of clips of each finished batch, and the seconds
+            that a process needed for the batch.
 
     Returns:
         The annotation lists, by name: ``train``, ``seen_test``, ``development``, ``unseen``.
 
     Raises:
-        FileExistsError: if the folder holds clips that were made with other settings.
+        FileExistsError: the folder contains clips that were made with other settings.
     """
     out, settings = Path(out), settings or ClipSettings()
     _claim(out, settings)
@@ -112,12 +123,28 @@ def make_clips(
     missing = [clip for clips in planned.values() for clip in clips if not clip.path.exists()]
     for folder in {clip.path.parent for clip in missing}:
         folder.mkdir(parents=True, exist_ok=True)
-    _write_all(missing, settings, num_workers, progress)
+    with tqdm(
+        total=len(missing),
+        desc="writing clips",
+        unit="clip",
+        disable=None if progress and missing else True,
+    ) as bar:
+        for count, seconds in _write_all(missing, settings, num_workers):
+            bar.update(count)
+            if on_written is not None:
+                on_written(count, seconds)
     return {name: _write_list(out / f"{name}.csv", clips) for name, clips in planned.items()}
 
 
+def missing_clips(out: str | os.PathLike[str], settings: ClipSettings) -> int:
+    """Return the number of clips that :func:`make_clips` has to write."""
+    return sum(
+        not clip.path.exists() for name in LISTS for clip in _plan(Path(out), name, settings)
+    )
+
+
 def draw_clip(name: str, index: int, settings: ClipSettings) -> NDArray[np.uint8]:
-    """Draw clip number ``index`` of a list before its compression, ``[frames, 32, 32, 3]``."""
+    """Draw clip ``index`` of a list without compression, ``[frames, 32, 32, 3]``."""
     names = class_names(LISTS[name])
     shape, action = names[index % len(names)].rsplit(" ", 1)
     rng = np.random.default_rng([settings.seed, list(LISTS).index(name), index])
@@ -128,9 +155,9 @@ def draw_clip(name: str, index: int, settings: ClipSettings) -> NDArray[np.uint8
 def write_clip(
     path: str | os.PathLike[str], video: NDArray[np.uint8], *, fps: int = 8, crf: int = 23
 ) -> None:
-    """Write a video as an H.264 file in MP4, with 4:2:0 colour, twice as high and wide as given.
+    """Write a video as an H.264 file in MP4 with 4:2:0 colour, at twice its height and width.
 
-    The file appears under its name only when it is complete.
+    The file gets its name only when it is complete.
     """
     import av
 
@@ -139,8 +166,8 @@ def write_clip(
     large = video.repeat(2, axis=1).repeat(2, axis=2)
     try:
         with av.open(os.path.abspath(partial), "w") as container:
-            # With several threads or with macroblock trees, x264 now and then encodes the same
-            # frames to different bytes.
+            # With several threads or with macroblock trees, x264 sometimes encodes the same frames
+            # to different bytes.
             options = {"preset": "veryfast", "threads": "1", "x264-params": "mbtree=0"}
             options["crf"] = str(crf)
             stream = container.add_stream("libx264", rate=Fraction(fps), options=options)
@@ -155,15 +182,15 @@ def write_clip(
 
 
 def _claim(out: Path, settings: ClipSettings) -> None:
-    """Note the settings in the folder, or check that they are the ones noted there."""
+    """Save the settings in the folder, or compare them with the settings in the folder."""
     out.mkdir(parents=True, exist_ok=True)
     note = out / _SETTINGS_FILE
     if note.exists():
-        found = json.loads(note.read_text())
-        if found != asdict(settings):
+        saved = json.loads(note.read_text())
+        if saved != asdict(settings):
             raise FileExistsError(
-                f"{out} holds clips made with {found}, but {asdict(settings)} was asked for: "
-                f"choose another folder or remove it"
+                f"{out} holds clips made with {saved}, but the settings of this call are "
+                f"{asdict(settings)}. Choose another folder, or remove the folder."
             )
         return
     with atomic_path(note) as partial:
@@ -173,36 +200,27 @@ def _claim(out: Path, settings: ClipSettings) -> None:
 def _plan(out: Path, name: str, settings: ClipSettings) -> Iterator[_Clip]:
     names = class_names(LISTS[name])
     for index in range(settings.count(name)):
-        label = index % len(names)
-        yield _Clip(
-            name,
-            index,
-            label,
-            out / "videos" / names[label] / f"{name}-{index // len(names):04d}.mp4",
-        )
+        class_index = index % len(names)
+        file = f"{name}-{index // len(names):04d}.mp4"
+        yield _Clip(name, index, class_index, out / "videos" / names[class_index] / file)
 
 
 def _write_all(
-    clips: list[_Clip], settings: ClipSettings, num_workers: int, progress: bool
-) -> None:
-    jobs = [clips[start : start + 16] for start in range(0, len(clips), 16)]
-    with tqdm(
-        total=len(clips),
-        desc="writing clips",
-        unit="clip",
-        disable=None if progress and clips else True,
-    ) as bar:
-        if num_workers <= 1 or len(jobs) <= 1:
-            for job in jobs:
-                bar.update(_write_some(job, settings))
-            return
-        # Spawned, not forked: a fork of a process that has run torch can hang in its thread pool.
-        with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
-            for written in pool.map(_write_some, jobs, [settings] * len(jobs)):
-                bar.update(written)
+    clips: list[_Clip], settings: ClipSettings, num_workers: int
+) -> Iterator[tuple[int, float]]:
+    """Write clips; yield the number of clips of each batch and the seconds that it took."""
+    batches = [clips[start : start + 16] for start in range(0, len(clips), 16)]
+    if num_workers <= 1 or len(batches) <= 1:
+        for batch in batches:
+            yield _write_batch(batch, settings)
+        return
+    # Spawned, not forked: a fork of a process that has run torch can hang in its thread pool.
+    with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(_write_batch, batches, [settings] * len(batches))
 
 
-def _write_some(clips: list[_Clip], settings: ClipSettings) -> int:
+def _write_batch(clips: list[_Clip], settings: ClipSettings) -> tuple[int, float]:
+    started = time.perf_counter()
     for clip in clips:
         write_clip(
             clip.path,
@@ -210,28 +228,30 @@ def _write_some(clips: list[_Clip], settings: ClipSettings) -> int:
             fps=settings.fps,
             crf=settings.crf,
         )
-    return len(clips)
+    return len(clips), time.perf_counter() - started
 
 
 def _write_list(path: Path, clips: list[_Clip]) -> Path:
     with atomic_path(path) as partial, partial.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerows(
-            (clip.path.relative_to(path.parent).as_posix(), clip.label) for clip in clips
+            (clip.path.relative_to(path.parent).as_posix(), clip.class_index) for clip in clips
         )
     return path
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Write the data set and say where its lists are."""
+    """Write the data set and print the paths of its lists."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out", type=Path, help="folder to write to")
     defaults = ClipSettings()
     for name, default in asdict(defaults).items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--num-workers", type=int, default=2)
+        parser.add_argument(f"--{name}", type=int, default=default, help="default: %(default)s")
+    parser.add_argument(
+        "--num-workers", type=int, default=2, help="number of processes (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     settings = ClipSettings(**{name: getattr(args, name) for name in asdict(defaults)})
     for name, path in make_clips(args.out, settings, num_workers=args.num_workers).items():

@@ -1,9 +1,9 @@
 """Open-VCLIP beside ViFi-CLIP and Vita-CLIP in the shapes world.
 
-Trains every method on the same clips for the same number of steps: on all clips of the seen
-shapes (closed-set and zero-shot), on 16 clips of half of their classes (base-to-novel) and on 2,
-4, 8 and 16 clips of each class (few-shot). Results come into OUT/results.json one by one, and the
-same command goes on where an earlier one was stopped. Every run has one thread.
+This command trains every method on the same clips for the same number of steps: on all clips of the
+seen shapes (closed-set and zero-shot), on 16 clips of each of half of the classes (base-to-novel),
+and on 2, 4, 8 and 16 clips of each class (few-shot). Each result is saved in OUT/results.json at
+once. If the command is stopped, the same command continues. Every run has one thread.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from examples.shapes.schedule import Report, side_by_side
 
 @dataclass(frozen=True)
 class Job:
-    """One run, and where its result goes: ``results["seeds"][seed][group][name]``."""
+    """A run, and the place of its result: ``results["seeds"][seed][group][name]``."""
 
     seed: int
     setting: str
@@ -55,12 +55,12 @@ class Job:
     rates: tuple[tuple[Family, float], ...] = tuple(RATES.items())
 
     def setting_in(self, sizes: Sizes) -> Setting:
-        """What it trains on; ``"tuning"`` names the setting of that."""
+        """Return the setting of the run; ``"tuning"`` means ``sizes.tuning``."""
         return sizes.tuning if self.setting == "tuning" else sizes.settings[self.setting]
 
 
 def jobs_of(sizes: Sizes, seeds: int) -> list[Job]:
-    """All runs: seed by seed, in each the settings in order."""
+    """Return all runs, ordered by seed and then by setting."""
     return [
         Job(seed, setting, method, setting, method)
         for seed in range(seeds)
@@ -70,7 +70,7 @@ def jobs_of(sizes: Sizes, seeds: int) -> list[Job]:
 
 
 def run_job(job: Job, sizes: Sizes, out: Path) -> dict[str, Any]:
-    """Train and evaluate; the result as the results file has it."""
+    """Train and evaluate; return the result for the results file."""
     setting, method = job.setting_in(sizes), METHODS[job.method]
     data = load_data(replace(sizes.clips, seed=job.seed), clips_folder(out, job.seed))
     run = Run(method, setting, sizes, job.seed, data, dict(job.rates))
@@ -80,20 +80,20 @@ def run_job(job: Job, sizes: Sizes, out: Path) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def load_data(clips: ClipSettings, folder: Path) -> dict[str, TensorDataset]:
-    """The lists of a seed, drawn if they are not there yet, and decoded."""
+    """Return the decoded lists of a seed; missing clips are drawn first."""
     make_clips(folder, clips)
     return {name: load_clips(folder, name) for name in LISTS}
 
 
 class Runner:
-    """Runs what is missing in a results file, and says how far it is.
+    """Do the runs that a results file lacks, and print the progress.
 
     Args:
         sizes: the size of the comparison.
-        settings: as the results file has them; one with others is refused.
-        out: the folder of the clips.
+        settings: the settings for the results file. A results file with other settings is refused.
+        out: folder of the clips.
         path: the results file.
-        processes: runs at a time, each with one thread.
+        processes: number of processes with one thread each.
     """
 
     def __init__(
@@ -104,8 +104,8 @@ class Runner:
         self.environment = environment()
 
     def run(self, jobs: list[Job]) -> None:
-        """Run those of the jobs that have no result yet; each is saved as it comes."""
-        missing = [job for job in jobs if self.found(job) is None]
+        """Do the jobs without a result, and save each result at once."""
+        missing = [job for job in jobs if self.result_of(job) is None]
         if missing:
             print(f"{len(missing)} of {len(jobs)} runs to do, in {self.path}", flush=True)
         started, done = time.perf_counter(), 0
@@ -118,21 +118,21 @@ class Runner:
             save_results(self.results, self.path)
             done += self._size(job)
             seconds = (time.perf_counter() - started) * (total - done) / done
-            found = ", ".join(
+            accuracies = ", ".join(
                 f"{name} {100 * next(iter(by_lambda.values())):.1f}"
                 for name, by_lambda in result["accuracy"].items()
             )
             left = f"about {seconds / 60:.0f} min left" if done < total else "done"
-            print(f"seed {job.seed}, {job.group}, {job.name}: {found} ({left})", flush=True)
+            print(f"seed {job.seed}, {job.group}, {job.name}: {accuracies} ({left})", flush=True)
 
-    def found(self, job: Job) -> dict[str, Any] | None:
-        """The result of a job, None before it was run."""
+    def result_of(self, job: Job) -> dict[str, Any] | None:
+        """Return the result of a job, or ``None`` if there is no result."""
         group = self.results["seeds"].get(str(job.seed), {}).get(job.group, {})
         result: dict[str, Any] | None = group.get(job.name)
         return result
 
     def _size(self, job: Job) -> int:
-        # Evaluation takes about as long as some steps.
+        # Evaluation takes about as long as 20 steps.
         steps = 0 if METHODS[job.method].family is None else job.setting_in(self.sizes).steps
         return 20 + steps
 
@@ -140,7 +140,8 @@ class Runner:
         if self.processes == 1:
             yield from ((job, run_job(job, self.sizes, self.out)) for job in jobs)
             return
-        for seed in sorted({job.seed for job in jobs}):  # or each process would draw the clips
+        # Draw the clips here. Otherwise each process would draw them.
+        for seed in sorted({job.seed for job in jobs}):
             make_clips(clips_folder(self.out, seed), replace(self.sizes.clips, seed=seed))
         yield from side_by_side(
             partial(_in_worker, self.sizes, self.out),
@@ -152,20 +153,21 @@ class Runner:
 
 
 def _in_worker(sizes: Sizes, out: Path, job: Job, report: Report) -> dict[str, Any]:
-    """:func:`run_job` in a process of its own; what is left is told by whole runs."""
+    """Call :func:`run_job` in a worker process, without reports of the progress."""
     return run_job(job, sizes, out)
 
 
 def tune(sizes: Sizes, out: Path, path: Path, processes: int) -> dict[Family, float]:
-    """Try each family's candidates, and return the best of each.
+    """Try the learning rates of each family, and return the best learning rate of each family.
 
-    The best has the largest mean of two accuracies after training on the seen shapes: on new clips
-    of these, and on the development shapes, without interpolation.
+    The best learning rate has the largest mean of two accuracies after training on the seen shapes:
+    the accuracy on new clips of the seen shapes and on clips of the development shapes, both
+    without interpolation.
     """
     runner = Runner(sizes, recorded(sizes), out, path, processes)
     best = dict(RATES)
     for family, candidates in CANDIDATES.items():
-        method = next(name for name, one in METHODS.items() if one.family == family)
+        method = next(name for name, entry in METHODS.items() if entry.family == family)
         rates = [tuple({**best, family: rate}.items()) for rate in candidates]
         names = [f"{rate:g}" for rate in candidates]
         runner.run(
@@ -180,7 +182,7 @@ def tune(sizes: Sizes, out: Path, path: Path, processes: int) -> dict[Family, fl
 
 
 def best_rates(tuning: Results) -> dict[Family, float]:
-    """The best learning rate of each family in the results of :func:`tune`."""
+    """Return the best learning rate of each family in the results of :func:`tune`."""
     tried: dict[Family, dict[str, Any]] = tuning["seeds"][str(TUNING_SEED)]
 
     def score(result: dict[str, Any]) -> float:
@@ -193,10 +195,10 @@ def best_rates(tuning: Results) -> dict[Family, float]:
 
 
 def time_steps(sizes: Sizes, rounds: int = 3, steps: int = 6) -> Results:
-    """Seconds of a step of each method that learns, the median of each round.
+    """Measure the seconds of a training step of each method: the median of each round.
 
-    The methods take turns, so that a busy moment of the machine does not count against one alone;
-    still, nothing else should run.
+    Every round measures all methods, so that a short load of the machine does not slow down only
+    one method. No other program should run.
     """
     clips = TensorDataset(torch.randn(64, 8, 3, 32, 32), torch.arange(64))
     seconds: dict[str, list[float]] = {}
@@ -210,7 +212,7 @@ def time_steps(sizes: Sizes, rounds: int = 3, steps: int = 6) -> Results:
 
 
 def recorded(sizes: Sizes, **more: Any) -> dict[str, Any]:
-    """The settings as a results file has them; results of others are not mixed with these."""
+    """Return the settings for the results file, which must not mix results of other settings."""
     settings = {
         "sizes": asdict(sizes),
         "methods": {name: asdict(METHODS[name]) for name in sizes.methods},
@@ -218,24 +220,31 @@ def recorded(sizes: Sizes, **more: Any) -> dict[str, Any]:
         "lambdas": LAMBDAS,
         **more,
     }
-    plain: dict[str, Any] = json.loads(json.dumps(settings))  # tuples are lists there
+    plain: dict[str, Any] = json.loads(json.dumps(settings))  # turns tuples into lists
     return plain
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m examples.shapes.comparison",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=Path("comparison-out"), help="output folder")
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
-    parser.add_argument("--smoke", action="store_true", help="a few steps, to see that all works")
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="number of seeds (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        help="number of processes with one thread each (default: %(default)s)",
+    )
+    parser.add_argument("--smoke", action="store_true", help="run a few steps as a test")
     instead = parser.add_mutually_exclusive_group()
-    instead.add_argument("--tune", action="store_true", help="try the learning rates instead")
-    instead.add_argument("--time", action="store_true", help="time the steps instead, about 1 min")
+    instead.add_argument("--tune", action="store_true", help="only try the learning rates")
+    instead.add_argument("--time", action="store_true", help="only measure the steps, about 1 min")
     args = parser.parse_args(arguments)
     for name in ("seeds", "jobs"):
         if getattr(args, name) < 1:
@@ -244,7 +253,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the comparison, or what is missing of it."""
+    """Run the comparison, or the missing part of it."""
     args = parse_arguments(arguments)
     torch.set_num_threads(1)
     sizes = SMOKE if args.smoke else FULL

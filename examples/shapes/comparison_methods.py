@@ -1,4 +1,4 @@
-"""One run of the comparison: a method learns from some clips and is tried on others."""
+"""One run of the comparison: train a method and evaluate it."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ Classifier = openvclip.ZeroShotClassifier | prompting.VideoClassifier
 
 
 class Run:
-    """A method in a setting, from the original CLIP to accuracies.
+    """A run: train a method in a setting, from the original CLIP on, and evaluate it.
 
     Args:
-        method: what learns.
-        setting: from what, and for how many steps.
-        sizes: the recipe's numbers.
-        seed: of the shots, the order of the clips, new prompts and alpha.
-        data: the decoded lists of that seed, by name.
-        rates: learning rates.
+        method: the method.
+        setting: the training clips, the number of steps and the tests.
+        sizes: the size of the comparison.
+        seed: seed of the shots, the order of the clips, the new prompts and alpha.
+        data: the decoded lists of the seed, by name.
+        rates: the learning rates by family.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Run:
         self.losses: list[float] = []
 
     def learn(self) -> None:
-        """Train, in one stage or, with bridge and prompt, in two."""
+        """Train in one stage, or in two stages for bridge and prompt."""
         names, clips = training_clips(self.setting, self.data["train"], self.seed)
         batches = endless_batches(clips, self.training.batch_size, self.seed)
         steps = self.setting.steps
@@ -97,17 +97,19 @@ class Run:
         self.trained.append(sum(parameter.numel() for parameter in trained))
         recipe = self.training.recipe(self.rates[family], self.seed)
         classifier = make_classifier(self.model, self.tokenizer, names, self.method)
-        swa = fit(classifier, trained, batches, steps, recipe, self.method.regularised, self._note)
+        swa = fit(
+            classifier, trained, batches, steps, recipe, self.method.regularised, self._add_step
+        )
         state = self.model.state_dict() if swa is None else swa.averaged_state_dict()
-        # Cloned: a sweep writes mixtures into the model, and with them into its live tensors.
+        # Cloned, because a sweep overwrites the tensors of the model.
         self.theta = {name: value.detach().clone() for name, value in state.items()}
 
-    def _note(self, loss: float, seconds: float) -> None:
+    def _add_step(self, loss: float, seconds: float) -> None:
         self.losses.append(loss)
         self.seconds.append(seconds)
 
     def result(self) -> dict[str, Any]:
-        """What the results file keeps of the run."""
+        """Return the result of the run for the results file."""
         chosen_on = ("development",) if self.method.interpolated else ()
         tests = dict.fromkeys((*self.setting.tests, *chosen_on))
         edge = max(1, len(self.losses) // 10)
@@ -120,20 +122,20 @@ class Run:
         }
 
     def _accuracies(self, test: str) -> dict[str, float]:
-        """Top-1 accuracy in [0, 1] by lambda."""
+        """Return the top-1 accuracies in [0, 1] by lambda."""
         names, clips = test_clips(test, self.data)
         classifier = make_classifier(self.model, self.tokenizer, names, self.method)
         loader = DataLoader(clips, batch_size=64)
         if self.method.interpolated:
             points = sweep(classifier, self.clip, self.theta, loader, LAMBDAS, description=test)
-            return {f"{lam:g}": found.top1 for lam, found in points.items()}
+            return {f"{lam:g}": evaluation.top1 for lam, evaluation in points.items()}
         with fixed_text(classifier):
-            found = evaluate(classifier, loader, description=test)
-        return {"1" if self.method.family is None else "0": found.top1}
+            evaluation = evaluate(classifier, loader, description=test)
+        return {"1" if self.method.family is None else "0": evaluation.top1}
 
 
 def prepare(model: CLIP, method: Method) -> list[nn.Parameter]:
-    """Give the original CLIP what a method adds, and return what it trains first."""
+    """Change the original CLIP for a method, and return the parameters of the first stage."""
     if method.expanded:
         openvclip.expand_temporal_attention(model)
         choose_trained(model, "finetune")
@@ -147,7 +149,7 @@ def prepare(model: CLIP, method: Method) -> list[nn.Parameter]:
 def make_classifier(
     model: CLIP, tokenizer: Tokenizer, names: Sequence[str], method: Method
 ) -> Classifier:
-    """The classifier that goes with a method."""
+    """Return the classifier of a method."""
     if method.templates:
         return openvclip.ZeroShotClassifier(model, tokenizer, names, TEMPLATES)
     return prompting.VideoClassifier(model, tokenizer, names)
@@ -162,22 +164,25 @@ def fit(
     regularised: bool,
     on_step: Callable[[float, float], None],
 ) -> openvclip.SWATracker | None:
-    """Train in place, each method with the same optimizer, schedule and clips.
+    """Train a model in place, with the same optimizer, schedule and clips for each method.
 
-    The optimizer and the schedule are the trainer's, :mod:`examples.finetune`; so is what comes
-    out for the methods that it knows.
+    The optimizer and the schedule are those of :mod:`examples.finetune`. For the methods of
+    :mod:`examples.finetune` the results are the same too.
 
     Args:
-        classifier: holds the model and the training classes.
-        trained: what the optimizer changes; its present values are the regulariser's anchor.
-        batches: ``(video [B, T, 3, H, W], label [B])``, at least ``steps`` of them.
-        steps: optimizer steps, 5 % of them warm-up.
-        recipe: learning rate, weight decay, alpha and so on.
-        regularised: with IWR and SWA.
-        on_step: called after each step with its loss and its time in seconds.
+        classifier: classifier with the model and the training classes.
+        trained: parameters to train. Their present values are the anchor of the regulariser.
+        batches: at least ``steps`` batches ``(video [B, T, 3, H, W], class index [B])``.
+        steps: number of optimizer steps; 5 % of the steps are warm-up.
+        recipe: the recipe.
+        regularised: whether to use IWR and SWA.
+        on_step: function that is called after each step with the loss and the time in seconds.
 
     Returns:
-        The average over the second half of the steps, where the method averages.
+        The average over the second half of the steps, or ``None`` if ``regularised`` is false.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
     """
     model = classifier.model
     optimizer = make_optimizer(trained, recipe)
@@ -185,7 +190,7 @@ def fit(
         model,
         optimizer,
         interval=(0.0, recipe.alpha_max),
-        weight=recipe.iwr_weight if regularised else 0.0,  # 0 is a plain step
+        weight=recipe.iwr_weight if regularised else 0.0,  # 0 means a step without IWR
         seed=recipe.seed,
     )
     every = max(1, steps // 80)
@@ -212,7 +217,7 @@ def fit(
 def endless_batches(
     clips: TensorDataset, batch_size: int, seed: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Whole batches in random order, pass after pass; the same ones for the same seed."""
+    """Yield full batches in random order, for ever; the seed determines the batches."""
     if len(clips) < batch_size:
         raise ValueError(f"{len(clips)} clips are fewer than a batch of {batch_size}.")
     generator = torch.Generator().manual_seed(seed)
@@ -225,29 +230,32 @@ def endless_batches(
 
 
 def draw_shots(labels: Tensor, shots: int | None, seed: int) -> Tensor:
-    """Indices of ``shots`` clips of each class, in ascending order; of all for None.
+    """Draw ``shots`` clips of each class, and return their indices in ascending order.
 
-    With one seed, fewer shots are a part of more.
+    With the same seed, the clips of fewer shots are a subset of the clips of more shots. ``None``
+    takes all clips.
 
     Raises:
-        ValueError: a class has fewer clips.
+        ValueError: a class has fewer clips than ``shots``.
     """
     if shots is None:
         return torch.arange(len(labels))
     generator = torch.Generator().manual_seed(seed)
     drawn = []
     for label in labels.unique():
-        (own,) = torch.where(labels == label)
-        if len(own) < shots:
-            raise ValueError(f"Class {int(label)} has {len(own)} clips, fewer than {shots} shots.")
-        drawn.append(own[torch.randperm(len(own), generator=generator)[:shots]])
+        (clips,) = torch.where(labels == label)
+        if len(clips) < shots:
+            raise ValueError(
+                f"Class {int(label)} has {len(clips)} clips, fewer than {shots} shots."
+            )
+        drawn.append(clips[torch.randperm(len(clips), generator=generator)[:shots]])
     return torch.cat(drawn).sort().values
 
 
 def training_clips(
     setting: Setting, train: TensorDataset, seed: int
 ) -> tuple[list[str], TensorDataset]:
-    """The classes that a setting trains on, and the clips, the same for every method."""
+    """Return the training classes and the training clips, which are the same for every method."""
     video, label = train.tensors
     drawn = draw_shots(label, setting.shots, seed)
     clips = TensorDataset(video[drawn], label[drawn])
@@ -255,7 +263,7 @@ def training_clips(
 
 
 def test_clips(test: str, data: Mapping[str, TensorDataset]) -> tuple[list[str], TensorDataset]:
-    """The classes among which a test's clips are told apart, and the clips."""
+    """Return the classes and the clips of a test."""
     if test in ("base", "novel"):
         names = base_and_novel()[("base", "novel").index(test)]
         return of_classes(data["seen_test"], names)
@@ -264,10 +272,10 @@ def test_clips(test: str, data: Mapping[str, TensorDataset]) -> tuple[list[str],
 
 
 def of_classes(clips: TensorDataset, names: list[str]) -> tuple[list[str], TensorDataset]:
-    """Clips of some of the seen classes, with labels that are places in ``names``."""
-    places = torch.full((len(class_names("seen")),), -1)
-    for place, name in enumerate(names):
-        places[class_names("seen").index(name)] = place
+    """Return the clips of some seen classes, with class indices that refer to ``names``."""
+    new_index = torch.full((len(class_names("seen")),), -1)
+    for index, name in enumerate(names):
+        new_index[class_names("seen").index(name)] = index
     video, label = clips.tensors
-    kept = places[label] >= 0
-    return names, TensorDataset(video[kept], places[label[kept]])
+    selected = new_index[label] >= 0
+    return names, TensorDataset(video[selected], new_index[label[selected]])

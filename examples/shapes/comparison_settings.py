@@ -1,4 +1,4 @@
-"""What the comparison compares: the methods, the settings, and the sizes of the runs."""
+"""The methods, the settings and the sizes of the comparison."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from openvclip.prompting.vifi import Trained
 from openvclip.training.recipe import Recipe
 
 LAMBDAS = (0.0, 0.3, 0.5, 0.7)
-"""Weights of CLIP with which the fine-tuned models are tried."""
+"""The interpolation weights λ of the fine-tuned models."""
 
 Family = Literal["fine-tune", "vifi", "vifi-prompts", "vita"]
-"""Methods that share a learning rate."""
+"""A family of methods that share a learning rate."""
 
 RATES: dict[Family, float] = {"fine-tune": 5e-4, "vifi": 1e-3, "vifi-prompts": 4e-3, "vita": 1.6e-2}
-"""The learning rates, the best of those that were tried on data of another seed."""
+"""The learning rates: the best of :data:`CANDIDATES` on data of another seed."""
 
 CANDIDATES: dict[Family, tuple[float, ...]] = {
     "fine-tune": (2.5e-4, 5e-4, 1e-3, 2e-3),
@@ -26,27 +26,28 @@ CANDIDATES: dict[Family, tuple[float, ...]] = {
     "vifi-prompts": (1e-3, 4e-3, 1.6e-2, 4e-2),
     "vita": (1e-3, 4e-3, 1.6e-2, 4e-2),
 }
-"""What was tried; the first of :data:`METHODS` in each family stands for it."""
+"""The learning rates to try, with the first method of each family in :data:`METHODS`."""
 
 TUNING_SEED = 100
-"""Seed of the clips, order and prompts with which learning rates are tried."""
+"""Seed of the clips, their order and the prompts when learning rates are tried."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way of making a video model of CLIP.
+    """A method that turns CLIP into a video model.
 
     Attributes:
-        family: whose learning rate it takes; None where nothing is learned.
-        expanded: with attention over neighbouring frames.
-        templates: the mean of unit features, and the templates of the zero-shot classifier, as in
-            Open-VCLIP. Otherwise the mean's direction, and ``"a photo of a {}."`` or text prompts,
-            as in ViFi-CLIP and Vita-CLIP.
-        train: what is fine-tuned, for :func:`openvclip.prompting.fine_tune`.
-        regularised: with IWR, and with SWA's average in the place of the last weights.
-        bridged: with the second half of the steps for ViFi-CLIP's prompts.
+        family: family of the method, which has a learning rate. ``None`` for a method without
+            training.
+        expanded: whether the attention is expanded to neighbouring frames.
+        templates: whether the classifier is the classifier of Open-VCLIP: the mean of normalised
+            frame features, and several templates. Otherwise the mean is normalised, and the texts
+            are ``"a photo of a {}."`` or text prompts, as in ViFi-CLIP and Vita-CLIP.
+        train: towers to fine-tune, for :func:`openvclip.prompting.fine_tune`.
+        regularised: whether IWR is used, and the average of SWA instead of the last weights.
+        bridged: whether the second half of the steps trains the prompts of ViFi-CLIP.
         vita: arguments of :func:`openvclip.prompting.attach_vita`.
-        interpolated: the result is tried in mixtures with CLIP too.
+        interpolated: whether interpolations of the result with CLIP are evaluated too.
     """
 
     family: Family | None
@@ -65,7 +66,7 @@ _NONE = {"global_prompts": 0, "local_prompts": False, "summary_prompt": False}
 _NONE |= {"time_embedding": False, "text_prompts": 0}
 
 
-def _alone(part: str) -> Method:
+def _only(part: str) -> Method:
     return Method("vita", vita={**_NONE, part: _ALL[part]})
 
 
@@ -86,24 +87,23 @@ METHODS: dict[str, Method] = {
     "bridge and prompt": Method("vifi-prompts", train="both", bridged=True),
     "ViFi-CLIP + IWR + SWA": _regularised("vifi", train="both"),
     "Vita-CLIP": Method("vita", vita=_ALL),
-    "Vita-CLIP, global prompts": _alone("global_prompts"),
-    "Vita-CLIP, local prompts": _alone("local_prompts"),
-    "Vita-CLIP, summary prompt": _alone("summary_prompt"),
-    "Vita-CLIP, time embedding": _alone("time_embedding"),
-    "Vita-CLIP, text prompts": _alone("text_prompts"),
+    "Vita-CLIP, global prompts": _only("global_prompts"),
+    "Vita-CLIP, local prompts": _only("local_prompts"),
+    "Vita-CLIP, summary prompt": _only("summary_prompt"),
+    "Vita-CLIP, time embedding": _only("time_embedding"),
+    "Vita-CLIP, text prompts": _only("text_prompts"),
 }
 """The methods by name, in the order of the tables."""
 
 VIFI_PROMPTS = {"vision_prompts": 8, "text_prompts": 8, "vision_depth": 4, "text_depth": 3}
-"""Bridge and prompt: fresh prompts in every layer of both towers, as in its few-shot recipe."""
+"""Bridge and prompt: new prompts in every layer of both towers, as in its few-shot recipe."""
 
 
 def base_and_novel() -> tuple[list[str], list[str]]:
-    """The seen classes in two halves, by the rule of ViFi-CLIP's base-to-novel lists.
+    """Return the base and the novel classes: the seen classes, divided by the rule of ViFi-CLIP.
 
-    Where all classes have the same number of training clips, as here and in HMDB-51, it makes the
-    first half in alphabetical order novel. Here this divides the shapes, and both halves have all
-    actions.
+    If all classes have the same number of training clips, as here and in HMDB-51, the first half in
+    alphabetical order is novel. Here the rule divides the shapes, so both halves have all actions.
     """
     names = class_names("seen")
     novel = set(sorted(names)[: len(names) // 2])
@@ -112,14 +112,14 @@ def base_and_novel() -> tuple[list[str], list[str]]:
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained on, for how long, and what the result is tried on.
+    """The training clips, the number of steps, and the test clips.
 
     Attributes:
-        steps: optimizer steps, the same for all methods.
-        tests: what is tried: ``seen``, ``base`` and ``novel`` (from the list ``seen_test``) or
-            ``unseen``.
-        shots: clips of each class; None for all.
-        base: train on the base classes, not on all seen ones.
+        steps: number of optimizer steps, the same for all methods.
+        tests: names of the test clips: ``seen``, ``base``, ``novel`` (all from the list
+            ``seen_test``) and ``unseen``.
+        shots: number of training clips of each class; ``None`` for all clips.
+        base: whether to train on the base classes instead of all seen classes.
     """
 
     steps: int
@@ -130,7 +130,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Training:
-    """The numbers of :class:`openvclip.training.recipe.Recipe` that all methods share."""
+    """The values of :class:`openvclip.training.recipe.Recipe` that all methods share."""
 
     batch_size: int = 16
     weight_decay: float = 0.01
@@ -139,7 +139,7 @@ class Training:
     iwr_weight: float = 0.5
 
     def recipe(self, lr: float, seed: int) -> Recipe:
-        """The recipe with a learning rate, which falls to a hundredth by the end."""
+        """Return the recipe for a learning rate, which falls to a hundredth of its value."""
         return Recipe(lr=lr, warmup_start_lr=lr / 100, end_lr=lr / 100, seed=seed, **asdict(self))
 
 
@@ -148,11 +148,11 @@ class Sizes:
     """The size of the comparison.
 
     Attributes:
-        clips: the data, but for the seed.
-        settings: by name, in the order in which they are run.
-        training: the same for all methods; the learning rates are :data:`RATES`.
+        clips: the data set; each run sets the seed.
+        settings: the settings by name, in the order of the runs.
+        training: values that all methods share; the learning rates are in :data:`RATES`.
         methods: names of the methods.
-        tuning: how learning rates are tried.
+        tuning: setting in which learning rates are tried.
     """
 
     clips: ClipSettings

@@ -1,13 +1,12 @@
 """Stills and videos of moving shapes.
 
-In a still an action leaves a cue that is only there because the moment is frozen: a trail of
-ghosts, transparency, a nested outline. In a video the shape really moves and leaves no trail; on
-top of that the videos have textured backgrounds, a colour cast and noise that no still has. This is
-the gap that fine-tuning on videos has to close.
+A still shows an action by a cue: a trail of ghosts, transparency, or a nested outline. In a video
+the shape moves and there are no such cues. Videos also have textured backgrounds, a colour cast and
+noise, which stills do not have. Fine-tuning on videos has to close this gap.
 
-All functions draw a batch at a time. Shapes, colours and actions are given as indices into
-:data:`examples.shapes.world.SHAPES`, ``list(COLOURS)`` and :data:`examples.shapes.world.ACTIONS`;
-lengths are in pixels, y points downwards, angles are in radians.
+All functions draw a batch. Shapes, colours and actions are indices into
+:data:`examples.shapes.world.SHAPES`, ``list(COLOURS)`` and :data:`examples.shapes.world.ACTIONS`.
+Lengths are in pixels, y points downwards, and angles are in radians.
 """
 
 from __future__ import annotations
@@ -40,13 +39,14 @@ _ACTION = {name: index for index, name in enumerate(ACTIONS)}
 
 @dataclass(frozen=True)
 class VideoLook:
-    """How far videos look different from stills.
+    """The differences between videos and stills.
 
     Attributes:
-        texture: contrast of the pattern behind the shape, in units of the full brightness.
-        noise: standard deviation of the noise that every frame draws anew, likewise.
-        cast: largest relative change of a colour channel over the whole clip.
-        fade: largest loss of contrast, 1 being a uniform frame.
+        texture: contrast of the pattern behind the shape; 1 is the full brightness.
+        noise: standard deviation of the noise, which is drawn for every frame; 1 is the full
+            brightness.
+        cast: largest relative change of a colour channel of the whole clip.
+        fade: largest loss of contrast; 1 gives a uniform frame.
     """
 
     texture: float = 0.16
@@ -68,15 +68,15 @@ def draw_videos(
 
     Args:
         shapes, colours, actions: indices, each ``[B]``.
-        rng: draws motions, backgrounds and noise.
+        rng: random number generator for motions, backgrounds and noise.
         frames: number of frames of each video, at least 2.
-        look: how far the videos look different from the stills.
+        look: differences between videos and stills. Default: ``VideoLook()``.
 
     Returns:
         ``[B, frames, 32, 32, 3]``, RGB.
 
     Raises:
-        ValueError: if ``frames`` is less than 2.
+        ValueError: ``frames`` is less than 2.
     """
     if frames < 2:
         raise ValueError(f"a video needs at least 2 frames to show a motion, got {frames}")
@@ -93,7 +93,7 @@ def draw_videos(
 
 
 def draw_motion(canvas: Array, shapes: Index, colours: Index, motion: Motion) -> Array:
-    """Draw moving shapes over a canvas ``[B, F, 32, 32, 3]``, and return it."""
+    """Draw moving shapes on a canvas ``[B, F, 32, 32, 3]`` and return the canvas."""
     frames = canvas.shape[1]
     time = np.linspace(-0.5, 0.5, frames, dtype=np.float32)
     pose = motion.poses(time)
@@ -117,7 +117,7 @@ def _video_backgrounds(count: int, rng: np.random.Generator, look: VideoLook) ->
 
 
 def _pattern(count: int, rng: np.random.Generator, texture: float) -> Array:
-    """Return stripes and blobs about zero, ``[B, 32, 32, 3]``, mostly within ``texture`` of it."""
+    """Return a pattern with mean zero and contrast ``texture``, ``[B, 32, 32, 3]``."""
     axis = np.arange(IMAGE_SIZE, dtype=np.float32) / IMAGE_SIZE
     pattern = np.zeros((count, IMAGE_SIZE, IMAGE_SIZE), np.float32)
     for _ in range(3):
@@ -137,11 +137,11 @@ def _pattern(count: int, rng: np.random.Generator, texture: float) -> Array:
 def draw_images(
     shapes: Index, colours: Index, actions: Index, rng: np.random.Generator
 ) -> NDArray[np.uint8]:
-    """Draw a still of each shape in which its action shows only as a still cue.
+    """Draw a still of each shape; a cue shows the action.
 
     Args:
         shapes, colours, actions: indices, each ``[B]``.
-        rng: draws places, sizes and backgrounds.
+        rng: random number generator for positions, sizes and backgrounds.
 
     Returns:
         ``[B, 32, 32, 3]``, RGB.
@@ -179,7 +179,10 @@ def draw_image(shape: str, colour: str, action: str, rng: np.random.Generator) -
 def _still_poses(
     actions: Index, body: Pose, rng: np.random.Generator
 ) -> list[tuple[Pose, NDArray[np.bool_]]]:
-    """Return ghosts and body, back to front, each with the rows that are only outlined."""
+    """Return the poses of ghosts and body, back to front.
+
+    Each pose comes with the rows of which only the outline is drawn.
+    """
     count = len(actions)
     sense = rng.choice([-1.0, 1.0], count).astype(np.float32)
     pace = uniform(rng, 0.8, 1.2, count)
@@ -199,7 +202,7 @@ def _still_poses(
         ghost = ghost.changed(
             on["spinning"], angle=body.angle - sense * pace * 0.4 * place, opacity=faint
         )
-        # A bounce leaves its ghosts higher and higher above the body, further and further apart.
+        # The ghosts of a bounce are above the body, with growing distances.
         rise = 1.2 * place * (place + 1)
         ghost = ghost.changed(
             on["bouncing"], y=body.y - pace * rise, x=body.x - sense * 1.5 * place, opacity=faint
@@ -219,7 +222,7 @@ def _still_poses(
             on["pulsing"], radius=body.radius * size, opacity=np.full(count, 0.8, np.float32)
         )
         posed.append((nested, on["pulsing"]))
-    # The inner outline lies on the body, everything else behind it.
+    # The inner outline is in front of the body; all other poses are behind it.
     posed.insert(-1, (body, plain))
     return posed
 

@@ -1,8 +1,8 @@
 """Signed distance functions of the shapes.
 
-A glyph lives in a unit disc: x to the right, y downwards, both about in [-1, 1]. Its signed
-distance is negative inside, positive outside and measured in the same units. Distances are
-tabulated once, so that drawing a pixel is one look-up.
+A glyph fits in a unit disc: x points to the right, y points downwards, both approximately in
+[-1, 1]. The signed distance has the same units. It is negative inside and positive outside. The
+distances are tabulated once, so that drawing a pixel is one look-up.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _box(left: float, top: float, right: float, bottom: float) -> Distance:
 
 
 def _polygon(points: Sequence[tuple[float, float]]) -> Distance:
-    """Exact distance to a simple polygon: the nearest edge; a ray's crossings give the sign."""
+    """Exact distance to a simple polygon: to the nearest edge; ray casting gives the sign."""
 
     def distance(x: Array, y: Array) -> Array:
         nearest = np.full(x.shape, np.inf)
@@ -163,10 +163,10 @@ def signed_distance(shape: str, x: Array, y: Array) -> Array:
 
     Args:
         shape: one of :data:`examples.shapes.world.SHAPES`.
-        x, y: coordinates of any one shape, y downwards.
+        x, y: arrays of coordinates with the same shape; y points downwards.
 
     Returns:
-        Distances in units of the glyph's radius, negative inside.
+        Distances in units of the radius of the glyph, negative inside.
     """
     return _GLYPHS[shape](x, y).astype(np.float32)
 
@@ -175,7 +175,7 @@ def signed_distance(shape: str, x: Array, y: Array) -> Array:
 def distance_tables() -> Array:
     """Return the distances at cell centres, ``[len(SHAPES), TABLE_SIZE, TABLE_SIZE]``.
 
-    The second axis is y, the third is x, each over [-EXTENT, EXTENT].
+    The second axis is y and the third axis is x, both from -EXTENT to EXTENT.
     """
     axis = ((np.arange(TABLE_SIZE, dtype=np.float32) + 0.5) / TABLE_SIZE * 2 - 1) * EXTENT
     y, x = np.meshgrid(axis, axis, indexing="ij")

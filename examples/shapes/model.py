@@ -1,4 +1,4 @@
-"""The CLIPs of the shapes world: open_clip models with configuration files of their own."""
+"""The CLIPs of the shapes world: open_clip models with a configuration file for each size."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ __all__ = [
 
 Backbone = Literal["tiny", "small", "wider"]
 
-#: The sizes of the image tower, from the smallest; the text tower is the same.
+#: The sizes of the image tower, smallest first. All sizes have the same text tower.
 BACKBONES: tuple[Backbone, ...] = get_args(Backbone)
 
-#: The model of size ``"small"``, as open_clip knows it from its configuration file.
+#: The open_clip name of the model of size ``"small"``.
 MODEL_NAME = "shapes-clip"
 
-#: The names of all three.
+#: The open_clip names of all models.
 MODEL_NAMES: dict[Backbone, str] = {
     "tiny": "shapes-clip-tiny",
     "small": MODEL_NAME,
@@ -50,8 +50,8 @@ MODEL_NAMES: dict[Backbone, str] = {
 
 _FOLDER = Path(__file__).parent
 
-#: The committed weights: a whole model for ``"small"``, image towers beside its text tower for the
-#: others.
+#: The committed weights: a whole model for ``"small"``, and only an image tower for the other
+#: sizes, which share the text tower of ``"small"``.
 COMMITTED: dict[Backbone, Path] = {
     backbone: _FOLDER / "weights" / f"{name}.safetensors" for backbone, name in MODEL_NAMES.items()
 }
@@ -59,7 +59,7 @@ COMMITTED: dict[Backbone, Path] = {
 #: The committed weights of the model of size ``"small"``.
 WEIGHTS = COMMITTED["small"]
 
-#: Mean and standard deviation of the RGB channels, as CLIP uses them.
+#: Mean and standard deviation of the RGB channels in CLIP.
 MEAN: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
 STD: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
@@ -71,19 +71,19 @@ def create_model(
     *,
     backbone: Backbone = "small",
 ) -> tuple[CLIP, Tokenizer]:
-    """Make a CLIP of the shapes world through open_clip's model-config mechanism.
+    """Make a CLIP of the shapes world with open_clip.
 
     Args:
-        weights: a safetensors file of a whole model or of an image tower (:func:`image_tower`),
-            which is put beside the text tower of :data:`WEIGHTS`; ``"committed"`` for the weights
-            that come with the project, ``None`` for a freshly initialised model.
+        weights: a safetensors file of a whole model, or of an image tower (:func:`image_tower`),
+            which is combined with the text tower of :data:`WEIGHTS`. ``"committed"``: the weights
+            in the repository. ``None``: random weights.
         backbone: size of the image tower.
 
     Returns:
-        The model (float32, on the CPU, in eval mode) and open_clip's tokenizer for it.
+        The model (float32, on the CPU, in eval mode) and its open_clip tokenizer.
 
     Raises:
-        FileNotFoundError: if the file of weights does not exist.
+        FileNotFoundError: the file of weights does not exist.
     """
     import open_clip
 
@@ -104,21 +104,21 @@ def create_model(
 
 
 def image_tower(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The part of a model's state that is not its text tower's: image tower and logit scale."""
-    return {name: value for name, value in state.items() if _is_image_towers(name)}
+    """Return the entries of a state dict that belong to the image tower, and the logit scale."""
+    return {name: value for name, value in state.items() if _in_image_tower(name)}
 
 
 def text_tower() -> dict[str, Tensor]:
-    """The text tower of the committed model of size ``"small"``, which all sizes share."""
+    """Return the text tower of the committed model of size ``"small"``, which all sizes share."""
     state = load_checkpoint(WEIGHTS)
-    return {name: value for name, value in state.items() if not _is_image_towers(name)}
+    return {name: value for name, value in state.items() if not _in_image_tower(name)}
 
 
-def _is_image_towers(name: str) -> bool:
+def _in_image_tower(name: str) -> bool:
     return name.startswith("visual.") or name == "logit_scale"
 
 
 def normalise(pixels: NDArray[np.uint8] | Tensor) -> Tensor:
-    """Turn drawn pixels ``[..., H, W, 3]`` of 0..255 into model input ``[..., 3, H, W]``."""
+    """Convert drawn pixels ``[..., H, W, 3]`` in 0..255 to model input ``[..., 3, H, W]``."""
     values = torch.as_tensor(pixels).float().div(255)
     return ((values - torch.tensor(MEAN)) / torch.tensor(STD)).movedim(-1, -3).contiguous()

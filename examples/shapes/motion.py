@@ -1,4 +1,4 @@
-"""How the shapes move: eight actions, each as likely forwards as backwards.
+"""The motions of the shapes: eight actions, each with both directions equally likely.
 
 Lengths are in pixels, y points downwards, angles are in radians.
 """
@@ -19,15 +19,16 @@ __all__ = ["CENTRE", "Motion", "Pose", "sample_motion", "uniform"]
 Array = NDArray[np.floating[Any]]
 Index = NDArray[np.int64]
 
-#: The middle of an image, in pixels.
+#: The centre of an image, in pixels.
 CENTRE = IMAGE_SIZE / 2
 
 
 @dataclass(frozen=True)
 class Pose:
-    """Where a glyph is and how it looks.
+    """The position and the appearance of glyphs.
 
-    The fields mean what they mean in :class:`examples.shapes.raster.Layer`, and all have one shape.
+    The fields have the same meaning as in :class:`examples.shapes.raster.Layer`. All fields have
+    the same shape.
     """
 
     x: Array
@@ -38,7 +39,7 @@ class Pose:
     opacity: Array
 
     def changed(self, rows: NDArray[np.bool_], **values: Array) -> Pose:
-        """Return a pose in which the given fields take new values at ``rows``."""
+        """Return a pose with new values for some fields at ``rows``."""
         return replace(
             self,
             **{name: np.where(rows, value, getattr(self, name)) for name, value in values.items()},
@@ -47,15 +48,15 @@ class Pose:
 
 @dataclass(frozen=True)
 class Motion:
-    """The movements of ``B`` glyphs over a clip. All fields have shape ``[B]``.
+    """The motions of ``B`` glyphs in a clip. All fields have shape ``[B]``.
 
     Attributes:
         action: index into :data:`examples.shapes.world.ACTIONS`.
-        x, y, radius, angle: the pose about which the glyph moves.
-        phase: where in its cycle a repeated movement is in the middle of the clip, in turns;
-            uniform in [0, 1).
-        speed: the pace and the sense of the movement, as a factor on the action's usual pace; both
-            senses are equally likely.
+        x, y, radius, angle: the pose around which the glyph moves.
+        phase: the phase of a repeated motion in the middle of the clip, in cycles; uniform in
+            [0, 1).
+        speed: speed of the motion, as a factor of the usual speed of the action. The sign is the
+            direction; both signs are equally likely.
     """
 
     action: Index
@@ -67,11 +68,11 @@ class Motion:
     speed: Array
 
     def reversed(self) -> Motion:
-        """Return the motion played backwards, which is the same motion at the opposite speed.
+        """Return the reversed motion, which is the motion with the opposite speed.
 
-        The law is ``motion.poses(t) == motion.reversed().poses(-t)``, and since
-        :func:`sample_motion` draws both signs of the speed equally often, a reversed clip is
-        exactly as likely as the clip itself.
+        The law is ``motion.poses(t) == motion.reversed().poses(-t)``. Because :func:`sample_motion`
+        draws both signs of the speed with the same probability, a reversed clip is exactly as
+        likely as the clip.
         """
         return replace(self, speed=-self.speed)
 
@@ -97,10 +98,10 @@ class Motion:
 
 
 def _moved(action: str, pose: Pose, phase: Array, advance: Array) -> dict[str, Array]:
-    """Return the fields of a pose that an action changes, ``advance`` (speed x time) into the clip.
+    """Return the fields of a pose that an action changes.
 
-    Whatever is added here may use time only through ``advance``: that is what makes every clip
-    reversible.
+    ``advance`` is speed times time. An action may use time only through ``advance``, because this
+    makes every clip reversible.
     """
 
     def wave(cycles: float) -> Array:

@@ -1,4 +1,4 @@
-"""Name the shape and the action in a clip: ``python -m examples.shapes.predict WEIGHTS CLIP``."""
+"""Predict the class of a clip: ``python -m examples.shapes.predict WEIGHTS CLIP``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from openvclip.video import read_clip, transforms
 
 
 def predict(weights: Path, clip: Path, top: int = 5) -> list[tuple[str, float]]:
-    """The most probable of all 192 classes, with their probabilities.
+    """Return the most probable of all 192 classes with their probabilities.
 
     Args:
         weights: a file of weights that ``python -m examples.shapes`` wrote.
@@ -24,7 +24,7 @@ def predict(weights: Path, clip: Path, top: int = 5) -> list[tuple[str, float]]:
         top: number of classes to return.
 
     Raises:
-        openvclip.OpenVCLIPError: a file can't be read.
+        openvclip.OpenVCLIPError: a file cannot be read.
     """
     model, tokenizer = create_model(weights)
     openvclip.expand_temporal_attention(model)
@@ -33,8 +33,8 @@ def predict(weights: Path, clip: Path, top: int = 5) -> list[tuple[str, float]]:
     video = to_input(read_clip(clip, num_frames=FRAMES, sampler="uniform"))
     with evaluation_mode(model), torch.no_grad():
         probabilities = classifier(video).softmax(dim=-1)[0]
-    values, places = probabilities.topk(top)
-    names = [classifier.class_names[place] for place in places.tolist()]
+    values, indices = probabilities.topk(top)
+    names = [classifier.class_names[index] for index in indices.tolist()]
     return list(zip(names, values.tolist(), strict=True))
 
 
@@ -42,16 +42,20 @@ def main(arguments: list[str] | None = None) -> None:
     """Print the prediction."""
     parser = argparse.ArgumentParser(prog="python -m examples.shapes.predict", description=__doc__)
     parser.add_argument(
-        "weights", type=Path, help="such as shapes-out/openvclip-shapes.safetensors"
+        "weights",
+        type=Path,
+        help="file of weights, such as shapes-out/openvclip-shapes.safetensors",
     )
     parser.add_argument("clip", type=Path, help="a video file")
-    parser.add_argument("--top", type=int, default=5, help="number of classes to print")
+    parser.add_argument(
+        "--top", type=int, default=5, help="number of classes to print (default: %(default)s)"
+    )
     args = parser.parse_args(arguments)
     try:
-        found = predict(args.weights, args.clip, args.top)
+        predictions = predict(args.weights, args.clip, args.top)
     except (openvclip.OpenVCLIPError, OSError) as error:
         raise SystemExit(str(error)) from error
-    for name, probability in found:
+    for name, probability in predictions:
         print(f"{probability:6.1%}  {name}")
 
 

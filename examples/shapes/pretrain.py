@@ -1,9 +1,9 @@
 """Contrastive pretraining of the CLIPs on captioned stills that are drawn on the fly.
 
-``python -m examples.shapes.pretrain --out weights.safetensors`` makes the committed weights of the
-model of size "small" anew. The two other sizes, ``--backbone tiny`` and ``--backbone wider``, are
-image towers that learn to match its text tower, which stays as it is ("LiT" of Zhai et al., 2022,
-the other way round: there the image tower is locked); their files hold the image tower alone.
+``python -m examples.shapes.pretrain --out weights.safetensors`` reproduces the committed weights of
+the model of size "small". For the other sizes, ``--backbone tiny`` and ``--backbone wider``, only
+the image tower is trained, with the frozen text tower of "small". This is the reverse of "LiT"
+(Zhai et al., 2022), where the image tower is frozen. Their files contain only the image tower.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ __all__ = ["caption_targets", "contrastive_loss", "pretrain", "still_accuracy"]
 Attributes = NDArray[np.int64]
 
 Texts = Callable[[list[str]], Tensor]
-"""Normalised features ``[B, D]`` of captions."""
+"""Function from captions to normalised features ``[B, D]``."""
 
 _COLOUR_NAMES = tuple(COLOURS)
-# Marks an attribute that a caption leaves out.
-_UNSAID = -1
+# Marks an attribute that a caption does not mention.
+_UNMENTIONED = -1
 
 
 def pretrain(
@@ -64,21 +64,21 @@ def pretrain(
     backbone: Backbone = "small",
     progress: bool = True,
 ) -> tuple[CLIP, Tokenizer]:
-    """Train a CLIP: AdamW, linear warm-up, cosine decay to zero.
+    """Train a CLIP with AdamW, linear warm-up and cosine decay to zero.
 
-    The model of size ``"small"`` is trained from scratch. With another backbone only the image
-    tower and the logit scale are, beside the text tower of the committed small one.
+    The model of size ``"small"`` is trained from scratch. For the other sizes, only the image tower
+    and the logit scale are trained, with the text tower of the committed small model.
 
     Args:
         steps: number of optimizer steps.
-        batch_size: captioned stills per step.
+        batch_size: number of captioned stills per step.
         lr: largest learning rate.
-        weight_decay: for weight matrices; vectors and embeddings are not decayed.
-        warmup: steps of linear warm-up, at most a tenth of all steps.
-        seed: of the initial weights and of the stills.
-        shapes: draw only the first so many shapes: a smaller world, learnt faster.
-        actions: draw only the first so many actions.
-        start: a file of weights to start from, instead of random ones.
+        weight_decay: weight decay of matrices. Vectors and embeddings have no weight decay.
+        warmup: number of steps of linear warm-up, at most a tenth of all steps.
+        seed: seed of the initial weights and of the stills.
+        shapes: number of shapes to draw; fewer shapes are learnt faster.
+        actions: number of actions to draw.
+        start: file of initial weights. Default: random weights.
         backbone: size of the image tower.
         progress: whether to show a progress bar.
 
@@ -100,13 +100,13 @@ def pretrain(
     )
     bar = tqdm(range(steps), desc="pretraining", unit="step", disable=None if progress else True)
     for step in bar:
-        drawn, said = _draw_attributes(batch_size, rng, shapes, actions)
+        drawn, mentioned = _draw_attributes(batch_size, rng, shapes, actions)
         images = normalise(draw_images(drawn[:, 0], drawn[:, 2], drawn[:, 1], rng))
         loss = contrastive_loss(
             model.encode_image(images, normalize=True),
-            texts(_captions(said, rng)),
+            texts(_captions(mentioned, rng)),
             model.logit_scale.exp(),
-            caption_targets(drawn, said),
+            caption_targets(drawn, mentioned),
         )
         optimizer.zero_grad()
         loss.backward()
@@ -123,16 +123,16 @@ def pretrain(
 def contrastive_loss(
     image_features: Tensor, text_features: Tensor, scale: Tensor, matches: Tensor
 ) -> Tensor:
-    """Symmetric cross entropy over the images and captions of a batch, with several right answers.
+    """Symmetric cross entropy over images and captions, with several right captions for an image.
 
     Args:
-        image_features: of unit length, ``[B, D]``.
-        text_features: of unit length, ``[B, D]``.
-        scale: factor of the cosines, a scalar.
-        matches: ``[B, B]``, true where caption (column) fits image (row); the diagonal is true.
+        image_features: normalised image features, ``[B, D]``.
+        text_features: normalised text features, ``[B, D]``.
+        scale: factor of the cosine similarities, a scalar.
+        matches: ``[B, B]``, 1 if the caption (column) fits the image (row). The diagonal is 1.
 
     Returns:
-        The mean of the two directions, a scalar.
+        The mean of both directions, a scalar.
     """
     logits = scale * image_features @ text_features.T
     rows = matches / matches.sum(1, keepdim=True)
@@ -140,18 +140,19 @@ def contrastive_loss(
     return (F.cross_entropy(logits, rows) + F.cross_entropy(logits.T, columns)) / 2
 
 
-def caption_targets(drawn: Attributes, said: Attributes) -> Tensor:
-    """Return which caption fits which image, ``[B, B]`` in 0 or 1.
+def caption_targets(drawn: Attributes, mentioned: Attributes) -> Tensor:
+    """Return 1 for each image (row) that fits a caption (column) and 0 otherwise, ``[B, B]``.
 
-    Captions are few, so a batch holds the same one many times, and one that leaves the colour out
-    fits images of every colour. Counting only the diagonal as right would teach the model to push
-    right pairs apart.
+    There are few different captions, so a batch contains the same caption several times. A caption
+    without a colour fits images of every colour. If only the diagonal were 1, the model would learn
+    to separate matching pairs.
 
     Args:
         drawn: shape, action and colour of each image, ``[B, 3]``.
-        said: the same of each caption, -1 where it leaves one out.
+        mentioned: shape, action and colour of each caption, ``[B, 3]``; -1 for an attribute that
+            the caption does not mention.
     """
-    fits = (drawn[:, None] == said[None]) | (said[None] == _UNSAID)
+    fits = (drawn[:, None] == mentioned[None]) | (mentioned[None] == _UNMENTIONED)
     return torch.from_numpy(fits.all(-1)).float()
 
 
@@ -165,17 +166,17 @@ def still_accuracy(
     shapes: int = len(SHAPES),
     actions: int = len(ACTIONS),
 ) -> dict[str, float]:
-    """Measure zero-shot accuracy on stills that pretraining never drew.
+    """Measure the zero-shot accuracy on held-out stills.
 
     Args:
-        model, tokenizer: as :func:`pretrain` returns them.
+        model, tokenizer: the results of :func:`pretrain`.
         count: number of stills.
-        seed: of the stills; must differ from the seed of the pretraining.
-        shapes, actions: as for :func:`pretrain`.
+        seed: seed of the stills; must differ from the seed of the pretraining.
+        shapes, actions: see :func:`pretrain`.
 
     Returns:
-        Accuracies in [0, 1] over all ``shapes x actions`` classes (``"class"``) and of the shape
-        and the action in the chosen class (``"shape"``, ``"action"``).
+        Accuracies in [0, 1]: ``"class"`` over all ``shapes x actions`` classes, ``"shape"`` of the
+        shape in the predicted class, and ``"action"`` of the action in the predicted class.
     """
     rng = np.random.default_rng(seed)
     drawn, _ = _draw_attributes(count, rng, shapes, actions)
@@ -202,7 +203,7 @@ def _trained_texts(model: CLIP, tokenizer: Tokenizer) -> Texts:
 
 
 def _locked_texts(model: CLIP, tokenizer: Tokenizer) -> Texts:
-    """Give the model the committed text tower, frozen, whose features are made once a caption."""
+    """Load the committed text tower into the model and freeze it; compute each caption once."""
     locked = text_tower()
     model.load_state_dict(locked, strict=False)
     for name, parameter in model.named_parameters():
@@ -222,20 +223,20 @@ def _locked_texts(model: CLIP, tokenizer: Tokenizer) -> Texts:
 def _draw_attributes(
     count: int, rng: np.random.Generator, shapes: int, actions: int
 ) -> tuple[Attributes, Attributes]:
-    """Draw shape, action and colour of stills, ``[B, 3]``, and what their captions say of them."""
+    """Draw shape, action and colour of stills, ``[B, 3]``, and the attributes in their captions."""
     kinds = (shapes, actions, len(_COLOUR_NAMES))
     drawn = np.stack([rng.integers(0, kind, count) for kind in kinds], axis=1)
-    said = drawn.copy()
-    said[rng.random(count) < 0.1, 1] = _UNSAID
-    said[rng.random(count) < 0.6, 2] = _UNSAID
-    return drawn, said
+    mentioned = drawn.copy()
+    mentioned[rng.random(count) < 0.1, 1] = _UNMENTIONED
+    mentioned[rng.random(count) < 0.6, 2] = _UNMENTIONED
+    return drawn, mentioned
 
 
-def _captions(said: Attributes, rng: np.random.Generator) -> list[str]:
+def _captions(mentioned: Attributes, rng: np.random.Generator) -> list[str]:
     captions = []
-    for shape, action, colour in said.tolist():
-        action_name = None if action == _UNSAID else ACTIONS[action]
-        colour_name = None if colour == _UNSAID else _COLOUR_NAMES[colour]
+    for shape, action, colour in mentioned.tolist():
+        action_name = None if action == _UNMENTIONED else ACTIONS[action]
+        colour_name = None if colour == _UNMENTIONED else _COLOUR_NAMES[colour]
         captions.append(still_caption(SHAPES[shape], action_name, colour_name, rng))
     return captions
 
@@ -270,11 +271,14 @@ def main(argv: list[str] | None = None) -> None:
         required=True,
         help="file to write the weights to (safetensors, half precision)",
     )
-    parser.add_argument("--backbone", choices=BACKBONES, default="small")
-    parser.add_argument("--steps", type=int, default=2400)
-    parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    default = "(default: %(default)s)"
+    parser.add_argument(
+        "--backbone", choices=BACKBONES, default="small", help=f"size of the image tower {default}"
+    )
+    parser.add_argument("--steps", type=int, default=2400, help=f"optimizer steps {default}")
+    parser.add_argument("--batch-size", type=int, default=256, help=f"stills per step {default}")
+    parser.add_argument("--lr", type=float, default=2e-3, help=f"largest learning rate {default}")
+    parser.add_argument("--seed", type=int, default=0, help=f"seed of the training {default}")
     args = parser.parse_args(argv)
     model, tokenizer = pretrain(
         steps=args.steps,
@@ -284,8 +288,8 @@ def main(argv: list[str] | None = None) -> None:
         backbone=args.backbone,
     )
     state = model.state_dict()
-    kept = state if args.backbone == "small" else image_tower(state)
-    save_checkpoint(kept, args.out, dtype=torch.float16)
+    saved = state if args.backbone == "small" else image_tower(state)
+    save_checkpoint(saved, args.out, dtype=torch.float16)
     model, tokenizer = create_model(args.out, backbone=args.backbone)
     for kind, accuracy in still_accuracy(model, tokenizer).items():
         print(f"{kind:>6} accuracy on held-out stills: {accuracy:.1%}")

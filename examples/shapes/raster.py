@@ -1,4 +1,4 @@
-"""A batched anti-aliased rasteriser of glyphs, in numpy: thousands of images a second on a core."""
+"""A batched, anti-aliased rasteriser of glyphs in NumPy: thousands of images a second per core."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ Array = NDArray[np.floating[Any]]
 #: Height and width of the drawn images, in pixels.
 IMAGE_SIZE = 32
 
-# Rows drawn at a time: the working arrays of a chunk (rows x 1024 pixels x 4 bytes) then stay in
-# the processor's cache.
+# Number of images drawn at a time, so that the arrays of a chunk (images x 1024 pixels x 4 bytes)
+# fit in the cache of the processor.
 _CHUNK = 128
 # Half the thickness of an outline, in pixels.
 _OUTLINE = 0.6
@@ -26,17 +26,17 @@ _OUTLINE = 0.6
 
 @dataclass(frozen=True)
 class Layer:
-    """One glyph on each of ``B`` images. Every field has shape ``[B]``, but ``colour`` ``[B, 3]``.
+    """One glyph on each of ``B`` images. Fields have shape ``[B]``, except ``colour``: ``[B, 3]``.
 
     Attributes:
         glyph: index into :data:`examples.shapes.world.SHAPES`.
         colour: RGB in [0, 1].
-        x, y: centre in pixels, y downwards.
-        radius: radius of the glyph's unit disc, in pixels.
+        x, y: centre in pixels; y points downwards.
+        radius: radius of the unit disc of the glyph, in pixels.
         angle: rotation in radians.
         squash: the glyph is ``squash`` times as wide and ``1 / squash`` times as high.
         opacity: in [0, 1]; images with opacity 0 are skipped.
-        outline: whether only the glyph's outline is drawn.
+        outline: whether only the outline of the glyph is drawn.
     """
 
     glyph: NDArray[np.int64]
@@ -55,7 +55,7 @@ class Layer:
 
 
 def composite(canvas: Array, layers: list[Layer]) -> Array:
-    """Draw layers over a canvas, in place, the first layer at the back.
+    """Draw layers on a canvas, in place. The first layer is at the back.
 
     Args:
         canvas: ``[B, 32, 32, 3]``, RGB in [0, 1].
@@ -76,24 +76,24 @@ def composite(canvas: Array, layers: list[Layer]) -> Array:
 
 
 def to_uint8(canvas: Array) -> NDArray[np.uint8]:
-    """Convert RGB in [0, 1] to 8 bits, clipping what lies outside."""
+    """Convert RGB in [0, 1] to 8 bits; values outside are clipped."""
     return (np.clip(canvas, 0.0, 1.0) * 255 + 0.5).astype(np.uint8)
 
 
 def _coverage(layer: Layer) -> tuple[Array, Array]:
-    """Return the glyph's opacity and its brightness at every pixel, each ``[B, 32, 32]``."""
+    """Return opacity and brightness of the glyph at every pixel, each ``[B, 32, 32]``."""
     u, v = _glyph_coordinates(layer)
     distance = _look_up(layer.glyph, u, v)
     distance *= layer.radius[:, None, None]
     edge = np.where(layer.outline[:, None, None], np.abs(distance) - _OUTLINE, distance)
     coverage = np.clip(0.5 - edge, 0.0, 1.0) * layer.opacity[:, None, None]
-    # The glyph is lit from one side of its own body, so that a rotation shows also on a ring.
+    # One side of the glyph is brighter, so that a rotation is visible even for a ring.
     shade = np.clip(0.78 + 0.34 * u - 0.22 * v, 0.3, 1.15)
     return coverage, shade
 
 
 def _glyph_coordinates(layer: Layer) -> tuple[Array, Array]:
-    """Map pixel centres into the glyph's own coordinates: ``u`` and ``v`` of ``[B, 32, 32]``."""
+    """Return the pixel centres as glyph coordinates ``u`` and ``v``, each ``[B, 32, 32]``."""
     pixel = np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5
     dx = ((pixel[None] - layer.x[:, None]) / (layer.radius * layer.squash)[:, None])[:, None, :]
     dy = ((pixel[None] - layer.y[:, None]) * (layer.squash / layer.radius)[:, None])[:, :, None]

@@ -1,4 +1,4 @@
-"""The results file, and what is read from it: accuracies of a study's rows, paired by seed."""
+"""The results file, and the accuracies of the rows of a study, paired by seed."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from openvclip.checkpoints import atomic_path
 from openvclip.evaluation.figures import Curve, markdown_table, mean_and_std, tradeoff_figure
 
 Results = dict[str, Any]
-"""``{"settings": ..., "environments": ..., "seeds": {seed: {run: Entry}}}``; environments are the
-versions and machines that runs were made with, each with the number of its ``runs``."""
+"""``{"settings": ..., "environments": ..., "seeds": {seed: {run: Entry}}}``. An environment is a
+machine with versions of packages, and the number of ``runs`` that were made with it."""
 
 Entry = dict[str, Any]
-"""A run with a seed: ``definition``, ``rows`` (accuracies by weights, list and lambda),
-``seconds`` (of the whole run) and ``step_seconds`` (median), None where they were not taken."""
+"""A run with a seed: ``definition``, ``rows`` (accuracies by weights, list and lambda), ``seconds``
+of the whole run and ``step_seconds`` (median). The two times are ``None`` if not measured."""
 
 Numbers = NDArray[np.float64]
 
 
 def save_results(results: Results, path: Path) -> None:
-    """Write the results file; after a crash the old file or the new one is there, whole."""
+    """Write the results file atomically: after a crash, the old or the new file is complete."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def load_results(path: Path, settings: dict[str, Any]) -> Results:
-    """Results that an earlier call left, or an empty start.
+    """Return the results in a file, or empty results if the file does not exist.
 
     Raises:
-        FileExistsError: they were made with other settings.
+        FileExistsError: the results were made with other settings.
     """
     if not path.exists():
         return {"settings": settings, "environments": [], "seeds": {}}
@@ -53,23 +53,23 @@ def load_results(path: Path, settings: dict[str, Any]) -> Results:
 
 
 def require_definitions(results: Results, runs: list[FineTune], path: Path) -> None:
-    """Refuse results of runs that are now defined otherwise.
+    """Check that the results were made with the present definitions of the runs.
 
     Raises:
-        FileExistsError: there are some.
+        FileExistsError: a run has another definition now.
     """
     for run in runs:
         for entries in results["seeds"].values():
-            found = entries.get(run.name, {}).get("definition", run.definition())
-            if found != run.definition():
+            saved = entries.get(run.name, {}).get("definition", run.definition())
+            if saved != run.definition():
                 raise FileExistsError(
-                    f"{path} holds a run {run.name!r} of other settings: {found}, now "
+                    f"{path} holds a run {run.name!r} of other settings: {saved}, now "
                     f"{run.definition()}. Give another --out, or remove that folder."
                 )
 
 
 def entry_of(task: Task, outcome: Outcome) -> Entry:
-    """What the results file keeps of a run."""
+    """Return the entry of a run for the results file."""
     return {
         "definition": task.run.definition(),
         "rows": outcome.accuracies,
@@ -79,7 +79,7 @@ def entry_of(task: Task, outcome: Outcome) -> Entry:
 
 
 def count_run(results: Results, environment: Mapping[str, str]) -> None:
-    """Note that one more run was made with these versions, on this machine."""
+    """Count one more run for this machine and these versions."""
     for known in results["environments"]:
         if known == {**environment, "runs": known["runs"]}:
             known["runs"] += 1
@@ -88,7 +88,7 @@ def count_run(results: Results, environment: Mapping[str, str]) -> None:
 
 
 def origins(results: Results) -> str:
-    """The machines and versions that the runs were made with, in words."""
+    """Return the machines and versions of the runs as text."""
     several = len(results["environments"]) > 1
     parts = []
     for environment in results["environments"]:
@@ -100,13 +100,13 @@ def origins(results: Results) -> str:
 
 
 def holds(results: Results, task: Task) -> bool:
-    """Whether all that a task gives is there."""
+    """Return whether the results contain all weights of a task."""
     entry = results["seeds"].get(str(task.seed), {}).get(task.run.name)
     return entry is not None and set(task.ends) <= set(entry["rows"])
 
 
 def enter(results: Results, task: Task, entry: Entry) -> None:
-    """Put in what a task gave, beside other weights of the same run that were there."""
+    """Add the entry of a task; other weights of the same run are kept."""
     entries = results["seeds"].setdefault(str(task.seed), {})
     rows = entries.get(task.run.name, {"rows": {}})["rows"] | entry["rows"]
     entries[task.run.name] = {**entry, "rows": rows}
@@ -114,7 +114,7 @@ def enter(results: Results, task: Task, entry: Entry) -> None:
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of a study that have results, with the seeds that all of them have.
+    """The rows of a study that have results, with their common seeds.
 
     Attributes:
         study: the study.
@@ -126,42 +126,43 @@ class Table:
 
     @cached_property
     def rows(self) -> list[Row]:
-        """The rows that have results, of whichever of the study's seeds."""
+        """The rows that have results for at least one seed of the study."""
         return [row for row in self.study.rows if self._seeds_of(row)]
 
     @cached_property
     def seeds(self) -> list[str]:
-        """The seeds that all these rows have."""
+        """The seeds for which all of these rows have results."""
         if not self.rows:
             return []
         first, *others = (self._seeds_of(row) for row in self.rows)
         return [seed for seed in first if all(seed in seeds for seeds in others)]
 
     def row(self, label: str) -> Row | None:
-        """The row of this label, None where it has no results."""
+        """Return the row with a label, or ``None`` if it has no results."""
         return next((row for row in self.rows if row.label == label), None)
 
     def entries(self, row: Row) -> list[Entry]:
-        """The run of a row, by seed."""
+        """Return the entries of the run of a row, one for each seed."""
         return [self.results["seeds"][seed][row.run.name] for seed in self.seeds]
 
     def lambdas(self, row: Row) -> list[float]:
-        """The lambdas of a row, in the order of the columns of :meth:`accuracies`."""
+        """Return the lambdas of a row, in the order of the columns of :meth:`accuracies`."""
         return [float(lam) for lam in self._accuracies(row)[0]["seen_test"]]
 
     def accuracies(self, row: Row, name: str) -> Numbers:
-        """Accuracies of a row on a list, ``[seeds, lambdas]``, in [0, 1]."""
+        """Return the accuracies of a row on a list, ``[seeds, lambdas]``, in [0, 1]."""
         return np.array(
-            [list(found[name].values()) for found in self._accuracies(row)], dtype=np.float64
+            [list(accuracies[name].values()) for accuracies in self._accuracies(row)],
+            dtype=np.float64,
         )
 
     def at(self, row: Row, lam: float, name: str) -> Numbers:
-        """Accuracies of a row on a list at a lambda, ``[seeds]``; of CLIP, its only ones."""
+        """Return the accuracies of a row at a lambda, ``[seeds]``; for CLIP lambda is ignored."""
         lams = self.lambdas(row)
         return self.accuracies(row, name)[:, lams.index(lam) if len(lams) > 1 else 0]
 
     def chosen_lambda(self, row: Row) -> float:
-        """The lambda of the best mean zero-shot accuracy on the *development* shapes."""
+        """Return the lambda with the best mean accuracy on the *development* shapes."""
         means = self.accuracies(row, "development").mean(axis=0)
         return self.lambdas(row)[int(means.argmax())]
 
@@ -169,66 +170,68 @@ class Table:
         return [entry["rows"][row.end] for entry in self.entries(row)]
 
     def _seeds_of(self, row: Row) -> list[str]:
-        found = []
+        seeds = []
         for seed in map(str, range(self.study.seeds)):
             entry = self.results["seeds"].get(seed, {}).get(row.run.name)
             if entry is not None and row.end in entry["rows"]:
-                found.append(seed)
-        return found
+                seeds.append(seed)
+        return seeds
 
 
 def table(results: Results, study: Study = MAIN, *, seconds: bool = False) -> str:
-    """Markdown: accuracies of each row at the fine-tuned end, half way, and at its chosen λ.
+    """Return a Markdown table: the accuracies of each row at λ=0, λ=0.5 and the chosen λ.
 
     Args:
         results: the results file.
-        study: whose rows.
-        seconds: add a column with the seconds of a training step.
+        study: the study.
+        seconds: whether to add a column with the seconds of a training step.
     """
-    found = Table(study, results)
+    rows_of_study = Table(study, results)
     header = ["method", "seen, λ=0", "unseen, λ=0", "seen, λ=0.5", "unseen, λ=0.5"]
     header += ["chosen λ", "seen", "unseen"]
-    rows = [_table_row(found, row) for row in found.rows]
+    rows = [_table_row(rows_of_study, row) for row in rows_of_study.rows]
     if seconds:
         header.append("step, s")
-        for cells, row in zip(rows, found.rows, strict=True):
-            steps = [entry["step_seconds"] for entry in found.entries(row)]
+        for cells, row in zip(rows, rows_of_study.rows, strict=True):
+            steps = [entry["step_seconds"] for entry in rows_of_study.entries(row)]
             cells.append(f"{median(step for step in steps if step is not None):.2f}")
     return markdown_table(header, rows)
 
 
-def _table_row(found: Table, row: Row) -> list[str]:
+def _table_row(table: Table, row: Row) -> list[str]:
     if not row.run.trained:
-        return [row.label, "", "", "", "", "", *_cells(found, row, 1.0)]
-    best = found.chosen_lambda(row)
-    at = [_cells(found, row, lam) for lam in (0.0, 0.5, best)]
+        return [row.label, "", "", "", "", "", *_cells(table, row, 1.0)]
+    best = table.chosen_lambda(row)
+    at = [_cells(table, row, lam) for lam in (0.0, 0.5, best)]
     return [row.label, *at[0], *at[1], f"{best:g}", *at[2]]
 
 
-def _cells(found: Table, row: Row, lam: float) -> list[str]:
-    return [mean_and_std(found.at(row, lam, name)) for name in ("seen_test", "unseen")]
+def _cells(table: Table, row: Row, lam: float) -> list[str]:
+    return [mean_and_std(table.at(row, lam, name)) for name in ("seen_test", "unseen")]
 
 
 def draw(
-    found: Table, path: Path, names: Mapping[str, str] | None = None, *, title: str = "Shapes world"
+    table: Table, path: Path, names: Mapping[str, str] | None = None, *, title: str = "Shapes world"
 ) -> None:
-    """The trade-off figure: unseen over seen accuracy along lambda, stars at the chosen lambda.
+    """Draw the trade-off figure: unseen over seen accuracy along lambda.
+
+    Stars mark the chosen lambda of each row.
 
     Args:
-        found: the rows.
-        path: the PNG to write.
-        names: the curves' names by the rows' labels, which they are by default.
-        title: what the figure shows.
+        table: the rows.
+        path: the PNG file to write.
+        names: name of each curve by the label of its row. Default: the labels.
+        title: title of the figure.
     """
     curves = []
-    for row in found.rows:
-        lams = found.lambdas(row)
-        seen, unseen = (found.accuracies(row, name) for name in ("seen_test", "unseen"))
-        chosen = lams.index(found.chosen_lambda(row)) if row.run.trained else None
+    for row in table.rows:
+        lams = table.lambdas(row)
+        seen, unseen = (table.accuracies(row, name) for name in ("seen_test", "unseen"))
+        chosen = lams.index(table.chosen_lambda(row)) if row.run.trained else None
         highlighted = row.label in ("FINE-TUNE", "Open-VCLIP")
         name = (names or {}).get(row.label, row.label)
         curves.append(Curve(name, lams, seen, unseen, chosen, highlighted))
-    n = len(found.seeds)
+    n = len(table.seeds)
     tradeoff_figure(
         curves,
         path,
@@ -239,7 +242,7 @@ def draw(
 
 
 def wrapped(text: str, bullet: str = "") -> str:
-    """A paragraph or, with ``"- "``, an item of a list, in lines that can be read as plain text."""
+    """Wrap a paragraph, or a list item if ``bullet`` is ``"- "``, to lines of 118 characters."""
     return fill(
         text,
         118,

@@ -1,9 +1,10 @@
 """Open-VCLIP on a small world of drawn shapes, from CLIP to an open-vocabulary video model.
 
-Draws H.264 clips, applies a tiny CLIP frame by frame, fine-tunes it on clips of 8 shapes with and
-without interpolated weight regularisation (IWR) and weight averaging (SWA), interpolates the
-results with the original CLIP, and evaluates on clips of 8 shapes that fine-tuning never saw.
-With --full it does all the studies of docs/shapes.md.
+This command draws H.264 clips and applies a tiny CLIP to them frame by frame. It fine-tunes the
+CLIP on clips of 8 shapes, with and without interpolated weight regularisation (IWR) and weight
+averaging (SWA), and interpolates the results with the original CLIP. Then it evaluates them on
+clips of 8 shapes that are not in the training clips. With --full it runs all studies of
+docs/shapes.md.
 """
 
 from __future__ import annotations
@@ -12,22 +13,40 @@ import argparse
 import os
 import platform
 import shlex
-import sys
 import time
+from collections import Counter
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import openvclip
 from examples.shapes import results as reporting
-from examples.shapes.clips import make_clips
-from examples.shapes.experiment import LAMBDAS, Report, Settings, clips_folder, cost, perform
+from examples.shapes.clips import ClipSettings, make_clips, missing_clips
+from examples.shapes.experiment import (
+    DRAWING_SECONDS,
+    LAMBDAS,
+    MEASUREMENT_COSTS,
+    PROCESS_SECONDS,
+    Settings,
+    clips_folder,
+    measure_speed,
+    perform,
+    phase_costs,
+)
 from examples.shapes.model import create_model
-from examples.shapes.schedule import side_by_side
+from examples.shapes.progress import (
+    DRAWING,
+    MEASUREMENT,
+    Advance,
+    Costs,
+    Estimator,
+    Progress,
+    Reporter,
+)
+from examples.shapes.schedule import Report, side_by_side
 from examples.shapes.settings import FULL, SMOKE
 from examples.shapes.studies import AVERAGE, MAIN, OPEN_VCLIP, QUICK, STUDIES, Study, Task, plan
 from openvclip.checkpoints import load_checkpoint, save_checkpoint
@@ -35,13 +54,13 @@ from openvclip.checkpoints import load_checkpoint, save_checkpoint
 AVERAGED = "openvclip-averaged.safetensors"
 FINAL = "openvclip-shapes.safetensors"
 FULL_TIME = (
-    "All studies: less than 2 hours on 2 cores. What is done is kept if you stop it; the same "
-    "command goes on."
+    "All studies: less than 2 hours on 2 cores. If you stop the command, finished runs are kept, "
+    "and the same command continues."
 )
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m examples.shapes",
         description=__doc__,
@@ -49,18 +68,22 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=Path("shapes-out"), help="output folder")
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--full", action="store_true", help="all studies, with 3 or 5 seeds each")
-    size.add_argument("--smoke", action="store_true", help="a few steps, to see that all works")
+    size.add_argument("--full", action="store_true", help="run all studies with 3 or 5 seeds each")
+    size.add_argument("--smoke", action="store_true", help="run a few steps as a test")
     names = [study.name for study in STUDIES]
     parser.add_argument(
-        "--only", nargs="+", choices=names, metavar="STUDY", help=f"some of {', '.join(names)}"
+        "--only",
+        nargs="+",
+        choices=names,
+        metavar="STUDY",
+        help=f"run only these studies, of {', '.join(names)}",
     )
-    parser.add_argument("--seeds", type=int, default=None, help="at most so many seeds")
+    parser.add_argument("--seeds", type=int, default=None, help="largest number of seeds")
     parser.add_argument(
         "--jobs",
         type=int,
         default=os.cpu_count() or 1,
-        help="processes, of one thread each; by default one for each core",
+        help="number of processes with one thread each (default: one for each core)",
     )
     args = parser.parse_args(arguments)
     for name in ("seeds", "jobs"):
@@ -84,12 +107,12 @@ def main(arguments: list[str] | None = None) -> None:
     except (openvclip.OpenVCLIPError, FileExistsError) as error:
         raise SystemExit(str(error)) from error
     except KeyboardInterrupt:
-        raise SystemExit("\nStopped. What is done is kept; the same command goes on.") from None
+        raise SystemExit("\nStopped. Finished runs are kept; the same command continues.") from None
     _report(results, studies, args.out, time.perf_counter() - started)
 
 
 def studies_of(args: argparse.Namespace) -> list[Study]:
-    """The studies that the command line asks for."""
+    """Return the studies that the command line selects."""
     if args.only:
         return [study for study in STUDIES if study.name in args.only]
     return list(STUDIES) if args.full else [QUICK]
@@ -98,10 +121,17 @@ def studies_of(args: argparse.Namespace) -> list[Study]:
 def run_studies(
     settings: Settings, studies: list[Study], out: Path, seeds: int | None, jobs: int
 ) -> reporting.Results:
-    """Do what the results file in ``out`` lacks, and save each result there as it comes.
+    """Do the runs that the results file in ``out`` lacks, and save each result at once.
+
+    Args:
+        settings: the size of the experiment.
+        studies: the studies.
+        out: folder of the results.
+        seeds: largest number of seeds of a study. Default: the number of each study.
+        jobs: number of processes.
 
     Raises:
-        FileExistsError: the folder holds results of other settings.
+        FileExistsError: the folder contains results of other settings.
         openvclip.OpenVCLIPError: a run failed.
     """
     path = out / "results.json"
@@ -113,75 +143,66 @@ def run_studies(
         return results
     here = environment()
     print(f"{len(missing)} of {len(tasks)} runs to do, {jobs} at a time", flush=True)
-    for seed in sorted({task.seed for task in missing}):
-        make_clips(clips_folder(out, seed), replace(settings.clips, seed=seed), num_workers=jobs)
     work = partial(_perform, settings, out)
-    with Progress(settings, missing) as progress:
-        for task, entry in side_by_side(work, missing, jobs, progress.add, out / "log"):
+    with Progress(_estimator(settings, missing, out, jobs)) as progress:
+        measure_speed(Reporter(MEASUREMENT, progress.add))
+        for seed in sorted({task.seed for task in missing}):
+            _draw_clips(replace(settings.clips, seed=seed), out, jobs, progress)
+        progress.finish(DRAWING)
+        for number, (task, entry) in enumerate(
+            side_by_side(work, missing, jobs, progress.add, out / "log"), start=1
+        ):
             reporting.enter(results, task, entry)
             reporting.count_run(results, here)
             reporting.save_results(results, path)
-            progress.finished(task, entry)
+            seconds = f"{entry['seconds']:.0f} s"
+            progress.finish(str(task), f"{number} of {len(missing)}: {task}, {seconds}")
     return results
 
 
+def _estimator(settings: Settings, tasks: list[Task], out: Path, processes: int) -> Estimator:
+    """Return the estimator of the time that the tasks take, the drawing of clips included."""
+    seeds = Counter[int]()
+    costs: dict[str, Costs] = {}
+    for task in tasks:
+        costs[str(task)] = phase_costs(settings, task, first=seeds[task.seed] < processes)
+        seeds[task.seed] += 1
+    clips = sum(
+        missing_clips(clips_folder(out, seed), replace(settings.clips, seed=seed)) for seed in seeds
+    )
+    return Estimator(MEASUREMENT_COSTS, clips * DRAWING_SECONDS, costs, processes)
+
+
+def _draw_clips(clips: ClipSettings, out: Path, processes: int, progress: Progress) -> None:
+    def add(count: int, seconds: float) -> None:
+        progress.add(Advance(DRAWING, "drawing", count * DRAWING_SECONDS, seconds))
+
+    folder = clips_folder(out, clips.seed)
+    make_clips(folder, clips, num_workers=processes, progress=False, on_written=add)
+
+
 def _perform(settings: Settings, out: Path, task: Task, report: Report) -> reporting.Entry:
-    """Do a task in a worker; the weights of the first seed stay there, as a file."""
-    outcome = perform(settings, task, out, report)
+    """Do a task in a worker process, which saves the average of the first seed as a file."""
+    reporter = Reporter(str(task), report)
+    reporter.started(PROCESS_SECONDS)
+    outcome = perform(settings, task, out, reporter)
     if task.run == OPEN_VCLIP and task.seed == 0:
         save_checkpoint(outcome.weights[AVERAGE], out / AVERAGED)
     return reporting.entry_of(task, outcome)
 
 
-class Progress:
-    """How far all runs together are: a bar on a terminal, and a line for each finished run.
-
-    Args:
-        settings: of the experiment.
-        tasks: all that are to be done.
-    """
-
-    def __init__(self, settings: Settings, tasks: list[Task]) -> None:
-        self.tasks, self.done = tasks, 0
-        self.total, self.passed = sum(cost(settings, task) for task in tasks), 0.0
-        self.started = time.perf_counter()
-        layout = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
-        self.bar = tqdm(total=self.total, desc="all runs", bar_format=layout, disable=None)
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-
-    def add(self, clips: float) -> None:
-        """So many clips more have gone through a model."""
-        self.passed += clips
-        self.bar.update(clips)
-
-    def finished(self, task: Task, entry: reporting.Entry) -> None:
-        """A task is done."""
-        self.done += 1
-        text = f"{self.done} of {len(self.tasks)}: {task}, {entry['seconds']:.0f} s"
-        if self.passed > 0.01 * self.total:
-            left = (time.perf_counter() - self.started) * (self.total / self.passed - 1)
-            text += f"; about {max(left, 0) / 60:.0f} minutes to go"
-        self.bar.write(text, file=sys.stdout)
-        sys.stdout.flush()
-
-
 def _report(results: reporting.Results, studies: list[Study], out: Path, seconds: float) -> None:
-    found = reporting.Table(MAIN, results)
+    main_table = reporting.Table(MAIN, results)
     tables = [reporting.table(results, study) for study in studies]
     (out / "table.md").write_text("\n\n".join(tables) + "\n")
     for study, table in zip(studies, tables, strict=True):
         print(f"\n{study.name}: top-1 accuracy in %, {_seeds(study, results)}:\n\n{table}")
     print("\nλ weighs the original CLIP; it is chosen on clips of 8 further shapes (development).")
-    reporting.draw(found, out / "tradeoff.png")
+    reporting.draw(main_table, out / "tradeoff.png")
     written = ["table.md", "tradeoff.png", "results.json"]
-    open_vclip = found.row("Open-VCLIP")
+    open_vclip = main_table.row("Open-VCLIP")
     if open_vclip is not None and (out / AVERAGED).exists():
-        _save_final(out, found.chosen_lambda(open_vclip))
+        _save_final(out, main_table.chosen_lambda(open_vclip))
         written.append(FINAL)
     for name in written:
         print(f"wrote {out / name}")
@@ -207,7 +228,7 @@ def _seeds(study: Study, results: reporting.Results) -> str:
 
 
 def recorded(settings: Settings) -> dict[str, object]:
-    """The settings as the results file has them; results of others are not mixed with these."""
+    """Return the settings for the results file, which must not mix results of other settings."""
     return {
         "clips": asdict(settings.clips),
         "recipe": asdict(settings.recipe),
@@ -216,11 +237,11 @@ def recorded(settings: Settings) -> dict[str, object]:
 
 
 def environment() -> dict[str, str]:
-    """Versions of what computes, and the machine."""
+    """Return the versions of the packages that compute the results, and the machine."""
     packages = ("openvclip", "torch", "open_clip_torch", "av", "numpy")
-    found = {package: version(package) for package in packages}
+    versions = {package: version(package) for package in packages}
     machine = f"{_processor()}, {os.cpu_count()} cores"
-    return {**found, "python": platform.python_version(), "machine": machine}
+    return {**versions, "python": platform.python_version(), "machine": machine}
 
 
 def _processor() -> str:

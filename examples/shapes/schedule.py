@@ -1,4 +1,7 @@
-"""Work shared among processes of one thread each: no number depends on how many there are."""
+"""Share work among processes with one thread each.
+
+Results do not depend on the number of processes.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from functools import partial
 from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,9 +24,10 @@ from openvclip.errors import OpenVCLIPError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-Report = Callable[[float], None]
+Report = Callable[[Any], None]
+"""Function that takes what a worker process reports."""
 
-_progress: SimpleQueue[float]  # of a worker
+_reports: SimpleQueue[Any]  # of a worker process
 
 
 class WorkError(OpenVCLIPError, RuntimeError):
@@ -37,45 +41,49 @@ def side_by_side(
     report: Report,
     log: Path,
 ) -> Iterator[tuple[Item, Result]]:
-    """Give each item's result as it comes; items are begun in their order.
+    """Call a function for each item in worker processes, and yield the results as they come.
 
-    However this ends (an error, Ctrl-C, a killed process), no process stays behind.
+    The items are started in their order. All worker processes end with this function, also after an
+    error, Ctrl-C or the death of a process.
 
     Args:
-        function: called in a process of its own with an item and a function to report progress to;
-            it and its items and results go through pickle.
-        items: what to do.
-        jobs: processes.
-        report: called here with what the function reports.
-        log: folder for what the processes write to their standard error.
+        function: function that is called in a worker process with an item and a function to report
+            progress. The function, the items and the results are pickled.
+        items: the items.
+        jobs: number of worker processes.
+        report: function that is called in this process with each report of a worker process.
+        log: folder for the standard error of the worker processes.
+
+    Yields:
+        ``(item, result)`` for each item.
 
     Raises:
-        WorkError: the function raised an exception for an item, or a process died.
+        WorkError: the function raised an exception for an item, or a worker process died.
     """
     if not items:
         return
     log.mkdir(parents=True, exist_ok=True)
     context = get_context("spawn")  # a fork of a process that has run torch can hang
-    progress: SimpleQueue[float] = context.SimpleQueue()
+    reports: SimpleQueue[Any] = context.SimpleQueue()
     before = set(active_children())
-    pool = ProcessPoolExecutor(min(jobs, len(items)), context, _begin_worker, (progress, log))
+    pool = ProcessPoolExecutor(min(jobs, len(items)), context, _begin_worker, (reports, log))
     try:
         call = partial(_call, function)
         running = {pool.submit(call, item): item for item in items}
         while running:
             done, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
-            while not progress.empty():
-                report(progress.get())
+            while not reports.empty():
+                report(reports.get())
             for future in done:
                 item = running.pop(future)
                 yield item, _result(future, item, log)
     except BaseException:
         for process in set(active_children()) - before:
-            process.terminate()  # what they are at would take minutes
+            process.terminate()  # waiting for the end of the work would take minutes
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-        progress.close()
+        reports.close()
 
 
 def _result(future: Future[Result], item: object, log: Path) -> Result:
@@ -83,29 +91,31 @@ def _result(future: Future[Result], item: object, log: Path) -> Result:
         return future.result()
     except BrokenProcessPool as error:
         raise WorkError(
-            f"A process that worked on {item} or beside it died, perhaps for want of memory (see "
-            f"{log}); --jobs sets how many there are."
+            f"A process that worked on {item} or beside it died, perhaps because the memory was "
+            f"full (see {log}). Use fewer processes with --jobs."
         ) from error
-    except Exception as error:  # whatever the function raised, in the other process
+    except Exception as error:  # the function raised an exception in the worker process
         raise WorkError(f"{item} failed: {type(error).__name__}: {error}") from error
 
 
 def _call(function: Callable[[Item, Report], Result], item: Item) -> Result:
-    return function(item, _progress.put)
+    return function(item, _reports.put)
 
 
-def _begin_worker(progress: SimpleQueue[float], log: Path) -> None:
-    global _progress
-    _progress = progress
+def _begin_worker(reports: SimpleQueue[Any], log: Path) -> None:
+    global _reports
+    _reports = reports
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the first process ends us
-    # A file is no terminal, so that the progress bars of several workers don't mix.
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches all processes; the parent process ends this process
+    # A file is no terminal, so the worker processes show no progress bars.
     sys.stderr = (log / f"worker-{os.getpid()}.log").open("w", buffering=1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """Nobody would take the results of a worker that outlives a killed parent."""
+    """End this process if the parent process was killed, because its results would be lost."""
     parent = parent_process()
     if parent is not None:
         parent.join()

@@ -1,4 +1,4 @@
-"""The sizes in which the experiment runs. Hyper-parameters were chosen on development shapes."""
+"""The sizes of the experiment. The hyper-parameters were chosen on the development shapes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The studies: which runs each needs, with how many seeds, and in which order they are made.
+"""The studies: their runs, their numbers of seeds, and the order of the runs.
 
-A run is named and trained once for a seed, whichever studies use it. What the paper leaves as it is
-in all of them is in :mod:`examples.shapes.settings`.
+A run is trained once for each seed, even if several studies use it. The settings that all studies
+share are in :mod:`examples.shapes.settings`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from examples.shapes.model import Backbone
 from openvclip.training.recipe import Run
 
 LAST, AVERAGE = "last", "average"
-"""Weights that a run gives: those after its last step, and the average that the trainer keeps."""
+"""Weights of a run: the weights after the last step, and the average of the trainer."""
 
 _RELATIVE_COSTS: dict[Backbone, float] = {"tiny": 0.4, "small": 1.0, "wider": 1.6}
 
@@ -27,12 +27,13 @@ class FineTune:
     """A run of the trainer.
 
     Attributes:
-        name: in the results file.
-        method: of :mod:`examples.finetune`; empty for CLIP itself, which is not trained.
+        name: name in the results file.
+        method: method of :mod:`examples.finetune`; empty for CLIP, which is not trained.
         backbone: size of the image tower.
-        changes: of the recipe.
-        how: what the trainer takes beside the recipe.
-        boundary: of the attention over frames; None where no frame sees another.
+        changes: changes of the recipe.
+        how: options of the trainer that are not part of the recipe.
+        boundary: boundary mode of the attention over frames; ``None`` for a model without attention
+            over frames.
     """
 
     name: str
@@ -44,21 +45,21 @@ class FineTune:
 
     @property
     def trained(self) -> bool:
-        """Whether there is something to train."""
+        """Whether the run trains a model."""
         return bool(self.method)
 
     @property
     def every(self) -> int:
-        """Steps from one with the regulariser to the next."""
+        """Number of steps between two steps with the regulariser."""
         return self.how.every
 
     @property
     def relative_cost(self) -> float:
-        """Time of a clip's pass through the model, in that of the small one, about."""
+        """Time of a clip's pass through the model, divided by the time for the small model."""
         return _RELATIVE_COSTS[self.backbone]
 
     def definition(self) -> dict[str, Any]:
-        """What determines the run's results, for the results file."""
+        """Return the settings that determine the results of the run, for the results file."""
         return {
             "method": self.method,
             "backbone": self.backbone,
@@ -71,11 +72,11 @@ class FineTune:
 
 @dataclass(frozen=True)
 class Averaging:
-    """An average that is kept beside a run, which it does not change.
+    """An additional average of the weights of a run. It does not change the run.
 
     Attributes:
-        after: epochs before the averaging begins.
-        cycle: epochs from one model that enters the average to the next.
+        after: number of epochs before the averaging begins.
+        cycle: number of epochs between two models that enter the average.
     """
 
     after: int
@@ -83,22 +84,22 @@ class Averaging:
 
     @property
     def name(self) -> str:
-        """The weights' name in the results file."""
+        """The name of the weights in the results file."""
         return f"average after {self.after} every {self.cycle:g}"
 
     def tracker(self, model: nn.Module, steps_per_epoch: int) -> openvclip.SWATracker:
-        """The average of a model that is about to be trained."""
+        """Return the tracker of the average; the training has not begun."""
         every = max(1, round(self.cycle * steps_per_epoch))
         return openvclip.SWATracker(model, start=self.after * steps_per_epoch, every=every)
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a table, and a curve of a figure: weights that a run gives.
+    """A row of a table and a curve of a figure: weights of a run.
 
     Attributes:
-        label: in the table.
-        run: that gives the weights.
+        label: label of the row.
+        run: the run.
         weights: :data:`LAST`, :data:`AVERAGE` or an :class:`Averaging`.
     """
 
@@ -108,7 +109,7 @@ class Row:
 
     @property
     def end(self) -> str:
-        """The weights' name in the results file."""
+        """The name of the weights in the results file."""
         return self.weights.name if isinstance(self.weights, Averaging) else self.weights
 
 
@@ -117,8 +118,8 @@ class Study:
     """Rows that are compared seed by seed.
 
     Attributes:
-        name: for the command line.
-        rows: in the order of the table.
+        name: name on the command line.
+        rows: the rows in the order of the table.
         seeds: number of seeds.
     """
 
@@ -129,7 +130,7 @@ class Study:
 
 @dataclass(frozen=True)
 class Task:
-    """A run with a seed, and the weights of it that are to be evaluated."""
+    """A run with a seed, and the weights of the run to evaluate."""
 
     run: FineTune
     seed: int
@@ -142,7 +143,7 @@ class Task:
 
     @property
     def averagings(self) -> list[Averaging]:
-        """The averages to keep beside the trainer's own."""
+        """The averages in addition to the average of the trainer."""
         return [w for w in self.weights if isinstance(w, Averaging)]
 
     def __str__(self) -> str:
@@ -150,15 +151,15 @@ class Task:
 
 
 def plan(studies: Iterable[Study], seeds: int | None = None) -> list[Task]:
-    """What the studies need, each run once for a seed, in the order in which it is worth most.
+    """Return the tasks of the studies, each run once for each seed, the most useful tasks first.
 
-    First the studies with the most seeds, as far as all have seeds, then the others in their order
-    with all of theirs, then the remaining seeds of the first. Within a study one seed follows the
-    other.
+    The studies with the most seeds come first, with as many seeds as every study has. Then come the
+    other studies with all their seeds, and then the remaining seeds of the first studies. Within a
+    study the tasks are ordered by seed.
 
     Args:
         studies: the studies.
-        seeds: the most seeds of a study; its own number by default.
+        seeds: largest number of seeds of a study. Default: the number of seeds of each study.
     """
     chosen = list(studies)
     number = {s.name: s.seeds if seeds is None else min(seeds, s.seeds) for s in chosen}
@@ -191,7 +192,7 @@ def plan(studies: Iterable[Study], seeds: int | None = None) -> list[Task]:
 
 CLIP = FineTune("clip", "", boundary=None)
 FRAMES_ALONE = FineTune("frames alone", "finetune", boundary=None)
-PLAIN = FineTune("finetune", "swa")  # averaging does not change a run
+PLAIN = FineTune("finetune", "swa")  # averaging does not change the last weights
 OPEN_VCLIP = FineTune("openvclip", "openvclip")
 L2 = {
     weight: FineTune(f"l2 {weight:g}", "l2", changes={"l2_weight": weight})
@@ -200,7 +201,7 @@ L2 = {
 
 
 def _variant(name: str, **fields: Any) -> FineTune:
-    """Open-VCLIP's run with something changed."""
+    """Return the run of Open-VCLIP with some changes."""
     return FineTune(f"openvclip {name}", "openvclip", **fields)
 
 
@@ -326,5 +327,5 @@ STUDIES: tuple[Study, ...] = (
     FIXED,
 )
 
-#: What is done without options: the main table but for L2, with one seed.
+#: The study without options on the command line: the main table without L2, with one seed.
 QUICK = Study("quick", tuple(row for row in MAIN.rows if row.label != "L2"), seeds=1)

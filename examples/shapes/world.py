@@ -1,18 +1,17 @@
 """The vocabulary of the shapes world: shapes, colours, actions, splits and phrasings.
 
-A class is a shape and an action, named like ``"star sliding"``. The shapes fall into three disjoint
-sets, so that the classes of
-one set never occur in another: the model is fine-tuned on clips of :data:`SEEN`, every
-hyper-parameter is chosen with :data:`DEVELOPMENT`, and :data:`UNSEEN` is reported and never chosen
-on. All shapes and all actions occur in the still images on which the tiny CLIP is pretrained.
+A class is a shape and an action, such as ``"star sliding"``. The shapes form three disjoint sets,
+and so do the classes. The model is fine-tuned on clips of :data:`SEEN`. All hyper-parameters are
+chosen on :data:`DEVELOPMENT`. Accuracies are reported on :data:`UNSEEN`, which is never used for a
+choice. All shapes and all actions occur in the still images on which the tiny CLIP is pretrained.
 
-Why no action depends on the arrow of time: the expanded attention reads frames ``t - 1``, ``t`` and
-``t + 1`` as one unordered set of keys (there is no temporal position embedding), and the frame
-features are averaged. Both stay the same when the clip is played backwards, so a clip and its
-reversal get the same video feature, and "sliding to the left" against "sliding to the right" could
-not be learnt by any weights. Every action here is therefore symmetric: a clip played backwards is
-an equally likely clip of the same class (:meth:`examples.shapes.motion.Motion.reversed` states the
-law).
+No action depends on the direction of time, for this reason: the expanded attention reads the frames
+``t - 1``, ``t`` and ``t + 1`` as one unordered set of keys (there is no temporal position
+embedding), and the frame features are averaged. Both operations give the same result for the
+reversed clip, so a clip and its reversal have the same video feature. No weights could distinguish
+"sliding to the left" from "sliding to the right". Every action is therefore symmetric: a reversed
+clip is an equally likely clip of the same class. The law is in
+:meth:`examples.shapes.motion.Motion.reversed`.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ UNSEEN: tuple[str, ...] = (
 #: The shapes of each split.
 SPLITS: dict[Split, tuple[str, ...]] = {"seen": SEEN, "development": DEVELOPMENT, "unseen": UNSEEN}
 
-#: All 24 shapes. A shape's place in this tuple is its index in the drawing functions.
+#: All 24 shapes. The drawing functions use the index of a shape in this tuple.
 SHAPES: tuple[str, ...] = SEEN + DEVELOPMENT + UNSEEN
 
 ACTIONS: tuple[str, ...] = (
@@ -114,17 +113,17 @@ _PHRASES: tuple[str, ...] = (
 
 
 def class_names(split: Split) -> list[str]:
-    """Return the class names of a split: all actions of the first shape, then of the second, ...
+    """Return the class names of a split, ordered by shape and then by action.
 
     Args:
         split: ``"seen"``, ``"development"`` or ``"unseen"``.
 
     Returns:
-        ``len(SPLITS[split]) * len(ACTIONS)`` names such as ``"star sliding"``. A label is a
-        position in this list.
+        ``len(SPLITS[split]) * len(ACTIONS)`` names such as ``"star sliding"``. A class index is an
+        index into this list.
 
     Raises:
-        ValueError: if there is no such split.
+        ValueError: ``split`` is not known.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: expected one of {', '.join(map(repr, SPLITS))}")
@@ -134,13 +133,13 @@ def class_names(split: Split) -> list[str]:
 def still_caption(
     shape: str, action: str | None, colour: str | None, rng: np.random.Generator
 ) -> str:
-    """Phrase a caption of a still image in one of several ways.
+    """Return a random caption of a still image.
 
     Args:
         shape: name of the shape.
         action: name of the action, or ``None`` to leave it out.
         colour: name of the colour, or ``None`` to leave it out.
-        rng: chooses the phrasing.
+        rng: random number generator that chooses the phrasing.
 
     Returns:
         A caption such as ``"a picture of a red star sliding."``.

@@ -1,26 +1,31 @@
-"""``openvclip check-videos``."""
+"""``openvclip check-videos``: find the video files that cannot be read."""
 
 from __future__ import annotations
 
 import argparse
 import os
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from openvclip.cli.options.types import Commands
 from openvclip.errors import AnnotationError, VideoNotFoundError, VideoOptionError
 
-_CHECK = """\
-Find the video files that can't be read, before a run meets them.
+if TYPE_CHECKING:
+    from openvclip.video import VideoCheck
 
-Every file is decoded, in parallel; one that crashes the decoder is found and
-the others go on. The result is a CSV with a line for each file: path, status
-(ok, damaged: some frames can be decoded, bad: none), reason, frames, fps,
-width, height, seconds, bytes. It is written as the files are done, so what
-was found before Ctrl-C is there.
+_CHECK = """\
+Find the video files that cannot be read, before a training run or an
+evaluation meets them.
+
+All files are decoded in parallel. A file that crashes the decoder is
+reported as bad, and the check continues with the next file. The result is a
+CSV file with one line for each video: path, status, reason, frames, fps,
+width, height, seconds, bytes. The status is ok, damaged (only some frames can
+be decoded) or bad (no frame can be decoded). Each line is written as soon as
+the video is checked, so Ctrl-C keeps the lines of the checked videos.
 
 The exit status is 1 if a file is bad or damaged.
 """
@@ -30,14 +35,14 @@ examples:
   openvclip check-videos train.csv val.csv --videos /data/kinetics -o checked.csv
   openvclip check-videos ucfTrainTestlist --videos UCF-101 -o checked.csv
 """
-_INTERRUPTED = 130  # as shells report a process that Ctrl-C ended
+_INTERRUPTED = 130  # the exit status of a process that Ctrl-C ended, by the convention of shells
 
 
 def add(commands: Commands) -> None:
     """Add the parser of the subcommand."""
     parser = commands.add_parser(
         "check-videos",
-        help="find the video files that can't be read",
+        help="find the video files that cannot be read",
         description=_CHECK,
         epilog=_CHECK_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -47,20 +52,23 @@ def add(commands: Commands) -> None:
         metavar="PATH",
         type=Path,
         nargs="+",
-        help="a folder of videos, a video, an annotation file, a folder of official lists",
+        help="a video, a folder of videos, an annotation file, or a folder of official lists",
     )
     parser.add_argument(
-        "-o", "--output", metavar="OUT.csv", type=Path, required=True, help="file to write"
+        "-o", "--output", metavar="OUT.csv", type=Path, required=True, help="CSV file to write"
     )
     parser.add_argument(
         "--videos",
         metavar="DIR",
         type=Path,
         default=Path(),
-        help="folder that the paths in annotation files start from (where you are)",
+        help="folder to which the paths in annotation files refer (default: current folder)",
     )
     parser.add_argument(
-        "--num-workers", metavar="N", type=int, help="processes (one for each core)"
+        "--num-workers",
+        metavar="N",
+        type=int,
+        help="number of worker processes (default: one for each core)",
     )
     parser.add_argument(
         "--quick", action="store_true", help="decode only the first frame of each file"
@@ -70,19 +78,14 @@ def add(commands: Commands) -> None:
         metavar="SECONDS",
         type=float,
         default=600.0,
-        help="a file that takes longer counts as bad (%(default)g)",
+        help="a file that takes longer counts as bad (default: %(default)g)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT where it exists")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT.csv if it exists")
     parser.set_defaults(run=_check)
 
 
 def _check(options: argparse.Namespace) -> int:
-    import csv
-    from contextlib import closing
-
-    from tqdm import tqdm  # comes with open_clip
-
-    from openvclip.video import VideoCheck, check_videos
+    from openvclip.video import check_videos
 
     output: Path = options.output
     if output.exists() and not options.overwrite:
@@ -95,21 +98,8 @@ def _check(options: argparse.Namespace) -> int:
     checks = check_videos(
         files, num_workers=options.num_workers, quick=options.quick, timeout=options.timeout
     )
-    counts: Counter[str] = Counter()
-    stopped = False
-    with _written(output) as table, closing(checks):
-        writer = csv.writer(table)
-        writer.writerow(VideoCheck._fields)
-        try:
-            for check in tqdm(checks, total=len(files), desc="check-videos", unit=" files"):
-                writer.writerow(check)
-                table.flush()
-                counts[check.status] += 1
-                if check.status != "ok":
-                    reason = check.reason.encode("utf-8", "backslashreplace").decode()
-                    tqdm.write(f"{check.status}: {reason}")
-        except KeyboardInterrupt:
-            stopped = True
+    with _opened(output) as table, closing(checks):
+        counts, stopped = _write_checks(checks, table, len(files))
     missed = f", {len(files) - counts.total()} not checked" if stopped else ""
     print(
         f"{counts['ok']} ok, {counts['damaged']} damaged, {counts['bad']} bad{missed}; see {output}"
@@ -117,10 +107,36 @@ def _check(options: argparse.Namespace) -> int:
     return _INTERRUPTED if stopped else int(counts["ok"] < len(files))
 
 
-@contextmanager
-def _written(output: Path) -> Iterator[TextIO]:
+def _write_checks(
+    checks: Iterable[VideoCheck], table: TextIO, total: int
+) -> tuple[Counter[str], bool]:
+    """Write the checks; return the number of files by status, and whether Ctrl-C was pressed."""
+    import csv
+
+    from tqdm import tqdm
+
+    from openvclip.video import VideoCheck
+
+    counts: Counter[str] = Counter()
+    writer = csv.writer(table)
+    writer.writerow(VideoCheck._fields)
     try:
-        # Names of files need not be UTF-8; they go through as they are.
+        for check in tqdm(checks, total=total, desc="check-videos", unit=" files"):
+            writer.writerow(check)
+            table.flush()
+            counts[check.status] += 1
+            if check.status != "ok":
+                reason = check.reason.encode("utf-8", "backslashreplace").decode()
+                tqdm.write(f"{check.status}: {reason}")
+    except KeyboardInterrupt:
+        return counts, True
+    return counts, False
+
+
+@contextmanager
+def _opened(output: Path) -> Iterator[TextIO]:
+    try:
+        # File names can contain bytes that are not UTF-8. These bytes are written unchanged.
         with output.open("w", newline="", encoding="utf-8", errors="surrogateescape") as table:
             yield table
     except OSError as error:
@@ -130,15 +146,16 @@ def _written(output: Path) -> Iterator[TextIO]:
 
 
 def _files(source: Path, root: Path) -> list[str]:
+    """Return the paths of the videos that a command-line argument names."""
     from openvclip.video.annotations import read_annotations
     from openvclip.video.files import VIDEO_SUFFIXES, find_videos
 
     if not source.exists():
         raise VideoNotFoundError(f"{source}: no such file or folder.")
     if source.is_dir():
-        found = find_videos(source)
-        if found:
-            return [os.path.join(source, path) for path in found]
+        videos = find_videos(source)
+        if videos:
+            return [os.path.join(source, path) for path in videos]
         if not any(source.glob("*.txt")):
             raise AnnotationError(f"{source}: holds neither videos nor lists of them.")
     elif source.suffix.lower() in VIDEO_SUFFIXES:

@@ -1,6 +1,7 @@
-"""Video files: decoding, sampling of frames, transforms, data sets. Knows files, no models.
+"""Video files: decoding, frame sampling, transforms and data sets.
 
-PyAV is needed to read files (``pip install "openvclip[video]"``) and imported only then.
+This package uses no models. PyAV is needed to read video files (``pip install
+"openvclip[video]"``). It is imported when the first file is read.
 """
 
 from openvclip.video import protocols, sampling, transforms

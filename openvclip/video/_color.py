@@ -1,6 +1,6 @@
-"""Colour jitter: brightness, contrast, saturation and hue, the same for all frames of a clip.
+"""Colour jitter: change brightness, contrast, saturation and hue of all frames of a clip alike.
 
-Pixels are float ``[..., 3, H, W]`` on the scale 0 to 255, and stay on it.
+Pixels are float ``[..., 3, H, W]`` in the range 0 to 255, before and after the change.
 """
 
 from __future__ import annotations
@@ -13,18 +13,21 @@ from torch import Tensor
 
 __all__ = ["Jitter", "draw_jitter"]
 
-_GREY = (0.2989, 0.587, 0.114)  # weights of the channels in ITU-R BT.601's luma
+_GREY = (0.2989, 0.587, 0.114)  # weights of the channels for luma in ITU-R BT.601
 
 
 class Jitter(NamedTuple):
-    """How far colours may change.
+    """The strength of the colour jitter.
 
     Attributes:
         brightness: pixels are multiplied by a factor from ``[max(0, 1 - brightness), 1 +
             brightness]``.
-        contrast: the same for the distance to the mean grey of the frame.
-        saturation: the same for the distance to the grey of the pixel.
-        hue: colours are turned by a part of the circle from ``[-hue, hue]``, at most 0.5.
+        contrast: the difference between a pixel and the mean grey of its frame is multiplied by a
+            factor from ``[max(0, 1 - contrast), 1 + contrast]``.
+        saturation: the difference between a pixel and the grey of the pixel is multiplied by a
+            factor from ``[max(0, 1 - saturation), 1 + saturation]``.
+        hue: the hue is rotated by a fraction of the colour circle from ``[-hue, hue]``. At most
+            0.5.
     """
 
     brightness: float = 0.0
@@ -36,7 +39,11 @@ class Jitter(NamedTuple):
 def draw_jitter(
     jitter: Jitter, generator: torch.Generator | None
 ) -> Callable[[Tensor], Tensor] | None:
-    """Draws the amounts and their order once; ``None`` where nothing is to change."""
+    """Draw the amounts and the order of the changes once.
+
+    Returns:
+        A function that changes pixels, or ``None`` if the jitter is 0.
+    """
     if not any(jitter):
         return None
     order = torch.randperm(len(jitter), generator=generator).tolist()
@@ -70,11 +77,11 @@ def _saturation(pixels: Tensor, factor: float) -> Tensor:
 
 
 def _hue(pixels: Tensor, shift: float) -> Tensor:
-    """Turns the hue of HSV; value and saturation stay."""
+    """Rotate the hue of HSV and keep value and saturation."""
     red, green, blue = pixels.unbind(-3)
     value, chroma = pixels.amax(-3), pixels.amax(-3) - pixels.amin(-3)
     safe = torch.where(chroma == 0, 1, chroma)
-    # in sixths of the circle, from red over green to blue
+    # the hue in sixths of the colour circle: red is 0, green is 2, blue is 4
     sixths = torch.where(
         value == red,
         (green - blue) / safe,
@@ -83,8 +90,8 @@ def _hue(pixels: Tensor, shift: float) -> Tensor:
     sixths = sixths + 6 * shift
     channels = []
     for offset in (5, 3, 1):
-        place = (offset + sixths) % 6
-        channels.append(value - chroma * torch.minimum(place, 4 - place).clamp_(0, 1))
+        position = (offset + sixths) % 6
+        channels.append(value - chroma * torch.minimum(position, 4 - position).clamp_(0, 1))
     return torch.stack(channels, -3)
 
 

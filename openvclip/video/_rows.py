@@ -1,7 +1,7 @@
-"""From the text of an annotation file to its rows, in every format that is known.
+"""Parse annotation files of all known formats.
 
-A format is recognised from the first line that is not blank; HMDB-51's, whose lines name no class,
-from the name of the file too.
+A format is recognised from the first line that is not blank. The lines of HMDB-51's files contain
+no class, so this format is also recognised from the name of the file.
 """
 
 from __future__ import annotations
@@ -26,7 +26,15 @@ _KINETICS_SUBSETS = {"valid": "val", "validate": "val", "validation": "val"}
 
 
 class Row(NamedTuple):
-    """One video: where it is written, its path, its label as a class name or index, its subset."""
+    """A row of an annotation file.
+
+    Attributes:
+        file: the annotation file.
+        line: number of the line, from 1.
+        path: path of the video.
+        label: class name or class index, as text.
+        subset: subset of an official list, or ``None``.
+    """
 
     file: str
     line: int
@@ -35,18 +43,19 @@ class Row(NamedTuple):
     subset: str | None = None
 
     @property
-    def place(self) -> str:
-        """File and line number, for error texts."""
+    def location(self) -> str:
+        """The file and the line number, for error texts."""
         return f"{self.file}, line {self.line}"
 
 
 class Table(NamedTuple):
-    """The rows of one file or folder, and what is known of the format.
+    """The rows of a file or folder.
 
     Attributes:
         rows: the rows.
-        dataset: whose official classes the labels are, or ``None``.
-        guessed: the paths are not in the file, but as a download usually names them.
+        dataset: the data set with these official classes, or ``None``.
+        guessed: whether the file contains no paths. Then the paths are the names that files of the
+            data set usually have.
     """
 
     rows: list[Row]
@@ -58,7 +67,7 @@ _Lines = list[tuple[int, str]]
 
 
 def read_table(path: str, names: Sequence[str] | None, split: int) -> Table:
-    """Reads a file, or a folder of official split files."""
+    """Read an annotation file or a folder of official lists."""
     if os.path.isdir(path):
         return _read_folder(path, names, split)
     lines = [(number, line) for number, line in enumerate(_read_lines(path), 1) if line.strip()]
@@ -75,28 +84,28 @@ def read_table(path: str, names: Sequence[str] | None, split: int) -> Table:
 
 
 def _read_folder(path: str, names: Sequence[str] | None, split: int) -> Table:
-    """The official lists of one of the three splits."""
+    """Read the official lists of one of the three splits."""
     ucf = [os.path.join(path, f"{kind}list{split:02d}.txt") for kind in ("test", "train")]
     hmdb = [
         os.path.join(path, f"{name.replace(' ', '_')}_test_split{split}.txt")
         for name in class_names("hmdb51")
     ]
     for dataset, files in (("ucf101", ucf), ("hmdb51", hmdb)):
-        there = [file for file in files if os.path.isfile(file)]
-        absent = [os.path.basename(file) for file in files if file not in there]
-        if there and absent:
+        present = [file for file in files if os.path.isfile(file)]
+        absent = [os.path.basename(file) for file in files if file not in present]
+        if present and absent:
             raise AnnotationError(
                 f"{path}: {len(absent)} of the {len(files)} files of split {split} are missing: "
                 f"{', '.join(absent[:5])}{', ...' if len(absent) > 5 else ''}. Unpack them again."
             )
-        if there:
+        if present:
             return Table(
                 [row for file in files for row in read_table(file, names, 1).rows], dataset
             )
     raise AnnotationError(
         f"{path}: is a folder without official lists of split {split}; expected "
         f"{os.path.basename(ucf[0])} and {os.path.basename(ucf[1])} (UCF-101), or "
-        f"{os.path.basename(hmdb[0])} and its like (HMDB-51)."
+        f"{os.path.basename(hmdb[0])} and the files of the other classes (HMDB-51)."
     )
 
 
@@ -116,38 +125,39 @@ def _too_few(path: str, number: int, line: str, expected: str) -> AnnotationErro
     )
 
 
-# --- UCF-101: "Class/v_Class_g08_c01.avi 1" to train, without an index to test -------------------
+# --- UCF-101: "Class/v_Class_g08_c01.avi 1" in training lists, without "1" in test lists ----------
 
 
 def _ucf_index(folder: str) -> int:
-    """The official index of a class, from 1; 0 for an unknown one."""
+    """Return the official index of a class, from 1, or 0 if the class is unknown."""
     name, names = class_name("ucf101", folder), class_names("ucf101")
     return names.index(name) + 1 if name in names else 0
 
 
 def _is_ucf(line: str) -> bool:
-    # A list of one's own that counts classes from 0 has the same form and other numbers.
-    found = _UCF.fullmatch(line)
-    if not found:
+    # A list that is not official can have the same form, but class indices from 0.
+    match = _UCF.fullmatch(line)
+    if not match:
         return False
-    official = _ucf_index(found["folder"])
-    return official > 0 and found["index"] in (None, str(official))
+    official = _ucf_index(match["folder"])
+    return official > 0 and match["index"] in (None, str(official))
 
 
 def _ucf_rows(path: str, lines: _Lines, names: Sequence[str] | None) -> Iterator[Row]:
     for number, line in lines:
-        found = _UCF.fullmatch(line.strip())
-        if not found:
+        match = _UCF.fullmatch(line.strip())
+        if not match:
             raise _too_few(path, number, line, "Class/v_Class_g01_c01.avi as in UCF-101's lists")
-        official = _ucf_index(found["folder"])
-        if found["index"] not in (None, str(official)) and official:
+        official = _ucf_index(match["folder"])
+        if match["index"] not in (None, str(official)) and official:
             raise AnnotationError(
-                f"{path}, line {number}: class index {found['index']} of {found['path']!r}; in "
-                f"UCF-101's lists, as which line {lines[0][0]} reads, it is {official}."
+                f"{path}, line {number}: class index {match['index']} of {match['path']!r}; in "
+                f"UCF-101's official lists it is {official}. Line {lines[0][0]} has the form of "
+                "these lists. Correct the index, or write path,label."
             )
-        subset = "train" if found["index"] else "test"
-        label = _folder_label("ucf101", found["folder"], names)
-        yield Row(path, number, found["path"], label, subset)
+        subset = "train" if match["index"] else "test"
+        label = _folder_label("ucf101", match["folder"], names)
+        yield Row(path, number, match["path"], label, subset)
 
 
 # --- HMDB-51: a file for each class, "name.avi 1" (0 unused, 1 train, 2 test) --------------------
@@ -158,18 +168,18 @@ def _hmdb_rows(path: str, lines: _Lines, names: Sequence[str] | None) -> Iterato
     assert file is not None
     folder = file["folder"]
     for number, line in lines:
-        found = _HMDB.fullmatch(line.strip())
-        if not found:
+        match = _HMDB.fullmatch(line.strip())
+        if not match:
             raise _too_few(path, number, line, "name.avi and 0, 1 or 2 as in HMDB-51's lists")
         label = _folder_label("hmdb51", folder, names)
-        yield Row(path, number, f"{folder}/{found['name']}", label, _HMDB_FLAGS[found["flag"]])
+        yield Row(path, number, f"{folder}/{match['name']}", label, _HMDB_FLAGS[match["flag"]])
 
 
 def _folder_label(dataset: str, folder: str, names: Sequence[str] | None) -> str:
     return folder if names and folder in names else class_name(dataset, folder)
 
 
-# --- Kinetics: a header, and columns that name a part of a video on YouTube ----------------------
+# --- Kinetics: a header, and columns that identify a part of a YouTube video ---------------------
 
 
 def _kinetics_rows(path: str, lines: _Lines) -> Iterator[Row]:

@@ -1,6 +1,6 @@
-"""One video file opened with PyAV: what it says about itself, and its frames one after another.
+"""A video file opened with PyAV: its metadata and its frames one after another.
 
-Everything that FFmpeg can throw at a caller is turned into :class:`VideoError` here.
+Every error of FFmpeg is converted to :class:`VideoError` in this module.
 """
 
 from __future__ import annotations
@@ -16,73 +16,74 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import get_worker_info
 
 from openvclip.errors import MissingDependencyError, VideoError, VideoNotFoundError
+from openvclip.video._containers import container_of
 from openvclip.video.sampling import StreamInfo
 
 if TYPE_CHECKING:
     import av
 
-# Containers whose packets carry presentation times of their own. In AVI they are reconstructed
-# while decoding, so a seek there can shift them by a frame.
-_SEEKABLE = frozenset({"mov", "mp4", "matroska", "webm"})
-# Text and playlist "formats": the first would make a video of any text file, the others open
-# further files that the caller did not name.
-_REFUSED = frozenset({"tty", "concat", "hls", "dash", "lavfi", "image2", "sdp", "rtsp", "data"})
-# Above 8K (33 million pixels). A damaged header can ask for far more memory than there is.
+# Above 8K (33 million pixels). A damaged header can ask for more memory than the machine has.
 _MAX_PIXELS = 64 * 2**20
 _DEFAULT_FPS = 30.0
 
 
 def require_av() -> Any:
-    """PyAV, imported where it is first needed."""
+    """Import PyAV at its first use and return the module."""
     try:
         import av
     except ImportError as error:
         raise MissingDependencyError(
-            'Reading video files needs PyAV, which is not installed: pip install "openvclip[video]"'
+            "PyAV is not installed, but it is needed to read video files. Install it with: pip "
+            'install "openvclip[video]"'
         ) from error
     return av
 
 
 def check_path(path: str | os.PathLike[str]) -> str:
-    """The absolute path of an existing, readable, non-empty file, or one of our errors."""
-    given = os.fspath(path)
-    # Absolute: FFmpeg reads the "a:" of a relative name as a protocol.
-    full = os.path.abspath(given)
+    """Return the absolute path of a readable, non-empty file.
+
+    Raises:
+        VideoNotFoundError: the file does not exist.
+        VideoError: the path is no regular file, or the file is empty or cannot be opened.
+    """
+    name = os.fspath(path)
+    # Absolute, because FFmpeg reads the "a:" of a relative name as a protocol.
+    full = os.path.abspath(name)
     if os.path.isdir(full):
-        raise VideoError(f"{given}: is a directory; expected a video file.")
+        raise VideoError(f"{name}: is a directory; expected a video file.")
     try:
         size = os.stat(full).st_size
     except (FileNotFoundError, NotADirectoryError) as error:
         raise VideoNotFoundError(
-            f"{given}: no such file. Check the path, and the root that annotations are relative to."
+            f"{name}: no such file. Check the path, and the folder to which it is relative."
         ) from error
     except (OSError, ValueError) as error:
-        raise VideoError(f"{given}: cannot be opened ({error}).") from error
+        raise VideoError(f"{name}: cannot be opened ({error}).") from error
     if not os.path.isfile(full):
-        raise VideoError(f"{given}: is not a regular file; expected a video file.")
+        raise VideoError(f"{name}: is not a regular file; expected a video file.")
     if size == 0:
-        raise VideoError(f"{given}: the file is empty (0 bytes). Copy or download it again.")
+        raise VideoError(f"{name}: the file is empty (0 bytes). Copy or download it again.")
     try:
         with open(full, "rb"):
             return full
     except PermissionError as error:
         raise VideoError(
-            f"{given}: no permission to read it; change the file's mode or owner."
+            f"{name}: no permission to read it; change the file's mode or owner."
         ) from error
     except OSError as error:
-        raise VideoError(f"{given}: cannot be opened ({error}).") from error
+        raise VideoError(f"{name}: cannot be opened ({error}).") from error
 
 
 def _failures() -> tuple[type[Exception], ...]:
-    # A damaged header also shows as plain Python errors of PyAV's bindings: a rate of 0 / 0, an
-    # impossible pixel format, a time stamp beyond 64 bits.
+    # A damaged header also causes plain Python errors in PyAV: a rate of 0 / 0, an impossible pixel
+    # format, a time stamp beyond 64 bits.
     python = (OSError, ValueError, ArithmeticError, RuntimeError, LookupError, MemoryError)
     return (require_av().error.FFmpegError, *python)
 
 
 @contextmanager
 def decoder_errors(path: str) -> Iterator[None]:
-    """Turns what FFmpeg and PyAV raise into :class:`VideoError`."""
+    """Convert the errors of FFmpeg and PyAV to :class:`VideoError`."""
     try:
         yield
     except VideoError:
@@ -97,11 +98,12 @@ def decoder_errors(path: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class PacketIndex:
-    """What a pass over the packets of a stream, without decoding, tells.
+    """The result of a pass over the packets of a stream, without decoding.
 
     Attributes:
-        count: packets that become a frame.
-        stamps: their presentation times in ticks, rising; ``None`` if any lacks one or two agree.
+        count: number of packets that contain a frame.
+        stamps: presentation times of these packets in ticks, in increasing order. ``None`` if a
+            packet has no presentation time or if two packets have the same presentation time.
     """
 
     count: int
@@ -109,10 +111,17 @@ class PacketIndex:
 
 
 class Stream:
-    """The first video stream of a file. A context manager; not safe to share between threads.
+    """The first video stream of a file. A context manager; not thread-safe.
 
-    ``alone=False`` says that other processes decode beside this one, as the workers of a
-    ``DataLoader`` do: then the decoder takes one thread.
+    Args:
+        path: the absolute path of the file.
+        alone: whether this process is the only process that decodes videos. If not, the decoder
+            uses one thread.
+
+    Attributes:
+        path: the absolute path of the file.
+        position: time stamp of the last decoded frame, in ticks.
+        message: the first error of FFmpeg that did not end the decoding, or ``""``.
     """
 
     def __init__(self, path: str, *, alone: bool = True) -> None:
@@ -145,37 +154,37 @@ class Stream:
 
     @property
     def info(self) -> StreamInfo:
-        """What the container says; ``frames`` may be missing."""
+        """The metadata of the stream; ``frames`` can be ``None``."""
         return self._base
 
     @property
     def seekable(self) -> bool:
-        """Whether a seek is sure to leave the time stamps of the frames as they are."""
-        return bool(_SEEKABLE & set(self._container.format.name.split(",")))
+        """Whether a seek leaves the time stamps of the frames unchanged."""
+        return container_of(self._container.format.name).seekable
 
     @property
     def in_order(self) -> bool:
-        """Whether the packets' time stamps are those of the frames."""
+        """Whether the time stamps of the packets are the time stamps of the frames."""
         return self.seekable or not self._stream.codec_context.has_b_frames
 
     def ticks(self, seconds: float) -> int:
-        """A time in seconds as ticks of the stream."""
+        """Convert seconds to ticks of the stream; return at least 1."""
         base = self._stream.time_base
         return max(1, round(seconds / float(base))) if base else 1
 
     @property
     def seconds(self) -> float | None:
-        """How long the container says that the stream is."""
+        """Duration of the stream according to the container, ``None`` if unknown."""
         base, duration = self._stream.time_base, self._base.duration
         return float(duration * base) if base and duration else None
 
     def seconds_at(self, stamp: int) -> float:
-        """A time stamp as seconds from the first frame."""
+        """Convert a time stamp to seconds from the first frame."""
         base = self._stream.time_base
         return float((stamp - self._base.start) * (base or 0))
 
     def seek(self, stamp: int) -> None:
-        """Goes to a key frame at or before a time stamp, as far as the container can tell."""
+        """Seek to a key frame; the container decides which key frame precedes the time stamp."""
         if self._frames is not None:
             self._frames.close()
             self._frames = None
@@ -183,7 +192,7 @@ class Stream:
             self._container.seek(stamp, backward=True, any_frame=False, stream=self._stream)
 
     def frames(self) -> Iterator[tuple[int, av.VideoFrame]]:
-        """``(time stamp, frame)`` in the order of decoding; the same iterator until a seek."""
+        """Return an iterator over ``(time stamp, frame)``; it is the same iterator until a seek."""
         if self._frames is None:
             self._frames = self._decode()
         return self._frames
@@ -193,7 +202,7 @@ class Stream:
         following = self._base.start
         for packet in self._packets():
             for frame in self._decode_packet(packet):
-                # Raw streams carry no time stamps: count on from the frame before.
+                # Frames of raw streams have no time stamps: continue from the previous frame.
                 stamp = following if frame.pts is None else int(frame.pts)
                 following = stamp + step
                 self.position = stamp
@@ -207,8 +216,8 @@ class Stream:
             except StopIteration:
                 return
             except _failures() as error:
-                # The rest of a truncated file. The generator has ended; the decoder's last frames
-                # are still to be had.
+                # The file is truncated, and the generator has ended. An empty packet makes the
+                # decoder return its last frames.
                 self._note(error)
                 yield self._flush_packet()
                 return
@@ -223,7 +232,7 @@ class Stream:
         try:
             frames: list[Any] = list(packet.decode())
         except _failures() as error:
-            # A damaged packet costs its own frames, not the rest of the video.
+            # The frames of a damaged packet are lost, but not the rest of the video.
             self._note(error)
             return []
         for frame in frames:
@@ -236,7 +245,7 @@ class Stream:
 
 
 def index_packets(path: str) -> PacketIndex:
-    """Counts the frames of a stream from its packets: reads the file, decodes nothing."""
+    """Count the frames of a stream by its packets, without decoding."""
     stamps: list[int | None] = []
     with Stream(path) as stream:
         for packet in stream._packets():
@@ -248,36 +257,36 @@ def index_packets(path: str) -> PacketIndex:
 
 
 def with_count(info: StreamInfo, count: int) -> StreamInfo:
-    """The stream's facts with a number of frames that was counted."""
+    """Return the metadata with a number of frames that was counted from the packets."""
     return replace(info, frames=count, counted=True)
 
 
 def _open(path: str) -> Any:
     av = require_av()
-    # A media file can name other files and addresses; nothing but this file is read.
+    # A media file can name other files and addresses. Only the file itself is read.
     options = {"protocol_whitelist": "file"}
     try:
-        # Titles in old encodings are common, and of no interest here.
+        # Titles in old encodings are common. Titles are not used.
         return av.open(path, metadata_errors="ignore", options=options)
-    except TypeError:  # PyAV 19 takes any encoding as it is, and the argument no longer
+    except TypeError:  # PyAV 19 accepts every encoding and has removed the argument
         return av.open(path, options=options)
 
 
 def _video_stream(container: Any, path: str, alone: bool) -> Any:
-    kind = container.format.name
-    if _REFUSED & set(kind.split(",")) or kind.endswith("_pipe"):
-        raise VideoError(f"{path}: is not a video file (FFmpeg takes it for {kind!r}).")
+    names = container.format.name
+    if container_of(names).refused:
+        raise VideoError(f"{path}: is not a video file (FFmpeg takes it for {names!r}).")
     if not container.streams.video:
-        found = ", ".join(stream.type for stream in container.streams) or "no stream at all"
-        raise VideoError(f"{path}: has no video stream (found: {found}).")
+        kinds = ", ".join(stream.type for stream in container.streams) or "no stream at all"
+        raise VideoError(f"{path}: has no video stream (found: {kinds}).")
     stream = container.streams.video[0]
     context = stream.codec_context
     if context is None:
         raise VideoError(f"{path}: this FFmpeg has no decoder for its video stream.")
     if context.width * context.height > _MAX_PIXELS:
         raise _too_large(path, context.width, context.height)
-    # Workers of a DataLoader share the machine already: a decoder with a thread for every core in
-    # each of them only makes them wait for each other.
+    # The workers of a DataLoader already use all cores. If each worker had a decoder with one
+    # thread for each core, the threads would wait for each other.
     if get_worker_info() is not None or not alone:
         context.thread_count = 1
     else:

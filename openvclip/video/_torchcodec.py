@@ -1,8 +1,8 @@
-"""Frames by number with torchcodec.
+"""Decoding of frames by number with torchcodec.
 
-What frames to take is planned from what PyAV says of the file, for both backends; only the decoding
-is torchcodec's. It counts frames by the time stamps in the packets, so it can be asked only where
-these are right, and it refuses files that are damaged or break off. PyAV reads those.
+For both backends the frames are chosen from the metadata that PyAV reads; torchcodec only decodes
+them. torchcodec counts frames by the time stamps in the packets, so it is used only if these time
+stamps are right. It refuses files that are damaged or truncated. PyAV decodes all other files.
 """
 
 from __future__ import annotations
@@ -20,28 +20,36 @@ __all__ = ["decode_frames", "require_torchcodec"]
 
 
 def require_torchcodec() -> Any:
-    """torchcodec's ``decoders``, imported where they are first needed."""
+    """Import ``torchcodec.decoders`` at its first use and return the module."""
     try:
         from torchcodec import decoders
-    except (ImportError, RuntimeError, OSError) as error:  # not there; no FFmpeg; another PyTorch
-        first = (str(error).strip().splitlines() or [""])[0]
+    except (
+        ImportError,
+        RuntimeError,
+        OSError,
+    ) as error:  # or FFmpeg is missing
+        reason = (str(error).strip().splitlines() or [""])[0]
         raise MissingDependencyError(
-            f"backend='torchcodec' can't be loaded ({first}). It needs torchcodec in the version "
-            "for this PyTorch, and FFmpeg's libraries on the system; backend='pyav' needs neither."
+            f"backend='torchcodec' can't be loaded ({reason}). It needs the version of torchcodec "
+            "for this PyTorch, and FFmpeg's shared libraries; backend='pyav' needs neither."
         ) from error
     return decoders
 
 
 def decode_frames(path: str, numbers: Sequence[int], count: int) -> Tensor | None:
-    """uint8 ``[N, C, H, W]``, upright, or ``None`` where torchcodec can't be relied upon.
+    """Decode frames with torchcodec.
 
     Args:
-        path: a file that PyAV opened.
-        numbers: which frames, counted from 0 in the order in which they are shown.
-        count: the frames of the stream as PyAV counts them.
+        path: a file that PyAV can open.
+        numbers: indices of the frames in display order, from 0.
+        count: number of frames in the stream according to PyAV.
+
+    Returns:
+        The upright frames, uint8 ``[N, C, H, W]``, or ``None`` if torchcodec fails or counts
+        another number of frames than PyAV.
     """
     decoders = require_torchcodec()
-    # As for PyAV: workers share the cores already; 0 lets FFmpeg choose.
+    # One thread for each worker of a DataLoader, as for PyAV. 0 lets FFmpeg choose.
     threads = 1 if get_worker_info() is not None else 0
     wanted = sorted(set(numbers))
     try:
@@ -51,5 +59,5 @@ def decode_frames(path: str, numbers: Sequence[int], count: int) -> Tensor | Non
         frames: Tensor = decoder.get_frames_at(wanted).data
     except (RuntimeError, ValueError, IndexError):
         return None
-    place = {number: index for index, number in enumerate(wanted)}
-    return frames[torch.tensor([place[number] for number in numbers])].contiguous()
+    row = {number: index for index, number in enumerate(wanted)}
+    return frames[torch.tensor([row[number] for number in numbers])].contiguous()

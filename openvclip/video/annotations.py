@@ -1,4 +1,4 @@
-"""Lists of videos and their labels: ``path,label`` files, and the data sets' official ones."""
+"""Read annotations: ``path,label`` files and the official lists of the data sets."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ __all__ = ["Annotations", "locate_videos", "read_annotations"]
 
 
 class Annotations(NamedTuple):
-    """The videos of a data set and their labels.
+    """The videos of a data set and their class indices.
 
     Attributes:
-        samples: ``(path, class index)`` of each video, in the order of the file; paths as written
-            there.
-        class_names: the name of each class, or ``None`` when the file holds only indices.
+        samples: ``(path, class index)`` of each video, in the order of the file. The paths are not
+            changed.
+        class_names: the class names in the order of their class indices, or ``None`` if the file
+            contains only class indices.
     """
 
     samples: list[tuple[str, int]]
@@ -35,38 +36,40 @@ def read_annotations(
     split: int = 1,
     root: str | os.PathLike[str] | None = None,
 ) -> Annotations:
-    """Reads a list of videos, in a format that its first line that is not blank tells.
+    """Read a list of videos.
 
-    - ``path,label`` or ``path label``, one video on a line; a header ``path,label,...`` may name
-      the columns (further columns are left alone). In comma-separated files a path or name with a
-      comma stands in double quotes; in space-separated ones the label is the last word, or the
-      longest class name that ends the line. A label is a class name or, if no class is called so,
-      an index from 0.
-    - UCF-101's ``trainlist01.txt`` and ``testlist01.txt``, or the folder that holds them. The
-      class is that of the folder; paths start below ``UCF-101/``.
-    - HMDB-51's ``brush_hair_test_split1.txt``, or the folder that holds all of them. Videos that a
-      split does not use are left out; paths start at the folders of the classes.
-    - Kinetics' CSV files (columns ``label,youtube_id,time_start,time_end,split``). They name no
-      files: a video is ``<youtube_id>_<start>_<end>.mp4`` with six digits for the times, or what
-      :func:`locate_videos` finds by this name in ``root``.
+    The format is recognised from the first line that is not blank:
+
+    - ``path,label`` or ``path label``: one video on each line. A header ``path,label,...`` can name
+      the columns; other columns are ignored. In comma-separated files, a path or class name that
+      contains a comma is put in double quotes. In space-separated files, the label is the longest
+      class name that ends the line, or else the last word. A label is a class name; if no class has
+      this name, the label is a class index from 0.
+    - UCF-101: ``trainlist01.txt`` and ``testlist01.txt``, or the folder that contains them. The
+      folder of a video gives its class. Paths are relative to ``UCF-101/``.
+    - HMDB-51: ``brush_hair_test_split1.txt``, or the folder that contains the files of all classes.
+      Videos that a split does not use are skipped. Paths begin with the folder of the class.
+    - Kinetics: CSV files with the columns ``label,youtube_id,time_start,time_end,split``. These
+      files contain no file names, so the path is ``<youtube_id>_<start>_<end>.mp4`` with six digits
+      for each time. If ``root`` is given, :func:`locate_videos` searches for this name in ``root``.
 
     Args:
         path: a UTF-8 text file, or a folder of official lists.
-        class_names: the classes in the order of their indices. Without it, they are the official
-            ones for UCF-101 and HMDB-51; otherwise labels must be all indices, or all names, whose
-            classes are then their sorted set.
-        subset: ``"train"``, ``"test"`` or ``"val"``: only the videos that an official list gives
-            to this subset. All of them by default.
-        split: which of the three official splits to take from a folder.
-        root: where the videos of Kinetics are; not used for the other formats.
+        class_names: the class names in the order of their class indices. Default for UCF-101 and
+            HMDB-51: the official class names. Otherwise all labels must be class indices, or all
+            labels must be class names; the classes are then the sorted set of these names.
+        subset: ``"train"``, ``"test"`` or ``"val"``: read only the videos of this subset of an
+            official list. Default: all videos.
+        split: number of the official split (1, 2 or 3), if ``path`` is a folder.
+        root: folder of the videos of Kinetics. Other formats ignore it.
 
     Returns:
-        The samples, and the class names.
+        The samples and the class names.
 
     Raises:
-        AnnotationError: no such file, no videos in it, or a line with too few fields or an unknown
-            class; the text names the file and the line.
-        VideoNotFoundError: the list is one of Kinetics, and there is no folder ``root``.
+        AnnotationError: the file does not exist or contains no videos, or a line has too few fields
+            or an unknown class. The text names the file and the line.
+        VideoNotFoundError: the list is a list of Kinetics, and the folder ``root`` does not exist.
     """
     names = None if class_names is None else _unique(class_names)
     table = read_table(os.fspath(path), names, split)
@@ -78,7 +81,7 @@ def read_annotations(
     if names is None and not all(_is_index(row.label) for row in rows):
         names = sorted({row.label for row in rows})
     lookup = {name: index for index, name in enumerate(names or ())}
-    samples = [(row.path, _label(row, lookup, names)) for row in rows]
+    samples = [(row.path, _class_index(row, lookup, names)) for row in rows]
     if table.guessed and root is not None:
         samples = locate_videos(samples, root)
     return Annotations(samples, names)
@@ -87,23 +90,28 @@ def read_annotations(
 def locate_videos(
     samples: Sequence[tuple[str, int]], root: str | os.PathLike[str]
 ) -> list[tuple[str, int]]:
-    """Where the videos of a list lie in a download.
+    """Find the videos of a list in a folder.
 
-    A path that exists below ``root`` stays as it is. Others become that of the video file with the
-    same name, whatever its folder and ending: Kinetics comes flat, in folders by class or in
-    parts, as MP4, MKV or WebM. A path that is nowhere to be found stays too.
+    A path that exists below ``root`` is kept. Any other path is replaced by the video file with the
+    same name in any subfolder and with any extension. Copies of Kinetics differ in this: they have
+    no subfolders, one subfolder for each class, or numbered parts, with MP4, MKV or WebM files. A
+    path without such a file is kept.
+
+    Args:
+        samples: ``(path, class index)`` pairs.
+        root: folder of the videos.
 
     Returns:
-        ``(path relative to root, class index)`` in the same order.
+        ``(path relative to root, class index)`` pairs in the same order.
 
     Raises:
-        VideoNotFoundError: there is no folder ``root``.
+        VideoNotFoundError: the folder ``root`` does not exist.
     """
-    there = find_videos(root)
-    exact, by_name = set(there), {_stem(path): path for path in reversed(there)}
+    files = find_videos(root)
+    exact, by_name = set(files), {_stem(path): path for path in reversed(files)}
     return [
-        (path if os.path.normpath(path) in exact else by_name.get(_stem(path), path), label)
-        for path, label in samples
+        (path if os.path.normpath(path) in exact else by_name.get(_stem(path), path), class_index)
+        for path, class_index in samples
     ]
 
 
@@ -124,10 +132,10 @@ def _of_subset(table: Table, subset: str | None, path: str) -> list[Row]:
 
 def _unique(class_names: Sequence[str]) -> list[str]:
     names = list(class_names)
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
         raise AnnotationError(
-            f"class_names holds {twice} more than once; every class needs its own name."
+            f"class_names holds {repeated} more than once; every class needs its own name."
         )
     return names
 
@@ -136,18 +144,18 @@ def _is_index(label: str) -> bool:
     return label.isascii() and label.isdigit()
 
 
-def _label(row: Row, lookup: dict[str, int], names: Sequence[str] | None) -> int:
+def _class_index(row: Row, lookup: dict[str, int], names: Sequence[str] | None) -> int:
     if row.label in lookup:
         return lookup[row.label]
     if not _is_index(row.label):
         raise AnnotationError(
-            f"{row.place}: unknown class {row.label!r}; it is none of the {len(lookup)} class "
-            "names, nor an index."
+            f"{row.location}: unknown class {row.label!r}; expected one of the {len(lookup)} "
+            "class names, or a class index."
         )
     index = int(row.label)
     if names is not None and index >= len(names):
         raise AnnotationError(
-            f"{row.place}: class index {index} of {row.path!r}; there are {len(names)} classes, "
-            f"so at most {len(names) - 1} is possible."
+            f"{row.location}: class index {index} of {row.path!r}; there are {len(names)} classes, "
+            f"so the largest class index is {len(names) - 1}."
         )
     return index

@@ -1,7 +1,7 @@
-"""Which video files can't be read: found before a run, in parallel.
+"""Find the video files that cannot be read, in parallel.
 
-Every file is decoded in a process of its own that can be lost: a file that crashes the decoder, or
-keeps it busy for ever, is a finding like any other.
+The files are decoded in worker processes. If a file crashes the decoder or never ends, only the
+worker process is lost, and the file is reported as bad.
 """
 
 from __future__ import annotations
@@ -21,22 +21,23 @@ from openvclip.video._stream import Stream, check_path, decoder_errors, require_
 __all__ = ["VideoCheck", "check_video", "check_videos"]
 
 _START_SECONDS = 300.0  # for a process to import PyTorch, from a slow disk
-_END_SECONDS = 30.0  # for a process that has hung up: the end of an interpreter takes a while
+_END_SECONDS = 30.0  # for a process to end after it has closed its connection
 
 
 class VideoCheck(NamedTuple):
-    """What is known of a video file; ``None`` for what can't be known.
+    """The result of the check of a video file. Unknown values are ``None``.
 
     Attributes:
-        path: as given.
-        status: ``"ok"``; ``"damaged"``: some frames can be decoded, others not, and
-            :func:`~openvclip.video.read_clip` uses those that can; ``"bad"``: no frame can be had.
-        reason: what is wrong, or ``""``.
-        frames: frames that were decoded; with ``quick`` what the container says.
-        fps: average frame rate, frames per second.
-        width: of the first frame, pixels.
-        height: of the first frame, pixels.
-        seconds: how long the container says that the video is.
+        path: the path, unchanged.
+        status: ``"ok"``; ``"damaged"`` if only some frames can be decoded
+            (:func:`~openvclip.video.read_clip` uses these frames); ``"bad"`` if no frame can be
+            decoded.
+        reason: the error, or ``""``.
+        frames: number of decoded frames; with ``quick``, the number that the container gives.
+        fps: average frame rate, in frames per second.
+        width: width of the first frame, in pixels.
+        height: height of the first frame, in pixels.
+        seconds: duration of the video according to the container.
         bytes: size of the file.
     """
 
@@ -52,25 +53,25 @@ class VideoCheck(NamedTuple):
 
 
 def check_video(path: str | os.PathLike[str], *, quick: bool = False) -> VideoCheck:
-    """Decodes a video file, in this process.
+    """Decode a video file in this process and return whether this worked.
 
     Args:
         path: the file.
-        quick: only the first frame, not all. It misses what is damaged further on.
+        quick: decode only the first frame. Damage in later frames is then not detected.
 
     Raises:
         MissingDependencyError: PyAV is not installed.
     """
     require_av()
-    given = os.fspath(path)
-    size = os.path.getsize(given) if os.path.isfile(given) else None
+    name = os.fspath(path)
+    size = os.path.getsize(name) if os.path.isfile(name) else None
     try:
-        return _decoded(given, quick)._replace(bytes=size)
+        return _decode(name, quick)._replace(bytes=size)
     except VideoError as error:
-        return VideoCheck(given, "bad", str(error), bytes=size)
+        return VideoCheck(name, "bad", str(error), bytes=size)
 
 
-def _decoded(path: str, quick: bool) -> VideoCheck:
+def _decode(path: str, quick: bool) -> VideoCheck:
     first: Any = None
     count = 0
     with Stream(check_path(path), alone=False) as stream:
@@ -104,25 +105,25 @@ def check_videos(
     quick: bool = False,
     timeout: float = 600.0,
 ) -> Generator[VideoCheck, None, None]:
-    """Decodes many video files in parallel.
+    """Decode many video files in parallel.
+
+    The worker processes are spawned, like the workers of a ``DataLoader`` on macOS and Windows. A
+    script therefore needs ``if __name__ == "__main__":`` around the code that it runs.
 
     Args:
         paths: the files.
-        num_workers: processes that decode; one for each core by default.
+        num_workers: number of worker processes. Default: one for each core.
         quick: see :func:`check_video`.
-        timeout: seconds after which a file counts as bad.
+        timeout: number of seconds after which a file counts as bad.
 
     Yields:
-        One :class:`VideoCheck` for each path, in the order in which they are done. Leaving the loop
-        early ends the processes.
-
-    The processes are started as ``DataLoader`` does on macOS and Windows: a script needs
-    ``if __name__ == "__main__":`` around what it runs.
+        One :class:`VideoCheck` for each path, in the order in which the checks end. If the loop
+        ends early, the worker processes end too.
 
     Raises:
         VideoOptionError: ``num_workers`` or ``timeout`` is not above 0.
         MissingDependencyError: PyAV is not installed.
-        UsageError: the processes can't be started.
+        UsageError: the worker processes cannot be started.
     """
     require_av()
     files = [os.fspath(path) for path in paths]
@@ -144,10 +145,10 @@ def _run(files: Sequence[str], workers: Sequence[_Worker]) -> Generator[VideoChe
         thread.start()
     try:
         for _ in files:
-            found = done.get()
-            if isinstance(found, UsageError):
-                raise found
-            yield found
+            check = done.get()
+            if isinstance(check, UsageError):
+                raise check
+            yield check
     finally:
         for worker in workers:
             worker.close()
@@ -156,7 +157,7 @@ def _run(files: Sequence[str], workers: Sequence[_Worker]) -> Generator[VideoChe
 
 
 class _Worker:
-    """A process that decodes one file after another, and the thread that talks to it."""
+    """A process that decodes one file after another, controlled by a thread of this process."""
 
     def __init__(self, quick: bool, timeout: float) -> None:
         self._quick, self._timeout = quick, timeout
@@ -169,7 +170,7 @@ class _Worker:
         todo: queue.SimpleQueue[str],
         done: queue.SimpleQueue[VideoCheck | UsageError],
     ) -> None:
-        """Takes files until there are none left; runs in a thread."""
+        """Check files until the queue is empty. Runs in a thread."""
         try:
             while not self._closed.is_set():
                 done.put(self._check(todo.get_nowait()))
@@ -181,7 +182,7 @@ class _Worker:
             self._stop()
 
     def close(self) -> None:
-        """Ends the process, whatever it is at; from another thread."""
+        """Kill the process. Called from another thread."""
         self._closed.set()
         process = self._process
         if process is not None:
@@ -192,8 +193,8 @@ class _Worker:
         try:
             connection.send(path)
             if connection.poll(self._timeout):
-                found: VideoCheck = connection.recv()
-                return found
+                check: VideoCheck = connection.recv()
+                return check
         except (EOFError, OSError):
             reason = f"the decoder crashed ({_ending(self._stop(_END_SECONDS))})"
         else:
@@ -203,14 +204,14 @@ class _Worker:
         return VideoCheck(path, "bad", f"{path}: {reason}.", bytes=size)
 
     def _start(self) -> Connection:
-        # Not forked: threads are running, and libraries that decode may run others.
+        # Spawned, because a fork of a process with running threads can hang.
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs, self._quick), daemon=True)
         process.start()
         self._process = process
         theirs.close()
-        if self._closed.is_set():  # close() came before there was a process to end
+        if self._closed.is_set():  # close() was called before the process existed
             process.kill()
         try:
             if self._connection.poll(_START_SECONDS) and self._connection.recv() == "ready":
@@ -219,11 +220,11 @@ class _Worker:
             pass
         raise UsageError(
             f"A process that decodes videos did not start ({_ending(self._stop(_END_SECONDS))}). "
-            'In a script, put what it runs under if __name__ == "__main__":.'
+            'In a script, put the code under if __name__ == "__main__":.'
         )
 
     def _stop(self, patience: float = 1.0) -> int | None:
-        """Ends the process, by force after ``patience`` seconds; returns its exit status."""
+        """End the process, kill it after ``patience`` seconds, and return its exit status."""
         if self._process is None or self._connection is None:
             return None
         self._connection.close()
@@ -243,8 +244,8 @@ def _ending(status: int | None) -> str:
 
 
 def _serve(connection: Connection, quick: bool) -> None:
-    """Answers paths with findings, until the other side hangs up."""
-    # Ctrl-C reaches every process of a terminal; the one that started this ends it.
+    """Receive paths and send back checks until the connection is closed."""
+    # Ctrl-C reaches every process of a terminal. The parent process ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection.send("ready")
     while True:

@@ -1,4 +1,4 @@
-"""A data set of video files for a ``DataLoader``; a broken video never stops a run."""
+"""A data set of video files for a ``DataLoader``; a broken video does not stop a run."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ _SUBSTITUTES = 20
 
 
 class VideoSample(NamedTuple):
-    """What ``VideoDataset(..., details=True)`` gives; ``default_collate`` makes batches of it.
+    """An item of ``VideoDataset(..., details=True)``; ``default_collate`` can batch it.
 
     Attributes:
-        video: as without details. Black, through the same transform, where the file is broken.
+        video: the frames, as without ``details``. If the file is broken, black frames that went
+            through the same transform.
         label: class index.
         position: index into ``dataset.samples``.
-        error: why the video could not be read, or ``""``. An evaluation counts such a sample as
-            wrong, whatever the model says of the black frames.
+        error: the reason why the video could not be read, or ``""``. An evaluation counts a sample
+            with an error as wrong and ignores the logits of the black frames.
     """
 
     video: Tensor
@@ -58,56 +59,58 @@ class Failure(NamedTuple):
 
 
 class VideoDataset(Dataset[tuple[Tensor, int] | VideoSample]):
-    """Video files with labels.
+    """Video files with class indices.
 
-    An item is ``(video, label)``, so that ``for video, label in loader`` is a training loop; with
-    ``details=True`` it is a :class:`VideoSample` ``(video, label, position, error)``
-    for evaluation.
-    ``video`` is ``[T, C, H, W]`` for ``views=1`` and ``[V, T, C, H, W]`` for more. With a transform
-    of three crops it is ``[3V, T, C, H, W]``: each crop of a view is a view.
+    An item is ``(video, class index)``. With ``details=True`` an item is a :class:`VideoSample`
+    ``(video, label, position, error)``, for evaluation. ``video`` is ``[T, C, H, W]`` if
+    ``sampling.views`` is 1, and ``[V, T, C, H, W]`` otherwise. With a transform of three crops it
+    is ``[3V, T, C, H, W]``: each crop of a view counts as a view.
 
-    A video that cannot be read is tried once more (``"dense"``: with another start). If that fails
-    too, its place is taken
+    If a video cannot be read, it is read a second time. The sampler ``"dense"`` then uses another
+    start. If this fails too, the item depends on ``details``:
 
-    - by another video of the data set, drawn at random, with that one's label, in training
-      (``details=False``);
-    - by black frames with the reason in ``error`` for ``details=True``: nothing is replaced, so
+    - ``details=False`` (training): the item is another video of the data set, drawn at random,
+      together with the class index of that video;
+    - ``details=True`` (evaluation): the item has black frames, and ``error`` gives the reason. So
       every sample is counted once.
 
-    Either way it is listed in :attr:`failures`, also when it was a worker of the ``DataLoader``
-    that met it: workers append to a file that all processes share.
+    In both cases the broken video is listed in :attr:`failures`. This includes the failures in the
+    workers of a ``DataLoader``, because all processes append to the same file.
 
-    What is random is drawn from ``(seed, epoch, index)`` alone: the same for any number of workers
-    and any order. Call :meth:`set_epoch` before each epoch; it reaches persistent workers too.
+    All random numbers depend only on ``(seed, epoch, index)``. They do not depend on the number of
+    workers or the order of the items. Call :meth:`set_epoch` before each epoch; the call also
+    reaches persistent workers.
 
     Args:
         annotations: a file or folder for :func:`read_annotations`, or ``(path, class index)``
             pairs, such as the samples of a split of :mod:`openvclip.video.protocols`.
-        root: folder that relative paths start from.
-        transform: callable from uint8 ``[..., T, C, H, W]`` to what the model gets, such as
-            ``transforms.build("train")``; ``None`` leaves the uint8 frames, which can be batched
-            only where all videos have one size. Callables other than
-            :class:`~openvclip.video.transforms.Transform` may use PyTorch's global generator, which
-            is seeded for the item and put back.
-        sampling: which frames to read; ``Sampling()`` by default. Take the sampler ``"dense"`` for
-            training, ``"released"`` or ``"uniform"`` for evaluation.
-        class_names: the classes in the order of their indices, for annotation files with names.
+        root: folder to which relative paths refer.
+        transform: callable that turns uint8 ``[..., T, C, H, W]`` into the input of the model, such
+            as ``transforms.build("train")``. With ``None`` the frames stay uint8; these can be
+            batched only if all videos have the same size. A callable that is no
+            :class:`~openvclip.video.transforms.Transform` may use PyTorch's global generator. The
+            global generator is seeded before the call and restored after it.
+        sampling: the frames to read. Default: ``Sampling()``. Use the sampler ``"dense"`` for
+            training and ``"released"`` or ``"uniform"`` for evaluation.
+        class_names: class names in the order of their class indices, for annotation files that
+            contain class names.
         subset: ``"train"``, ``"test"`` or ``"val"``, for official lists; see
             :func:`read_annotations`.
-        split: which official split, for folders of official lists.
-        details: give :class:`VideoSample` items.
-        seed: start of all random numbers.
-        failure_log: file to which failures are appended, one JSON object on a line; kept. By
-            default a temporary file that goes with the data set.
+        split: number of the official split, for folders of official lists.
+        details: whether items are :class:`VideoSample`.
+        seed: seed of all random numbers.
+        failure_log: file to which failures are appended, one JSON object on each line. Default: a
+            temporary file that is deleted together with the data set.
 
     Attributes:
-        samples: ``(path, class index)`` pairs as annotated.
-        class_names: the names, or ``None`` if neither given nor in the file.
+        samples: ``(path, class index)`` pairs, as in the annotations.
+        class_names: the class names, or ``None`` if neither the argument nor the file gives them.
 
     Raises:
-        AnnotationError: see :func:`read_annotations`; or an empty list of pairs.
-        VideoNotFoundError: a list of Kinetics, and no folder ``root``.
-        VideoError: on access, in training, when one video after another cannot be read.
+        AnnotationError: see :func:`read_annotations`; also raised for an empty list of pairs.
+        VideoNotFoundError: the annotations are a list of Kinetics, and the folder ``root`` does not
+            exist.
+        VideoError: on access with ``details=False``, if many videos in succession cannot be read.
     """
 
     def __init__(
@@ -126,10 +129,9 @@ class VideoDataset(Dataset[tuple[Tensor, int] | VideoSample]):
     ) -> None:
         self.root = os.fspath(root)
         if isinstance(annotations, (str, os.PathLike)):
-            found = read_annotations(
+            self.samples, self.class_names = read_annotations(
                 annotations, class_names, subset=subset, split=split, root=self.root
             )
-            self.samples, self.class_names = found
         else:
             self.samples = _pairs(annotations)
             self.class_names = None if class_names is None else list(class_names)
@@ -137,7 +139,7 @@ class VideoDataset(Dataset[tuple[Tensor, int] | VideoSample]):
         self.sampling = sampling or Sampling()
         self.details = details
         self.seed = seed
-        # In shared memory, so that workers that live on see the new epoch.
+        # In shared memory, so that persistent workers read the new epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._log = _FailureLog(failure_log)
 
@@ -145,21 +147,21 @@ class VideoDataset(Dataset[tuple[Tensor, int] | VideoSample]):
         return len(self.samples)
 
     def set_epoch(self, epoch: int) -> None:
-        """Says which epoch comes; call it before iterating the loader, as for a sampler."""
+        """Set the epoch. Call this before iterating over the loader, as for a sampler."""
         self._epoch.fill_(int(epoch))
 
     @property
     def epoch(self) -> int:
-        """The epoch last set."""
+        """The epoch that was set last; 0 at first."""
         return int(self._epoch)
 
     @property
     def failures(self) -> list[Failure]:
-        """The videos that no process could read so far, each once, in the order of the samples."""
+        """Videos that could not be read so far in any process, in the order of the samples."""
         return self._log.read()
 
     def path(self, index: int) -> str:
-        """Where the video of a sample lies: its path below ``root``."""
+        """Return the path of a video, including ``root``."""
         return os.path.join(self.root, self.samples[index][0])
 
     def __getitem__(self, index: int) -> tuple[Tensor, int] | VideoSample:
@@ -168,8 +170,8 @@ class VideoDataset(Dataset[tuple[Tensor, int] | VideoSample]):
         index %= len(self)
         video, reason = self._load(index)
         if self.details:
-            shown = self._black(index) if video is None else video
-            return VideoSample(shown, self.samples[index][1], index, reason)
+            frames = self._black(index) if video is None else video
+            return VideoSample(frames, self.samples[index][1], index, reason)
         return self._substitute(index, reason) if video is None else (video, self.samples[index][1])
 
     def _load(self, index: int) -> tuple[Tensor | None, str]:
@@ -193,8 +195,8 @@ class VideoDataset(Dataset[tuple[Tensor, int] | VideoSample]):
         if self.transform is None:
             return clip
         if isinstance(self.transform, Transform):
-            shown = self.transform(clip, generator)
-            return shown.flatten(0, 1) if shown.ndim > 5 else shown  # crops of a view are views
+            pixels = self.transform(clip, generator)
+            return pixels.flatten(0, 1) if pixels.ndim > 5 else pixels  # a crop counts as a view
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(generator.initial_seed())
             return self.transform(clip)
@@ -213,25 +215,25 @@ class VideoDataset(Dataset[tuple[Tensor, int] | VideoSample]):
                 return video, self.samples[other][1]
         raise VideoError(
             f"{reason}\nNone of {_SUBSTITUTES} other videos drawn in its place could be read "
-            f"either. Check root={self.root!r}, and dataset.failures for the reasons."
+            f"either. Check root={self.root!r}. The reasons are in dataset.failures."
         )
 
     def _generator(self, index: int, attempt: int) -> torch.Generator:
-        # A hash rather than a sum: seed 0 in epoch 1 must not repeat seed 1 in epoch 0.
+        # A hash instead of a sum: seed 0 in epoch 1 must not repeat seed 1 in epoch 0.
         text = f"{self.seed}/{self.epoch}/{index}/{attempt}"
         digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def _pairs(annotations: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
-    pairs = [(os.fspath(path), int(label)) for path, label in annotations]
+    pairs = [(os.fspath(path), int(class_index)) for path, class_index in annotations]
     if not pairs:
         raise AnnotationError("annotations is an empty list; expected (path, class index) pairs.")
     return pairs
 
 
 class _FailureLog:
-    """A file that several processes append to; only its name travels to them."""
+    """A file to which several processes append. Other processes receive only its name."""
 
     def __init__(self, path: str | os.PathLike[str] | None) -> None:
         if path is not None:
@@ -253,13 +255,14 @@ class _FailureLog:
     def read(self) -> list[Failure]:
         try:
             with open(self.path, encoding="utf-8") as file:
-                found = [Failure(**json.loads(line)) for line in file]
+                failures = [Failure(**json.loads(line)) for line in file]
         except FileNotFoundError:
             return []
-        return sorted({failure.position: failure for failure in found}.values())
+        return sorted({failure.position: failure for failure in failures}.values())
 
 
 def _remove(path: str, owner: int) -> None:
-    # A forked worker ends with a copy of the log's owner; the file is not the worker's to remove.
+    # A forked worker also runs this finalizer at its end, but only the process that made the data
+    # set may remove the file.
     if os.getpid() == owner and os.path.exists(path):
         os.remove(path)

@@ -1,7 +1,7 @@
-"""From a video file to the frames of a clip.
+"""Read the frames of a clip from a video file.
 
-Frames that are not asked for are decoded, because others depend on them, but neither converted to
-RGB nor kept: memory holds the frames asked for and a few more, whatever the length of the video.
+A decoder must also decode the frames between the frames of a clip. These frames are not converted
+to RGB and not kept, so the memory does not grow with the length of the video.
 """
 
 from __future__ import annotations
@@ -32,12 +32,14 @@ if TYPE_CHECKING:
 
 __all__ = ["read_clip"]
 
-# Frames of a window are put in the order of their time stamps (AVI files with B-frames come out
-# of it); codecs reorder over at most 16 frames.
+# Frames of a window are sorted by time stamp, because in AVI files with B-frames the time stamps of
+# the decoded frames do not increase. Codecs reorder at most 16 frames.
 REORDER = 16
-# Seeking goes back to a key frame, which are seconds apart: jumping over less gains nothing.
+# In seconds. A seek goes back to a key frame, and key frames are seconds apart: a seek over a
+# shorter distance saves no time.
 _WORTH_A_SEEK = 4.0
-# Key frames are found by decoding time, which runs ahead of presentation time with B-frames.
+# In seconds. Key frames are found by decoding time. With B-frames, decoding time is earlier than
+# presentation time.
 _SEEK_MARGIN = 0.5
 
 
@@ -52,36 +54,42 @@ def read_clip(
     backend: Backend = "pyav",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Reads the frames that a model sees of a video file.
+    """Read one or more clips from a video file.
+
+    The keywords are the attributes of :class:`~openvclip.video.Sampling`.
 
     Args:
-        path: a video file in any container and codec that FFmpeg reads.
-        num_frames: T, frames in a view.
-        sampling_rate: distance of two frames of a view, counted at ``target_fps``.
-        target_fps: frames per second that ``sampling_rate`` refers to.
-        views: V, clips taken from the video, spread over its length.
-        sampler: ``"released"`` (the released Open-VCLIP test path), ``"uniform"`` (segment centres
-            over the whole video, ViFi-CLIP) or ``"dense"`` (the released training path: a random
-            start); see :mod:`openvclip.video.sampling`.
-        backend: ``"pyav"``, or ``"torchcodec"`` where that can be loaded. The frames are the same.
-            torchcodec relies on the time stamps in the packets: files that lack them (AVI and
-            MPEG-TS with B-frames), or that are damaged, are decoded by PyAV all the same.
-        generator: source of the random starts of ``"dense"``.
+        path: a video file in any container and codec that FFmpeg can read.
+        num_frames: T, the number of frames in a view.
+        sampling_rate: distance between two frames of a view, in frames at ``target_fps``.
+        target_fps: the frame rate to which ``sampling_rate`` refers, in frames per second.
+        views: V, the number of clips taken from the video. The clips are spread over its length.
+        sampler: ``"released"`` (the test path of the released Open-VCLIP code), ``"uniform"``
+            (centres of equal segments of the whole video, ViFi-CLIP) or ``"dense"`` (the training
+            path of the released code: a random start); see :mod:`openvclip.video.sampling`.
+        backend: ``"pyav"`` or ``"torchcodec"``. Both return the same frames. torchcodec needs
+            right time stamps in the packets. Damaged files and files without these time stamps (AVI
+            and MPEG-TS with B-frames) are always decoded by PyAV.
+        generator: random number generator for the starts of ``"dense"``. Default: the global
+            generator.
 
     Returns:
-        uint8 RGB ``[V, T, C, H, W]`` on the CPU, H and W as the video is shown: rotation metadata
-        is applied, which the released code does not do. An alpha channel is dropped, grey is
-        repeated over the three channels, more than 8 bits are rounded to 8.
+        uint8 RGB ``[V, T, C, H, W]`` on the CPU. H and W are the size at which the video is
+        displayed: rotation metadata is applied, which the released code does not do. An alpha
+        channel is dropped, grey is repeated over the three channels, and more than 8 bits are
+        rounded to 8 bits.
 
-    A video that is shorter than a view repeats its last frame. So does a file that breaks off or
-    is damaged in the middle: what can be decoded is used, and only a file that gives no frame at
-    all is an error. Should the size of the frames change on the way, all are scaled to the first.
+    If a video is shorter than a view, its last frame is repeated. The same holds for a file that is
+    truncated or damaged in the middle: all frames that can be decoded are used. If the size of the
+    frames changes inside a video, all frames are scaled to the size of the first frame.
 
     Raises:
-        VideoNotFoundError: there is no such file.
-        VideoError: a directory, an empty file, no video stream, or nothing that can be decoded.
-        VideoOptionError: an unknown sampler or backend, or a number out of range.
-        MissingDependencyError: PyAV is not installed, or torchcodec asked for and can't be loaded.
+        VideoNotFoundError: the file does not exist.
+        VideoError: the path is a folder, the file is empty or has no video stream, or no frame can
+            be decoded.
+        VideoOptionError: ``sampler`` or ``backend`` is not known, or a number is out of range.
+        MissingDependencyError: PyAV is not installed, or ``backend="torchcodec"`` and torchcodec
+            cannot be loaded.
 
     Source: the released code of Open-VCLIP (PySlowFast's PyAV path).
     """
@@ -107,7 +115,7 @@ def read_clip(
 
 
 def _decode(stream: Stream, windows: Sequence[Window], stamps: Sequence[int] | None) -> Tensor:
-    """uint8 ``[V * T, C, H, W]`` with PyAV."""
+    """Decode the frames of all windows with PyAV: uint8 ``[V * T, C, H, W]``."""
     parts = _parts(windows, stamps)
     pickers = _collect(stream, parts)
     frames = [
@@ -128,10 +136,10 @@ class _Part:
 
 
 def _parts(windows: Sequence[Window], stamps: Sequence[int] | None) -> list[_Part]:
-    """The windows; those that count from the first frame as one small window for each frame.
+    """Split each window that counts from the first frame into one small window for each frame.
 
-    With the time stamps of the packets known, frame number n is "the frame at stamps[n]", which
-    can be reached by a seek.
+    This is possible if the time stamps of the packets are known. Then frame n is the frame at
+    ``stamps[n]``, which a seek can reach.
     """
     parts = []
     for view, window in enumerate(windows):
@@ -146,7 +154,7 @@ def _parts(windows: Sequence[Window], stamps: Sequence[int] | None) -> list[_Par
 
 @dataclass
 class _Picker:
-    """Picks the frames of one window from a stream that goes by; equals ``sampling.select``."""
+    """Take the frames of one window from a stream: the same frames as ``sampling.select``."""
 
     window: Window
     done: bool = False
@@ -169,7 +177,7 @@ class _Picker:
             self._take(self._waiting.pop(min(self._waiting)))
 
     def finish(self) -> None:
-        """Nothing more comes, or is wanted."""
+        """Close the window: no further frame belongs to it."""
         for stamp in sorted(self._waiting):
             self._take(self._waiting[stamp])
         self._waiting.clear()
@@ -180,7 +188,7 @@ class _Picker:
         return self._last is None
 
     def fall_back(self, frame: av.VideoFrame) -> None:
-        """Gives a window that lies behind the end of the video its last frame."""
+        """Use a frame for a window that begins after the end of the video."""
         if self.empty:
             self._last = frame
 
@@ -199,7 +207,7 @@ class _Picker:
 
 
 class _SeekMissedError(Exception):
-    """A seek landed behind the frame that it should have reached."""
+    """Raised when a seek ends after the requested frame."""
 
 
 def _collect(stream: Stream, parts: Sequence[_Part]) -> list[_Picker]:
@@ -210,7 +218,7 @@ def _collect(stream: Stream, parts: Sequence[_Part]) -> list[_Picker]:
             if not any(picker.empty for picker in pickers):
                 return pickers
         except (_SeekMissedError, VideoError):
-            pass  # read from the beginning: slower, and right for every container
+            pass  # decode from the beginning: slower, but right for every container
         with Stream(stream.path) as fresh:
             return _collect_in_order(fresh, parts)
     return _collect_in_order(stream, parts)
@@ -231,7 +239,7 @@ def _collect_in_order(stream: Stream, parts: Sequence[_Part]) -> list[_Picker]:
 
 
 def _run(stream: Stream, pickers: Sequence[_Picker], *, seek: bool) -> Any:
-    """Feeds the pickers; returns the last frame decoded, or None."""
+    """Pass the frames of a stream to the pickers; return the last decoded frame or ``None``."""
     last = None
     gap = stream.ticks(_WORTH_A_SEEK)
     for group in _groups(pickers, gap) if seek else [list(pickers)]:
@@ -255,7 +263,7 @@ def _run(stream: Stream, pickers: Sequence[_Picker], *, seek: bool) -> Any:
 
 
 def _groups(pickers: Sequence[_Picker], gap: int) -> list[list[_Picker]]:
-    """Windows that are read in one go: those that overlap or lie close together."""
+    """Group the windows that overlap or that are close together; a group is read in one pass."""
     groups: list[list[_Picker]] = []
     reach = 0
     for picker in sorted(pickers, key=lambda item: item.window.start or 0):
@@ -271,8 +279,8 @@ def _groups(pickers: Sequence[_Picker], gap: int) -> list[list[_Picker]]:
 
 
 def frames_to_tensor(frames: Sequence[av.VideoFrame]) -> Tensor:
-    """uint8 ``[N, C, H, W]``; a frame that is taken several times is converted once."""
-    # One for all frames: each would otherwise make a scaler of its own, some megabytes large.
+    """Convert frames to uint8 ``[N, C, H, W]``; a frame that occurs several times once."""
+    # One scaler for all frames: a scaler needs some megabytes.
     scaler = require_av().video.reformatter.VideoReformatter()
     first = frames[0]
     turns = _quarter_turns(first)
@@ -284,13 +292,13 @@ def frames_to_tensor(frames: Sequence[av.VideoFrame]) -> Tensor:
     height, width, channels = pictures[id(first)].shape
     video = np.empty((len(frames), channels, height, width), dtype=np.uint8)
     for row, frame in zip(video, frames, strict=True):
-        # In NumPy: PyTorch spreads such a copy over all cores, which takes 10 ms of waiting where
-        # the cores are shared (measured on 2 cores; 0.1 ms here for 320x240).
+        # NumPy, because PyTorch uses all cores for such a copy and then waits 10 ms if the cores
+        # are busy (measured on 2 cores; NumPy needs 0.1 ms for 320x240).
         np.copyto(row, pictures[id(frame)].transpose(2, 0, 1))
     return torch.from_numpy(video)
 
 
 def _quarter_turns(frame: av.VideoFrame) -> int:
-    # FFmpeg gives the turn that shows the frame upright, in degrees against the clock; PyAV before
-    # 14 does not pass it on.
+    # FFmpeg gives the counterclockwise rotation, in degrees, that makes the frame upright. PyAV
+    # before version 14 does not have this attribute.
     return round(getattr(frame, "rotation", 0) / 90) % 4

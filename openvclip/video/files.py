@@ -1,4 +1,4 @@
-"""Which files of a folder are videos."""
+"""Search a folder for video files."""
 
 from __future__ import annotations
 
@@ -14,39 +14,42 @@ VIDEO_SUFFIXES: frozenset[str] = frozenset({
     ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".vob", ".webm", ".wmv",
 })
 # fmt: on
-"""The endings, in lower case, of the files that :func:`find_videos` takes for videos."""
+"""The file name extensions, in lower case, that :func:`find_videos` searches for."""
 
 
 def find_videos(folder: str | os.PathLike[str]) -> list[str]:
-    """The video files in a folder and those below it, by their endings; none that is hidden.
+    """Return the video files in a folder and its subfolders, by file name extension.
 
-    Links to folders are followed, each folder once.
+    Hidden files are skipped. Symbolic links to folders are followed; each folder is read once.
+
+    Args:
+        folder: the folder to search.
 
     Returns:
         Paths relative to ``folder``, sorted.
 
     Raises:
-        VideoNotFoundError: there is no such folder.
-        VideoError: it, or one below it, can't be listed.
+        VideoNotFoundError: the folder does not exist.
+        VideoError: the folder or a subfolder cannot be listed.
     """
     root = os.fspath(folder)
     if not os.path.isdir(root):
         raise VideoNotFoundError(f"{root}: no such folder of videos.")
-    found: list[str] = []
-    seen: set[str] = set()
-    for place, folders, files in os.walk(root, onerror=_refuse, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:  # a link back up
-            folders.clear()
+    videos: list[str] = []
+    visited: set[str] = set()
+    for current, subfolders, files in os.walk(root, onerror=_refuse, followlinks=True):
+        real = os.path.realpath(current)
+        if real in visited:  # a link to a parent folder
+            subfolders.clear()
             continue
-        seen.add(real)
-        below = os.path.relpath(place, root)
-        found.extend(
-            os.path.normpath(os.path.join(below, name))
+        visited.add(real)
+        relative = os.path.relpath(current, root)
+        videos.extend(
+            os.path.normpath(os.path.join(relative, name))
             for name in files
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES
         )
-    return sorted(found)
+    return sorted(videos)
 
 
 def _refuse(error: OSError) -> None:

@@ -1,7 +1,7 @@
-"""The class names of the data sets that the papers use, and the rules that make them.
+"""Class names of the data sets in the papers, and the rules that make them from folder names.
 
-Source: the released code of Open-VCLIP; the three Kinetics-600 sets are those of Chen & Huang (ICCV
-2021), 160 each of the 220 classes that Kinetics-600 adds to Kinetics-400.
+Source: the released code of Open-VCLIP. The three Kinetics-600 sets come from Chen & Huang (ICCV
+2021). Each set has 160 of the 220 classes that Kinetics-600 adds to Kinetics-400.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ __all__ = ["class_name", "class_names"]
 
 
 def class_names(dataset: str) -> list[str]:
-    """The classes of a data set in the order of their indices, as the prompts spell them.
+    """Return the class names of a data set in the order of their class indices.
+
+    The names are spelled as in the prompts of the released code.
 
     Args:
         dataset: ``"ucf101"``, ``"hmdb51"``, ``"kinetics400"``, or one of the zero-shot sets
             ``"kinetics600-1"``, ``"kinetics600-2"``, ``"kinetics600-3"``.
 
     Raises:
-        VideoOptionError: another name.
+        VideoOptionError: ``dataset`` is not known.
     """
     known = _tables()
     if dataset not in known:
@@ -35,12 +37,13 @@ def class_names(dataset: str) -> list[str]:
 
 
 def class_name(dataset: str, folder: str) -> str:
-    """The name of a class from that of its folder.
+    """Return the class name for the name of a class folder.
 
     Args:
-        dataset: ``"ucf101"``: split at capitals (``ApplyEyeMakeup`` is "Apply Eye Makeup"), but
-            ``YoYo`` is "Yoyo". ``"hmdb51"``: underscores become spaces. Kinetics: as annotated.
-        folder: the folder, or the label as annotated.
+        dataset: ``"ucf101"``: the name is split at capital letters (``ApplyEyeMakeup`` becomes
+            "Apply Eye Makeup"), but ``YoYo`` becomes "Yoyo". ``"hmdb51"``: underscores become
+            spaces. Kinetics: the name is not changed.
+        folder: the name of the folder, or the class in the annotations.
     """
     if dataset == "ucf101":
         return re.sub(r"(?<=.)(?=[A-Z])", " ", folder.replace("YoYo", "Yoyo"))

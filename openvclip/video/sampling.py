@@ -1,14 +1,15 @@
-"""Which frames of a video make a clip: pure functions on what a container says about its stream.
+"""Frame sampling: choose the frames of a clip from the metadata of a video stream.
 
-A sampler turns a :class:`StreamInfo` into one :class:`Window` for each view; the decoder
-(:mod:`openvclip.video.decoding`) picks the frames while the stream goes by. :func:`select` is the
-same choice written on a list of time stamps, for tests and for planning without decoding.
+:func:`plan` turns a :class:`StreamInfo` into one :class:`Window` for each view. The decoder
+(:mod:`openvclip.video.decoding`) takes the frames of the windows while it decodes the stream.
+:func:`select` chooses the same frames from a list of time stamps, for tests and for planning
+without decoding.
 
-Units: *ticks* are the stream's time base, *frames* are counted from 0.
+Units: *ticks* are the time base of the stream; *frames* are counted from 0.
 
-The names: ``"released"`` is what the released Open-VCLIP code does at test time (PySlowFast's PyAV
-path), ``"dense"`` the same window at a random start (its training), ``"uniform"`` the centre of
-each of ``num_frames`` equal segments (ViFi-CLIP).
+Samplers: ``"released"`` is the sampling of the released Open-VCLIP code at test time (PySlowFast's
+PyAV path). ``"dense"`` is the same window at a random start, as in its training. ``"uniform"`` is
+the centre of each of ``num_frames`` equal segments, as in ViFi-CLIP.
 """
 
 from __future__ import annotations
@@ -36,31 +37,34 @@ __all__ = [
 ]
 
 Sampler = Literal["released", "uniform", "dense"]
-"""The rule that places the frames of a clip; see :class:`Sampling`."""
+"""The rule that chooses the frames of a clip; see :class:`Sampling`."""
 
 Backend = Literal["pyav", "torchcodec"]
-"""The library that decodes."""
+"""The library that decodes video files."""
 
 SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
+"""All samplers."""
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
+"""All backends."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Which frames of a video are read, and by which decoder.
+    """The frames to read from a video, and the decoder.
 
     Attributes:
-        num_frames: frames in a view, T.
-        sampling_rate: distance between two frames of a view, in frames at ``target_fps``. Ignored
-            by ``"uniform"``, which spans the whole video.
-        target_fps: the frame rate in which ``sampling_rate`` counts, frames per second.
-        views: clips taken from each video, V.
-        sampler: ``"released"`` (the released Open-VCLIP test path), ``"uniform"`` (centres of equal
-            segments, ViFi-CLIP) or ``"dense"`` (the released training path: a random start).
-        backend: ``"pyav"`` or ``"torchcodec"``. Both give the same frames.
+        num_frames: T, the number of frames in a view.
+        sampling_rate: distance between two frames of a view, in frames at ``target_fps``. The
+            sampler ``"uniform"`` ignores it, because its frames span the whole video.
+        target_fps: the frame rate to which ``sampling_rate`` refers, in frames per second.
+        views: V, the number of clips taken from each video.
+        sampler: ``"released"`` (the test path of the released Open-VCLIP code), ``"uniform"``
+            (centres of equal segments, ViFi-CLIP) or ``"dense"`` (the training path of the released
+            Open-VCLIP code: a random start).
+        backend: ``"pyav"`` or ``"torchcodec"``. Both return the same frames.
 
     Raises:
-        VideoOptionError: an unknown sampler or backend, or a number out of range.
+        VideoOptionError: ``sampler`` or ``backend`` is not known, or a number is out of range.
     """
 
     num_frames: int = 8
@@ -79,15 +83,15 @@ class Sampling:
             raise VideoOptionError(
                 f"target_fps={self.target_fps!r}: expected frames per second above 0."
             )
-        known: tuple[str, tuple[str, ...]]
-        for known in (("sampler", SAMPLERS), ("backend", BACKENDS)):
-            value = getattr(self, known[0])
-            if value not in known[1]:
-                names = ", ".join(map(repr, known[1]))
-                raise VideoOptionError(f"{known[0]}={value!r} is not known: choose one of {names}.")
+        choices: dict[str, tuple[str, ...]] = {"sampler": SAMPLERS, "backend": BACKENDS}
+        for name, known in choices.items():
+            value = getattr(self, name)
+            if value not in known:
+                names = ", ".join(map(repr, known))
+                raise VideoOptionError(f"{name}={value!r} is not known: choose one of {names}.")
 
     def with_(self, **changes: Any) -> Sampling:
-        """A copy with some attributes changed."""
+        """Return a copy with some attributes changed."""
         return replace(self, **changes)
 
 
@@ -97,15 +101,16 @@ PAPER_SAMPLING = Sampling(views=3)
 
 @dataclass(frozen=True)
 class StreamInfo:
-    """What a container says about its video stream.
+    """The metadata of a video stream, as the container gives them.
 
     Attributes:
-        fps: average frame rate, frames per second.
-        frames: the number of frames, or ``None`` when the container does not say.
-        duration: the length in ticks, or ``None`` when the container does not say.
-        start: the time stamp of the first frame in ticks; above 0 for streams that start late.
-        counted: ``frames`` were counted from the packets because the container does not say; then
-            views are placed by frame number, not by time stamp.
+        fps: average frame rate, in frames per second.
+        frames: the number of frames, or ``None`` if the container does not give it.
+        duration: the duration in ticks, or ``None`` if the container does not give it.
+        start: the time stamp of the first frame in ticks. It is above 0 for streams that start
+            late.
+        counted: whether ``frames`` was counted from the packets. Then views are placed by frame
+            number instead of time stamp.
     """
 
     fps: float
@@ -116,21 +121,22 @@ class StreamInfo:
 
     @property
     def timed(self) -> bool:
-        """True when the container gives both a frame count and a duration."""
+        """Whether the container gives both the number of frames and the duration."""
         return self.frames is not None and self.duration is not None and not self.counted
 
 
 @dataclass(frozen=True)
 class Window:
-    """One view: where in the stream it lies, and which frames of it are taken.
+    """A view: a part of the stream, and the frames to take from this part.
 
     Attributes:
-        start: the first time stamp that belongs to the window, in ticks; ``None`` means that the
-            window is the whole stream in the order in which it is decoded.
-        end: the last time stamp; the first decoded frame beyond it still belongs to the window and
-            closes it. ``None`` leaves the window open.
-        offsets: the frames taken, counted inside the window in the order of their time stamps;
-            never falling, and an offset beyond the window means its last frame.
+        start: the first time stamp of the window, in ticks. ``None`` means that the window is the
+            whole stream in decoding order.
+        end: the last time stamp of the window, in ticks. The first decoded frame after ``end``
+            still belongs to the window and closes it. ``None`` means that the window has no end.
+        offsets: indices of the frames to take, counted from the start of the window in the order of
+            the time stamps. The indices never decrease. An index beyond the window means the last
+            frame of the window.
     """
 
     start: int | None
@@ -143,18 +149,18 @@ def plan(
     sampling: Sampling | None = None,
     generator: torch.Generator | None = None,
 ) -> list[Window]:
-    """Place the views of one video.
+    """Compute the window of each view of a video.
 
     With one view, ``"released"`` takes the beginning of the video if the container gives a
-    duration, and the centre if it does not: the released code has both rules. In a stream that
-    starts late, views are placed from its first frame on; the released code places them from time
-    0.
+    duration, and the centre of the video otherwise. The released code has both rules. If a stream
+    starts late, the first view starts at its first frame; in the released code it starts at time 0.
 
     Args:
-        info: the stream. ``frames`` must be known; count the frames where the container does not
-            give their number.
-        sampling: which frames to take; ``Sampling()`` by default.
-        generator: source of the random starts of ``"dense"``; the global generator by default.
+        info: metadata of the stream. ``info.frames`` must be known: if the container does not give
+            the number of frames, count the frames first.
+        sampling: the frames to take. Default: ``Sampling()``.
+        generator: random number generator for the starts of ``"dense"``. Default: the global
+            generator.
 
     Returns:
         V windows with ``num_frames`` offsets each.
@@ -168,17 +174,17 @@ def plan(
 
 
 def select(timestamps: Sequence[int], window: Window) -> list[int]:
-    """The frames that a window takes from a fully decoded stream.
+    """Choose the frames of a window from a fully decoded stream.
 
     Args:
-        timestamps: the time stamp of every frame in ticks, in the order in which the decoder gives
-            them. They may run back (AVI files with B-frames do): the released code sorts by time
-            stamp inside the window, and so does this.
-        window: the view.
+        timestamps: the time stamp of every frame in ticks, in decoding order. Time stamps can
+            decrease, for example in AVI files with B-frames. Frames inside the window are sorted by
+            time stamp, as in the released code.
+        window: the window.
 
     Returns:
-        One index into ``timestamps`` for each of ``window.offsets``. A window that lies behind the
-        last frame takes that frame.
+        One index into ``timestamps`` for each of ``window.offsets``. A window after the last frame
+        takes the last frame.
     """
     if not timestamps:
         return []
@@ -190,14 +196,14 @@ def select(timestamps: Sequence[int], window: Window) -> list[int]:
 
 
 def _inside(timestamps: Sequence[int], start: int, end: int | None) -> list[int]:
-    kept: dict[int, int] = {}
+    index_of: dict[int, int] = {}
     for index, stamp in enumerate(timestamps):
         if stamp < start:
             continue
-        kept[stamp] = index  # of frames with the same time stamp the last one counts, as released
+        index_of[stamp] = index  # the last frame with a time stamp counts, as in the released code
         if end is not None and stamp > end:
             break
-    return [kept[stamp] for stamp in sorted(kept)]
+    return [index_of[stamp] for stamp in sorted(index_of)]
 
 
 def _released(info: StreamInfo, sampling: Sampling) -> list[Window]:
@@ -218,7 +224,8 @@ def _dense(info: StreamInfo, sampling: Sampling, generator: torch.Generator | No
 
 
 def _uniform(info: StreamInfo, sampling: Sampling) -> list[Window]:
-    # V views share the segments: view v looks at (v + 1/2) / V of each, so one view at its centre.
+    # V views share the segments. View v takes the frame at (v + 1/2) / V of each segment, so a
+    # single view takes the centre.
     segment = max(info.frames or 0, 1) / sampling.num_frames
     windows = []
     for view in range(sampling.views):
@@ -229,7 +236,7 @@ def _uniform(info: StreamInfo, sampling: Sampling) -> list[Window]:
 
 
 def _span(info: StreamInfo, sampling: Sampling) -> int:
-    """S, how many frames of the stream the released code decodes for one view."""
+    """S, the number of frames that the released code decodes for one view."""
     seconds = sampling.sampling_rate * (sampling.num_frames - 1) / sampling.target_fps
     return max(1, math.ceil(seconds * info.fps))
 
@@ -239,12 +246,12 @@ def _spare(info: StreamInfo, sampling: Sampling) -> int:
 
 
 def _clip_length(info: StreamInfo, sampling: Sampling) -> float:
-    """The length of a clip in frames of the stream: a fraction, 128 / 30 * fps as released."""
+    """The length of a clip in frames of the stream, as a fraction: 128 / 30 * fps as released."""
     return sampling.num_frames * sampling.sampling_rate / sampling.target_fps * info.fps
 
 
 def _timed(info: StreamInfo, sampling: Sampling, start: float) -> Window:
-    """The window whose first frame is number ``start``, a fraction, by time stamp."""
+    """Return the window that begins at frame ``start`` (a fraction), by time stamp."""
     tick = (info.duration or 0) / max(info.frames or 0, 1)
     end = start + _span(info, sampling) - 1
     offsets = _spread(0.0, _clip_length(info, sampling) - 1, sampling.num_frames)
@@ -259,13 +266,14 @@ def _released_by_number(info: StreamInfo, sampling: Sampling) -> list[Window]:
 
 
 def _numbered(info: StreamInfo, sampling: Sampling, start: float) -> Window:
-    end = start + max(_clip_length(info, sampling) - 1, 0.0)  # below 1 frame at tiny rates
+    end = start + max(_clip_length(info, sampling) - 1, 0.0)  # the length can be below 1 frame
     last = max((info.frames or 0) - 1, 0)
     offsets = _spread(start, end, sampling.num_frames)
     return Window(None, None, tuple(min(offset, last) for offset in offsets))
 
 
 def _spread(first: float, last: float, count: int) -> tuple[int, ...]:
-    # torch.linspace in float32 as released: its rounding decides some of the frames.
+    # torch.linspace in float32, as in the released code: the rounding of float32 decides which
+    # frames are taken.
     values = torch.linspace(first, last, count).clamp(min=0).long().tolist()
     return tuple(int(value) for value in values)

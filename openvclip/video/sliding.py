@@ -1,4 +1,4 @@
-"""Windows that slide over a long video, in one pass and in memory that does not grow with it."""
+"""Sliding windows over a long video, in one pass and with constant memory."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 __all__ = ["SlidingWindow", "sliding_windows"]
 
 _ROUNDING = 1e-3  # seconds; Matroska keeps times in milliseconds
-_LONGEST = 600.0  # seconds for which one frame can be shown
+_LONGEST = 600.0  # seconds; the longest time for which one frame is displayed
 
 
 class SlidingWindow(NamedTuple):
-    """A part of a video.
+    """A window of a video.
 
     Attributes:
-        start: seconds from the first frame of the video.
-        end: seconds; that of the last window is the end of the video where it comes first.
-        clip: ``[T, ...]``: what the transform gave for the window's frames.
+        start: start of the window, in seconds from the first frame of the video.
+        end: end of the window in seconds, at most the end of the video.
+        clip: the transformed frames of the window, ``[T, ...]``.
     """
 
     start: float
@@ -43,7 +43,7 @@ class SlidingWindow(NamedTuple):
 
 @dataclass
 class _Waiting:
-    """A window that is not over yet, and the times of the frames that it still wants."""
+    """A window that is not complete, and the times of the frames that it still needs."""
 
     start: float
     wanted: deque[float]
@@ -58,23 +58,28 @@ def sliding_windows(
     seconds: float = 128 / 30,
     step: float | None = None,
 ) -> Iterator[SlidingWindow]:
-    """Windows of equal length over a video, from its beginning to its end.
+    """Iterate over windows of equal length, from the beginning to the end of a video.
 
-    A window's frames are those shown at ``T`` equally spaced times from its start on; its last
-    ones repeat where the video ends before the window does. No window begins at or behind the
-    end of the video, nor after one that has reached it.
+    The frames of a window are the frames displayed at T equally spaced times, the first of which is
+    the start of the window. If the video ends before the window, the last frame of the video is
+    repeated. No window begins at or after the end of the video, and no window follows a window that
+    reaches the end.
 
     Args:
         path: a video file.
-        transform: called once on each frame that is taken, uint8 ``[1, C, H, W]``.
-        num_frames: T, frames of a window.
-        seconds: length of a window. The default is that of the papers' clips: 8 frames at 30
-            frames per second, 16 apart.
-        step: from the start of one window to that of the next, seconds; half a window by default.
+        transform: function that is called once on each frame of a window, uint8 ``[1, C, H, W]``.
+        num_frames: T, the number of frames in a window.
+        seconds: length of a window. Default: the length of the clips in the papers, 8 frames with a
+            distance of 16 frames at 30 frames per second.
+        step: time from the start of a window to the start of the next window, in seconds. Default:
+            half of ``seconds``.
+
+    Yields:
+        A :class:`SlidingWindow` for each window.
 
     Raises:
-        VideoError, VideoNotFoundError: the file can't be read, or holds no frames.
-        VideoOptionError: a number out of range.
+        VideoError, VideoNotFoundError: the file cannot be read, or no frame can be decoded.
+        VideoOptionError: a number is out of range.
         MissingDependencyError: PyAV is not installed.
     """
     step = seconds / 2 if step is None else step
@@ -92,15 +97,15 @@ def _windows(
     path: str, transform: Callable[[Tensor], Tensor], count: int, seconds: float, step: float
 ) -> Iterator[SlidingWindow]:
     waiting: deque[_Waiting] = deque()
-    made, reached, until = 0, 0.0, 0.0
+    begun, reached, until = 0, 0.0, 0.0
     frame: av.VideoFrame | None = None
     pixels: Tensor | None = None
-    for until, frame in _shown(path):
-        while made == 0 or made * step + _ROUNDING < until:
-            start = made * step
+    for until, frame in _displayed(path):
+        while begun == 0 or begun * step + _ROUNDING < until:
+            start = begun * step
             times = deque(start + i * seconds / count for i in range(count))
             waiting.append(_Waiting(start, times))
-            made += 1
+            begun += 1
         pixels = None
         for window in waiting:
             while window.wanted and window.wanted[0] + _ROUNDING < until:
@@ -124,28 +129,28 @@ def _windows(
         yield SlidingWindow(window.start, reached, torch.stack(window.frames))
 
 
-def _shown(path: str) -> Iterator[tuple[float, av.VideoFrame]]:
-    """The frames in the order in which they are shown, each with the time at which it goes."""
+def _displayed(path: str) -> Iterator[tuple[float, av.VideoFrame]]:
+    """Yield ``(time at which the frame disappears, frame)`` in display order."""
     with Stream(path) as stream:
         before: av.VideoFrame | None = None
-        origin = shown = 0.0
+        origin = until = 0.0
         for stamp, frame in _in_order(stream):
             if before is None:
                 origin = stream.seconds_at(stamp)
             else:
-                # Time stamps of damaged files jump, also back.
-                shown = min(max(stream.seconds_at(stamp) - origin, shown), shown + _LONGEST)
-                yield shown, before
+                # Time stamps of damaged files can jump forwards and backwards.
+                until = min(max(stream.seconds_at(stamp) - origin, until), until + _LONGEST)
+                yield until, before
             before = frame
         if before is not None:
-            yield shown + 1 / stream.info.fps, before
+            yield until + 1 / stream.info.fps, before
 
 
 def _in_order(stream: Stream) -> Iterator[tuple[int, av.VideoFrame]]:
-    """The frames as they are shown, with time stamps that rise.
+    """Yield ``(time stamp, frame)`` in display order, with increasing time stamps.
 
-    Decoders give frames in that order. In AVI files with B-frames it is the time stamps that run
-    back: each belongs to the place of its rank.
+    Decoders return frames in display order. In AVI files with B-frames the time stamps of these
+    frames are in another order, so the time stamps are sorted and the frames are not.
     """
     stamps: list[int] = []
     frames: deque[av.VideoFrame] = deque()

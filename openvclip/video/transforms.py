@@ -1,7 +1,8 @@
-"""From decoded frames to what the model sees: uint8 ``[..., T, C, H, W]`` to float32, same rank.
+"""Video transforms: decoded frames, uint8 ``[..., T, C, H, W]``, to model input, float32.
 
-``"released"`` is the test-time path of the released Open-VCLIP code, ``"clip"`` CLIP's own image
-preprocessing, ``"train"`` the released augmentation. Tensors stay on their device. No torchvision.
+``"released"`` is the test-time preprocessing of the released Open-VCLIP code, ``"clip"`` is the
+image preprocessing of the original CLIP, and ``"train"`` is the augmentation of the released code.
+Tensors stay on their device. torchvision is not needed.
 
 Source: the released code of Open-VCLIP, and Section 5.1.3 of its paper.
 """
@@ -23,28 +24,29 @@ from openvclip.video._color import Jitter, draw_jitter
 __all__ = ["CLIP_MEAN", "CLIP_STD", "TRANSFORMS", "Transform", "build"]
 
 CLIP_MEAN: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-"""Mean of the RGB channels on the scale 0 to 1 that CLIP was trained with."""
+"""Mean of the RGB channels in the training of the original CLIP, for pixels in [0, 1]."""
 CLIP_STD: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
-"""Standard deviation of the RGB channels on the scale 0 to 1 that CLIP was trained with."""
+"""Standard deviation of the RGB channels in the training of the original CLIP, as for the mean."""
 
-# Values (not bytes) that are float copies at one time while resizing: 256 MB in float32.
+# The largest number of float32 values while resizing: 256 MB.
 _CHUNK = 2**26
 
 
 @dataclass(frozen=True)
 class Transform:
-    """A video transform by name; made by :func:`build`.
+    """A video transform, made by :func:`build`.
 
     Attributes:
         name: ``"released"``, ``"clip"`` or ``"train"``.
-        size: height and width of the result, pixels.
-        mean: subtracted from the channels, on the scale 0 to 1.
-        std: the channels are divided by it after that.
+        size: height and width of the result, in pixels.
+        mean: mean of the channels, for pixels in [0, 1].
+        std: standard deviation of the channels, for pixels in [0, 1].
         hflip: whether ``"train"`` mirrors half of the clips.
-        color_jitter: reach of brightness, contrast, saturation and hue in ``"train"``.
-        short_side: range of the frames' short side before the crop, pixels; ``None`` for the
-            transform's own.
-        crops: how many crops of a clip; more than one are an axis before T.
+        color_jitter: strength of the change of brightness, contrast, saturation and hue in
+            ``"train"``.
+        short_side: range of the short side of the frames before the crop, in pixels; ``None`` for
+            the default of ``name``.
+        crops: number of crops of a clip. Several crops are an axis before T.
     """
 
     name: str
@@ -58,13 +60,14 @@ class Transform:
 
     @property
     def random(self) -> bool:
-        """Whether two calls on the same clip can differ."""
+        """Whether two calls with the same clip can return different results."""
         return self.name == "train"
 
     def with_(self, **changes: Any) -> Transform:
-        """A copy with some options of :func:`build` changed, checked as :func:`build` checks them.
+        """Return a copy with some options of :func:`build` changed.
 
-        A name other than ``"train"`` drops ``color_jitter``, unless ``changes`` gives it.
+        The options are checked as in :func:`build`. A name other than ``"train"`` resets
+        ``color_jitter`` to 0, unless ``changes`` contains ``color_jitter``.
 
         Example:
             >>> build("train", 224, color_jitter=0.4).with_(name="released", crops=3).crops
@@ -76,19 +79,20 @@ class Transform:
         return build(**{**options, **changes})
 
     def __call__(self, video: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Transforms a video or a batch.
+        """Transform a video or a batch of videos.
 
         Args:
-            video: uint8 ``[..., T, C, H, W]``, three channels.
-            generator: source of randomness for ``"train"`` (a CPU generator); the global one when
-                ``None``. Each clip ``[T, C, H, W]`` draws once: all its frames get the same crop.
+            video: uint8 ``[..., T, C, H, W]`` with three channels.
+            generator: CPU random number generator for ``"train"``. Default: the global generator.
+                All frames of a clip ``[T, C, H, W]`` get the same random changes.
 
         Returns:
-            float32 ``[..., T, C, size, size]`` on the device of ``video``; with three crops
-            ``[..., 3, T, C, size, size]``.
+            float32 ``[..., T, C, size, size]`` on the device of ``video``, or
+            ``[..., 3, T, C, size, size]`` with three crops.
 
         Raises:
-            VideoShapeError: another dtype or rank, not three channels, or an empty dimension.
+            VideoShapeError: ``video`` has another dtype or rank, a number of channels other than
+                three, or an empty dimension.
         """
         _check(video, len(self.mean))
         frames = video.flatten(0, -4)
@@ -96,8 +100,8 @@ class Transform:
         result = _join([_RECIPES[self.name](self, clip, generator) for clip in clips])
         if self.crops == 1:
             return result[0].reshape(*video.shape[:-2], self.size, self.size)
-        of_each: Tensor = result.unflatten(1, (-1, video.shape[-4])).transpose(0, 1)
-        return of_each.reshape(*video.shape[:-4], *of_each.shape[1:])
+        crops: Tensor = result.unflatten(1, (-1, video.shape[-4])).transpose(0, 1)
+        return crops.reshape(*video.shape[:-4], *crops.shape[1:])
 
 
 def build(
@@ -111,32 +115,41 @@ def build(
     short_side: int | Sequence[int] | None = None,
     crops: int = 1,
 ) -> Transform:
-    """Makes a transform from uint8 ``[..., T, C, H, W]`` to float32 of the same rank.
+    """Make a transform from uint8 ``[..., T, C, H, W]`` to float32 of the same rank.
+
+    - ``"released"``: the preprocessing of the released evaluation. The short side is scaled to
+      ``size``, bilinear *without* antialiasing; the other side is rounded down. Then follow a
+      centre crop and the normalisation.
+    - ``"clip"``: the preprocessing of the images on which CLIP was trained. The 8-bit pixels are
+      scaled, bicubic with antialiasing. Then follow a centre crop and the normalisation.
+    - ``"train"``: the short side is drawn uniformly between ``size`` and ``size * 8 / 7`` (224 to
+      256), and the frames are scaled, bilinear without antialiasing. Then follow a random crop, a
+      mirroring with probability 1/2, an optional colour jitter, and the normalisation. All frames
+      of a clip get the same random changes.
 
     Args:
-        name: ``"released"``: short side to ``size`` bilinear *without* antialias, the other side
-            rounded down, centre crop, normalised; the numbers of the released evaluation.
-            ``"clip"``: bicubic with antialias on the 8-bit pixels, centre crop, normalised, as the
-            images on which CLIP was trained. ``"train"``: short side uniform between ``size`` and
-            ``size * 8 / 7`` (224 to 256), bilinear without antialias, random crop, mirrored with
-            probability 1/2; optionally with other colours; the same for all frames of a clip.
-        size: height and width of the result, pixels.
-        mean: mean of the channels on the scale 0 to 1; CLIP's by default.
-        std: standard deviation of the channels on the scale 0 to 1; CLIP's by default.
-        hflip: switch for the mirroring of ``"train"``: off for labels that tell left from right.
-        color_jitter: for ``"train"``: brightness, contrast and saturation change by a factor from
-            ``[1 - color_jitter, 1 + color_jitter]``; or four numbers, of which the last is how far
-            the hue turns, in parts of the circle up to 0.5. In random order, one draw for a clip.
-            The paper uses colour jitter and does not say how strong.
-        short_side: short side of the frames before the crop, pixels, in place of those above; for
-            ``"train"`` also the two ends of a range. ViFi-CLIP's is 256 for crops of 224.
-        crops: 1, or 3: beside the centre the two ends of the longer side, for the 3 spatial crops
-            of multi-view testing. Not for ``"train"``.
+        name: ``"released"``, ``"clip"`` or ``"train"``.
+        size: height and width of the result, in pixels.
+        mean: mean of the channels, for pixels in [0, 1]. Default: the mean of CLIP.
+        std: standard deviation of the channels, for pixels in [0, 1]. Default: the standard
+            deviation of CLIP.
+        hflip: whether ``"train"`` mirrors clips. Switch it off if class names distinguish left from
+            right.
+        color_jitter: strength of the colour jitter of ``"train"``. A number: brightness, contrast
+            and saturation change by factors from ``[1 - color_jitter, 1 + color_jitter]``. Four
+            numbers: brightness, contrast, saturation, and the largest rotation of the hue as a
+            fraction of the colour circle, at most 0.5. The changes are applied in random order. The
+            paper uses colour jitter but does not give its strength.
+        short_side: short side of the frames before the crop, in pixels; for ``"train"`` also the
+            two ends of a range. Default: the values above. ViFi-CLIP uses 256 for crops of 224.
+        crops: 1, or 3 for the centre and both ends of the longer side. These are the 3 spatial
+            crops of multi-view testing. Not possible with ``"train"``.
 
     Raises:
-        VideoOptionError: an unknown name, a size below 1, ``mean`` and ``std`` that do not fit,
-            a colour jitter below 0, of another length, or with a transform that is not random; a
-            short side below ``size``, or another number of crops.
+        VideoOptionError: ``name`` is not known; ``size`` is below 1; ``mean`` or ``std`` does not
+            have three values; ``color_jitter`` is negative, has another length, or is used with a
+            transform other than ``"train"``; ``short_side`` is below ``size``; or ``crops`` is
+            neither 1 nor 3.
     """
     if name not in _RECIPES:
         known = ", ".join(map(repr, TRANSFORMS))
@@ -149,50 +162,54 @@ def build(
         )
     jitter = _jitter(color_jitter)
     if any(jitter) and name != "train":
-        raise VideoOptionError(f"color_jitter={color_jitter!r} with {name!r}: only for 'train'.")
+        raise VideoOptionError(
+            f"color_jitter={color_jitter!r} with {name!r}: only 'train' changes colours."
+        )
     if crops not in (1, 3) or (crops == 3 and name == "train"):
         raise VideoOptionError(
-            f"crops={crops!r} with {name!r}: expected 1, or 3 where the crop is not drawn."
+            f"crops={crops!r} with {name!r}: expected 1, or 3 if the crop is not random."
         )
     moments = tuple(map(float, mean)), tuple(map(float, std))
     short = _short_side(short_side, size, name)
     return Transform(name, size, *moments, bool(hflip), jitter, short, crops)
 
 
-def _short_side(given: int | Sequence[int] | None, size: int, name: str) -> tuple[int, int] | None:
-    if given is None:
+def _short_side(option: int | Sequence[int] | None, size: int, name: str) -> tuple[int, int] | None:
+    if option is None:
         return None
-    ends = [given] * 2 if isinstance(given, int) else list(given)
+    ends = [option] * 2 if isinstance(option, int) else list(option)
     whole = all(isinstance(end, int) and not isinstance(end, bool) for end in ends)
     if len(ends) != 2 or not whole or not size <= ends[0] <= ends[1]:
         raise VideoOptionError(
-            f"short_side={given!r}: expected pixels, at least the size of the crop ({size}), or "
+            f"short_side={option!r}: expected pixels, at least the size of the crop ({size}), or "
             "the two ends of a range."
         )
     if ends[0] < ends[1] and name != "train":
-        raise VideoOptionError(f"short_side={given!r} with {name!r}: only 'train' draws one.")
+        raise VideoOptionError(
+            f"short_side={option!r} with {name!r}: only 'train' draws one from a range."
+        )
     return ends[0], ends[1]
 
 
-def _jitter(given: float | Sequence[float]) -> Jitter:
-    reach = [given] * 3 + [0.0] if isinstance(given, (int, float)) else list(given)
+def _jitter(option: float | Sequence[float]) -> Jitter:
+    reach = [option] * 3 + [0.0] if isinstance(option, (int, float)) else list(option)
     if len(reach) != 4 or not all(math.isfinite(x) and x >= 0 for x in reach) or reach[3] > 0.5:
         raise VideoOptionError(
-            f"color_jitter={given!r}: expected a number of at least 0, or four of them for "
+            f"color_jitter={option!r}: expected a number of at least 0, or four of them for "
             "brightness, contrast, saturation and hue (at most 0.5)."
         )
     return Jitter(*map(float, reach))
 
 
 def _check(video: Tensor, channels: int) -> None:
-    given = f"{video.dtype} {list(video.shape)}"
+    actual = f"{video.dtype} {list(video.shape)}"
     if video.dtype != torch.uint8 or video.ndim < 4 or video.shape[-3] != channels:
         raise VideoShapeError(
-            f"video is {given}; expected torch.uint8 [..., T, {channels}, H, W], as read_clip "
-            "returns it. Give the pixels before they are normalised."
+            f"video is {actual}; expected torch.uint8 [..., T, {channels}, H, W], as read_clip "
+            "returns it. Pass the pixels before the normalisation."
         )
     if 0 in video.shape:
-        raise VideoShapeError(f"video is {given}: one of its dimensions is empty.")
+        raise VideoShapeError(f"video is {actual}: one of its dimensions is empty.")
 
 
 def _released(spec: Transform, clip: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -222,14 +239,14 @@ def _clip(spec: Transform, clip: Tensor, generator: torch.Generator | None) -> T
     return _join(parts)
 
 
-# From the frames of one clip or many, ``[n, C, H, W]``, to the crops ``[crops, n, C, size, size]``.
+# Each function turns frames ``[n, C, H, W]`` into crops ``[crops, n, C, size, size]``.
 _RECIPES: dict[str, Callable[[Transform, Tensor, torch.Generator | None], Tensor]] = {
     "released": _released,
     "clip": _clip,
     "train": _train,
 }
 TRANSFORMS: tuple[str, ...] = tuple(_RECIPES)
-"""The names that :func:`build` takes."""
+"""The transforms that :func:`build` can make."""
 
 
 def _join(parts: Sequence[Tensor]) -> Tensor:
@@ -247,7 +264,7 @@ def _fixed_short(spec: Transform) -> int:
 def _corners(
     spec: Transform, scaled: tuple[int, int], centre: Callable[[float], int]
 ) -> list[tuple[int, int]]:
-    """Top and left of each crop: that in the middle, or also those at the ends of the long side."""
+    """Return top and left of each crop: the centre, or both ends of the long side as well."""
     room = [side - spec.size for side in scaled]
     middle = (centre(room[0] / 2), centre(room[1] / 2))
     if spec.crops == 1:
@@ -258,7 +275,7 @@ def _corners(
 
 
 def _scaled(clip: Tensor, short: int) -> tuple[int, int]:
-    """Height and width with the short side at ``short`` and the other one rounded down."""
+    """Return height and width with the short side ``short``; the long side is rounded down."""
     height, width = clip.shape[-2:]
     if width < height:
         return math.floor(height / width * short), short
@@ -272,8 +289,8 @@ def _bilinear_crop(
     corners: Sequence[tuple[int, int]],
     recolour: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    # The released code normalises before it resizes. Bilinear weights sum to 1, so the order makes
-    # no difference beyond rounding, and this one normalises fewer pixels.
+    # The released code normalises before it resizes. Bilinear weights sum to 1: the order changes
+    # nothing beyond rounding. Resizing first leaves fewer pixels to normalise.
     parts = []
     for frames in _chunks(clip):
         pixels = frames.float()
@@ -289,8 +306,8 @@ def _bilinear_crop(
 def _bicubic_8bit(frames: Tensor, scaled: tuple[int, int]) -> Tensor:
     if scaled == tuple(frames.shape[-2:]):
         return frames
-    # Only the CPU resizes 8-bit pixels as they are (as PIL does); elsewhere the rounding to 8 bits
-    # is done here.
+    # Only the CPU can resize 8-bit pixels, with the same result as PIL. On other devices the result
+    # is rounded to 8 bits here.
     pixels = frames if frames.device.type == "cpu" else frames.float()
     small = functional.interpolate(
         pixels, size=scaled, mode="bicubic", align_corners=False, antialias=True
@@ -299,12 +316,12 @@ def _bicubic_8bit(frames: Tensor, scaled: tuple[int, int]) -> Tensor:
 
 
 def _crops(pixels: Tensor, size: int, corners: Sequence[tuple[int, int]]) -> Tensor:
-    found = [pixels[..., top : top + size, left : left + size] for top, left in corners]
-    return found[0].unsqueeze(0) if len(found) == 1 else torch.stack(found)
+    crops = [pixels[..., top : top + size, left : left + size] for top, left in corners]
+    return crops[0].unsqueeze(0) if len(crops) == 1 else torch.stack(crops)
 
 
 def _normalise(spec: Transform, pixels: Tensor) -> Tensor:
-    # (x / 255 - mean) / std with one operation less on every pixel
+    # (x / 255 - mean) / std with one operation less for every pixel
     mean = torch.tensor([255 * value for value in spec.mean], device=pixels.device)
     std = torch.tensor([255 * value for value in spec.std], device=pixels.device)
     return pixels.sub(mean.view(-1, 1, 1)).div_(std.view(-1, 1, 1))

@@ -1,4 +1,4 @@
-"""What the workers of :mod:`examples.shapes.schedule` do in its tests."""
+"""The work of the worker processes in the tests of :mod:`examples.shapes.schedule`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def square(number: int, report: Callable[[float], None]) -> tuple[int, int]:
-    """The square, and the number of threads; a huge number ends the process."""
+    """Return the square and the number of threads; a number above 1000 ends the process."""
     if number > 1000:
         os._exit(9)
     report(float(number))

@@ -73,7 +73,7 @@ def test_every_class_name_fits_the_context(pretrained):
     names = [name for split in ("seen", "development", "unseen") for name in class_names(split)]
     tokens = tokenizer([template.format(name) for name in names for template in TEMPLATES])
     assert tokens.shape[1] == model.context_length
-    # A caption that was cut short would fill its row to the end.
+    # A truncated caption would have no padding at the end.
     assert (tokens[:, -1] == 0).all()
     assert len({tuple(row) for row in tokens.tolist()}) == len(names) * len(TEMPLATES)
 
@@ -97,9 +97,9 @@ def test_normalise_is_what_clip_does():
 
 def test_a_caption_fits_every_image_of_which_it_is_true():
     drawn = np.array([[0, 1, 2], [0, 1, 3], [0, 1, 2], [4, 1, 2]])
-    said = np.array([[0, 1, -1], [0, 1, 3], [0, 1, 2], [4, -1, -1]])
+    mentioned = np.array([[0, 1, -1], [0, 1, 3], [0, 1, 2], [4, -1, -1]])
     expected = [[1, 0, 1, 0], [1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1]]
-    assert caption_targets(drawn, said).tolist() == expected
+    assert caption_targets(drawn, mentioned).tolist() == expected
 
 
 def test_without_duplicates_the_loss_is_open_clips(pretrained):
@@ -120,7 +120,7 @@ def test_without_duplicates_the_loss_is_open_clips(pretrained):
 
 
 def test_a_repeated_pair_costs_nothing_that_a_perfect_model_could_avoid(pretrained):
-    """Two equal pairs share the probability: each direction is a log 2 above the best."""
+    """Two equal pairs share the probability, so the loss of each direction is log 2."""
     model, tokenizer = pretrained
     image = normalise(draw_images(*np.zeros((3, 1), np.int64), np.random.default_rng(0)))
     tokens = tokenizer(["a square resting"])
@@ -134,7 +134,7 @@ def test_a_repeated_pair_costs_nothing_that_a_perfect_model_could_avoid(pretrain
 
 
 def test_the_script_learns_in_a_smaller_world_from_nothing():
-    """3 shapes and 4 actions, an eighth of the steps on a quarter of the stills: far above chance.
+    """3 shapes and 4 actions, an eighth of the steps and a quarter of the stills: above chance.
 
     Chance is 1/3, 1/4 and 1/12; its standard deviation over 1024 stills is at most 0.015.
     """
@@ -148,9 +148,9 @@ def test_the_script_learns_in_a_smaller_world_from_nothing():
 
 
 def test_the_script_still_makes_a_model_of_that_accuracy():
-    """Stills, captions and loss are those of the committed weights: training goes on as good.
+    """Training continues from the committed weights without a loss of accuracy.
 
-    A drawing, a caption or a loss that changed would start to unmake the model at this rate.
+    If the drawings, the captions or the loss had changed, the accuracy would fall at this rate.
     """
     model, tokenizer = pretrain(
         steps=60, batch_size=64, lr=5e-4, seed=2, start=WEIGHTS, progress=False
@@ -162,7 +162,7 @@ def test_the_script_still_makes_a_model_of_that_accuracy():
 
 
 def test_a_locked_text_tower_stays_and_the_image_tower_learns_to_match_it():
-    """Nothing but the image tower and the logit scale differs, and the loss has fallen."""
+    """Only the image tower and the logit scale change, and the accuracy rises above chance."""
     torch.manual_seed(4)
     before = create_model(None, backbone="tiny")[0].state_dict()
     model, tokenizer = pretrain(steps=40, batch_size=32, seed=4, backbone="tiny", progress=False)

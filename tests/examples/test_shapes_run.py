@@ -1,4 +1,4 @@
-"""The shapes world from end to end, at its smallest, and the files that come out."""
+"""The shapes world from end to end at its smallest size, and the files that it writes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.helpers import REPO
 
 
 def _made_results() -> results.Results:
-    """Two seeds, three lambdas, numbers chosen so that each choice can be told by hand."""
+    """Two seeds and three lambdas, with numbers for which each choice is known."""
 
     def row(shift: float) -> dict[str, dict[str, float]]:
         return {
@@ -82,74 +82,78 @@ def test_results_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
 
 
 def test_results_say_how_many_runs_came_from_where(tmp_path: Path) -> None:
-    found = results.load_results(tmp_path / "results.json", {})
+    saved = results.load_results(tmp_path / "results.json", {})
     abacus, loom = {"torch": "1", "machine": "abacus"}, {"torch": "2", "machine": "loom"}
-    results.count_run(found, abacus)
-    assert results.origins(found) == "abacus; torch 1"
+    results.count_run(saved, abacus)
+    assert results.origins(saved) == "abacus; torch 1"
     for environment in (loom, abacus, loom, loom):
-        results.count_run(found, environment)
-    assert results.origins(found) == "2 runs on abacus; torch 1. 3 runs on loom; torch 2"
-    results.save_results(found, tmp_path / "results.json")
-    assert results.load_results(tmp_path / "results.json", {}) == found
+        results.count_run(saved, environment)
+    assert results.origins(saved) == "2 runs on abacus; torch 1. 3 runs on loom; torch 2"
+    results.save_results(saved, tmp_path / "results.json")
+    assert results.load_results(tmp_path / "results.json", {}) == saved
 
 
 def test_results_of_a_run_that_was_another_are_not_mixed(tmp_path: Path) -> None:
-    found: results.Results = {"settings": {}, "seeds": {}}
+    saved: results.Results = {"settings": {}, "seeds": {}}
     task = Task(OPEN_VCLIP, 0, (AVERAGE,))
     entry = {"definition": OPEN_VCLIP.definition(), "rows": {AVERAGE: {}}}
-    results.enter(found, task, entry)
-    results.require_definitions(found, [OPEN_VCLIP], tmp_path)
+    results.enter(saved, task, entry)
+    results.require_definitions(saved, [OPEN_VCLIP], tmp_path)
     entry["definition"]["boundary"] = "mask"
     with pytest.raises(FileExistsError, match=r"a run 'openvclip' of other settings.*'mask'"):
-        results.require_definitions(found, [OPEN_VCLIP], tmp_path)
+        results.require_definitions(saved, [OPEN_VCLIP], tmp_path)
 
 
 def test_a_task_is_done_when_all_its_weights_are_there() -> None:
-    found: results.Results = {"seeds": {"0": {"openvclip": {"rows": {LAST: {}, AVERAGE: {}}}}}}
-    assert results.holds(found, Task(OPEN_VCLIP, 0, (AVERAGE,)))
-    assert not results.holds(found, Task(OPEN_VCLIP, 0, (AVERAGE, Averaging(1, 0.25))))
-    assert not results.holds(found, Task(OPEN_VCLIP, 1, (AVERAGE,)))
+    saved: results.Results = {"seeds": {"0": {"openvclip": {"rows": {LAST: {}, AVERAGE: {}}}}}}
+    assert results.holds(saved, Task(OPEN_VCLIP, 0, (AVERAGE,)))
+    assert not results.holds(saved, Task(OPEN_VCLIP, 0, (AVERAGE, Averaging(1, 0.25))))
+    assert not results.holds(saved, Task(OPEN_VCLIP, 1, (AVERAGE,)))
 
 
 def test_other_weights_of_a_run_stay() -> None:
-    found: results.Results = {"seeds": {"0": {"openvclip": {"rows": {LAST: {"a": 1}}}}}}
+    saved: results.Results = {"seeds": {"0": {"openvclip": {"rows": {LAST: {"a": 1}}}}}}
     task = Task(OPEN_VCLIP, 0, (AVERAGE,))
-    results.enter(found, task, {"rows": {AVERAGE: {"b": 2}}, "seconds": 5.0})
+    results.enter(saved, task, {"rows": {AVERAGE: {"b": 2}}, "seconds": 5.0})
     rows = {LAST: {"a": 1}, AVERAGE: {"b": 2}}
-    assert found["seeds"]["0"]["openvclip"] == {"rows": rows, "seconds": 5.0}
+    assert saved["seeds"]["0"]["openvclip"] == {"rows": rows, "seconds": 5.0}
 
 
 def _started(out: Path, jobs: int) -> subprocess.Popen[str]:
-    """The command of the README at its smallest."""
+    """Start the command of the README at its smallest size."""
     flags = ["--smoke", "--jobs", str(jobs), "--out", str(out)]
     command = [sys.executable, "-m", "examples.shapes", *flags]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=REPO)
+    return subprocess.Popen(
+        command, stdout=pipe, stderr=pipe, text=True, cwd=REPO,
+        # Shells start background processes with SIGINT ignored, and child processes inherit this.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
 
 
 def _until(process: subprocess.Popen[str], beginning: str) -> None:
-    """Wait until the process has said a line with this beginning."""
+    """Wait until the process has printed a line with this beginning."""
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith(beginning):
             return
-    raise AssertionError(f"never said {beginning!r}: {process.communicate()[1]}")
+    raise AssertionError(f"never printed {beginning!r}: {process.communicate()[1]}")
 
 
 def _found(out: Path) -> dict[str, Any]:
-    """The runs in a results file, by name."""
+    """Return the runs in a results file by name."""
     runs: dict[str, Any] = json.loads((out / "results.json").read_text())["seeds"]["0"]
     return runs
 
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """The folder of a run that was killed before its last result, and what it held."""
+    """The folder of a run that was killed before its last result, and its finished runs."""
     out = tmp_path_factory.mktemp("killed") / "out"
     process = _started(out, jobs=1)
     _until(process, "2 of 3")
     process.kill()
-    # Its workers hold the other ends of the pipes: this waits until the last of them has gone.
+    # The worker processes hold the other ends of the pipes, so this waits for their end.
     process.communicate(timeout=120)
     return out, _found(out)
 
@@ -158,13 +162,13 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, An
 def finished(
     killed: tuple[Path, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, str]:
-    """The folder of a run with two processes that nothing disturbed, and what it said."""
+    """The folder of a complete run with two processes, and its output."""
     out = tmp_path_factory.mktemp("finished") / "out"
     shutil.copytree(killed[0] / "clips", out / "clips")
     process = _started(out, jobs=2)
-    said, errors = process.communicate(timeout=400)
+    output, errors = process.communicate(timeout=400)
     assert process.returncode == 0, errors
-    return out, said
+    return out, output
 
 
 def test_the_run_leaves_what_it_names(finished: tuple[Path, str]) -> None:
@@ -184,7 +188,7 @@ def test_ctrl_c_keeps_what_is_done(killed: tuple[Path, dict[str, Any]]) -> None:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert errors == "\nStopped. What is done is kept; the same command goes on.\n"
+    assert errors == "\nStopped. Finished runs are kept; the same command continues.\n"
     assert _found(out) == before
 
 
@@ -193,9 +197,9 @@ def test_a_killed_run_goes_on_and_gives_the_same_as_two_processes_undisturbed(
 ) -> None:
     out, before = killed
     process = _started(out, jobs=1)
-    said, errors = process.communicate(timeout=400)
+    output, errors = process.communicate(timeout=400)
     assert process.returncode == 0, errors
-    assert "1 of 3 runs to do, 1 at a time" in said
+    assert "1 of 3 runs to do, 1 at a time" in output
     after = _found(out)
     assert set(before) == {"clip", "finetune"}
     assert {name: after[name] for name in before} == before
@@ -224,8 +228,8 @@ def test_final_weights_lie_between_clip_and_the_average(finished: tuple[Path, st
     from examples.shapes.model import create_model
 
     out, _ = finished
-    found = Table(MAIN, json.loads((out / "results.json").read_text()))
-    lam = found.chosen_lambda(ROW_OPEN_VCLIP)
+    saved = Table(MAIN, json.loads((out / "results.json").read_text()))
+    lam = saved.chosen_lambda(ROW_OPEN_VCLIP)
     final = load_checkpoint(out / "openvclip-shapes.safetensors")
     average, clip = load_checkpoint(out / run.AVERAGED), create_model()[0].state_dict()
     for name, value in final.items():

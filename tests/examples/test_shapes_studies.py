@@ -1,4 +1,4 @@
-"""The studies of the shapes world: which runs they need, and how these share the processes."""
+"""The studies of the shapes world: their runs, and how the runs share the processes."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ def test_each_run_is_made_once_for_a_seed() -> None:
 
 @pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
 def test_every_row_gets_its_seeds(study: studies.Study) -> None:
-    given = {(task.run.name, task.seed, end) for task in plan(STUDIES) for end in task.ends}
+    evaluated = {(task.run.name, task.seed, end) for task in plan(STUDIES) for end in task.ends}
     needed = {(r.run.name, seed, r.end) for r in study.rows for seed in range(study.seeds)}
-    assert needed <= given
+    assert needed <= evaluated
     assert len({row.label for row in study.rows}) == len(study.rows)
 
 
 def test_nothing_is_evaluated_that_no_study_shows() -> None:
-    given = {(task.run.name, task.seed, end) for task in plan(STUDIES) for end in task.ends}
+    evaluated = {(task.run.name, task.seed, end) for task in plan(STUDIES) for end in task.ends}
     needed = {
         (row.run.name, seed, row.end)
         for study in STUDIES
         for row in study.rows
         for seed in range(study.seeds)
     }
-    assert given == needed
+    assert evaluated == needed
 
 
 def test_the_order_is_that_of_worth() -> None:
@@ -51,12 +51,12 @@ def test_the_order_is_that_of_worth() -> None:
     assert [task.seed for task in tasks[:begun]] == [0] * 5 + [1] * 5 + [2] * 5
     assert {task.seed for task in tasks[ended:]} == {3, 4}
     order = {run: place for place, run in enumerate(task.run.name for task in tasks)}
-    own = [
+    places = [
         max(order[row.run.name] for row in study.rows if row.run.name not in main)
         for study in STUDIES
         if study.seeds == 3 and study is not studies.AVERAGING
     ]
-    assert own == sorted(own)
+    assert places == sorted(places)
 
 
 def test_fewer_seeds_and_single_studies() -> None:
@@ -98,8 +98,8 @@ def test_cost_counts_the_passes() -> None:
 def test_work_comes_back_whole_from_workers_of_one_thread(tmp_path: Path) -> None:
     passed: list[float] = []
     numbers = list(range(5))
-    found = dict(side_by_side(square, numbers, 2, passed.append, tmp_path))
-    assert found == {number: (number**2, 1) for number in numbers}
+    squares = dict(side_by_side(square, numbers, 2, passed.append, tmp_path))
+    assert squares == {number: (number**2, 1) for number in numbers}
     assert sum(passed) == sum(numbers)
     assert not active_children()
 

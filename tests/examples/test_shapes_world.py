@@ -141,7 +141,7 @@ def test_a_still_has_its_colour(colour):
 
 @pytest.mark.parametrize("action", ACTIONS[1:])
 def test_every_action_leaves_a_cue_in_a_still(action):
-    """From one seed come one place, size and ground; what differs is the cue of the action."""
+    """One seed gives one position, size and background; only the cue of the action differs."""
     shapes = np.arange(len(SHAPES))
     colours = np.full(len(SHAPES), list(COLOURS).index("white"))
 
@@ -195,7 +195,7 @@ def test_every_action_but_resting_moves_every_shape(action, shape):
     frames=st.integers(2, 20),
 )
 def test_a_reversed_clip_is_the_clip_of_the_reversed_motion(seed, action, frames):
-    """The law that makes the arrow of time useless, exactly: poses(t) = reversed().poses(-t)."""
+    """The exact law of the reversal: poses(t) = reversed().poses(-t)."""
     motion = sample_motion(np.array([action]), rng(seed))
     time = np.linspace(-0.5, 0.5, frames, dtype=np.float32)
     forward, backward = motion.poses(time), motion.reversed().poses(-time)
@@ -215,7 +215,7 @@ def test_both_senses_of_a_motion_are_equally_likely():
 
 
 def test_videos_look_different_from_stills():
-    """Frames are noisier than stills, and on a busier ground."""
+    """Frames have more noise than stills and a background with more contrast."""
     count = 256
     generator = rng()
     shapes, colours = generator.integers(0, 24, count), generator.integers(0, 8, count)
@@ -286,7 +286,7 @@ def test_files_decode_to_what_was_drawn(world, name):
     assert pixels.shape == (SETTINGS.frames, CLIP_SIZE, CLIP_SIZE, 3)
     small = pixels.reshape(SETTINGS.frames, IMAGE_SIZE, 2, IMAGE_SIZE, 2, 3).mean((2, 4))
     error = np.abs(small - draw_clip(name, 3, SETTINGS)).mean()
-    assert error < 8  # of 255; the loss is the noise that H.264 smooths away
+    assert error < 8  # of 255; H.264 removes some of the noise
 
 
 def test_a_finished_data_set_is_left_alone(world):

@@ -1,4 +1,4 @@
-"""Videos whose frames show their own number, so that a test can tell which frame was read."""
+"""Videos whose frames show their frame number, so that a test can check which frame was read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BITS = 9
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Small tensors on shared cores: threads that wait for each other take most of the time."""
+    """Use one thread: with small tensors on busy cores, threads mostly wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -29,7 +29,7 @@ def one_thread() -> Iterator[None]:
 
 
 def draw(number: int, width: int, height: int, pixel_format: str) -> np.ndarray:
-    """BITS vertical bars, white where the number's bit is set."""
+    """Draw BITS vertical bars; a bar is white if the bit of the number is set."""
     bars = np.array([255 * (number >> bit & 1) for bit in range(BITS)], dtype=np.uint8)
     row = bars[np.minimum(np.arange(width) * BITS // width, BITS - 1)]
     grey = np.broadcast_to(row, (height, width))
@@ -84,7 +84,7 @@ def encode(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def numbers() -> Callable[[Any], list[Any]]:
-    """The number shown in each frame of a uint8 ``[..., C, H, W]`` video, as nested lists."""
+    """Read the number in each frame of a uint8 ``[..., C, H, W]`` video; return nested lists."""
 
     def read(video: Any) -> list[Any]:
         width = video.shape[-1]
@@ -99,7 +99,7 @@ def numbers() -> Callable[[Any], list[Any]]:
 
 @pytest.fixture
 def open_folder() -> Iterator[Path]:
-    """A folder that a user without privileges can read, too: pytest's are closed to others."""
+    """A folder that other users can read too. The folders of pytest have no such permission."""
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
         yield Path(folder)
@@ -107,7 +107,7 @@ def open_folder() -> Iterator[Path]:
 
 @contextmanager
 def unprivileged() -> Iterator[None]:
-    """Root may read everything; within the block it may not."""
+    """Drop the privileges of root within the block, because root can read every file."""
     if not hasattr(os, "seteuid"):
         pytest.skip("locks a file as POSIX does")
     user = os.geteuid()
@@ -121,7 +121,7 @@ def unprivileged() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def clips() -> Path:
-    """The folder of real clips that comes with the project's working folder."""
+    """The folder of real clips, which is not in the repository."""
     folder = SHARED / "data" / "clips"
     if not folder.is_dir():
         pytest.skip("the shared folder with the real clips is not here")

@@ -1,4 +1,4 @@
-"""What the tests encode: codecs, containers and pixel formats, for the fixture ``encode``."""
+"""Codecs, containers and pixel formats for the fixture ``encode``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads damaged copies of the files that it is given; run in a process of its own.
+"""Read damaged copies of the files on the command line; runs in a separate process.
 
 ``python -m tests.video.fuzz FOLDER COUNT ORIGINAL...`` prints one JSON line for each file before it
 is read, and one with what came of it.
@@ -19,12 +19,12 @@ from openvclip.errors import VideoError
 from openvclip.video import read_clip
 from openvclip.video.sampling import BACKENDS
 
-SECONDS = 10.0  # of processor time for one file; they take a few milliseconds
-MEMORY = 2**30  # of addresses, beyond what the process has after the whole files
+SECONDS = 10.0  # processor time for one file; a file usually needs a few milliseconds
+MEMORY = 2**30  # bytes of address space in addition to the use after the whole files were read
 
 
 def damaged(data: bytes, other: bytes, kind: int, rng: random.Random) -> bytes:
-    """Truncates, flips bits (anywhere, or in the header), cuts out, or joins with another file."""
+    """Truncate, flip bits (anywhere or in the header), cut out a part, or append another file."""
     changed = bytearray(data)
     if kind == 0:
         return data[: rng.randrange(1, len(data))]
@@ -53,7 +53,7 @@ def outcome(path: Path, sampler: str, backend: str) -> str:
 
 
 def main(folder: Path, count: int, backend: str, originals: list[Path]) -> None:
-    for path in originals:  # what is loaded with the first files is no memory of theirs
+    for path in originals:  # the first files also load libraries, whose memory must not count
         outcome(path, "released", backend)
     memory = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (memory + MEMORY, memory + MEMORY))

@@ -1,4 +1,4 @@
-"""Memory and open files of a worker of a ``DataLoader`` while it reads clip after clip.
+"""Print memory and open files of a ``DataLoader`` worker that reads many clips.
 
 ``python -m tests.video.leaks VIDEO CLIPS`` prints them every tenth of the way, as JSON lines.
 """
@@ -18,7 +18,7 @@ from openvclip.video import Sampling, VideoDataset, transforms
 
 
 class Watched(Dataset[Any]):
-    """Clips of a data set, and after each what the process that read it holds."""
+    """Clips of a data set, each with the memory and open files of the process that read it."""
 
     def __init__(self, data: VideoDataset) -> None:
         self.data = data
@@ -37,7 +37,7 @@ def main(video: Path, clips: int) -> None:
     torch.set_num_threads(1)
     broken = video.with_name("broken.mp4")
     broken.write_bytes(video.read_bytes()[:300])
-    # one in ten can't be read: what errors leave behind counts too
+    # one clip of ten cannot be read, to detect leaks after errors
     samples = [(broken.name if index % 10 == 9 else video.name, 0) for index in range(clips)]
     data = VideoDataset(
         samples,

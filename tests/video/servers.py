@@ -1,4 +1,4 @@
-"""What a test puts in place of ``checking._serve``; imported by the processes that it starts."""
+"""Replacements of ``checking._serve`` for tests; worker processes import this module."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from openvclip.video.checking import check_video
 
 
 def crashing(connection: Connection, quick: bool) -> None:
-    """Some files crash the process, or keep it busy for ever."""
+    """Crash the process for some files, and never answer for other files."""
     connection.send("ready")
     while True:
         path = connection.recv()

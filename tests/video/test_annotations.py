@@ -38,9 +38,9 @@ def write(tmp_path, text, name="list.csv"):
     ],
 )
 def test_formats(text, class_names, samples, names, tmp_path):
-    found = read_annotations(write(tmp_path, text), class_names)
-    assert found.samples == samples
-    assert found.class_names == names
+    annotations = read_annotations(write(tmp_path, text), class_names)
+    assert annotations.samples == samples
+    assert annotations.class_names == names
 
 
 @pytest.mark.parametrize(
@@ -79,10 +79,10 @@ def test_files_and_names(tmp_path):
 
 
 def test_real_labels(clips):
-    found = read_annotations(clips / "labels.csv")
-    assert len(found.samples) == 73
-    assert all((clips / path).is_file() for path, _ in found.samples)
-    assert len(found.class_names) == len({label for _, label in found.samples})
+    annotations = read_annotations(clips / "labels.csv")
+    assert len(annotations.samples) == 73
+    assert all((clips / path).is_file() for path, _ in annotations.samples)
+    assert len(annotations.class_names) == len({label for _, label in annotations.samples})
 
 
 # --- official lists ------------------------------------------------------------------------------
@@ -101,14 +101,14 @@ YOYO = "YoYo/v_YoYo_g08_c01.avi"
 def test_ucf101_lists(text, subset, tmp_path):
     path = write(tmp_path, text, "anything.txt")
     names = class_names("ucf101")
-    found = read_annotations(path)
-    assert found.samples == [(ARCHERY, names.index("Archery")), (YOYO, names.index("Yoyo"))]
-    assert found.class_names == names
-    assert read_annotations(path, subset=subset) == found
+    annotations = read_annotations(path)
+    assert annotations.samples == [(ARCHERY, names.index("Archery")), (YOYO, names.index("Yoyo"))]
+    assert annotations.class_names == names
+    assert read_annotations(path, subset=subset) == annotations
     other = {"train": "test", "test": "train"}[subset]
     with pytest.raises(AnnotationError, match=f"no videos of subset='{other}'; it has {subset}"):
         read_annotations(path, subset=other)
-    # names of one's own: as folders or as prompts spell them
+    # class names of the user: spelled like the folders or like the prompts
     assert read_annotations(path, ["YoYo", "Archery"]).samples == [(ARCHERY, 1), (YOYO, 0)]
     assert read_annotations(path, ["Archery", "Yoyo"]).samples == [(ARCHERY, 0), (YOYO, 1)]
     with pytest.raises(AnnotationError, match=r"anything\.txt, line 2: unknown class 'Yoyo'"):
@@ -116,9 +116,9 @@ def test_ucf101_lists(text, subset, tmp_path):
 
 
 def test_a_list_that_counts_from_0_is_not_the_official_one(tmp_path):
-    found = read_annotations(write(tmp_path, f"{ARCHERY} 2\n{YOYO} 100\n"))
-    assert found.samples == [(ARCHERY, 2), (YOYO, 100)]
-    assert found.class_names is None
+    annotations = read_annotations(write(tmp_path, f"{ARCHERY} 2\n{YOYO} 100\n"))
+    assert annotations.samples == [(ARCHERY, 2), (YOYO, 100)]
+    assert annotations.class_names is None
 
 
 @pytest.mark.parametrize(
@@ -142,9 +142,9 @@ def test_hmdb51_lists(tmp_path):
     path = write(tmp_path, text, "shake_hands_test_split2.txt")
     label = class_names("hmdb51").index("shake hands")
     both = [("shake_hands/a_(1).avi", label), ("shake_hands/b!.avi", label)]
-    found = read_annotations(path)
-    assert found.samples == both  # without the one that is not used
-    assert found.class_names == class_names("hmdb51")
+    annotations = read_annotations(path)
+    assert annotations.samples == both  # without the video that the split does not use
+    assert annotations.class_names == class_names("hmdb51")
     assert read_annotations(path, subset="train").samples == both[:1]
     assert read_annotations(path, subset="test").samples == both[1:]
     assert read_annotations(path, ["shake_hands"], subset="test").samples == [(both[1][0], 0)]
@@ -163,12 +163,14 @@ def test_folders_of_official_lists(clips, tmp_path):
     data = clips.parent
     ucf, hmdb = data / "ucfTrainTestlist", data / "testTrainMulti_7030_splits"
     for split, count in ((1, 9537), (2, 9586), (3, 9624)):
-        found = read_annotations(ucf, subset="train", split=split)
-        assert len(found.samples) == count
-        assert found == read_annotations(ucf / f"trainlist0{split}.txt")
-        # the label that the list writes down, and ours from the folder
+        annotations = read_annotations(ucf, subset="train", split=split)
+        assert len(annotations.samples) == count
+        assert annotations == read_annotations(ucf / f"trainlist0{split}.txt")
+        # the class index in the list, and the class index from the folder
         lines = (ucf / f"trainlist0{split}.txt").read_text().split("\n")[:-1]
-        assert [(line.split()[0], int(line.split()[1]) - 1) for line in lines] == found.samples
+        assert [
+            (line.split()[0], int(line.split()[1]) - 1) for line in lines
+        ] == annotations.samples
         assert len(read_annotations(hmdb, subset="train", split=split).samples) == 3570
     data_set = VideoDataset(hmdb, clips, subset="test", split=3, transform=None)
     assert len(data_set) == 1530
@@ -191,10 +193,10 @@ archery,abc,1,11,train,1
 
 def test_kinetics_lists(tmp_path):
     path = write(tmp_path, KINETICS, "validate.csv")
-    found = read_annotations(path)
+    annotations = read_annotations(path)
     names = ["archery", "passing American football (in game)", "yoga"]
-    assert found.class_names == names
-    assert found.samples == [
+    assert annotations.class_names == names
+    assert annotations.samples == [
         ("---QUuC4vJs_000084_000094.mp4", 1),
         ("-xyz_000005_000015.mp4", 2),
         ("abc_000001_000011.mp4", 0),
@@ -206,7 +208,7 @@ def test_kinetics_lists(tmp_path):
     (root / "yoga" / "-xyz_000005_000015.webm").touch()
     data = VideoDataset(path, root, transform=None)
     assert data.samples[1] == ("yoga/-xyz_000005_000015.webm", 2)
-    assert data.samples[0] == found.samples[0]
+    assert data.samples[0] == annotations.samples[0]
     with pytest.raises(VideoNotFoundError):
         VideoDataset(path, tmp_path / "none", transform=None)
 

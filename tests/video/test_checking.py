@@ -1,4 +1,4 @@
-"""Finding bad files: what is found, that a crash ends nothing, and the command."""
+"""Checks of video files: their results, crashes of the decoder, and the command."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.video import servers
 
 @pytest.fixture(scope="module")
 def folder(encode, tmp_path_factory):
-    """Two good videos, one that is damaged, three that are bad."""
+    """Two good videos, one damaged video and three bad files."""
     root = tmp_path_factory.mktemp("to-check")
     options = {"x264-params": "bframes=0:keyint=6"}
     whole = encode("check.mkv", frames=90, fps=25, options=options).read_bytes()
@@ -49,22 +49,22 @@ STATUS = {
 
 
 def test_one_file(folder):
-    found = {name: check_video(folder / name) for name in (*STATUS, "none.mp4")}
-    assert {name: check.status for name, check in found.items()} == {**STATUS, "none.mp4": "bad"}
+    results = {name: check_video(folder / name) for name in (*STATUS, "none.mp4")}
+    assert {name: check.status for name, check in results.items()} == {**STATUS, "none.mp4": "bad"}
     size = (folder / "good.mkv").stat().st_size
     whole = VideoCheck(str(folder / "good.mkv"), "ok", "", 90, 25.0, 144, 64, None, size)
-    assert found["good.mkv"] == whole
-    for name, check in found.items():
+    assert results["good.mkv"] == whole
+    for name, check in results.items():
         assert bool(check.reason) == (check.status != "ok")
         assert name in check.reason or not check.reason
-        # what it says is what the reader does
+        # read_clip agrees with the status
         if check.status == "bad":
             with pytest.raises(VideoError):
                 read_clip(folder / name)
         else:
             assert read_clip(folder / name).shape == (1, 8, 3, 64, 144)
-    assert "no such file" in found["none.mp4"].reason
-    assert 0 < found["sub/holes.mkv"].frames < 90
+    assert "no such file" in results["none.mp4"].reason
+    assert 0 < results["sub/holes.mkv"].frames < 90
 
 
 def test_containers_that_say_how_long_they_are(encode):
@@ -81,12 +81,12 @@ def test_a_crash_costs_one_file(folder, monkeypatch):
     monkeypatch.setattr(checking, "_serve", servers.crashing)
     names = ["good.mkv", "text.mp4", "sub/other.MKV", "empty.mp4"]
     checks = check_videos([folder / name for name in names], num_workers=1)
-    found = {check.path: check for check in checks}
-    assert sorted(found) == sorted(str(folder / name) for name in names)
-    assert {name: found[str(folder / name)].status for name in names} == {
+    results = {check.path: check for check in checks}
+    assert sorted(results) == sorted(str(folder / name) for name in names)
+    assert {name: results[str(folder / name)].status for name in names} == {
         name: STATUS[name] for name in names
     }
-    crashed = found[str(folder / "text.mp4")]
+    crashed = results[str(folder / "text.mp4")]
     assert crashed.reason == f"{folder}/text.mp4: the decoder crashed (SIGSEGV)."
     assert crashed.bytes == 550
     (hung,) = check_videos([folder / "header.mkv"], timeout=0.1)
@@ -118,12 +118,12 @@ def rows(path):
 def test_the_command(folder, tmp_path, capsys):
     table = tmp_path / "checked.csv"
     assert main(["check-videos", str(folder), "-o", str(table), "--num-workers", "1"]) == 1
-    found = rows(table)
-    assert {row["path"]: row["status"] for row in found} == {
+    results = rows(table)
+    assert {row["path"]: row["status"] for row in results} == {
         str(folder / name): status for name, status in STATUS.items()
     }
-    assert list(found[0]) == list(VideoCheck._fields)
-    (good,) = (row for row in found if row["path"].endswith("good.mkv"))
+    assert list(results[0]) == list(VideoCheck._fields)
+    (good,) = (row for row in results if row["path"].endswith("good.mkv"))
     assert (good["frames"], good["fps"], good["width"], good["seconds"]) == (
         "90",
         "25.0",
@@ -188,25 +188,25 @@ def test_ctrl_c_leaves_what_was_found(folder, tmp_path):
     process = subprocess.Popen(
         [*command, "-o", str(table), "--num-workers", "1"],
         cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        # what a shell starts in the background ignores it, and so would its children
+        # shells start background processes with SIGINT ignored, and child processes inherit this
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     while process.poll() is None and not (table.exists() and table.read_bytes().count(b"\n") > 3):
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
-    out, err = process.communicate(timeout=60)  # ends when nobody holds the pipes any longer
+    os.killpg(process.pid, signal.SIGINT)  # to all processes, as a terminal does
+    out, err = process.communicate(timeout=60)  # returns when all processes have closed the pipes
     assert process.returncode == 130, err
-    found = rows(table)
-    assert 3 <= len(found) < 2000
-    assert all(row["status"] == "ok" and row["bytes"] == str(len(data)) for row in found)
-    assert f"{len(found)} ok, 0 damaged, 0 bad, {2000 - len(found)} not checked" in out
+    results = rows(table)
+    assert 3 <= len(results) < 2000
+    assert all(row["status"] == "ok" and row["bytes"] == str(len(data)) for row in results)
+    assert f"{len(results)} ok, 0 damaged, 0 bad, {2000 - len(results)} not checked" in out
 
 
 def test_the_command_on_real_clips(clips, tmp_path):
     table = tmp_path / "checked.csv"
     arguments = [str(clips / "labels.csv"), "--videos", str(clips), "-o", str(table)]
     assert main(["check-videos", *arguments, "--num-workers", "1"]) == 0
-    found = rows(table)
-    assert len(found) == 73
+    results = rows(table)
+    assert len(results) == 73
     annotated = {str(clips / row["path"]): row["frames"] for row in rows(clips / "labels.csv")}
-    assert {row["path"]: row["frames"] for row in found} == annotated
+    assert {row["path"]: row["frames"] for row in results} == annotated

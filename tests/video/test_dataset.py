@@ -78,7 +78,7 @@ def test_epochs_repeat_and_differ(folder, numbers):
 
 
 def test_workers_and_order_change_nothing(folder):
-    """Also with workers that live on over epochs, and with transforms of the user's own."""
+    """Also with persistent workers, and with transforms that the user defines."""
     for transform in (transforms.build("train", 16), lambda v: v.float() + torch.rand(())):
         data = dataset(folder, sampler="dense", transform=None)
         data.transform = transform
@@ -114,7 +114,7 @@ def test_training_replaces_broken_videos(num_workers, folder):
     assert data.failures[0].path == str(folder / "bad.mp4")
     assert "bad.mp4: cannot be read as a video" in data.failures[0].reason
     assert "no such file" in data.failures[1].reason
-    # the label is that of the video that is shown
+    # the class index belongs to the video in the item
     video, label = data[1]
     readable = {0: 0, 2: 1, 4: 2}
     assert label in readable.values()

@@ -34,13 +34,16 @@ def test_frames_of_every_format(kind, encode, numbers):
 
     views = read_clip(path, num_frames=4, sampling_rate=8, views=3)
     with _stream.Stream(str(path)) as stream:
-        fps = stream.info.fps  # an elementary stream has none and counts as 25
+        fps = stream.info.fps  # an elementary stream has no frame rate, and FFmpeg assumes 25
     options = {"num_frames": 4, "sampling_rate": 8, "views": 3}
     expected = [
         [select(range(0, 60 * tick, tick), window) for window in plan(info, Sampling(**options))]
         for tick, info in (
-            (1, StreamInfo(fps, 60, 60)),  # a fractional start goes down to the frame before
-            (100, StreamInfo(fps, 60, 6000)),  # and up to the next where ticks are fine
+            (
+                1,
+                StreamInfo(fps, 60, 60),
+            ),  # a fractional start is rounded down
+            (100, StreamInfo(fps, 60, 6000)),  # and rounded up if ticks are short
             (1, StreamInfo(fps, 60, counted=True)),
         )
     ]
@@ -66,7 +69,7 @@ def test_streams_that_start_late(name, encode, numbers):
     times = [10_000 + 40 * i for i in range(60)]
     path = encode(name, fps=25, times=times)
     # a clip is 4 * 4 / 30 * 25 = 13.3 frames long; linspace(start, start + 12.3, 4)
-    start = 0 if name == "late.mp4" else 23  # one view: the centre where there is no duration
+    start = 0 if name == "late.mp4" else 23  # one view without a duration: the centre
     assert numbers(read_clip(path, num_frames=4, sampling_rate=4)) == [
         [start, start + 4, start + 8, min(start + 12, start + 10 if start == 0 else 99)]
     ]
@@ -81,8 +84,8 @@ def test_late_start_of_timed_stream_is_no_offset(encode, numbers):
 
 
 def test_variable_frame_rate(encode, numbers):
-    # 40 frames a second apart, then 40 at 25 a second: by time stamp, the views of "released" lie
-    # in the slow part; by number ("uniform"), every frame counts the same.
+    # 40 frames with a distance of a second, then 40 frames at 25 frames per second. "released"
+    # places its views by time stamp, so they are in the slow part. "uniform" counts frames.
     times = [1000 * i for i in range(40)] + [40_000 + 40 * i for i in range(40)]
     path = encode("vfr.mp4", frames=80, fps=25, times=times)
     assert numbers(read_clip(path, num_frames=4, sampler="uniform")) == [[10, 30, 50, 70]]
@@ -99,15 +102,15 @@ def test_rotation(encode, tmp_path):
     upright = read_clip(path, num_frames=2)
     identity = struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 2**30)
     data = path.read_bytes()
-    header = data.index(b"tkhd")  # the matrix of the movie as a whole comes before
+    header = data.index(b"tkhd")  # the matrix of the whole movie comes before this header
     # (x, y) goes to (a x + c y, b x + d y) with y downwards (ISO 14496-12): a phone held upright
     # writes a = d = 0, b = 1, c = -1, "turn clockwise"
     for (a, b, c, d), turns in (((0, 1, -1, 0), -1), ((0, -1, 1, 0), 1), ((-1, 0, 0, -1), 2)):
         matrix = struct.pack(">9i", *(65536 * x for x in (a, b, 0, c, d, 0, 0, 0)), 2**30)
         turned = tmp_path / "turned.mp4"
         turned.write_bytes(data[:header] + data[header:].replace(identity, matrix, 1))
-        found = read_clip(turned, num_frames=2)
-        assert torch.equal(found, torch.rot90(upright, turns, dims=(-2, -1)))
+        clip = read_clip(turned, num_frames=2)
+        assert torch.equal(clip, torch.rot90(upright, turns, dims=(-2, -1)))
 
 
 def test_size_that_changes_on_the_way(encode, tmp_path):
@@ -197,7 +200,7 @@ def test_picker_equals_select():
     for _ in range(300):
         length = int(torch.randint(1, 60, (), generator=generator))
         jitter = torch.randint(0, 4, (length,), generator=generator).tolist()
-        stamps = [max(0, i + j) for i, j in enumerate(jitter)]  # out of order, with repeats
+        stamps = [max(0, i + j) for i, j in enumerate(jitter)]  # not sorted, with repetitions
         info = StreamInfo(fps=30.0, frames=length, duration=length)
         rate = int(torch.randint(1, 5, (), generator=generator))
         for window in plan(info, Sampling(num_frames=4, sampling_rate=rate, views=3)):
@@ -220,9 +223,9 @@ def test_dense_follows_its_generator(encode, numbers):
         )
 
     assert starts(1) == starts(1)
-    found = {starts(seed)[0][0] for seed in range(12)}
-    assert len(found) > 6
-    assert max(found) > 40
+    first_frames = {starts(seed)[0][0] for seed in range(12)}
+    assert len(first_frames) > 6
+    assert max(first_frames) > 40
 
 
 def _text(path):
@@ -298,7 +301,7 @@ def test_avi_without_index(encode, numbers, tmp_path):
     path.write_bytes(data[:start])
     assert numbers(read_clip(path, num_frames=6, sampler="uniform")) == [[5, 15, 25, 35, 45, 55]]
     with _stream.Stream(str(path)) as stream:
-        info = stream.info  # without the index its length is estimated
+        info = stream.info  # without the index, FFmpeg estimates the duration
     assert info.timed
     options = {"num_frames": 4, "sampling_rate": 8, "views": 3}
     windows = plan(info, Sampling(**options))
@@ -347,9 +350,9 @@ def test_a_file_that_breaks_off_gives_what_is_there(name, encode, numbers, tmp_p
     for sampler in ("released", "uniform", "dense"):
         clip = read_clip(path, views=3, sampler=sampler)
         assert clip.shape == (3, 8, 3, 64, 144)
-        found = numbers(clip)
-        assert all(view == sorted(view) for view in found)
-        assert found[0][1] < 130  # of 200: the file has about 120
+        views = numbers(clip)
+        assert all(view == sorted(view) for view in views)
+        assert views[0][1] < 130  # of 200: the file has about 120
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Damaged files give frames or one of our errors, in bounded time and memory."""
+"""Damaged files give frames or an error of this package, in bounded time and memory."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def originals(encode):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits memory as Linux does")
 @pytest.mark.parametrize("backend", ["pyav", "torchcodec"])
 def test_damaged_files(backend, originals, tmp_path):
-    """In another process, whose memory, and processor time for each file, are limited."""
+    """Runs in another process with limits for its memory and for the processor time of a file."""
     if backend == "torchcodec":
         try:
             require_torchcodec()
@@ -46,8 +46,8 @@ def test_damaged_files(backend, originals, tmp_path):
     )  # fmt: skip
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0, f"{lines[-1:]}\n{done.stderr[-3000:]}"
-    found = collections.Counter(line["outcome"] for line in lines if "outcome" in line)
-    assert set(found) == {"error", "frames"}
-    assert found.total() == FILES
-    assert found["error"] > 50  # both ways out were taken
-    assert found["frames"] > 50
+    outcomes = collections.Counter(line["outcome"] for line in lines if "outcome" in line)
+    assert set(outcomes) == {"error", "frames"}
+    assert outcomes.total() == FILES
+    assert outcomes["error"] > 50  # both outcomes occur
+    assert outcomes["frames"] > 50

@@ -1,4 +1,4 @@
-"""A worker that reads clip after clip holds no more memory or files at the end."""
+"""A worker that reads many clips needs no more memory or files at the end."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers import REPO
 
-# OPENVCLIP_LEAK_CLIPS=10000 reads as many as an epoch has.
+# OPENVCLIP_LEAK_CLIPS=10000 reads as many clips as an epoch.
 CLIPS = int(os.environ.get("OPENVCLIP_LEAK_CLIPS", "1000"))
 
 
@@ -23,10 +23,12 @@ def test_workers_keep_neither_memory_nor_files(encode):
         cwd=REPO, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    print(*found, sep="\n")
-    assert [line["clips"] for line in found] == [CLIPS * tenth // 10 for tenth in range(1, 11)]
-    assert found[-1]["errors"] == CLIPS // 10
-    assert found[-1]["files"] == found[2]["files"]
-    # A frame is 54 KiB: one lost with each clip would be 54 * 700 KiB at the least.
-    assert found[-1]["kib"] - found[2]["kib"] < 54 * 0.7 * CLIPS / 4
+    measurements = [json.loads(line) for line in done.stdout.splitlines()]
+    print(*measurements, sep="\n")
+    assert [line["clips"] for line in measurements] == [
+        CLIPS * tenth // 10 for tenth in range(1, 11)
+    ]
+    assert measurements[-1]["errors"] == CLIPS // 10
+    assert measurements[-1]["files"] == measurements[2]["files"]
+    # A frame needs 54 KiB. A leak of one frame for each clip would need at least 54 * 700 KiB.
+    assert measurements[-1]["kib"] - measurements[2]["kib"] < 54 * 0.7 * CLIPS / 4

@@ -1,4 +1,4 @@
-"""The protocols against the published counts, with the official annotation files as the source."""
+"""The protocols, built from the official annotation files, against the published counts."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def sets(facts):
 
 @pytest.fixture(scope="module")
 def folders(facts):
-    """The folders of both data sets, from the annotation files themselves."""
+    """The class folders of both data sets, from the annotation files."""
     ucf = [line.split("/")[0] for line in lines(DATA / "ucfTrainTestlist" / "testlist01.txt")]
     hmdb = [
         path.name.removesuffix("_test_split1.txt")
@@ -51,7 +51,7 @@ def lines(path):
 
 
 def hmdb_rows(number):
-    """(folder, file name, flag) of every video, read in the plainest way."""
+    """(folder, file name, flag) of every video, read without the package."""
     rows = []
     for path in sorted((DATA / "testTrainMulti_7030_splits").glob(f"*_test_split{number}.txt")):
         folder = path.name[: -len(f"_test_split{number}.txt")]
@@ -76,7 +76,7 @@ def test_class_name_rules_on_all_names(names, folders):
         made = [protocols.class_name(dataset, folder) for folder in folders[dataset]]
         assert len(set(made)) == count
         assert set(made) == set(names[dataset])
-    for name in names["ucf101"]:  # and back: a capital starts each word, and nothing else
+    for name in names["ucf101"]:  # and back: a capital letter starts each word
         assert re.fullmatch(r"[A-Z][a-z]*( [A-Z][a-z]*)*", name), name
     assert all(protocols.class_name("kinetics600", name) == name for name in names["kinetics400"])
 
@@ -88,7 +88,7 @@ def test_class_name_rules_on_all_names(names, folders):
 def test_numbers_of_classes_and_videos(dataset, facts):
     counts = facts["protocols"]["EP1_video_counts"][dataset]
     classes = {"ucf101": 101, "hmdb51": 51}[dataset]
-    said = {
+    expected_counts = {
         f"{dataset}-ep1": counts,
         f"{dataset}-ep2": [{"ucf101": 13320, "hmdb51": 5100}[dataset]],
         f"{dataset}-ep3": {"ucf101": [3783, 3734, 3696], "hmdb51": [1530] * 3}[dataset],
@@ -96,7 +96,7 @@ def test_numbers_of_classes_and_videos(dataset, facts):
     for text in ("testlist01 + trainlist01 = 13320 videos", "flags 1 and 2 = 5100 videos"):
         assert text in facts["protocols"]["EP2"]
     assert "3783/3734/3696 videos, HMDB-51 1530 each" in facts["protocols"]["EP3"]
-    for name, expected in said.items():
+    for name, expected in expected_counts.items():
         splits = protocols.load(name, annotations=DATA)
         assert [len(split.samples) for split in splits] == expected
         assert protocols.published_videos(name) == expected
@@ -119,8 +119,8 @@ def test_the_halves_are_drawn_as_released(dataset, names, folders):
     for split in splits:
         order = list(range(len(everything)))
         random.shuffle(order)
-        kept = sorted(order[: len(order) // 2])
-        assert split.class_names == [everything[index] for index in kept]
+        half = sorted(order[: len(order) // 2])
+        assert split.class_names == [everything[index] for index in half]
         for path, label in split.samples:
             assert path.split("/")[0] == spelled[split.class_names[label]]
     random.setstate(state)
@@ -158,7 +158,7 @@ def test_videos_of_hmdb51_are_those_of_the_flags(names):
 
 
 def kinetics_csv(path, sets, each=46, header="label,youtube_id,time_start,time_end,split"):
-    """A validation list with ``each`` videos of every class of the three sets, and of others."""
+    """Write a validation list with ``each`` videos of every class of the three sets, and others."""
     every = sorted({name for n in (1, 2, 3) for name in sets[f"split{n}"]} | {"archery", "yoga"})
     rows = [
         f"{name},{index:05d}-_{video:05d},{video},{video + 10},val"
@@ -188,20 +188,20 @@ def test_kinetics_600(file, sets, facts, tmp_path):
         assert split.samples[video][0] == f"{every.index(split.class_names[0]):05d}-_00000" + (
             "_000000_000010.mp4"
         )
-    said = re.search(r"(\d+)/(\d+)/(\d+) videos", facts["protocols"]["K600"])
-    assert protocols.published_videos("kinetics600") == [int(count) for count in said.groups()]
+    published = re.search(r"(\d+)/(\d+)/(\d+) videos", facts["protocols"]["K600"])
+    assert protocols.published_videos("kinetics600") == [int(count) for count in published.groups()]
 
 
 def test_another_kinetics_600_list_is_refused(sets, tmp_path):
     path = tmp_path / "validate.csv"
-    kinetics_csv(path, sets, each=88)  # 14080: the list that circulates holds training videos
+    kinetics_csv(path, sets, each=88)  # 14080: the list of ViFi-CLIP contains training videos
     with pytest.raises(ProtocolError, match=r"14080 videos; expected 7276 to 8000\. These are not"):
         protocols.load("kinetics600", annotations=tmp_path, allow_incomplete=True)
     kinetics_csv(path, sets, each=2)
     with pytest.raises(ProtocolError, match=r"name 320 videos; expected 7276 to 8000.*incomplete"):
         protocols.load("kinetics600", annotations=tmp_path)
-    few = protocols.load("kinetics600", annotations=tmp_path, allow_incomplete=True)
-    assert [len(split.samples) for split in few] == [320] * 3
+    incomplete = protocols.load("kinetics600", annotations=tmp_path, allow_incomplete=True)
+    assert [len(split.samples) for split in incomplete] == [320] * 3
     path.write_text("label,youtube_id,time_start,time_end,split\narchery,abc,1,11,val\n")
     with pytest.raises(ProtocolError, match=r"no videos of 160 of the 160 classes of set 1"):
         protocols.load("kinetics600", annotations=tmp_path)
@@ -223,7 +223,7 @@ def test_videos_are_found_where_a_download_puts_them(sets, tmp_path):
     (videos / "loop").symlink_to(videos, target_is_directory=True)
     splits = protocols.load("kinetics600", annotations=path, videos=videos, allow_incomplete=True)
     for split in splits:
-        assert [found for found, _ in split.samples] == [wanted[n] for n in split.class_names]
+        assert [path for path, _ in split.samples] == [wanted[n] for n in split.class_names]
     with pytest.raises(VideoNotFoundError, match="no such folder of videos"):
         protocols.load(
             "kinetics600", annotations=path, videos=tmp_path / "none", allow_incomplete=True
@@ -241,28 +241,28 @@ def train_paths(dataset):
 
 @pytest.mark.parametrize("dataset", ["ucf101", "hmdb51"])
 def test_base_to_novel(dataset, facts, names):
-    said = facts["vifi_clip"]["base_to_novel"]["videos"][dataset]
+    counts_of_paper = facts["vifi_clip"]["base_to_novel"]["videos"][dataset]
     whole = protocols.base_to_novel(dataset, annotations=DATA, shots=None)
-    found = protocols.base_to_novel(dataset, annotations=DATA)
-    assert len(whole.train.samples) == said["base_train"]
-    assert len(found.train.samples) == said["train_16_shot"]
-    assert len(found.base.samples) == said["base_test"]
-    assert len(found.novel.samples) == said["novel_test"]
-    assert found.base.class_names == found.train.class_names
-    assert len({part.protocol for part in found}) == 3  # never averaged together
-    together = found.base.class_names + found.novel.class_names
+    splits = protocols.base_to_novel(dataset, annotations=DATA)
+    assert len(whole.train.samples) == counts_of_paper["base_train"]
+    assert len(splits.train.samples) == counts_of_paper["train_16_shot"]
+    assert len(splits.base.samples) == counts_of_paper["base_test"]
+    assert len(splits.novel.samples) == counts_of_paper["novel_test"]
+    assert splits.base.class_names == splits.train.class_names
+    assert len({part.protocol for part in splits}) == 3  # never averaged together
+    together = splits.base.class_names + splits.novel.class_names
     assert sorted(together) == sorted(names[dataset])
-    for part in (found.base.class_names, found.novel.class_names):
+    for part in (splits.base.class_names, splits.novel.class_names):
         assert part == [name for name in names[dataset] if name in part]
     # every novel class has at most as many training videos as any base class
     counts = collections.Counter(
         protocols.class_name(dataset, path.split("/")[0]) for path in train_paths(dataset)
     )
-    assert max(counts[n] for n in found.novel.class_names) <= min(
-        counts[n] for n in found.base.class_names
+    assert max(counts[n] for n in splits.novel.class_names) <= min(
+        counts[n] for n in splits.base.class_names
     )
     if dataset == "hmdb51":
-        assert found.novel.class_names == sorted(names[dataset])[:25]
+        assert splits.novel.class_names == sorted(names[dataset])[:25]
 
 
 @pytest.mark.parametrize("dataset", ["ucf101", "hmdb51"])
@@ -323,8 +323,8 @@ def test_incomplete_lists(facts, tmp_path):
     text = r"ucf101-ep2: the annotations name 13310 videos; expected 13320\. .* incomplete"
     with pytest.raises(ProtocolError, match=text):
         protocols.load("ucf101-ep2", annotations=tmp_path)
-    (few,) = protocols.load("ucf101-ep2", annotations=tmp_path, allow_incomplete=True)
-    assert len(few.samples) == 13310
+    (incomplete,) = protocols.load("ucf101-ep2", annotations=tmp_path, allow_incomplete=True)
+    assert len(incomplete.samples) == 13310
     with pytest.raises(ProtocolError, match="name 9527 videos; expected 9537"):
         protocols.few_shot("ucf101", annotations=tmp_path, shots=2)
     whole = lines(DATA / "ucfTrainTestlist" / "trainlist01.txt")

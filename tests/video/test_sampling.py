@@ -37,10 +37,10 @@ def test_golden_frames_of_real_clips(clips, golden_sampling):
         assert len(stamps) == entry["frames"], name
         if not info.timed:
             info = with_count(info, len(stamps))
-        found = [select(stamps, window) for window in plan(info, Sampling(views=3))]
+        views = [select(stamps, window) for window in plan(info, Sampling(views=3))]
         if not all(
             index in allowed
-            for view, expected in zip(found, entry["indices"], strict=True)
+            for view, expected in zip(views, entry["indices"], strict=True)
             for index, allowed in zip(view, expected, strict=True)
         ):
             wrong.append(name)

@@ -24,15 +24,15 @@ def whole(frame: Tensor) -> Tensor:
 def expected(
     frames: int, fps: float, count: int, seconds: float, step: float
 ) -> list[tuple[float, float, list[int]]]:
-    """Frame n is shown from n / fps on; a window takes what is shown at its times."""
+    """Frame n is displayed from n / fps on; a window takes the frames displayed at its times."""
     length = frames / fps
-    found: list[tuple[float, float, list[int]]] = []
-    while not found or (found[-1][1] < length and len(found) * step < length):
-        start = len(found) * step
+    windows: list[tuple[float, float, list[int]]] = []
+    while not windows or (windows[-1][1] < length and len(windows) * step < length):
+        start = len(windows) * step
         times = [start + i * seconds / count for i in range(count)]
-        shown = [min(int(time * fps + 1e-6), frames - 1) for time in times]
-        found.append((start, min(start + seconds, length), shown))
-    return found
+        indices = [min(int(time * fps + 1e-6), frames - 1) for time in times]
+        windows.append((start, min(start + seconds, length), indices))
+    return windows
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "avi", "mkv"])
@@ -50,13 +50,15 @@ def test_windows_equal_a_slow_choice(
     step: float | None,
 ) -> None:
     path = encode(f"slide-{frames}.{suffix}", frames=frames)
-    found = list(
+    windows = list(
         sliding_windows(path, transform=whole, num_frames=count, seconds=seconds, step=step)
     )
     wanted = expected(frames, 30, count, seconds, seconds / 2 if step is None else step)
-    assert [numbers(window.clip) for window in found] == [one[2] for one in wanted]
-    times = torch.tensor([(window.start, window.end) for window in found])
-    torch.testing.assert_close(times, torch.tensor([one[:2] for one in wanted]), atol=2e-3, rtol=0)
+    assert [numbers(window.clip) for window in windows] == [window[2] for window in wanted]
+    times = torch.tensor([(window.start, window.end) for window in windows])
+    torch.testing.assert_close(
+        times, torch.tensor([window[:2] for window in wanted]), atol=2e-3, rtol=0
+    )
 
 
 def test_frames_are_transformed_once_and_few_are_kept(encode: Encode) -> None:
@@ -79,11 +81,11 @@ def test_frames_are_transformed_once_and_few_are_kept(encode: Encode) -> None:
 def test_times_count_from_the_first_frame_and_follow_a_variable_rate(
     encode: Encode, numbers: Numbers
 ) -> None:
-    stamps = [5000, 5100, 5200, 6200, 6300, 6400]  # milliseconds; frame 2 is shown for a second
+    stamps = [5000, 5100, 5200, 6200, 6300, 6400]  # milliseconds; frame 2 is displayed for a second
     path = encode("slide-vfr.mkv", frames=6, times=stamps)
-    found = list(sliding_windows(path, transform=whole, num_frames=2, seconds=0.5, step=0.5))
-    assert [numbers(window.clip) for window in found] == [[0, 2], [2, 2], [2, 3]]
-    assert [window.start for window in found] == [0.0, 0.5, 1.0]
+    windows = list(sliding_windows(path, transform=whole, num_frames=2, seconds=0.5, step=0.5))
+    assert [numbers(window.clip) for window in windows] == [[0, 2], [2, 2], [2, 3]]
+    assert [window.start for window in windows] == [0.0, 0.5, 1.0]
 
 
 def test_bad_input(tmp_path: Path, encode: Encode) -> None:

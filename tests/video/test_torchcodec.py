@@ -12,13 +12,13 @@ from openvclip.errors import MissingDependencyError, VideoError
 from openvclip.video import Sampling, VideoDataset, _torchcodec, read_clip
 from tests.video.formats import FORMATS
 
-# The two bring FFmpegs of their own, whose conversions to RGB round differently.
+# The two packages contain different versions of FFmpeg, which round RGB differently.
 GREY_LEVELS = 3
 
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """Loads torchcodec or skips; counts the clips that it decoded, and those it left to PyAV."""
+    """Load torchcodec or skip; count the clips that torchcodec decoded and that PyAV decoded."""
     try:
         _torchcodec.require_torchcodec()
     except MissingDependencyError as error:

@@ -42,21 +42,21 @@ def released_reference(video, size):
 @pytest.mark.parametrize("size", [224, 32, 65])
 def test_released_equals_the_recipe(shape, size):
     video = pixels(5, 3, *shape)
-    found = transforms.build("released", size)(video)
-    torch.testing.assert_close(found, released_reference(video, size), atol=2e-5, rtol=0)
-    assert found.shape == (5, 3, size, size)
-    assert found.dtype == torch.float32
+    actual = transforms.build("released", size)(video)
+    torch.testing.assert_close(actual, released_reference(video, size), atol=2e-5, rtol=0)
+    assert actual.shape == (5, 3, size, size)
+    assert actual.dtype == torch.float32
 
 
 @pytest.mark.parametrize("shape", [(240, 320), (320, 241), (224, 301), (100, 90)])
 def test_clip_equals_clips_own_preprocessing(shape):
     image = pytest.importorskip("PIL.Image")
     video = pixels(2, 3, *shape)
-    found = transforms.build("clip")(video)
+    actual = transforms.build("clip")(video)
     height, width = shape
     short = min(shape)
     scaled = (int(224 * height / short), int(224 * width / short))
-    for frame, result in zip(video, found, strict=True):
+    for frame, result in zip(video, actual, strict=True):
         picture = image.fromarray(frame.permute(1, 2, 0).numpy())
         small = np.asarray(picture.resize(scaled[::-1], image.BICUBIC))
         top, left = round((scaled[0] - 224) / 2), round((scaled[1] - 224) / 2)
@@ -64,7 +64,7 @@ def test_clip_equals_clips_own_preprocessing(shape):
         mean, std = np.array(transforms.CLIP_MEAN), np.array(transforms.CLIP_STD)
         grey_levels = result.permute(1, 2, 0).numpy() * std * 255 + mean * 255
         difference = np.abs(grey_levels - small)
-        # both compute in fixed point, with roundings of their own
+        # both compute in fixed point and round differently
         assert difference.max() < 2.01
         assert difference.mean() < 0.02
 
@@ -156,7 +156,7 @@ def drawn(transform, video, seed):
 
 @pytest.mark.parametrize("index", range(4))
 def test_color_jitter_equals_torchvision(index):
-    """One kind of change at a time, with the factor found by torchvision's own functions."""
+    """One kind of change at a time; torchvision's functions give the factor."""
     vision = pytest.importorskip("torchvision.transforms.functional")
     changes = [
         vision.adjust_brightness, vision.adjust_contrast, vision.adjust_saturation,
@@ -168,7 +168,7 @@ def test_color_jitter_equals_torchvision(index):
     plain = transforms.build("train", 40, **RAW)
     jittered = transforms.build("train", 40, color_jitter=reach, **RAW)
     low, high = (-0.4, 0.4) if index == 3 else (0.6, 1.4)
-    found = []
+    amounts = []
     for seed in range(12):
         generator = torch.Generator().manual_seed(seed)
         before = plain(video, generator)
@@ -177,8 +177,8 @@ def test_color_jitter_equals_torchvision(index):
         after = drawn(jittered, video, seed)
         torch.testing.assert_close(after, changes[index](before, amount), atol=2e-5, rtol=0)
         assert (after - before).abs().max() > 1e-3
-        found.append(amount)
-    assert min(found) < (low + high) / 2 < max(found)
+        amounts.append(amount)
+    assert min(amounts) < (low + high) / 2 < max(amounts)
 
 
 def test_color_jitter_changes_in_the_drawn_order():
@@ -209,7 +209,7 @@ def test_color_jitter_is_one_for_a_clip():
     first, second = transform(video, torch.Generator().manual_seed(1))
     assert all(torch.equal(first[0], other) for other in first)
     assert not torch.equal(first, second)
-    # without jitter nothing more is drawn: runs from before it was there repeat
+    # without jitter no further number is drawn, so older runs can be repeated
     plain, off = transforms.build("train", 32), transforms.build("train", 32, color_jitter=0)
     assert torch.equal(drawn(plain, video, 4), drawn(off, video, 4))
 
@@ -270,17 +270,17 @@ def test_wrong_settings(arguments):
 @pytest.mark.parametrize("name", ["released", "clip"])
 def test_three_crops_are_the_ends_and_the_middle_of_the_long_side(shape, name):
     video = pixels(2, 4, 3, *shape)
-    found = transforms.build(name, 32, short_side=40, crops=3)(video)
-    assert found.shape == (2, 3, 4, 3, 32, 32)
+    actual = transforms.build(name, 32, short_side=40, crops=3)(video)
+    assert actual.shape == (2, 3, 4, 3, 32, 32)
     alone = transforms.build(name, 32, short_side=40)(video)
-    assert torch.equal(found[:, 1], alone)
-    for clip, crops in zip(video, found, strict=True):
-        for frame, shown in zip(clip, crops.transpose(0, 1), strict=True):
+    assert torch.equal(actual[:, 1], alone)
+    for clip, crops in zip(video, actual, strict=True):
+        for frame, frame_crops in zip(clip, crops.transpose(0, 1), strict=True):
             whole = resized_whole(name, frame, 40)
             across = shape[0] > shape[1]
             short = (whole.shape[-1] if across else whole.shape[-2]) - 32
             long = (whole.shape[-2] if across else whole.shape[-1]) - 32
-            for place, crop in zip((0, None, long), shown, strict=True):
+            for place, crop in zip((0, None, long), frame_crops, strict=True):
                 if place is None:
                     continue
                 top, left = (place, short // 2) if across else (short // 2, place)
@@ -311,8 +311,8 @@ def resized_whole(name, frame, short):
 def test_a_short_side_of_ones_own():
     video = pixels(3, 3, 80, 100)
     whole = released_reference(video, 40)  # the whole height, the middle 40 of the width
-    found = transforms.build("released", 32, short_side=40)(video)
-    torch.testing.assert_close(found, whole[..., 4:36, 4:36], atol=2e-5, rtol=0)
+    actual = transforms.build("released", 32, short_side=40)(video)
+    torch.testing.assert_close(actual, whole[..., 4:36, 4:36], atol=2e-5, rtol=0)
     fixed = transforms.build("train", 40, short_side=40, hflip=False)
     places = {
         tuple(fixed(video, torch.Generator().manual_seed(seed)).flatten()[:20].tolist())

@@ -1,0 +1,59 @@
+"""Container formats that need special treatment: one entry of :data:`CONTAINERS` for each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["CONTAINERS", "Container", "container_of"]
+
+
+@dataclass(frozen=True)
+class Container:
+    """The treatment of a container format.
+
+    Attributes:
+        seekable: whether a seek leaves the time stamps of the frames unchanged. Then frames are
+            reached by seeking; otherwise the file is decoded from the beginning.
+        refused: whether files in this format are refused.
+    """
+
+    seekable: bool = False
+    refused: bool = False
+
+
+# The packets of these formats carry the presentation times of the frames. The packets of AVI files
+# do not: FFmpeg reconstructs the times while it decodes, so a seek can shift them by a frame.
+_SEEKABLE = Container(seekable=True)
+# FFmpeg would read any text file as "tty". The other refused formats open further files or
+# addresses, which the caller did not name.
+_REFUSED = Container(refused=True)
+_OTHER = Container()
+
+CONTAINERS: dict[str, Container] = {
+    "mov": _SEEKABLE,
+    "mp4": _SEEKABLE,
+    "matroska": _SEEKABLE,
+    "webm": _SEEKABLE,
+    "tty": _REFUSED,
+    "concat": _REFUSED,
+    "hls": _REFUSED,
+    "dash": _REFUSED,
+    "lavfi": _REFUSED,
+    "image2": _REFUSED,
+    "sdp": _REFUSED,
+    "rtsp": _REFUSED,
+    "data": _REFUSED,
+}
+"""The treatment of each format by FFmpeg's short name of the format."""
+
+
+def container_of(names: str) -> Container:
+    """Return the treatment of a format.
+
+    Args:
+        names: FFmpeg's names of the format, separated by commas, such as ``"mov,mp4,m4a"``.
+    """
+    if names.endswith("_pipe"):  # a still image
+        return _REFUSED
+    known = (CONTAINERS[name] for name in names.split(",") if name in CONTAINERS)
+    return next(known, _OTHER)
