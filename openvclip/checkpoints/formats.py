@@ -1,7 +1,8 @@
-"""What a file of weights holds, told from its content: safetensors, PyTorch, TorchScript.
+"""Read the weights of safetensors, PyTorch and TorchScript files.
 
-Nothing here runs a pickle: PyTorch files are read with ``weights_only=True``, TorchScript archives
-by ``torch.jit.load``, which restores tensors and calls no Python.
+The format of a file is recognised from its content, not from its name. No pickled code is run:
+PyTorch files are read with ``weights_only=True``. TorchScript archives are read with
+``torch.jit.load``, which restores tensors and calls no Python code.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,19 +21,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openvclip.checkpoints.layout import is_index, read_shards
+from openvclip.checkpoints.layout import map_entries
+from openvclip.checkpoints.sharding import is_index, open_model
 from openvclip.errors import CheckpointError, UnsafeCheckpointError
 from openvclip.weights.names import canonical_state, listed
 
 SAFETENSORS, TORCH, TORCHSCRIPT = "safetensors", "PyTorch", "TorchScript"
 
-# Where training code puts the weights, beside optimizers and counters.
+# Names under which training code stores the weights, beside optimizers and counters.
 _WEIGHT_KEYS = ("model_state", "state_dict", "model_state_dict", "model")
 
-# Integers about the model that stand among the weights of OpenAI's files.
+# Integers that OpenAI's files hold among the weights. They describe the model.
 SETTINGS = frozenset({"input_resolution", "context_length", "vocab_size"})
 
-_BEGINNINGS = (
+# Other kinds of files that users give by mistake, by their first bytes.
+_OTHER_KINDS = (
     (b"\x89PNG", "a PNG image"),
     (b"\xff\xd8\xff", "a JPEG image"),
     (b"GIF8", "a GIF image"),
@@ -51,15 +55,15 @@ _BEGINNINGS = (
 
 @dataclass(frozen=True)
 class WeightFile:
-    """The weights of a file under canonical names, as they stand in it.
+    """The weights of a file under canonical names.
 
     Attributes:
-        path: the file.
+        path: the path of the file.
         format: ``"safetensors"``, ``"PyTorch"`` or ``"TorchScript"``.
-        weights: names to tensors; on the meta device where only the sizes were read.
-        key: the top-level entry that the weights were under, or ``""``.
-        beside: the other top-level entries, which hold no weights of this model.
-        metadata: texts of a safetensors header.
+        weights: names to tensors. The tensors are on the meta device if only sizes were read.
+        key: the top-level entry that holds the weights, or ``""`` if the file has no such entry.
+        beside: the other top-level entries, such as the state of an optimizer.
+        metadata: the texts in the header of a safetensors file.
     """
 
     path: Path
@@ -73,21 +77,22 @@ class WeightFile:
 def read_weights(
     path: str | os.PathLike[str], *, sizes_only: bool = False, mapped: bool = False
 ) -> WeightFile:
-    """Read a file of weights onto the CPU.
+    """Read a file of weights onto the CPU and keep its names.
+
+    The entries of a safetensors file are mapped into memory and read when they are first used.
 
     Args:
-        path: the file; its name is not looked at. The index of a sharded safetensors model stands
-            for the whole of it.
-        sizes_only: give names, shapes and dtypes, as tensors on the meta device. A safetensors
-            file is then read no further than its header.
-        mapped: map the entries of a PyTorch file into memory, where its format allows it, so that
-            they are read when they are first used. The file must then stay as it is.
+        path: a safetensors, PyTorch or TorchScript file, or the index of a sharded safetensors
+            model. The name of the file does not matter.
+        sizes_only: return tensors on the meta device, with shapes and dtypes but without values.
+            Of a safetensors file, only the header is then read.
+        mapped: map the entries of a PyTorch file into memory as well, if its format allows this.
+            The file must then not change while the tensors are used. Default: ``False``.
 
     Raises:
-        CheckpointError: there is no such file, it is truncated or of another kind, or it holds
-            no weights.
-        UnsafeCheckpointError: it can't be read without running code that it names.
-        StateMismatchError: two names are the same but for a wrapper's prefix.
+        CheckpointError: the file is missing, truncated or of another kind, or it holds no weights.
+        UnsafeCheckpointError: the file can't be read without running code that it names.
+        StateMismatchError: two names differ only by the prefix of a wrapper.
     """
     file = Path(path)
     kind = kind_of(file)
@@ -98,26 +103,28 @@ def read_weights(
         content: object = _read_torchscript(file)
     else:
         content = _read_torch(file, sizes_only, mapped)
-    found, key, beside = _find_weights(content, file)
-    if sizes_only:  # TorchScript gives the tensors themselves
-        found = {name: value.to("meta") for name, value in found.items()}
-    return WeightFile(file, kind, canonical_state(found, str(file)), key, beside, {})
+    weights, key, beside = _find_weights(content, file)
+    if sizes_only:  # a TorchScript archive is always read with its values
+        weights = {name: value.to("meta") for name, value in weights.items()}
+    return WeightFile(file, kind, canonical_state(weights, str(file)), key, beside, {})
 
 
 # --- the kind of a file ------------------------------------------------------------------------
 
 
 def kind_of(file: Path) -> str:
-    """``SAFETENSORS`` (also for the index of a sharded model), ``TORCH`` or ``TORCHSCRIPT``.
+    """Return ``SAFETENSORS``, ``TORCH`` or ``TORCHSCRIPT``.
+
+    The index of a sharded model is ``SAFETENSORS`` as well.
 
     Raises:
-        CheckpointError: there is no such file, or it is none of these.
+        CheckpointError: there is no such file, or it is of another kind.
     """
     try:
         if file.is_dir():
             raise CheckpointError(
                 f"There is no file {file}: it is a folder. Give the file of weights"
-                f"{_weights_inside(file)}."
+                f"{_candidates_text(file)}."
             )
         if not file.is_file():
             raise CheckpointError(
@@ -126,22 +133,22 @@ def kind_of(file: Path) -> str:
             )
         with file.open("rb") as opened:
             head = opened.read(512)
-        indexed = is_index(file)
+        has_index = is_index(file)
     except OSError as error:
         raise CheckpointError(f"Can't read {file}: {error}.") from error
     if head[:4] == b"PK\x03\x04":
         return _kind_of_zip(file)
-    if (head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32) or indexed:
+    if (head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32) or has_index:
         return SAFETENSORS
     if len(head) > 1 and head[0] == 0x80 and head[1] <= pickle.HIGHEST_PROTOCOL:
-        return TORCH  # as torch.save wrote before its files were zip archives
+        return TORCH  # the format of torch.save before PyTorch 1.6
     raise _not_whole(file, _description(head))
 
 
-def _weights_inside(folder: Path) -> str:
+def _candidates_text(folder: Path) -> str:
     endings = (".safetensors", ".pt", ".pth", ".bin")
-    inside = sorted(entry.name for entry in folder.iterdir() if entry.suffix in endings)
-    return f" in it ({listed(inside)})" if inside else ""
+    candidates = sorted(entry.name for entry in folder.iterdir() if entry.suffix in endings)
+    return f" in it ({listed(candidates)})" if candidates else ""
 
 
 def _kind_of_zip(file: Path) -> str:
@@ -169,64 +176,59 @@ def _not_whole(file: Path, reason: str) -> CheckpointError:
 def _description(head: bytes) -> str:
     if not head:
         return "it is empty"
-    for beginning, what in _BEGINNINGS:
-        if head.startswith(beginning):
-            return f"it is {what}"
+    for first_bytes, description in _OTHER_KINDS:
+        if head.startswith(first_bytes):
+            return f"it is {description}"
     if head[4:8] == b"ftyp":
         return "it is an MP4 or QuickTime video"
     text = head.decode("utf-8", errors="ignore")
-    cut_off = len(head) - len(text.encode())  # bytes of a letter that ends beyond the beginning
+    cut_off = len(head) - len(text.encode())  # bytes of a letter that continues after the head
     if cut_off < 4 and all(letter.isprintable() or letter in "\r\n\t" for letter in text):
         if text.lstrip()[:1] == "<":
-            return "it is a web page or XML, perhaps in place of a download that failed"
+            return "it is a web page or XML, perhaps because a download failed"
         return f"it is a text that begins with {text.strip()[:40]!r}"
-    return f"it begins with the bytes {head[:8].hex(' ')}, as none of these does"
+    return f"it begins with the bytes {head[:8].hex(' ')}, which none of these formats does"
 
 
 # --- reading -----------------------------------------------------------------------------------
 
 
 def _read_safetensors(file: Path, sizes_only: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    shards, metadata = read_shards(file)
-    if sizes_only:
-        return {name: size for header in shards.values() for name, size in header.sizes.items()}, (
-            metadata
-        )
-    try:
-        loaded = [load_file(shard) for shard in shards]
-    except (SafetensorError, OSError, RuntimeError, MemoryError) as error:
-        raise CheckpointError(f"Can't read {file}: {_one(error)}.") from error
-    return {name: value for shard in loaded for name, value in shard.items()}, metadata
+    with ExitStack() as stack:
+        shards, metadata = open_model(file, stack)
+        weights: dict[str, Tensor] = {}
+        for shard in shards:
+            weights.update(shard.header.sizes if sizes_only else map_entries(shard))
+    return weights, metadata
 
 
 def _read_torchscript(file: Path) -> Mapping[str, Any]:
     try:
         with warnings.catch_warnings():
-            # OpenAI's files are of this kind, whatever becomes of TorchScript.
+            # OpenAI's released files are TorchScript archives, so there is no other way.
             warnings.filterwarnings("ignore", r".*torch\.jit\.load.* is deprecated")
             archive = torch.jit.load(os.fspath(file), map_location="cpu")
         return {name: value.detach() for name, value in archive.state_dict().items()}
-    except Exception as error:  # a damaged archive fails in as many ways as there are parts in it
-        raise _not_whole(file, f"the TorchScript archive can't be read ({_one(error)})") from error
+    except Exception as error:  # a damaged archive raises errors of many kinds
+        raise _not_whole(
+            file, f"the TorchScript archive can't be read ({_summary(error)})"
+        ) from error
 
 
 def _read_torch(file: Path, sizes_only: bool, mapped: bool) -> object:
     try:
         with warnings.catch_warnings():
-            # Warns of the pickle protocol or of what else it is about to refuse by an exception.
+            # torch.load warns before it raises, for example of the pickle protocol.
             warnings.simplefilter("ignore")
             device = "meta" if sizes_only else "cpu"
             if mapped and zipfile.is_zipfile(file):
                 return torch.load(file, map_location=device, weights_only=True, mmap=True)
-            with file.open("rb") as opened:  # of a path, torch.load would look at the name
+            with file.open("rb") as opened:  # with a path, torch.load would use the file name
                 return torch.load(opened, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         raise _unsafe_or_damaged(file, error) from error
-    except Exception as error:  # a damaged file fails in as many ways as there are parts in it
-        raise _not_whole(file, f"it can't be read to its end ({_one(error)})") from error
+    except Exception as error:  # a damaged file raises errors of many kinds
+        raise _not_whole(file, f"it can't be read to its end ({_summary(error)})") from error
 
 
 def _unsafe_or_damaged(file: Path, error: Exception) -> CheckpointError:
@@ -236,24 +238,24 @@ def _unsafe_or_damaged(file: Path, error: Exception) -> CheckpointError:
     if needed:
         reason = f"it needs {needed.group(1)}, which is not a tensor or a plain value"
     elif re.search(r"(?i)unsupported (class|global|nested)|unrecognized function|blocklist", text):
-        reason = detail[0] if detail else _one(error)
+        reason = detail[0] if detail else _summary(error)
     else:
         return _not_whole(file, "it is a pickle but no checkpoint of tensors and plain values")
     return UnsafeCheckpointError(
         f"{file} can't be loaded without running code that it names: {reason}. Nothing was run. "
-        "If you trust where it comes from, open it once with torch.load(path, "
-        "weights_only=False), which does run that code, and keep the weights alone: "
+        "If you trust its source, load it once with torch.load(path, weights_only=False), which "
+        "runs that code. Then save only the weights: "
         "openvclip.save_checkpoint(loaded['state_dict'], 'weights.safetensors')."
     )
 
 
-def _one(error: Exception) -> str:
-    """The first line of an error that says something, or its kind where none does."""
+def _summary(error: Exception) -> str:
+    """Return the type of an error and the first line of its text that is not empty."""
     lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-# --- the weights among the rest ------------------------------------------------------------------
+# --- finding the weights -------------------------------------------------------------------------
 
 
 def _find_weights(content: object, file: Path) -> tuple[dict[str, Tensor], str, tuple[str, ...]]:
@@ -276,25 +278,25 @@ def _has_weights(value: object) -> bool:
 
 def _no_weights(content: Mapping[Any, object], keys: list[str], file: Path) -> CheckpointError:
     entries = ", ".join(f"{key!r}: {type(value).__name__}" for key, value in content.items())
-    found = f"weights under each of {keys}" if keys else "no weights where they are looked for"
+    problem = f"weights under each of {keys}" if keys else "no weights where they are looked for"
     return CheckpointError(
-        f"{file} holds {found}; expected names mapped to tensors, at the top or under one of "
-        f"{', '.join(map(repr, _WEIGHT_KEYS))}. Its entries are {entries[:600]}. Save the right "
-        "one alone with openvclip.save_checkpoint."
+        f"{file} holds {problem}; expected names mapped to tensors, at the top level or under one "
+        f"of {', '.join(map(repr, _WEIGHT_KEYS))}. Its entries are {entries[:600]}. Load the file "
+        "yourself and save the weights with openvclip.save_checkpoint."
     )
 
 
 def _tensors(entries: Mapping[Any, object], file: Path) -> dict[str, Tensor]:
     tensors = {str(name): value for name, value in entries.items() if isinstance(value, Tensor)}
-    strange = [
+    others = [
         f"{name} ({type(value).__name__})"
         for name, value in entries.items()
         if not isinstance(value, Tensor) and str(name) not in SETTINGS
     ]
-    if strange:
+    if others:
         raise CheckpointError(
-            f"{file}: among the weights stand {len(strange)} entries that are no tensors: "
-            f"{', '.join(strange[:20])}. Take them out and save the rest with "
+            f"{file}: {len(others)} entries among the weights are no tensors: "
+            f"{', '.join(others[:20])}. Remove these entries and save the other entries with "
             "openvclip.save_checkpoint."
         )
     return tensors

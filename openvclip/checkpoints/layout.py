@@ -1,19 +1,22 @@
-"""The layout of safetensors files, single and sharded: headers that are taken at their word never.
+"""The layout of safetensors files. Each header is checked before a value of the file is used.
 
-A file is eight bytes with the length of its header, the header (JSON that gives each entry a dtype,
-a shape and its place), and the entries' bytes one after the other. A sharded model is several such
-files and an index, JSON whose ``weight_map`` says which file holds which entry.
+A safetensors file begins with eight bytes that give the length of its header. The header is JSON
+and gives the dtype, the shape and the byte range of each entry. The bytes of the entries follow,
+one entry after the other.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,12 +24,8 @@ from torch import Tensor
 from openvclip.errors import CheckpointError
 from openvclip.weights.names import listed
 
-INDEX_ENDING = ".safetensors.index.json"
-
-_LONGEST_HEADER = 100_000_000  # bytes; as the safetensors library has it
-_LONGEST_INDEX = 100_000_000
-_METADATA = "__metadata__"  # the one name in a header that is no entry's
-_TOTAL_SIZE = "total_size"  # the one name in an index's metadata that is no text of the model's
+_LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+_METADATA = "__metadata__"  # the only name in a header that is not the name of an entry
 
 _DTYPES = {
     "F64": torch.float64,
@@ -49,15 +48,22 @@ _DTYPES = {
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
+class LayoutError(Exception):
+    """Raised inside this package if a header or an index is invalid. The text is the reason.
+
+    Callers see a :class:`CheckpointError` that names the file.
+    """
+
+
 @dataclass(frozen=True)
 class Header:
-    """What stands before the entries of a safetensors file.
+    """The header of a safetensors file.
 
     Attributes:
-        sizes: the entries in the order of their bytes, as tensors on the meta device.
-        starts: where the bytes of each entry begin in the file.
-        metadata: the texts.
-        length: bytes before those of the first entry.
+        sizes: names of entries to tensors on the meta device, in the order of their bytes.
+        starts: names of entries to the position in the file at which the bytes of the entry begin.
+        metadata: the texts of the header.
+        length: number of bytes before the first entry.
     """
 
     sizes: dict[str, Tensor]
@@ -66,124 +72,238 @@ class Header:
     length: int
 
 
-class _LieError(Exception):
-    """What is wrong with a header or an index."""
+@dataclass(frozen=True)
+class OpenFile:
+    """A safetensors file that is open for reading and whose header was checked.
+
+    Attributes:
+        path: the path of the file.
+        file: the open file, without a buffer.
+        header: the header of the file.
+    """
+
+    path: Path
+    file: FileIO
+    header: Header
 
 
-# --- headers -------------------------------------------------------------------------------------
+# --- reading -------------------------------------------------------------------------------------
 
 
-def read_header(file: Path) -> Header:
-    """Read and check the header of a safetensors file.
+def open_file(path: Path, stack: ExitStack) -> OpenFile:
+    """Open a safetensors file, and read and check its header.
 
-    Every byte of the file must belong to the header or to exactly one entry, and every entry must
-    have as many bytes as its shape and dtype need; so a file that is cut off or has a byte too
-    many is found out here.
+    Every byte of the file must belong to the header or to exactly one entry. Every entry must have
+    as many bytes as its shape and dtype need. A truncated file is therefore found here.
+
+    Args:
+        path: the path of the file.
+        stack: closes the file.
 
     Raises:
-        CheckpointError: the file can't be read, or is not a whole safetensors file.
+        CheckpointError: the file can't be read, or it is not a whole safetensors file.
     """
+    with read_errors(path):
+        file = stack.enter_context(path.open("rb", buffering=0))
+        size = os.fstat(file.fileno()).st_size
+        try:
+            return OpenFile(path, file, _read_header(file, size))
+        except LayoutError as error:
+            raise CheckpointError(
+                f"{path} ({size} bytes) is not a whole safetensors file: {error}. Copy or "
+                "download it again."
+            ) from error
+
+
+def read_header(path: Path) -> Header:
+    """Return the checked header of a safetensors file. See :func:`open_file`."""
+    with ExitStack() as stack:
+        return open_file(path, stack).header
+
+
+def map_entries(opened: OpenFile) -> dict[str, Tensor]:
+    """Return the entries of a safetensors file, mapped into memory.
+
+    The values of an entry are read when they are first used. Writing to a tensor does not change
+    the file. The file may be closed afterwards.
+
+    Raises:
+        CheckpointError: the file can't be mapped.
+    """
+    header = opened.header
+    size = header.length + sum(entry.nbytes for entry in header.sizes.values())
+    with read_errors(opened.path):
+        memory = mmap.mmap(opened.file.fileno(), size, access=mmap.ACCESS_COPY)
+    return {
+        name: _map_entry(memory, header.starts[name], entry) for name, entry in header.sizes.items()
+    }
+
+
+def fill(file: FileIO, target: memoryview | bytearray) -> None:
+    """Read bytes from the position of ``file`` until ``target`` is full.
+
+    Raises:
+        OSError: the file ends before ``target`` is full.
+    """
+    view, filled = memoryview(target), 0
+    while filled < len(view):  # one read may return fewer bytes than requested
+        count = file.readinto(view[filled:])
+        if not count:
+            raise OSError("it ends earlier than it did when it was opened")
+        filled += count
+
+
+@contextmanager
+def read_errors(path: Path) -> Iterator[None]:
+    """Raise a :class:`CheckpointError` with the name of the file if reading fails in the block."""
     try:
-        with file.open("rb") as opened:
-            size = os.fstat(opened.fileno()).st_size
-            length = int.from_bytes(opened.read(8), "little")
-            try:
-                if size < 8:
-                    raise _LieError("it ends before its header begins")
-                if length > min(size - 8, _LONGEST_HEADER):
-                    raise _LieError(f"its header would have {length} bytes")
-                return _header(opened.read(length), size)
-            except _LieError as lie:
-                raise CheckpointError(
-                    f"{file} ({size} bytes) is not a whole safetensors file: {lie}. Copy or "
-                    "download it again."
-                ) from lie
-    except (OSError, MemoryError) as error:
-        raise CheckpointError(f"Can't read {file}: {type(error).__name__}: {error}.") from error
+        yield
+    except CheckpointError:
+        raise
+    except (OSError, MemoryError, ValueError) as error:  # mmap raises ValueError for a shorter file
+        reason = str(error) or type(error).__name__
+        raise CheckpointError(f"Can't read {path}: {reason}.") from error
 
 
-def _header(text: bytes, file_size: int) -> Header:
-    entries = _json_object(text, "its header")
-    metadata = _texts(entries.pop(_METADATA, {}))
-    places = {name: _place(name, entry) for name, entry in entries.items()}
-    # An entry without elements has no bytes, and may stand on the border of two others.
-    order = sorted(places, key=lambda name: places[name][1:])
+def _map_entry(memory: mmap.mmap, start: int, size: Tensor) -> Tensor:
+    if not size.numel():
+        return torch.empty(size.shape, dtype=size.dtype)
+    if start % size.itemsize == 0:
+        flat = torch.frombuffer(memory, dtype=size.dtype, count=size.numel(), offset=start)
+    else:  # the format allows any position, but PyTorch needs aligned values
+        data = torch.frombuffer(memory, dtype=torch.uint8, count=size.nbytes, offset=start)
+        flat = data.clone().view(size.dtype)
+    return flat.view(size.shape)
+
+
+def _read_header(file: FileIO, file_size: int) -> Header:
+    if file_size < 8:
+        raise LayoutError("it ends before its header begins")
+    length_bytes = bytearray(8)
+    fill(file, length_bytes)
+    length = int.from_bytes(length_bytes, "little")
+    longest = min(file_size - 8, _LONGEST_HEADER)
+    if length > longest:
+        raise LayoutError(
+            f"its header would have {length} bytes, but at most {longest} are possible"
+        )
+    text = bytearray(length)
+    fill(file, text)
+    return _parse_header(bytes(text), file_size)
+
+
+# --- checks --------------------------------------------------------------------------------------
+
+
+class _Entry(NamedTuple):
+    """An entry of a header; ``begin`` and ``end`` count from the end of the header."""
+
+    size: Tensor
+    begin: int
+    end: int
+
+
+def _parse_header(text: bytes, file_size: int) -> Header:
+    content = json_object(text, "its header")
+    metadata = _check_metadata(content.pop(_METADATA, {}))
+    entries = {name: _parse_entry(name, fields) for name, fields in content.items()}
+    # An entry without elements has no bytes. It may stand between any two other entries.
+    names = sorted(entries, key=lambda name: entries[name][1:])
     end = 0
-    for name in order:
-        _, begin, stop = places[name]
-        if begin != end:
-            trouble = "overlap those of" if begin < end else f"leave {begin - end} bytes after"
-            raise _LieError(f"the bytes of {name!r} {trouble} the entries before it")
-        end = stop
+    for name in names:
+        begin = entries[name].begin
+        if begin < end:
+            raise LayoutError(f"the bytes of {name!r} overlap the bytes of the entry before it")
+        if begin > end:
+            raise LayoutError(f"there is a gap of {begin - end} bytes before the bytes of {name!r}")
+        end = entries[name].end
     length = 8 + len(text)
     if length + end != file_size:
-        raise _LieError(f"by its header it should have {length + end} bytes")
+        raise LayoutError(f"by its header it should have {length + end} bytes")
     return Header(
-        {name: places[name][0] for name in order},
-        {name: length + places[name][1] for name in order},
+        {name: entries[name].size for name in names},
+        {name: length + entries[name].begin for name in names},
         metadata,
         length,
     )
 
 
-def _place(name: str, entry: object) -> tuple[Tensor, int, int]:
-    """An entry without its data, and where its bytes begin and end, counted from the first's."""
-    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        raise _LieError(f"{name!r} has no dtype, shape and data_offsets")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+def _parse_entry(name: str, fields: object) -> _Entry:
+    if not isinstance(fields, dict) or not {"dtype", "shape", "data_offsets"} <= fields.keys():
+        raise LayoutError(f"{name!r} has no dtype, shape and data_offsets")
+    dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise _LieError(f"{name!r} is of dtype {dtype}, which PyTorch has no weights in")
+        raise LayoutError(f"{name!r} has the dtype {dtype}, which PyTorch does not support")
+    shape_error = f"{name!r} has the shape {str(shape)[:80]}; expected a list of sizes"
     if not _are_counts(shape):
-        raise _LieError(f"{name!r} has the shape {str(shape)[:80]}")
+        raise LayoutError(shape_error)
     if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _LieError(f"{name!r} has the data_offsets {str(offsets)[:80]}")
+        raise LayoutError(
+            f"{name!r} has the data_offsets {str(offsets)[:80]}; expected a begin and an end"
+        )
     begin, end = offsets
     needed = math.prod(shape) * _DTYPES[dtype].itemsize
     if end - begin != needed:
-        raise _LieError(
+        raise LayoutError(
             f"{name!r} has {end - begin} bytes, but {dtype} of shape {str(shape)[:80]} needs "
             f"{str(needed)[:40]}"
         )
     try:
-        return torch.empty(shape, dtype=_DTYPES[dtype], device="meta"), begin, end
-    except (RuntimeError, TypeError) as error:  # sizes beyond 64 bits beside a size of 0
-        raise _LieError(f"{name!r} has the shape {str(shape)[:80]}") from error
+        return _Entry(torch.empty(shape, dtype=_DTYPES[dtype], device="meta"), begin, end)
+    except (RuntimeError, TypeError) as error:  # a size of 0, and another beyond 64 bits
+        raise LayoutError(shape_error) from error
 
 
 def _are_counts(value: object) -> bool:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 
-def _texts(metadata: object) -> dict[str, str]:
+def _check_metadata(metadata: object) -> dict[str, str]:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise _LieError(f"its {_METADATA} is not a mapping of texts")
+        raise LayoutError(f"its {_METADATA} is not a mapping of texts")
     return metadata
 
 
-def _json_object(text: bytes, what: str) -> dict[str, Any]:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
+def json_object(text: bytes, subject: str) -> dict[str, Any]:
+    """Parse a JSON object and refuse names that occur twice.
+
+    Args:
+        text: the JSON.
+        subject: what the text is, for the error, such as ``"its header"``.
+
+    Raises:
+        LayoutError: the text is not a JSON object, or a name occurs twice in one object.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
             names = [name for name, _ in pairs]
             twice = sorted({name for name in names if names.count(name) > 1})
-            raise _LieError(f"{what} has {listed([repr(name) for name in twice])} twice")
-        return found
+            raise LayoutError(f"{subject} has {listed([repr(name) for name in twice])} twice")
+        return fields
 
     try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=once)
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise _LieError(f"{what} is not JSON ({error})") from error
+        raise LayoutError(f"{subject} is not JSON ({error})") from error
     if not isinstance(value, dict):
-        raise _LieError(f"{what} is not a JSON object")
+        raise LayoutError(f"{subject} is not a JSON object")
     return value
 
 
+# --- writing -------------------------------------------------------------------------------------
+
+
 def header_bytes(sizes: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """The first bytes of a file that holds these entries, in this order, after them.
+    """Return the header of a file whose entries follow in the order of ``sizes``.
 
     Args:
-        sizes: the entries, with or without data.
-        metadata: texts.
+        sizes: names to tensors, with or without values.
+        metadata: texts to store in the header.
+
+    Raises:
+        CheckpointError: an entry has a reserved name, or the header would be too long.
     """
     if _METADATA in sizes:
         raise CheckpointError(f"No entry of a safetensors file can have the name {_METADATA!r}.")
@@ -194,127 +314,21 @@ def header_bytes(sizes: Mapping[str, Tensor], metadata: Mapping[str, str]) -> by
         code = _CODES[size.dtype]
         header[name] = {"dtype": code, "shape": list(size.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that the entries' bytes are aligned
+    text += b" " * (-len(text) % 8)  # so that the bytes of the entries are aligned
     if len(text) > _LONGEST_HEADER:
         raise CheckpointError(
-            f"The header would have {len(text)} bytes, more than the {_LONGEST_HEADER} that "
-            "readers of safetensors take; give less metadata or write more shards."
+            f"The header would have {len(text)} bytes, but readers of safetensors files accept at "
+            f"most {_LONGEST_HEADER}. Give less metadata, or write more shards."
         )
     return len(text).to_bytes(8, "little") + text
 
 
 def require_storable(dtype: torch.dtype) -> None:
-    """Raise where safetensors files have no entries of ``dtype``.
+    """Check that safetensors files can store ``dtype``.
 
     Raises:
-        CheckpointError: there are none.
+        CheckpointError: safetensors files can't store ``dtype``.
     """
     if dtype not in _CODES:
         names = ", ".join(str(known).removeprefix("torch.") for known in _CODES)
         raise CheckpointError(f"dtype={dtype}: safetensors files hold {names}.")
-
-
-# --- sharded models ------------------------------------------------------------------------------
-
-
-def read_shards(file: Path) -> tuple[dict[Path, Header], dict[str, str]]:
-    """The safetensors files that make up a model, each with its header, and their texts.
-
-    The texts of a sharded model are those of its shards and those of its index, which speaks for
-    the whole where two have the same name.
-
-    Args:
-        file: a safetensors file, which is all of its model, or the index of a sharded one.
-
-    Raises:
-        CheckpointError: a file is missing or not whole, or the index and the shards do not agree
-            on which entry is where.
-    """
-    try:
-        if is_index(file):
-            return _read_index(file)
-    except OSError as error:
-        raise CheckpointError(f"Can't read {file}: {type(error).__name__}: {error}.") from error
-    header = read_header(file)
-    return {file: header}, header.metadata
-
-
-def is_index(file: Path) -> bool:
-    """Whether the file is JSON that speaks of a ``weight_map``, broken or not."""
-    with file.open("rb") as opened:
-        if opened.read(64).lstrip()[:1] != b"{":
-            return False
-        opened.seek(0)
-        return b'"weight_map"' in opened.read(_LONGEST_INDEX)
-
-
-def _read_index(file: Path) -> tuple[dict[Path, Header], dict[str, str]]:
-    try:
-        index = _json_object(file.read_bytes(), "the index")
-        weight_map = _weight_map(index)
-    except _LieError as lie:
-        raise _broken_index(file, str(lie)) from lie
-    shards: dict[Path, Header] = {}
-    metadata: dict[str, str] = {}
-    for shard in sorted(set(weight_map.values())):
-        path = file.with_name(shard)
-        if not path.is_file():
-            raise _broken_index(file, f"there is no file {shard} beside it")
-        shards[path] = read_header(path)
-        metadata.update(shards[path].metadata)
-        promised = {name for name, where in weight_map.items() if where == shard}
-        held = shards[path].sizes.keys()
-        for names, trouble in (
-            (promised - held, f"{shard} does not hold"),
-            (held - promised, f"it does not name what {shard} holds:"),
-        ):
-            if names:
-                raise _broken_index(file, f"{trouble} {listed(sorted(names))}")
-    return shards, {**metadata, **_index_texts(index)}
-
-
-def _weight_map(index: dict[str, Any]) -> dict[str, str]:
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise _LieError("it has no weight_map")
-    for name, shard in weight_map.items():
-        # A path could lead anywhere on the disk.
-        if not isinstance(shard, str) or shard in ("", ".", "..") or set(shard) & set("/\\\0"):
-            raise _LieError(f"{name!r} is to be in {str(shard)[:80]!r}, which is no file beside it")
-    return weight_map
-
-
-def _index_texts(index: dict[str, Any]) -> dict[str, str]:
-    """The texts among the metadata of an index, which may hold values of any kind."""
-    found = index.get("metadata")
-    if not isinstance(found, dict):
-        return {}
-    return {k: v for k, v in found.items() if isinstance(v, str) and k != _TOTAL_SIZE}
-
-
-def shard_names_in(index: Path) -> set[str]:
-    """The shards that an index names; none where there is no index, or it is broken."""
-    try:
-        return set(_weight_map(_json_object(index.read_bytes(), "the index")).values())
-    except (OSError, _LieError):
-        return set()
-
-
-def _broken_index(file: Path, reason: str) -> CheckpointError:
-    return CheckpointError(
-        f"{file} is not the index of a whole sharded model: {reason}. Copy or download the index "
-        "and all shards again."
-    )
-
-
-def index_bytes(shards: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, str]) -> bytes:
-    """The index of a sharded model.
-
-    Args:
-        shards: the file name of each shard, and its entries, with or without data.
-        metadata: texts.
-    """
-    total = sum(size.nbytes for sizes in shards.values() for size in sizes.values())
-    weight_map = {name: shard for shard, sizes in shards.items() for name in sizes}
-    index = {"metadata": {**metadata, _TOTAL_SIZE: total}, "weight_map": weight_map}
-    return (json.dumps(index, indent=2) + "\n").encode()

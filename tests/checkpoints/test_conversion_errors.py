@@ -162,7 +162,10 @@ def test_damaged_bytes_never_give_a_foreign_error(tmp_path: Path, read: Reader, 
             r"weights under each of \['state_dict', 'model'\]",
         ),
         # What the released averaging tool leaves behind for an entry that it can't average.
-        ({"model_state": {"w": torch.zeros(1), "n": [torch.zeros(1)]}}, r"no tensors: n \(list\)"),
+        (
+            {"model_state": {"w": torch.zeros(1), "n": [torch.zeros(1)]}},
+            r"no tensors: n \(list\)",
+        ),
         ({"w": torch.zeros(1), "epoch": 3}, r"no tensors: epoch \(int\)"),
     ],
 )

@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
 import openvclip
-from openvclip.checkpoints.layout import header_bytes, index_bytes, read_header
+from openvclip.checkpoints import layout
+from openvclip.checkpoints.layout import header_bytes, read_header
+from openvclip.checkpoints.sharding import index_bytes
 from openvclip.errors import CheckpointError
 from tests.helpers import assert_same_state
 
@@ -83,12 +86,18 @@ LIES: dict[str, tuple[bytes, str]] = {
     "a byte too many": (raw_file(GOOD) + b"x", "by its header it should have"),
     "cut in the header": (raw_file(GOOD)[:60], "its header would have"),
     "huge header": (struct.pack("<Q", 2**31) + b"{" + bytes(99), "would have 2147483648 bytes"),
-    "begins late": (raw_file(changed("w", data_offsets=[8, 32])), "leave 8 bytes after"),
+    "begins late": (
+        raw_file(changed("w", data_offsets=[8, 32])),
+        "gap of 8 bytes before",
+    ),
     "a gap": (
         raw_file(changed("n", data_offsets=[32, 40]), 40),
-        "'n' leave 8 bytes after the entries before it",
+        "gap of 8 bytes before the bytes of 'n'",
     ),
-    "overlap": (raw_file(changed("n", data_offsets=[16, 24]), 24), "'n' overlap those of"),
+    "overlap": (
+        raw_file(changed("n", data_offsets=[16, 24]), 24),
+        "'n' overlap the bytes of",
+    ),
     "beyond the end": (raw_file(changed("n", data_offsets=[24, 32]), 20), "it should have"),
     "backwards": (raw_file(changed("w", data_offsets=[24, 0])), r"data_offsets \[24, 0\]"),
     "negative": (raw_file(changed("w", data_offsets=[-24, 0])), "data_offsets"),
@@ -104,8 +113,8 @@ LIES: dict[str, tuple[bytes, str]] = {
     "negative size": (raw_file(changed("w", shape=[-2, -3])), r"shape \[-2, -3\]"),
     "size of text": (raw_file(changed("w", shape=["6"])), "has the shape"),
     "shape of text": (raw_file(changed("w", shape="6")), "has the shape"),
-    "unknown dtype": (raw_file(changed("w", dtype="F4")), "dtype F4, which PyTorch has no"),
-    "dtype of numbers": (raw_file(changed("w", dtype=["F32"])), "which PyTorch has no"),
+    "unknown dtype": (raw_file(changed("w", dtype="F4")), "dtype F4, which PyTorch does not"),
+    "dtype of numbers": (raw_file(changed("w", dtype=["F32"])), "which PyTorch does not"),
     "no offsets": (raw_file({**GOOD, "w": {"dtype": "F32"}}), "'w' has no dtype, shape and"),
     "no entry": (raw_file({**GOOD, "w": 3}), "'w' has no dtype, shape and"),
     "name twice": (raw_file(TWICE), "its header has 'w' twice"),
@@ -119,6 +128,62 @@ LIES: dict[str, tuple[bytes, str]] = {
     "no text": (raw_file(b'{"\xff": 1}'), "its header is not JSON"),
     "nested": (raw_file(NESTED), "its header is not JSON"),
 }
+
+
+@pytest.mark.parametrize("read", ["file", "index", "merge"])
+def test_a_header_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: str) -> None:
+    """Neither this library nor the safetensors library parses the header a second time."""
+    index, state = sharded(tmp_path)
+    save_file(state, tmp_path / "w.safetensors")
+    expected = {name: value.clone() for name, value in state.items()}
+    headers: list[bytes] = []
+    parse = layout._parse_header
+
+    def count(text: bytes, file_size: int) -> layout.Header:
+        headers.append(text)
+        return parse(text, file_size)
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise AssertionError("the safetensors library read a file")
+
+    monkeypatch.setattr(layout, "_parse_header", count)
+    for name in ("load_file", "safe_open", "load"):
+        monkeypatch.setattr(safetensors.torch, name, refuse)
+    monkeypatch.setattr(safetensors, "safe_open", refuse)
+    if read == "merge":
+        openvclip.average_files([index, tmp_path / "w.safetensors"], tmp_path / "out.safetensors")
+        assert len(headers) == 3
+        return
+    loaded = openvclip.load_checkpoint(index if read == "index" else tmp_path / "w.safetensors")
+    assert len(headers) == len(set(headers)) == (2 if read == "index" else 1)
+    assert_same_state({name: loaded[name] for name in expected}, expected)
+
+
+def test_values_at_unaligned_positions_are_read(tmp_path: Path) -> None:
+    """The format allows a header of any length, so that no entry is aligned."""
+    for spaces in range(8):
+        (tmp_path / "w").write_bytes(raw_file(json.dumps(GOOD).encode() + b" " * spaces))
+        loaded, values = openvclip.load_checkpoint(tmp_path / "w"), bytes(range(32))
+        expected = {
+            "w": torch.frombuffer(bytearray(values[:24]), dtype=torch.float32).view(2, 3),
+            "none": torch.zeros(0, 4, dtype=torch.float16),
+            "n": torch.frombuffer(bytearray(values[24:]), dtype=torch.int64).view(()),
+        }
+        assert_same_state({name: loaded[name] for name in expected}, expected)
+
+
+def test_loaded_entries_are_independent_of_the_file_and_of_each_other(tmp_path: Path) -> None:
+    state = {"a": torch.ones(3), "b": torch.zeros(2).half()}
+    save_file(state, tmp_path / "w")
+    loaded = openvclip.load_checkpoint(tmp_path / "w")
+    assert [value.untyped_storage().nbytes() for value in loaded.values()] == [12, 4]
+    for value in loaded.values():
+        value.fill_(7)
+    (tmp_path / "w").unlink()
+    assert [float(value.sum()) for value in loaded.values()] == [21, 14]
+    save_file(state, tmp_path / "w")
+    openvclip.load_checkpoint(tmp_path / "w")["a"].fill_(7)
+    assert_same_state(load_file(tmp_path / "w"), state)
 
 
 @pytest.mark.parametrize("which", LIES)

@@ -1,5 +1,10 @@
-"""Merging files of weights without loading them."""
+"""Merge files of weights without loading the models."""
 
-from openvclip.checkpoints.streaming.merges import average_files, interpolate_files, merge_files
+from openvclip.checkpoints.streaming.merges import (
+    Merge,
+    average_files,
+    interpolate_files,
+    merge_files,
+)
 
-__all__ = ["average_files", "interpolate_files", "merge_files"]
+__all__ = ["Merge", "average_files", "interpolate_files", "merge_files"]

@@ -1,4 +1,4 @@
-"""Files of weights made from files of weights, without loading any."""
+"""Merge files of weights into a file, without loading the models."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from typing import TypeAlias, cast, overload
 import torch
 from torch import Tensor
 
-from openvclip.checkpoints.layout import INDEX_ENDING, require_storable
+from openvclip.checkpoints.layout import require_storable
+from openvclip.checkpoints.sharding import INDEX_ENDING
 from openvclip.checkpoints.streaming.inputs import WeightInput, open_inputs
 from openvclip.checkpoints.streaming.outputs import in_writing_order, weight_output
 from openvclip.checkpoints.streaming.pipeline import Compute, stream
-from openvclip.checkpoints.streaming.provenance import Recipe
+from openvclip.checkpoints.streaming.provenance import Provenance
 from openvclip.errors import (
     CheckpointError,
     EmptyAverageError,
@@ -31,7 +32,10 @@ from openvclip.weights.numerics import common_dtype, is_interpolable
 
 StrPath: TypeAlias = str | os.PathLike[str]
 Merge: TypeAlias = Callable[[list[dict[str, Tensor]]], Mapping[str, Tensor]]
-"""A method of merging: state dicts with the same names, one for each model, to one such."""
+"""A merge method: maps a list of state dicts, one for each model, to one state dict.
+
+All state dicts have the same names.
+"""
 
 
 @overload
@@ -66,70 +70,79 @@ def interpolate_files(
     max_shard_size: int | None = None,
     progress: bool | None = None,
 ) -> None:
-    """Write ``lam * a + (1 - lam) * b`` for two files of weights, bit for bit :func:`interpolate`.
+    """Write ``lam * a + (1 - lam) * b`` for two files of weights (Equation 6).
 
-    Safetensors files are not loaded: they are read in stretches of half a megabyte, and read,
-    computed and written at the same time, in less than 100 MB of memory, however large they are.
-    PyTorch files are mapped into memory, which can take back what was read of them; archives of
-    TorchScript and files of before PyTorch 1.6 are loaded. **lam weighs a, the original CLIP**, as
-    everywhere in openvclip.
+    The result is bitwise that of :func:`interpolate` on the loaded state dicts. **lam weighs a, the
+    original CLIP**, as everywhere in openvclip.
+
+    Safetensors files are not loaded. They are read in parts of half a megabyte. Parts are read,
+    computed and written at the same time, in less than 100 MB of memory for models of any size.
+    PyTorch files are mapped into memory, and the system can free this memory at any time.
+    TorchScript archives and files from before PyTorch 1.6 are loaded.
 
     Args:
-        a: file of the original model: safetensors, the index (``*.safetensors.index.json``) of a
-            sharded one, or a PyTorch file. Names are taken as they stand in it, without those of
-            wrappers; :func:`convert_checkpoint` brings released checkpoints to open_clip's.
-        b: file of the fine-tuned model: the same names and shapes.
-        out: file to write, ``*.safetensors``, or ``*.safetensors.index.json`` for shards with this
-            index. It may be one of the files that are read, and is replaced where it exists.
-        lam: a number, or a function from an entry's name to its number. With a sequence of these,
-            and of as many files for ``out``, several models are written in one pass.
-        dtype: dtype of the floating-point entries, as in :func:`interpolate`.
-        max_shard_size: bytes of the largest shard; 5 GB by default. Only for an index.
-        progress: whether to show a progress bar; by default only where standard error is a
-            terminal.
+        a: the file of the original CLIP: a safetensors file, the index
+            (``*.safetensors.index.json``) of a sharded model, or a PyTorch file. Entries keep their
+            names, without the prefixes of wrappers. Use :func:`convert_checkpoint` to bring
+            released checkpoints to open_clip's names.
+        b: the file of the fine-tuned model, with the same names and shapes.
+        out: the file to write, ``*.safetensors``, or ``*.safetensors.index.json`` for shards and
+            their index. An existing file is replaced. ``out`` may be one of the inputs.
+        lam: the interpolation weight λ: a number, or a function from the name of an entry to a
+            number. Give a sequence of weights, and as many files for ``out``, to write several
+            models in one pass.
+        dtype: the dtype in which floating-point entries are stored. Default: as in
+            :func:`interpolate`.
+        max_shard_size: the largest size of a shard in bytes. Only for an index. Default: 5 GB.
+        progress: whether to show a progress bar. Default: only if standard error is a terminal.
 
-    The texts in the headers of the inputs are kept; where both have one of the same name, b's. A
-    further text, ``openvclip_recipe``, is JSON with the method, lam, openvclip's version, and of
-    each input the file's name, a hash of its weights and the recipe that it had itself. The hash
-    covers all values and depends on the weights alone, not on the files they are in: it is the
-    SHA-256 of a line ``name dtype shape crc32`` for each entry, sorted by name.
+    **Metadata.** The texts in the headers of the inputs are kept. If both inputs have a text of the
+    same name, the text of ``b`` is kept. The text ``openvclip_recipe`` is added. It is JSON with
+    the method, ``lam``, the version of openvclip, and for each input the name of the file, a hash
+    of its weights and the file's own ``openvclip_recipe``. The hash is the SHA-256 of a line
+    ``name dtype shape crc32`` for each entry, sorted by name. It covers all values, and it does not
+    depend on how the weights are distributed over files.
 
-    A file takes its name when it is whole and flushed to the disk: after an exception, a kill or a
-    crash there is the older file or the new one. A kill can leave files behind whose names end in
-    ``.tmp``. The index of a sharded model takes its name after the shards, and then the older ones
-    are removed, so that a kill around this moment can leave whole shards that no index names. All
-    shards written here have a tag of eight hexadecimal digits in their names
-    (``clip-1a2b3c4d-00001-of-00002.safetensors``) and a recipe in their headers, and the next write
-    of the same index that succeeds removes those that no JSON file in the folder names.
+    **Crashes.** A file gets its name when it is complete and flushed to the disk. After an
+    exception, a kill or a crash, ``out`` is the old file or the new file. A kill can leave files
+    whose names end in ``.tmp``. The index of a sharded model gets its name after its shards, and
+    then the older shards are removed. A kill around this moment can leave complete shards without
+    an index. The names of all shards have a tag of eight hexadecimal digits
+    (``clip-1a2b3c4d-00001-of-00002.safetensors``), and their headers have an ``openvclip_recipe``.
+    The next successful write of the same index removes those that no JSON file in the folder names.
 
     Raises:
-        StateMismatchError: names or shapes differ; the error lists all of them.
-        CheckpointError: an input is missing, not whole or no file of weights (nothing is written
-            then), an output can't be written or has another ending, or would replace a shard of
-            an input.
+        StateMismatchError: names or shapes differ. The error lists all differences.
+        CheckpointError: an input is missing, not whole or no file of weights. Or an output can't be
+            written, has another ending, or would replace a shard of an input. If an input is at
+            fault, nothing is written.
         UnsafeCheckpointError: an input can't be read without running code that it names.
-        LambdaError: a weight is not a finite number.
-        UsageError: not as many outputs as weights.
+        LambdaError: an interpolation weight is not a finite number.
+        UsageError: the number of outputs is not the number of interpolation weights.
 
     Warns:
-        ExtrapolationWarning: a weight lies outside [0, 1].
+        ExtrapolationWarning: an interpolation weight lies outside [0, 1].
     """
     outs, lams = _pairs(out, lam)
     with ExitStack() as stack:
         inputs = open_inputs([Path(a), Path(b)], stack)
         weights = []
-        for one in lams:
-            weights.append(weights_of(one, inputs[1].sizes))
+        for one_lam in lams:
+            weights.append(weights_of(one_lam, inputs[1].sizes))
 
-        def compute(name: str, given: list[Tensor], results: list[Tensor]) -> None:
+        def compute(name: str, values: list[Tensor], results: list[Tensor]) -> None:
             for weight_of, result in zip(weights, results, strict=True):
-                write_interpolated({name: result}, {name: given[0]}, {name: given[1]}, weight_of)
+                write_interpolated({name: result}, {name: values[0]}, {name: values[1]}, weight_of)
 
-        recipes = [
-            Recipe("interpolate", inputs, {"lam": weight_of if callable(one) else float(one)})
-            for one, weight_of in zip(lams, weights, strict=True)
+        provenances = [
+            Provenance(
+                "interpolate",
+                inputs,
+                {"lam": weight_of if callable(one_lam) else float(one_lam)},
+            )
+            for one_lam, weight_of in zip(lams, weights, strict=True)
         ]
-        _write(inputs, outs, recipes, compute, _Options(dtype, max_shard_size, progress))
+        _write(inputs, outs, provenances, compute, _Options(dtype, max_shard_size, progress))
 
 
 def average_files(
@@ -142,26 +155,25 @@ def average_files(
 ) -> None:
     """Write the uniform mean of files of weights, for example of the checkpoints of every epoch.
 
-    The mean of Equation 10 (SWA) over files, each of which counts once: sums are taken in float64
-    and rounded once, so that the order of the files does not matter. Entries that are no floating
-    point numbers (counters, masks) come from the last file.
+    This is the mean of Equation 10 (SWA) over files. Every file counts once. Sums are computed in
+    float64 and rounded once, so the order of the files does not matter. Entries that are not
+    floating-point numbers (counters, masks) come from the last file.
 
     Args:
-        paths: safetensors files, indexes of sharded ones or PyTorch files, with the same names and
-            shapes. All are read at the same time, in stretches, so that memory does not grow with
-            their size; see :func:`interpolate_files`.
-        out: file to write, as in :func:`interpolate_files`.
-        dtype: dtype of the floating-point entries; by default their own, and where files differ
-            the narrowest that holds all.
+        paths: safetensors files, indexes of sharded models or PyTorch files, with the same names
+            and shapes. All files are read at the same time, in parts, so the memory does not grow
+            with their size. See :func:`interpolate_files`.
+        out: the file to write, as in :func:`interpolate_files`.
+        dtype: the dtype in which floating-point entries are stored. Default: the dtype of each
+            entry. If the files differ, the narrowest dtype that holds the values of all files.
         max_shard_size: as in :func:`interpolate_files`.
         progress: as in :func:`interpolate_files`.
 
     Raises:
-        EmptyAverageError: there are no files.
-        NonFiniteWeightsError: a file holds NaN, or an infinity that the others do not have in the
-            same place (as masks do).
-        StateMismatchError, CheckpointError, UnsafeCheckpointError: as for
-            :func:`interpolate_files`.
+        EmptyAverageError: ``paths`` is empty.
+        NonFiniteWeightsError: a file holds NaN, or holds an infinity that the other files do not
+            hold in the same place. (An attention mask holds the same infinities in all files.)
+        StateMismatchError, CheckpointError, UnsafeCheckpointError: see :func:`interpolate_files`.
     """
     if isinstance(paths, (str, os.PathLike)):
         raise WeightTypeError(f"paths: expected a list of files, got the one path {paths!s}.")
@@ -169,9 +181,9 @@ def average_files(
         raise EmptyAverageError("There are no files to average; give at least one.")
     with ExitStack() as stack:
         inputs = open_inputs([Path(path) for path in paths], stack)
-        recipe = Recipe("average", inputs, {})
+        provenance = Provenance("average", inputs, {})
         options = _Options(dtype, max_shard_size, progress)
-        _write(inputs, [Path(out)], [recipe], _Mean(inputs), options)
+        _write(inputs, [Path(out)], [provenance], _Mean(inputs), options)
 
 
 def merge_files(
@@ -184,100 +196,109 @@ def merge_files(
     max_shard_size: int | None = None,
     progress: bool | None = None,
 ) -> None:
-    """Apply a method that works on each entry by itself to files, entry by entry.
+    """Apply a merge method to files, entry by entry.
 
-    ``merge`` is called once for each entry, with a state dict of this one entry for each file, so
-    any function on state dicts serves that looks at no other entry: ::
+    ``merge`` is called once for each entry, with one state dict for each file. Each state dict
+    holds only this entry. The method must therefore treat each entry independently of the other
+    entries: ::
 
         merge_files([clip, tuned], "out.safetensors", lambda states: slerp(*states, 0.3))
 
-    In memory are a few entries of each file at a time.
+    A few entries of each file are in memory at a time.
 
     Args:
         paths: files of weights with the same names and shapes, as in :func:`average_files`.
-        out: file to write, as in :func:`interpolate_files`.
-        merge: from a list of state dicts, in the order of ``paths``, to one with the same name
-            and shape. What it is given must not be used after it returns.
-        method: name of the method for the recipe; by default that of the function.
-        dtype: dtype that floating-point entries are stored in. By default ``merge`` must give each
-            entry in the narrowest dtype that holds those of all files.
+        out: the file to write, as in :func:`interpolate_files`.
+        merge: maps a list of state dicts, in the order of ``paths``, to a state dict with the same
+            name and shape. The tensors must not be used after ``merge`` returns.
+        method: the name of the method in the metadata. Default: the name of the function.
+        dtype: the dtype in which floating-point entries are stored. Default: the narrowest dtype
+            that holds the values of all files. ``merge`` must then return this dtype.
         max_shard_size: as in :func:`interpolate_files`.
         progress: as in :func:`interpolate_files`.
 
     Raises:
-        WeightTypeError: ``merge`` gave something else than the entry in its shape and dtype.
-        UsageError: there are no files.
-        StateMismatchError, CheckpointError, UnsafeCheckpointError: as for
-            :func:`interpolate_files`.
+        WeightTypeError: ``merge`` did not return the entry in its shape and dtype.
+        UsageError: ``paths`` is empty.
+        StateMismatchError, CheckpointError, UnsafeCheckpointError: see :func:`interpolate_files`.
     """
     if not paths:
         raise UsageError("There are no files to merge; give at least one.")
     with ExitStack() as stack:
         inputs = open_inputs([Path(path) for path in paths], stack)
-        named = method or str(getattr(merge, "__qualname__", type(merge).__name__))
-        options = _Options(dtype, max_shard_size, progress, whole=True)
+        method_name = method or str(getattr(merge, "__qualname__", type(merge).__name__))
+        options = _Options(dtype, max_shard_size, progress, whole_entries=True)
         compute = functools.partial(_apply, merge, inputs[-1].sizes, dtype)
-        _write(inputs, [Path(out)], [Recipe(named, inputs, {})], compute, options)
+        _write(inputs, [Path(out)], [Provenance(method_name, inputs, {})], compute, options)
 
 
-# --- what the three have in common ---------------------------------------------------------------
+# --- outputs -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Options:
+    """The options that all functions of this file share."""
+
     dtype: torch.dtype | None
     max_shard_size: int | None
     progress: bool | None
-    whole: bool = False
+    whole_entries: bool = False
 
 
 def _write(
     inputs: list[WeightInput],
     outs: list[Path],
-    recipes: list[Recipe],
+    provenances: list[Provenance],
     compute: Compute,
     options: _Options,
 ) -> None:
     sizes = in_writing_order(_result_sizes(inputs, options.dtype))
-    _require_sound(outs, inputs, sizes, options.max_shard_size)
+    for dtype in {size.dtype for size in sizes.values()}:
+        require_storable(dtype)
+    _check_outputs(outs, inputs, options.max_shard_size)
     with ExitStack() as stack:
         outputs = [
-            stack.enter_context(weight_output(path, sizes, recipe.texts, options.max_shard_size))
-            for path, recipe in zip(outs, recipes, strict=True)
+            stack.enter_context(
+                weight_output(path, sizes, provenance.metadata, options.max_shard_size)
+            )
+            for path, provenance in zip(outs, provenances, strict=True)
         ]
-        stream(inputs, outputs, sizes, compute, whole=options.whole, progress=options.progress)
-        for recipe in recipes:
-            recipe.seal()
+        stream(
+            inputs,
+            outputs,
+            sizes,
+            compute,
+            whole=options.whole_entries,
+            progress=options.progress,
+        )
+        for provenance in provenances:
+            provenance.add_hashes()
 
 
 def _result_sizes(inputs: list[WeightInput], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Return the entries of the result on the meta device."""
     sizes = {}
     for name, size in inputs[-1].sizes.items():
-        kept = size.dtype
+        result_dtype = size.dtype
         if is_interpolable(size):
-            own = functools.reduce(common_dtype, (one.sizes[name].dtype for one in inputs))
-            kept = dtype if dtype is not None else own
-        # empty_like would import half a second of sympy for tensors on the meta device.
-        sizes[name] = torch.empty(size.shape, dtype=kept, device="meta")
+            dtypes = (source.sizes[name].dtype for source in inputs)
+            result_dtype = functools.reduce(common_dtype, dtypes) if dtype is None else dtype
+        # torch.empty_like on the meta device would import sympy, which takes half a second.
+        sizes[name] = torch.empty(size.shape, dtype=result_dtype, device="meta")
     return sizes
 
 
-def _require_sound(
-    outs: list[Path],
-    inputs: list[WeightInput],
-    sizes: Mapping[str, Tensor],
-    max_shard_size: int | None,
-) -> None:
-    """Raise for what is wrong with the outputs before any is made."""
-    for dtype in {size.dtype for size in sizes.values()}:
-        require_storable(dtype)
-    shards = {file.resolve() for one in inputs for file in one.files if file != one.path}
-    places = [out.resolve() for out in outs]
-    for out, place in zip(outs, places, strict=True):
+def _check_outputs(outs: list[Path], inputs: list[WeightInput], max_shard_size: int | None) -> None:
+    """Raise an error for a wrong output before any file is written."""
+    input_shards = {
+        file.resolve() for source in inputs for file in source.files if file != source.path
+    }
+    resolved_outs = [out.resolve() for out in outs]
+    for out, resolved in zip(outs, resolved_outs, strict=True):
         if not out.name.endswith((".safetensors", INDEX_ENDING)):
             raise CheckpointError(
-                f"{out}: the result is a safetensors file; give it a name ending in .safetensors, "
-                f"or in {INDEX_ENDING} for shards."
+                f"{out}: the result is a safetensors file. Give a name ending in .safetensors, or "
+                f"in {INDEX_ENDING} for shards."
             )
         if max_shard_size is not None and (
             max_shard_size < 1 or not out.name.endswith(INDEX_ENDING)
@@ -286,12 +307,12 @@ def _require_sound(
                 f"max_shard_size={max_shard_size} for {out}: expected a number of bytes, and an "
                 f"output whose name ends in {INDEX_ENDING}."
             )
-        if place in shards:
+        if resolved in input_shards:
             raise CheckpointError(
-                f"{out} is a shard of a model that is read; without it that model would be "
-                "broken. Give another name."
+                f"{out} is a shard of a model that is read. Replacing it would break that model. "
+                "Give another name."
             )
-        if places.count(place) > 1:
+        if resolved_outs.count(resolved) > 1:
             raise UsageError(f"{out} would be written twice; give each output its own name.")
 
 
@@ -304,7 +325,7 @@ def _pairs(
         raise UsageError(
             f"out={out}, lam={lam}: expected one output for each value of lam, and at least one."
         )
-    return [Path(one) for one in out], list(lam)
+    return [Path(path) for path in out], list(lam)
 
 
 # --- arithmetic ----------------------------------------------------------------------------------
@@ -316,33 +337,33 @@ class _Mean:
     def __init__(self, inputs: list[WeightInput]) -> None:
         self._inputs = inputs
 
-    def __call__(self, name: str, given: list[Tensor], results: list[Tensor]) -> None:
-        last = given[-1]
+    def __call__(self, name: str, values: list[Tensor], results: list[Tensor]) -> None:
+        last = values[-1]
         if not is_interpolable(last):
             results[0].copy_(last)
             return
         wide = torch.complex128 if last.is_complex() else torch.float64
-        total = given[0].to(wide, copy=True)
+        total = values[0].to(wide, copy=True)
         addend = torch.empty_like(total)
-        for values in given[1:]:
-            total.add_(addend.copy_(values))  # as fast again as adding another dtype
-        total.div_(len(given))
-        if not bool(torch.isfinite(total.sum())):
-            self._require_alike(name, given, total)
-        results[0].copy_(total)
+        for value in values[1:]:
+            total.add_(addend.copy_(value))  # twice as fast as adding a tensor of another dtype
+        mean = total.div_(len(values))
+        if not bool(torch.isfinite(mean.sum())):
+            self._require_same_infinities(name, values, mean)
+        results[0].copy_(mean)
 
-    def _require_alike(self, name: str, given: list[Tensor], mean: Tensor) -> None:
-        broken = ~torch.isfinite(mean)
-        if all(bool((values[broken] == mean[broken]).all()) for values in given):
+    def _require_same_infinities(self, name: str, values: list[Tensor], mean: Tensor) -> None:
+        non_finite = ~torch.isfinite(mean)
+        if all(bool((value[non_finite] == mean[non_finite]).all()) for value in values):
             return
         files = [
-            str(one.path)
-            for one, values in zip(self._inputs, given, strict=True)
-            if not bool(torch.isfinite(values).all())
+            str(source.path)
+            for source, value in zip(self._inputs, values, strict=True)
+            if not bool(torch.isfinite(value).all())
         ]
         raise NonFiniteWeightsError(
-            f"{name} holds NaN or infinity in {listed(files)}, so the mean would too. Leave "
-            "that file out; look for a learning rate that is too high or a loss that overflows."
+            f"{name} holds NaN or infinity in {listed(files)}. The mean would hold it too. Leave "
+            "that file out. Look for a learning rate that is too high or a loss that overflows."
         )
 
 
@@ -351,19 +372,20 @@ def _apply(
     sizes: Mapping[str, Tensor],
     dtype: torch.dtype | None,
     name: str,
-    given: list[Tensor],
+    values: list[Tensor],
     results: list[Tensor],
 ) -> None:
-    shape, into = sizes[name].shape, results[0]
-    merged = merge([{name: values.view(shape)} for values in given])
-    value = merged.get(name) if isinstance(merged, Mapping) and len(merged) == 1 else None
-    if not isinstance(value, Tensor):
+    """Compute one entry with a merge method, see ``Compute``."""
+    shape, result = sizes[name].shape, results[0]
+    merged = merge([{name: value.view(shape)} for value in values])
+    entry = merged.get(name) if isinstance(merged, Mapping) and len(merged) == 1 else None
+    if not isinstance(entry, Tensor):
         raise WeightTypeError(
             f"The method gave {str(merged)[:200]}; expected {{{name!r}: tensor}}."
         )
-    if value.shape != shape or (dtype is None and value.dtype != into.dtype):
+    if entry.shape != shape or (dtype is None and entry.dtype != result.dtype):
         raise WeightTypeError(
-            f"The method gave {name} as {value.dtype} of shape {list(value.shape)}; expected "
-            f"{into.dtype} of shape {list(shape)}."
+            f"The method gave {name} as {entry.dtype} of shape {list(entry.shape)}; expected "
+            f"{result.dtype} of shape {list(shape)}."
         )
-    into.copy_(value.detach().reshape(-1))
+    result.copy_(entry.detach().reshape(-1))

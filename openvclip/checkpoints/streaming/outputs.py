@@ -1,4 +1,4 @@
-"""Safetensors files that are written entry after entry and take their names when they are whole."""
+"""Safetensors files that are written entry by entry and get their names when they are complete."""
 
 from __future__ import annotations
 
@@ -10,153 +10,158 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from io import FileIO
 from pathlib import Path
+from typing import TypeAlias
 
 from torch import Tensor
 
 from openvclip.checkpoints.atomic import atomic_path, write_errors
-from openvclip.checkpoints.layout import (
-    INDEX_ENDING,
-    header_bytes,
-    index_bytes,
-    read_header,
-    shard_names_in,
-)
-from openvclip.checkpoints.streaming.provenance import RECIPE
+from openvclip.checkpoints.layout import header_bytes, read_header
+from openvclip.checkpoints.sharding import INDEX_ENDING, index_bytes, shard_names_in
+from openvclip.checkpoints.streaming.provenance import PROVENANCE_KEY
 from openvclip.errors import CheckpointError
 from openvclip.weights.numerics import bytes_of
 
-SHARD_SIZE = 5_000_000_000  # bytes, as Hugging Face's libraries have it
-_TO_DISK = 16 << 20  # bytes after which what is written is sent on to the disk
+SHARD_SIZE = 5_000_000_000  # bytes; the default of Hugging Face's libraries
+_WRITE_BACK = 16 << 20  # bytes after which the system is asked to write to the disk
+
+Metadata: TypeAlias = Callable[[], Mapping[str, str]]
+"""Returns the texts for a header. The texts may change between calls, but not their lengths."""
 
 
 def in_writing_order(sizes: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The entries with wide dtypes first, otherwise in the order given.
+    """Sort the entries by the size of their elements, wide dtypes first.
 
-    So every entry begins at a multiple of its elements' size without gaps, which the format does
-    not allow. The safetensors library orders entries in the same way, so that what it has written
-    is read from the front to the back.
+    Then every entry begins at a multiple of the size of its elements, without the gaps that the
+    format forbids. The safetensors library sorts in the same way. A file of that library is
+    therefore read from its beginning to its end. Entries of equal element size keep their order.
     """
     return dict(sorted(sizes.items(), key=lambda item: -item[1].itemsize))
 
 
 class WeightOutput:
-    """The files of one model while their entries are being written."""
+    """The files of one model while its entries are written.
 
-    def __init__(self, path: Path, shards: list[_Shard]) -> None:
+    Args:
+        path: the file of the model, for errors.
+        shards: the files to fill, one after the other.
+    """
+
+    def __init__(self, path: Path, shards: list[_ShardWriter]) -> None:
         self.path = path
-        self._left = iter(shards)
-        self._shard = next(self._left)
+        self._next_shards = iter(shards)
+        self._shard = next(self._next_shards)
 
     def write(self, flat: Tensor) -> None:
-        """Append elements; the entries must come in the order of the sizes, each in order too."""
+        """Append elements of one dimension. Entries and their elements must come in order."""
         with write_errors(self.path):
             while flat.nbytes and not self._shard.bytes_left:
-                self._shard = next(self._left)
+                self._shard = next(self._next_shards)
             self._shard.append(bytes_of(flat))
 
 
 @contextmanager
 def weight_output(
-    path: Path,
-    sizes: Mapping[str, Tensor],
-    metadata: Callable[[], Mapping[str, str]],
-    max_shard_size: int | None,
+    path: Path, sizes: Mapping[str, Tensor], metadata: Metadata, max_shard_size: int | None
 ) -> Iterator[WeightOutput]:
-    """Files that get their names when the block is left, and are removed after an exception.
+    """Open the files of a model for writing, and name them at the end of the block.
 
-    The header of each is written last, in room that was left for it: the metadata hold hashes
-    that are known only then, and a file that was given up before begins with zeros, so that
-    nothing takes it for a whole one. Only shards can be left behind whole under their own names,
-    by a kill around the moment when their index takes its name; its next write removes them.
+    After an exception, the files are removed. The header of each file is written last, into space
+    at the beginning of the file, because the metadata hold hashes that are known only then. A file
+    that is incomplete therefore begins with zeros, and no reader accepts it. Only complete shards
+    can remain under their own names after a kill, if the process is killed around the moment when
+    the index gets its name. The next write of the index removes them.
 
     Args:
-        path: the file, or the index of a sharded model.
+        path: the file to write, or the index of a sharded model.
         sizes: the entries in the order in which they are written, on the meta device.
-        metadata: texts for the headers, with a recipe, by which shards of this library are known.
-            Called at the beginning, for their lengths, and at the end, when they must have the
-            same lengths.
-        max_shard_size: bytes of the entries of a shard; a larger entry has a shard of its own.
+        metadata: returns the texts for the headers, which include the provenance. Shards of this
+            library are recognised by it. Called at the beginning and at the end.
+        max_shard_size: bytes of the entries of a shard. A larger entry has a shard of its own.
+            Default: 5 GB.
 
     Raises:
-        CheckpointError: the files can't be written; what was there is left as it was.
+        CheckpointError: the files can't be written. Existing files are then unchanged.
     """
     with write_errors(path), ExitStack() as stack:
         if not path.name.endswith(INDEX_ENDING):
             temporary = stack.enter_context(atomic_path(path))
-            yield WeightOutput(path, [stack.enter_context(_shard(temporary, sizes, metadata))])
+            writer = stack.enter_context(_shard_writer(temporary, sizes, metadata))
+            yield WeightOutput(path, [writer])
             return
-        parts = _parts(sizes, max_shard_size or SHARD_SIZE)
-        names = _new_names(path, len(parts))
+        parts = _split_into_shards(sizes, max_shard_size or SHARD_SIZE)
+        names = _new_shard_names(path, len(parts))
         index, files = stack.enter_context(_atomic_shards(path, names))
         yield WeightOutput(
             path,
             [
-                stack.enter_context(_shard(file, part, metadata))
+                stack.enter_context(_shard_writer(file, part, metadata))
                 for file, part in zip(files, parts, strict=True)
             ],
         )
         index.write_bytes(index_bytes(dict(zip(names, parts, strict=True)), metadata()))
 
 
-class _Shard:
+class _ShardWriter:
+    """Appends the bytes of entries to an open file."""
+
     def __init__(self, file: FileIO, bytes_left: int) -> None:
         self._file = file
         self.bytes_left = bytes_left
-        self._given_to_disk = file.tell()
+        self._written_back = file.tell()
 
     def append(self, data: memoryview) -> None:
         self.bytes_left -= len(data)
         _write(self._file, data)
-        written = self._file.tell() - self._given_to_disk
-        if written >= _TO_DISK and hasattr(os, "posix_fadvise"):
-            # Linux begins to write pages to the disk that it is told are not needed any more, so
-            # that the flush at the end has little left to do; elsewhere it has more.
-            file = self._file.fileno()
-            os.posix_fadvise(file, self._given_to_disk, written, os.POSIX_FADV_DONTNEED)
-            self._given_to_disk += written
+        written = self._file.tell() - self._written_back
+        if written >= _WRITE_BACK and hasattr(os, "posix_fadvise"):
+            # Linux starts to write pages to the disk if they are declared as no longer needed.
+            # The flush at the end then has little left to write.
+            descriptor = self._file.fileno()
+            os.posix_fadvise(descriptor, self._written_back, written, os.POSIX_FADV_DONTNEED)
+            self._written_back += written
 
 
 @contextmanager
-def _shard(
-    path: Path, sizes: Mapping[str, Tensor], metadata: Callable[[], Mapping[str, str]]
-) -> Iterator[_Shard]:
+def _shard_writer(
+    path: Path, sizes: Mapping[str, Tensor], metadata: Metadata
+) -> Iterator[_ShardWriter]:
     with path.open("wb", buffering=0) as file:
-        room = len(header_bytes(sizes, metadata()))
-        file.seek(room)
-        yield _Shard(file, sum(size.nbytes for size in sizes.values()))
+        header_length = len(header_bytes(sizes, metadata()))
+        file.seek(header_length)
+        yield _ShardWriter(file, sum(size.nbytes for size in sizes.values()))
         header = header_bytes(sizes, metadata())
-        if len(header) != room:
-            raise AssertionError("the metadata changed their lengths")
+        if len(header) != header_length:
+            raise AssertionError("the lengths of the metadata changed")
         file.seek(0)
         _write(file, memoryview(header))
 
 
 def _write(file: FileIO, data: memoryview) -> None:
     written = 0
-    while written < len(data):  # a plain write may take less than it is given
+    while written < len(data):  # one write may accept fewer bytes than given
         written += file.write(data[written:])
 
 
 # --- shards --------------------------------------------------------------------------------------
 
 
-def _parts(sizes: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
-    parts: list[dict[str, Tensor]] = [{}]
-    room = limit
+def _split_into_shards(sizes: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
+    shards: list[dict[str, Tensor]] = [{}]
+    bytes_left = limit
     for name, size in sizes.items():
-        if size.nbytes > room and parts[-1]:
-            parts.append({})
-            room = limit
-        parts[-1][name] = size
-        room -= size.nbytes
-    return parts
+        if size.nbytes > bytes_left and shards[-1]:
+            shards.append({})
+            bytes_left = limit
+        shards[-1][name] = size
+        bytes_left -= size.nbytes
+    return shards
 
 
-def _new_names(index: Path, count: int) -> list[str]:
-    """Names of shards that no file has, so that none of an older model is written over.
+def _new_shard_names(index: Path, count: int) -> list[str]:
+    """Return names of shards that no file has, so that no shard of an older model is overwritten.
 
-    All have a tag, also where the plain names are free: it tells shards that a kill left without
-    an index from those that somebody else made.
+    Every name has a random tag, even if the plain names are free. The tag distinguishes shards that
+    a kill left without an index from shards that another program wrote.
     """
     while True:
         tag = secrets.token_hex(4)
@@ -169,24 +174,27 @@ def _new_names(index: Path, count: int) -> list[str]:
 
 @contextmanager
 def _atomic_shards(index: Path, names: list[str]) -> Iterator[tuple[Path, list[Path]]]:
-    """Temporary paths of an index and its shards, as ``atomic_path`` has them for one file.
+    """Yield temporary paths for an index and its shards, and rename them after the block.
 
-    The index takes its name last. It is what makes files a model: before, the older model is
-    there with all its shards, and afterwards, when these are removed, the new one.
+    The index is renamed last, because the index makes the files a model. Before this moment, the
+    older model is complete. After this moment the new model is complete, and the older shards are
+    removed.
 
-    With the older shards go those that kills have left, if they stood there from the beginning:
-    shards that came meanwhile may be of another process, which is about to name its index.
+    Shards that earlier kills left are removed as well, if they existed before the block. Shards
+    that appeared during the block may belong to another process, which has not yet renamed its
+    index.
     """
     older = {name for name in shard_names_in(index) if name.startswith(f"{_stem(index)}-")}
-    older |= _made_here(index)
+    older |= _shards_of_this_library(index)
     shards = [index.with_name(name) for name in names]
     try:
         with atomic_path(index) as temporary, ExitStack() as stack:
             yield temporary, [stack.enter_context(atomic_path(shard)) for shard in shards]
     finally:
-        with suppress(OSError):  # what can't be removed now, the next write removes
-            done = shard_names_in(index).issuperset(names)
-            for name in _unnamed(older.union(names) if done else set(names), index.parent):
+        with suppress(OSError):  # the next write removes what can't be removed now
+            succeeded = shard_names_in(index).issuperset(names)
+            candidates = older.union(names) if succeeded else set(names)
+            for name in _without_index(candidates, index.parent):
                 index.with_name(name).unlink(missing_ok=True)
 
 
@@ -194,33 +202,37 @@ def _stem(index: Path) -> str:
     return index.name.removesuffix(INDEX_ENDING)
 
 
-def _made_here(index: Path) -> set[str]:
-    """The shards of this index's models in its folder that were written by this library.
+def _shards_of_this_library(index: Path) -> set[str]:
+    """Return the shards in the folder that this library wrote for this index.
 
-    The name alone does not say so: in ``m-20260131-00001-of-00002.safetensors`` a date looks like
-    a tag.
+    The name alone is not enough: the date in ``m-20260131-00001-of-00002.safetensors`` looks like a
+    tag. The header of a shard of this library holds a provenance.
     """
-    ours = re.compile(rf"{re.escape(_stem(index))}-[0-9a-f]{{8}}-\d{{5,}}-of-\d{{5,}}\.safetensors")
-    files = [file for file in index.parent.glob("*.safetensors") if ours.fullmatch(file.name)]
-    return {file.name for file in files if _has_recipe(file)}
+    tagged = re.compile(
+        rf"{re.escape(_stem(index))}-[0-9a-f]{{8}}-\d{{5,}}-of-\d{{5,}}\.safetensors"
+    )
+    files = [file for file in index.parent.glob("*.safetensors") if tagged.fullmatch(file.name)]
+    return {file.name for file in files if _has_provenance(file)}
 
 
-def _has_recipe(file: Path) -> bool:
+def _has_provenance(file: Path) -> bool:
     try:
-        return RECIPE in read_header(file).metadata
+        return PROVENANCE_KEY in read_header(file).metadata
     except CheckpointError:
         return False
 
 
-def _unnamed(shards: set[str], folder: Path) -> set[str]:
-    """Those of the shards whose names are in no JSON file of the folder, whatever its form.
+def _without_index(shards: set[str], folder: Path) -> set[str]:
+    """Return the shards whose names occur in no JSON file of the folder.
 
-    So an index under another name, a copy of an older one (``*.json.bak``) and a broken one keep
-    their shards. Temporary indexes, which a kill leaves beside the shards, don't.
+    An index under another name, a copy of an older index (``*.json.bak``) and an invalid index thus
+    keep their shards. A temporary index that a kill left does not keep its shards.
     """
-    spelled = {name: (os.fsencode(name), json.dumps(name)[1:-1].encode()) for name in shards}
+    spellings = {name: (os.fsencode(name), json.dumps(name)[1:-1].encode()) for name in shards}
     for file in folder.glob("*.json*"):
         temporary = file.name.startswith(".") and file.name.endswith(".tmp")
         text = b"" if temporary or not file.is_file() else file.read_bytes()
-        shards = {name for name in shards if not any(form in text for form in spelled[name])}
+        shards = {
+            name for name in shards if not any(spelling in text for spelling in spellings[name])
+        }
     return shards

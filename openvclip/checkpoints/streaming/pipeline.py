@@ -1,4 +1,4 @@
-"""Reading, arithmetic and writing at the same time, in buffers that are used again and again."""
+"""Read, compute and write the parts of models at the same time, in buffers that are reused."""
 
 from __future__ import annotations
 
@@ -15,21 +15,24 @@ from openvclip.checkpoints.streaming.inputs import WeightInput
 from openvclip.checkpoints.streaming.outputs import WeightOutput
 
 Compute = Callable[[str, list[Tensor], list[Tensor]], None]
-"""Gets the name of an entry, its elements of each input, and where to write those of each output.
+"""Computes one part of an entry: ``compute(name, values, results)``.
 
-The tensors have one dimension and hold the same stretch of the entry; they are used again for the
-next stretch when the call is over.
+``values`` holds the part of each input, and ``results`` holds a tensor to fill for each output. All
+tensors have one dimension and cover the same elements of the entry. After the call, the tensors are
+reused for another part.
 """
 
-_BUFFERS = 64 << 20  # bytes of all buffers together
-_LARGEST_PART = 512 << 10  # bytes of one buffer; more leaves the caches
+_ALL_BUFFERS = 64 << 20  # bytes of all buffers together
+_LARGEST_PART = 512 << 10  # bytes of one buffer; a larger part does not stay in the caches
 _SMALLEST_PART = 64 << 10
-_SLOTS = 3  # one part is read, one computed and one written
+_STAGES = 3  # one part is read, one part is computed and one part is written
 _READERS = 8  # threads
 
 
 @dataclass(frozen=True)
 class _Part:
+    """Consecutive elements of an entry: ``count`` elements from index ``start`` on."""
+
     name: str
     start: int
     count: int
@@ -44,22 +47,23 @@ def stream(
     whole: bool = False,
     progress: bool | None = None,
 ) -> None:
-    """Compute every entry of the outputs from those of the inputs, part by part.
+    """Compute every entry of the outputs from the same entry of the inputs, part by part.
 
     Args:
-        inputs: where to read.
-        outputs: where to write.
-        sizes: the entries of each output, on the meta device, in the order to write them in.
-        compute: what to do with a part.
-        whole: take each entry as one part.
-        progress: show a progress bar; by default only on a terminal.
+        inputs: the models to read.
+        outputs: the models to write.
+        sizes: the entries of each output, on the meta device, in the order in which they are
+            written.
+        compute: computes one part.
+        whole: whether each entry is a single part. Default: ``False``.
+        progress: whether to show a progress bar. Default: only on a terminal.
     """
     from tqdm import tqdm
 
-    busy = min(len(inputs), _READERS)
+    reader_count = min(len(inputs), _READERS)
     with (
-        _fewer_threads(busy + 1),
-        ThreadPoolExecutor(busy, "openvclip-read") as readers,
+        _fewer_torch_threads(reader_count + 1),
+        ThreadPoolExecutor(reader_count, "openvclip-read") as readers,
         ThreadPoolExecutor(1, "openvclip-write") as writer,
         tqdm(
             total=sum(size.numel() for size in sizes.values()),
@@ -68,26 +72,26 @@ def stream(
             disable=None if progress is None else not progress,
         ) as bar,
     ):
-        slots = [_Slot(inputs, outputs, sizes, readers, writer) for _ in range(_SLOTS)]
-        before: _Slot | None = None
-        for part, slot in zip(_parts(inputs, sizes, len(outputs), whole), cycle(slots)):
-            slot.wait()  # until what it held is written
-            if before is not None:
-                before.wait()  # until it is read, so that each file is read in its order
-            slot.read(part)
-            if before is not None:
-                bar.update(before.finish(compute))
-            before = slot
-        if before is not None:
-            before.wait()
-            bar.update(before.finish(compute))
-        for slot in slots:
-            slot.wait()
+        stages = [_Stage(inputs, outputs, sizes, readers, writer) for _ in range(_STAGES)]
+        previous: _Stage | None = None
+        for part, stage in zip(_parts(inputs, sizes, len(outputs), whole), cycle(stages)):
+            stage.wait()  # until its last part is written
+            if previous is not None:
+                previous.wait()  # until its part is read, so that each file is read in order
+            stage.read(part)
+            if previous is not None:
+                bar.update(previous.compute_and_write(compute))
+            previous = stage
+        if previous is not None:
+            previous.wait()
+            bar.update(previous.compute_and_write(compute))
+        for stage in stages:
+            stage.wait()
 
 
 @contextmanager
-def _fewer_threads(busy: int) -> Iterator[None]:
-    """PyTorch leaves ``busy`` cores alone: its threads spin for a while after each operation."""
+def _fewer_torch_threads(busy: int) -> Iterator[None]:
+    """Leave ``busy`` cores to other threads, since PyTorch's threads spin after each operation."""
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads - busy))
     try:
@@ -96,8 +100,8 @@ def _fewer_threads(busy: int) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-class _Slot:
-    """The buffers for one part: what is read of each input, what is written to each output."""
+class _Stage:
+    """The buffers of one part, which is first read, then computed, then written."""
 
     def __init__(
         self,
@@ -109,33 +113,34 @@ class _Slot:
     ) -> None:
         self._inputs, self._outputs, self._sizes = inputs, outputs, sizes
         self._readers, self._writer = readers, writer
-        self._rooms = [_Room() for _ in (*inputs, *outputs)]
+        self._input_buffers = [_Buffer() for _ in inputs]
+        self._output_buffers = [_Buffer() for _ in outputs]
         self._tasks: list[Future[None]] = []
         self._part = _Part("", 0, 0)
-        self._given: list[Tensor] = []
+        self._values: list[Tensor] = []
 
     def wait(self) -> None:
-        """Until the last tasks are done; raise what they raised."""
+        """Wait until the last tasks are done, and raise the error of a task that failed."""
         for task in self._tasks:
             task.result()
 
     def read(self, part: _Part) -> None:
-        """Begin to read a part."""
+        """Start to read a part of each input."""
         self._part = part
-        self._given = [
-            room.of(given.sizes[part.name].dtype, part.count)
-            for given, room in zip(self._inputs, self._rooms, strict=False)
+        self._values = [
+            buffer.tensor(source.sizes[part.name].dtype, part.count)
+            for source, buffer in zip(self._inputs, self._input_buffers, strict=True)
         ]
         self._tasks = [
-            self._readers.submit(given.read, part.name, part.start, into)
-            for given, into in zip(self._inputs, self._given, strict=True)
+            self._readers.submit(source.read, part.name, part.start, values)
+            for source, values in zip(self._inputs, self._values, strict=True)
         ]
 
-    def finish(self, compute: Compute) -> int:
-        """Compute the results of the part that was read, and begin to write them."""
+    def compute_and_write(self, compute: Compute) -> int:
+        """Compute the part that was read, start to write it, and return its number of elements."""
         dtype = self._sizes[self._part.name].dtype
-        results = [room.of(dtype, self._part.count) for room in self._rooms[len(self._inputs) :]]
-        compute(self._part.name, self._given, results)
+        results = [buffer.tensor(dtype, self._part.count) for buffer in self._output_buffers]
+        compute(self._part.name, self._values, results)
         self._tasks = [
             self._writer.submit(output.write, result)
             for output, result in zip(self._outputs, results, strict=True)
@@ -143,14 +148,14 @@ class _Slot:
         return self._part.count
 
 
-class _Room:
-    """Memory that grows to the largest tensor it had to hold."""
+class _Buffer:
+    """Memory that grows to the size of the largest tensor that it held."""
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
 
-    def of(self, dtype: torch.dtype, count: int) -> Tensor:
-        """A tensor of one dimension in it."""
+    def tensor(self, dtype: torch.dtype, count: int) -> Tensor:
+        """Return a tensor of ``count`` elements in this memory, with one dimension."""
         needed = count * dtype.itemsize
         if needed > self._memory.numel():
             self._memory = torch.empty(needed, dtype=torch.uint8)
@@ -160,10 +165,10 @@ class _Room:
 def _parts(
     inputs: Sequence[WeightInput], sizes: Mapping[str, Tensor], outputs: int, whole: bool
 ) -> Iterator[_Part]:
-    room = _BUFFERS // (_SLOTS * (len(inputs) + outputs))
-    room = max(_SMALLEST_PART, min(room, _LARGEST_PART))
+    part_bytes = _ALL_BUFFERS // (_STAGES * (len(inputs) + outputs))
+    part_bytes = max(_SMALLEST_PART, min(part_bytes, _LARGEST_PART))
     for name, size in sizes.items():
-        widest = max(size.itemsize, *(given.sizes[name].itemsize for given in inputs))
-        step = max(1, size.numel()) if whole else room // widest
+        itemsize = max(size.itemsize, *(source.sizes[name].itemsize for source in inputs))
+        step = max(1, size.numel()) if whole else part_bytes // itemsize
         for start in range(0, max(1, size.numel()), step):
             yield _Part(name, start, min(step, size.numel() - start))

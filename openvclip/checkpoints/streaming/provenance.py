@@ -1,4 +1,4 @@
-"""What a merged file says of its origin, in the metadata of its header."""
+"""The provenance of a merged file: from which files and how it was made."""
 
 from __future__ import annotations
 
@@ -7,19 +7,23 @@ from collections.abc import Mapping, Sequence
 
 from openvclip.checkpoints.streaming.inputs import WeightInput
 
-RECIPE = "openvclip_recipe"
-"""The text of a header that holds the recipe, as JSON."""
+PROVENANCE_KEY = "openvclip_recipe"
+"""The name of the provenance in the metadata of a file. The value is JSON."""
 
-_NO_HASH = "0" * 64  # as long as a hash
+_NO_HASH = "0" * 64  # has the length of a hash
 
 
-class Recipe:
-    """The texts of a header: those of the inputs, and how the weights were made from them.
+class Provenance:
+    """The metadata of a merged file: the metadata of its inputs, and how it was made from them.
+
+    The metadata hold a hash of the weights of each input. The hashes are zeros until
+    :meth:`add_hashes` is called, and have the same length before and after the call.
 
     Args:
-        method: what was done.
-        inputs: the models it was done to.
-        settings: how.
+        method: name of the merge method.
+        inputs: the models that are merged. If two of them have a text of the same name, the text of
+            the later input is used.
+        settings: the settings of the method, such as ``{"lam": 0.5}``.
     """
 
     def __init__(
@@ -29,27 +33,33 @@ class Recipe:
 
         self._inputs = inputs
         self._hashes = [_NO_HASH for _ in inputs]
-        self._kept = {key: text for one in inputs for key, text in one.metadata.items()}
-        self._said = {"method": method, **settings, "openvclip": openvclip.__version__}
+        self._input_texts = {
+            key: text for source in inputs for key, text in source.metadata.items()
+        }
+        self._method = {"method": method, **settings, "openvclip": openvclip.__version__}
 
-    def seal(self) -> None:
-        """Put in the hashes of the inputs, which are read by now, in place of zeros."""
-        self._hashes = [one.weights_hash() for one in self._inputs]
+    def add_hashes(self) -> None:
+        """Replace the zeros with the hashes of the inputs. Call this after all inputs were read."""
+        self._hashes = [source.weights_hash() for source in self._inputs]
 
-    def texts(self) -> dict[str, str]:
-        """The metadata, of the same length before and after :meth:`seal`."""
+    def metadata(self) -> dict[str, str]:
+        """Return the metadata for the header of the merged file."""
         inputs = [
-            {"file": one.path.name, "weights_hash": found, **_own(one.metadata)}
-            for one, found in zip(self._inputs, self._hashes, strict=True)
+            {
+                "file": source.path.name,
+                "weights_hash": weights_hash,
+                **_provenance_of_input(source.metadata),
+            }
+            for source, weights_hash in zip(self._inputs, self._hashes, strict=True)
         ]
-        return {**self._kept, RECIPE: json.dumps({**self._said, "inputs": inputs})}
+        return {**self._input_texts, PROVENANCE_KEY: json.dumps({**self._method, "inputs": inputs})}
 
 
-def _own(metadata: Mapping[str, str]) -> dict[str, object]:
-    """The recipe of an input that was merged itself."""
-    if RECIPE not in metadata:
+def _provenance_of_input(metadata: Mapping[str, str]) -> dict[str, object]:
+    """Return the provenance of an input that is itself a merged file."""
+    if PROVENANCE_KEY not in metadata:
         return {}
     try:
-        return {"recipe": json.loads(metadata[RECIPE])}
+        return {"recipe": json.loads(metadata[PROVENANCE_KEY])}
     except (ValueError, RecursionError):
-        return {"recipe": metadata[RECIPE]}
+        return {"recipe": metadata[PROVENANCE_KEY]}

@@ -1,0 +1,134 @@
+"""Sharded models: several safetensors files, and an index.
+
+The index is JSON. Its ``weight_map`` maps the name of each entry to the file that holds the entry.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from openvclip.checkpoints.layout import LayoutError, OpenFile, json_object, open_file, read_errors
+from openvclip.errors import CheckpointError
+from openvclip.weights.names import listed
+
+INDEX_ENDING = ".safetensors.index.json"
+
+_LONGEST_INDEX = 100_000_000  # bytes
+_TOTAL_SIZE = "total_size"  # the name in the metadata of an index that describes the files
+
+
+def open_model(path: Path, stack: ExitStack) -> tuple[list[OpenFile], dict[str, str]]:
+    """Open the safetensors files that make up a model, and check their headers.
+
+    Args:
+        path: a safetensors file that holds a whole model, or the index of a sharded model.
+        stack: closes the files.
+
+    Returns:
+        The open files and the metadata of the model. The metadata of a sharded model are those of
+        its shards and of its index. If two have the same name, the text of the index is returned.
+
+    Raises:
+        CheckpointError: a file is missing or not whole, or the index and the shards disagree.
+    """
+    with read_errors(path):
+        if not is_index(path):
+            opened = open_file(path, stack)
+            return [opened], opened.header.metadata
+        return _open_shards(path, stack)
+
+
+def is_index(path: Path) -> bool:
+    """Return whether the file is JSON that mentions a ``weight_map``. It may be invalid.
+
+    Raises:
+        OSError: the file can't be read.
+    """
+    with path.open("rb") as file:
+        if file.read(64).lstrip()[:1] != b"{":
+            return False
+        file.seek(0)
+        return b'"weight_map"' in file.read(_LONGEST_INDEX)
+
+
+def shard_names_in(index: Path) -> set[str]:
+    """Return the file names of the shards of an index.
+
+    The set is empty if there is no index or if the index is invalid.
+    """
+    try:
+        return set(_weight_map(json_object(index.read_bytes(), "the index")).values())
+    except (OSError, LayoutError):
+        return set()
+
+
+def index_bytes(shards: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, str]) -> bytes:
+    """Return the index of a sharded model.
+
+    Args:
+        shards: the file name of each shard to its entries, with or without values.
+        metadata: texts to store in the index.
+    """
+    total = sum(size.nbytes for sizes in shards.values() for size in sizes.values())
+    weight_map = {name: shard for shard, sizes in shards.items() for name in sizes}
+    index = {"metadata": {**metadata, _TOTAL_SIZE: total}, "weight_map": weight_map}
+    return (json.dumps(index, indent=2) + "\n").encode()
+
+
+def _open_shards(index_path: Path, stack: ExitStack) -> tuple[list[OpenFile], dict[str, str]]:
+    try:
+        index = json_object(index_path.read_bytes(), "the index")
+        weight_map = _weight_map(index)
+    except LayoutError as error:
+        raise _index_error(index_path, str(error)) from error
+    shards: list[OpenFile] = []
+    metadata: dict[str, str] = {}
+    for shard_name in sorted(set(weight_map.values())):
+        path = index_path.with_name(shard_name)
+        if not path.is_file():
+            raise _index_error(index_path, f"there is no file {shard_name} beside it")
+        shard = open_file(path, stack)
+        shards.append(shard)
+        metadata.update(shard.header.metadata)
+        expected = {name for name, holder in weight_map.items() if holder == shard_name}
+        actual = shard.header.sizes.keys()
+        if missing := sorted(expected - actual):
+            raise _index_error(index_path, f"{shard_name} does not hold {listed(missing)}")
+        if unnamed := sorted(actual - expected):
+            reason = f"it does not name what {shard_name} holds: {listed(unnamed)}"
+            raise _index_error(index_path, reason)
+    return shards, {**metadata, **_index_metadata(index)}
+
+
+def _weight_map(index: dict[str, Any]) -> dict[str, str]:
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise LayoutError("it has no weight_map")
+    for name, shard in weight_map.items():
+        # Only plain file names are accepted. A path could lead anywhere on the disk.
+        if not isinstance(shard, str) or shard in ("", ".", "..") or set(shard) & set("/\\\0"):
+            raise LayoutError(
+                f"it puts {name!r} into {str(shard)[:80]!r}, which is no file beside it"
+            )
+    return weight_map
+
+
+def _index_metadata(index: dict[str, Any]) -> dict[str, str]:
+    """Return the texts among the metadata of an index, which may hold values of any kind."""
+    metadata = index.get("metadata")
+    if not isinstance(metadata, dict):
+        return {}
+    return {k: v for k, v in metadata.items() if isinstance(v, str) and k != _TOTAL_SIZE}
+
+
+def _index_error(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is not the index of a whole sharded model: {reason}. Copy or download the index "
+        "and all shards again."
+    )
