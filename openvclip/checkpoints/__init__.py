@@ -1,4 +1,4 @@
-"""Files of weights: recognised from their content, loaded safely, written atomically, merged."""
+"""Files of weights: load them safely, write them atomically, inspect, convert and merge them."""
 
 from openvclip.checkpoints.api import (
     CheckpointInfo,
@@ -8,10 +8,15 @@ from openvclip.checkpoints.api import (
     save_checkpoint,
 )
 from openvclip.checkpoints.atomic import atomic_path, write_errors
-from openvclip.checkpoints.streaming import average_files, interpolate_files, merge_files
+from openvclip.checkpoints.formats import WeightFile, read_weights
+from openvclip.checkpoints.sizes import Sizes
+from openvclip.checkpoints.streaming import Merge, average_files, interpolate_files, merge_files
 
 __all__ = [
     "CheckpointInfo",
+    "Merge",
+    "Sizes",
+    "WeightFile",
     "atomic_path",
     "average_files",
     "convert_checkpoint",
@@ -19,6 +24,7 @@ __all__ = [
     "interpolate_files",
     "load_checkpoint",
     "merge_files",
+    "read_weights",
     "save_checkpoint",
     "write_errors",
 ]

@@ -1,4 +1,4 @@
-"""Writing files so that after a crash the old file or the new one is there, whole."""
+"""Write files atomically: after a crash, the old file or the new file exists, and is complete."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ from openvclip.errors import CheckpointError
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside ``path`` to write to; it takes the name on success.
+    """Yield a temporary path in the same folder, and rename it to ``path`` after the block.
 
-    The content is flushed to disk before the rename, so that after a crash the old file or the
-    new one is there, whole. After an exception the temporary file is removed.
+    The content is flushed to disk before the rename. After a crash, ``path`` is therefore the
+    complete old file or the complete new file. After an exception in the block, the temporary file
+    is removed and ``path`` is unchanged.
+
+    Args:
+        path: the file to write. An existing file is replaced. Missing folders are created.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -31,7 +35,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def write_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Raise what goes wrong when ``path`` is written as a :class:`CheckpointError`."""
+    """Raise a :class:`CheckpointError` if writing ``path`` fails in the block."""
     from safetensors import SafetensorError
 
     try:
@@ -45,7 +49,7 @@ def write_errors(path: str | os.PathLike[str]) -> Iterator[None]:
 
 def _flush(path: Path) -> None:
     if path.is_dir() and os.name == "nt":
-        return  # Windows keeps no handles of folders
+        return  # Windows can't open a folder
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 import openvclip
+from openvclip.checkpoints import Sizes
 from openvclip.errors import ActivationWarning, CheckpointError, StateMismatchError
 from tests.checkpoints.test_conversion import (
     FILES,
@@ -37,7 +38,7 @@ def test_custom_text_models_pass_untouched_and_fit_their_model(tmp_path: Path) -
     info = openvclip.inspect_checkpoint(tmp_path / "w")
     assert (info.family, info.converted) == ("open_clip CustomTextCLIP", False)
     assert (info.vision_layers, info.text_layers, info.embed_dim) == (2, 1, 8)
-    assert "names as they are" in str(info)
+    assert "names unchanged" in str(info)
     same_entries(openvclip.load_checkpoint(tmp_path / "w", model), state)
 
 
@@ -196,12 +197,14 @@ def test_loading_into_a_model_with_another_activation_warns(tmp_path: Path, whic
 
 def test_quickgelu_is_told_where_the_family_is_known_to_use_it(tmp_path: Path) -> None:
     name = "ViT-B-16"
-    told = f"{name} with QuickGELU (in open_clip: {name}-quickgelu)"
-    sizes = {"backbone": name, "family": "Open-VCLIP"}
-    assert told in str(openvclip.CheckpointInfo(**sizes))
-    assert told not in str(openvclip.CheckpointInfo(**{**sizes, "family": "open_clip CLIP"}))
-    converted = {"family": "open_clip CLIP", "metadata": {"source_family": "FROSTER"}}
-    assert told in str(openvclip.CheckpointInfo(**{**sizes, **converted}))
+    text = f"{name} with QuickGELU (in open_clip: {name}-quickgelu)"
+    sizes = Sizes(backbone=name)
+    assert text in str(openvclip.CheckpointInfo(sizes=sizes, family="Open-VCLIP"))
+    assert text not in str(openvclip.CheckpointInfo(sizes=sizes, family="open_clip CLIP"))
+    converted = openvclip.CheckpointInfo(
+        sizes=sizes, family="open_clip CLIP", metadata={"source_family": "FROSTER"}
+    )
+    assert text in str(converted)
 
 
 # --- inspection reads no weights -----------------------------------------------------------------
@@ -250,7 +253,7 @@ def test_bytes_behind_the_last_entry_are_no_whole_file(tmp_path: Path) -> None:
     [
         ({}, 2**31, "its header would have 2147483648 bytes"),
         ({"shape": [-2, -1]}, None, r"'w' has the shape \[-2, -1\]"),
-        ({"dtype": "F4"}, None, "'w' is of dtype F4, which PyTorch"),
+        ({"dtype": "F4"}, None, "'w' has the dtype F4, which PyTorch does not support"),
         ({"data_offsets": [0, 16]}, None, r"'w' has 16 bytes, but F32 of shape \[2\] needs 8"),
         ({"shape": "ab"}, None, "'w' has the shape ab"),
     ],
