@@ -1,19 +1,19 @@
-"""``openvclip average``."""
+"""The subcommand ``openvclip average``."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from openvclip.cli.options.outputs import add_output_options, options_of, require_free
+from openvclip.cli.options.outputs import add_merge_output_options, require_free, write_options
 from openvclip.cli.options.types import Commands
 
-_AVERAGE = """\
+_DESCRIPTION = """\
 Write the uniform mean of files of weights, such as the checkpoints of a run.
 
-Safetensors files are streamed, not loaded: dozens of models of any size take
-less than 100 MB. PyTorch files (.pth) take up to their size. Sums are in
-float64; integers come from the last file.
+Sums are computed in float64. Integers come from the last file. Safetensors
+files are not loaded: the command needs less than 100 MB of memory for dozens of
+models of any size. A PyTorch file (.pth) can take memory of its size.
 """
 _EXAMPLES = """\
 examples:
@@ -25,13 +25,20 @@ def add(commands: Commands) -> None:
     """Add the parser of the subcommand."""
     parser = commands.add_parser(
         "average",
-        help="average files of weights",
-        description=_AVERAGE,
+        help="write the mean of files of weights",
+        description=_DESCRIPTION,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("files", metavar="FILE", type=Path, nargs="+", help="files to average")
-    add_output_options(parser)
+    parser.add_argument(
+        "files",
+        metavar="FILE",
+        type=Path,
+        nargs="+",
+        help="safetensors or PyTorch file, or the index of a sharded model; all files must have "
+        "the same names and shapes",
+    )
+    add_merge_output_options(parser)
     parser.set_defaults(run=_average)
 
 
@@ -39,5 +46,5 @@ def _average(options: argparse.Namespace) -> None:
     from openvclip.checkpoints.streaming import average_files
 
     require_free([options.output], overwrite=options.overwrite)
-    average_files(options.files, options.output, **options_of(options))
+    average_files(options.files, options.output, **write_options(options))
     print(f"{'wrote':<12} {options.output} (mean of {len(options.files)} files)")

@@ -1,22 +1,23 @@
-"""``openvclip convert``."""
+"""The subcommand ``openvclip convert``."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from openvclip.cli.options.outputs import DTYPES, require_free
+from openvclip.cli.options.outputs import add_output_options, dtype_option, require_free
 from openvclip.cli.options.types import Commands, add_allow_options
 from openvclip.errors import CheckpointError
 
-_CONVERT = """\
-Write a file of weights as safetensors under open_clip's names.
+_DESCRIPTION = """\
+Convert a file of weights to safetensors under open_clip's names.
 
-Known from their content: OpenAI's TorchScript archives and state dicts,
-open_clip's checkpoints, Hugging Face's CLIP, Open-VCLIP's and FROSTER's .pth.
-What the file holds is printed first. No code that a file names is run.
+These families are recognised from the content of the file: OpenAI's TorchScript
+archives and state dicts, open_clip's checkpoints, Hugging Face's CLIP, and the
+.pth files of Open-VCLIP and FROSTER. The content of the file is printed first,
+as by "openvclip inspect". No code that the file names is run.
 """
-_CONVERT_EXAMPLES = """\
+_EXAMPLES = """\
 examples:
   openvclip convert swa_2_22.pth -o open-vclip-b16.safetensors
   openvclip convert froster.pth -o froster.safetensors \\
@@ -28,39 +29,36 @@ def add(commands: Commands) -> None:
     """Add the parser of the subcommand."""
     parser = commands.add_parser(
         "convert",
-        help="write a checkpoint under open_clip's names",
-        description=_CONVERT,
-        epilog=_CONVERT_EXAMPLES,
+        help="convert a checkpoint to safetensors under open_clip's names",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", metavar="IN", type=Path, help="a file of weights")
     parser.add_argument(
-        "-o", "--output", metavar="OUT.safetensors", type=Path, required=True, help="file to write"
+        "file",
+        metavar="FILE",
+        type=Path,
+        help="safetensors, PyTorch or TorchScript file, or the index of a sharded model",
     )
-    parser.add_argument(
-        "--dtype", choices=DTYPES, help="dtype to store floating-point weights in (as they are)"
-    )
+    add_output_options(parser, "file to write: *.safetensors")
     add_allow_options(parser)
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT where it exists")
     parser.set_defaults(run=_convert)
 
 
 def _convert(options: argparse.Namespace) -> None:
-    import torch
-
     from openvclip.checkpoints.api import convert_checkpoint, inspect_checkpoint
 
     output: Path = options.output
     if output.suffix != ".safetensors":
         raise CheckpointError(
-            f"{output}: the result is a safetensors file; give it a name ending in .safetensors."
+            f"{output}: the result is a safetensors file. Give a name ending in .safetensors."
         )
     require_free([output], overwrite=options.overwrite)
-    print(inspect_checkpoint(options.source), flush=True)
+    print(inspect_checkpoint(options.file), flush=True)
     convert_checkpoint(
-        options.source,
+        options.file,
         output,
-        dtype=getattr(torch, options.dtype) if options.dtype else None,
+        dtype=dtype_option(options),
         allow_missing=options.allow_missing,
         allow_unexpected=options.allow_unexpected,
     )

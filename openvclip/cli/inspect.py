@@ -1,4 +1,4 @@
-"""``openvclip inspect``."""
+"""The subcommand ``openvclip inspect``."""
 
 from __future__ import annotations
 
@@ -7,12 +7,27 @@ from pathlib import Path
 
 from openvclip.cli.options.types import Commands
 
+_DESCRIPTION = """\
+Show the content of a file of weights: family, backbone, sizes and entries.
+
+The weights are not loaded. No code that the file names is run.
+"""
+
 
 def add(commands: Commands) -> None:
     """Add the parser of the subcommand."""
-    text = "Tell what a file of weights holds, from its content and without loading it."
-    parser = commands.add_parser("inspect", help="tell what a file holds", description=text)
-    parser.add_argument("file", metavar="FILE", type=Path, help="a file of weights")
+    parser = commands.add_parser(
+        "inspect",
+        help="show the content of a file of weights",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "file",
+        metavar="FILE",
+        type=Path,
+        help="safetensors, PyTorch or TorchScript file, or the index of a sharded model",
+    )
     parser.set_defaults(run=_inspect)
 
 

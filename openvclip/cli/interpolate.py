@@ -1,21 +1,21 @@
-"""``openvclip interpolate``."""
+"""The subcommand ``openvclip interpolate``."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from openvclip.cli.options.outputs import add_output_options, options_of, require_free
+from openvclip.cli.options.outputs import add_merge_output_options, require_free, write_options
 from openvclip.cli.options.types import Commands
 from openvclip.errors import UsageError
 
-_INTERPOLATE = """\
+_DESCRIPTION = """\
 Write lam * A + (1 - lam) * B for two files of weights.
 
 lam weighs A, the original CLIP: --lam 1 is A, --lam 0 is B, the fine-tuned
 model. (WiSE-FT and most merging tools weigh the fine-tuned model instead.)
-Safetensors files are streamed, not loaded: a model of any size takes less than
-100 MB. PyTorch files (.pth) take up to their size.
+Safetensors files are not loaded: the command needs less than 100 MB of memory
+for models of any size. A PyTorch file (.pth) can take memory of its size.
 """
 _EXAMPLES = """\
 examples:
@@ -30,27 +30,33 @@ def add(commands: Commands) -> None:
     """Add the parser of the subcommand."""
     parser = commands.add_parser(
         "interpolate",
-        help="interpolate two files of weights",
-        description=_INTERPOLATE,
+        help="interpolate between the original CLIP and a fine-tuned model",
+        description=_DESCRIPTION,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("a", metavar="A", type=Path, help="file of the original CLIP")
-    parser.add_argument("b", metavar="B", type=Path, help="file of the fine-tuned model")
+    for name, meaning in (("a", "the original CLIP"), ("b", "the fine-tuned model")):
+        parser.add_argument(
+            name,
+            metavar=name.upper(),
+            type=Path,
+            help=f"{meaning}: safetensors or PyTorch file, or the index of a sharded model",
+        )
     parser.add_argument(
         "--lam",
         type=float,
         nargs="+",
         required=True,
-        help="weight of A, from 0 to 1; several write several models in one pass, and {lam} in "
-        "the name of the output stands for each",
+        help="interpolation weight of A, from 0 to 1; with several values, several files are "
+        "written in one pass, and {lam} in the name OUT is replaced by each value",
     )
     parser.add_argument(
         "--visual-only",
         action="store_true",
-        help="interpolate the visual tower; everything else is A's",
+        help="interpolate the image tower only and take all other entries from A "
+        "(default: interpolate all entries)",
     )
-    add_output_options(parser)
+    add_merge_output_options(parser)
     parser.set_defaults(run=_interpolate)
 
 
@@ -58,18 +64,18 @@ def _interpolate(options: argparse.Namespace) -> None:
     from openvclip.checkpoints.streaming import interpolate_files
     from openvclip.weights.lambdas import visual_only
 
-    outs = _names(options.output, options.lam)
+    outs = _output_paths(options.output, options.lam)
     require_free(outs, overwrite=options.overwrite)
     lams = [visual_only(lam) if options.visual_only else lam for lam in options.lam]
-    interpolate_files(options.a, options.b, outs, lams, **options_of(options))
+    interpolate_files(options.a, options.b, outs, lams, **write_options(options))
     for out in outs:
         print(f"{'wrote':<12} {out}")
 
 
-def _names(output: Path, lams: list[float]) -> list[Path]:
+def _output_paths(output: Path, lams: list[float]) -> list[Path]:
     if len(lams) > 1 and "{lam}" not in output.name:
         raise UsageError(
-            f"{output}: {len(lams)} values of --lam need as many files; put {{lam}} into the name, "
-            "for example 'out-{lam}.safetensors'."
+            f"{output}: {len(lams)} values of --lam need {len(lams)} files; put {{lam}} into the "
+            "name, for example 'out-{lam}.safetensors'."
         )
     return [output.with_name(output.name.replace("{lam}", f"{lam:.12g}")) for lam in lams]

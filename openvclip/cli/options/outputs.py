@@ -1,4 +1,4 @@
-"""What the commands that write weights have in common: the options of their output."""
+"""The options of commands that write files of weights."""
 
 from __future__ import annotations
 
@@ -18,48 +18,59 @@ DTYPES = ("float32", "float16", "bfloat16")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
-class OutputOptions(TypedDict):
-    """Keyword arguments of the functions that write files."""
+class WriteOptions(TypedDict):
+    """Keyword arguments of the functions that merge files."""
 
     dtype: torch.dtype | None
     max_shard_size: int | None
 
 
-def add_output_options(parser: argparse.ArgumentParser) -> None:
-    """Add what to write, how and whether over an older file."""
+def add_output_options(parser: argparse.ArgumentParser, output_help: str) -> None:
+    """Add ``--output``, ``--overwrite`` and ``--dtype``."""
+    parser.add_argument("-o", "--output", metavar="OUT", type=Path, required=True, help=output_help)
     parser.add_argument(
-        "-o",
-        "--output",
-        metavar="OUT",
-        type=Path,
-        required=True,
-        help="file to write: *.safetensors, or *.safetensors.index.json for shards",
+        "--overwrite",
+        action="store_true",
+        help="replace OUT if it exists (default: keep it and end with an error)",
     )
     parser.add_argument(
-        "--dtype", choices=DTYPES, help="dtype to store floating-point weights in (as they are)"
+        "--dtype",
+        choices=DTYPES,
+        help="dtype in which floating-point weights are stored (default: the dtype of each entry)",
+    )
+
+
+def add_merge_output_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of :func:`add_output_options` and ``--max-shard-size``."""
+    add_output_options(
+        parser, "file to write: *.safetensors, or *.safetensors.index.json to write shards"
     )
     parser.add_argument(
         "--max-shard-size",
         metavar="SIZE",
         type=_bytes,
-        help="bytes of the largest shard, such as 500MB or 2GB (5GB)",
+        help="largest size of a shard, such as 500MB or 2GB; only if OUT is an index "
+        "(default: 5GB)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT where it exists")
 
 
-def options_of(options: argparse.Namespace) -> OutputOptions:
-    """The chosen options, for the functions that write files."""
+def dtype_option(options: argparse.Namespace) -> torch.dtype | None:
+    """Return the dtype that was chosen with ``--dtype``."""
     import torch
 
-    dtype = getattr(torch, options.dtype) if options.dtype else None
-    return {"dtype": dtype, "max_shard_size": options.max_shard_size}
+    return getattr(torch, options.dtype) if options.dtype else None
+
+
+def write_options(options: argparse.Namespace) -> WriteOptions:
+    """Return the chosen options as keyword arguments of the functions that merge files."""
+    return {"dtype": dtype_option(options), "max_shard_size": options.max_shard_size}
 
 
 def require_free(outs: Iterable[Path], *, overwrite: bool) -> None:
-    """Raise where a file exists and is not to be replaced.
+    """Check that no output exists, unless existing files may be replaced.
 
     Raises:
-        CheckpointError: one exists.
+        CheckpointError: a file exists, and ``overwrite`` is false.
     """
     for out in outs:
         if out.exists() and not overwrite:
@@ -67,7 +78,7 @@ def require_free(outs: Iterable[Path], *, overwrite: bool) -> None:
 
 
 def _bytes(text: str) -> int:
-    found = re.fullmatch(r"(\d+)\s*([KMG]?B|)", text.strip(), re.IGNORECASE)
-    if not found or found[2].upper() not in _UNITS or not int(found[1]):
+    match = re.fullmatch(r"(\d+)\s*([KMG]?B|)", text.strip(), re.IGNORECASE)
+    if not match or match[2].upper() not in _UNITS or not int(match[1]):
         raise argparse.ArgumentTypeError(f"{text!r}: expected a size such as 500MB or 2GB")
-    return int(found[1]) * _UNITS[found[2].upper()]
+    return int(match[1]) * _UNITS[match[2].upper()]

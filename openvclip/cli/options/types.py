@@ -1,4 +1,4 @@
-"""What the modules of subcommands share: what they add themselves to, and options of several."""
+"""Types and options that several subcommands share."""
 
 from __future__ import annotations
 
@@ -6,22 +6,23 @@ import argparse
 from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
-    # The type of what add_subparsers returns; it is private to argparse.
+    # The type that add_subparsers returns. argparse does not export it.
     Commands: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
 else:
     Commands = object
 
 
 def add_allow_options(parser: argparse._ActionsContainer) -> None:
-    """Weights by name that a checkpoint may lack, or have too many: patterns, in lists."""
-    for what, meaning in (
-        ("missing", "that need not be in the file"),
-        ("unexpected", "in the file to leave out"),
+    """Add ``--allow-missing`` and ``--allow-unexpected``, which are lists of patterns."""
+    for which, meaning in (
+        ("missing", "weights that may be missing from the file"),
+        ("unexpected", "weights that are left out if the file has them"),
     ):
         parser.add_argument(
-            f"--allow-{what}",
+            f"--allow-{which}",
             metavar="PATTERN",
             action="append",
             default=[],
-            help=f"names of weights {meaning}, with * and ?; can be given several times",
+            help=f"names of {meaning}; * and ? are wildcards; may be given several times "
+            "(default: none)",
         )
