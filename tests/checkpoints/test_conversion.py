@@ -1,4 +1,4 @@
-"""Released files of every family, built at tiny size from their public names, come back exactly."""
+"""Released files of every family, built at tiny size from public names, are loaded bit for bit."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import open_clip
 import pytest
@@ -24,7 +24,7 @@ State = dict[str, Tensor]
 
 
 def quick_clip(**changes: Any) -> open_clip.CLIP:
-    """A model with QuickGELU, as those of OpenAI and Open-VCLIP, of the sizes of ``tiny_clip``."""
+    """Return a model of the sizes of ``tiny_clip`` with QuickGELU, as OpenAI and Open-VCLIP use."""
     return open_clip.CLIP(8, {**VISION, **changes}, dict(TEXT), quick_gelu=True).eval()
 
 
@@ -33,7 +33,7 @@ def clip_state(**vision: Any) -> State:
 
 
 def same_entries(a: State, b: State) -> None:
-    """Same names and bits; the order of names is that of the file."""
+    """Check that names and bits are the same. The order of the names may differ."""
     assert_same_state(dict(sorted(a.items())), dict(sorted(b.items())))
 
 
@@ -41,13 +41,13 @@ def same_entries(a: State, b: State) -> None:
 
 
 def with_settings(state: State) -> State:
-    """OpenAI's files keep three integers among the weights."""
+    """Add the three integers that OpenAI's files hold among the weights."""
     sizes = {"input_resolution": 8, "context_length": 8, "vocab_size": 64}
     return {**state, **{name: torch.tensor(size) for name, size in sizes.items()}}
 
 
 def openai_state() -> State:
-    """OpenAI's files hold float16 matrices beside float32 norms and embeddings."""
+    """Return float16 matrices and float32 norms and embeddings, as OpenAI's files hold."""
     model = tiny_clip(seed=3)
     convert_weights_to_fp16(model)
     return dict(model.state_dict())
@@ -64,7 +64,7 @@ def torchscript(state: State, path: Path) -> None:
             place = getattr(place, parent)
         place.register_buffer(last, value)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecated, and what OpenAI's files are made by
+        warnings.simplefilter("ignore")  # torch.jit.script is deprecated
         torch.jit.script(root).save(path)
 
 
@@ -77,7 +77,7 @@ def averaged(state: State) -> dict[str, Any]:
 
 
 def training(state: State, prefix: str = "model.") -> dict[str, Any]:
-    """As the released trainer writes it, with the optimizer's moments beside the weights."""
+    """Return a checkpoint of the released trainer, with the moments of the optimizer."""
     weights = prefixed(state, prefix)
     moments = {i: {"step": torch.tensor(3.0), "exp_avg": v} for i, v in enumerate(state.values())}
     optimizer = {"state": moments, "param_groups": [{"lr": 1e-5, "params": [0, 1]}]}
@@ -85,7 +85,7 @@ def training(state: State, prefix: str = "model.") -> dict[str, Any]:
 
 
 def froster(state: State) -> dict[str, Any]:
-    extra = {f"projector_{which}.{i}.weight": torch.randn(8, 8) for which in "vt" for i in (0, 2)}
+    extra = {f"projector_{tower}.{i}.weight": torch.randn(8, 8) for tower in "vt" for i in (0, 2)}
     return {"model_state": {**prefixed(state, "model."), **prefixed(state, "raw_model."), **extra}}
 
 
@@ -114,45 +114,45 @@ def hugging_face(state: State) -> State:
     result: State = {}
     for name, value in state.items():
         if name in ("visual.proj", "text_projection"):
-            own = "visual_projection" if name == "visual.proj" else "text_projection"
-            result[f"{own}.weight"] = value.T.contiguous()
+            projection = "visual_projection" if name == "visual.proj" else "text_projection"
+            result[f"{projection}.weight"] = value.T.contiguous()
             continue
         for pattern, replacement in _TO_HUGGING_FACE:
             if re.match(pattern, name):
                 name = re.sub(f"^{pattern}", replacement, name)
                 break
-        for ours, theirs in _IN_LAYER:
-            name = name.replace(ours, theirs)
+        for clip_part, hf_part in _IN_LAYER:
+            name = name.replace(clip_part, hf_part)
         joined = re.fullmatch(r"(.+)\.attn\.in_proj_(weight|bias)", name)
         if joined is None:
             result[name] = value
             continue
-        for which, part in zip("qkv", value.chunk(3), strict=True):
-            result[f"{joined[1]}.self_attn.{which}_proj.{joined[2]}"] = part.clone()
+        for letter, part in zip("qkv", value.chunk(3), strict=True):
+            result[f"{joined[1]}.self_attn.{letter}_proj.{joined[2]}"] = part.clone()
     return result
 
 
 def with_position_ids(state: State) -> State:
-    """Files of older transformers versions hold the positions' indices too."""
+    """Add the position ids that files of older transformers versions hold."""
     ids = {f"{t}_model.embeddings.position_ids": torch.arange(5)[None] for t in ("vision", "text")}
     return {**state, **ids}
 
 
 def _write(
-    content: Callable[[State], Any], how: Callable[[Any, Path], None]
+    content: Callable[[State], Any], save: Callable[[Any, Path], None]
 ) -> Callable[[Path], State]:
     def build(path: Path) -> State:
         state = clip_state()
-        how(content(state), path)
+        save(content(state), path)
         return state
 
     return build
 
 
-def _openai(how: Callable[[State, Path], None]) -> Callable[[Path], State]:
+def _openai(save: Callable[[State, Path], None]) -> Callable[[Path], State]:
     def build(path: Path) -> State:
         state = openai_state()
-        how(with_settings(state), path)
+        save(with_settings(state), path)
         return state
 
     return build
@@ -166,34 +166,42 @@ def _legacy(content: Any, path: Path) -> None:
     torch.save(content, path, _use_new_zipfile_serialization=False)
 
 
-FILES: dict[str, tuple[str, str, Callable[[Path], State]]] = {
-    "openai-archive": ("OpenAI CLIP", "TorchScript", _openai(torchscript)),
-    "openai-state": ("OpenAI CLIP", "PyTorch", _openai(torch.save)),
-    "open-clip-safetensors": ("open_clip CLIP", "safetensors", _write(_same, save_file)),
-    "open-clip-plain": ("open_clip CLIP", "PyTorch", _write(_same, torch.save)),
-    "open-clip-old-format": ("open_clip CLIP", "PyTorch", _write(_same, _legacy)),
-    "open-clip-training": (
+class Release(NamedTuple):
+    """A released file: its family, its format, and a function that writes it."""
+
+    family: str
+    format: str
+    write: Callable[[Path], State]
+
+
+FILES = {
+    "openai-archive": Release("OpenAI CLIP", "TorchScript", _openai(torchscript)),
+    "openai-state": Release("OpenAI CLIP", "PyTorch", _openai(torch.save)),
+    "open-clip-safetensors": Release("open_clip CLIP", "safetensors", _write(_same, save_file)),
+    "open-clip-plain": Release("open_clip CLIP", "PyTorch", _write(_same, torch.save)),
+    "open-clip-old-format": Release("open_clip CLIP", "PyTorch", _write(_same, _legacy)),
+    "open-clip-training": Release(
         "open_clip CLIP",
         "PyTorch",
         _write(
             lambda s: {"epoch": 3, "name": "x", "state_dict": prefixed(s, "module.")}, torch.save
         ),
     ),
-    "hugging-face": ("Hugging Face CLIP", "safetensors", _write(hugging_face, save_file)),
-    "hugging-face-bin": (
+    "hugging-face": Release("Hugging Face CLIP", "safetensors", _write(hugging_face, save_file)),
+    "hugging-face-bin": Release(
         "Hugging Face CLIP",
         "PyTorch",
         _write(lambda s: with_position_ids(hugging_face(s)), torch.save),
     ),
-    "open-vclip-averaged": ("Open-VCLIP", "PyTorch", _write(averaged, torch.save)),
-    "open-vclip-training": ("Open-VCLIP", "PyTorch", _write(training, torch.save)),
-    "open-vclip-ddp": (
+    "open-vclip-averaged": Release("Open-VCLIP", "PyTorch", _write(averaged, torch.save)),
+    "open-vclip-training": Release("Open-VCLIP", "PyTorch", _write(training, torch.save)),
+    "open-vclip-ddp": Release(
         "Open-VCLIP",
         "PyTorch",
         _write(lambda s: training(s, "module.model."), torch.save),
     ),
 }
-each_file = pytest.mark.parametrize("which", FILES)
+each_file = pytest.mark.parametrize("case", FILES)
 
 
 # --- laws ----------------------------------------------------------------------------------------
@@ -201,19 +209,19 @@ each_file = pytest.mark.parametrize("which", FILES)
 
 @each_file
 def test_every_family_comes_back_bit_for_bit_whatever_the_file_is_called(
-    tmp_path: Path, which: str
+    tmp_path: Path, case: str
 ) -> None:
     file = tmp_path / "a name that says nothing.pdf"
-    original = FILES[which][2](file)
+    original = FILES[case].write(file)
     same_entries(openvclip.load_checkpoint(file), original)
 
 
 @each_file
-def test_what_a_file_holds_is_told(tmp_path: Path, which: str) -> None:
-    family, kind, build = FILES[which]
-    original = build(tmp_path / "w")
+def test_what_a_file_holds_is_told(tmp_path: Path, case: str) -> None:
+    family, file_format, write = FILES[case]
+    original = write(tmp_path / "w")
     info = openvclip.inspect_checkpoint(tmp_path / "w")
-    assert (info.family, info.format) == (family, kind)
+    assert (info.family, info.format) == (family, file_format)
     assert (info.patch_size, info.image_size) == (4, 8)
     assert (info.vision_width, info.vision_layers, info.embed_dim) == (16, 3, 8)
     assert (info.text_width, info.text_layers) == (16, 1)
@@ -227,8 +235,8 @@ def test_what_a_file_holds_is_told(tmp_path: Path, which: str) -> None:
 
 
 @each_file
-def test_a_model_takes_the_weights_in_its_own_dtype(tmp_path: Path, which: str) -> None:
-    original = FILES[which][2](tmp_path / "w")
+def test_a_model_takes_the_weights_in_its_own_dtype(tmp_path: Path, case: str) -> None:
+    original = FILES[case].write(tmp_path / "w")
     model = quick_clip().double()
     parameters = list(model.parameters())
     openvclip.expand_temporal_attention(model)
@@ -239,16 +247,16 @@ def test_a_model_takes_the_weights_in_its_own_dtype(tmp_path: Path, which: str) 
 
 @each_file
 def test_conversion_writes_safetensors_that_say_where_they_come_from(
-    tmp_path: Path, which: str
+    tmp_path: Path, case: str
 ) -> None:
-    original = FILES[which][2](tmp_path / "w")
+    original = FILES[case].write(tmp_path / "w")
     once, twice = tmp_path / "once.safetensors", tmp_path / "twice.safetensors"
     openvclip.convert_checkpoint(tmp_path / "w", once)
     openvclip.convert_checkpoint(once, twice)
     for file in (once, twice):
         same_entries(openvclip.load_checkpoint(file), original)
         with safe_open(file, "pt") as opened:
-            assert opened.metadata()["source_family"] == FILES[which][0]
+            assert opened.metadata()["source_family"] == FILES[case].family
     converted = openvclip.convert_checkpoint(once, twice, dtype=torch.bfloat16)
     assert converted.family == "open_clip CLIP"
     assert openvclip.load_checkpoint(twice)["visual.proj"].dtype == torch.bfloat16
@@ -258,8 +266,8 @@ def test_conversion_keeps_what_a_header_says(tmp_path: Path) -> None:
     source, target = tmp_path / "w", tmp_path / "out.safetensors"
     openvclip.save_checkpoint(clip_state(), source, metadata={"lambda": "0.5"})
     openvclip.convert_checkpoint(source, target)
-    kept = {"lambda": "0.5", "source_family": "open_clip CLIP"}
-    assert openvclip.inspect_checkpoint(target).metadata == kept
+    expected = {"lambda": "0.5", "source_family": "open_clip CLIP"}
+    assert openvclip.inspect_checkpoint(target).metadata == expected
 
 
 def test_written_files_can_be_read_by_those_who_can_read_other_new_files(tmp_path: Path) -> None:
@@ -270,9 +278,9 @@ def test_written_files_can_be_read_by_those_who_can_read_other_new_files(tmp_pat
 
 
 def test_what_is_known_to_be_no_weight_is_ignored_and_told(tmp_path: Path) -> None:
-    FILES["openai-archive"][2](tmp_path / "archive")
-    FILES["hugging-face-bin"][2](tmp_path / "bin")
-    FILES["open-vclip-training"][2](tmp_path / "training")
+    FILES["openai-archive"].write(tmp_path / "archive")
+    FILES["hugging-face-bin"].write(tmp_path / "bin")
+    FILES["open-vclip-training"].write(tmp_path / "training")
     settings = {"input_resolution", "context_length", "vocab_size"}
     assert set(openvclip.inspect_checkpoint(tmp_path / "archive").ignored) == settings
     assert len(openvclip.inspect_checkpoint(tmp_path / "bin").ignored) == 2
@@ -292,7 +300,7 @@ def test_the_distillation_of_froster_is_left_over_unless_allowed(tmp_path: Path)
     torch.save(froster(state), tmp_path / "w")
     info = openvclip.inspect_checkpoint(tmp_path / "w")
     assert info.family == "FROSTER"
-    extra = [f"projector_{which}.{i}.weight" for which in "tv" for i in (0, 2)]
+    extra = [f"projector_{tower}.{i}.weight" for tower in "tv" for i in (0, 2)]
     raw = [f"raw_model.{name}" for name in state]
     assert sorted(info.left_over) == sorted([*extra, *raw])
     with pytest.raises(StateMismatchError) as caught:

@@ -1,4 +1,4 @@
-"""What is not a checkpoint, or not of this model, is refused with the reason; no pickle runs."""
+"""Files that are no checkpoints or do not fit the model raise an error; no pickled code is run."""
 
 from __future__ import annotations
 
@@ -81,9 +81,9 @@ STRANGE = {
 
 
 @each_reader
-@pytest.mark.parametrize("which", STRANGE)
-def test_files_of_another_kind_are_named(tmp_path: Path, read: Reader, which: str) -> None:
-    content, reason = STRANGE[which]
+@pytest.mark.parametrize("case", STRANGE)
+def test_files_of_another_kind_are_named(tmp_path: Path, read: Reader, case: str) -> None:
+    content, reason = STRANGE[case]
     file = tmp_path / "w.pth"
     file.write_bytes(content)
     with pytest.raises(CheckpointError) as caught:
@@ -111,37 +111,37 @@ def test_missing_files_and_folders(tmp_path: Path, read: Reader) -> None:
 
 @each_reader
 @pytest.mark.parametrize(
-    "which", ["openai-archive", "open-clip-safetensors", "open-clip-old-format", "hugging-face-bin"]
+    "case", ["openai-archive", "open-clip-safetensors", "open-clip-old-format", "hugging-face-bin"]
 )
-def test_a_file_cut_anywhere_is_refused(tmp_path: Path, read: Reader, which: str) -> None:
+def test_a_file_cut_anywhere_is_refused(tmp_path: Path, read: Reader, case: str) -> None:
     file = tmp_path / "w"
-    FILES[which][2](file)
-    whole = file.read_bytes()
+    FILES[case].write(file)
+    content = file.read_bytes()
     numbers = random.Random(0)
-    lengths = {1, 4, 8, 9, 30, 512, len(whole) - 1} | {
-        numbers.randrange(1, len(whole)) for _ in range(15)
+    lengths = {1, 4, 8, 9, 30, 512, len(content) - 1} | {
+        numbers.randrange(1, len(content)) for _ in range(15)
     }
     for length in sorted(lengths):
-        file.write_bytes(whole[:length])
-        if which == "open-clip-old-format" and read is openvclip.inspect_checkpoint:
+        file.write_bytes(content[:length])
+        if case == "open-clip-old-format" and read is openvclip.inspect_checkpoint:
             with contextlib.suppress(CheckpointError):
-                read(file)  # sizes stand before the values, so a cut among these isn't seen
+                read(file)  # sizes precede the values, so a cut among the values is not seen
             continue
         with pytest.raises(CheckpointError):
             read(file)
 
 
 @each_reader
-@pytest.mark.parametrize("which", ["open-clip-safetensors", "open-clip-old-format", "openai-state"])
-def test_damaged_bytes_never_give_a_foreign_error(tmp_path: Path, read: Reader, which: str) -> None:
+@pytest.mark.parametrize("case", ["open-clip-safetensors", "open-clip-old-format", "openai-state"])
+def test_damaged_bytes_never_give_a_foreign_error(tmp_path: Path, read: Reader, case: str) -> None:
     file = tmp_path / "w"
-    FILES[which][2](file)
-    whole = file.read_bytes()
+    FILES[case].write(file)
+    content = file.read_bytes()
     numbers = random.Random(1)
     for _ in range(60):
-        damaged = bytearray(whole)
+        damaged = bytearray(content)
         for _ in range(3):
-            damaged[numbers.randrange(min(len(whole), 3000))] = numbers.randrange(256)
+            damaged[numbers.randrange(min(len(content), 3000))] = numbers.randrange(256)
         file.write_bytes(damaged)
         with contextlib.suppress(OpenVCLIPError):
             read(file)
@@ -161,7 +161,7 @@ def test_damaged_bytes_never_give_a_foreign_error(tmp_path: Path, read: Reader, 
             {"state_dict": {"w": torch.zeros(1)}, "model": {"w": torch.zeros(1)}},
             r"weights under each of \['state_dict', 'model'\]",
         ),
-        # What the released averaging tool leaves behind for an entry that it can't average.
+        # The released averaging tool writes a list for an entry that it can't average.
         (
             {"model_state": {"w": torch.zeros(1), "n": [torch.zeros(1)]}},
             r"no tensors: n \(list\)",
@@ -197,7 +197,7 @@ def test_shapes_that_no_clip_has_are_refused(tmp_path: Path, wrong: str) -> None
         "query": "vision_model.encoder.layers.0.self_attn.q_proj.weight",
         "projection": "visual_projection.weight",
     }
-    FILES["hugging-face"][2](tmp_path / "w")
+    FILES["hugging-face"].write(tmp_path / "w")
     state = load_file(tmp_path / "w") | {names[wrong]: torch.zeros(4)}
     save_file(state, tmp_path / "v")
     openvclip.inspect_checkpoint(tmp_path / "v")
@@ -209,7 +209,7 @@ def test_shapes_that_no_clip_has_are_refused(tmp_path: Path, wrong: str) -> None
 
 
 class Bomb:
-    """Writes a file wherever it is unpickled."""
+    """An object that writes a file when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -278,9 +278,9 @@ def other_clip() -> Any:
     return tiny_clip(seed=9, layers=2, patch_size=2, width=32)
 
 
-@pytest.mark.parametrize("which", ["openai-archive", "hugging-face", "open-vclip-ddp"])
-def test_another_backbone_is_shown_side_by_side(tmp_path: Path, which: str) -> None:
-    FILES[which][2](tmp_path / "w")
+@pytest.mark.parametrize("case", ["openai-archive", "hugging-face", "open-vclip-ddp"])
+def test_another_backbone_is_shown_side_by_side(tmp_path: Path, case: str) -> None:
+    FILES[case].write(tmp_path / "w")
     model = other_clip()
     before = snapshot(model)
     with pytest.raises(StateMismatchError) as caught:
@@ -314,9 +314,9 @@ def test_a_model_of_the_same_sizes_gets_no_table(tmp_path: Path) -> None:
 
 def test_patterns_allow_what_they_name_and_no_more(tmp_path: Path) -> None:
     state = clip_state()
-    lost = [name for name in state if name.startswith("transformer.")]
-    left = {name: value for name, value in state.items() if name not in lost}
-    torch.save({**left, "extra.w": torch.zeros(1), "other.w": torch.zeros(1)}, tmp_path / "w")
+    removed = [name for name in state if name.startswith("transformer.")]
+    remaining = {name: value for name, value in state.items() if name not in removed}
+    torch.save({**remaining, "extra.w": torch.zeros(1), "other.w": torch.zeros(1)}, tmp_path / "w")
     model = tiny_clip(seed=9)
     before = snapshot(model)
 
@@ -335,13 +335,13 @@ def test_patterns_allow_what_they_name_and_no_more(tmp_path: Path) -> None:
             load(missing, unexpected)
         same_entries(dict(model.state_dict()), before)
     for missing, unexpected in (("transformer.*", ("extra.w", "other.?")), ("*", "*")):
-        same_entries(load(missing, unexpected), left)
-        same_entries(dict(model.state_dict()), {**before, **left})
+        same_entries(load(missing, unexpected), remaining)
+        same_entries(dict(model.state_dict()), {**before, **remaining})
         model.load_state_dict(before)
 
 
 def test_no_pattern_allows_another_shape(tmp_path: Path) -> None:
-    FILES["openai-state"][2](tmp_path / "w")
+    FILES["openai-state"].write(tmp_path / "w")
     with pytest.raises(StateMismatchError, match=r"shape of visual\.proj"):
         openvclip.load_checkpoint(
             tmp_path / "w", other_clip(), allow_missing="*", allow_unexpected="*"
@@ -350,13 +350,13 @@ def test_no_pattern_allows_another_shape(tmp_path: Path) -> None:
 
 def test_an_entry_lost_on_the_way_is_missing_also_without_a_model(tmp_path: Path) -> None:
     state = clip_state()
-    for lost in ("logit_scale", "visual.proj", "transformer.resblocks.0.attn.in_proj_bias"):
-        torch.save(averaged({n: v for n, v in state.items() if n != lost}), tmp_path / "w")
-        assert openvclip.inspect_checkpoint(tmp_path / "w").missing == (lost,)
+    for name_lost in ("logit_scale", "visual.proj", "transformer.resblocks.0.attn.in_proj_bias"):
+        torch.save(averaged({n: v for n, v in state.items() if n != name_lost}), tmp_path / "w")
+        assert openvclip.inspect_checkpoint(tmp_path / "w").missing == (name_lost,)
         with pytest.raises(StateMismatchError) as caught:
             openvclip.load_checkpoint(tmp_path / "w")
-        assert (caught.value.missing, caught.value.unexpected) == ([lost], [])
-        assert lost not in openvclip.load_checkpoint(tmp_path / "w", allow_missing=lost)
+        assert (caught.value.missing, caught.value.unexpected) == ([name_lost], [])
+        assert name_lost not in openvclip.load_checkpoint(tmp_path / "w", allow_missing=name_lost)
 
 
 def test_a_scale_of_one_number_fits_a_scalar(tmp_path: Path) -> None:
@@ -368,6 +368,6 @@ def test_a_scale_of_one_number_fits_a_scalar(tmp_path: Path) -> None:
 
 
 def test_a_model_without_memory_is_refused(tmp_path: Path) -> None:
-    FILES["openai-state"][2](tmp_path / "w")
+    FILES["openai-state"].write(tmp_path / "w")
     with pytest.raises(UsageError, match="to_empty"):
         openvclip.load_checkpoint(tmp_path / "w", tiny_clip().to("meta"))

@@ -1,4 +1,4 @@
-"""Hugging Face's own models: files that they write, and the features that the weights give."""
+"""Files that Hugging Face's models write, and the features of models that load them."""
 
 from __future__ import annotations
 
@@ -42,29 +42,29 @@ def hugging_face_model(kind: str = "CLIPModel") -> Any:
 
 @torch.no_grad()
 def test_features_agree_with_those_of_hugging_face(tmp_path: Path) -> None:
-    theirs, ours = hugging_face_model(), quick_clip()
-    save_file(theirs.state_dict(), tmp_path / "w")
-    openvclip.load_checkpoint(tmp_path / "w", ours)
+    hf_model, clip_model = hugging_face_model(), quick_clip()
+    save_file(hf_model.state_dict(), tmp_path / "w")
+    openvclip.load_checkpoint(tmp_path / "w", clip_model)
     images = torch.randn(2, 3, TINY_PIXELS, TINY_PIXELS)
     tokens = torch.tensor([[62, 5, 9, 63, 0, 0, 0, 0], [62, 7, 1, 2, 3, 4, 5, 63]])
-    out = theirs(input_ids=tokens, pixel_values=images)
-    torch.testing.assert_close(ours.encode_image(images, normalize=True), out.image_embeds)
-    torch.testing.assert_close(ours.encode_text(tokens, normalize=True), out.text_embeds)
-    assert same_bits(ours.logit_scale.data, theirs.logit_scale.data)
+    out = hf_model(input_ids=tokens, pixel_values=images)
+    torch.testing.assert_close(clip_model.encode_image(images, normalize=True), out.image_embeds)
+    torch.testing.assert_close(clip_model.encode_text(tokens, normalize=True), out.text_embeds)
+    assert same_bits(clip_model.logit_scale.data, hf_model.logit_scale.data)
 
 
 def test_files_that_transformers_writes_are_known(tmp_path: Path) -> None:
-    theirs = hugging_face_model()
-    theirs.save_pretrained(tmp_path)
+    hf_model = hugging_face_model()
+    hf_model.save_pretrained(tmp_path)
     loaded = openvclip.load_checkpoint(tmp_path / "model.safetensors", quick_clip())
-    same_entries(hugging_face(loaded), dict(theirs.state_dict()))
+    same_entries(hugging_face(loaded), dict(hf_model.state_dict()))
 
 
 @pytest.mark.parametrize("kind", ["CLIPVisionModel", "CLIPVisionModelWithProjection"])
 @torch.no_grad()
 def test_an_image_tower_of_hugging_face_alone(tmp_path: Path, kind: str) -> None:
-    theirs = hugging_face_model(kind)
-    theirs.save_pretrained(tmp_path)
+    hf_model = hugging_face_model(kind)
+    hf_model.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     info = openvclip.inspect_checkpoint(file)
     assert (info.family, info.left_over, info.missing) == ("Hugging Face CLIP", (), ())
@@ -72,21 +72,21 @@ def test_an_image_tower_of_hugging_face_alone(tmp_path: Path, kind: str) -> None
     state = openvclip.load_checkpoint(file)
     assert all(name.startswith("visual.") for name in state)
 
-    ours = quick_clip()
-    text = {name: v.clone() for name, v in ours.state_dict().items() if "visual" not in name}
+    clip_model = quick_clip()
+    text = {name: v.clone() for name, v in clip_model.state_dict().items() if "visual" not in name}
     with pytest.raises(StateMismatchError) as caught:
-        openvclip.load_checkpoint(file, ours)
+        openvclip.load_checkpoint(file, clip_model)
     absent = set(text) | ({"visual.proj"} if kind == "CLIPVisionModel" else set())
     assert set(caught.value.missing) == absent
-    openvclip.load_checkpoint(file, ours, allow_missing=sorted(absent))
+    openvclip.load_checkpoint(file, clip_model, allow_missing=sorted(absent))
     images = torch.randn(2, 3, TINY_PIXELS, TINY_PIXELS)
-    out = theirs(pixel_values=images)
+    out = hf_model(pixel_values=images)
     if kind == "CLIPVisionModel":
-        ours.visual.proj = None
-        torch.testing.assert_close(ours.encode_image(images), out.pooler_output)
+        clip_model.visual.proj = None
+        torch.testing.assert_close(clip_model.encode_image(images), out.pooler_output)
     else:
-        torch.testing.assert_close(ours.encode_image(images), out.image_embeds)
-    same_entries({name: ours.state_dict()[name] for name in text}, text)
+        torch.testing.assert_close(clip_model.encode_image(images), out.image_embeds)
+    same_entries({name: clip_model.state_dict()[name] for name in text}, text)
 
 
 @pytest.mark.parametrize("kind", ["CLIPTextModel", "CLIPTextModelWithProjection"])

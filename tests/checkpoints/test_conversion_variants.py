@@ -1,4 +1,4 @@
-"""Backbones by name, towers of other makes, and what needs no new names."""
+"""Names of backbones, other kinds of towers, and files that keep their names."""
 
 from __future__ import annotations
 
@@ -70,17 +70,17 @@ def test_other_models_pass_untouched(tmp_path: Path, names: list[str]) -> None:
 
 def test_part_of_a_state_dict_is_returned_as_it_is_and_not_converted(tmp_path: Path) -> None:
     state = clip_state()
-    lost = "visual.transformer.resblocks.1.ln_1.weight"
-    del state[lost]
+    missing_name = "visual.transformer.resblocks.1.ln_1.weight"
+    del state[missing_name]
     save_file(state, tmp_path / "w")
     same_entries(openvclip.load_checkpoint(tmp_path / "w"), state)
-    assert openvclip.inspect_checkpoint(tmp_path / "w").missing == (lost,)
+    assert openvclip.inspect_checkpoint(tmp_path / "w").missing == (missing_name,)
     out = tmp_path / "out.safetensors"
     with pytest.raises(StateMismatchError) as caught:
         openvclip.convert_checkpoint(tmp_path / "w", out)
-    assert caught.value.missing == [lost]
+    assert caught.value.missing == [missing_name]
     assert not out.exists()
-    openvclip.convert_checkpoint(tmp_path / "w", out, allow_missing=lost)
+    openvclip.convert_checkpoint(tmp_path / "w", out, allow_missing=missing_name)
     same_entries(openvclip.load_checkpoint(out), state)
 
 
@@ -147,7 +147,7 @@ PLAIN_NAMES = [
 
 @pytest.mark.parametrize("name", PLAIN_NAMES)
 def test_backbones_are_named_as_open_clip_names_them(tmp_path: Path, name: str) -> None:
-    """The real sizes, in the header of a file that has no content on disk."""
+    """The header has the real sizes. The values are a hole that takes no space on disk."""
     info = openvclip.inspect_checkpoint(_header_of(name, tmp_path / "w"))
     config = open_clip.get_model_config(name)
     assert info.backbone == name
@@ -180,9 +180,9 @@ def _header_of(name: str, path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("which", ["openai-archive", "open-vclip-averaged"])
-def test_loading_into_a_model_with_another_activation_warns(tmp_path: Path, which: str) -> None:
-    original = FILES[which][2](tmp_path / "w")
+@pytest.mark.parametrize("case", ["openai-archive", "open-vclip-averaged"])
+def test_loading_into_a_model_with_another_activation_warns(tmp_path: Path, case: str) -> None:
+    original = FILES[case].write(tmp_path / "w")
     converted = tmp_path / "w.safetensors"
     openvclip.convert_checkpoint(tmp_path / "w", converted)
     for file in (tmp_path / "w", converted):
@@ -191,7 +191,7 @@ def test_loading_into_a_model_with_another_activation_warns(tmp_path: Path, whic
             openvclip.load_checkpoint(file, model)
         assert warned[0].filename == __file__
         assert same_bits(model.visual.proj.data, original["visual.proj"].float())
-        openvclip.load_checkpoint(file, quick_clip())  # in silence
+        openvclip.load_checkpoint(file, quick_clip())  # without a warning
         openvclip.load_checkpoint(file)
 
 
@@ -229,18 +229,18 @@ def test_of_safetensors_only_the_header_is_read(tmp_path: Path) -> None:
 
 
 def test_of_pytorch_files_only_the_sizes_are_read(tmp_path: Path) -> None:
-    FILES["open-vclip-averaged"][2](tmp_path / "whole")
-    with zipfile.ZipFile(tmp_path / "whole") as whole, zipfile.ZipFile(tmp_path / "w", "w") as cut:
-        for name in whole.namelist():
+    FILES["open-vclip-averaged"].write(tmp_path / "whole")
+    with zipfile.ZipFile(tmp_path / "whole") as source, zipfile.ZipFile(tmp_path / "w", "w") as cut:
+        for name in source.namelist():
             values = "/data/" in name
-            cut.writestr(name, b"" if values else whole.read(name))
+            cut.writestr(name, b"" if values else source.read(name))
     assert openvclip.inspect_checkpoint(tmp_path / "w").vision_layers == 3
     with pytest.raises(CheckpointError, match="can't be read to its end"):
         openvclip.load_checkpoint(tmp_path / "w")
 
 
 def test_bytes_behind_the_last_entry_are_no_whole_file(tmp_path: Path) -> None:
-    FILES["open-clip-safetensors"][2](tmp_path / "w")
+    FILES["open-clip-safetensors"].write(tmp_path / "w")
     with (tmp_path / "w").open("ab") as file:
         file.write(b"more")
     for read in (openvclip.inspect_checkpoint, openvclip.load_checkpoint):

@@ -1,4 +1,4 @@
-"""Headers and indexes that do not say the truth are refused, before anything is written."""
+"""Invalid headers and indexes are refused before anything is written."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ GOOD: dict[str, Any] = {
 
 
 def raw_file(header: object, data: int = 32) -> bytes:
-    """A file as the format's description has it, with any text for a header."""
+    """Return a file in the layout of the format, with any text as its header."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + bytes(range(data))
 
@@ -43,7 +43,7 @@ def changed(name: str, **fields: object) -> dict[str, Any]:
 
 
 def refused_everywhere(bad: Path, good: Path, reason: str) -> None:
-    """By all that reads files, with nothing written."""
+    """Check that every function that reads files refuses ``bad`` and writes nothing."""
     folder = bad.parent
     before = sorted(folder.iterdir())
     out = folder / "out.safetensors"
@@ -81,7 +81,7 @@ def test_a_good_header_is_read(tmp_path: Path) -> None:
 
 NESTED = b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
 TWICE = json.dumps(GOOD).encode()[:-1] + b', "w": ' + json.dumps(GOOD["w"]).encode() + b"}"
-LIES: dict[str, tuple[bytes, str]] = {
+INVALID: dict[str, tuple[bytes, str]] = {
     "cut in the values": (raw_file(GOOD)[:-1], "by its header it should have"),
     "a byte too many": (raw_file(GOOD) + b"x", "by its header it should have"),
     "cut in the header": (raw_file(GOOD)[:60], "its header would have"),
@@ -186,9 +186,9 @@ def test_loaded_entries_are_independent_of_the_file_and_of_each_other(tmp_path: 
     assert_same_state(load_file(tmp_path / "w"), state)
 
 
-@pytest.mark.parametrize("which", LIES)
-def test_a_lying_header_is_refused(tmp_path: Path, which: str) -> None:
-    content, reason = LIES[which]
+@pytest.mark.parametrize("case", INVALID)
+def test_a_lying_header_is_refused(tmp_path: Path, case: str) -> None:
+    content, reason = INVALID[case]
     (tmp_path / "good.safetensors").write_bytes(raw_file(GOOD))
     (tmp_path / "bad.safetensors").write_bytes(content)
     refused_everywhere(
@@ -199,14 +199,14 @@ def test_a_lying_header_is_refused(tmp_path: Path, which: str) -> None:
 
 
 def test_what_is_refused_is_never_what_the_library_would_have_read(tmp_path: Path) -> None:
-    """Random damage to the header: a foreign error never comes out, nor other values."""
+    """Damage the header at random. No other error is raised, and no other sizes are read."""
     state = {"a": torch.randn(3, 2), "b": torch.arange(4), "c": torch.randn(2).half()}
-    whole = bytearray(save(state))
+    content = bytearray(save(state))
     numbers = random.Random(0)
     file, read = tmp_path / "w.safetensors", 0
-    length = 8 + int.from_bytes(whole[:8], "little")
+    length = 8 + int.from_bytes(content[:8], "little")
     for _ in range(300):
-        damaged = bytearray(whole)
+        damaged = bytearray(content)
         damaged[numbers.randrange(length)] = numbers.randrange(256)
         file.write_bytes(damaged)
         with contextlib.suppress(CheckpointError):
@@ -240,7 +240,7 @@ def test_written_headers_are_the_librarys(tmp_path: Path) -> None:
 
 
 def sharded(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
-    """Two shards and an index, written with the safetensors library and by hand."""
+    """Write two shards with the safetensors library, and an index."""
     first = {"a": torch.randn(3, 2), "b": torch.arange(4)}
     second = {"c": torch.randn(5).half()}
     save_file(first, folder / "m-00001-of-00002.safetensors", metadata={"epoch": "3"})
@@ -288,7 +288,7 @@ def test_a_lying_index_is_refused(tmp_path: Path) -> None:
     save_file(state, good)
     text = index.read_text()
     first, second = (f"m-0000{k}-of-00002.safetensors" for k in (1, 2))
-    lies = {
+    invalid = {
         text.replace(second, "m-00003-of-00002.safetensors"): "there is no file m-00003",
         text.replace('"c"', '"d"'): f"{second} does not hold d",
         text.replace(f'"b": "{first}"', f'"b": "{second}"'): "does not hold b|does not name .* b",
@@ -301,13 +301,13 @@ def test_a_lying_index_is_refused(tmp_path: Path) -> None:
         text[:-2]: "is not JSON",
         json.dumps({"weight_map": [first]}): "it has no weight_map",
     }
-    for lie, reason in lies.items():
-        assert lie != text
-        index.write_text(lie)
+    for index_text, reason in invalid.items():
+        assert index_text != text
+        index.write_text(index_text)
         refused_everywhere(index, good, reason)
     index.write_text(text)
-    whole = (tmp_path / second).read_bytes()
-    (tmp_path / second).write_bytes(whole[:-1])
+    content = (tmp_path / second).read_bytes()
+    (tmp_path / second).write_bytes(content[:-1])
     with pytest.raises(CheckpointError, match=re.escape(second) + ".* is not a whole"):
         openvclip.load_checkpoint(index)
     (tmp_path / second).unlink()

@@ -1,4 +1,4 @@
-"""Files merged without loading them: the same bits as loading, merging and saving."""
+"""Merging files gives the same bits as loading, merging and saving."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ State = dict[str, Tensor]
 
 @pytest.fixture(autouse=True)
 def short_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts of 16 bytes, so that small entries are of many."""
+    """Use parts of 16 bytes, so that small entries have many parts."""
     monkeypatch.setattr(pipeline, "_LARGEST_PART", 16)
     monkeypatch.setattr(pipeline, "_SMALLEST_PART", 16)
 
@@ -68,7 +68,7 @@ def same_entries(loaded: State, expected: State) -> None:
 
 
 def weights_hash(state: State) -> str:
-    """As the documentation says, from whole tensors."""
+    """Compute the hash from whole tensors, as the documentation defines it."""
     lines = ""
     for name in sorted(state):
         value = state[name].contiguous()
@@ -95,11 +95,11 @@ def test_bits_are_those_of_interpolate(
     tmp_path: Path, lam: float, dtypes: tuple[torch.dtype, torch.dtype]
 ) -> None:
     states = [a_state(seed, dtype) for seed, dtype in enumerate(dtypes)]
-    if torch.float8_e4m3fn in dtypes:  # which has no infinity
+    if torch.float8_e4m3fn in dtypes:  # float8_e4m3fn has no infinity
         for state in states:
             del state["mask"]
     for state in states:
-        del state["complex"]  # which no other dtype holds
+        del state["complex"]  # no other dtype holds complex numbers
     a, b = files(tmp_path, *states)
     for dtype in (None, torch.bfloat16, torch.float32):
         openvclip.interpolate_files(a, b, tmp_path / "out.safetensors", lam, dtype=dtype)
@@ -136,13 +136,13 @@ def test_any_sizes_in_any_order(
     for half in halves:
         state = {f"e{number}": torch.randn(size) for number, size in enumerate(sizes)}
         if half:
-            state["e0"] = state["e0"].half()  # stands in another place of the file
+            state["e0"] = state["e0"].half()  # gets another place in the file
         states.append(state)
     a, b = files(tmp_path, *states)
     out = tmp_path / "out.safetensors"
     openvclip.interpolate_files(a, b, out, lam)
     same_entries(load_file(out), openvclip.interpolate(states[0], states[1], lam))
-    assert [one["weights_hash"] for one in recipe_of(out)["inputs"]] == [
+    assert [source["weights_hash"] for source in recipe_of(out)["inputs"]] == [
         weights_hash(state) for state in states
     ]
 
@@ -248,26 +248,26 @@ METHODS: dict[str, Callable[[list[State]], State]] = {
 }
 
 
-@pytest.mark.parametrize("which", METHODS)
+@pytest.mark.parametrize("case", METHODS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_any_method_on_single_entries_streams(
-    tmp_path: Path, which: str, dtype: torch.dtype
+    tmp_path: Path, case: str, dtype: torch.dtype
 ) -> None:
     states = [a_state_with_blocks(seed, dtype) for seed in range(3)]
     for state in states:
         del state["mask"]
     paths = files(tmp_path, *states)
-    openvclip.merge_files(paths, tmp_path / "out.safetensors", METHODS[which], method=which)
-    same_entries(load_file(tmp_path / "out.safetensors"), METHODS[which](states))
-    assert recipe_of(tmp_path / "out.safetensors")["method"] == which
+    openvclip.merge_files(paths, tmp_path / "out.safetensors", METHODS[case], method=case)
+    same_entries(load_file(tmp_path / "out.safetensors"), METHODS[case](states))
+    assert recipe_of(tmp_path / "out.safetensors")["method"] == case
 
 
 def test_a_method_that_goes_by_depth_streams(tmp_path: Path) -> None:
     states = [a_state_with_blocks(seed, torch.float64) for seed in range(2)]
     paths, out = files(tmp_path, *states), tmp_path / "out.safetensors"
 
-    def lines(given: list[State]) -> State:
-        return merging.lines(given[0], given[1], alpha=0.25, beta=0.5, blocks=3)
+    def lines(states: list[State]) -> State:
+        return merging.lines(states[0], states[1], alpha=0.25, beta=0.5, blocks=3)
 
     openvclip.merge_files(paths, out, lines)
     merged = load_file(out)
@@ -300,7 +300,7 @@ def test_what_a_method_must_give(
 
 
 class Meetings:
-    """Work on a part waits for other work on the next, for which one thread could not wait."""
+    """Work on a part waits for other work on the next part, so one thread would never finish."""
 
     def __init__(self, parts: int) -> None:
         self._begun: dict[str, list[Event]] = {
@@ -318,7 +318,7 @@ class Meetings:
 def test_the_next_part_is_read_while_one_is_computed_and_the_last_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bool
 ) -> None:
-    """Part n is full of n, so what is read, computed and written tells which part it is."""
+    """Part n is filled with n, so its values show which part is read, computed or written."""
     numbers = torch.arange(8.0).repeat_interleave(4)
     entries = 8 if whole else 2
     state = {f"w{k}": part.clone() for k, part in enumerate(numbers.chunk(entries))}
@@ -329,9 +329,9 @@ def test_the_next_part_is_read_while_one_is_computed_and_the_last_is_written(
         fill(self, name, start, into)
         meetings.at("read", int(into[0]))
 
-    def compute(name: str, given: list[Tensor], results: list[Tensor]) -> None:
-        meetings.at("compute", int(given[0][0]), "read")
-        results[0].copy_(given[0])
+    def compute(name: str, values: list[Tensor], results: list[Tensor]) -> None:
+        meetings.at("compute", int(values[0][0]), "read")
+        results[0].copy_(values[0])
 
     class Output:
         def write(self, flat: Tensor) -> None:

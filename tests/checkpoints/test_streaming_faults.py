@@ -1,4 +1,4 @@
-"""Merging files while the process is killed, the disk is full or a file changes: for real."""
+"""Merging files while the process is really killed, the disk is full, or a file changes."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ SETUP = """
     numbers = random.Random(0)
 
     def child(work, moment=None, number=signal.SIGKILL):
-        \"\"\"Run work in a process of its own; send it a signal after some seconds.\"\"\"
+        \"\"\"Run work in another process, and send it a signal after some seconds.\"\"\"
         pid = os.fork()
         if pid == 0:
-            # Below a shell that put the tests into the background it begins as ignored.
+            # SIGINT is ignored at first if a shell runs the tests in the background.
             signal.signal(signal.SIGINT, signal.default_int_handler)
             try:
                 work()
@@ -56,20 +56,20 @@ SETUP = """
     four_shards = {"max_shard_size": 4_000_000}
 
     def strays():
-        \"\"\"The temporary files and the shards that no index names; there is nothing else.\"\"\"
-        found = {path.name for path in folder.iterdir() if path.is_file()} - {index.name}
+        \"\"\"Return the temporary files and the shards that no index names.\"\"\"
+        names = {path.name for path in folder.iterdir() if path.is_file()} - {index.name}
         if index.exists():
-            found -= set(json.loads(index.read_text())["weight_map"].values())
-        temporary = {name for name in found if re.fullmatch("[.].*[.]tmp", name)}
+            names -= set(json.loads(index.read_text())["weight_map"].values())
+        temporary = {name for name in names if re.fullmatch("[.].*[.]tmp", name)}
         tagged = "m-[0-9a-f]{8}-0000[1-4]-of-00004[.]safetensors"
-        shards = {name for name in found if re.fullmatch(tagged, name)}
-        assert found == temporary | shards, found
+        shards = {name for name in names if re.fullmatch(tagged, name)}
+        assert names == temporary | shards, names
         return temporary, shards
 """
 
 
 def run(folder: Path, script: str) -> str:
-    """Run a script that forks, in a process without threads; return what it prints."""
+    """Run a script that forks in a process without threads, and return its output."""
     pytest.importorskip("resource")
     inputs = folder / "inputs"
     inputs.mkdir()
@@ -91,10 +91,10 @@ def test_a_kill_at_any_moment_leaves_the_older_model_or_the_new_one(tmp_path: Pa
     out = run(
         tmp_path,
         """
-        whole = []
+        contents = []
         for lam in (0.25, 0.75):
             assert child(write(inputs / f"{lam}.safetensors", lam)) == 0
-            whole.append((inputs / f"{lam}.safetensors").read_bytes())
+            contents.append((inputs / f"{lam}.safetensors").read_bytes())
         out = folder / "out.safetensors"
 
         def forever(target, **options):
@@ -102,15 +102,15 @@ def test_a_kill_at_any_moment_leaves_the_older_model_or_the_new_one(tmp_path: Pa
                 write(target, 0.75, **options)()
                 write(target, 0.25, **options)()
 
-        out.write_bytes(whole[0])
+        out.write_bytes(contents[0])
         half_written = 0
         for _ in range(15):
             moment = numbers.uniform(0.0, 0.25)
             assert child(lambda: forever(out), moment) == -signal.SIGKILL
-            assert out.read_bytes() in whole
+            assert out.read_bytes() in contents
             for stray in [path for path in folder.iterdir() if path.is_file() and path != out]:
                 assert stray.name.startswith(".") and stray.name.endswith(".tmp"), stray
-                if stray.read_bytes() not in whole:
+                if stray.read_bytes() not in contents:
                     assert stray.read_bytes()[:8] in (b"", bytes(8)), "it looks like a whole file"
                     half_written += 1
                 stray.unlink()
@@ -119,9 +119,9 @@ def test_a_kill_at_any_moment_leaves_the_older_model_or_the_new_one(tmp_path: Pa
 
         def compare():
             state = openvclip.load_checkpoint(index)
-            whole = [openvclip.load_checkpoint(inputs / f"{x}.safetensors") for x in (0.25, 0.75)]
-            same = [all(torch.equal(state[n], one[n]) for n in one) for one in whole]
-            assert state.keys() == whole[0].keys() and any(same)
+            models = [openvclip.load_checkpoint(inputs / f"{x}.safetensors") for x in (0.25, 0.75)]
+            same = [all(torch.equal(state[n], model[n]) for n in model) for model in models]
+            assert state.keys() == models[0].keys() and any(same)
 
         assert child(write(index, 0.25, **four_shards)) == 0
         for _ in range(8):
@@ -270,15 +270,15 @@ def test_no_shard_goes_that_another_made_or_a_json_file_names(tmp_path: Path) ->
         openvclip.average_files([a], target, max_shard_size=200)
         return shards_of(target)
 
-    kept = write()
+    kept_files = write()
     index.rename(folder / "other.safetensors.index.json")
-    kept += write()
+    kept_files += write()
     index.rename(folder / f"{index.name}.bak")
-    kept += write()
+    kept_files += write()
     listed = {"files": [shard.name for shard in shards_of(index)]}
     (folder / "manifest.json").write_text(json.dumps(listed, ensure_ascii=False))
-    kept += write(folder / "mü-deadbeef.safetensors.index.json")
-    one = kept[0]
+    kept_files += write(folder / "mü-deadbeef.safetensors.index.json")
+    shard = kept_files[0]
     stray = folder / "mü-deadbeef-00001-of-00001.safetensors"
     for name in (
         "mü-00001-of-00001.safetensors",
@@ -288,26 +288,26 @@ def test_no_shard_goes_that_another_made_or_a_json_file_names(tmp_path: Path) ->
         "other-deadbeef-00001-of-00001.safetensors",
         f"{stray.name}.bak",
     ):
-        kept.append(folder / name)
-        kept[-1].write_bytes(one.read_bytes())
-    kept.append(a_file(folder / "mü-20260131-00001-of-00001.safetensors"))  # has no recipe
-    kept.append(folder / "mü-20260131-00002-of-00002.safetensors")
-    kept[-1].write_bytes(b"not whole")
-    stray.write_bytes(one.read_bytes())
-    contents = [path.read_bytes() for path in kept]
+        kept_files.append(folder / name)
+        kept_files[-1].write_bytes(shard.read_bytes())
+    kept_files.append(a_file(folder / "mü-20260131-00001-of-00001.safetensors"))  # has no recipe
+    kept_files.append(folder / "mü-20260131-00002-of-00002.safetensors")
+    kept_files[-1].write_bytes(b"not whole")
+    stray.write_bytes(shard.read_bytes())
+    contents = [path.read_bytes() for path in kept_files]
     new = write()
-    assert [path.read_bytes() for path in kept] == contents
+    assert [path.read_bytes() for path in kept_files] == contents
     shards = {path.name for path in folder.iterdir() if ".json" not in path.name}
-    assert shards == {path.name for path in kept + new}
+    assert shards == {path.name for path in kept_files + new}
 
 
 def test_strays_stay_while_it_is_not_known_whose_they_are(tmp_path: Path) -> None:
-    """After a write that failed, and where they came while it was going on."""
+    """After a write that failed, and if the shards appear while a write is running."""
     a, index = a_file(tmp_path / "a.safetensors"), tmp_path / "m.safetensors.index.json"
     openvclip.average_files([a], index, max_shard_size=10_000)
-    (whole,) = shards_of(index)
+    (shard,) = shards_of(index)
     stray, late = (tmp_path / f"m-{tag * 8}-00001-of-00001.safetensors" for tag in "12")
-    stray.write_bytes(whole.read_bytes())
+    stray.write_bytes(shard.read_bytes())
 
     def fails(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         raise ZeroDivisionError
@@ -319,7 +319,7 @@ def test_strays_stay_while_it_is_not_known_whose_they_are(tmp_path: Path) -> Non
     with pytest.raises(ZeroDivisionError):
         openvclip.merge_files([a], index, fails)
     assert {path.name for path in tmp_path.iterdir()} == {
-        path.name for path in (a, index, whole, stray)
+        path.name for path in (a, index, shard, stray)
     }
     openvclip.merge_files([a], index, another_writes)
     (new,) = shards_of(index)

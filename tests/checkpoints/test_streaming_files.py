@@ -1,4 +1,4 @@
-"""Files merged without loading them: forms of files, headers, errors, and what it costs."""
+"""Merging files: kinds of files, headers, errors, memory and progress."""
 
 from __future__ import annotations
 
@@ -113,21 +113,24 @@ def test_shards_in_and_out(tmp_path: Path) -> None:
     same_entries(
         load_file(tmp_path / "out.safetensors"), openvclip.interpolate(expected, states[1], 0.5)
     )
-    found = recipe_of(tmp_path / "out.safetensors")["inputs"][0]
-    assert found["file"] == index.name
-    assert found["weights_hash"] == weights_hash(expected)
+    source = recipe_of(tmp_path / "out.safetensors")["inputs"][0]
+    assert source["file"] == index.name
+    assert source["weights_hash"] == weights_hash(expected)
     content["metadata"].update(of="the index", total_parameters=92)
     index.write_text(json.dumps(content))
-    out, again = tmp_path / "out.safetensors", tmp_path / "again.safetensors.index.json"
+    out, second_index = (
+        tmp_path / "out.safetensors",
+        tmp_path / "again.safetensors.index.json",
+    )
     openvclip.average_files([index], out)
-    openvclip.average_files([index], again, max_shard_size=100)
+    openvclip.average_files([index], second_index, max_shard_size=100)
     with safe_open(out, "pt") as opened:
         texts = opened.metadata()
     assert texts.keys() == {"of", "openvclip_recipe"}
     assert texts["of"] == "the index"
     total_size = content["metadata"]["total_size"]
-    assert json.loads(again.read_text())["metadata"] == {**texts, "total_size": total_size}
-    assert openvclip.inspect_checkpoint(again).metadata == texts
+    assert json.loads(second_index.read_text())["metadata"] == {**texts, "total_size": total_size}
+    assert openvclip.inspect_checkpoint(second_index).metadata == texts
 
 
 def test_an_output_may_be_one_of_the_inputs(tmp_path: Path) -> None:
@@ -233,7 +236,7 @@ def test_extrapolation_warns_where_it_was_asked_for(tmp_path: Path) -> None:
     a, b = files(tmp_path, a_state(0), a_state(1))
     with pytest.warns(ExtrapolationWarning) as caught:
         openvclip.interpolate_files(a, b, tmp_path / "out.safetensors", 1.5)
-    assert [one.filename for one in caught] == [__file__]
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 # --- what it costs -------------------------------------------------------------------------------
@@ -250,7 +253,7 @@ print(peak() - before)
 
 
 def test_memory_does_not_grow_with_the_files(tmp_path: Path) -> None:
-    """Two models of 75 MB each, of which one is given several times, as a process of its own."""
+    """Merge two models of 75 MB in another process. One model is an input several times."""
     pytest.importorskip("resource")
     state = {f"w{number}": torch.full((6_250_000,), 1.5) for number in range(3)}
     a, b = files(tmp_path, state, state)
@@ -262,9 +265,9 @@ def test_memory_does_not_grow_with_the_files(tmp_path: Path) -> None:
 
 def test_progress_is_shown_where_asked_for(tmp_path: Path, capsys: Any) -> None:
     a, b = files(tmp_path, a_state(0), a_state(1))
-    for progress, shown in ((None, False), (False, False), (True, True)):
+    for progress, is_visible in ((None, False), (False, False), (True, True)):
         openvclip.average_files([a, b], tmp_path / "out.safetensors", progress=progress)
-        assert ("100%" in capsys.readouterr().err) == shown
+        assert ("100%" in capsys.readouterr().err) == is_visible
 
 
 def test_pytorchs_number_of_threads_comes_back(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The command openvclip: what it prints, what it writes, how it fails."""
+"""The output, the files and the errors of the command ``openvclip``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def run(*arguments: object) -> int:
 
 
 def failure(capsys: Captured, *arguments: object) -> str:
-    """The error text of a call that must fail, on standard error and nowhere else."""
+    """Run a command that must fail, and return its text on standard error."""
     assert run(*arguments) == 2
     printed = capsys.readouterr()
     assert "Traceback" not in printed.err
@@ -65,7 +65,7 @@ def test_wrong_use_ends_with_status_2(capsys: Captured, arguments: list[str]) ->
 
 
 def test_inspect_prints_what_a_file_holds(tmp_path: Path, capsys: Captured) -> None:
-    FILES["open-vclip-training"][2](tmp_path / "w.pth")
+    FILES["open-vclip-training"].write(tmp_path / "w.pth")
     assert run("inspect", tmp_path / "w.pth") == 0
     printed = capsys.readouterr()
     assert printed.out == f"{openvclip.inspect_checkpoint(tmp_path / 'w.pth')}\n"
@@ -75,20 +75,20 @@ def test_inspect_prints_what_a_file_holds(tmp_path: Path, capsys: Captured) -> N
     assert rows["beside"] == "3: epoch, optimizer_state, cfg"
 
 
-@pytest.mark.parametrize("which", ["openai-archive", "hugging-face", "open-vclip-averaged"])
-def test_convert_prints_then_writes(tmp_path: Path, capsys: Captured, which: str) -> None:
-    original = FILES[which][2](tmp_path / "w")
+@pytest.mark.parametrize("case", ["openai-archive", "hugging-face", "open-vclip-averaged"])
+def test_convert_prints_then_writes(tmp_path: Path, capsys: Captured, case: str) -> None:
+    original = FILES[case].write(tmp_path / "w")
     out = tmp_path / "new" / "out.safetensors"
     assert run("convert", tmp_path / "w", "-o", out) == 0
     text = capsys.readouterr().out
     assert text.startswith(f"{openvclip.inspect_checkpoint(tmp_path / 'w')}\nwrote ")
     same_entries(load_file(out), original)
     with safe_open(out, "pt") as opened:
-        assert opened.metadata()["source_family"] == FILES[which][0]
+        assert opened.metadata()["source_family"] == FILES[case].family
 
 
 def test_convert_to_another_dtype(tmp_path: Path) -> None:
-    state = FILES["open-vclip-averaged"][2](tmp_path / "w")
+    state = FILES["open-vclip-averaged"].write(tmp_path / "w")
     out = tmp_path / "out.safetensors"
     assert run("convert", tmp_path / "w", "--output", out, "--dtype", "float16") == 0
     same_entries(load_file(out), {name: value.half() for name, value in state.items()})
@@ -124,7 +124,7 @@ def test_missing_weights_are_listed_unless_allowed(tmp_path: Path, capsys: Captu
 def test_failures_are_one_line(tmp_path: Path, capsys: Captured) -> None:
     text = tmp_path / "notes.txt"
     text.write_text("not weights")
-    FILES["open-clip-plain"][2](tmp_path / "w")
+    FILES["open-clip-plain"].write(tmp_path / "w")
     out = tmp_path / "out.safetensors"
     calls = {
         ("inspect", tmp_path / "absent"): "There is no file",
@@ -143,7 +143,7 @@ def test_failures_are_one_line(tmp_path: Path, capsys: Captured) -> None:
 
 
 def test_nothing_is_replaced_unasked(tmp_path: Path, capsys: Captured) -> None:
-    state = FILES["open-vclip-averaged"][2](tmp_path / "w")
+    state = FILES["open-vclip-averaged"].write(tmp_path / "w")
     out = tmp_path / "out.safetensors"
     out.write_text("precious")
     assert "give --overwrite" in failure(capsys, "convert", tmp_path / "w", "-o", out)

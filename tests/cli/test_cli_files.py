@@ -1,4 +1,4 @@
-"""The commands that merge files: what they write, what they print, how they fail."""
+"""The output, the files and the errors of the commands that merge files."""
 
 from __future__ import annotations
 
@@ -95,19 +95,19 @@ def test_sizes_that_are_none(pair: Pair, capsys: Captured, size: str) -> None:
 
 def test_nothing_is_replaced_unasked(tmp_path: Path, pair: Pair, capsys: Captured) -> None:
     pattern = tmp_path / "out-{lam}.safetensors"
-    kept = tmp_path / "out-0.4.safetensors"
-    kept.write_text("precious")
+    existing = tmp_path / "out-0.4.safetensors"
+    existing.write_text("precious")
     calls = [
         ("interpolate", *pair, "--lam", 0.2, 0.4, "-o", pattern),
-        ("average", *pair, "-o", kept),
+        ("average", *pair, "-o", existing),
     ]
     for call in calls:
-        assert f"{kept} exists; give --overwrite to replace it." in failure(capsys, *call)
-        assert kept.read_text() == "precious"
+        assert f"{existing} exists; give --overwrite to replace it." in failure(capsys, *call)
+        assert existing.read_text() == "precious"
     assert not (tmp_path / "out-0.2.safetensors").exists()
     for call in calls:
         assert run(*call, "--overwrite") == 0
-    assert load_file(kept).keys() == state(0).keys()
+    assert load_file(existing).keys() == state(0).keys()
 
 
 def test_failures_are_errors_of_the_command(tmp_path: Path, pair: Pair, capsys: Captured) -> None:
