@@ -104,8 +104,10 @@ FAMILIES: tuple[Family, ...] = (
 )
 """All families. A file is of the first family that recognises its names."""
 
-QUICK_GELU_NAMES = frozenset(family.name for family in FAMILIES if family.quick_gelu)
-"""The names of the families that were trained with QuickGELU."""
+
+def has_quick_gelu(name: str) -> bool:
+    """Return whether the family of this name was trained with QuickGELU."""
+    return any(family.quick_gelu for family in FAMILIES if family.name == name)
 
 
 # --- conversion ----------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from openvclip.checkpoints.families import QUICK_GELU_NAMES, Plan, plan_conversion
+from openvclip.checkpoints.families import Plan, has_quick_gelu, plan_conversion
 from openvclip.checkpoints.formats import TORCHSCRIPT, WeightFile, read_weights
 from openvclip.checkpoints.sizes import Shape, Sizes, sizes_of
 
@@ -80,7 +80,7 @@ class CheckpointInfo:
     @property
     def quick_gelu(self) -> bool:
         """Whether the weights are known to have been trained with QuickGELU."""
-        return self.source_family in QUICK_GELU_NAMES
+        return has_quick_gelu(self.source_family)
 
     def _backbone_text(self) -> str:
         if self.backbone is None:
