@@ -75,7 +75,7 @@ def save_checkpoint(
         failure = error
     if any_process([failure is not None], entries.values())[0]:
         failure = failure or CheckpointError(
-            f"Could not write {os.fspath(path)}: see the error of the process that writes it."
+            f"Could not write {os.fspath(path)}: see the error of the process that writes the file."
         )
     if failure is not None:
         raise failure
@@ -110,9 +110,9 @@ def load_checkpoint(
 
     These families are recognised from the content of the file: OpenAI's TorchScript archives and
     state dicts, open_clip's checkpoints, Hugging Face's CLIP, and the checkpoints of Open-VCLIP and
-    FROSTER. The values are those of the file, bit for bit. Query, key and value weights that a file
-    keeps apart are joined, and projections are transposed if open_clip stores them transposed. A
-    state dict of open_clip, of openvclip or of an unknown model keeps its names.
+    FROSTER. The values are those of the file, bit for bit. Separate query,
+    key and value weights are joined, and projections are transposed if open_clip stores them
+    transposed. A state dict of open_clip, of openvclip or of an unknown model keeps its names.
     :func:`inspect_checkpoint` shows the content of a file without loading it.
 
     Args:
@@ -124,9 +124,8 @@ def load_checkpoint(
             Open-VCLIP and FROSTER need a model whose name ends in ``-quickgelu``.
         allow_missing: names that may be missing from the file, as patterns of :mod:`fnmatch` such
             as ``"transformer.*"``. Default: none.
-        allow_unexpected: names that are left out if the file has them and the result has no place
-            for them, as patterns, for example ``("projector_*", "raw_model.*")`` for FROSTER.
-            Default: none.
+        allow_unexpected: names of entries that are left out if they have no place in the result,
+            as patterns, for example ``("projector_*", "raw_model.*")`` for FROSTER. Default: none.
 
     Returns:
         The entries of the file, in the dtypes of the file.
@@ -293,7 +292,7 @@ def _hint(missing: list[str], unexpected: list[str], *, mismatched: bool = False
     if missing:
         hints.append(f"allow_missing={_hint_patterns(missing)} to accept that these are missing")
     if unexpected:
-        hints.append(f"allow_unexpected={_hint_patterns(unexpected)} to leave these out")
+        hints.append(f"allow_unexpected={_hint_patterns(unexpected)} to leave these entries out")
     return f"If this is intended, give {' and '.join(hints)}."
 
 

@@ -42,8 +42,8 @@ def write_errors(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"Could not write {os.fspath(path)}: {error}. Nothing was changed there; check free "
-            "space and permissions."
+            f"Could not write {os.fspath(path)}: {error}. An existing file is unchanged; check "
+            "free space and permissions."
         ) from error
 
 

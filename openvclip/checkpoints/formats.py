@@ -205,7 +205,7 @@ def _read_safetensors(file: Path, sizes_only: bool) -> tuple[dict[str, Tensor], 
 def _read_torchscript(file: Path) -> Mapping[str, Any]:
     try:
         with warnings.catch_warnings():
-            # OpenAI's released files are TorchScript archives, so there is no other way.
+            # TorchScript is deprecated, but OpenAI's released files are TorchScript archives.
             warnings.filterwarnings("ignore", r".*torch\.jit\.load.* is deprecated")
             archive = torch.jit.load(os.fspath(file), map_location="cpu")
         return {name: value.detach() for name, value in archive.state_dict().items()}
@@ -278,7 +278,7 @@ def _has_weights(value: object) -> bool:
 
 def _no_weights(content: Mapping[Any, object], keys: list[str], file: Path) -> CheckpointError:
     entries = ", ".join(f"{key!r}: {type(value).__name__}" for key, value in content.items())
-    problem = f"weights under each of {keys}" if keys else "no weights where they are looked for"
+    problem = f"weights under each of {keys}" if keys else "no weights"
     return CheckpointError(
         f"{file} holds {problem}; expected names mapped to tensors, at the top level or under one "
         f"of {', '.join(map(repr, _WEIGHT_KEYS))}. Its entries are {entries[:600]}. Load the file "

@@ -101,7 +101,7 @@ def open_file(path: Path, stack: ExitStack) -> OpenFile:
         stack: closes the file.
 
     Raises:
-        CheckpointError: the file can't be read, or it is not a whole safetensors file.
+        CheckpointError: the file can't be read, or it is not a complete safetensors file.
     """
     with read_errors(path):
         file = stack.enter_context(path.open("rb", buffering=0))
@@ -149,7 +149,7 @@ def fill(file: FileIO, target: memoryview | bytearray) -> None:
     while filled < len(view):  # one read may return fewer bytes than requested
         count = file.readinto(view[filled:])
         if not count:
-            raise OSError("it ends earlier than it did when it was opened")
+            raise OSError("the file became shorter after it was opened")
         filled += count
 
 

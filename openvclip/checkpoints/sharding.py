@@ -35,7 +35,7 @@ def open_model(path: Path, stack: ExitStack) -> tuple[list[OpenFile], dict[str, 
         its shards and of its index. If two have the same name, the text of the index is returned.
 
     Raises:
-        CheckpointError: a file is missing or not whole, or the index and the shards disagree.
+        CheckpointError: a file is missing or incomplete, or the index and the shards disagree.
     """
     with read_errors(path):
         if not is_index(path):

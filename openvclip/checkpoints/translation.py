@@ -43,7 +43,7 @@ class Source:
 
 
 Translation: TypeAlias = Callable[[Collection[str]], dict[str, Source]]
-"""Maps the names in a file to open_clip's names and the entries that make up each of them."""
+"""Takes the names in a file, and returns a dictionary of open_clip's names to their sources."""
 
 
 def keep_names(names: Collection[str]) -> dict[str, Source]:

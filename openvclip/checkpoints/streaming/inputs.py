@@ -66,7 +66,7 @@ def open_inputs(paths: list[Path], stack: ExitStack) -> list[WeightInput]:
         stack: closes the files.
 
     Raises:
-        CheckpointError, UnsafeCheckpointError: a file is missing, not whole or of another kind.
+        CheckpointError, UnsafeCheckpointError: a file is missing, incomplete or of another kind.
         StateMismatchError: the names or shapes of a model differ from those of the first model.
     """
     inputs: list[WeightInput] = []

@@ -99,7 +99,7 @@ def interpolate_files(
     **Metadata.** The texts in the headers of the inputs are kept. If both inputs have a text of the
     same name, the text of ``b`` is kept. The text ``openvclip_recipe`` is added. It is JSON with
     the method, ``lam``, the version of openvclip, and for each input the name of the file, a hash
-    of its weights and the file's own ``openvclip_recipe``. The hash is the SHA-256 of a line
+    of its weights and the ``openvclip_recipe`` of that file. The hash is the SHA-256 of a line
     ``name dtype shape crc32`` for each entry, sorted by name. It covers all values, and it does not
     depend on how the weights are distributed over files.
 
@@ -109,13 +109,14 @@ def interpolate_files(
     then the older shards are removed. A kill around this moment can leave complete shards without
     an index. The names of all shards have a tag of eight hexadecimal digits
     (``clip-1a2b3c4d-00001-of-00002.safetensors``), and their headers have an ``openvclip_recipe``.
-    The next successful write of the same index removes those that no JSON file in the folder names.
+    The next successful write of the same index removes these shards, unless a JSON file in the
+    folder names them.
 
     Raises:
         StateMismatchError: names or shapes differ. The error lists all differences.
-        CheckpointError: an input is missing, not whole or no file of weights. Or an output can't be
-            written, has another ending, or would replace a shard of an input. If an input is at
-            fault, nothing is written.
+        CheckpointError: an input is missing, incomplete or no file of weights (nothing is written
+            then). Or an output can't be written, has another ending, or would replace a shard of an
+            input.
         UnsafeCheckpointError: an input can't be read without running code that it names.
         LambdaError: an interpolation weight is not a finite number.
         UsageError: the number of outputs is not the number of interpolation weights.

@@ -67,9 +67,9 @@ def weight_output(
 
     After an exception, the files are removed. The header of each file is written last, into space
     at the beginning of the file, because the metadata hold hashes that are known only then. A file
-    that is incomplete therefore begins with zeros, and no reader accepts it. Only complete shards
-    can remain under their own names after a kill, if the process is killed around the moment when
-    the index gets its name. The next write of the index removes them.
+    that is incomplete therefore begins with zeros, and no reader accepts it. A kill around
+    the moment when the index gets its name can leave complete shards under their own names. The
+    next write of the index removes these shards.
 
     Args:
         path: the file to write, or the index of a sharded model.

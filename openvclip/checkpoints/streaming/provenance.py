@@ -1,4 +1,4 @@
-"""The provenance of a merged file: from which files and how it was made."""
+"""The provenance of a merged file: its input files, its merge method and its settings."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _NO_HASH = "0" * 64  # has the length of a hash
 
 
 class Provenance:
-    """The metadata of a merged file: the metadata of its inputs, and how it was made from them.
+    """The metadata of a merged file: the texts of its inputs, and its provenance.
 
     The metadata hold a hash of the weights of each input. The hashes are zeros until
     :meth:`add_hashes` is called, and have the same length before and after the call.
 
     Args:
         method: name of the merge method.
-        inputs: the models that are merged. If two of them have a text of the same name, the text of
-            the later input is used.
+        inputs: the models that are merged. If two inputs have a text of the same name, the text
+            of the later input is kept.
         settings: the settings of the method, such as ``{"lam": 0.5}``.
     """
 
