@@ -125,7 +125,8 @@ def map_entries(opened: OpenFile) -> dict[str, Tensor]:
     """Return the entries of a safetensors file, mapped into memory.
 
     The values of an entry are read when they are first used. Writing to a tensor does not change
-    the file. The file may be closed afterwards.
+    the file. ``opened.file`` may be closed, but the system keeps the file open while a tensor of it
+    exists.
 
     Raises:
         CheckpointError: the file can't be mapped.

@@ -66,10 +66,10 @@ def weight_output(
     """Open the files of a model for writing, and name them at the end of the block.
 
     After an exception, the files are removed. The header of each file is written last, into space
-    at the beginning of the file, because the metadata hold hashes that are known only then. A file
-    that is incomplete therefore begins with zeros, and no reader accepts it. A kill around
-    the moment when the index gets its name can leave complete shards under their own names. The
-    next write of the index removes these shards.
+    at the beginning of the file, because the metadata hold hashes that are known only then. An
+    incomplete file therefore begins with zeros, and no reader accepts it. A kill around the moment
+    when the index gets its name can leave complete shards under their own names. The next write of
+    the index removes these shards.
 
     Args:
         path: the file to write, or the index of a sharded model.
