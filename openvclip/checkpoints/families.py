@@ -22,9 +22,9 @@ from openvclip.checkpoints.hugging_face import from_hugging_face, is_hugging_fac
 from openvclip.checkpoints.translation import (
     Source,
     Translation,
-    clip_names,
-    clip_names_under_model,
+    keep_clip_names,
     keep_names,
+    strip_model_prefix,
 )
 
 _SETTINGS = tuple(f"{prefix}{name}" for prefix in ("", "model.") for name in sorted(SETTINGS))
@@ -40,7 +40,7 @@ class Family:
             of the file's entries, and with whether the file is a TorchScript archive.
         translate: maps the names of the file to open_clip's names.
         quick_gelu: whether the family was trained with QuickGELU, which no weight shows.
-        ignored: patterns of :mod:`fnmatch` for entries that are known and are not weights.
+        ignored: patterns of :mod:`fnmatch` for entries that are not weights, such as position ids.
         single_towers: whether a file may hold one tower alone, with or without its projection.
     """
 
@@ -86,10 +86,8 @@ def _is_open_clip(names: frozenset[str], torchscript: bool) -> bool:
 
 
 FAMILIES: tuple[Family, ...] = (
-    Family("FROSTER", _is_froster, clip_names_under_model, quick_gelu=True, ignored=_SETTINGS),
-    Family(
-        "Open-VCLIP", _is_open_vclip, clip_names_under_model, quick_gelu=True, ignored=_SETTINGS
-    ),
+    Family("FROSTER", _is_froster, strip_model_prefix, quick_gelu=True, ignored=_SETTINGS),
+    Family("Open-VCLIP", _is_open_vclip, strip_model_prefix, quick_gelu=True, ignored=_SETTINGS),
     Family(
         "Hugging Face CLIP",
         _is_hugging_face,
@@ -98,7 +96,7 @@ FAMILIES: tuple[Family, ...] = (
         single_towers=True,
     ),
     Family("open_clip CustomTextCLIP", _is_custom_text),
-    Family("OpenAI CLIP", _is_openai, clip_names, quick_gelu=True, ignored=_SETTINGS),
+    Family("OpenAI CLIP", _is_openai, keep_clip_names, quick_gelu=True, ignored=_SETTINGS),
     Family("open_clip CLIP", _is_open_clip),
     Family("unknown", lambda names, torchscript: True),
 )

@@ -51,12 +51,12 @@ def keep_names(names: Collection[str]) -> dict[str, Source]:
     return {name: Source((name,)) for name in names}
 
 
-def clip_names(names: Collection[str]) -> dict[str, Source]:
+def keep_clip_names(names: Collection[str]) -> dict[str, Source]:
     """Keep the names that open_clip's ``CLIP`` has."""
     return {name: Source((name,)) for name in names if is_clip_name(name)}
 
 
-def clip_names_under_model(names: Collection[str]) -> dict[str, Source]:
+def strip_model_prefix(names: Collection[str]) -> dict[str, Source]:
     """Remove the prefix ``model.`` and keep the names that open_clip's ``CLIP`` has."""
     prefix = "model."
     inner_names = {name.removeprefix(prefix): name for name in names if name.startswith(prefix)}
