@@ -141,3 +141,12 @@ def test_help_says_what_lam_weighs_and_fits_a_terminal(
     for part in (text, help_text(capsys, "average")):
         assert max(map(len, part.splitlines())) <= 80
         assert "--max-shard-size" in part
+
+
+@pytest.mark.parametrize("command", ["convert", "average", "interpolate"])
+def test_help_gives_defaults_and_says_what_happens_to_an_existing_file(
+    capsys: Captured, command: str
+) -> None:
+    text = " ".join(help_text(capsys, command).split())
+    assert "replace OUT if it exists (default: keep it and end with an error)" in text
+    assert "(default: the dtype of each entry)" in text
