@@ -198,7 +198,7 @@ def _vita_prompt_name(layer: int, part: str) -> str:
 
 
 def _join_attention(entries: Mapping[str, Tensor]) -> Entries:
-    """Join query, key and value weights, as ``nn.MultiheadAttention`` stores them."""
+    """Join query, key and value weights, as ``nn.MultiheadAttention`` has them."""
     joined = dict(entries)
     for name in entries:
         qkv_names = [name.replace(".q_proj.", f".{part}_proj.") for part in "qkv"]

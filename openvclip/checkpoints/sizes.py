@@ -30,7 +30,7 @@ _RESNETS: dict[tuple[int | None, tuple[int, ...]], str] = {
     (96, (6, 8, 18, 8)): "RN50x16",
     (128, (3, 15, 36, 10)): "RN50x64",
 }
-_CLIP_VOCABULARY = 49408
+CLIP_VOCABULARY = 49408  # tokens that the tokenizer of CLIP knows
 
 Shape = tuple[int, ...]
 
@@ -136,7 +136,7 @@ def _image_size(shapes: Mapping[str, Shape]) -> int | None:
 
 def _transformer_name(sizes: Sizes) -> str | None:
     tower = _TOWERS.get((sizes.vision_width, sizes.vision_layers, sizes.embed_dim))
-    has_clip_vocabulary = sizes.vocab_size in (None, _CLIP_VOCABULARY)
+    has_clip_vocabulary = sizes.vocab_size in (None, CLIP_VOCABULARY)
     if tower is None or sizes.image_size is None or not has_clip_vocabulary:
         return None
     letter, _, variant = tower.partition(" ")
