@@ -152,7 +152,7 @@ def test_hidden_states_and_attentions_are_refused(name: str) -> None:
     model = vifi(make(name, "eager"))
     call = getattr(model, "get_image_features", model)
     for pixels in (images(), random_video(1, 2)):
-        with pytest.raises(UsageError, match="output_hidden_states knows nothing of prompts"):
+        with pytest.raises(UsageError, match="output_hidden_states does not support prompts"):
             call(pixel_values=pixels, output_hidden_states=True)
         with pytest.raises(UsageError, match="output_attentions is for images"):
             call(pixel_values=pixels, output_attentions=True)

@@ -240,7 +240,7 @@ def test_what_knows_nothing_of_prompts() -> None:
         tower: Any = vifi(make(KINDS[name]))
         with pytest.raises(UsageError, match="detach"):
             tower.forward_intermediates(random_video(1, 2)[0])
-        with pytest.raises(UsageError, match="nor does a tower with prompts"):
+        with pytest.raises(UsageError, match="nor for towers with prompts"):
             tower(random_video(1, 2)[0], is_causal=True)
 
 

@@ -28,7 +28,9 @@ from openvclip import (
     restore_spatial_attention,
 )
 from openvclip.errors import UnsupportedModelError, UsageError, VideoShapeError
-from openvclip.towers import temporal
+from openvclip.towers import families
+from openvclip.towers.families import RegistryEntry
+from openvclip.towers.family import Family
 from tests.helpers import TEXT, gradients, random_video, randomise, same_bits, tiny_tower
 from tests.towers.test_temporal_reference import equation_3
 from tests.towers.tower_laws import (
@@ -368,8 +370,15 @@ def test_other_blocks_and_attentions() -> None:
 
 
 def test_a_library_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It says why its towers can't be expanded, and others still can."""
-    monkeypatch.setattr(temporal, "_FAMILIES", {**temporal._FAMILIES, "openvclip.none": ("timm",)})
+    """The error text says why its towers can't be expanded. Other towers can be expanded."""
+
+    def load() -> Family:
+        import openvclip.none  # type: ignore[import-not-found]
+
+        return openvclip.none.FAMILY
+
+    entry = RegistryEntry("old", load, "towers of an old library", modules=("timm",))
+    monkeypatch.setattr(families, "REGISTRY", (*families.REGISTRY, entry))
     assert expand_temporal_attention(tiny_tower())(random_video(1, 2)).shape == (1, 2, 8)
-    with pytest.raises(UnsupportedModelError, match=r"openvclip.none can't be used .* No module"):
+    with pytest.raises(UnsupportedModelError, match=r"of old can't be used .* No module"):
         expand_temporal_attention(nn.Linear(2, 2))
