@@ -163,7 +163,7 @@ def encode_frames(model: nn.Module, video: Tensor) -> Tensor:
     features = encode(model, video if expanded else video.flatten(0, 1))
     if not isinstance(features, Tensor) or features.ndim != (3 if expanded else 2):
         raise UnsupportedModelError(
-            f"{type(model).__name__} does not return a single feature vector for each frame; "
+            f"{type(model).__name__} returns no single feature vector for each frame; "
             "expected a model whose tower pools its tokens."
         )
     return features if expanded else features.unflatten(0, video.shape[:2])
