@@ -95,6 +95,12 @@ def families_in_use() -> list[Family]:
     return _load_families()[0]
 
 
+def is_library_model(model: nn.Module) -> bool:
+    """Return whether the class of ``model`` is defined in the library of a family."""
+    library = type(model).__module__.partition(".")[0]
+    return any(entry.library == library for entry in REGISTRY)
+
+
 def _load_families() -> tuple[list[Family], list[str]]:
     """Return the families in use, and an error text for each library that can't be used.
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from openvclip.errors import ExpansionError, ExpansionOptionError, UnsupportedModelError
 from openvclip.towers.checks import require_video
-from openvclip.towers.families import REGISTRY, families_in_use, find_tower
+from openvclip.towers.families import families_in_use, find_tower, is_library_model
 from openvclip.towers.family import Encoder, TemporalTower
 from openvclip.towers.view import Boundary, FrameView, require_window
 
@@ -173,11 +173,10 @@ def _require_video_of_tower(model: nn.Module, video: Tensor) -> None:
     """Check the video for the plain tower of ``model``. Expanded towers check it themselves.
 
     Without this check the tower would fail with another error, or crop the frames. Models that are
-    not from a registered library are not checked, since they may resize the frames.
+    not defined in the library of a family are not checked, since they may resize the frames.
     """
     inner = _without_compile(model)
-    library = type(inner).__module__.partition(".")[0]
-    if library in [entry.library for entry in REGISTRY]:
+    if is_library_model(inner):
         for family in families_in_use():
             for tower in family.find_towers(inner):
                 family.require(tower, video)

@@ -292,7 +292,10 @@ def test_entries_that_do_not_fit() -> None:
         ({"ln_post.gain": torch.zeros(1)}, r"unexpected \(1\): ln_post\.gain"),
         ({"ln_post.weight": torch.zeros(3)}, r"shape of ln_post\.weight: expected \[64\]"),
         ({"proj": torch.zeros(64)}, r"proj has shape \[64\]"),
-        ({"positional_embedding": torch.zeros(4, 64)}, "4 rows.*expected one row and a square"),
+        (
+            {"positional_embedding": torch.zeros(4, 64)},
+            "4 rows.*expected one row for the class",
+        ),
     ]
     for change, text in cases:
         with pytest.raises(StateMismatchError, match=text):

@@ -28,9 +28,6 @@ from openvclip import (
     restore_spatial_attention,
 )
 from openvclip.errors import UnsupportedModelError, UsageError, VideoShapeError
-from openvclip.towers import families
-from openvclip.towers.families import RegistryEntry
-from openvclip.towers.family import Family
 from tests.helpers import TEXT, gradients, random_video, randomise, same_bits, tiny_tower
 from tests.towers.test_temporal_reference import equation_3
 from tests.towers.tower_laws import (
@@ -367,18 +364,3 @@ def test_other_blocks_and_attentions() -> None:
         UnsupportedModelError, match=r"Layer 0 .* type DiffAttention; expected timm"
     ):
         expand_temporal_attention(make(vit(attn_layer=DiffAttention)))
-
-
-def test_a_library_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error text says why its towers can't be expanded. Other towers can be expanded."""
-
-    def load() -> Family:
-        import openvclip.none  # type: ignore[import-not-found]
-
-        return openvclip.none.FAMILY
-
-    entry = RegistryEntry("old", load, "towers of an old library", modules=("timm",))
-    monkeypatch.setattr(families, "REGISTRY", (*families.REGISTRY, entry))
-    assert expand_temporal_attention(tiny_tower())(random_video(1, 2)).shape == (1, 2, 8)
-    with pytest.raises(UnsupportedModelError, match=r"of old can't be used .* No module"):
-        expand_temporal_attention(nn.Linear(2, 2))
