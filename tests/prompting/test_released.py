@@ -1,4 +1,4 @@
-"""Equal to the released implementations; rebuilt from names and shapes, whatever is there."""
+"""Prompts equal the released implementations, and released towers are rebuilt."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ PARTS = {
 
 
 class _Parts:
-    """The prompts that are left, as the loops read them."""
+    """The remaining prompts, with the attributes that the reference reads."""
 
     def __init__(self, full: Any, dropped: tuple[str, ...]) -> None:
         self.global_prompts = None if "global_prompts" in dropped else full.global_prompts
@@ -249,15 +249,15 @@ def released_names(model: Any) -> State:
 def test_a_whole_vifi_checkpoint_comes_back() -> None:
     settings = {"vision_prompts": 2, "vision_depth": 3, "text_prompts": 2, "text_depth": 2}
     model, other = prompt_clip(), prompt_clip(seed=1)
-    for each in (model, other):
-        P.attach_vifi(each, **settings)
+    for clip in (model, other):
+        P.attach_vifi(clip, **settings)
     randomise(model.openvclip_prompts, seed=5)
     state = P.released_state_dict(released_names(model))
     assert model.state_dict().keys() - state.keys() == {"token_embedding.weight"}
     state["token_embedding.weight"] = model.token_embedding.weight.detach()
     other.load_state_dict(state)
     video = torch.randn(2, 3, 3, 8, 8)
-    heads = [P.VideoClassifier(each, word_tokenizer, NAMES) for each in (model, other)]
+    heads = [P.VideoClassifier(clip, word_tokenizer, NAMES) for clip in (model, other)]
     assert same_bits(heads[0](video), heads[1](video))
 
 

@@ -140,7 +140,7 @@ def test_compiled_in_one_graph(name: str) -> None:
 
 
 def rotated(x: Tensor, rope: Tensor, half: bool) -> Tensor:
-    """Pairs of channels of ``[T, N, d]`` turned by their angles, one by one."""
+    """Rotate each pair of channels of ``[T, N, d]`` by its angle, in a loop."""
     sin, cos = rope.double().chunk(2, dim=-1)
     d = x.shape[-1]
     pairs = [(i, i + d // 2) if half else (2 * i, 2 * i + 1) for i in range(d // 2)]
