@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from openvclip.errors import PromptOptionError, UnsupportedModelError
 
 Tokenizer = Callable[[list[str]], Tensor]
-"""Function of n texts that returns token ids ``[n, L]``, as ``open_clip.get_tokenizer`` gives."""
+"""Function of n texts that returns token ids ``[n, L]``, such as a tokenizer of open_clip."""
 
 
 def find_text_tower(model: nn.Module) -> Any:

@@ -115,8 +115,8 @@ def _text_prompts(
     if count == 0:
         if class_names is not None:
             raise PromptOptionError(
-                "class_names are for text prompts; text_prompts=0 gives none. Leave class_names "
-                "out, or set text_prompts to 1 or more."
+                "class_names are for text prompts; text_prompts=0 gives none. Remove class_names, "
+                "or set text_prompts to 1 or more."
             )
         return None
     tower = require_text_tower(model, count, 1)

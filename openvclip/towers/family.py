@@ -1,7 +1,7 @@
-"""What the package knows of the image towers of one library, and changing their classes in place.
+"""A family: the image towers of one library, and how they are expanded and prompted.
 
 A tower is expanded by giving its modules other classes (``module.__class__ = ...``). Parameters,
-buffers, hooks and names stay the same objects, so nothing is copied and nothing is added.
+buffers and hooks stay the same objects under the same names. Nothing is copied or added.
 """
 
 from __future__ import annotations
