@@ -89,8 +89,9 @@ class TextPrompts(nn.Module):
         unknown = [name for name in class_names if name not in self.class_names]
         if unknown:
             raise ClassNamesError(
-                f"The text prompts are specific to the names of {len(self.class_names)} classes, "
-                f"and {len(unknown)} of the {len(class_names)} given names are not among them: "
+                "The text prompts are class-specific. They were learned for the names of "
+                f"{len(self.class_names)} classes, and {len(unknown)} of the {len(class_names)} "
+                "given names are not among them: "
                 f"{', '.join(map(repr, unknown[:3]))}{', ...' if len(unknown) > 3 else ''}. "
                 "Use prompts that all classes share, or the class names alone: template='{}'."
             )
