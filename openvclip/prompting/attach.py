@@ -1,4 +1,4 @@
-"""Prompts into a model and out of it again, shared by ViFi-CLIP and Vita-CLIP."""
+"""Attaching prompts to a model and detaching them, for ViFi-CLIP and Vita-CLIP."""
 
 from __future__ import annotations
 
@@ -10,24 +10,27 @@ from torch import Tensor, nn
 
 from openvclip.errors import PromptingError, UsageError
 from openvclip.prompting.text import TextPrompts
-from openvclip.towers.prompted import PromptedTower, VisionPrompts, find_tower
+from openvclip.towers.families import find_tower_for_prompts
+from openvclip.towers.prompted import PromptedTower, VisionPrompts
 from openvclip.weights.names import canonical_state, require_match, unwrap
 
 Model = TypeVar("Model", bound=nn.Module)
 
 NAMESPACE = "openvclip_prompts"
-"""The attribute of a model that holds its prompts, and so the first part of their names."""
+"""Attribute of a model that holds its prompts. The names of all prompts begin with it."""
 
 
 class Prompts(nn.Module):
-    """The prompts of one model.
+    """The prompts of a model.
 
     Attributes:
         method: ``"vifi"`` or ``"vita"``.
-        settings: the arguments that the method's attach function was called with, as far as they
-            decide on names and shapes; texts, numbers and lists of texts alone.
-        vision: the prompts of the image tower, None where it has none.
-        text: the prompts of the text tower, None where it has none.
+        settings: the arguments of the attach function that determine the names and shapes of the
+            prompts. The values can be written as JSON.
+        vision: the prompts of the image tower, or None.
+        text: the prompts of the text tower, or None.
+        trained_before: names of the parameters of the model that required gradients before the
+            prompts were attached.
     """
 
     vision: VisionPrompts | None
@@ -47,61 +50,62 @@ class Prompts(nn.Module):
 
 
 def require_unprompted(model: nn.Module) -> None:
-    """Raise unless prompts can be attached to ``model`` as it is.
+    """Raise unless prompts can be attached to ``model``.
 
     Raises:
-        PromptingError: it holds prompts already.
-        UsageError: it is wrapped for data parallelism.
+        PromptingError: if the model has prompts already.
+        UsageError: if the model is wrapped for data parallelism.
     """
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise UsageError(
-            f"The model is wrapped in {type(model).__name__}, which would not know of the new "
-            "parameters. Attach prompts first and wrap the model then."
+            f"The model is wrapped in {type(model).__name__}, which would ignore new parameters. "
+            "Attach prompts first, then wrap the model."
         )
-    held = [module for module in model.modules() if isinstance(module, Prompts)]
+    attached = [module for module in model.modules() if isinstance(module, Prompts)]
     prompted = any(isinstance(module, PromptedTower) for module in model.modules())
-    if held or prompted:
-        kind = f" ({held[0].method})" if held else ""
+    if attached or prompted:
+        method = f" ({attached[0].method})" if attached else ""
         raise PromptingError(
-            f"The model has prompts already{kind}. Call openvclip.prompting.detach(model) first "
+            f"The model has prompts already{method}. Call openvclip.prompting.detach(model) first "
             "to attach others."
         )
 
 
 def attach(model: nn.Module, prompts: Prompts) -> None:
-    """Give ``model`` its prompts, which alone are trained from then on."""
+    """Attach prompts to ``model`` and freeze all its other parameters."""
     root = unwrap(model)
-    like = next(root.parameters())
-    prompts.to(like.device, like.dtype).train(root.training)
+    parameter = next(root.parameters())
+    prompts.to(parameter.device, parameter.dtype).train(root.training)
     prompts.trained_before = frozenset(
         name for name, parameter in root.named_parameters() if parameter.requires_grad
     )
     root.requires_grad_(False)
     if prompts.vision is not None:
-        tower = find_tower(root)
-        tower.module.__class__ = tower.prompted  # type: ignore[assignment]
-        # Not as a submodule: all prompts have their names in one place, under the model's own.
-        tower.module.__dict__["vision_prompts"] = prompts.vision
+        family, tower = find_tower_for_prompts(root)
+        family.attach_prompts(tower, prompts.vision)
     root.add_module(NAMESPACE, prompts)
 
 
 def detach(model: Model) -> Model:
-    """Take the prompts out again, in place: the model is exactly what it was.
+    """Remove the prompts of a model, in place.
 
-    Its parameters ask for gradients again where they did before the prompts came.
+    Parameters that required gradients before the prompts were attached require gradients again. The
+    weights of the backbone keep their current values.
+
+    Args:
+        model: a model with prompts, or a module that holds such a model.
 
     Returns:
-        ``model`` itself, with the backbone's weights as they are now.
+        ``model``.
 
     Raises:
-        PromptingError: it has no prompts.
+        PromptingError: if the model has no prompts.
     """
     _, root = _holder(model)
     prompts = prompts_of(root)
-    for tower in root.modules():
-        if isinstance(tower, PromptedTower):
-            tower.__class__ = tower.plain  # type: ignore[assignment]
-            del tower.__dict__["vision_prompts"]
+    if prompts.vision is not None:
+        family, tower = find_tower_for_prompts(root)
+        family.detach_prompts(tower)
     delattr(root, NAMESPACE)
     for name, parameter in root.named_parameters():
         parameter.requires_grad_(name in prompts.trained_before)
@@ -109,21 +113,21 @@ def detach(model: Model) -> Model:
 
 
 def prompts_of(model: nn.Module) -> Prompts:
-    """The prompts in ``model``, itself or a module that holds it.
+    """Return the prompts of ``model``, or of the model that it holds.
 
     Raises:
-        PromptingError: it has none.
+        PromptingError: if the model has no prompts.
     """
     return cast(Prompts, getattr(_holder(model)[1], NAMESPACE))
 
 
 def has_prompts(model: nn.Module) -> bool:
-    """Whether ``model`` holds prompts."""
+    """Return whether ``model`` has prompts."""
     return any(isinstance(module, Prompts) for module in model.modules())
 
 
 def _holder(model: nn.Module) -> tuple[str, nn.Module]:
-    """The module that prompts were attached to, and what stands before its names."""
+    """Return the module that prompts were attached to, and the prefix of its names in ``model``."""
     for name, module in unwrap(model).named_modules():
         if isinstance(getattr(module, NAMESPACE, None), Prompts):
             return (f"{name}." if name else ""), module
@@ -134,25 +138,28 @@ def _holder(model: nn.Module) -> tuple[str, nn.Module]:
 
 
 def parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The trained parameters: those of the prompts, for the optimizer.
+    """Return the trained parameters of the prompts, for an optimizer.
 
     Args:
-        model: a model with prompts, or a module that holds one, such as a classifier.
+        model: a model with prompts, or a module that holds such a model, for example a classifier.
 
     Raises:
-        PromptingError: it has no prompts.
+        PromptingError: if the model has no prompts.
     """
     return [p for p in prompts_of(model).parameters() if p.requires_grad]
 
 
 def state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The prompts' entries of ``model.state_dict()``, with the same names and live tensors.
+    """Return the entries of ``model.state_dict()`` that belong to the prompts.
 
-    Two of these can be interpolated or averaged like any weights, and :func:`load_state_dict`
-    takes the result.
+    Names are the same as in ``model.state_dict()``, and tensors share memory with the model. Two
+    such state dicts can be interpolated or averaged. :func:`load_state_dict` loads the result.
+
+    Args:
+        model: a model with prompts, or a module that holds such a model.
 
     Raises:
-        PromptingError: the model has no prompts.
+        PromptingError: if the model has no prompts.
     """
     prefix, _ = _holder(model)
     state: dict[str, Tensor] = prompts_of(model).state_dict(prefix=f"{prefix}{NAMESPACE}.")
@@ -160,19 +167,20 @@ def state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Set the prompts of a model that has prompts of the same sizes; the backbone stays.
+    """Copy values into the prompts of a model. The backbone is not changed.
 
     Args:
-        model: where the values go; in its own dtypes and on its own devices.
-        state: what :func:`state_dict` gives, or a mixture of several.
+        model: a model with prompts, or a module that holds such a model. Its dtypes and devices
+            stay the same.
+        state: the result of :func:`state_dict`, or a mixture of several results.
 
     Raises:
-        PromptingError: the model has no prompts.
-        StateMismatchError: names or shapes differ; nothing is changed then.
+        PromptingError: if the model has no prompts.
+        StateMismatchError: if names or shapes differ. The model is not changed then.
     """
-    live = canonical_state(state_dict(model), "model")
-    given = canonical_state(state, "state")
-    require_match(live, given, "The prompts do not fit those of the model.")
+    prompts = canonical_state(state_dict(model), "model")
+    values = canonical_state(state, "state")
+    require_match(prompts, values, "The prompts do not fit the prompts of the model.")
     with torch.no_grad():
-        for name, value in given.items():
-            live[name].copy_(value)
+        for name, value in values.items():
+            prompts[name].copy_(value)

@@ -1,4 +1,4 @@
-"""Pooling as ViFi-CLIP and Vita-CLIP do it, and a classifier whose text side can be trained."""
+"""Mean-pooled video features, and a classifier with a trainable text tower or text prompts."""
 
 from __future__ import annotations
 
@@ -13,55 +13,58 @@ from torch.nn import functional
 from openvclip.errors import ClassNamesError, PromptingError
 from openvclip.models.classifier import fill_template, require_clip, require_names
 from openvclip.prompting.attach import has_prompts, prompts_of
-from openvclip.prompting.text import TextPrompts, Tokenizer, encode_prompted, prompted_layout
+from openvclip.prompting.text import TextPrompts, encode_prompted, prompted_layout
+from openvclip.prompting.text_towers import Tokenizer
 from openvclip.towers.temporal import encode_frames
 
 PHOTO_TEMPLATE = "a photo of a {}."
-"""The template of ViFi-CLIP's fine-tuning."""
+"""The template that ViFi-CLIP fine-tunes with."""
 
 
-def encode_video(model: nn.Module, video: Tensor) -> Tensor:
-    """Feature of each clip as ViFi-CLIP and Vita-CLIP have it: frames' mean, then unit length.
+def mean_pooled_features(model: nn.Module, video: Tensor) -> Tensor:
+    """Return one feature per clip as in ViFi-CLIP and Vita-CLIP: the normalised mean of the frames.
 
-    :func:`openvclip.encode_video` has it the other way round: the mean of features that each
-    have unit length, and is not normalised again. There all frames weigh the same; here a frame
-    weighs by the length of its feature.
+    The frame features are averaged before the normalisation, so a frame with a longer feature
+    vector has more weight. In contrast, :func:`openvclip.encode_video` normalises each frame
+    feature first, so all frames have the same weight, and does not normalise the mean.
 
     Args:
-        model: an open_clip model with prompts or without, or another that
-            :func:`openvclip.encode_video` takes.
+        model: an open_clip model with or without prompts, or another model that
+            :func:`openvclip.encode_video` supports.
         video: normalised frames ``[B, T, C, H, W]``, floating point.
 
     Returns:
-        ``[B, D]``, unit length.
+        Tensor ``[B, D]`` with rows of unit length.
 
     Raises:
-        VideoShapeError, UnsupportedModelError: as for :func:`openvclip.encode_video`.
+        VideoShapeError: see :func:`openvclip.encode_video`.
+        UnsupportedModelError: see :func:`openvclip.encode_video`.
     """
     return functional.normalize(encode_frames(model, video).mean(dim=1), dim=-1)
 
 
 class VideoClassifier(nn.Module):
-    """A CLIP and a list of class names as a classifier whose text side can be trained.
+    """A CLIP and a list of class names as a classifier with a trainable text side.
 
-    The text features are made anew in each forward pass, so that gradients reach the text tower
-    or the text prompts, and weights that change (in a sweep, say) are those that count. Where the
-    text side stands still, in evaluation or where only images are trained,
-    :meth:`fixed_text` makes them once.
+    Each forward pass encodes the class names again. Gradients therefore reach the text tower or the
+    text prompts, and the text features always belong to the current weights. Use
+    :meth:`fixed_text` to encode the class names once if the text side does not change, for example
+    in evaluation.
 
     Args:
-        model: an open_clip model with or without prompts; kept as a submodule.
-        tokenizer: turns a list of texts into token ids, as ``open_clip.get_tokenizer`` gives it.
-        class_names: K names, no two alike.
-        template: text with ``{}`` for the class name; ``"{}"`` is the class name alone. Default:
-            the learned text prompts around ``"{}."`` where the model has some, else
-            :data:`PHOTO_TEMPLATE`.
+        model: an open_clip model with or without prompts. It becomes a submodule.
+        tokenizer: function of a list of texts that returns token ids, as
+            ``open_clip.get_tokenizer`` returns it.
+        class_names: K different names.
+        template: text with ``{}`` in place of the class name. ``"{}"`` is the class name alone.
+            Default: the learned text prompts around ``"{}."`` if the model has text prompts,
+            otherwise :data:`PHOTO_TEMPLATE`.
 
     Raises:
-        ClassNamesError: no names, empty or duplicate ones, names that class-specific prompts were
-            not made for, or a template without ``{}``.
-        PromptOptionError: a class name is too long beside the text prompts.
-        UnsupportedModelError: the model lacks a tower or the temperature.
+        ClassNamesError: if there are no names, if a name is empty or occurs twice, if the
+            class-specific prompts have no prompts for a name, or if the template has no ``{}``.
+        PromptOptionError: if a class name and the text prompts exceed the text context.
+        UnsupportedModelError: if the model has no image tower, text tower or temperature.
     """
 
     tokens: Tensor
@@ -80,64 +83,77 @@ class VideoClassifier(nn.Module):
         self.class_names = require_names(class_names)
         self.model = model
         self._fixed: Tensor | None = None
-        text = prompts_of(model).text if template is None and has_prompts(model) else None
-        self.prompts_per_text = 0 if text is None else text.count
-        if text is not None:
-            self._lay_out(text, tokenizer)
+        prompts = prompts_of(model).text if template is None and has_prompts(model) else None
+        self.prompts_per_text = 0 if prompts is None else prompts.count
+        if prompts is not None:
+            self._register_layout(prompts, tokenizer)
             return
-        form = PHOTO_TEMPLATE if template is None else template
-        if not isinstance(form, str):
-            raise ClassNamesError(f"template is a {type(form).__name__}; expected one text.")
-        self._keep("tokens", tokenizer([fill_template(form, name) for name in self.class_names]))
+        template = PHOTO_TEMPLATE if template is None else template
+        if not isinstance(template, str):
+            raise ClassNamesError(
+                f"template is a {type(template).__name__}; expected one text, such as "
+                f"{PHOTO_TEMPLATE!r}."
+            )
+        texts = [fill_template(template, name) for name in self.class_names]
+        self._register("tokens", tokenizer(texts))
 
     def forward(self, video: Tensor) -> Tensor:
-        """Logits ``[B, K]`` of clips ``[B, T, C, H, W]``: scale times cosine similarity.
+        """Return the logits of clips: temperature times cosine similarity.
+
+        Args:
+            video: normalised frames ``[B, T, C, H, W]``, floating point.
+
+        Returns:
+            Tensor ``[B, K]``.
 
         Raises:
-            VideoShapeError: wrong rank, dtype, channels, frame size or number of frames.
+            VideoShapeError: if the video has the wrong rank, dtype, number of channels, frame size
+                or number of frames.
         """
-        pooled = encode_video(self.model, video)
+        features = mean_pooled_features(self.model, video)
         text = self.text_features() if self._fixed is None else self._fixed
         scale = cast(Any, self.model).logit_scale.exp()
-        logits: Tensor = scale * pooled @ text.to(pooled.dtype).T
+        logits: Tensor = scale * features @ text.to(features.dtype).T
         return logits
 
     def text_features(self) -> Tensor:
-        """Features ``[K, D]`` of the classes, unit length, from the weights as they are now.
+        """Return the features ``[K, D]`` of the classes, with rows of unit length.
+
+        They are computed from the current weights.
 
         Raises:
-            PromptingError: the text prompts were taken out of the model, or others put in.
+            PromptingError: if the text prompts of the model were removed or replaced.
         """
         clip = cast(Any, self.model)
         if self.prompts_per_text == 0:
             return functional.normalize(clip.encode_text(self.tokens), dim=-1)
-        text = prompts_of(self.model).text
-        if text is None or text.count != self.prompts_per_text:
+        prompts = prompts_of(self.model).text
+        if prompts is None or prompts.count != self.prompts_per_text:
             raise PromptingError(
                 f"The classifier was made for {self.prompts_per_text} prompts a text; the model "
-                f"has {0 if text is None else text.count} now. Make a new classifier."
+                f"has {0 if prompts is None else prompts.count} now. Make a new classifier."
             )
         layout = (self.tokens, self.places)
-        return functional.normalize(encode_prompted(clip, text, self.rows, layout), dim=-1)
+        return functional.normalize(encode_prompted(clip, prompts, self.rows, layout), dim=-1)
 
     @contextmanager
     def fixed_text(self) -> Iterator[None]:
-        """Within the block the text features stay as they are at its start, without gradients."""
+        """Encode the class names once, without gradients, and use the features within the block."""
         with torch.no_grad():
             fixed = self.text_features()
-        before, self._fixed = self._fixed, fixed
+        previous, self._fixed = self._fixed, fixed
         try:
             yield
         finally:
-            self._fixed = before
+            self._fixed = previous
 
-    def _lay_out(self, text: TextPrompts, tokenizer: Tokenizer) -> None:
-        rows = text.rows_of(self.class_names)
-        layout = prompted_layout(self.model, tokenizer, self.class_names, text.count, text.name_at)
-        for name, value in zip(("tokens", "places"), layout, strict=True):
-            self._keep(name, value)
-        self._keep("rows", None if rows is None else torch.tensor(rows))
+    def _register_layout(self, prompts: TextPrompts, tokenizer: Tokenizer) -> None:
+        rows = prompts.rows_of(self.class_names)
+        tokens, places = prompted_layout(self.model, tokenizer, self.class_names, prompts)
+        self._register("tokens", tokens)
+        self._register("places", places)
+        self._register("rows", None if rows is None else torch.tensor(rows))
 
-    def _keep(self, name: str, value: Tensor | None) -> None:
+    def _register(self, name: str, value: Tensor | None) -> None:
         device = cast(Any, self.model).logit_scale.device
         self.register_buffer(name, None if value is None else value.to(device), persistent=False)

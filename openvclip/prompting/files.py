@@ -1,4 +1,4 @@
-"""Prompts in files of their own, which name the backbone that they fit."""
+"""Saving prompts to a file and loading them, with a check that they fit the backbone."""
 
 from __future__ import annotations
 
@@ -23,74 +23,79 @@ from openvclip.prompting.attach import (
     prompts_of,
     require_unprompted,
 )
-from openvclip.prompting.text import find_text_tower
+from openvclip.prompting.text_towers import find_text_tower
 from openvclip.prompting.vifi import attach_vifi
 from openvclip.prompting.vita import attach_vita
-from openvclip.towers.prompted import find_tower
+from openvclip.towers.families import tower_facts
 from openvclip.weights.names import unwrap
 
 _METHODS: dict[str, Callable[..., Any]] = {"vifi": attach_vifi, "vita": attach_vita}
+_TOWERS = ("vision", "text")
 
-_SAMPLE, _SAMPLE_TOLERANCE = 32, 0.1
-"""Values of a backbone that a file keeps. In half precision they are still the same within the
-tolerance, relative to their norm; those of another pretraining have nothing in common with them."""
+_SAMPLE_SIZE, _SAMPLE_TOLERANCE = 32, 0.1
+"""Number of backbone values that a file stores, and the largest relative difference allowed.
+
+Rounding to half precision stays within the tolerance. The values of another pretraining differ
+completely.
+"""
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Save the prompts of a model, and nothing else, as a safetensors file, atomically.
+    """Save the prompts of a model, without its backbone, as a safetensors file.
 
-    The header says how they were attached, and the sizes of the towers that they fit.
+    The file is written atomically. Its metadata store how the prompts were attached, and the sizes
+    of the towers.
 
     Args:
-        model: a model with prompts, or a module that holds one.
+        model: a model with prompts, or a module that holds such a model.
         path: the file to write.
 
     Raises:
-        PromptingError: the model has no prompts.
-        CheckpointError: the file could not be written; an older file is left as it was.
+        PromptingError: if the model has no prompts.
+        CheckpointError: if the file can't be written. An existing file is not changed then.
     """
     prompts = prompts_of(model)
     root = next(m for m in unwrap(model).modules() if getattr(m, NAMESPACE, None) is prompts)
-    towers = [name for name in ("vision", "text") if getattr(prompts, name) is not None]
-    about = {
+    towers = [tower for tower in _TOWERS if getattr(prompts, tower) is not None]
+    header = {
         "method": prompts.method,
         "settings": prompts.settings,
-        "backbone": {name: _SIZES[name](root) for name in towers},
-        "sample": {name: _SAMPLES[name](root) for name in towers},
+        "backbone": {tower: _sizes(root, tower) for tower in towers},
+        "sample": {tower: _sample(root, tower) for tower in towers},
     }
-    save_checkpoint(prompts.state_dict(), path, metadata={NAMESPACE: json.dumps(about)})
+    save_checkpoint(prompts.state_dict(), path, metadata={NAMESPACE: json.dumps(header)})
 
 
 def load(model: Model, path: str | os.PathLike[str]) -> Model:
     """Attach the prompts of a file to a model, in place.
 
     Args:
-        model: a model without prompts, of the same sizes as the one that they were learned with;
-            whether open_clip, timm or Hugging Face built the image tower makes no difference.
-            Expand it in time first if that one was.
+        model: a model without prompts that has the sizes of the model that the prompts were learned
+            with. Its image tower can be built by open_clip, timm or Hugging Face. If the prompts
+            were learned with an expanded model, expand ``model`` first.
         path: a file that :func:`save` wrote.
 
     Returns:
-        ``model`` itself, frozen but for its prompts.
+        ``model``. All its parameters except the prompts are frozen.
 
     Raises:
-        CheckpointError: the file holds no prompts, or those of another backbone; the model is as
-            it was.
-        StateMismatchError: the entries are not those that the file's header tells of.
-        PromptingError: the model has prompts already.
+        CheckpointError: if the file holds no prompts, or prompts for another backbone. The model is
+            not changed then.
+        StateMismatchError: if the tensors of the file do not fit its metadata.
+        PromptingError: if the model has prompts already.
 
     Warns:
-        PromptBackboneWarning: the sizes fit, but the model has other weights than the backbone
-            that the prompts were learned with.
+        PromptBackboneWarning: if the sizes fit, but the weights of the model differ from the
+            weights of the backbone that the prompts were learned with.
     """
     file = read_weights(path)
-    about = _about(file.metadata, str(file.path))
+    header = _read_header(file.metadata, str(file.path))
     require_unprompted(model)
     root = unwrap(model)
-    for tower, sizes in about["backbone"].items():
-        _require_sizes(sizes, _SIZES[tower](root), f"{file.path}: the prompts", tower)
+    for tower, sizes in header["backbone"].items():
+        _require_sizes(sizes, _sizes(root, tower), f"{file.path}: the prompts", tower)
     try:
-        _METHODS[about["method"]](model, **about["settings"])
+        _METHODS[header["method"]](model, **header["settings"])
     except OpenVCLIPError as error:
         raise CheckpointError(f"{file.path} can't be attached: {error}") from error
     try:
@@ -98,61 +103,65 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
     except OpenVCLIPError:
         detach(model)
         raise
-    for tower, sample in about["sample"].items():
-        _compare_weights(sample, _SAMPLES[tower](root), str(file.path))
+    for tower, sample in header["sample"].items():
+        _compare_samples(sample, _sample(root, tower), str(file.path))
     return model
 
 
-def _about(metadata: Mapping[str, str], path: str) -> dict[str, Any]:
-    """What the header says, once it is known to be of a form that can be used."""
+def _read_header(metadata: Mapping[str, str], path: str) -> dict[str, Any]:
+    """Return the metadata entry of :func:`save`.
+
+    Raises:
+        CheckpointError: if there is no such entry, or if it is damaged or of an unknown version.
+    """
     if NAMESPACE not in metadata:
         raise CheckpointError(
-            f"{path} holds no prompts: its header has no entry {NAMESPACE!r}. Give a file that "
+            f"{path} holds no prompts: its metadata have no entry {NAMESPACE!r}. Pass a file that "
             "openvclip.prompting.save wrote."
         )
     try:
-        about = json.loads(metadata[NAMESPACE])
-        method, settings = about["method"], dict(about["settings"])
-        known = set(inspect.signature(_METHODS[method]).parameters)
-        right = settings.keys() <= known and all(
-            isinstance(about[part], dict) and about[part].keys() <= _SIZES.keys()
+        header: dict[str, Any] = json.loads(metadata[NAMESPACE])
+        parameters = set(inspect.signature(_METHODS[header["method"]]).parameters)
+        known = dict(header["settings"]).keys() <= parameters and all(
+            isinstance(header[part], dict) and header[part].keys() <= set(_TOWERS)
             for part in ("backbone", "sample")
         )
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{path}: the entry {NAMESPACE!r} of its header is damaged."
+            f"{path}: the entry {NAMESPACE!r} of its metadata is damaged. Save the prompts again, "
+            "or copy the file again."
         ) from error
-    if not right:
+    if not known:
         raise CheckpointError(
-            f"{path}: the entry {NAMESPACE!r} of its header has parts that this version of "
-            "openvclip does not know."
+            f"{path}: the entry {NAMESPACE!r} of its metadata has parts that this version of "
+            "openvclip does not know. Use the version that wrote the file."
         )
-    checked: dict[str, Any] = about
-    return checked
+    return header
 
 
 def _require_sizes(
-    file: Mapping[str, Any], model: Mapping[str, Any], what: str, tower: str
+    file: Mapping[str, Any], model: Mapping[str, Any], prompts: str, tower: str
 ) -> None:
-    # Not every tower tells all of its sizes.
-    unlike = [name for name in model if name in file and file[name] != model[name]]
-    if unlike:
-        rows = [("", "file", "model")] + [
-            (name, str(file[name]), str(model[name])) for name in unlike
-        ]
-        table = "".join(f"\n  {title:<16}{a:<14}{b}".rstrip() for title, a, b in rows)
+    # A tower of some libraries does not store all of its sizes.
+    different = [name for name in model if name in file and file[name] != model[name]]
+    if different:
+        rows = [("", "file", "model")]
+        rows += [(name, str(file[name]), str(model[name])) for name in different]
+        table = "".join(
+            f"\n  {name:<16}{in_file:<14}{in_model}" for name, in_file, in_model in rows
+        )
         raise CheckpointError(
-            f"{what} were learned with another {tower} tower.{table}\n"
+            f"{prompts} were learned with another {tower} tower.{table}\n"
             "Build the model that they were learned with."
         )
 
 
-def _compare_weights(file: list[float], model: list[float], path: str) -> None:
+def _compare_samples(file: list[float], model: list[float], path: str) -> None:
     a, b = torch.tensor(file), torch.tensor(model)
     if a.shape != b.shape or (a - b).norm() > _SAMPLE_TOLERANCE * b.norm():
         warnings.warn(
             f"{path}: the prompts were learned with a backbone of the same sizes and other weights "
-            "than the model's. Load its weights first.",
+            "than the model's. Load the weights of that backbone first.",
             PromptBackboneWarning,
             stacklevel=3,
         )
@@ -161,18 +170,22 @@ def _compare_weights(file: list[float], model: list[float], path: str) -> None:
 # --- the backbone ------------------------------------------------------------------------------
 
 
+def _sizes(model: nn.Module, tower: str) -> dict[str, Any]:
+    return _vision_sizes(model) if tower == "vision" else _text_sizes(model)
+
+
 def _vision_sizes(model: nn.Module) -> dict[str, Any]:
-    tower = find_tower(model).facts
+    facts = tower_facts(model)
     sizes: dict[str, Any] = {
-        "width": tower.width,
-        "layers": tower.layers,
-        "heads": tower.heads,
-        "patch size": tower.patch_size,
-        "image size": tower.image_size,
-        "feature size": tower.feature_size,
+        "width": facts.width,
+        "layers": facts.layers,
+        "heads": facts.heads,
+        "patch size": facts.patch_size,
+        "image size": facts.image_size,
+        "feature size": facts.feature_size,
     }
-    told = {name: size for name, size in sizes.items() if size is not None}
-    return {name: size if isinstance(size, int) else list(size) for name, size in told.items()}
+    stored = {name: size for name, size in sizes.items() if size is not None}
+    return {name: size if isinstance(size, int) else list(size) for name, size in stored.items()}
 
 
 def _text_sizes(model: nn.Module) -> dict[str, Any]:
@@ -180,7 +193,7 @@ def _text_sizes(model: nn.Module) -> dict[str, Any]:
     if tower is None:
         raise CheckpointError(
             f"{type(model).__name__} has no text tower of open_clip's, and the file holds text "
-            "prompts. Give the whole CLIP."
+            "prompts. Pass the whole CLIP."
         )
     return {
         "width": tower.transformer.width,
@@ -190,25 +203,12 @@ def _text_sizes(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _sample(weight: Tensor) -> list[float]:
-    values: list[float] = weight.detach().flatten()[:_SAMPLE].float().tolist()
+def _sample(model: nn.Module, tower: str) -> list[float]:
+    """Return the first values of a weight of the backbone."""
+    weight: Tensor
+    if tower == "vision":
+        weight = tower_facts(model).first_weight
+    else:
+        weight = find_text_tower(model).positional_embedding
+    values: list[float] = weight.detach().flatten()[:_SAMPLE_SIZE].float().tolist()
     return values
-
-
-def _vision_sample(model: nn.Module) -> list[float]:
-    return _sample(find_tower(model).facts.first_weight)
-
-
-def _text_sample(model: nn.Module) -> list[float]:
-    tower = find_text_tower(model)
-    return _sample(tower.positional_embedding)
-
-
-_SIZES: dict[str, Callable[[Any], dict[str, Any]]] = {
-    "vision": _vision_sizes,
-    "text": _text_sizes,
-}
-_SAMPLES: dict[str, Callable[[Any], list[float]]] = {
-    "vision": _vision_sample,
-    "text": _text_sample,
-}

@@ -1,11 +1,10 @@
-"""The image towers of ViFi-CLIP's and Vita-CLIP's released checkpoints, from names and shapes."""
+"""Rebuilding the image towers of ViFi-CLIP's and Vita-CLIP's released checkpoints."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 
-from open_clip.transformer import QuickGELU, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -25,96 +24,108 @@ _HEAD_WIDTH = 64
 
 
 class ReleasedTower(nn.Module):
-    """An image tower with the prompts that it was released with.
+    """An image tower with the prompts of its release.
 
     Attributes:
-        visual: open_clip's ``VisionTransformer``; its weights go into any CLIP of that size.
+        visual: open_clip's ``VisionTransformer``. Its weights fit every CLIP with a tower of this
+            size.
     """
 
-    def __init__(self, visual: VisionTransformer) -> None:
+    def __init__(self, visual: nn.Module) -> None:
         super().__init__()
         self.visual = visual
 
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
-        """One feature a frame, ``[B, T, D]``, of videos ``[B, T, C, H, W]``.
+        """Return one feature per frame.
 
-        Their mean over T is what both releases pool, before they normalise it.
+        Both releases average the features over T and normalise the mean.
 
         Args:
-            image: normalised frames, floating point.
-            normalize: whether each frame's feature gets unit length.
+            image: videos ``[B, T, C, H, W]`` with normalised frames, floating point.
+            normalize: whether to L2-normalise the feature of each frame. Default: False.
+
+        Returns:
+            Tensor ``[B, T, D]``.
 
         Raises:
-            VideoShapeError: no video of the tower's frame size.
+            VideoShapeError: if ``image`` is not a video of the tower's frame size.
         """
-        frames = encode_frames(self.visual, image)
-        return functional.normalize(frames, dim=-1) if normalize else frames
+        features = encode_frames(self.visual, image)
+        return functional.normalize(features, dim=-1) if normalize else features
 
     def forward(self, image: Tensor) -> Tensor:
-        """:meth:`encode_image`."""
+        """Return :meth:`encode_image` of ``image``."""
         return self.encode_image(image)
 
 
 def load_released(state_dict: Mapping[str, Tensor], *, heads: int | None = None) -> nn.Module:
     """Rebuild the image tower of a released ViFi-CLIP or Vita-CLIP checkpoint.
 
-    Everything comes from names and shapes: the sizes, which of the two it is, and which of the
-    prompts it holds (none, for a ViFi-CLIP that was fine-tuned only). The result has open_clip's
-    tower with QuickGELU, which both were trained with, and takes part in everything that a model
-    with attached prompts does. The bias that Vita-CLIP's patch embedding has is added to
-    the positions.
+    The names and shapes of the entries determine the method, the sizes, and the kinds of prompts.
+    The checkpoint of a fine-tuned ViFi-CLIP has no prompts. The result holds open_clip's tower with
+    QuickGELU, as both methods were trained with, and can be used like a model with attached
+    prompts. The bias of Vita-CLIP's patch embedding is added to the positional embedding.
 
     Args:
-        state_dict: the released names, with a ``visual.`` or ``image_encoder.`` before them or
-            without, and with the prefixes of wrappers (``module.``) or without. Entries of the
-            text side (``prompt_learner.*``, ``text_encoder.*``, ``textual.*``) are left aside.
-        heads: attention heads; width / 64 by default.
+        state_dict: entries with their released names. The names can begin with ``visual.`` or
+            ``image_encoder.``, and with prefixes of wrappers (``module.``). Entries of the text
+            side (``prompt_learner.*``, ``text_encoder.*``, ``textual.*``) are ignored.
+        heads: number of attention heads. Default: width / 64.
 
     Returns:
-        A module in eval mode, whose ``encode_image(video)`` gives one feature a frame:
-        ``[B, T, C, H, W]`` to ``[B, T, D]``. Where it has prompts all else is frozen. Vita-CLIP's
-        time embedding and local prompts go with clips of any length: each frame takes the vector
-        nearest in time. (The release does so with the time embedding; its local and summary
-        prompts regroup the frames of clips of another length, which is not repeated here.)
+        A module in eval mode. Its ``encode_image(video)`` returns one feature per frame:
+        ``[B, T, C, H, W]`` to ``[B, T, D]``. If the checkpoint has prompts, all other parameters
+        are frozen. The time embedding and the local prompts of Vita-CLIP support clips of any
+        length: each frame gets the vector that is nearest in time. The release does the same for
+        the time embedding. For local and summary prompts, the release regroups the frames of clips
+        of another length. The regrouping is not reproduced.
 
     Raises:
-        WeightTypeError: ``state_dict`` is not a mapping of names to tensors.
-        CheckpointError: it is of neither model.
-        StateMismatchError: entries are missing, left over or of shapes that do not fit.
-        PromptOptionError: the number of heads is not known or does not divide the width.
+        WeightTypeError: if ``state_dict`` is not a mapping of names to tensors.
+        CheckpointError: if the entries belong to neither method.
+        StateMismatchError: if entries are missing, unexpected or of the wrong shape.
+        PromptOptionError: if ``heads`` does not divide the width, or if ``heads`` is needed because
+            64 does not divide the width.
 
     Example:
         >>> checkpoint = torch.load("vifi_clip.pth", weights_only=True)["model"]
         >>> features = load_released(checkpoint).encode_image(video)
     """
     weights, prompts = split_image_side(canonical_state(state_dict, "state_dict"))
-    model = ReleasedTower(_tower(weights, heads)).eval()
+    model = ReleasedTower(_build_tower(weights, heads)).eval()
     require_match(
-        model.visual.state_dict(), weights, "The entries are not those of one image tower."
+        model.visual.state_dict(),
+        weights,
+        "The entries of the image tower do not fit open_clip's VisionTransformer.",
     )
     model.visual.load_state_dict(weights)
     if prompts:
-        attach = _attach_vifi if "tokens" in prompts else _attach_vita
-        attach(model, prompts)
+        if "tokens" in prompts:
+            _attach_vifi(model, prompts)
+        else:
+            _attach_vita(model, prompts)
         load_state_dict(model, {f"{NAMESPACE}.vision.{name}": v for name, v in prompts.items()})
     return model
 
 
 def released_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A released checkpoint under the names of open_clip's ``CLIP`` with prompts attached.
+    """Rename the entries of a released checkpoint to those of open_clip's ``CLIP`` with prompts.
 
-    For both towers: the weights (``visual.*`` and the text side) and the prompts
-    (``openvclip_prompts.*``). ViFi-CLIP's checkpoints hold no ``token_embedding.weight``, since it
-    is CLIP's own; the texts of their classes, which both keep beside the prompts, are left out.
+    The result holds the weights of both towers (``visual.*`` and the text tower) and the prompts
+    (``openvclip_prompts.*``). ViFi-CLIP's checkpoints do not contain ``token_embedding.weight``,
+    which stays the one of CLIP. Both releases store the tokenized class names beside the prompts.
+    These entries are left out.
 
     Args:
-        state_dict: as for :func:`load_released`.
+        state_dict: entries with their released names, see :func:`load_released`.
 
     Returns:
-        Names to tensors; those that only change names are not copied.
+        A state dict. Entries whose names alone change are not copied.
 
     Raises:
-        WeightTypeError, CheckpointError, StateMismatchError: as for :func:`load_released`.
+        WeightTypeError: see :func:`load_released`.
+        CheckpointError: see :func:`load_released`.
+        StateMismatchError: see :func:`load_released`.
     """
     state = canonical_state(state_dict, "state_dict")
     weights, image_prompts = split_image_side(state)
@@ -127,24 +138,17 @@ def released_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-# --- ViFi-CLIP ---------------------------------------------------------------------------------
-
-
 def _attach_vifi(model: nn.Module, prompts: Mapping[str, Tensor]) -> None:
     depth, count, _ = prompts["tokens"].shape
     attach_vifi(model, vision_prompts=count, vision_depth=depth, text_prompts=0)
 
 
-# --- Vita-CLIP ---------------------------------------------------------------------------------
-
-
 def _attach_vita(model: nn.Module, prompts: Mapping[str, Tensor]) -> None:
-    of_frames = [prompts[n].shape[-2] for n in ("time_embedding", "local_prompts") if n in prompts]
-    fixed = prompts.get("global_prompts")
+    per_frame = [prompts[n].shape[-2] for n in ("time_embedding", "local_prompts") if n in prompts]
     attach_vita(
         model,
-        frames=of_frames[0] if of_frames else 1,
-        global_prompts=0 if fixed is None else fixed.shape[1],
+        frames=per_frame[0] if per_frame else 1,
+        global_prompts=prompts["global_prompts"].shape[1] if "global_prompts" in prompts else 0,
         local_prompts="local_prompts" in prompts,
         summary_prompt=any(name.startswith("summary.") for name in prompts),
         time_embedding="time_embedding" in prompts,
@@ -153,29 +157,29 @@ def _attach_vita(model: nn.Module, prompts: Mapping[str, Tensor]) -> None:
     )
 
 
-# --- shapes ------------------------------------------------------------------------------------
+def _build_tower(weights: Mapping[str, Tensor], heads: int | None) -> nn.Module:
+    """Return an open_clip ``VisionTransformer`` with the sizes of the entries.
 
+    Raises:
+        StateMismatchError: if the sizes can't be read from the entries.
+        PromptOptionError: if the number of heads does not fit.
+    """
+    from open_clip.transformer import QuickGELU, VisionTransformer
 
-def _tower(weights: Mapping[str, Tensor], heads: int | None) -> VisionTransformer:
-    """A tower of the sizes that the entries have."""
     hidden_name = "transformer.resblocks.0.mlp.c_fc.weight"
-    needed = {"conv1.weight": 4, "positional_embedding": 2, "proj": 2, hidden_name: 2}
-    missing = [name for name in needed if name not in weights]
-    strange = [n for n, rank in needed.items() if n in weights and weights[n].ndim != rank]
-    if missing or strange:
-        text = "".join(f" {name} has shape {list(weights[name].shape)}." for name in strange)
-        raise StateMismatchError(
-            f"The sizes of the image tower can't be told from the entries.{text}", missing=missing
-        )
+    _require_ranks(
+        weights, {"conv1.weight": 4, "positional_embedding": 2, "proj": 2, hidden_name: 2}
+    )
     conv, position = weights["conv1.weight"], weights["positional_embedding"]
     width = conv.shape[0]
     side = math.isqrt(position.shape[0] - 1)
     if side**2 != position.shape[0] - 1 or conv.shape[2] != conv.shape[3]:
         raise StateMismatchError(
-            f"positional_embedding has {position.shape[0]} rows and conv1.weight patches of "
-            f"{list(conv.shape[2:])}; expected one row and a square of patches, square ones."
+            f"positional_embedding has {position.shape[0]} rows, and conv1.weight has patches of "
+            f"{list(conv.shape[2:])} pixels; expected one row for the class token plus a square "
+            "number of rows, and square patches."
         )
-    tower = VisionTransformer(
+    tower: nn.Module = VisionTransformer(
         image_size=side * conv.shape[2],
         patch_size=conv.shape[2],
         width=width,
@@ -189,11 +193,26 @@ def _tower(weights: Mapping[str, Tensor], heads: int | None) -> VisionTransforme
     return tower.to(conv.dtype)
 
 
+def _require_ranks(weights: Mapping[str, Tensor], ranks: Mapping[str, int]) -> None:
+    """Raise :class:`StateMismatchError` unless the entries exist and have these numbers of axes."""
+    missing = [name for name in ranks if name not in weights]
+    wrong = [n for n, rank in ranks.items() if n in weights and weights[n].ndim != rank]
+    if missing or wrong:
+        shapes = "".join(
+            f" {name} has shape {list(weights[name].shape)}; expected {ranks[name]} axes."
+            for name in wrong
+        )
+        raise StateMismatchError(
+            f"The sizes of the image tower can't be read from the entries.{shapes}",
+            missing=missing,
+        )
+
+
 def _heads(width: int, heads: int | None) -> int:
     count = width // _HEAD_WIDTH if heads is None else heads
     if count < 1 or width % count or (heads is None and width % _HEAD_WIDTH):
+        reason = f", since {_HEAD_WIDTH} does not" if heads is None else ""
         raise PromptOptionError(
-            f"heads={heads}: the tower is {width} wide; expected a number that divides it"
-            f"{', since ' + str(_HEAD_WIDTH) + ' does not' if heads is None else ''}."
+            f"heads={heads}: the tower is {width} wide; expected a number that divides it{reason}."
         )
     return count

@@ -1,8 +1,8 @@
 """ViFi-CLIP (Rasheed et al., CVPR 2023): fine-tuning a whole CLIP on videos, then prompting it.
 
-Fine-tuning adds nothing to the model: :func:`fine_tune` says what is trained, and
-:class:`~openvclip.prompting.VideoClassifier` gives the logits. *Bridge and prompt* freezes the
-fine-tuned model and learns prompts: :func:`attach_vifi`.
+Fine-tuning adds nothing to the model. :func:`fine_tune` selects the trained parameters, and
+:class:`~openvclip.prompting.VideoClassifier` computes the logits. *Bridge and prompt* then freezes
+the fine-tuned model and trains prompts, which :func:`attach_vifi` adds.
 """
 
 from __future__ import annotations
@@ -15,60 +15,60 @@ from torch import Tensor, nn
 
 from openvclip.errors import PromptingError, PromptOptionError, UnsupportedModelError
 from openvclip.prompting.attach import Model, Prompts, attach, has_prompts, require_unprompted
-from openvclip.prompting.text import (
-    INIT_STD,
-    TextPrompts,
+from openvclip.prompting.text import INIT_STD, TextPrompts, initial_words
+from openvclip.prompting.text_towers import (
     Tokenizer,
-    initial_words,
     require_count,
     require_depth,
     require_text_tower,
 )
-from openvclip.towers.prompted import VisionPrompts, find_tower
+from openvclip.towers.families import tower_facts
+from openvclip.towers.prompted import VisionPrompts
 
 Trained = Literal["both", "image", "text"]
+"""The towers that a video fine-tune trains."""
 
 
 def fine_tune(model: nn.Module, train: Trained = "both") -> list[nn.Parameter]:
-    """Choose what a video fine-tune trains, and freeze the rest.
+    """Select the parameters that a video fine-tune trains, and freeze all others.
 
-    As in the release, the token embedding stays as it is in each variant, and the temperature is
-    trained with both towers only.
+    As in the release, the token embedding is always frozen, and the temperature is trained only
+    together with both towers.
 
     Args:
         model: an open_clip model.
-        train: ``"both"`` towers and the temperature, the ``"image"`` tower or the ``"text"`` tower.
+        train: ``"both"`` for both towers and the temperature, ``"image"`` for the image tower, or
+            ``"text"`` for the text tower. Default: ``"both"``.
 
     Returns:
-        The trained parameters, for the optimizer.
+        The trained parameters, for an optimizer.
 
     Raises:
-        PromptOptionError: ``train`` is unknown.
-        PromptingError: the model has prompts, which are trained alone.
-        UnsupportedModelError: the model lacks a tower.
+        PromptOptionError: if ``train`` is unknown.
+        PromptingError: if the model has prompts, which are trained with a frozen backbone.
+        UnsupportedModelError: if the model has no image tower or no text tower.
     """
     if train not in get_args(Trained):
-        raise PromptOptionError(
-            f"train={train!r}: expected one of " + ", ".join(map(repr, get_args(Trained))) + "."
-        )
+        names = ", ".join(repr(name) for name in get_args(Trained))
+        raise PromptOptionError(f"train={train!r}: expected one of {names}.")
     if has_prompts(model):
         raise PromptingError(
-            "The model has prompts, and its backbone is frozen beside them. Fine-tune first and "
-            "attach prompts then, or call openvclip.prompting.detach(model)."
+            "The model has prompts, so its backbone is frozen. Fine-tune the model before you "
+            "attach prompts, or call openvclip.prompting.detach(model)."
         )
     named = dict(model.named_parameters())
     image = {name for name in named if name.startswith("visual.")}
-    rest = {"logit_scale", "logit_bias"}
-    text = {n for n in named if "token_embedding." not in n} - image - rest
+    temperature = {"logit_scale", "logit_bias"}
+    text = {name for name in named if "token_embedding." not in name} - image - temperature
     if not image or not text:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no {'text' if image else 'image'} tower; expected an "
-            "open_clip model with both. Pass the model itself, not a wrapper around it."
+            "open_clip model with both towers. Pass the model itself, not a wrapper around it."
         )
-    chosen = {"both": image | text | rest, "image": image, "text": text}[train]
+    trained = {"both": image | text | temperature, "image": image, "text": text}[train]
     for name, parameter in named.items():
-        parameter.requires_grad_(name in chosen)
-    return [parameter for name, parameter in named.items() if name in chosen]
+        parameter.requires_grad_(name in trained)
+    return [parameter for name, parameter in named.items() if name in trained]
 
 
 def attach_vifi(
@@ -81,52 +81,58 @@ def attach_vifi(
     words: str | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> Model:
-    """Freeze a (fine-tuned) model and give both towers prompts to learn, in place.
+    """Freeze a (fine-tuned) model and attach the prompts of ViFi-CLIP to both towers, in place.
 
-    In the first ``depth`` layers of a tower the prompts are fresh ones, which replace what the
-    layer before made of its own; deeper layers pass the last ones on. Vision prompts stand after
-    the patch tokens, text prompts after the start token (first of all where texts have none, as
-    SigLIP's), the same ones for all classes. The
-    defaults are those of the base-to-novel setting; few-shot training takes 10 prompts and depth 12
-    in both towers.
+    Each of the first ``depth`` layers of a tower has its own prompts. They replace the outputs of
+    the previous layer at the same places. Deeper layers keep the outputs for the last prompts.
+    Vision prompts stand after the patch tokens. Text prompts stand after the start token, or first
+    if texts have no start token (SigLIP). All classes share the text prompts.
+
+    The defaults are the base-to-novel setting. Few-shot training uses 10 prompts and depth 12 in
+    both towers.
 
     Args:
-        model: an open_clip model; or with ``text_prompts=0`` any model that
-            :func:`openvclip.expand_temporal_attention` takes, expanded or not.
-        vision_prompts: prompts of each frame; 0 leaves the image tower as it is.
-        text_prompts: prompts of each text; 0 leaves the text tower as it is.
-        vision_depth: layers of the image tower with prompts of their own.
-        text_depth: layers of the text tower with prompts of their own.
-        words: what the text prompts of the first layer start from, for example
-            ``"a photo of a"``; prompts beyond these words, and all others, start at random with
-            standard deviation 0.02.
-        tokenizer: the model's tokenizer, for ``words``.
+        model: an open_clip model. With ``text_prompts=0``: any model that
+            :func:`openvclip.expand_temporal_attention` supports, expanded or not.
+        vision_prompts: number of prompts in each frame. With 0 the image tower gets no prompts.
+            Default: 16.
+        text_prompts: number of prompts in each text. With 0 the text tower gets no prompts.
+            Default: 16.
+        vision_depth: number of layers of the image tower with their own prompts. Default: 9.
+        text_depth: number of layers of the text tower with their own prompts. Default: 9.
+        words: text whose token embeddings initialise the first text prompts of the first layer, for
+            example ``"a photo of a"``. All other prompts are initialised randomly with standard
+            deviation 0.02. Default: all prompts are initialised randomly.
+        tokenizer: the tokenizer of the model. Required with ``words``.
 
     Returns:
-        ``model`` itself. Its parameters are frozen; :func:`openvclip.prompting.parameters` gives
-        the prompts.
+        ``model``. Its parameters are frozen. :func:`openvclip.prompting.parameters` returns the
+        trained parameters of the prompts.
 
     Raises:
-        PromptingError: the model has prompts already.
-        PromptOptionError: a number is out of range, among them more prompts than the text context
-            holds.
-        UnsupportedModelError: the model has no tower that takes prompts.
+        PromptingError: if the model has prompts already.
+        PromptOptionError: if an argument is out of range, or if the prompts exceed the text
+            context.
+        UnsupportedModelError: if the model has no tower that supports prompts.
     """
     require_unprompted(model)
     require_count("vision_prompts", vision_prompts)
     require_count("text_prompts", text_prompts)
     if vision_prompts + text_prompts == 0:
-        raise PromptOptionError("vision_prompts=0, text_prompts=0: nothing would be learned.")
+        raise PromptOptionError(
+            "vision_prompts=0, text_prompts=0: nothing would be learned. Ask for prompts in one "
+            "tower or in both."
+        )
     vision = text = None
     if vision_prompts:
-        tower = find_tower(model).facts
-        require_depth("vision_depth", vision_depth, tower.layers)
-        vision = ViFiVisionPrompts(vision_prompts, tower.width, vision_depth)
+        facts = tower_facts(model)
+        require_depth("vision_depth", vision_depth, facts.layers)
+        vision = ViFiVisionPrompts(vision_prompts, facts.width, vision_depth)
     if text_prompts:
-        reader = require_text_tower(model, text_prompts, text_depth)
-        text = TextPrompts(text_prompts, reader.transformer.width, depth=text_depth)
+        tower = require_text_tower(model, text_prompts, text_depth)
+        text = TextPrompts(text_prompts, tower.transformer.width, depth=text_depth)
         if words is not None:
-            _start_from(text, reader, words, tokenizer)
+            _initialise(text, tower, words, tokenizer)
     settings = {
         "vision_prompts": vision_prompts,
         "text_prompts": text_prompts,
@@ -137,19 +143,20 @@ def attach_vifi(
     return model
 
 
-def _start_from(text: TextPrompts, reader: Any, words: str, tokenizer: Tokenizer | None) -> None:
+def _initialise(prompts: TextPrompts, tower: Any, words: str, tokenizer: Tokenizer | None) -> None:
     if tokenizer is None:
         raise PromptOptionError(f"words={words!r} need the model's tokenizer: tokenizer=...")
-    embedded = initial_words(reader, tokenizer, words, text.count)
+    embedded = initial_words(tower, tokenizer, words, prompts.count)
     with torch.no_grad():
-        text.context[: len(embedded)].copy_(embedded)
+        prompts.context[: len(embedded)].copy_(embedded)
 
 
 class ViFiVisionPrompts(VisionPrompts):
-    """Prompts after the patch tokens, the same in every frame.
+    """The vision prompts of ViFi-CLIP. They stand after the patch tokens of every frame.
 
     Attributes:
-        tokens: ``[depth, n, W]``; those of layer 0 pass the tower's ``ln_pre`` like patches.
+        tokens: ``[depth, n, W]``. The prompts of layer 0 pass the normalisation before the first
+            layer (``ln_pre``) together with the patch tokens.
     """
 
     def __init__(self, count: int, width: int, depth: int) -> None:
@@ -157,19 +164,19 @@ class ViFiVisionPrompts(VisionPrompts):
         self.tokens = nn.Parameter(torch.randn(depth, count, width) * INIT_STD)
 
     def embed(self, tokens: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
-        """Tokens with the first layer's prompts after them."""
+        """Return the tokens followed by the prompts of the first layer."""
         return norm(self._with_prompts(tokens, 0))
 
-    def before(self, layer: int, tokens: Tensor) -> Tensor:
-        """Fresh prompts in place of the last ones, in the first ``depth`` layers."""
+    def before_layer(self, layer: int, tokens: Tensor) -> Tensor:
+        """Replace the prompts by those of the layer, in the first ``depth`` layers."""
         if not 0 < layer < len(self.tokens):
             return tokens
-        return self._with_prompts(self.leave(tokens), layer)
+        return self._with_prompts(self.without_prompts(tokens), layer)
 
-    def leave(self, tokens: Tensor) -> Tensor:
-        """The tokens without prompts."""
+    def without_prompts(self, tokens: Tensor) -> Tensor:
+        """Return the class and patch tokens."""
         return tokens[:, :, : -self.tokens.shape[1]]
 
     def _with_prompts(self, tokens: Tensor, layer: int) -> Tensor:
-        fresh = self.tokens[layer].to(tokens.dtype).expand(*tokens.shape[:2], -1, -1)
-        return torch.cat([tokens, fresh], dim=2)
+        prompts = self.tokens[layer].to(tokens.dtype).expand(*tokens.shape[:2], -1, -1)
+        return torch.cat([tokens, prompts], dim=2)

@@ -1,10 +1,11 @@
-"""Vita-CLIP (Wasim et al., CVPR 2023): a frozen CLIP with prompts that know of the clip."""
+"""Vita-CLIP (Wasim et al., CVPR 2023): a frozen CLIP with prompts that connect the frames."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from dataclasses import asdict, dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,15 +14,14 @@ from torch.nn import functional
 from openvclip.errors import PromptOptionError, VideoShapeError
 from openvclip.models.classifier import require_names
 from openvclip.prompting.attach import Model, Prompts, attach, require_unprompted
-from openvclip.prompting.text import (
-    NamePosition,
-    TextPrompts,
-    require_count,
-    require_text_tower,
-)
-from openvclip.towers.prompted import TowerFacts, VisionPrompts, find_tower
+from openvclip.prompting.text import INIT_STD, NamePosition, TextPrompts
+from openvclip.prompting.text_towers import require_count, require_text_tower
+from openvclip.towers.families import tower_facts
+from openvclip.towers.family import TowerFacts
+from openvclip.towers.prompted import VisionPrompts
 
 OtherLength = Literal["error", "nearest"]
+"""How Vita-CLIP treats clips with another number of frames than its prompts."""
 
 
 def attach_vita(
@@ -38,75 +38,74 @@ def attach_vita(
     other_length: OtherLength = "error",
     released_freeze: bool = False,
 ) -> Model:
-    """Freeze a model and give it the prompts of Vita-CLIP to learn, in place.
+    """Freeze a model and attach the prompts of Vita-CLIP, in place.
 
-    The image tower's prompts take part in the attention of a layer, in every layer, and are gone
-    after it:
+    Every layer of the image tower has three kinds of prompts. They take part in the attention of
+    the layer, and are removed after the layer.
 
-    - *global* prompts, learned for each layer;
-    - *local* prompts, one a frame: a learned vector plus a projection of the frame's class token;
-      each frame sees those of all frames;
-    - a *summary* prompt: attention over the projected class tokens of all frames.
+    - *Global* prompts are learned for each layer.
+    - *Local* prompts, one per frame, are the sum of a learned vector and a projection of the
+      frame's class token. Each frame attends to the local prompts of all frames.
+    - The *summary* prompt of a frame is the output of attention over the projected class tokens of
+      all frames.
 
-    The time embedding is added to all tokens of a frame before the first layer. Every part can be
-    left out. In a tower without a class token (SigLIP, ViTamin) the mean of a frame's patch tokens
-    takes its place; the paper knows no such tower.
+    In addition, a time embedding is added to all tokens of a frame before the first layer. Each
+    part can be switched off. For a tower without a class token (SigLIP, ViTamin), the mean of the
+    frame's patch tokens is used instead. The paper does not describe such towers.
 
     Args:
-        model: an open_clip model; or with ``text_prompts=0`` any model that
-            :func:`openvclip.expand_temporal_attention` takes, expanded or not.
-        frames: T, the frames of a clip.
-        global_prompts: global prompts of a layer; 0 for none.
-        local_prompts: whether there are local prompts.
-        summary_prompt: whether there is a summary prompt.
-        time_embedding: whether there is a time embedding.
-        text_prompts: prompts of each text; 0 leaves the text tower as it is.
-        class_names: the classes that each have text prompts of their own, which then serve these
-            classes alone; None for prompts that all classes share, the ones for zero-shot use.
-        name_at: where the class name stands among the text prompts: at the ``"end"``, in the
-            ``"middle"`` or at the ``"front"``.
-        other_length: what happens to clips of another length where there is a time embedding or
-            local prompts. ``"error"``; or ``"nearest"``: each frame takes the vector that is
-            nearest in time (the release does so with the time embedding).
-        released_freeze: leave the projection of the class tokens at its random start, as the
-            release does without meaning to. Here it is trained.
+        model: an open_clip model. With ``text_prompts=0``: any model that
+            :func:`openvclip.expand_temporal_attention` supports, expanded or not.
+        frames: number of frames in a clip, T. Default: 8.
+        global_prompts: number of global prompts in each layer. With 0 there are none. Default: 8.
+        local_prompts: whether to use local prompts. Default: True.
+        summary_prompt: whether to use the summary prompt. Default: True.
+        time_embedding: whether to use the time embedding. Default: True.
+        text_prompts: number of prompts in each text. With 0 the text tower gets no prompts.
+            Default: 8.
+        class_names: class names that each get their own text prompts. These prompts support only
+            the given classes. Default: all classes share the prompts, as zero-shot use requires.
+        name_at: place of the class name among the text prompts: ``"end"``, ``"middle"`` or
+            ``"front"``. Default: ``"end"``.
+        other_length: how clips with another number of frames are treated if there are local prompts
+            or a time embedding. ``"error"`` raises an error. ``"nearest"`` gives each frame the
+            vector that is nearest in time, as the release does for the time embedding.
+            Default: ``"error"``.
+        released_freeze: whether to freeze the projection of the class tokens at its random
+            initialisation. The release does so unintentionally. Default: False, so the projection
+            is trained.
 
     Returns:
-        ``model`` itself. Its parameters are frozen; :func:`openvclip.prompting.parameters` gives
-        what is trained.
+        ``model``. Its parameters are frozen. :func:`openvclip.prompting.parameters` returns the
+        trained parameters of the prompts.
 
     Raises:
-        PromptingError: the model has prompts already.
-        PromptOptionError: an argument is out of range, among them more prompts than the text
-            context holds.
-        ClassNamesError: ``class_names`` has no names, or empty or duplicate ones.
-        UnsupportedModelError: the model has no tower that takes prompts.
+        PromptingError: if the model has prompts already.
+        PromptOptionError: if an argument is out of range, or if the prompts exceed the text
+            context.
+        ClassNamesError: if ``class_names`` has no names, or empty or duplicate names.
+        UnsupportedModelError: if the model has no tower that supports prompts.
     """
     require_unprompted(model)
-    require_count("global_prompts", global_prompts)
     require_count("text_prompts", text_prompts)
-    if isinstance(frames, bool) or not isinstance(frames, int) or frames < 1:
-        raise PromptOptionError(f"frames={frames!r}: expected the frames of a clip, 1 or more.")
-    if other_length not in get_args(OtherLength):
-        raise PromptOptionError(f"other_length={other_length!r}: expected 'error' or 'nearest'.")
+    visual = VitaVisionSettings(
+        frames=frames,
+        global_prompts=global_prompts,
+        local_prompts=local_prompts,
+        summary_prompt=summary_prompt,
+        time_embedding=time_embedding,
+        other_length=other_length,
+        released_freeze=released_freeze,
+    )
     names = None if class_names is None else require_names(class_names)
-    visual: dict[str, Any] = {
-        "frames": frames,
-        "global_prompts": global_prompts,
-        "local_prompts": local_prompts,
-        "summary_prompt": summary_prompt,
-        "time_embedding": time_embedding,
-        "other_length": other_length,
-        "released_freeze": released_freeze,
-    }
     text = _text_prompts(model, text_prompts, names, name_at)
-    vision = None
-    if global_prompts or local_prompts or summary_prompt or time_embedding:
-        vision = VitaVisionPrompts(find_tower(model).facts, **visual)
+    vision = VitaVisionPrompts(tower_facts(model), visual) if visual.any_part else None
     if vision is None and text is None:
-        raise PromptOptionError("Every kind of prompt is left out: nothing would be learned.")
+        raise PromptOptionError(
+            "Every kind of prompts is switched off: nothing would be learned. Switch one on."
+        )
     textual = {"text_prompts": text_prompts, "class_names": names, "name_at": name_at}
-    attach(model, Prompts("vita", {**visual, **textual}, vision, text))
+    attach(model, Prompts("vita", {**asdict(visual), **textual}, vision, text))
     return model
 
 
@@ -115,14 +114,51 @@ def _text_prompts(
 ) -> TextPrompts | None:
     if count == 0:
         if class_names is not None:
-            raise PromptOptionError("class_names are for text prompts; text_prompts=0 gives none.")
+            raise PromptOptionError(
+                "class_names are for text prompts; text_prompts=0 gives none. Remove class_names, "
+                "or set text_prompts to 1 or more."
+            )
         return None
-    reader = require_text_tower(model, count, 1)
-    return TextPrompts(count, reader.transformer.width, name_at=name_at, class_names=class_names)
+    tower = require_text_tower(model, count, 1)
+    return TextPrompts(count, tower.transformer.width, name_at=name_at, class_names=class_names)
+
+
+@dataclass(frozen=True)
+class VitaVisionSettings:
+    """The arguments of :func:`attach_vita` for the image tower.
+
+    Raises:
+        PromptOptionError: if a value is out of range.
+    """
+
+    frames: int
+    global_prompts: int
+    local_prompts: bool
+    summary_prompt: bool
+    time_embedding: bool
+    other_length: OtherLength
+    released_freeze: bool
+
+    def __post_init__(self) -> None:
+        require_count("global_prompts", self.global_prompts)
+        if isinstance(self.frames, bool) or not isinstance(self.frames, int) or self.frames < 1:
+            raise PromptOptionError(
+                f"frames={self.frames!r}: expected the number of frames in a clip, 1 or more."
+            )
+        if self.other_length not in get_args(OtherLength):
+            raise PromptOptionError(
+                f"other_length={self.other_length!r}: expected 'error' or 'nearest'."
+            )
+
+    @property
+    def any_part(self) -> bool:
+        """Whether a kind of prompts or the time embedding is switched on."""
+        parts = (self.global_prompts, self.local_prompts, self.summary_prompt, self.time_embedding)
+        return any(parts)
 
 
 class VitaVisionPrompts(VisionPrompts):
-    """The visual prompts of Vita-CLIP, each part None where it is left out.
+    """The vision prompts of Vita-CLIP. Parts that are switched off are None.
 
     Attributes:
         global_prompts: ``[layers, n, W]``.
@@ -133,96 +169,89 @@ class VitaVisionPrompts(VisionPrompts):
         summary: for each layer the attention over frames.
     """
 
-    def __init__(
-        self,
-        tower: TowerFacts,
-        *,
-        frames: int,
-        global_prompts: int,
-        local_prompts: bool,
-        summary_prompt: bool,
-        time_embedding: bool,
-        other_length: OtherLength,
-        released_freeze: bool,
-    ) -> None:
+    def __init__(self, tower: TowerFacts, settings: VitaVisionSettings) -> None:
         super().__init__()
-        width, layers = tower.width, tower.layers
+        width, layers, frames = tower.width, tower.layers, settings.frames
         bound = math.sqrt(6 / (3 * math.prod(tower.patch_size) + width))
 
         def uniform(count: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(layers, count, width).uniform_(-bound, bound))
 
-        self.frames, self.other_length = frames, other_length
+        self.frames, self.other_length = frames, settings.other_length
         self.class_token, self.prefix = tower.class_token, tower.prefix
-        self.global_prompts = uniform(global_prompts) if global_prompts else None
-        self.local_prompts = uniform(frames) if local_prompts else None
+        self.global_prompts = uniform(settings.global_prompts) if settings.global_prompts else None
+        self.local_prompts = uniform(frames) if settings.local_prompts else None
         self.time_embedding = (
-            nn.Parameter(torch.randn(frames, width) * 0.02) if time_embedding else None
+            nn.Parameter(torch.randn(frames, width) * INIT_STD) if settings.time_embedding else None
         )
         self.cls_proj = self.summary = None
-        if local_prompts or summary_prompt:
+        if settings.local_prompts or settings.summary_prompt:
             self.cls_proj = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
-            self.cls_proj.requires_grad_(not released_freeze)
-        if summary_prompt:
+            self.cls_proj.requires_grad_(not settings.released_freeze)
+        if settings.summary_prompt:
             self.summary = nn.ModuleList(
                 SummaryAttention(width, tower.heads) for _ in range(layers)
             )
 
     def embed(self, tokens: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
-        """Tokens with each frame's time embedding added."""
+        """Return the tokens plus the time embedding of their frame."""
         if self.time_embedding is None:
             return norm(tokens)
         time = self._for_clip(self.time_embedding, tokens.shape[1], "time embedding")
         return norm(tokens + time[:, None].to(tokens.dtype))
 
-    def before(self, layer: int, tokens: Tensor) -> Tensor:
-        """Tokens with all prompts of a layer after them."""
+    def before_layer(self, layer: int, tokens: Tensor) -> Tensor:
+        """Return the tokens followed by all prompts of a layer."""
         frames = tokens.shape[1]
-        seen = [tokens]
+        parts = [tokens]
         if self.global_prompts is not None:
-            fixed = self.global_prompts[layer].to(tokens.dtype)
-            seen.append(fixed.expand(*tokens.shape[:2], -1, -1))
+            learned = self.global_prompts[layer].to(tokens.dtype)
+            parts.append(learned.expand(*tokens.shape[:2], -1, -1))
         if self.cls_proj is not None:
-            classes = self.cls_proj[layer](self._of_frames(tokens))  # [B, T, W]
+            classes = self.cls_proj[layer](self._class_tokens(tokens))  # [B, T, W]
             if self.local_prompts is not None:
                 learned = self._for_clip(self.local_prompts[layer], frames, "local prompts")
                 local = learned.to(tokens.dtype) + classes
-                seen.append(local.unsqueeze(1).expand(-1, frames, -1, -1))
+                parts.append(local.unsqueeze(1).expand(-1, frames, -1, -1))
             if self.summary is not None:
-                seen.append(self.summary[layer](classes).unsqueeze(2))
-        return torch.cat(seen, dim=2)
+                parts.append(self.summary[layer](classes).unsqueeze(2))
+        return torch.cat(parts, dim=2)
 
-    def after(self, layer: int, tokens: Tensor) -> Tensor:
-        """The tokens without prompts."""
-        count = self._count(tokens.shape[1])
-        return tokens[:, :, : tokens.shape[2] - count]
+    def after_layer(self, layer: int, tokens: Tensor) -> Tensor:
+        """Return the tokens without the prompts."""
+        return tokens[:, :, : tokens.shape[2] - self._count(tokens.shape[1])]
 
-    def _of_frames(self, tokens: Tensor) -> Tensor:
-        """What stands for each frame, ``[B, T, W]``."""
+    def _class_tokens(self, tokens: Tensor) -> Tensor:
+        """Return the class token of each frame, or the mean of its patch tokens: ``[B, T, W]``."""
         if self.class_token:
             return tokens[:, :, 0]
         return tokens[:, :, self.prefix :].mean(dim=2)
 
     def _count(self, frames: int) -> int:
-        fixed = 0 if self.global_prompts is None else self.global_prompts.shape[1]
-        local = 0 if self.local_prompts is None else frames
-        return fixed + local + (self.summary is not None)
+        """Return the number of prompts in a frame."""
+        n_global = 0 if self.global_prompts is None else self.global_prompts.shape[1]
+        n_local = 0 if self.local_prompts is None else frames
+        return n_global + n_local + (self.summary is not None)
 
-    def _for_clip(self, learned: Tensor, frames: int, what: str) -> Tensor:
-        """A vector for each frame, ``[T, W]``, of clips of any length where that is allowed."""
+    def _for_clip(self, learned: Tensor, frames: int, name: str) -> Tensor:
+        """Return the learned vectors ``[T, W]`` for a clip of ``frames`` frames.
+
+        Raises:
+            VideoShapeError: if ``frames`` differs from T and ``other_length`` is ``"error"``.
+        """
         if frames == self.frames:
             return learned
         if self.other_length == "error":
             raise VideoShapeError(
-                f"Got clips of {frames} frames (an image is a clip of one); the {what} of this "
-                f"model {'is' if what == 'time embedding' else 'are'} for {self.frames}. Sample "
+                f"Got clips of {frames} frames (an image is a clip of one); the {name} of this "
+                f"model {'is' if name == 'time embedding' else 'are'} for {self.frames}. Sample "
                 f"{self.frames} frames a clip, or attach with other_length='nearest'."
             )
         return functional.interpolate(learned.T[None], size=frames, mode="nearest")[0].T
 
 
 class SummaryAttention(nn.Module):
-    """A summary of a clip for each of its frames: ``x + attention(norm(x))`` over ``[B, T, W]``."""
+    """Attention over the frames of a clip, with a residual: ``x + attention(norm(x))``."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -232,7 +261,11 @@ class SummaryAttention(nn.Module):
             nn.init.xavier_uniform_(weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The projected class tokens of all frames, each with what it saw of the others."""
+        """Return the summary prompt of each frame ``[B, T, W]``.
+
+        Args:
+            x: projected class tokens ``[B, T, W]``.
+        """
         normed = self.norm(x)
         out: Tensor = x + self.attn(normed, normed, normed, need_weights=False)[0]
         return out

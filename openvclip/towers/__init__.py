@@ -1,7 +1,33 @@
-"""One module for each family of towers that :mod:`openvclip.towers.temporal` can expand.
+"""The image tower of a CLIP, expanded over time or with prompts.
 
-Each module has a ``FAMILY`` (:class:`openvclip.towers.family.Family`): which classes of towers
-and attentions take the place of which, where a tower keeps its attentions, and how a model of the
-family is asked for features. A module imports the library that its towers come from, so
-:mod:`openvclip.towers.temporal` imports it only where that library is loaded already.
+:mod:`~openvclip.towers.temporal` expands and restores a model, and encodes videos. The towers of
+each library are in one file: ``open_clip.py``, ``timm.py`` and ``hf.py`` (Hugging Face). Importing
+this package imports none of these libraries.
+
+To add a family of towers, write one file and add one entry to the registry. The docstring of
+:mod:`openvclip.towers.families` explains what the file must give.
 """
+
+from openvclip.towers.family import Family, TowerFacts
+from openvclip.towers.prompted import VisionPrompts
+from openvclip.towers.temporal import (
+    encode_frames,
+    encode_video,
+    expand_temporal_attention,
+    is_expanded,
+    restore_spatial_attention,
+)
+from openvclip.towers.view import Boundary, FrameView
+
+__all__ = [
+    "Boundary",
+    "Family",
+    "FrameView",
+    "TowerFacts",
+    "VisionPrompts",
+    "encode_frames",
+    "encode_video",
+    "expand_temporal_attention",
+    "is_expanded",
+    "restore_spatial_attention",
+]

@@ -1,4 +1,4 @@
-"""Attention over neighbouring frames: Equation 3 of Open-VCLIP, shared by all towers."""
+"""Attention over neighbouring frames (Equation 3 of Open-VCLIP), which all towers share."""
 
 from __future__ import annotations
 
@@ -9,13 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from openvclip.errors import VideoShapeError
 from openvclip.towers.attention_cpu import attend_frame_by_frame
 from openvclip.towers.view import FrameView
-
-
-class TemporalTower:
-    """Marks the class of an expanded tower; it answers videos ``[B, T, C, H, W]`` and images."""
 
 
 def temporal_attention(
@@ -27,22 +22,23 @@ def temporal_attention(
     dropout_p: float = 0.0,
     scale: float | None = None,
 ) -> Tensor:
-    """Attention of each frame's queries over the keys of the frames in view (Equation 3).
+    """Compute attention of each frame's queries over the keys of the frames in view (Equation 3).
 
     Args:
-        q: queries ``[B, T, N, heads, d]``: clips, frames, tokens of a frame.
-        k: keys, same shape.
-        v: values, same shape.
+        q: queries ``[B, T, N, heads, d]``: B clips of T frames with N tokens each.
+        k: keys ``[B, T, N, heads, d]``.
+        v: values ``[B, T, N, heads, d]``.
         view: the frames in view.
-        dropout_p: dropout on the attention weights.
-        scale: factor of the scores; ``1 / sqrt(d)`` by default.
+        dropout_p: dropout probability of the attention weights. Default: 0.0.
+        scale: factor of the scores. Default: ``1 / sqrt(d)``.
 
     Returns:
-        ``[B, T, N, heads * d]``.
+        Tensor ``[B, T, N, heads * d]``.
     """
     b, t, n, heads, d = q.shape
-    one_dtype = q.dtype == k.dtype == v.dtype  # else autocast has to make it one, as SDPA does
-    if view.window > 0 and dropout_p == 0.0 and one_dtype and _prefers_frame_by_frame(q):
+    # Under autocast the dtypes can differ. scaled_dot_product_attention converts them.
+    same_dtype = q.dtype == k.dtype == v.dtype
+    if view.window > 0 and dropout_p == 0.0 and same_dtype and _prefers_frame_by_frame(q):
         return attend_frame_by_frame(q, k, v, view, scale).flatten(-2)
     mask = None
     if view.window > 0:
@@ -56,15 +52,16 @@ def temporal_attention(
 
 
 def _prefers_frame_by_frame(q: Tensor) -> bool:
-    """Whether one kernel call a frame, on views, beats one call for all frames, on copies.
+    """Return whether to call one kernel for each frame instead of one kernel for all frames.
 
-    On a CPU it does, since there the copies cost more than the attention itself. A GPU wants few
-    large calls, and a compiled graph no loop over frames. Who turns the flash kernels off with
-    ``sdpa_kernel`` wants another kernel, such as the one that can be differentiated twice.
+    One kernel for all frames needs a copy of the keys and values in view of each frame. On a CPU
+    these copies cost more than the attention itself. On a GPU few large kernels are faster, and a
+    compiled graph should not contain a loop over frames. A user who turns the flash kernels off
+    with ``sdpa_kernel`` needs another kernel, for example one that can be differentiated twice.
     """
     if q.device.type != "cpu" or torch.compiler.is_compiling():
         return False
-    return bool(torch.backends.cuda.flash_sdp_enabled())  # that of CPUs, too
+    return bool(torch.backends.cuda.flash_sdp_enabled())  # this setting applies to CPUs too
 
 
 def _by_head(x: Tensor) -> Tensor:
@@ -79,7 +76,10 @@ def _in_view(x: Tensor, view: FrameView) -> Tensor:
 
 
 def _inside_mask(b: int, t: int, n: int, window: int, device: torch.device) -> Tensor:
-    """Which keys belong to frames inside the clip: bool ``[B * T, 1, 1, (2 window + 1) N]``."""
+    """Return a mask that is True for keys of frames inside the clip.
+
+    The mask is a bool tensor ``[B * T, 1, 1, (2 window + 1) N]``.
+    """
     frames = torch.arange(t, device=device)[:, None]
     frames = frames + torch.arange(-window, window + 1, device=device)
     inside = ((frames >= 0) & (frames < t)).repeat_interleave(n, dim=1)
@@ -87,17 +87,21 @@ def _inside_mask(b: int, t: int, n: int, window: int, device: torch.device) -> T
 
 
 def _shifts(t: int, window: int) -> Iterator[tuple[int, int, int, int]]:
-    """``(slot, offset, first, last)``: frames first..last-1 have their neighbour in the clip."""
+    """Yield ``(slot, offset, first, last)`` for each position in view of a frame.
+
+    The neighbour at ``frame + offset`` lies inside the clip for the frames ``first`` to
+    ``last - 1``.
+    """
     for slot, offset in enumerate(range(-window, window + 1)):
         first = min(max(0, -offset), t)
         yield slot, offset, first, max(first, min(t, t - offset))
 
 
 class _GatherFrames(torch.autograd.Function):
-    """Each frame with its neighbours: ``[B, T, ...]`` to ``[B, T, 2 window + 1, ...]``.
+    """Gather each frame with its neighbours: ``[B, T, ...]`` to ``[B, T, 2 window + 1, ...]``.
 
-    A function of its own, because the backward pass of sliced and concatenated copies makes one
-    zero-filled gradient for each slice, where one buffer that is added into is enough.
+    The backward pass adds all gradients into one buffer. With slices and ``torch.cat``, autograd
+    would allocate one zero-filled gradient for each slice.
     """
 
     @staticmethod
@@ -125,68 +129,3 @@ class _GatherFrames(torch.autograd.Function):
                 total[:, 0] += grad[:, :first, slot].sum(1)
                 total[:, -1] += grad[:, last:, slot].sum(1)
         return total, None, None
-
-
-def require_video(
-    video: Tensor, frame_size: tuple[int, int] | None = None, weight: Tensor | None = None
-) -> None:
-    """Raise :class:`VideoShapeError` unless ``video`` is float ``[B, T, C, H, W]``, B, T >= 1.
-
-    Args:
-        video: what was given.
-        frame_size: the ``(H, W)`` that the tower was made for, where it is fixed.
-        weight: the first weight that the pixels meet, whose dtype they must have but under
-            autocast.
-    """
-    if not isinstance(video, Tensor):
-        raise VideoShapeError(_not_a_tensor(video))
-    shape = list(video.shape)
-    if video.ndim != 5:
-        raise VideoShapeError(
-            f"Got a tensor of shape {shape}; expected a video [B, T, C, H, W] (clips, frames, "
-            "channels, height, width). Add the missing axis with video[None] (one clip) or "
-            "video[:, None] (one frame a clip)."
-        )
-    if not video.is_floating_point():
-        raise VideoShapeError(
-            f"Got a video of dtype {str(video.dtype).removeprefix('torch.')}; expected normalised "
-            "floating-point frames. Divide by 255, then subtract the mean and divide by the "
-            "standard deviation that the model was trained with."
-        )
-    if weight is not None and video.dtype != weight.dtype:
-        _require_autocast(video, weight)
-    if shape[0] == 0 or shape[1] == 0:
-        empty = "frames (T = 0)" if shape[0] else "clips (B = 0)"
-        raise VideoShapeError(f"Got a video without {empty}: shape {shape}.")
-    if shape[2] != 3:
-        hint = "permute it: video.permute(0, 1, 4, 2, 3)" if shape[4] == 3 else "expected RGB"
-        raise VideoShapeError(
-            f"Got a video of shape {shape} with {shape[2]} channels on axis 2; expected "
-            f"[B, T, 3, H, W] ({hint})."
-        )
-    if frame_size is not None and (shape[3], shape[4]) != tuple(frame_size):
-        raise VideoShapeError(
-            f"Got frames of {shape[3]} x {shape[4]} pixels (H x W); the model takes "
-            f"{frame_size[0]} x {frame_size[1]}. Resize and crop the frames first."
-        )
-
-
-def _require_autocast(video: Tensor, weight: Tensor) -> None:
-    if not torch.is_autocast_enabled(video.device.type):
-        given, expected = (str(t.dtype).removeprefix("torch.") for t in (video, weight))
-        raise VideoShapeError(
-            f"Got a video of dtype {given}; the model's weights are {expected}. Convert it with "
-            f"video.to(torch.{expected}), or run the model under torch.autocast."
-        )
-
-
-def _not_a_tensor(video: Any) -> str:
-    text = f"Got a {type(video).__name__}"
-    if isinstance(video, (list, tuple)):
-        lengths = [len(clip) if isinstance(clip, Tensor) and clip.ndim else "?" for clip in video]
-        text += f" of {len(lengths)} clips with {', '.join(map(str, lengths))} frames"
-    return (
-        f"{text}; expected one tensor [B, T, C, H, W]. Stack clips of equal length with "
-        "torch.stack; sample or pad clips of different lengths to one length, or batch them by "
-        "length."
-    )

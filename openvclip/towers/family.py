@@ -1,9 +1,13 @@
-"""Changing the classes of a tower's modules in place, and back, shared by all families."""
+"""A family: the image towers of one library, and how they are expanded and prompted.
+
+A tower is expanded by giving its modules other classes (``module.__class__ = ...``). Parameters,
+buffers and hooks stay the same objects under the same names. Nothing is copied or added.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,65 +19,103 @@ Classes = Mapping[type[nn.Module], type[nn.Module]]
 Encoder = Callable[[Any, Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class Family:
-    """The towers that one library builds.
+class TemporalTower:
+    """Base of the classes that encode videos ``[B, T, C, H, W]`` beside images ``[B, C, H, W]``.
 
-    Attributes:
-        name: the library's; what else there is for its towers is in modules of this name.
-        towers: each class of tower, and the class that it has once expanded.
-        attentions: the same for the attention modules of a tower.
-        layers: the attention modules of a tower in order. It raises
-            :class:`UnsupportedModelError` where a layer can't be expanded for another reason
-            than the class of its attention.
-        expected: the classes of attention in words, for the error text.
-        require: raises :class:`VideoShapeError` unless a tower, expanded or not, takes a video:
-            the size of its frames and, where the tower does not convert it, its dtype.
-        encoder: how to get features ``[n, D]`` from images, and ``[B, T, D]`` from videos where
-            the model is expanded: a function of the model and the tensor. None where the model
-            is not of this family.
-        pooling: models that hold a tower and pool its tokens themselves, taking the first axis
-            after the batch for that of the tokens. With frames there they would be wrong without
-            a word.
+    Every expanded tower and every tower with prompts is an instance.
     """
 
-    name: str
+
+@dataclass(frozen=True)
+class TowerFacts:
+    """The sizes of an image tower, which prompts need.
+
+    Attributes:
+        width: width of the tokens, W.
+        layers: number of layers.
+        heads: number of attention heads in a layer.
+        patch_size: size of a patch in pixels, ``(H, W)``.
+        image_size: size of a frame in pixels, ``(H, W)``. None if the tower does not store it.
+        feature_size: width of the features that the tower returns. None if the projection is in
+            the model around the tower.
+        prefix: number of tokens before the patch tokens.
+        class_token: whether the first token is a class token.
+        first_weight: weight of the class token. In a tower without a class token: the weight of
+            the patch embedding.
+    """
+
+    width: int
+    layers: int
+    heads: int
+    patch_size: Sequence[int]
+    image_size: Sequence[int] | None
+    feature_size: int | None
+    prefix: int
+    class_token: bool
+    first_weight: Tensor
+
+
+@dataclass(frozen=True)
+class Family:
+    """The image towers of one library, and how they are expanded and prompted.
+
+    Attributes:
+        towers: for each class of towers the class of an expanded tower.
+        attentions: for each class of attention modules the class in an expanded tower. Instances
+            have an attribute ``view``, see :class:`FrameView`.
+        prompted: for each class of towers, plain or expanded, the class of a tower with prompts.
+            Instances have an attribute ``vision_prompts``.
+        layers: function that returns the attention modules of a tower in order. It raises
+            :class:`UnsupportedModelError` if the layers are of an unknown class.
+        expected: the supported classes of attention modules in words, for an error text.
+        require: function of a tower and a video that raises :class:`VideoShapeError` if the tower
+            can't encode the video (frame size, and dtype unless the tower converts the frames).
+        encoder: function that returns how a model is asked for features, or None if the model is
+            not of this family. The result is a function of the model and a tensor. It returns
+            ``[n, D]`` for images, and ``[B, T, D]`` for videos if the model is expanded.
+        facts: function that returns the sizes of a tower.
+        pooling: classes of models that pool the tokens of their tower themselves. They would mix
+            the frames of a video, so they are refused.
+    """
+
     towers: Classes
     attentions: Classes
+    prompted: Classes
     layers: Callable[[Any], list[nn.Module]]
     expected: str
     require: Callable[[Any, Tensor], None]
     encoder: Callable[[nn.Module], Encoder | None]
+    facts: Callable[[Any], TowerFacts]
     pooling: tuple[type[nn.Module], ...] = ()
-    _plain: dict[type[nn.Module], type[nn.Module]] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        pairs = {**self.towers, **self.attentions}
-        object.__setattr__(self, "_plain", {temporal: plain for plain, temporal in pairs.items()})
 
     def find_towers(self, model: nn.Module) -> list[nn.Module]:
-        """The towers in ``model``, expanded ones included.
+        """Return the towers without prompts in ``model``, plain or expanded.
 
         Raises:
-            UnsupportedModelError: the model pools its tower's tokens itself.
+            UnsupportedModelError: if the model pools the tokens of its tower itself.
         """
         if isinstance(model, self.pooling):
             raise UnsupportedModelError(
                 f"{type(model).__name__} pools the tokens of its tower itself, which would mix "
-                "the frames of a video. Take the tower out of it and use that alone."
+                "the frames of a video. Pass the tower instead of the model."
             )
-        kinds = {*self.towers.keys(), *self.towers.values()}
-        return [module for module in model.modules() if type(module) in kinds]
+        classes = {*self.towers.keys(), *self.towers.values()}
+        return [module for module in model.modules() if type(module) in classes]
 
-    def n_layers(self, tower: nn.Module) -> int:
-        """Number of attention layers of a tower."""
-        return len(self.layers(tower))
+    def find_prompted_towers(self, model: nn.Module) -> list[nn.Module]:
+        """Return the towers with prompts in ``model``."""
+        classes = set(self.prompted.values())
+        return [module for module in model.modules() if type(module) in classes]
 
     def expand(self, tower: nn.Module, views: list[FrameView]) -> None:
-        """Change the classes of a tower and its attentions, one view for each layer.
+        """Change the classes of a tower and of its attention modules to those for videos.
+
+        Args:
+            tower: a tower that is not expanded.
+            views: the frames in view for each layer.
 
         Raises:
-            UnsupportedModelError: a layer's attention is of a class that is not known here.
+            UnsupportedModelError: if the attention of a layer is of an unknown class.
         """
         attentions = self.layers(tower)
         for index, attention in enumerate(attentions):
@@ -89,14 +131,33 @@ class Family:
         tower.__class__ = self.towers[type(tower)]
 
     def restore(self, tower: nn.Module) -> None:
-        """Undo :meth:`expand`: the modules have their own classes and attributes again."""
+        """Undo :meth:`expand`."""
         for attention in self.layers(tower):
-            attention.__class__ = self._plain[type(attention)]
+            attention.__class__ = _original_class(self.attentions, attention)
             del attention.view
-        tower.__class__ = self._plain[type(tower)]
+        tower.__class__ = _original_class(self.towers, tower)
+
+    def attach_prompts(self, tower: nn.Module, prompts: nn.Module) -> None:
+        """Change the class of a tower to the class with prompts, and set its prompts.
+
+        The prompts do not become a submodule of the tower. They are registered once, at the model,
+        under ``openvclip_prompts``.
+        """
+        tower.__class__ = self.prompted[type(tower)]
+        tower.__dict__["vision_prompts"] = prompts
+
+    def detach_prompts(self, tower: nn.Module) -> None:
+        """Undo :meth:`attach_prompts`."""
+        tower.__class__ = _original_class(self.prompted, tower)
+        del tower.__dict__["vision_prompts"]
+
+
+def _original_class(classes: Classes, module: nn.Module) -> type[nn.Module]:
+    """Return the class that ``classes`` maps to the class of ``module``."""
+    return next(plain for plain, changed in classes.items() if changed is type(module))
 
 
 def call(model: Any, pixels: Tensor) -> Tensor:
-    """The encoder of a tower that is called with the pixels and answers with the features."""
+    """Return ``model(pixels)``: the :data:`Encoder` of towers that return features."""
     features: Tensor = model(pixels)
     return features

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,20 +21,21 @@ from transformers.models.siglip.modeling_siglip import (
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, capture_outputs
 
 from openvclip.errors import UsageError
-from openvclip.towers.attention import (
-    TemporalTower,
-    require_video,
-    temporal_attention,
-)
-from openvclip.towers.family import Encoder, Family
+from openvclip.towers.attention import temporal_attention
+from openvclip.towers.checks import require_video
+from openvclip.towers.family import Encoder, Family, TemporalTower, TowerFacts
+from openvclip.towers.prompted import PromptedExpandedTower, PromptedTower
 from openvclip.towers.view import FrameView
+
+# --- expanded towers ---------------------------------------------------------------------------
 
 
 class _FrameAttention:
-    """Self-attention that sees the neighbouring frames where it is given frames.
+    """Self-attention over neighbouring frames for tokens ``[B, T, N, D]``.
 
-    Frames always go through PyTorch's fused attention, whatever ``config._attn_implementation``
-    says: the other implementations compute the same, of one sequence alone.
+    Videos always use PyTorch's ``scaled_dot_product_attention``, whatever the value of
+    ``config._attn_implementation`` is. The other implementations compute the same function, but
+    support one sequence only.
     """
 
     view: FrameView
@@ -41,13 +43,13 @@ class _FrameAttention:
     def forward(
         self, hidden_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """Self-attention of frames ``[B, T, N, D]``; other ranks go to the parent class."""
+        """Compute self-attention of a video ``[B, T, N, D]``, or call the plain attention."""
         if hidden_states.ndim == 4:
             return _attend(self, hidden_states), None
-        plain: tuple[Tensor, Tensor | None] = super().forward(  # type: ignore[misc]
+        output: tuple[Tensor, Tensor | None] = super().forward(  # type: ignore[misc]
             hidden_states, *args, **kwargs
         )
-        return plain
+        return output
 
 
 class TemporalCLIPAttention(_FrameAttention, CLIPAttention):  # type: ignore[misc]
@@ -71,31 +73,31 @@ def _attend(attn: Any, x: Tensor) -> Tensor:
 
 
 class _FrameTower(TemporalTower):
-    """What the vision models have in common; :meth:`_encode` and :meth:`_pool` are the rest."""
+    """Base of the expanded vision models.
+
+    A subclass has the methods ``_encode(tokens, **kwargs)``, which returns the output of the last
+    layer for embedded tokens ``[B, T, N, D]``, and ``_pool(hidden)``, which returns the last hidden
+    states of the model ``[B, T, N, D]`` and the pooled features.
+    """
 
     def forward(self, pixel_values: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Frames' ``pooler_output`` ``[B, T, D]`` and ``last_hidden_state`` ``[B, T, N, D]``.
+        """Return ``pooler_output`` ``[B, T, D]`` and ``last_hidden_state`` ``[B, T, N, D]``.
+
+        The outputs for images ``[B, C, H, W]`` have no axis T.
 
         Raises:
-            VideoShapeError: neither an image batch nor a video of the tower's frame size.
-            UsageError: ``output_attentions`` or ``attention_mask`` with a video.
+            VideoShapeError: if ``pixel_values`` is not an image batch or a video of the tower's
+                frame size.
+            UsageError: if ``output_attentions`` or ``attention_mask`` is given with a video.
         """
         images = isinstance(pixel_values, Tensor) and pixel_values.ndim == 4
         if images or pixel_values is None:
             return super().forward(pixel_values, *args, **kwargs)  # type: ignore[misc]
         return _video_outputs(self, pixel_values, *args, **kwargs)
 
-    def _encode(self, tokens: Tensor, **kwargs: Any) -> Tensor:
-        """What the last layer makes of embedded frames ``[B, T, N, D]``."""
-        raise NotImplementedError
-
-    def _pool(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Last hidden states ``[B, T, N, D]`` as the model gives them, and pooled ones."""
-        raise NotImplementedError
-
 
 class TemporalCLIPVisionModel(_FrameTower, CLIPVisionModel):  # type: ignore[misc]
-    """``CLIPVisionModel`` for videos ``[B, T, C, H, W]`` and images alike."""
+    """``CLIPVisionModel`` for videos ``[B, T, C, H, W]`` and images."""
 
     def _encode(self, tokens: Tensor, **kwargs: Any) -> Tensor:
         tokens = self.pre_layrnorm(tokens)
@@ -107,7 +109,7 @@ class TemporalCLIPVisionModel(_FrameTower, CLIPVisionModel):  # type: ignore[mis
 
 
 class TemporalSiglipVisionModel(_FrameTower, SiglipVisionModel):  # type: ignore[misc]
-    """``SiglipVisionModel`` for videos ``[B, T, C, H, W]`` and images alike."""
+    """``SiglipVisionModel`` for videos ``[B, T, C, H, W]`` and images."""
 
     def _encode(self, tokens: Tensor, **kwargs: Any) -> Tensor:
         hidden: Tensor = self.encoder(inputs_embeds=tokens, **kwargs).last_hidden_state
@@ -125,11 +127,11 @@ def _video_outputs(
     tower: Any, video: Tensor, interpolate_pos_encoding: bool | None = False, **kwargs: Any
 ) -> BaseModelOutputWithPooling:
     if kwargs.get("attention_mask") is not None:
-        raise UsageError("attention_mask is for images; a video takes none.")
+        raise UsageError("attention_mask is for images only. Leave it out for videos.")
     if kwargs.get("output_attentions", getattr(tower.config, "output_attentions", False)):
         raise UsageError(
-            "output_attentions is for images: the fused attention over a video's frames never "
-            "holds its weights. Turn it off for videos."
+            "output_attentions is for images only. Attention over the frames of a video never "
+            "computes the matrix of attention weights. Turn it off for videos."
         )
     _require_video(tower, video, bool(interpolate_pos_encoding))
     tokens = tower.embeddings(
@@ -140,22 +142,66 @@ def _video_outputs(
     return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=pooled)
 
 
+# --- towers with prompts -----------------------------------------------------------------------
+
+
+class _PromptedFrameTower(PromptedTower):
+    """Base of the vision models with prompts."""
+
+    def forward(self, pixel_values: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Return ``pooler_output`` ``[B, T, D]`` and ``last_hidden_state`` ``[B, T, N, D]``.
+
+        Images ``[B, C, H, W]`` are encoded as clips of one frame. Their outputs have no axis T.
+
+        Raises:
+            VideoShapeError: if ``pixel_values`` is not an image batch or a video of the tower's
+                frame size, or if the prompts do not support the number of frames.
+            UsageError: if ``output_hidden_states``, ``output_attentions`` or ``attention_mask`` is
+                given.
+        """
+        default = getattr(self.config, "output_hidden_states", False)  # type: ignore[attr-defined]
+        if kwargs.get("output_hidden_states", default):
+            raise UsageError(
+                "output_hidden_states does not support prompts. Turn it off, or detach the prompts "
+                "first: openvclip.prompting.detach(model)."
+            )
+        if not isinstance(pixel_values, Tensor) or pixel_values.ndim != 4:
+            return super().forward(pixel_values, *args, **kwargs)  # type: ignore[misc]
+        outputs = super().forward(pixel_values.unsqueeze(1), *args, **kwargs)  # type: ignore[misc]
+        if isinstance(outputs, tuple):
+            return tuple(output.squeeze(1) for output in outputs)
+        return BaseModelOutputWithPooling(**{n: x.squeeze(1) for n, x in outputs.items()})
+
+    def _encode(self, tokens: Tensor, **kwargs: Any) -> Tensor:
+        layers = self.encoder.layers  # type: ignore[attr-defined]
+        # Layers of transformers do activation checkpointing themselves.
+        blocks = [partial(layer, attention_mask=None, **kwargs) for layer in layers]
+        return self._through(tokens, getattr(self, "pre_layrnorm", nn.Identity()), blocks)
+
+
+class PromptedCLIPVisionModel(_PromptedFrameTower, TemporalCLIPVisionModel):
+    """``CLIPVisionModel`` with prompts, for videos ``[B, T, C, H, W]`` and images."""
+
+
+class PromptedTemporalCLIPVisionModel(PromptedExpandedTower, PromptedCLIPVisionModel):
+    """An expanded ``CLIPVisionModel`` with prompts."""
+
+
+class PromptedSiglipVisionModel(_PromptedFrameTower, TemporalSiglipVisionModel):
+    """``SiglipVisionModel`` with prompts, for videos ``[B, T, C, H, W]`` and images."""
+
+
+class PromptedTemporalSiglipVisionModel(PromptedExpandedTower, PromptedSiglipVisionModel):
+    """An expanded ``SiglipVisionModel`` with prompts."""
+
+
+# --- the family --------------------------------------------------------------------------------
+
+
 def _require_video(tower: Any, video: Tensor, any_size: bool = False) -> None:
     size = tower.embeddings.image_size
-    # Without a weight to compare: the embeddings convert the pixels to the dtype of theirs.
+    # The dtype is not checked, because the embeddings convert the frames to their dtype.
     require_video(video, None if any_size else (size, size))
-
-
-def take_the_place_of(plain: Any, other: Any) -> None:
-    """Let transformers take the class ``other`` for the class of its own that it stands for."""
-    # transformers writes a model's class name into the config that it saves, and looks up by the
-    # class which outputs (hidden_states, attentions) a model can record.
-    other.__name__ = plain.__name__
-    _CAN_RECORD_REGISTRY.update({str(other): plain._can_record_outputs})
-
-
-take_the_place_of(CLIPVisionModel, TemporalCLIPVisionModel)
-take_the_place_of(SiglipVisionModel, TemporalSiglipVisionModel)
 
 
 def _attentions(tower: Any) -> list[nn.Module]:
@@ -183,8 +229,44 @@ def _pooled(outputs: Any) -> Any:
     return getattr(outputs, "pooler_output", outputs)
 
 
+def _facts(tower: Any) -> TowerFacts:
+    embeddings, layers = tower.embeddings, tower.encoder.layers
+    class_token = getattr(embeddings, "class_embedding", None)
+    return TowerFacts(
+        width=embeddings.embed_dim,
+        layers=len(layers),
+        heads=layers[0].self_attn.num_heads,
+        patch_size=(embeddings.patch_size,) * 2,
+        image_size=(embeddings.image_size,) * 2,
+        feature_size=None,
+        prefix=0 if class_token is None else 1,
+        class_token=class_token is not None,
+        first_weight=embeddings.patch_embedding.weight if class_token is None else class_token,
+    )
+
+
+def _register_as(plain: Any, changed: Any) -> None:
+    """Make transformers treat the class ``changed`` like the class ``plain`` of transformers.
+
+    transformers writes the name of a model's class into the saved config. It also looks up by class
+    which outputs (hidden_states, attentions) a model can record.
+    """
+    changed.__name__ = plain.__name__
+    _CAN_RECORD_REGISTRY.update({str(changed): plain._can_record_outputs})
+
+
+for _plain, _changed in (
+    (CLIPVisionModel, TemporalCLIPVisionModel),
+    (CLIPVisionModel, PromptedCLIPVisionModel),
+    (CLIPVisionModel, PromptedTemporalCLIPVisionModel),
+    (SiglipVisionModel, TemporalSiglipVisionModel),
+    (SiglipVisionModel, PromptedSiglipVisionModel),
+    (SiglipVisionModel, PromptedTemporalSiglipVisionModel),
+):
+    _register_as(_plain, _changed)
+
+
 FAMILY = Family(
-    name="hf",
     towers={
         CLIPVisionModel: TemporalCLIPVisionModel,
         SiglipVisionModel: TemporalSiglipVisionModel,
@@ -193,9 +275,16 @@ FAMILY = Family(
         CLIPAttention: TemporalCLIPAttention,
         SiglipAttention: TemporalSiglipAttention,
     },
+    prompted={
+        CLIPVisionModel: PromptedCLIPVisionModel,
+        TemporalCLIPVisionModel: PromptedTemporalCLIPVisionModel,
+        SiglipVisionModel: PromptedSiglipVisionModel,
+        TemporalSiglipVisionModel: PromptedTemporalSiglipVisionModel,
+    },
     layers=_attentions,
     expected="transformers' CLIPAttention or SiglipAttention",
     require=_require_video,
     encoder=_encoder,
+    facts=_facts,
     pooling=(CLIPForImageClassification, SiglipForImageClassification),
 )

@@ -1,9 +1,11 @@
-"""open_clip's own ``VisionTransformer`` (OpenAI, LAION, DataComp, MetaCLIP, CoCa, ...)."""
+"""open_clip's ``VisionTransformer`` (OpenAI, LAION, DataComp, MetaCLIP, CoCa, ...)."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+import torch
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import Attention, VisionTransformer
@@ -11,29 +13,29 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from openvclip.errors import UnsupportedModelError
-from openvclip.towers.attention import (
-    TemporalTower,
-    require_video,
-    temporal_attention,
-)
-from openvclip.towers.family import Encoder, Family, call
+from openvclip.towers.attention import temporal_attention
+from openvclip.towers.checks import require_video
+from openvclip.towers.family import Encoder, Family, TemporalTower, TowerFacts, call
+from openvclip.towers.prompted import PromptedExpandedTower, PromptedTower
 from openvclip.towers.view import FrameView
+
+# --- expanded towers ---------------------------------------------------------------------------
 
 
 class TemporalMultiheadAttention(nn.MultiheadAttention):
-    """``nn.MultiheadAttention`` that attends over neighbouring frames where it is given frames.
+    """``nn.MultiheadAttention`` over neighbouring frames.
 
-    Tokens ``[B, T, N, D]`` (``[T, B, N, D]`` with ``batch_first=False``) are frames of clips;
-    anything else goes to the parent class untouched.
+    Tokens of videos are ``[B, T, N, D]``, with ``batch_first=False`` ``[T, B, N, D]``. Tensors with
+    another number of axes are passed to ``nn.MultiheadAttention``.
     """
 
     view: FrameView
 
     def forward(self, query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """Self-attention of the frames; see ``nn.MultiheadAttention`` for everything else."""
+        """Compute self-attention of a video, or call ``nn.MultiheadAttention``."""
         if query.ndim != 4:
-            plain: tuple[Tensor, Tensor | None] = super().forward(query, *args, **kwargs)
-            return plain
+            output: tuple[Tensor, Tensor | None] = super().forward(query, *args, **kwargs)
+            return output
         x = query if self.batch_first else query.transpose(0, 1)
         qkv = functional.linear(x, self.in_proj_weight, self.in_proj_bias)
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
@@ -44,15 +46,18 @@ class TemporalMultiheadAttention(nn.MultiheadAttention):
 
 
 class TemporalAttention(Attention):  # type: ignore[misc]
-    """open_clip's ``Attention`` (q/k norm, scaled cosine, head scale, inner norm), likewise."""
+    """open_clip's ``Attention`` over neighbouring frames.
+
+    All its options are supported: q/k norm, scaled cosine, head scale and inner norm.
+    """
 
     view: FrameView
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        """Self-attention of frames ``[B, T, N, D]``; other ranks go to the parent class."""
+        """Compute self-attention of a video ``[B, T, N, D]``, or call ``Attention``."""
         if x.ndim != 4:
-            plain: Tensor = super().forward(x, attn_mask=attn_mask)
-            return plain
+            output: Tensor = super().forward(x, attn_mask=attn_mask)
+            return output
         qkv = functional.linear(x, self.in_proj_weight, self.in_proj_bias)
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
         q, k, scale = self._normalised(q, k)
@@ -65,27 +70,28 @@ class TemporalAttention(Attention):  # type: ignore[misc]
         return out
 
     def _normalised(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, float | None]:
+        """Return normalised queries and keys, and the factor of their scores."""
         if self.logit_scale is None:
             return self.ln_q(q), self.ln_k(k), None
-        # The scale is learned for each head: it goes into the queries, and SDPA's stays 1.
-        factor = self.logit_scale.clamp(max=self.logit_scale_max).exp().view(-1, 1)
-        return functional.normalize(q, dim=-1) * factor, functional.normalize(k, dim=-1), 1.0
+        # The learned scale of each head is multiplied into the queries, so the factor is 1.
+        scale = self.logit_scale.clamp(max=self.logit_scale_max).exp().view(-1, 1)
+        return functional.normalize(q, dim=-1) * scale, functional.normalize(k, dim=-1), 1.0
 
 
 class TemporalVisionTransformer(TemporalTower, VisionTransformer):  # type: ignore[misc]
-    """open_clip's ``VisionTransformer`` for videos ``[B, T, C, H, W]`` and images alike."""
+    """open_clip's ``VisionTransformer`` for videos ``[B, T, C, H, W]`` and images."""
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """Features of each frame ``[B, T, D]`` for a video; plain CLIP for ``[B, C, H, W]``.
+        """Return the features ``[B, T, D]`` of a video, or ``[B, D]`` of images ``[B, C, H, W]``.
 
-        With ``output_tokens`` the patch tokens ``[B, T, N, D]`` come second.
+        With ``output_tokens`` the second result is the patch tokens ``[B, T, N, D]``.
 
         Raises:
-            VideoShapeError: neither an image batch nor a video of the tower's frame size.
+            VideoShapeError: if ``x`` is not an image batch or a video of the tower's frame size.
         """
         if isinstance(x, Tensor) and x.ndim == 4:
-            plain: Tensor | tuple[Tensor, Tensor] = super().forward(x)
-            return plain
+            output: Tensor | tuple[Tensor, Tensor] = super().forward(x)
+            return output
         _require_video(self, x)
         clips = x.shape[:2]
         tokens = self._embeds(x.flatten(0, 1)).unflatten(0, clips)
@@ -95,6 +101,63 @@ class TemporalVisionTransformer(TemporalTower, VisionTransformer):  # type: igno
             pooled = pooled @ self.proj
         pooled = pooled.unflatten(0, clips)
         return (pooled, rest.unflatten(0, clips)) if self.output_tokens else pooled
+
+
+# --- towers with prompts -----------------------------------------------------------------------
+
+
+class PromptedVisionTransformer(PromptedTower, VisionTransformer):  # type: ignore[misc]
+    """open_clip's ``VisionTransformer`` with prompts, for videos ``[B, T, C, H, W]`` and images."""
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the features ``[B, T, D]`` of a video, or ``[B, D]`` of images ``[B, C, H, W]``.
+
+        An image is encoded as a clip of one frame. With ``output_tokens`` the second result is the
+        patch tokens ``[B, T, N, D]``.
+
+        Raises:
+            VideoShapeError: if ``x`` is not an image batch or a video of the tower's frame size, or
+                if the prompts do not support the number of frames.
+        """
+        video = x.unsqueeze(1) if isinstance(x, Tensor) and x.ndim == 4 else x
+        _require_video(self, video)
+        clips = video.shape[:2]
+        tokens = self._embedded(video.flatten(0, 1)).unflatten(0, clips)
+        layers = range(len(self.transformer.resblocks))
+        blocks = [partial(run_block, self.transformer, layer) for layer in layers]
+        checkpointing = self.transformer.grad_checkpointing
+        tokens = self._through(tokens, self.ln_pre, blocks, checkpointing)
+        pooled, rest = self._pool(tokens.flatten(0, 1))
+        if self.proj is not None:
+            pooled = pooled @ self.proj
+        if x.ndim != 4:
+            pooled, rest = pooled.unflatten(0, clips), rest.unflatten(0, clips)
+        return (pooled, rest) if self.output_tokens else pooled
+
+    def _embedded(self, images: Tensor) -> Tensor:
+        """Return class and patch tokens ``[n, N, W]`` with their positions, before ``ln_pre``."""
+        patches = self.conv1(images).flatten(2).transpose(1, 2)
+        position = self.positional_embedding.to(patches.dtype)
+        first = (self.class_embedding.to(patches.dtype) + position[0]).expand(len(images), 1, -1)
+        tokens: Tensor = self.patch_dropout(torch.cat([first, patches + position[1:]], dim=1))
+        return tokens
+
+
+class PromptedTemporalVisionTransformer(PromptedExpandedTower, PromptedVisionTransformer):
+    """An expanded ``VisionTransformer`` with prompts."""
+
+
+def run_block(transformer: Any, layer: int, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    """Run one block of an open_clip ``Transformer`` on tokens with the batch axis first."""
+    block = transformer.resblocks[layer]
+    if transformer.batch_first:
+        output: Tensor = block(x, attn_mask=attn_mask)
+        return output
+    sequence_first: Tensor = block(x.transpose(0, 1), attn_mask=attn_mask)
+    return sequence_first.transpose(0, 1)
+
+
+# --- the family --------------------------------------------------------------------------------
 
 
 def _require_video(tower: Any, video: Tensor) -> None:
@@ -113,7 +176,8 @@ def _require_packed(index: int, attention: nn.MultiheadAttention) -> None:
     if attention.in_proj_weight is None or attention.bias_k is not None or attention.add_zero_attn:
         raise UnsupportedModelError(
             f"Layer {index} of the tower has an attention with separate key and value widths, "
-            "bias_k or add_zero_attn, which no CLIP uses; it can't be expanded."
+            "bias_k or add_zero_attn; it can't be expanded. No released CLIP uses these options. "
+            "Build the tower without them."
         )
 
 
@@ -121,15 +185,34 @@ def _encoder(model: nn.Module) -> Encoder | None:
     return call if isinstance(model, (VisionTransformer, TimmModel, ModifiedResNet)) else None
 
 
+def _facts(tower: Any) -> TowerFacts:
+    blocks = tower.transformer.resblocks
+    return TowerFacts(
+        width=tower.transformer.width,
+        layers=len(blocks),
+        heads=blocks[0].attn.num_heads,
+        patch_size=tower.patch_size,
+        image_size=tower.image_size,
+        feature_size=tower.output_dim,
+        prefix=1,
+        class_token=True,
+        first_weight=tower.class_embedding,
+    )
+
+
 FAMILY = Family(
-    name="open_clip",
     towers={VisionTransformer: TemporalVisionTransformer},
     attentions={
         nn.MultiheadAttention: TemporalMultiheadAttention,
         Attention: TemporalAttention,
     },
+    prompted={
+        VisionTransformer: PromptedVisionTransformer,
+        TemporalVisionTransformer: PromptedTemporalVisionTransformer,
+    },
     layers=_attentions,
     expected="torch.nn.MultiheadAttention or open_clip's Attention",
     require=_require_video,
     encoder=_encoder,
+    facts=_facts,
 )

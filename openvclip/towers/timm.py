@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,29 +15,29 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from openvclip.errors import UnsupportedModelError, UsageError, VideoShapeError
-from openvclip.towers.attention import (
-    TemporalTower,
-    require_video,
-    temporal_attention,
-)
-from openvclip.towers.family import Encoder, Family, call
+from openvclip.towers.attention import temporal_attention
+from openvclip.towers.checks import require_video
+from openvclip.towers.family import Encoder, Family, TemporalTower, TowerFacts, call
+from openvclip.towers.prompted import PromptedExpandedTower, PromptedTower
 from openvclip.towers.view import FrameView
 
-# Other blocks (parallel ones) work on their queries and keys themselves.
+# Other blocks, such as parallel blocks, compute attention themselves.
 _BLOCKS = (Block, ResPostBlock, EvaBlock, EvaBlockPostNorm)
+
+# --- expanded towers ---------------------------------------------------------------------------
 
 
 class _FrameAttention:
-    """Self-attention that sees the neighbouring frames where it is given frames."""
+    """Self-attention over neighbouring frames for tokens ``[B, T, N, D]``."""
 
     view: FrameView
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Self-attention of frames ``[B, T, N, D]``; other ranks go to the parent class."""
+        """Compute self-attention of a video ``[B, T, N, D]``, or call the plain attention."""
         if x.ndim == 4:
             return _attend(self, x, *args, **kwargs)
-        plain: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        return plain
+        output: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        return output
 
 
 class TemporalAttention(_FrameAttention, Attention):  # type: ignore[misc]
@@ -58,9 +59,10 @@ def _attend(
     attn_mask: None = None,
     is_causal: bool = False,
 ) -> Tensor:
-    """What the attentions of timm have in common, for tokens ``[B, T, N, D]``.
+    """Compute self-attention of tokens ``[B, T, N, D]`` with any attention of timm.
 
-    The blocks always pass the last two, and the towers refuse them for videos.
+    ``attn_mask`` and ``is_causal`` are unused. The blocks of timm always pass them, and the towers
+    reject other values than the defaults for videos.
     """
     gate = getattr(attn, "gate", None)
     q, k, v = _projected(attn, x)
@@ -79,7 +81,7 @@ def _attend(
 
 
 def _projected(attn: Any, x: Tensor) -> Sequence[Tensor]:
-    """Queries, keys and values ``[B, T, N, heads, d]``."""
+    """Return queries, keys and values ``[B, T, N, heads, d]``."""
     if attn.qkv is None:
         layers = (attn.q_proj, attn.k_proj, attn.v_proj)
         return [layer(x).unflatten(-1, (-1, attn.head_dim)) for layer in layers]
@@ -88,7 +90,7 @@ def _projected(attn: Any, x: Tensor) -> Sequence[Tensor]:
     else:
         bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
         if attn.qkv_bias_separate:
-            qkv = attn.qkv(x).add_(bias)  # in place: autocast's dtype is that of the projection
+            qkv = attn.qkv(x).add_(bias)  # in place, to keep the dtype of the projection (autocast)
         else:
             qkv = functional.linear(x, attn.qkv.weight, bias)
     parts: Sequence[Tensor] = qkv.unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(-3)
@@ -96,10 +98,10 @@ def _projected(attn: Any, x: Tensor) -> Sequence[Tensor]:
 
 
 def _rotated(attn: Any, x: Tensor, rope: Tensor) -> Tensor:
-    """Rotary embedding of the patch tokens of ``[B, T, N, heads, d]``.
+    """Apply the rotary embedding to the patch tokens of ``[B, T, N, heads, d]``.
 
-    timm's angles are ``[N, 2 d]``, or end in ``[heads or 1, N, 2 d]`` (of the layer, or of each
-    frame where patches are dropped).
+    timm's angles have the shape ``[N, 2 d]`` or ``[..., heads or 1, N, 2 d]``. The latter are the
+    angles of a layer, or of each frame if patches are dropped.
     """
     angles = rope.unsqueeze(-2) if rope.ndim == 2 else rope.transpose(-2, -3)
     prefix, patches = x[..., : attn.num_prefix_tokens, :, :], x[..., attn.num_prefix_tokens :, :, :]
@@ -108,37 +110,36 @@ def _rotated(attn: Any, x: Tensor, rope: Tensor) -> Tensor:
 
 
 class _FrameTower(TemporalTower):
-    """What the towers have in common; :meth:`_through_blocks` is the rest."""
+    """Base of the expanded towers."""
 
     norm: nn.Module
+    _through_blocks: Callable[[Tensor], Tensor]
+    """Method of the subclass. It returns the output of the last block for a video."""
 
     def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Tokens of each frame ``[B, T, N, D]`` for a video; plain timm for ``[B, C, H, W]``.
+        """Return the tokens ``[B, T, N, D]`` of a video, or ``[B, N, D]`` of images.
 
         Raises:
-            VideoShapeError: neither an image batch nor a video that fits the tower.
-            UsageError: an attention mask with a video.
+            VideoShapeError: if ``x`` is not an image batch or a video that the tower supports.
+            UsageError: if an attention mask is given with a video.
         """
         if isinstance(x, Tensor) and x.ndim == 4:
-            plain: Tensor = super().forward_features(x, *args, **kwargs)  # type: ignore[misc]
-            return plain
+            output: Tensor = super().forward_features(x, *args, **kwargs)  # type: ignore[misc]
+            return output
         _require_video(self, x)
         _require_no_mask(args, kwargs)
         tokens: Tensor = self.norm(self._through_blocks(x))
         return tokens
 
     def forward_head(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Feature of each frame ``[B, T, D]`` from tokens ``[B, T, N, D]``; images as before."""
+        """Return the features ``[B, T, D]`` of tokens ``[B, T, N, D]``, or of images' tokens."""
         flat = x.flatten(0, 1) if x.ndim == 4 else x
         out: Tensor = super().forward_head(flat, *args, **kwargs)  # type: ignore[misc]
         return out.unflatten(0, x.shape[:2]) if x.ndim == 4 else out
 
-    def _through_blocks(self, video: Tensor) -> Tensor:
-        raise NotImplementedError
-
 
 class TemporalVisionTransformer(_FrameTower, VisionTransformer):  # type: ignore[misc]
-    """timm's ``VisionTransformer`` for videos ``[B, T, C, H, W]`` and images alike."""
+    """timm's ``VisionTransformer`` for videos ``[B, T, C, H, W]`` and images."""
 
     def _through_blocks(self, video: Tensor) -> Tensor:
         tokens = self.patch_drop(self._pos_embed(self.patch_embed(video.flatten(0, 1))))
@@ -151,13 +152,13 @@ class TemporalVisionTransformer(_FrameTower, VisionTransformer):  # type: ignore
 
 
 class TemporalEva(_FrameTower, Eva):  # type: ignore[misc]
-    """timm's ``Eva`` for videos ``[B, T, C, H, W]`` and images alike."""
+    """timm's ``Eva`` for videos ``[B, T, C, H, W]`` and images."""
 
     def _through_blocks(self, video: Tensor) -> Tensor:
         clips = video.shape[:2]
         tokens, rope = self._pos_embed(self.patch_embed(video.flatten(0, 1)))
         tokens = self.norm_pre(tokens).unflatten(0, clips)
-        for block, angles in zip(self.blocks, rope_by_layer(self, rope, clips), strict=True):
+        for block, angles in zip(self.blocks, _rope_by_layer(self, rope, clips), strict=True):
             if self.grad_checkpointing:
                 tokens = checkpoint(block, tokens, rope=angles)
             else:
@@ -165,13 +166,92 @@ class TemporalEva(_FrameTower, Eva):  # type: ignore[misc]
         return tokens  # type: ignore[no-any-return]
 
 
-def rope_by_layer(tower: Any, rope: Tensor | None, clips: torch.Size) -> list[Tensor | None]:
-    """The rotary angles of each layer; where each frame has its own, ``[B, T, ...]``."""
+def _rope_by_layer(tower: Any, rope: Tensor | None, clips: torch.Size) -> list[Tensor | None]:
+    """Return the rotary angles of each layer.
+
+    If the angles differ between frames, the angles of a layer are ``[B, T, ...]``.
+    """
     if rope is None:
         return [None] * len(tower.blocks)
     mixed = getattr(tower, "rope_mixed", False)
     layers = list(rope.unbind(0)) if mixed else [rope] * len(tower.blocks)
     return [angles.unflatten(0, clips) if angles.ndim == 4 else angles for angles in layers]
+
+
+# --- towers with prompts -----------------------------------------------------------------------
+
+
+class _PromptedFrameTower(PromptedTower):
+    """Base of the towers with prompts."""
+
+    def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return class and patch tokens: ``[B, T, N, D]`` of a video, ``[B, N, D]`` of images.
+
+        Raises:
+            VideoShapeError: if ``x`` is not an image batch or a video that the tower supports, or
+                if the prompts do not support the number of frames.
+            UsageError: if an attention mask is given.
+        """
+        video = x.unsqueeze(1) if isinstance(x, Tensor) and x.ndim == 4 else x
+        tokens: Tensor = super().forward_features(video, *args, **kwargs)  # type: ignore[misc]
+        return tokens.squeeze(1) if x.ndim == 4 else tokens
+
+
+class PromptedVisionTransformer(_PromptedFrameTower, TemporalVisionTransformer):
+    """timm's ``VisionTransformer`` with prompts, for videos ``[B, T, C, H, W]`` and images."""
+
+    def _through_blocks(self, video: Tensor) -> Tensor:
+        tokens = self.patch_drop(self._pos_embed(self.patch_embed(video.flatten(0, 1))))
+        tokens = tokens.unflatten(0, video.shape[:2])
+        return self._through(tokens, self.norm_pre, list(self.blocks), self.grad_checkpointing)
+
+
+class PromptedTemporalVisionTransformer(PromptedExpandedTower, PromptedVisionTransformer):
+    """An expanded ``VisionTransformer`` with prompts."""
+
+
+class PromptedEva(_PromptedFrameTower, TemporalEva):
+    """timm's ``Eva`` with prompts, for videos ``[B, T, C, H, W]`` and images."""
+
+    def _through_blocks(self, video: Tensor) -> Tensor:
+        clips = video.shape[:2]
+        tokens, rope = self._pos_embed(self.patch_embed(video.flatten(0, 1)))
+        blocks = [
+            partial(_run_eva_block, block, angles, self.num_prefix_tokens)
+            for block, angles in zip(self.blocks, _rope_by_layer(self, rope, clips), strict=True)
+        ]
+        tokens = tokens.unflatten(0, clips)
+        return self._through(tokens, self.norm_pre, blocks, self.grad_checkpointing)
+
+
+class PromptedTemporalEva(PromptedExpandedTower, PromptedEva):
+    """An expanded ``Eva`` with prompts."""
+
+
+def _run_eva_block(block: nn.Module, angles: Tensor | None, prefix: int, x: Tensor) -> Tensor:
+    """Run a block that rotates the patch tokens, but not the prompts after them."""
+    if angles is not None:
+        if angles.ndim == 5 and x.ndim == 3:  # angles of each frame, and frames as a batch
+            angles = angles.flatten(0, 1)
+        angles = _with_zero_angles(angles, x.shape[-2] - prefix)
+    out: Tensor = block(x, rope=angles)
+    return out
+
+
+def _with_zero_angles(angles: Tensor, n_tokens: int) -> Tensor:
+    """Extend angles ``[..., N, 2 d]`` (sines, then cosines) to ``n_tokens`` with zero angles.
+
+    Prompts stand after the patch tokens and have no position in the image. With zero angles their
+    queries and keys are not changed.
+    """
+    padding = (0, 0, 0, n_tokens - angles.shape[-2])
+    sines, cosines = angles.chunk(2, dim=-1)
+    return torch.cat(
+        [functional.pad(sines, padding), functional.pad(cosines, padding, value=1.0)], dim=-1
+    )
+
+
+# --- the family --------------------------------------------------------------------------------
 
 
 def _require_video(tower: Any, video: Tensor) -> None:
@@ -188,20 +268,20 @@ def _require_video(tower: Any, video: Tensor) -> None:
 
 
 def _require_no_mask(args: Any, kwargs: dict[str, Any]) -> None:
-    """Raise unless a video comes without ``attn_mask`` and ``is_causal``."""
+    """Raise :class:`UsageError` if ``attn_mask`` or ``is_causal`` is given."""
     if any(option is not None and option is not False for option in (*args, *kwargs.values())):
         raise UsageError(
-            "attn_mask and is_causal are for images; a video takes neither, nor does a tower with "
-            "prompts."
+            "attn_mask and is_causal are for images only. They are supported neither for videos "
+            "nor for towers with prompts. Leave them out."
         )
 
 
 def _attentions(tower: Any) -> list[nn.Module]:
     blocks = list(tower.blocks)
-    other = [block for block in blocks if type(block) not in _BLOCKS]
-    if other:
+    unknown = [block for block in blocks if type(block) not in _BLOCKS]
+    if unknown:
         raise UnsupportedModelError(
-            f"The tower is made of {type(other[0]).__name__} blocks, which can't be expanded; "
+            f"The tower is made of {type(unknown[0]).__name__} blocks, which can't be expanded; "
             "expected " + ", ".join(block.__name__ for block in _BLOCKS) + "."
         )
     return [block.attn for block in blocks]
@@ -211,16 +291,37 @@ def _encoder(model: nn.Module) -> Encoder | None:
     return call if isinstance(model, (VisionTransformer, Eva)) else None
 
 
+def _facts(tower: Any) -> TowerFacts:
+    embed, class_token = tower.patch_embed, tower.cls_token
+    return TowerFacts(
+        width=tower.embed_dim,
+        layers=len(tower.blocks),
+        heads=tower.blocks[0].attn.num_heads,
+        patch_size=embed.feat_ratio(as_scalar=False),
+        image_size=embed.img_size,
+        feature_size=tower.num_classes or None,
+        prefix=tower.num_prefix_tokens,
+        class_token=class_token is not None,
+        first_weight=next(embed.parameters()) if class_token is None else class_token,
+    )
+
+
 FAMILY = Family(
-    name="timm",
     towers={VisionTransformer: TemporalVisionTransformer, Eva: TemporalEva},
     attentions={
         Attention: TemporalAttention,
         EvaAttention: TemporalEvaAttention,
         AttentionRope: TemporalAttentionRope,
     },
+    prompted={
+        VisionTransformer: PromptedVisionTransformer,
+        TemporalVisionTransformer: PromptedTemporalVisionTransformer,
+        Eva: PromptedEva,
+        TemporalEva: PromptedTemporalEva,
+    },
     layers=_attentions,
     expected="timm's Attention, EvaAttention or AttentionRope",
     require=_require_video,
     encoder=_encoder,
+    facts=_facts,
 )

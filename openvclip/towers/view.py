@@ -1,4 +1,4 @@
-"""Which frames the tokens of a frame attend to."""
+"""The frames that the tokens of a frame attend to."""
 
 from __future__ import annotations
 
@@ -8,29 +8,41 @@ from typing import Literal, get_args
 from openvclip.errors import ExpansionOptionError
 
 Boundary = Literal["zero", "mask", "replicate"]
+"""How temporal attention treats the frames in view that lie outside the clip.
+
+- ``"zero"``: their keys and values are zero vectors, which take part in the softmax.
+- ``"mask"``: they get no attention weight.
+- ``"replicate"``: the first or the last frame of the clip is repeated.
+"""
 
 
 @dataclass(frozen=True)
 class FrameView:
-    """Which frames the tokens of a frame attend to.
+    """The frames that the tokens of a frame attend to.
 
-    Attributes:
-        window: frames on either side; 0 is plain CLIP, each frame on its own.
-        boundary: what stands for frames outside the clip: ``"zero"`` (zero key and value
-            vectors), ``"mask"`` (nothing) or ``"replicate"`` (the end frame again).
+    Args:
+        window: number of frames on either side. With 0 each frame attends to itself alone, as in
+            the original CLIP. Default: 1.
+        boundary: how frames outside the clip are treated, see :data:`Boundary`.
+            Default: ``"zero"``.
+
+    Raises:
+        ExpansionOptionError: if ``window`` or ``boundary`` is out of range.
     """
 
     window: int = 1
     boundary: Boundary = "zero"
 
     def __post_init__(self) -> None:
-        if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 0:
-            raise ExpansionOptionError(
-                f"window={self.window!r}: expected a number of frames on either side, 1 or more."
-            )
+        require_window(self.window, minimum=0)
         if self.boundary not in get_args(Boundary):
-            raise ExpansionOptionError(
-                f"boundary={self.boundary!r}: expected one of "
-                + ", ".join(repr(name) for name in get_args(Boundary))
-                + "."
-            )
+            names = ", ".join(repr(name) for name in get_args(Boundary))
+            raise ExpansionOptionError(f"boundary={self.boundary!r}: expected one of {names}.")
+
+
+def require_window(window: object, minimum: int = 1) -> None:
+    """Raise :class:`ExpansionOptionError` unless ``window`` is an int of at least ``minimum``."""
+    if isinstance(window, bool) or not isinstance(window, int) or window < minimum:
+        raise ExpansionOptionError(
+            f"window={window!r}: expected a number of frames on either side, {minimum} or more."
+        )

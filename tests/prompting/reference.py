@@ -1,4 +1,4 @@
-"""Tiny models for prompts, and what the papers' prompts compute, in plain loops in float64."""
+"""Tiny models, and reference implementations of the papers' prompts: loops in float64."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def words_of(text: str) -> list[int]:
 
 
 def word_tokenizer(texts: list[str]) -> Tensor:
-    """A token a word, as in CLIP: a start token, the words, an end token with the largest id."""
+    """One token per word between a start token and an end token with the largest id, as in CLIP."""
     tokens = torch.zeros(len(texts), CONTEXT, dtype=torch.long)
     for row, text in zip(tokens, texts, strict=True):
         ids = [START, *words_of(text)[: CONTEXT - 2], END]
@@ -54,7 +54,7 @@ def norm(layer: Any, x: Tensor) -> Tensor:
 
 
 def attend(attn: Any, queries: Tensor, seen: list[Tensor]) -> Tensor:
-    """Each query ``[N, W]`` over the tokens that it sees, ``seen[n]`` being ``[M, W]``."""
+    """Attention of query n of ``[N, W]`` over the tokens ``seen[n]``, ``[M, W]``."""
     weight, bias = attn.in_proj_weight.double(), attn.in_proj_bias.double()
     width = queries.shape[-1]
     d = width // attn.num_heads
@@ -119,7 +119,7 @@ def vifi_frames(tower: Any, prompts: Tensor, video: Tensor) -> Tensor:
 
 @torch.no_grad()
 def vita_frames(tower: Any, prompts: Any, video: Tensor) -> Tensor:
-    """Features ``[B, T, D]``: tokens query themselves and the prompts, which are then gone."""
+    """Features ``[B, T, D]``: tokens attend to tokens and prompts. No prompt leaves its layer."""
     features = []
     for clip in video:
         x = patches_of(tower, clip)
@@ -127,10 +127,10 @@ def vita_frames(tower: Any, prompts: Any, video: Tensor) -> Tensor:
             x = x + nearest(prompts.time_embedding.double(), len(clip))[:, None]
         x = norm(tower.ln_pre, x)
         for layer, block in enumerate(tower.transformer.resblocks):
-            shared, own = vita_prompts(prompts, layer, x[:, 0])
+            shared, single = vita_prompts(prompts, layer, x[:, 0])
             frames = []
             for t in range(len(clip)):
-                tokens = torch.cat([x[t], shared, own[t]])
+                tokens = torch.cat([x[t], shared, single[t]])
                 z = norm(block.ln_1, tokens)
                 n = x.shape[1]
                 frames.append(mlp(block, x[t] + attend(block.attn, z[:n], [z] * n)))
@@ -140,9 +140,9 @@ def vita_frames(tower: Any, prompts: Any, video: Tensor) -> Tensor:
 
 
 def vita_prompts(prompts: Any, layer: int, classes: Tensor) -> tuple[Tensor, Tensor]:
-    """What all frames of a clip see, ``[M, W]``, and what each sees alone, ``[T, 0 or 1, W]``."""
+    """Return the prompts of all frames ``[M, W]`` and of single frames ``[T, 0 or 1, W]``."""
     frames, width = classes.shape
-    shared, own = [], classes.new_zeros(frames, 0, width)
+    shared, single = [], classes.new_zeros(frames, 0, width)
     if prompts.global_prompts is not None:
         shared.append(prompts.global_prompts[layer].double())
     if prompts.cls_proj is not None:
@@ -152,8 +152,8 @@ def vita_prompts(prompts: Any, layer: int, classes: Tensor) -> tuple[Tensor, Ten
         if prompts.summary is not None:
             part = prompts.summary[layer]
             z = norm(part.norm, projected)
-            own = (projected + attend(part.attn, z, [z] * frames))[:, None]
-    return torch.cat([classes.new_zeros(0, width), *shared]), own
+            single = (projected + attend(part.attn, z, [z] * frames))[:, None]
+    return torch.cat([classes.new_zeros(0, width), *shared]), single
 
 
 def nearest(learned: Tensor, frames: int) -> Tensor:
@@ -168,7 +168,7 @@ def nearest(learned: Tensor, frames: int) -> Tensor:
 def text_features(
     model: Any, context: list[Tensor], deep: list[Tensor], name_at: str, names: list[str]
 ) -> Tensor:
-    """Features ``[K, D]`` of the names among prompts, one text after the other."""
+    """Features ``[K, D]`` of the names with prompts, computed text by text."""
     rows = []
     for name, vectors in zip(names, context, strict=True):
         embedded = [model.token_embedding.weight[i].double() for i in words_of(name)]

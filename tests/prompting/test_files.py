@@ -1,4 +1,4 @@
-"""Prompts to and from files that name the backbone they fit."""
+"""Saving and loading prompts, and the check of the backbone."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def test_there_and_back(made: tuple[Any, Path]) -> None:
     other = prompt_clip()
     assert P.load(other, path) is other
     assert_same_state(other.state_dict(), model.state_dict())
-    asked = {n: p.requires_grad for n, p in model.named_parameters()}
-    assert {n: p.requires_grad for n, p in other.named_parameters()} == asked
+    required = {n: p.requires_grad for n, p in model.named_parameters()}
+    assert {n: p.requires_grad for n, p in other.named_parameters()} == required
     video = random_video(2, 6 if other.openvclip_prompts.method == "vita" else 3)
     heads = [P.VideoClassifier(m, word_tokenizer, NAMES[1:]) for m in (model, other)]
     assert same_bits(heads[0](video), heads[1](video))

@@ -31,7 +31,7 @@ from tests.towers.test_temporal_hf import (
 from tests.towers.tower_laws import Case, images
 
 SDPA = {name: CASES[f"{name}-sdpa"] for name in MODELS}
-FEW = ("CLIPModel-eager", "SiglipVisionModel-sdpa")
+CASES_OF_LAWS = ("CLIPModel-eager", "SiglipVisionModel-sdpa")
 
 
 @pytest.mark.parametrize("expansion", [{}, {"window": 1, "boundary": "zero"}], ids=str)
@@ -53,7 +53,7 @@ def test_the_model_equals_the_loops(name: str, attach: Any, expansion: dict[str,
 
 @pytest.mark.parametrize("law", laws.LAWS, ids=lambda law: law.__name__)
 @pytest.mark.parametrize("expanded", [False, True], ids=["plain", "expanded"])
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", CASES_OF_LAWS)
 def test_law(name: str, expanded: bool, law: Callable[[Case, bool], None]) -> None:
     law(CASES[name], expanded)
 
@@ -115,7 +115,7 @@ def test_vita_equals_the_release(checkpointing: bool) -> None:
 
 @needs_golden
 def test_prompts_of_a_release_go_onto_a_model_of_hugging_face_and_back(tmp_path: Path) -> None:
-    """The file was written with open_clip's own tower, and no warning says other weights."""
+    """The file was written with open_clip's tower. Loading it does not warn of other weights."""
     released, video, output = golden(VITA)
     first: Any = P.load_released(released)
     P.save(first, tmp_path / "vita.safetensors")
@@ -131,7 +131,7 @@ def test_prompts_of_a_release_go_onto_a_model_of_hugging_face_and_back(tmp_path:
 
 @pytest.mark.parametrize("name", SDPA)
 def test_the_shapes_of_the_outputs(name: str) -> None:
-    """No prompt is among the tokens that the model gives."""
+    """The tokens that the model returns include no prompts."""
     tokens = 4 if "Siglip" in name else 5
     for attach in METHODS:
         model = attach(make(name))
@@ -152,7 +152,7 @@ def test_hidden_states_and_attentions_are_refused(name: str) -> None:
     model = vifi(make(name, "eager"))
     call = getattr(model, "get_image_features", model)
     for pixels in (images(), random_video(1, 2)):
-        with pytest.raises(UsageError, match="output_hidden_states knows nothing of prompts"):
+        with pytest.raises(UsageError, match="output_hidden_states does not support prompts"):
             call(pixel_values=pixels, output_hidden_states=True)
         with pytest.raises(UsageError, match="output_attentions is for images"):
             call(pixel_values=pixels, output_attentions=True)

@@ -1,4 +1,4 @@
-"""Text prompts against plain loops; the classifier whose text side can be trained."""
+"""Text prompts compared with loops, and the classifier with a trainable text side."""
 
 from __future__ import annotations
 
@@ -94,8 +94,8 @@ def test_words_come_first_and_the_rest_starts_at_random() -> None:
     words = {"words": "a photo of a", "tokenizer": word_tokenizer}
     P.attach_vifi(model, vision_prompts=0, text_prompts=6, text_depth=2, **words)
     context = model.openvclip_prompts.text.context
-    given = model.token_embedding.weight[words_of("a photo of a")]
-    assert same_bits(context[:4].detach(), given.detach())
+    embedded = model.token_embedding.weight[words_of("a photo of a")]
+    assert same_bits(context[:4].detach(), embedded.detach())
     assert 0 < context[4:].abs().max() < 0.1
     for count, text in ((3, "take 4 tokens; there are 3"), (8, None)):
         P.detach(model)

@@ -41,7 +41,7 @@ WORDS = "a photo of a"
 
 
 def tokenizer(texts: list[str], *, before: list[int], after: list[int], dots: bool) -> Tensor:
-    """A token a word, with what stands before and after the words; the last token is padding."""
+    """One token per word between ``before`` and ``after``, padded with the last token."""
     rows = []
     for text in texts:
         ids = [*before, *(i for i in words_of(text) if dots or i != DOT), *after]
@@ -50,10 +50,10 @@ def tokenizer(texts: list[str], *, before: list[int], after: list[int], dots: bo
 
 
 CLIP = word_tokenizer
-# Sentence pieces without punctuation, filled up with end tokens, or with padding after one.
+# SigLIP removes punctuation and pads with end tokens. SigLIP 2 pads with another token.
 SIGLIP = partial(tokenizer, before=[], after=[1], dots=False)
 SIGLIP2 = partial(tokenizer, before=[], after=[END, 0], dots=False)
-# A start token, and the separator at the end taken out.
+# CLIPA has a start token and no end token.
 CLIPA = partial(tokenizer, before=[START], after=[0], dots=True)
 
 TOWERS: dict[str, tuple[dict[str, Any], Callable[[list[str]], Tensor]]] = {
@@ -90,7 +90,7 @@ def unit(x: Tensor) -> Tensor:
 
 
 def by_hooks(model: Any, tokens: Tensor, first: int, context: Tensor, deep: list[Tensor]) -> Tensor:
-    """The text tower's own features of texts in which vectors are written over some words."""
+    """Features of the plain text tower for texts with vectors in place of some embeddings."""
     place = slice(first, first + len(context))
     position = model.text.positional_embedding[place]
     vectors = [context + position, *deep]
@@ -118,7 +118,7 @@ def test_prompts_take_the_place_of_words(name: str, depth: int) -> None:
     text = randomise(model.openvclip_prompts, seed=3).text
     deep = [] if text.deep is None else list(text.deep)
     start = int(bool((read([""])[0, 0] == START).item()))
-    tokens = read([f"{WORDS} {one}." for one in NAMES])
+    tokens = read([f"{WORDS} {name}." for name in NAMES])
     expected = by_hooks(model, tokens, start, text.context, deep)
     got = P.VideoClassifier(model, read, NAMES).text_features()
     torch.testing.assert_close(got, expected, **CLOSE)
@@ -142,7 +142,7 @@ def test_prompts_that_are_words_are_the_text(name: str, name_at: Any, text: str)
     )  # fmt: skip
     words = model.text.token_embedding.weight[words_of(WORDS)]
     P.load_state_dict(model, {"openvclip_prompts.text.context": words.detach()})
-    expected = unit(model.encode_text(read([text.replace("{}", one) for one in NAMES])))
+    expected = unit(model.encode_text(read([text.replace("{}", name) for name in NAMES])))
     got = P.VideoClassifier(model, read, NAMES).text_features()
     torch.testing.assert_close(got, expected, **CLOSE)
 
@@ -160,10 +160,10 @@ def test_words_to_start_from(name: str) -> None:
 
 
 def test_a_tower_of_its_own_is_the_same_tower() -> None:
-    """The same weights in open_clip's CLIP, whose text tower has no module of its own."""
+    """Text prompts of ``CLIP`` and of ``CustomTextCLIP`` with the same weights are equal."""
     model, custom = prompt_clip(), custom_clip({})
-    own = ("visual.", "logit_scale")
-    state = {n if n.startswith(own) else f"text.{n}": v for n, v in model.state_dict().items()}
+    not_text = ("visual.", "logit_scale")
+    state = {n if n.startswith(not_text) else f"text.{n}": v for n, v in model.state_dict().items()}
     custom.load_state_dict(state)
     heads = []
     for each in (model, custom):

@@ -52,14 +52,14 @@ ALL = {
 }
 WITHOUT_CLASS_TOKEN = ("siglip", "registers alone")
 PREFIX = {"siglip": 0, "registers": 3, "grouped heads": 3, "registers alone": 2}
-FEW = {name: CASES[name] for name in ("siglip", "q/k norm", "eva02", "mixed rope")}
+CASES_OF_LAWS = {name: CASES[name] for name in ("siglip", "q/k norm", "eva02", "mixed rope")}
 
 
 @pytest.mark.parametrize("expansion", [{}, {"window": 1, "boundary": "zero"}], ids=str)
 @pytest.mark.parametrize("attach", METHODS)
 @pytest.mark.parametrize("name", ALL)
 def test_the_tower_equals_the_loops(name: str, attach: Any, expansion: dict[str, Any]) -> None:
-    """Prompts are never turned by rotary embeddings, and each layer gets its own."""
+    """Rotary embeddings do not rotate prompts, and each layer gets its own angles."""
     settings = (expansion["window"], expansion["boundary"]) if expansion else (0, "mask")
     laws.equals_the_hooked_tower(
         ALL[name],
@@ -74,9 +74,9 @@ def test_the_tower_equals_the_loops(name: str, attach: Any, expansion: dict[str,
 
 @pytest.mark.parametrize("law", laws.LAWS, ids=lambda law: law.__name__)
 @pytest.mark.parametrize("expanded", [False, True], ids=["plain", "expanded"])
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", CASES_OF_LAWS)
 def test_law(name: str, expanded: bool, law: Callable[[Case, bool], None]) -> None:
-    law(FEW[name], expanded)
+    law(CASES_OF_LAWS[name], expanded)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -91,7 +91,7 @@ def test_compiled_in_one_graph() -> None:
 @pytest.mark.parametrize("attach", METHODS)
 @pytest.mark.parametrize("rope", ["cat", "mixed"])
 def test_dropped_patches_take_their_angles_with_them(attach: Any, rope: str) -> None:
-    """Frames on their own, and frames in an expanded tower that sees no neighbours."""
+    """A plain tower equals an expanded tower in which no layer attends to neighbours."""
     kind = eva(patch_drop_rate=0.5, rope_type=rope, attn_type="rope")
     results = []
     for expanded in (False, True):
@@ -107,7 +107,7 @@ def test_dropped_patches_take_their_angles_with_them(attach: Any, rope: str) -> 
 
 
 def test_vitamin() -> None:
-    """Convolutions make the tokens; there is no class token."""
+    """Its patch embedding is a stack of convolutions, and it has no class token."""
     case = Case("", partial(make, vitamin_tower), call, lambda model: None)
     video = torch.randn(2, 3, 3, 32, 32)
     for attach in METHODS:
@@ -171,7 +171,7 @@ def test_vita_equals_the_release(checkpointing: bool) -> None:
 
 @needs_golden
 def test_prompts_of_a_release_go_onto_a_tower_of_timm(tmp_path: Path) -> None:
-    """The file was written with open_clip's own tower, and no warning says other weights."""
+    """The file was written with open_clip's tower. Loading it does not warn of other weights."""
     released, video, output = golden(VITA)
     P.save(P.load_released(released), tmp_path / "vita.safetensors")
     tower = P.load(golden_timm(by_hand(released)[0]), tmp_path / "vita.safetensors")
@@ -240,7 +240,7 @@ def test_what_knows_nothing_of_prompts() -> None:
         tower: Any = vifi(make(KINDS[name]))
         with pytest.raises(UsageError, match="detach"):
             tower.forward_intermediates(random_video(1, 2)[0])
-        with pytest.raises(UsageError, match="nor does a tower with prompts"):
+        with pytest.raises(UsageError, match="nor for towers with prompts"):
             tower(random_video(1, 2)[0], is_causal=True)
 
 

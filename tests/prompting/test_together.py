@@ -1,4 +1,4 @@
-"""Video fine-tuning, and the weight-space methods on it and on prompts."""
+"""Video fine-tuning, and weight-space methods with fine-tuned models and with prompts."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_fine_tunes_that_make_no_sense() -> None:
 
 
 def fine_tuned() -> tuple[dict[str, Tensor], Any]:
-    """CLIP's weights, and a classifier around a fine-tune of both towers."""
+    """Return the original weights, and a classifier with a fine-tuned model."""
     model = prompt_clip()
     clip = snapshot(model)
     head = classifier(model).train()
@@ -116,10 +116,10 @@ def test_regularised_averaged_and_interpolated_fine_tunes() -> None:
     clip, head = fine_tuned()
     tuned = snapshot(head.model)
     assert sum(not same_bits(tuned[n], clip[n]) for n in clip) > 50
-    found = sweep(head, clip, tuned, [(VIDEO, LABEL)], [0.0, 0.5, 1.0])  # type: ignore[arg-type]
+    points = sweep(head, clip, tuned, [(VIDEO, LABEL)], [0.0, 0.5, 1.0])  # type: ignore[arg-type]
     assert_same_state(snapshot(head.model), tuned)
-    for lam, evaluation in found.items():
-        # The text tower of the mixture takes part, which text features made once would leave out.
+    for lam, evaluation in points.items():
+        # The text tower is interpolated too, so its features are computed again for each λ.
         other = prompt_clip()
         other.load_state_dict(interpolate(clip, tuned, lam))
         logits = classifier(other)(VIDEO)

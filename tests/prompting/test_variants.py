@@ -1,4 +1,4 @@
-"""Prompts on every kind of tower that open_clip's VisionTransformer can be."""
+"""Prompts on open_clip's VisionTransformer with each of its options."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_in_an_expanded_tower_neighbours_see_prompts(name: str, attach: Any) -> 
         if boundary is not None:
             expand_temporal_attention(model, boundary=boundary)
         outs.append(attach(model)(still).detach())
-    # Vita-CLIP's prompts tell the frames of a still clip apart by their time.
+    # Vita-CLIP's prompts depend on time, so the frames of a static clip differ.
     if attach is vifi:
         torch.testing.assert_close(outs[1], outs[0], rtol=1e-4, atol=1e-5)
     else:

@@ -1,4 +1,4 @@
-"""Prompts of the image tower against plain loops; in and out of a model; gradients."""
+"""Prompts of the image tower compared with loops, attaching and detaching, and gradients."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_on_an_expanded_tower_neighbours_see_the_prompts_too() -> None:
         plain, expanded = make(tiny_tower()), tiny_tower()
         make(expand_temporal_attention(expanded, boundary="mask"))
         assert (expanded(video) - plain(video)).abs().max() > 1e-3
-        # In a clip of equal frames they are what the frame itself sees, times three.
+        # In a static clip each frame attends to three copies of the same tokens and prompts.
         if make is vifi:
             still = video[:, :1].expand(-1, 4, -1, -1, -1)
             torch.testing.assert_close(expanded(still), plain(still), **CLOSE)
@@ -167,17 +167,17 @@ def test_in_and_out_again(make: Any, expanded: bool) -> None:
     if expanded:
         expand_temporal_attention(model)
     before, state = anatomy(model), snapshot(model)
-    asked = [p.requires_grad for p in model.parameters()]
+    required = [p.requires_grad for p in model.parameters()]
     assert make(model) is model
     added = model.state_dict().keys() - state.keys()
     assert added
     assert all(name.startswith("openvclip_prompts.") for name in added)
-    kept = {name: value for name, value in model.state_dict().items() if name in state}
-    assert_same_state(kept, state)
+    backbone = {name: value for name, value in model.state_dict().items() if name in state}
+    assert_same_state(backbone, state)
     assert P.detach(model) is model
     assert anatomy(model) == before
     assert_same_state(model.state_dict(), state)
-    assert [p.requires_grad for p in model.parameters()] == asked
+    assert [p.requires_grad for p in model.parameters()] == required
     make(model)
 
 
@@ -271,10 +271,10 @@ def test_prompts_alone_are_trained(make: Any) -> None:
     before = snapshot(tower)
     tower(video).square().sum().backward()
     prompts = {f"openvclip_prompts.{n}" for n, _ in tower.openvclip_prompts.named_parameters()}
-    found = gradients(tower)
-    assert found.keys() == prompts
+    grads = gradients(tower)
+    assert grads.keys() == prompts
     # A key bias shifts all scores of a query alike, so its gradient is zero but for rounding.
-    assert all(value.abs().max() > 0 for value in found.values())
+    assert all(value.abs().max() > 0 for value in grads.values())
     train(tower, video)
     for name, value in tower.state_dict().items():
         assert same_bits(value, before[name]) == (name not in prompts), name
@@ -301,8 +301,8 @@ def test_checkpointing_changes_no_gradient(make: Any, expanded: bool) -> None:
         if expanded:
             expand_temporal_attention(tower)
         make(tower).train().set_grad_checkpointing(checkpointing)
-        one, other = tower(random_video(2, 4)), tower(random_video(1, 4, seed=1))
-        (one.square().sum() + other.sum()).backward()
+        first, second = tower(random_video(2, 4)), tower(random_video(1, 4, seed=1))
+        (first.square().sum() + second.sum()).backward()
         results.append(gradients(tower))
     torch.testing.assert_close(results[1], results[0])
 
@@ -340,9 +340,11 @@ def test_the_two_ways_of_pooling() -> None:
     frames = model.encode_image(video.flatten(0, 1)).unflatten(0, (2, 4)).double()
     mean = frames.sum(1) / 4
     expected = mean / mean.square().sum(-1, keepdim=True).sqrt()
-    torch.testing.assert_close(P.encode_video(model, video).double(), expected, **CLOSE)
+    torch.testing.assert_close(P.mean_pooled_features(model, video).double(), expected, **CLOSE)
     other = encode_video(model, video)
     assert (other / other.norm(dim=-1, keepdim=True) - expected).abs().max() > 1e-3
     prompted = vifi(model)
     mean = prompted.encode_image(video).mean(1)
-    torch.testing.assert_close(P.encode_video(prompted, video), mean / mean.norm(dim=-1)[:, None])
+    torch.testing.assert_close(
+        P.mean_pooled_features(prompted, video), mean / mean.norm(dim=-1)[:, None]
+    )

@@ -1,7 +1,7 @@
-"""What holds for prompts on every kind of tower, as functions of a ``Case``.
+"""Laws that hold for prompts on every tower, as functions of a ``Case``.
 
-The reference is the tower as its library built it: hooks before and after its layers put prompts
-among the tokens of each frame, and plain loops take the place of its attention.
+The reference is the plain tower of the library. Hooks before and after its layers add prompts to
+the tokens of each frame, and loops replace its attention.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ METHODS: tuple[Attach, ...] = (vifi, vita)
 
 
 class Hooked:
-    """A tower with hooks that put prompts in; fed a clip's frames as a batch of images.
+    """A plain tower with hooks that add prompts. A clip is encoded as a batch of images.
 
     Args:
         model: a plain model.
@@ -95,9 +95,9 @@ class Hooked:
             fresh = 0 < layer < len(self.prompts.tokens)
             return self._with(x[:, : self.tokens], self.prompts.tokens[layer]) if fresh else x
         frames = [frame[0] if self.class_token else self._mean(frame) for frame in x]
-        shared, own = vita_prompts(self.prompts, layer, torch.stack(frames))
+        shared, single = vita_prompts(self.prompts, layer, torch.stack(frames))
         return torch.stack(
-            [torch.cat([frame, shared, one]) for frame, one in zip(x, own, strict=True)]
+            [torch.cat([frame, shared, last]) for frame, last in zip(x, single, strict=True)]
         )
 
     def _mean(self, frame: Tensor) -> Tensor:
@@ -170,14 +170,14 @@ def in_and_out_again(case: Case, expanded: bool) -> None:
         model = case.expanded() if expanded else case.make()
         next(model.parameters()).requires_grad_(False)
         before, state = anatomy(model), snapshot(model)
-        asked = [p.requires_grad for p in model.parameters()]
+        required = [p.requires_grad for p in model.parameters()]
         out = case.features(model, images())
         assert attach(model) is model
         added = model.state_dict().keys() - state.keys()
         assert added
         assert all(name.startswith("openvclip_prompts.vision.") for name in added)
-        kept = {name: value for name, value in model.state_dict().items() if name in state}
-        assert_same_state(kept, state)
+        backbone = {name: value for name, value in model.state_dict().items() if name in state}
+        assert_same_state(backbone, state)
         for change in (expand_temporal_attention, restore_spatial_attention):
             with pytest.raises(ExpansionError, match="has prompts"):
                 change(model)
@@ -186,7 +186,7 @@ def in_and_out_again(case: Case, expanded: bool) -> None:
         assert P.detach(model) is model
         assert anatomy(model) == before
         assert_same_state(model.state_dict(), state)
-        assert [p.requires_grad for p in model.parameters()] == asked
+        assert [p.requires_grad for p in model.parameters()] == required
         assert same_bits(case.features(model, images()), out)
 
 
@@ -200,9 +200,9 @@ def prompts_alone_are_trained(case: Case, expanded: bool) -> None:
             case.features(model, random_video(2, 3)).square().sum().backward()
             optimizer.step()
         prompts = {f"openvclip_prompts.{n}" for n, _ in model.openvclip_prompts.named_parameters()}
-        found = gradients(model)
-        assert found.keys() == prompts
-        assert all(value.abs().max() > 0 for value in found.values())
+        grads = gradients(model)
+        assert grads.keys() == prompts
+        assert all(value.abs().max() > 0 for value in grads.values())
         for name, value in model.state_dict().items():
             assert same_bits(value, before[name]) == (name not in prompts), name
 
@@ -257,9 +257,9 @@ def copies_and_pickles_are_models_of_their_own(case: Case, expanded: bool) -> No
 def autocast_is_close_to_float32(case: Case, expanded: bool) -> None:
     for attach in METHODS:
         model, video = attach(case.expanded() if expanded else case.make()), random_video(2, 3)
-        exact = P.encode_video(model, video)
+        exact = P.mean_pooled_features(model, video)
         with torch.autocast("cpu", torch.bfloat16):
-            rough = P.encode_video(model, video)
+            rough = P.mean_pooled_features(model, video)
         assert (torch.cosine_similarity(rough.float(), exact, dim=-1) > 0.99).all()
 
 

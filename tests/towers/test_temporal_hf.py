@@ -172,7 +172,7 @@ RENAMED = {
 
 
 def hugging_face_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An OpenAI visual tower as the weights of ``CLIPVisionModelWithProjection``."""
+    """Rename the weights of an OpenAI visual tower to ``CLIPVisionModelWithProjection``."""
     state = {"visual_projection.weight": weights["proj"].T.contiguous()}
     for name, value in weights.items():
         for old, new in RENAMED.items():
@@ -180,8 +180,8 @@ def hugging_face_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         name = f"vision_model.{name}"
         if "attn.in_proj_" in name:
             start, kind = name.split("attn.in_proj_")
-            for one, part in zip("qkv", value.chunk(3), strict=True):
-                state[f"{start}self_attn.{one}_proj.{kind}"] = part
+            for letter, part in zip("qkv", value.chunk(3), strict=True):
+                state[f"{start}self_attn.{letter}_proj.{kind}"] = part
         elif not name.endswith(".proj"):
             state[name] = value
     return state
@@ -257,7 +257,7 @@ def test_attention_weights_and_masks_of_videos_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["CLIPModel", "SiglipVisionModel"])
 def test_videos_pass_by_implementations_that_are_not_there(name: str) -> None:
-    """Flash attention is not installed here; videos need none, images still ask for it."""
+    """Images need flash attention, which is not installed here. Videos do not need it."""
     model = expand_temporal_attention(make(name))
     expected = features(model, random_video(2, 3))
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""Expanding a live model: what stays, what comes back, what is refused, encode_video."""
+"""Expanding and restoring a model in place, its error texts, and encode_video."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_images_give_bit_for_bit_what_they_gave(train: bool, changes: dict[str, 
 
 
 def anatomy(model: nn.Module) -> list[tuple[str, type, dict[str, Any]]]:
-    """Classes and attributes of every module, the same objects."""
+    """Return the class and the identities of the attributes of every module."""
     return [
         (name, type(m), {k: id(v) for k, v in vars(m).items()}) for name, m in model.named_modules()
     ]

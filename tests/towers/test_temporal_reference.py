@@ -32,9 +32,9 @@ SETTINGS = [
 ]
 
 
-@pytest.fixture(params=[True, False], ids=["in-turn", "at-once"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Views of the frames in turn, as on a CPU, or one call on copies, as on a GPU."""
+@pytest.fixture(params=[True, False], ids=["frame-by-frame", "all-frames"])
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One kernel for each frame, as on a CPU, or one kernel for all frames, as on a GPU."""
     monkeypatch.setattr(attention, "_prefers_frame_by_frame", lambda q: request.param)
 
 
@@ -137,7 +137,7 @@ def test_equals_the_released_implementation(checkpointing: bool) -> None:
 # --- Equation 3 --------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("way")
+@pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("trains", [False, True])
 @pytest.mark.parametrize(("window", "boundary", "frames"), SETTINGS)
 def test_attention_equals_equation_3(window: int, boundary: Any, frames: int, trains: bool) -> None:
@@ -169,13 +169,13 @@ def test_tower_equals_equation_3(window: int, boundary: Any, frames: int) -> Non
 
 
 def test_the_settings_differ_from_each_other() -> None:
-    """Windows and boundaries that gave one result would make the tests above empty."""
+    """If two settings gave the same result, the tests above would not tell them apart."""
     tower, video = tiny_tower(), random_video(1, 4)
     outputs = [slow_tower(tower, video, [w] * 3, b) for w in WINDOWS for b in BOUNDARIES]
     outputs.append(slow_tower(tower, video, [0] * 3, "zero"))
-    for i, one in enumerate(outputs):
-        for other in outputs[:i]:
-            assert (one - other).abs().max() > 1e-3
+    for i, output in enumerate(outputs):
+        for earlier in outputs[:i]:
+            assert (output - earlier).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_layers(layers: Any, windows: list[int]) -> None:
 # --- gradients ---------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("way")
+@pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("boundary", BOUNDARIES)
 @pytest.mark.parametrize(("window", "frames"), [(1, 1), (1, 3), (2, 2), (3, 2), (2, 5)])
 def test_gradcheck(window: int, frames: int, boundary: Any) -> None:
@@ -216,14 +216,14 @@ def test_gradcheck(window: int, frames: int, boundary: Any) -> None:
 
 @pytest.mark.parametrize("boundary", BOUNDARIES)
 def test_gradients_of_gradients_by_the_kernel_that_has_them(boundary: Any) -> None:
-    """Of PyTorch's own attention the plain formulas alone can be differentiated twice."""
+    """Of the kernels of PyTorch's attention, only MATH can be differentiated twice."""
     q, k, v = (torch.randn(1, 3, 2, 1, 2, dtype=torch.float64, requires_grad=True) for _ in "qkv")
     view = FrameView(1, boundary)
     with sdpa_kernel([SDPBackend.MATH]):
         assert gradgradcheck(lambda *qkv: temporal_attention(*qkv, view), (q, k, v))
 
 
-@pytest.mark.usefixtures("way")
+@pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("boundary", BOUNDARIES)
 def test_gradients_equal_those_of_the_loops(boundary: Any) -> None:
     q, k, v = (torch.randn(6, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))

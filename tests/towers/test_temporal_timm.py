@@ -28,7 +28,6 @@ from openvclip import (
     restore_spatial_attention,
 )
 from openvclip.errors import UnsupportedModelError, UsageError, VideoShapeError
-from openvclip.towers import temporal
 from tests.helpers import TEXT, gradients, random_video, randomise, same_bits, tiny_tower
 from tests.towers.test_temporal_reference import equation_3
 from tests.towers.tower_laws import (
@@ -141,7 +140,7 @@ def test_compiled_in_one_graph(name: str) -> None:
 
 
 def rotated(x: Tensor, rope: Tensor, half: bool) -> Tensor:
-    """Pairs of channels of ``[T, N, d]`` turned by their angles, one by one."""
+    """Rotate each pair of channels of ``[T, N, d]`` by its angle, in a loop."""
     sin, cos = rope.double().chunk(2, dim=-1)
     d = x.shape[-1]
     pairs = [(i, i + d // 2) if half else (2 * i, 2 * i + 1) for i in range(d // 2)]
@@ -365,11 +364,3 @@ def test_other_blocks_and_attentions() -> None:
         UnsupportedModelError, match=r"Layer 0 .* type DiffAttention; expected timm"
     ):
         expand_temporal_attention(make(vit(attn_layer=DiffAttention)))
-
-
-def test_a_library_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It says why its towers can't be expanded, and others still can."""
-    monkeypatch.setattr(temporal, "_FAMILIES", {**temporal._FAMILIES, "openvclip.none": ("timm",)})
-    assert expand_temporal_attention(tiny_tower())(random_video(1, 2)).shape == (1, 2, 8)
-    with pytest.raises(UnsupportedModelError, match=r"openvclip.none can't be used .* No module"):
-        expand_temporal_attention(nn.Linear(2, 2))

@@ -34,14 +34,14 @@ def test_dropping_works_in_training_alone(name: str) -> None:
     assert same_bits(tower(video), tower(video))
     tower.train()
     torch.manual_seed(1)
-    one, other = tower(video), tower(video)
-    assert not torch.allclose(one, other)
-    one.square().sum().backward()
+    first, second = tower(video), tower(video)
+    assert not torch.allclose(first, second)
+    first.square().sum().backward()
     assert all(torch.isfinite(grad).all() for grad in gradients(tower).values())
     tower.set_grad_checkpointing()
     torch.manual_seed(1)
     again = tower(video)
-    torch.testing.assert_close(again, one, **CLOSE)
+    torch.testing.assert_close(again, first, **CLOSE)
     again.square().sum().backward()
 
 
@@ -52,8 +52,8 @@ def test_patches_are_dropped_from_each_frame_with_their_angles(name: str) -> Non
     keep = torch.tensor([2, 0])
 
     def same_patches(x: Tensor) -> Any:
-        kept = torch.cat([x[:, :1], x[:, 1:][:, keep]], dim=1)
-        return kept if isinstance(tower, VisionTransformer) else (kept, keep.expand(len(x), -1))
+        tokens = torch.cat([x[:, :1], x[:, 1:][:, keep]], dim=1)
+        return tokens if isinstance(tower, VisionTransformer) else (tokens, keep.expand(len(x), -1))
 
     tower.patch_drop.forward = same_patches
     still = images(2)

@@ -51,7 +51,7 @@ def test_activation_checkpointing_with_videos_and_images_in_one_step(boundary: A
 
 
 def test_checkpointing_recomputes() -> None:
-    """That the test above compares two different things."""
+    """The two models that the test above compares do differ."""
     tower = expand_temporal_attention(tiny_tower()).train()
     tower.set_grad_checkpointing(True)
     calls = []
@@ -106,7 +106,7 @@ def test_another_default_device_changes_nothing(boundary: Any) -> None:
 
 
 class Counting:
-    """A backend that counts the graphs that it is given."""
+    """A backend of torch.compile that counts the compiled graphs."""
 
     def __init__(self) -> None:
         self.graphs = 0
@@ -182,7 +182,7 @@ def test_encode_video_is_compiled_in_one_graph(expanded: bool) -> None:
 
 
 def test_compiled_before_the_expansion() -> None:
-    """The class of the tower changes under the compiled wrapper, which must notice."""
+    """torch.compile compiles the model again when the class of its tower changes."""
     tower = tiny_tower(layers=1)
     compiled = torch.compile(tower, backend="aot_eager")
     images = random_video(1, 3)[0]
@@ -218,7 +218,7 @@ def test_fused_attention_does_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     tower = expand_temporal_attention(tiny_tower(), window=2)
     with Kernels() as kernels:
         features = tower(random_video(2, 4))
-    # B, heads, N for each frame of the clip in view, d; in each of 3 layers and of 4 frames.
+    # Keys are [B, heads, N times the frames in view, d], for 4 frames in each of 3 layers.
     seen = [[2, 2, frames * 5, 8] for frames in (3, 4, 4, 3)]
     assert kernels.calls == [(FUSED, keys) for keys in seen * 3]
     with Kernels() as kernels:
@@ -231,7 +231,7 @@ def test_fused_attention_does_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_score_matrix_is_never_there() -> None:
-    """No tensor of the size of the scores, or of keys repeated for each frame, in either pass."""
+    """No pass creates a tensor as large as the scores, or as keys copied for each frame."""
     t, n, window = 6, 40, 2
     x = torch.randn(1, t, n, 1, 4, requires_grad=True)
     view = FrameView(window)

@@ -1,4 +1,4 @@
-"""Every kind of tower that open_clip's VisionTransformer can be, at a tiny size."""
+"""Temporal attention of open_clip's VisionTransformer with each of its options."""
 
 from __future__ import annotations
 

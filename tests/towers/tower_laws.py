@@ -1,4 +1,4 @@
-"""What holds for every kind of tower that can be expanded, as functions of a :class:`Case`."""
+"""Laws that hold for every expanded tower, as functions of a :class:`Case`."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def images(n: int = 4) -> Tensor:
 
 
 def anatomy(model: nn.Module) -> list[tuple[str, type, dict[str, Any]]]:
-    """Classes and attributes of every module, the same objects."""
+    """Return the class and the identities of the attributes of every module."""
     return [
         (name, type(m), {k: id(v) for k, v in vars(m).items()}) for name, m in model.named_modules()
     ]
@@ -231,9 +231,9 @@ def what_is_no_video_is_refused(case: Case) -> None:
     for video, text in bad:
         with pytest.raises(VideoShapeError, match=text):
             case.features(model, video)
-        for one in (model, plain):
+        for either in (model, plain):
             with pytest.raises(VideoShapeError, match=text):
-                encode_video(one, video)
+                encode_video(either, video)
     clips: Any = [torch.zeros(8, 3, 8, 8), torch.zeros(16, 3, 8, 8)]
     calls = [partial(function, model) for function in (encode_video, case.features)]
     for call in (*calls, partial(encode_video, plain)):
@@ -259,7 +259,7 @@ LAWS: list[Callable[[Case], None]] = [
 
 
 def compiled_in_one_graph(case: Case) -> None:
-    """Not among :data:`LAWS`, because compiling takes seconds."""
+    """Compare with torch.compile. It takes seconds, so it is not one of the :data:`LAWS`."""
     torch._dynamo.reset()
     model = case.expanded()
     compiled = torch.compile(lambda x: case.features(model, x), backend="aot_eager", fullgraph=True)
