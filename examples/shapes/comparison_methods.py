@@ -27,8 +27,7 @@ from examples.shapes.comparison_settings import (
 from examples.shapes.model import Tokenizer, create_model
 from examples.shapes.world import TEMPLATES, class_names
 from openvclip import prompting
-from openvclip.evaluation import evaluate
-from openvclip.evaluation.sweep import sweep
+from openvclip.evaluation import evaluate, sweep
 from openvclip.training.methods import choose_trained, fixed_text, make_optimizer, text_made_once
 from openvclip.training.recipe import Recipe, learning_rate
 

@@ -21,7 +21,7 @@ from examples.shapes.progress import Costs, Phase, Reporter
 from examples.shapes.raster import IMAGE_SIZE
 from examples.shapes.studies import AVERAGE, LAST, FineTune, Task
 from examples.shapes.world import TEMPLATES, class_names
-from openvclip.evaluation.sweep import FIGURE_LAMBDAS, sweep
+from openvclip.evaluation import FIGURE_LAMBDAS, sweep
 from openvclip.training.log import Step
 from openvclip.training.recipe import Recipe
 from openvclip.video import Sampling, VideoDataset, transforms

@@ -2,6 +2,7 @@
 
 from openvclip.evaluation.accuracy import NO_RANK, Evaluation, evaluate, evaluate_each, score
 from openvclip.evaluation.encoding import Timing
+from openvclip.evaluation.lambda_sweep import FIGURE_LAMBDAS, sweep
 from openvclip.evaluation.runner import (
     ProtocolEvaluation,
     SplitScore,
@@ -11,6 +12,7 @@ from openvclip.evaluation.runner import (
 from openvclip.video.sampling import Sampling
 
 __all__ = [
+    "FIGURE_LAMBDAS",
     "NO_RANK",
     "Evaluation",
     "ProtocolEvaluation",
@@ -22,4 +24,5 @@ __all__ = [
     "evaluate_protocol",
     "require_videos",
     "score",
+    "sweep",
 ]

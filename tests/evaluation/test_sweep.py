@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 import openvclip
-from openvclip.evaluation import evaluate
-from openvclip.evaluation.sweep import FIGURE_LAMBDAS, sweep
+from openvclip.evaluation import FIGURE_LAMBDAS, evaluate, sweep
 from tests.helpers import random_video, tiny_clip, tiny_tokenizer
 
 NAMES = ["red", "green", "blue", "black"]

@@ -17,7 +17,7 @@ from openvclip.errors import (
     StateMismatchError,
     UnsupportedModelError,
 )
-from openvclip.evaluation.sweep import sweep
+from openvclip.evaluation import sweep
 from tests.helpers import (
     assert_same_state,
     gradients,

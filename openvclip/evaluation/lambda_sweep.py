@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from openvclip.evaluation import Evaluation, evaluate_each
+from openvclip.evaluation.accuracy import Evaluation, evaluate_each
 from openvclip.weights.interpolation import interpolate_into
 from openvclip.weights.names import canonical_state, named_state
 from openvclip.weights.numerics import memory_of, overwriting
