@@ -34,7 +34,7 @@ _RESNETS: dict[tuple[int, tuple[int, ...]], str] = {
     (96, (6, 8, 18, 8)): "RN50x16",
     (128, (3, 15, 36, 10)): "RN50x64",
 }
-_CLIP_VOCABULARY = 49408
+CLIP_VOCABULARY = 49408  # tokens that CLIP's tokenizer knows
 _SHOWN_NAMES = 12
 
 Shape = tuple[int, ...]
@@ -262,7 +262,7 @@ def _name(sizes: Mapping[str, int | None]) -> str | None:
     key = (sizes["vision_width"], sizes["vision_layers"], sizes["embed_dim"])
     tower = _TOWERS.get(key) if None not in key else None  # type: ignore[arg-type]
     patch, image = sizes["patch_size"], sizes["image_size"]
-    if tower is None or image is None or sizes["vocab_size"] not in (None, _CLIP_VOCABULARY):
+    if tower is None or image is None or sizes["vocab_size"] not in (None, CLIP_VOCABULARY):
         return None
     letter, _, variant = tower.partition(" ")
     parts = ["ViT", letter, str(patch), variant, "" if image == 224 else str(image)]

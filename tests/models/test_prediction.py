@@ -62,7 +62,7 @@ def test_probabilities_equal_a_slow_computation(world: World, model: Any) -> Non
 
 def test_wrong_use(world: World, model: Any) -> None:
     video = world.folder / world.samples[0][0]
-    with pytest.raises(UsageError, match="between which labels"):
+    with pytest.raises(UsageError, match="labels is None; expected a list of labels"):
         openvclip.predict(model, video)
     with pytest.raises(ClassNamesError, match="more than once: 'a'"):
         openvclip.predict(model, video, ["a", "b", "a"])
@@ -161,7 +161,7 @@ def test_errors_of_the_command(world: World, tmp_path: Path, capsys: Captured) -
     (tmp_path / "blank.txt").write_text("\n\n")
     calls = {
         "no video files in this folder": [tmp_path / "empty", "--labels", "a", "b"],
-        "no file fits this pattern": [tmp_path / "*.avi", "--labels", "a", "b"],
+        "no file matches this pattern": [tmp_path / "*.avi", "--labels", "a", "b"],
         "absent.mp4: no such file": [tmp_path / "absent.mp4", "--labels", "a", "b"],
         "twice.txt, line 2: 'a' is on line 1": [video, "--labels-file", tmp_path / "twice.txt"],
         "blank.txt: holds no names": [video, "--labels-file", tmp_path / "blank.txt"],
