@@ -126,7 +126,9 @@ class Run:
         classifier = make_classifier(self.model, self.tokenizer, names, self.method)
         loader = DataLoader(clips, batch_size=64)
         if self.method.interpolated:
-            points = sweep(classifier, self.clip, self.theta, loader, LAMBDAS, description=test)
+            points = sweep(
+                classifier, self.clip, self.theta, loader, lams=LAMBDAS, description=test
+            )
             return {f"{lam:g}": evaluation.top1 for lam, evaluation in points.items()}
         with fixed_text(classifier):
             evaluation = evaluate(classifier, loader, description=test)

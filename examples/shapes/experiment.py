@@ -316,7 +316,7 @@ class _Evaluation:
         for name in TEST_LISTS:
             classifier = make_classifier(self.model, self.tokenizer, LISTS[name])
             loader = _counted(DataLoader(self.data[name], batch_size=64), on_evaluated)
-            points = sweep(classifier, self.clip, theta, loader, self.lams)
+            points = sweep(classifier, self.clip, theta, loader, lams=self.lams)
             accuracies[name] = {f"{lam:g}": result.top1 for lam, result in points.items()}
         return accuracies
 

@@ -64,7 +64,7 @@ def results(folder: Path) -> dict[str, Any]:
 
 def features(folder: Path) -> dict[int, torch.Tensor]:
     settings = json.loads((folder / "settings.json").read_text())
-    return {key: record.values for key, record in Records(folder, settings).found.items()}
+    return {key: record.values for key, record in Records(folder, settings).by_key.items()}
 
 
 def assert_same_features(a: Path, b: Path) -> None:
@@ -137,7 +137,7 @@ def test_two_processes_equal_one_bitwise(world: World, finished: Path, tmp_path:
     """Two that were killed, each with one of its two batches done and half a record more."""
     out = tmp_path / "out"
     settings = json.loads((finished / "settings.json").read_text())
-    whole = Records(finished, settings).found
+    whole = Records(finished, settings).by_key
     for rank in range(2):
         with Records(out, settings, rank) as records:
             records.add(whole[rank])
@@ -165,8 +165,8 @@ def failure(capsys: Captured, arguments: list[str]) -> str:
 
 def test_other_settings_in_the_same_folder(world: World, finished: Path, capsys: Captured) -> None:
     text = failure(capsys, [*flags(world, finished), "--frames", "4", "--boundary", "mask"])
-    assert "num_frames: there 8, now 4" in text
-    assert 'expand: there "1 zero", now "1 mask"' in text
+    assert "num_frames: stored 8, requested 4" in text
+    assert 'expand: stored "1 zero", requested "1 mask"' in text
     assert "give another folder" in text.lower()
 
 

@@ -28,7 +28,7 @@ def test_what_is_added_is_found(tmp_path: Path, folder: bool) -> None:
     with Records(tmp_path / "new" / "out" if folder else None, {}) as records:
         records.add(Record(7, values, {0: "größer"}))
         records.reload()
-        (found,) = records.found.values()
+        (found,) = records.by_key.values()
     assert (found.key, found.errors) == (7, {0: "größer"})
     assert same_bits(found.values, values)
 
@@ -44,7 +44,7 @@ def test_a_file_cut_anywhere_gives_its_whole_records(
     size = len(block) // 3  # the three are of one size
     cut %= len(block) + 1
     path.write_bytes(block[:cut])
-    assert list(Records(folder, {"a": 1}).found) == list(range(cut // size))
+    assert list(Records(folder, {"a": 1}).by_key) == list(range(cut // size))
 
 
 @given(st.integers(0, 10_000), st.integers(1, 255))
@@ -58,7 +58,7 @@ def test_a_damaged_record_is_not_read(
     place %= len(block)
     block[place] ^= flip
     path.write_bytes(block)
-    found = Records(folder, {"a": 1}).found
+    found = Records(folder, {"a": 1}).by_key
     assert list(found) == ([] if place < len(block) // 2 else [0])
     assert all(same_bits(record.values, made[key].values) for key, record in found.items())
 
@@ -68,10 +68,10 @@ def test_records_after_a_torn_one_are_found_and_the_newest_counts(tmp_path: Path
     (path,) = tmp_path.glob("*.records")
     path.write_bytes(path.read_bytes()[:-1])  # killed while writing record 1
     with Records(tmp_path, {"a": 1}) as records:
-        assert list(records.found) == [0]
+        assert list(records.by_key) == [0]
         records.add(Record(1, torch.ones(1)))
         records.add(Record(0, torch.zeros(1)))
-    found = Records(tmp_path, {"a": 1}).found
+    found = Records(tmp_path, {"a": 1}).by_key
     assert found[1].values.tolist() == [1.0]
     assert (found[0].values.tolist(), found[0].errors) == ([0.0], {})
 
@@ -83,7 +83,7 @@ def test_processes_find_each_others_records(tmp_path: Path) -> None:
             records.add(Record(rank, torch.ones(1)))
     for records in both:
         records.reload()
-        assert sorted(records.found) == [0, 1]
+        assert sorted(records.by_key) == [0, 1]
 
 
 def test_other_settings_are_an_error_that_shows_them(tmp_path: Path) -> None:
@@ -92,15 +92,15 @@ def test_other_settings_are_an_error_that_shows_them(tmp_path: Path) -> None:
     with pytest.raises(RecordsError) as caught:
         Records(tmp_path, {"lam": [0.5, 1.0], "views": 3, "new": None, "amp": "bf16"})
     assert str(caught.value).splitlines()[1:-1] == [
-        "  lam: there [0.5], now [0.5, 1.0]",
-        '  amp: there null, now "bf16"',
-        "  old: there [1, 2], now null",
+        "  lam: stored [0.5], requested [0.5, 1.0]",
+        '  amp: stored null, requested "bf16"',
+        "  old: stored [1, 2], requested null",
     ]
 
 
 def test_a_folder_that_cant_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(RecordsError, match=r"can't be kept in .*Not a directory"):
+    with pytest.raises(RecordsError, match=r"can't be written to .*Not a directory"):
         Records(tmp_path / "file" / "out", {})
     (tmp_path / "settings.json").write_text("{")
     with pytest.raises(RecordsError, match=r"settings\.json is not JSON"):

@@ -16,8 +16,17 @@ from examples.shapes.model import create_model
 from examples.shapes.world import TEMPLATES
 from openvclip.checkpoints import load_checkpoint
 from openvclip.errors import EvaluationError, RecordsError, UsageError, VideoNotFoundError
-from openvclip.evaluation import ProtocolEvaluation, Sampling, encoding, evaluate_protocol
-from openvclip.evaluation.tables import as_json, as_table, time_spent
+from openvclip.evaluation import (
+    Mixture,
+    ProtocolEvaluation,
+    RunOptions,
+    Sampling,
+    as_json,
+    as_table,
+    encoding,
+    evaluate_protocol,
+    time_spent,
+)
 from openvclip.video import dataset as dataset_module
 from openvclip.video import read_clip, transforms
 from openvclip.video.protocols import Split
@@ -32,12 +41,27 @@ def expanded() -> tuple[Any, Any]:
     return openvclip.expand_temporal_attention(model), tokenizer
 
 
-def run(world: World, **settings: Any) -> ProtocolEvaluation:
+def run(
+    world: World,
+    *,
+    splits: list[Split] | None = None,
+    videos: Path | None = None,
+    mixture: Mixture | None = None,
+    out: Path | None = None,
+    **options: Any,
+) -> ProtocolEvaluation:
     model, tokenizer = expanded()
-    given = {"sampling": SAMPLING, "templates": TEMPLATES, "num_workers": 0, "batch_size": 3}
-    splits = settings.pop("splits", world.splits())
-    folder = settings.pop("videos", world.folder)
-    return evaluate_protocol(model, tokenizer, splits, folder, **{**given, **settings})
+    return evaluate_protocol(
+        model,
+        tokenizer,
+        world.splits() if splits is None else splits,
+        videos or world.folder,
+        mixture=mixture,
+        sampling=SAMPLING,
+        templates=TEMPLATES,
+        out=out,
+        run=RunOptions(num_workers=0, batch_size=3, **options),
+    )
 
 
 @torch.no_grad()
@@ -70,7 +94,7 @@ def counted(logits: Tensor, split: Split, k: int) -> float:
 
 def test_every_split_at_every_lambda_equals_its_own_slow_evaluation(world: World) -> None:
     tuned, lams = load_checkpoint(world.tuned), (0.0, 0.4, 1.0)
-    result = run(world, tuned=tuned, lams=lams)
+    result = run(world, mixture=Mixture(tuned, lams))
     assert list(result.scores) == list(lams)
     clip = snapshot(expanded()[0])
     seen = set()
@@ -95,7 +119,7 @@ def test_a_video_is_read_once_for_all_splits_and_lambdas(
         return read_clip(path, **settings)
 
     monkeypatch.setattr(dataset_module, "read_clip", counting)
-    result = run(world, tuned=load_checkpoint(world.tuned), lams=(0.0, 0.5, 1.0))
+    result = run(world, mixture=Mixture(load_checkpoint(world.tuned), (0.0, 0.5, 1.0)))
     assert read == {str(world.folder / path): 1 for path, _ in world.samples}
     assert result.timing.clips == len(world.samples)
 
@@ -103,15 +127,16 @@ def test_a_video_is_read_once_for_all_splits_and_lambdas(
 def test_text_features_and_weights_stay_those_of_the_original(world: World) -> None:
     model, tokenizer = expanded()
     before = snapshot(model)
-    settings = {"sampling": SAMPLING, "templates": TEMPLATES, "num_workers": 0}
+    arguments = (model, tokenizer, world.splits(), world.folder)
+    settings = {"sampling": SAMPLING, "templates": TEMPLATES, "run": RunOptions(num_workers=0)}
     tuned = load_checkpoint(world.tuned)
     spoiled = {n: v if n.startswith("visual.") else torch.zeros_like(v) for n, v in tuned.items()}
-    found = [
-        evaluate_protocol(model, tokenizer, world.splits(), world.folder, tuned=t, **settings)
-        for t in (tuned, spoiled)
+    results = [
+        evaluate_protocol(*arguments, mixture=Mixture(state), **settings)
+        for state in (tuned, spoiled)
     ]
     assert_same_state(model.state_dict(), before)
-    ranks = [one.scores[0.0][2].evaluation.ranks.tolist() for one in found]
+    ranks = [result.scores[0.0][2].evaluation.ranks.tolist() for result in results]
     assert ranks[0] == ranks[1]  # whatever the checkpoint has for a text tower
 
 
@@ -181,10 +206,11 @@ def test_a_video_that_is_repaired_is_read_in_the_next_run(world: World, tmp_path
 
 def test_a_model_that_is_expanded_otherwise_is_another_run(world: World, tmp_path: Path) -> None:
     model, tokenizer = create_model()
-    settings = {"sampling": SAMPLING, "templates": TEMPLATES, "num_workers": 0, "out": tmp_path}
+    options = {"sampling": SAMPLING, "templates": TEMPLATES, "run": RunOptions(num_workers=0)}
+    settings = {**options, "out": tmp_path}
     evaluate_protocol(model, tokenizer, world.splits(), world.folder, **settings)
     openvclip.expand_temporal_attention(model, boundary="mask", layers=[0])
-    with pytest.raises(RecordsError, match='expand: there null, now "0 mask, 1 mask"'):
+    with pytest.raises(RecordsError, match='expand: stored null, requested "0 mask, 1 mask"'):
         evaluate_protocol(model, tokenizer, world.splits(), world.folder, **settings)
     openvclip.restore_spatial_attention(model)
     evaluate_protocol(model, tokenizer, world.splits(), world.folder, **settings)
@@ -201,7 +227,7 @@ def test_confusion_and_classes_by_hand(world: World) -> None:
 
 
 def test_json_and_table_by_hand(world: World) -> None:
-    result = run(world, tuned=load_checkpoint(world.tuned), lams=(0.0, 0.5))
+    result = run(world, mixture=Mixture(load_checkpoint(world.tuned), (0.0, 0.5)))
     found = as_json(result, per_class=True, confusion=True)
     for lam, entry in zip((0.0, 0.5), found["results"], strict=True):
         values = torch.tensor(result.top(1, lam), dtype=torch.float64)
@@ -239,7 +265,7 @@ def test_each_protocol_has_its_mean(world: World) -> None:
 
 def test_wrong_use_is_told(world: World) -> None:
     with pytest.raises(UsageError, match="without tuned"):
-        run(world, lams=(0.5,))
+        run(world, mixture=Mixture(None, (0.5,)))
     with pytest.raises(EvaluationError, match="nothing to evaluate"):
         run(world, splits=[])
     path = world.samples[0][0]

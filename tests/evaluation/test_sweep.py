@@ -73,8 +73,8 @@ def test_an_end_may_be_the_models_own_state_dict(own: int) -> None:
 def test_live_weights_are_back_bitwise_also_after_an_exception() -> None:
     classifier = _classifier()
     a, b = _ends(classifier.model)
-    sweep(classifier, a, b, CountingLoader(), [0.3], progress=False)
+    sweep(classifier, a, b, CountingLoader(), lams=[0.3], progress=False)
     with pytest.raises(openvclip.OpenVCLIPError):
-        sweep(classifier, a, b, [(torch.zeros(1, 3), torch.zeros(1))], [0.3], progress=False)
+        sweep(classifier, a, b, [(torch.zeros(1, 3), torch.zeros(1))], lams=[0.3], progress=False)
     for name, value in classifier.model.state_dict().items():
         assert torch.equal(value, a[name]), name

@@ -116,7 +116,7 @@ def test_regularised_averaged_and_interpolated_fine_tunes() -> None:
     clip, head = fine_tuned()
     tuned = snapshot(head.model)
     assert sum(not same_bits(tuned[n], clip[n]) for n in clip) > 50
-    found = sweep(head, clip, tuned, [(VIDEO, LABEL)], [0.0, 0.5, 1.0])  # type: ignore[arg-type]
+    found = sweep(head, clip, tuned, [(VIDEO, LABEL)], lams=[0.0, 0.5, 1.0])  # type: ignore[arg-type]
     assert_same_state(snapshot(head.model), tuned)
     for lam, evaluation in found.items():
         # The text tower of the mixture takes part, which text features made once would leave out.
