@@ -2,7 +2,7 @@
 
 from openvclip.models.classifier import VIDEO_TEMPLATES, ZeroShotClassifier
 from openvclip.models.labels import read_labels
-from openvclip.models.loading import LoadedModel, load_model
+from openvclip.models.loading import LoadedModel, fine_tuned, load_model
 from openvclip.models.prediction import Prediction, predict
 from openvclip.models.preprocess import transform_for
 from openvclip.models.timeline import Segment, Timeline, predict_timeline
@@ -14,6 +14,7 @@ __all__ = [
     "Segment",
     "Timeline",
     "ZeroShotClassifier",
+    "fine_tuned",
     "load_model",
     "predict",
     "predict_timeline",
