@@ -47,10 +47,11 @@ class Mixture:
 
     @contextmanager
     def setters(self, model: nn.Module) -> Iterator[list[Callable[[], None]]]:
-        """Context manager that returns a function for each point; the function sets the weights.
+        """Context manager that returns one function for each ``lam``.
 
-        The list has one function for each ``lam``. ``Mixture()`` has one function, which does
-        nothing. On exit the model has its original weights again, bitwise.
+        A call of a function sets the weights of ``model`` to the interpolation at this ``lam``.
+        ``Mixture()`` has one function, which does nothing. On exit the model has its original
+        weights, bitwise.
 
         Args:
             model: a model with the weights of the original CLIP.

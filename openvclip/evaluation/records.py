@@ -88,7 +88,7 @@ class Records:
             self._file.close()
 
     def reload(self) -> None:
-        """Read the records of all processes. Of several records with one key, the newest counts."""
+        """Read the records of all processes. For each key, the newest record counts."""
         if self.folder is not None:
             for path in sorted(self.folder.glob(_PATTERN)):
                 self.by_key.update((record.key, record) for record in _read(path))

@@ -104,5 +104,6 @@ def _require_known(name: str, value: object, known: Sequence[object]) -> None:
     if value not in known:
         expected = ", ".join(map(str, known))
         raise EvaluationError(
-            f"{name}={value}: nothing was evaluated there; expected one of {expected}."
+            f"{name}={value}: the model was not evaluated with this value; expected one of "
+            f"{expected}."
         )

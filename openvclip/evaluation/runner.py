@@ -109,12 +109,6 @@ def evaluate_protocol(
         ClassNamesError: the class names or templates are not valid.
         StateMismatchError: the fine-tuned weights do not fit the model.
         VideoOptionError: the videos can't be read with this ``sampling``.
-
-    Example::
-
-        splits = openvclip.video.protocols.load("ucf101-ep1", annotations="ucfTrainTestlist")
-        result = evaluate_protocol(model, tokenizer, splits, "UCF-101")
-        print(mean_and_std(result.top(1)))
     """
     mixture, run = mixture or Mixture(), run or RunOptions()
     transform = transform or transform_for(model)

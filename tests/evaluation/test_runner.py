@@ -1,4 +1,4 @@
-"""Splits scored from one pass, against a slow loop over each split's own videos and classes."""
+"""Splits scored in one pass equal a slow loop over the videos and classes of each split."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def run(
 
 @torch.no_grad()
 def slow_logits(world: World, split: Split, theta: dict[str, Tensor] | None) -> Tensor:
-    """Video by video, view by view and frame by frame, as the paper words it; float64 sums."""
+    """Encode frame by frame and sum in float64, as in the paper."""
     model, tokenizer = expanded()
     classifier = openvclip.ZeroShotClassifier(model, tokenizer, split.class_names, TEMPLATES)
     if theta is not None:
@@ -106,7 +106,7 @@ def test_every_split_at_every_lambda_equals_its_own_slow_evaluation(world: World
             for k in (1, 5):
                 assert score.evaluation.top(k) == pytest.approx(counted(expected, split, k))
             seen.add(tuple(score.evaluation.predictions.tolist()))
-    assert len(seen) > 6  # or the comparisons would say little
+    assert len(seen) > 6  # otherwise the comparisons would prove little
 
 
 def test_a_video_is_read_once_for_all_splits_and_lambdas(
@@ -137,7 +137,7 @@ def test_text_features_and_weights_stay_those_of_the_original(world: World) -> N
     ]
     assert_same_state(model.state_dict(), before)
     ranks = [result.scores[0.0][2].evaluation.ranks.tolist() for result in results]
-    assert ranks[0] == ranks[1]  # whatever the checkpoint has for a text tower
+    assert ranks[0] == ranks[1]  # the text tower of the checkpoint is not used
 
 
 def test_broken_videos_are_wrong_or_left_out_and_listed(world: World, tmp_path: Path) -> None:
@@ -154,21 +154,21 @@ def test_broken_videos_are_wrong_or_left_out_and_listed(world: World, tmp_path: 
             str(tmp_path / path) for path in broken
         ]
         for split, score, before in zip(world.splits(), result.scores[None], whole, strict=True):
-            there = [path not in broken for path, _ in split.samples]
-            right = (before.evaluation.ranks == 0) & torch.tensor(there)
-            n = sum(there) if leave_out else len(there)
+            readable = [path not in broken for path, _ in split.samples]
+            correct = (before.evaluation.ranks == 0) & torch.tensor(readable)
+            n = sum(readable) if leave_out else len(readable)
             assert score.evaluation.n_clips == n
-            assert score.left_out == (len(there) - n)
-            assert score.evaluation.top1 == pytest.approx(int(right.sum()) / n)
-            assert len(score.class_names) > 8 or score.evaluation.top(9) <= sum(there) / n
+            assert score.left_out == (len(readable) - n)
+            assert score.evaluation.top1 == pytest.approx(int(correct.sum()) / n)
+            assert len(score.class_names) > 8 or score.evaluation.top(9) <= sum(readable) / n
 
 
 def test_nothing_is_encoded_for_videos_that_cant_be_read(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(world.folder / "videos", tmp_path / "videos")
-    for place in (1, 3, 4, 5):  # one of the first batch of 3, all of the second
-        (tmp_path / world.samples[place][0]).unlink()
+    for index in (1, 3, 4, 5):  # one video of the first batch of 3, and all of the second batch
+        (tmp_path / world.samples[index][0]).unlink()
     encoded = []
 
     def counting(model: Any, clips: Tensor) -> Tensor:
@@ -179,11 +179,12 @@ def test_nothing_is_encoded_for_videos_that_cant_be_read(
     result = run(world, videos=tmp_path, allow_missing=True, out=tmp_path / "out")
     assert encoded == [2 * 2, 3 * 2, 1 * 2]  # two views each
     assert result.timing.clips == 6
-    whole = run(world).scores[None][2].evaluation.predictions.tolist()
-    expected = [-1 if place in (1, 3, 4, 5) else whole[place] for place in range(10)]
+    predictions = run(world).scores[None][2].evaluation.predictions.tolist()
+    expected = [-1 if index in (1, 3, 4, 5) else predictions[index] for index in range(10)]
     assert result.scores[None][2].evaluation.predictions.tolist() == expected
     run(world, videos=tmp_path, allow_missing=True, out=tmp_path / "out")
-    assert encoded[3 + 4 :] == [2 * 2]  # in between the whole run; then what was tried again
+    # After the 4 batches of the run of all videos, one batch is encoded again.
+    assert encoded[3 + 4 :] == [2 * 2]
 
 
 def test_a_video_that_is_repaired_is_read_in_the_next_run(world: World, tmp_path: Path) -> None:
@@ -196,7 +197,7 @@ def test_a_video_that_is_repaired_is_read_in_the_next_run(world: World, tmp_path
     path.write_bytes(good)
     second = run(world, videos=tmp_path, out=tmp_path / "out")
     assert second.failures == []
-    assert second.timing.clips == 3  # the batch of the broken one, and no other
+    assert second.timing.clips == 3  # only the batch of the broken video
     assert second.top(1) == run(world).top(1)
     third = run(world, videos=tmp_path, out=tmp_path / "out")
     assert third.timing.clips == 0
@@ -228,8 +229,8 @@ def test_confusion_and_classes_by_hand(world: World) -> None:
 
 def test_json_and_table_by_hand(world: World) -> None:
     result = run(world, mixture=Mixture(load_checkpoint(world.tuned), (0.0, 0.5)))
-    found = as_json(result, per_class=True, confusion=True)
-    for lam, entry in zip((0.0, 0.5), found["results"], strict=True):
+    content = as_json(result, per_class=True, confusion=True)
+    for lam, entry in zip((0.0, 0.5), content["results"], strict=True):
         values = torch.tensor(result.top(1, lam), dtype=torch.float64)
         assert entry["lam"] == lam
         assert entry["top1"]["mean"] == pytest.approx(float(values.mean()))
@@ -238,28 +239,28 @@ def test_json_and_table_by_hand(world: World) -> None:
         assert len(entry["splits"][0]["confusion"]) == 3
         row = [line for line in as_table(result, "B/16").splitlines() if f" {lam:g} |" in line]
         assert f"{100 * float(values.mean()):.1f} ± {100 * float(values.std()):.1f}" in row[0]
-    assert sum(found["timing"]["shares"].values()) == pytest.approx(1)
+    assert sum(content["timing"]["shares"].values()) == pytest.approx(1)
     with pytest.raises(EvaluationError, match=r"lam=0.3: .* expected one of 0\.0, 0\.5"):
         result.top(1, 0.3)
 
 
 def test_each_protocol_has_its_mean(world: World) -> None:
-    few, late, every = world.splits()
-    splits = [few._replace(protocol="ep1"), every, late._replace(protocol="ep1")]
+    first, second, third = world.splits()
+    splits = [first._replace(protocol="ep1"), third, second._replace(protocol="ep1")]
     result = run(world, splits=splits)
     alone = [run(world, splits=[split]).top(1)[0] for split in splits]
     assert result.protocols == ["ep1", ""]
     assert result.top(1) == alone
     assert result.top(1, protocol="ep1") == [alone[0], alone[2]]
-    assert [one.name for one in result.of(protocol="")] == ["all"]
-    found = as_json(result)["results"]
-    assert [(one["protocol"], one["top1"]["mean"]) for one in found] == [
+    assert [entry.name for entry in result.of(protocol="")] == ["all"]
+    entries = as_json(result)["results"]
+    assert [(entry["protocol"], entry["top1"]["mean"]) for entry in entries] == [
         ("ep1", pytest.approx((alone[0] + alone[2]) / 2)),
         ("", alone[1]),
     ]
     rows = [line.split("|")[2].strip() for line in as_table(result, "B/16").splitlines()[2:]]
     assert rows == ["ep1", ""]
-    with pytest.raises(EvaluationError, match="protocol=ep2: nothing was evaluated there"):
+    with pytest.raises(EvaluationError, match="protocol=ep2: the model was not evaluated with"):
         result.top(1, protocol="ep2")
 
 

@@ -1,4 +1,4 @@
-"""The sweep over lambda equals evaluating each interpolation on its own."""
+"""The sweep over lambda equals a separate evaluation of each interpolation."""
 
 from __future__ import annotations
 
@@ -46,27 +46,27 @@ class CountingLoader:
 def test_each_point_equals_its_own_evaluation_and_clips_are_read_once() -> None:
     classifier, loader = _classifier(), CountingLoader()
     a, b = _ends(classifier.model)
-    found = sweep(classifier, a, b, loader, progress=False)
+    results = sweep(classifier, a, b, loader, progress=False)
     assert loader.read == len(loader.batches)
-    assert tuple(found) == FIGURE_LAMBDAS
-    for lam, result in found.items():
+    assert tuple(results) == FIGURE_LAMBDAS
+    for lam, result in results.items():
         classifier.model.load_state_dict(openvclip.interpolate(a, b, lam))
         alone = evaluate(classifier, loader.batches, progress=False)
         assert torch.equal(result.ranks, alone.ranks)
-    predictions = {tuple(result.predictions.tolist()) for result in found.values()}
-    assert len(predictions) > 1  # or the comparison above would say nothing
+    predictions = {tuple(result.predictions.tolist()) for result in results.values()}
+    assert len(predictions) > 1  # otherwise the comparison above would prove nothing
 
 
-@pytest.mark.parametrize("own", [0, 1])
-def test_an_end_may_be_the_models_own_state_dict(own: int) -> None:
+@pytest.mark.parametrize("index", [0, 1])
+def test_an_end_may_be_the_models_own_state_dict(index: int) -> None:
     classifier, loader = _classifier(), CountingLoader()
     ends = _ends(classifier.model)
     expected = sweep(classifier, *ends, loader, progress=False)
-    classifier.model.load_state_dict(ends[own])
-    given = list(ends)
-    given[own] = classifier.model.state_dict()
-    found = sweep(classifier, *given, loader, progress=False)
-    for lam, result in found.items():
+    classifier.model.load_state_dict(ends[index])
+    states = list(ends)
+    states[index] = classifier.model.state_dict()
+    results = sweep(classifier, *states, loader, progress=False)
+    for lam, result in results.items():
         assert torch.equal(result.ranks, expected[lam].ranks)
 
 
