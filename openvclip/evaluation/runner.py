@@ -71,9 +71,9 @@ def evaluate_protocol(
     """Evaluate a model on the splits of one or more protocols.
 
     Each video of the splits is decoded once, and encoded once for each λ of ``mixture``. Each split
-    is then scored among its own class names. So the ten halves of EP1 and the three lists of EP3
-    together take as long as EP2. The logits are cosines, averaged over the frames and summed over
-    the views.
+    is then scored among its own class names. So ``ucf101-ep1`` (ten splits) and ``ucf101-ep3``
+    (three splits) together take as long as ``ucf101-ep2`` (one split). The logits are cosines,
+    averaged over the frames and summed over the views.
 
     Under ``torchrun``, or within a process group, each process encodes a part of the videos. The
     processes exchange their results through the folder ``out``. Every process returns the whole
@@ -112,7 +112,7 @@ def evaluate_protocol(
     """
     mixture, run = mixture or Mixture(), run or RunOptions()
     transform = transform or transform_for(model)
-    paths, positions = _all_videos(splits)
+    paths, split_indices = _all_videos(splits)
     root = os.fspath(videos)
     if not run.allow_missing:
         require_videos(paths, root)
@@ -135,7 +135,7 @@ def evaluate_protocol(
     scores = {
         lam: [
             _scored(split, indices, features[:, i], left_out, rows)
-            for split, indices in zip(splits, positions, strict=True)
+            for split, indices in zip(splits, split_indices, strict=True)
         ]
         for i, lam in enumerate(weights)
     }
