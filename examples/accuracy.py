@@ -23,7 +23,7 @@ import openvclip
 from openvclip import prompting
 from openvclip.checkpoints import atomic_path, load_checkpoint
 from openvclip.errors import UsageError
-from openvclip.evaluation.figures import markdown_table
+from openvclip.evaluation import markdown_table
 from openvclip.models.loading import LoadedModel, load_model
 from openvclip.processes import Processes
 from openvclip.training import options

@@ -28,9 +28,15 @@ if __package__ in (None, ""):  # started by its path: let it find the files besi
 from examples.published import METHODS, published
 from openvclip.checkpoints import atomic_path, write_errors
 from openvclip.errors import OpenVCLIPError
-from openvclip.evaluation import ProtocolEvaluation, evaluate_protocol
-from openvclip.evaluation.figures import markdown_table, mean_and_std
-from openvclip.evaluation.tables import as_json
+from openvclip.evaluation import (
+    Mixture,
+    ProtocolEvaluation,
+    RunOptions,
+    as_json,
+    evaluate_protocol,
+    markdown_table,
+    mean_and_std,
+)
 from openvclip.models.loading import load_model
 from openvclip.processes import Processes, joined_processes, local_rank
 from openvclip.video import class_names, protocols, read_annotations
@@ -120,16 +126,17 @@ def _evaluate(args: argparse.Namespace, processes: Processes) -> None:
             clip.tokenizer,
             splits[name],
             videos,
-            tuned=clip.tuned,
-            lams=[args.lam] if clip.tuned is not None else (),
+            mixture=Mixture(clip.tuned, [args.lam] if clip.tuned is not None else ()),
             transform=clip.transform,
-            batch_size=args.batch_size,
-            num_workers=args.num_workers,
-            amp=getattr(torch, args.amp) if args.amp else None,
             out=args.out / name,
-            leave_out_broken=args.leave_out_missing,
-            allow_missing=args.leave_out_missing,
-            description=name,
+            run=RunOptions(
+                batch_size=args.batch_size,
+                num_workers=args.num_workers,
+                amp=getattr(torch, args.amp) if args.amp else None,
+                description=name,
+                leave_out_broken=args.leave_out_missing,
+                allow_missing=args.leave_out_missing,
+            ),
         )
         for name, (_, videos) in given.items()
     }

@@ -37,15 +37,18 @@ from openvclip import expand_temporal_attention, restore_spatial_attention
 from openvclip.checkpoints import atomic_path, write_errors
 from openvclip.cli.options import data, models
 from openvclip.errors import OpenVCLIPError, UsageError
-from openvclip.evaluation import ProtocolEvaluation, evaluate_protocol
-from openvclip.evaluation.figures import (
+from openvclip.evaluation import (
     Curve,
+    Mixture,
+    ProtocolEvaluation,
+    RunOptions,
+    as_json,
+    evaluate_protocol,
     markdown_table,
     mean_and_std,
-    require_matplotlib,
     tradeoff_figure,
 )
-from openvclip.evaluation.tables import as_json
+from openvclip.models.drawing import require_matplotlib
 from openvclip.models.loading import LoadedModel, fine_tuned
 from openvclip.processes import Processes, joined_processes
 from openvclip.video.protocols import Split
@@ -110,24 +113,26 @@ def evaluate(
     device = next(clip.model.parameters()).device
     if line.temporal:
         expand_temporal_attention(clip.model, window=args.window, boundary=args.boundary)
+    moved = None if tuned is None else {n: v.to(device) for n, v in tuned.items()}
     try:
         return evaluate_protocol(
             clip.model,
             clip.tokenizer,
             splits,
             chosen.videos,
-            tuned=None if tuned is None else {n: v.to(device) for n, v in tuned.items()},
-            lams=args.lams if tuned is not None else (),
+            mixture=Mixture(moved, args.lams if tuned is not None else ()),
             transform=clip.transform,
             sampling=models.sampling_of(args),
             templates=models.templates_of(args),
-            batch_size=args.batch_size,
-            num_workers=args.num_workers,
-            amp=models.amp_of(args),
             out=args.out / "records" / file_name(line.label) / file_name(chosen.label),
-            leave_out_broken=chosen.leave_out_broken,
-            allow_missing=chosen.allow_missing_videos,
-            description=f"{line.label} on {chosen.label}",
+            run=RunOptions(
+                batch_size=args.batch_size,
+                num_workers=args.num_workers,
+                amp=models.amp_of(args),
+                description=f"{line.label} on {chosen.label}",
+                leave_out_broken=chosen.leave_out_broken,
+                allow_missing=chosen.allow_missing_videos,
+            ),
         )
     finally:
         if line.temporal:

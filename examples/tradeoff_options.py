@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from openvclip.cli.options import data, models
-from openvclip.evaluation.sweep import FIGURE_LAMBDAS
+from openvclip.evaluation import FIGURE_LAMBDAS
 
 BASELINE = "CLIP, frame by frame"
 

@@ -1,4 +1,4 @@
-"""``python -m openvclip`` is the command ``openvclip``."""
+"""``python -m openvclip`` runs the command ``openvclip``."""
 
 import sys
 

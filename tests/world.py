@@ -1,4 +1,4 @@
-"""A few clips of the shapes world with its committed model, as files that the commands take."""
+"""Files for the commands: clips of the shapes world, class names, templates and weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,13 @@ from tests.helpers import REPO
 
 @dataclass(frozen=True)
 class World:
-    """Where everything is."""
+    """The files of the fixture.
+
+    Attributes:
+        folder: holds the videos, ``seen_test.csv``, ``classes.txt`` and ``templates.txt``.
+        tuned: fine-tuned weights.
+        samples: path and class index of each test video.
+    """
 
     folder: Path
     tuned: Path
@@ -39,11 +45,15 @@ class World:
         return ["evaluate", *self.model_flags, *data, *frames]
 
     def splits(self) -> list[Split]:
-        """Two that share a video, on classes of their own, and all videos."""
+        """Return two splits with different classes that share videos, and a split of all videos."""
         names = class_names("seen")
-        few = Split("few", names[:3], [s for s in self.samples if s[1] < 3])
-        late = [(path, label - 2) for path, label in self.samples if label >= 2]
-        return [few, Split("late", names[2:10], late), Split("all", names[:10], self.samples)]
+        first = [(path, index) for path, index in self.samples if index < 3]
+        last = [(path, index - 2) for path, index in self.samples if index >= 2]
+        return [
+            Split("first", names[:3], first),
+            Split("last", names[2:10], last),
+            Split("all", names[:10], self.samples),
+        ]
 
 
 @pytest.fixture(scope="session")
@@ -54,14 +64,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     (folder / "classes.txt").write_text("\n".join(class_names("seen")) + "\n")
     (folder / "templates.txt").write_text("\n".join(TEMPLATES) + "\n")
     tuned = folder / "tuned.safetensors"
-    save_checkpoint(shaken(create_model()[0].state_dict()), tuned)
+    save_checkpoint(with_noise(create_model()[0].state_dict()), tuned)
     lines = (folder / "seen_test.csv").read_text().splitlines()
-    samples = [(path, int(label)) for path, label in (line.rsplit(",", 1) for line in lines)]
+    samples = [(path, int(index)) for path, index in (line.rsplit(",", 1) for line in lines)]
     return World(folder, tuned, samples)
 
 
-def shaken(state: dict[str, Any]) -> dict[str, Tensor]:
-    """Other weights not far from these, as a fine-tune leaves them."""
+def with_noise(state: dict[str, Any]) -> dict[str, Tensor]:
+    """Return weights that differ slightly, like those of a fine-tuned model."""
     generator = torch.Generator().manual_seed(3)
     return {
         name: value + 0.03 * torch.randn(value.shape, generator=generator)

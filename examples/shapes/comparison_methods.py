@@ -27,8 +27,7 @@ from examples.shapes.comparison_settings import (
 from examples.shapes.model import Tokenizer, create_model
 from examples.shapes.world import TEMPLATES, class_names
 from openvclip import prompting
-from openvclip.evaluation import evaluate
-from openvclip.evaluation.sweep import sweep
+from openvclip.evaluation import evaluate, sweep
 from openvclip.training.methods import choose_trained, fixed_text, make_optimizer, text_made_once
 from openvclip.training.recipe import Recipe, learning_rate
 
@@ -127,7 +126,9 @@ class Run:
         classifier = make_classifier(self.model, self.tokenizer, names, self.method)
         loader = DataLoader(clips, batch_size=64)
         if self.method.interpolated:
-            points = sweep(classifier, self.clip, self.theta, loader, LAMBDAS, description=test)
+            points = sweep(
+                classifier, self.clip, self.theta, loader, lams=LAMBDAS, description=test
+            )
             return {f"{lam:g}": evaluation.top1 for lam, evaluation in points.items()}
         with fixed_text(classifier):
             evaluation = evaluate(classifier, loader, description=test)

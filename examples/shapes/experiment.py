@@ -21,7 +21,7 @@ from examples.shapes.progress import Costs, Phase, Reporter
 from examples.shapes.raster import IMAGE_SIZE
 from examples.shapes.studies import AVERAGE, LAST, FineTune, Task
 from examples.shapes.world import TEMPLATES, class_names
-from openvclip.evaluation.sweep import FIGURE_LAMBDAS, sweep
+from openvclip.evaluation import FIGURE_LAMBDAS, sweep
 from openvclip.training.log import Step
 from openvclip.training.recipe import Recipe
 from openvclip.video import Sampling, VideoDataset, transforms
@@ -316,7 +316,7 @@ class _Evaluation:
         for name in TEST_LISTS:
             classifier = make_classifier(self.model, self.tokenizer, LISTS[name])
             loader = _counted(DataLoader(self.data[name], batch_size=64), on_evaluated)
-            points = sweep(classifier, self.clip, theta, loader, self.lams)
+            points = sweep(classifier, self.clip, theta, loader, lams=self.lams)
             accuracies[name] = {f"{lam:g}": result.top1 for lam, result in points.items()}
         return accuracies
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from examples.shapes.experiment import Accuracies, Outcome
 from examples.shapes.studies import MAIN, FineTune, Row, Study, Task
 from openvclip.checkpoints import atomic_path
-from openvclip.evaluation.figures import Curve, markdown_table, mean_and_std, tradeoff_figure
+from openvclip.evaluation import Curve, markdown_table, mean_and_std, tradeoff_figure
 
 Results = dict[str, Any]
 """``{"settings": ..., "environments": ..., "seeds": {seed: {run: Entry}}}``. An environment is a

@@ -1,4 +1,4 @@
-"""``openvclip evaluate``."""
+"""The subcommand ``openvclip evaluate``."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 from openvclip.cli.options.data import add_data_options, splits_of
 from openvclip.cli.options.models import (
     add_frame_options,
+    add_lam_option,
     add_model_options,
     amp_of,
     device_of,
     load,
+    require_checkpoint,
     sampling_of,
     templates_of,
 )
@@ -23,20 +25,20 @@ from openvclip.cli.options.types import Commands
 from openvclip.errors import UsageError
 
 if TYPE_CHECKING:
-    from openvclip.evaluation import ProtocolEvaluation
-    from openvclip.video.transforms import Transform
+    from openvclip.evaluation import ProtocolEvaluation, RunOptions
 
-# Options that change neither what is encoded nor what it is called.
+# Options that change neither the features nor the name of the results.
 _NOT_SETTINGS = {"run", "command", "out", "json", "per_class", "confusion", "num_workers", "device"}
 _NOT_SETTINGS |= {"leave_out_broken", "allow_missing_videos"}
 
-_EVALUATE = """\
-Zero-shot accuracy on published protocols, or on a list of your own.
+_DESCRIPTION = """\
+Compute the zero-shot accuracy of a model on published protocols, or on your
+own list of videos.
 
-Every video is read and encoded once, for all protocols, splits and values of
---lam.
-Results are kept as they come: the same command goes on where it was stopped.
-Under torchrun each process takes a part of the videos.
+Every video is decoded once and encoded once for each value of --lam, for all
+protocols and splits together. Results are saved while they are computed: the
+same command continues where it was stopped. Under torchrun, each process
+encodes a part of the videos.
 """
 _EXAMPLES = """\
 examples:
@@ -55,20 +57,14 @@ def add(commands: Commands) -> None:
     """Add the parser of the subcommand."""
     parser = commands.add_parser(
         "evaluate",
-        help="zero-shot accuracy on a published protocol",
-        description=_EVALUATE,
+        help="compute the zero-shot accuracy of a model on a data set",
+        description=_DESCRIPTION,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_data_options(parser)
     add_model_options(parser)
-    parser.add_argument(
-        "--lam",
-        type=float,
-        nargs="+",
-        default=[],
-        help="weights of the original CLIP to interpolate with; 0 is the checkpoint itself (0)",
-    )
+    add_lam_option(parser, several=True)
     add_frame_options(parser)
     _add_crop_options(parser)
     _add_run_options(parser)
@@ -82,36 +78,50 @@ def _add_crop_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         choices=(1, 3),
         default=1,
-        help="crops of each clip: the middle, or also the ends of the long side (%(default)s)",
+        help="crops of each clip: 1 is the centre; 3 are the centre and both ends of the long side "
+        "(default: %(default)s)",
     )
     group.add_argument(
         "--short-side",
         type=int,
         metavar="PIXELS",
-        help="of the frames before they are cropped (the model's size)",
+        help="short side of the frames before the crop (default: the image size of the model)",
     )
 
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run and results")
     group.add_argument(
-        "--batch-size", type=int, default=8, help="videos encoded at a time (%(default)s)"
+        "--batch-size",
+        type=int,
+        default=8,
+        help="videos to encode at a time (default: %(default)s)",
     )
     group.add_argument(
-        "--num-workers", type=int, default=2, help="processes that decode (%(default)s)"
+        "--num-workers",
+        type=int,
+        default=2,
+        help="processes that decode; 0 decodes in the main process (default: %(default)s)",
     )
     group.add_argument(
         "--out",
         type=Path,
-        help="folder of results (openvclip-results/, and there one for these settings)",
+        metavar="FOLDER",
+        help="folder for the results (default: a folder for these settings in openvclip-results/)",
     )
-    group.add_argument("--per-class", action="store_true", help="accuracy on each class, to JSON")
-    group.add_argument("--confusion", action="store_true", help="confusion matrices, to JSON")
-    group.add_argument("--json", action="store_true", help="print the results as JSON")
+    group.add_argument(
+        "--per-class", action="store_true", help="add the accuracy of each class to results.json"
+    )
+    group.add_argument(
+        "--confusion", action="store_true", help="add confusion matrices to results.json"
+    )
+    group.add_argument(
+        "--json", action="store_true", help="print the results as JSON (default: as a table)"
+    )
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from openvclip.evaluation import evaluate_protocol
+    from openvclip.evaluation import Mixture, evaluate_protocol
     from openvclip.processes import joined_processes
 
     _check(options)
@@ -119,70 +129,74 @@ def _evaluate(options: argparse.Namespace) -> None:
     loaded = load(options)
     title = ", ".join(options.protocol) or options.annotations.name
     folder = options.out or _default_folder(options)
+    transform = loaded.transform.with_(short_side=options.short_side, crops=options.crops)
     with joined_processes() as processes:
         if processes.is_first and not options.json:
-            videos = len({path for split in splits for path, _ in split.samples})
-            print(f"{title}: {_plural(len(splits), 'split')}, {_plural(videos, 'video')}")
+            n_videos = len({path for split in splits for path, _ in split.samples})
+            print(f"{title}: {_plural(len(splits), 'split')}, {_plural(n_videos, 'video')}")
         result = evaluate_protocol(
             loaded.model,
             loaded.tokenizer,
             splits,
             options.videos,
-            tuned=loaded.tuned,
-            lams=options.lam,
-            transform=_cropped(loaded.transform, options),
+            mixture=Mixture(loaded.tuned, options.lam),
             sampling=sampling_of(options),
+            transform=transform,
             templates=templates_of(options),
-            batch_size=options.batch_size,
-            num_workers=options.num_workers,
-            amp=amp_of(options),
             out=folder,
-            leave_out_broken=options.leave_out_broken,
-            allow_missing=options.allow_missing_videos,
-            settings={"protocol": title, "model": loaded.name},
-            description=title,
+            run=_run_options(options, title, loaded.name),
         )
         if processes.is_first:
             _report(result, options, loaded.name, folder)
 
 
-def _cropped(transform: Transform, options: argparse.Namespace) -> Transform:
-    return transform.with_(short_side=options.short_side, crops=options.crops)
-
-
 def _check(options: argparse.Namespace) -> None:
-    if options.lam and options.checkpoint is None:
-        raise UsageError("--lam interpolates with fine-tuned weights: give --checkpoint too.")
+    require_checkpoint(options)
     for name, least in (("batch_size", 1), ("num_workers", 0)):
         if getattr(options, name) < least:
             flag = name.replace("_", "-")
             raise UsageError(f"--{flag} {getattr(options, name)}: expected at least {least}.")
 
 
+def _run_options(options: argparse.Namespace, title: str, model_name: str) -> RunOptions:
+    from openvclip.evaluation import RunOptions
+
+    return RunOptions(
+        batch_size=options.batch_size,
+        num_workers=options.num_workers,
+        amp=amp_of(options),
+        description=title,
+        leave_out_broken=options.leave_out_broken,
+        allow_missing=options.allow_missing_videos,
+        settings={"protocol": title, "model": model_name},
+    )
+
+
 def _default_folder(options: argparse.Namespace) -> Path:
-    """A folder for these settings, so that another call with others has one of its own."""
-    kept = {k: str(v) for k, v in sorted(vars(options).items()) if k not in _NOT_SETTINGS}
-    kept["device"] = device_of(options).type
-    mark = hashlib.blake2b(json.dumps(kept).encode(), digest_size=4).hexdigest()
+    """Return a folder whose name depends on the settings. Other settings give another folder."""
+    settings = {k: str(v) for k, v in sorted(vars(options).items()) if k not in _NOT_SETTINGS}
+    settings["device"] = device_of(options).type
+    digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=4).hexdigest()
     title = "+".join(options.protocol) or options.annotations.stem
-    return Path("openvclip-results") / f"{title}-{mark}"
+    return Path("openvclip-results") / f"{title}-{digest}"
 
 
 def _report(
     result: ProtocolEvaluation, options: argparse.Namespace, name: str, folder: Path
 ) -> None:
+    """Write ``results.json`` and ``table.md``, and print the results."""
     from openvclip.checkpoints.atomic import atomic_path, write_errors
-    from openvclip.evaluation.tables import as_json, as_table, time_spent
+    from openvclip.evaluation import as_json, as_table, time_spent
 
-    found = as_json(result, per_class=options.per_class, confusion=options.confusion)
+    content = as_json(result, per_class=options.per_class, confusion=options.confusion)
     table = as_table(result, name)
-    for file, text in (("results.json", json.dumps(found, indent=1)), ("table.md", table)):
+    for file, text in (("results.json", json.dumps(content, indent=1)), ("table.md", table)):
         with write_errors(folder / file), atomic_path(folder / file) as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")
     if options.json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(content, indent=1))
     else:
-        several = any(len(entry["splits"]) > 1 for entry in found["results"])
+        several = any(len(entry["splits"]) > 1 for entry in content["results"])
         spread = ", mean ± standard deviation over the splits" if several else ""
         print(f"\nAccuracy in %{spread}:\n\n{table}\n")
         print(f"{time_spent(result)}\nwrote {folder / 'results.json'}, {folder / 'table.md'}")
@@ -193,13 +207,13 @@ def _report_failures(result: ProtocolEvaluation, options: argparse.Namespace) ->
     if not result.failures:
         return
     n = len(result.failures)
-    fate = "not counted" if options.leave_out_broken else "counted as wrong"
-    print(f"{_plural(n, 'video')} that can't be read, {fate}:", file=sys.stderr)
+    treatment = "not counted" if options.leave_out_broken else "counted as wrong"
+    print(f"{_plural(n, 'video')} that can't be read, {treatment}:", file=sys.stderr)
     for failure in result.failures[:5]:
         print(f"  {failure.reason}", file=sys.stderr)
     if n > 5:
-        print(f"  and {n - 5} more, in results.json", file=sys.stderr)
+        print(f"  and {n - 5} more, see results.json", file=sys.stderr)
 
 
-def _plural(n: int, what: str) -> str:
-    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+def _plural(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"

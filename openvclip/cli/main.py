@@ -1,4 +1,4 @@
-"""The command ``openvclip``."""
+"""Parse the command line of ``openvclip`` and run a subcommand."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ from openvclip.cli import (
 )
 from openvclip.errors import OpenVCLIPError
 
-_COMMANDS = (inspect, convert, interpolate, average, check_videos, evaluate, predict)
+# A new subcommand is a module with a function add(commands), imported above and listed here.
+_SUBCOMMANDS = (inspect, convert, interpolate, average, check_videos, evaluate, predict)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command.
+    """Run the command ``openvclip``.
 
     Args:
-        arguments: what follows the command's name; the process's own by default.
+        arguments: the command line without the name of the command. Default: the command line of
+            this process.
 
     Returns:
-        The exit status: 0, 1 where a check found something, 2 where an error was printed, or 130
-        after Ctrl-C.
+        The exit status: 0 for success, 1 if a check found problems, 2 after an error, 130 after
+        Ctrl-C.
     """
     options = build_parser().parse_args(arguments)
     try:
@@ -38,16 +40,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print(f"openvclip {options.command}: interrupted", file=sys.stderr)
-        return 130  # as shells report a process that Ctrl-C ended
+        return 130  # the status that shells report for a process that Ctrl-C ended
     return status or 0
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line."""
+    """Return the parser of the command ``openvclip`` with all subcommands."""
     parser = argparse.ArgumentParser(
-        prog="openvclip", description="Weights that turn an image CLIP into a video model."
+        prog="openvclip",
+        description="Convert, merge and evaluate CLIP weights, and use them on videos.",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in _COMMANDS:
+    for module in _SUBCOMMANDS:
         module.add(commands)
     return parser

@@ -1,4 +1,4 @@
-"""``openvclip predict``."""
+"""The subcommand ``openvclip predict``."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from openvclip.cli.options.models import (
     add_frame_options,
+    add_lam_option,
     add_model_options,
     amp_of,
     load,
+    require_checkpoint,
     sampling_of,
     templates_of,
 )
@@ -27,11 +29,11 @@ if TYPE_CHECKING:
     from openvclip.models.timeline import Timeline
     from openvclip.video.transforms import Transform
 
-_PREDICT = """\
-Which of some labels fits a video best.
+_DESCRIPTION = """\
+Print the most probable labels of videos.
 
-VIDEO is a file, a folder, or a pattern such as 'clips/**/*.mp4'. The weights
-are the original CLIP's unless --checkpoint is given.
+VIDEO is a file, a folder, or a pattern such as 'clips/**/*.mp4'. The model has
+the weights of the original CLIP unless --checkpoint is given.
 """
 _USAGE = """\
 openvclip predict VIDEO [VIDEO ...] [options]
@@ -49,8 +51,8 @@ def add(commands: Commands) -> None:
     """Add the parser of the subcommand."""
     parser = commands.add_parser(
         "predict",
-        help="say which labels fit a video",
-        description=_PREDICT,
+        help="print the most probable labels of videos",
+        description=_DESCRIPTION,
         epilog=_EXAMPLES,
         usage=_USAGE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -59,23 +61,21 @@ def add(commands: Commands) -> None:
     labels = parser.add_mutually_exclusive_group(required=True)
     labels.add_argument("--labels", metavar="TEXT", nargs="+", help="the labels to choose from")
     labels.add_argument(
-        "--labels-file", type=Path, metavar="FILE", help="a file with a label on each line"
+        "--labels-file", type=Path, metavar="FILE", help="file with one label on each line"
     )
     labels.add_argument(
         "--dataset",
         metavar="NAME",
-        help="the classes of kinetics400, kinetics600-1, -2, -3, ucf101 or hmdb51",
+        help="take the class names of a data set as labels: kinetics400, kinetics600-1, "
+        "kinetics600-2, kinetics600-3, ucf101 or hmdb51",
     )
-    parser.add_argument("--top", type=int, default=5, help="labels to show (%(default)s)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--top", type=int, default=5, help="number of labels to print (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON (default: plain text)")
     _add_timeline_options(parser)
     add_model_options(parser)
-    parser.add_argument(
-        "--lam",
-        type=float,
-        default=None,
-        help="weight of the original CLIP to interpolate with; 0 is the checkpoint itself (0)",
-    )
+    add_lam_option(parser)
     add_frame_options(parser)
     parser.set_defaults(run=_predict)
 
@@ -85,95 +85,113 @@ def _add_timeline_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--timeline",
         action="store_true",
-        help="labels over time, as text and in NAME-timeline.png",
+        help="print the labels over time, and draw them to NAME-timeline.png",
     )
     group.add_argument(
-        "--seconds", type=float, default=None, help="length of a window (that of a clip: 4.27)"
+        "--seconds",
+        type=float,
+        help="length of a window (default: the length of a clip, frames x sampling rate / 30)",
     )
     group.add_argument(
-        "--step", type=float, default=None, help="seconds from window to window (half a window)"
+        "--step",
+        type=float,
+        metavar="SECONDS",
+        help="time from the start of a window to the start of the next window (default: half the "
+        "length of a window)",
     )
-    group.add_argument("--out", type=Path, default=None, help="folder for the PNG files (here)")
+    group.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="folder for the PNG files (default: the current folder)",
+    )
 
 
 def _predict(options: argparse.Namespace) -> None:
     import torch
 
-    if options.lam is not None and options.checkpoint is None:
-        raise UsageError("--lam interpolates with fine-tuned weights: give --checkpoint too.")
+    require_checkpoint(options)
     if options.top < 1:
         raise UsageError(f"--top {options.top}: expected at least 1.")
     labels, paths = _labels(options), _paths(options.videos)
-    pictures = _pictures(paths, options)
+    figures = _figure_paths(paths, options)
     classifier, transform = _classifier(options, labels)
     amp, device = amp_of(options), classifier.text_features.device.type
-    found, unreadable = [], 0
-    for path, picture in zip(paths, pictures, strict=True):
+    entries, unreadable = [], 0
+    for path, figure in zip(paths, figures, strict=True):
         try:
             with torch.autocast(device, amp, enabled=amp is not None):
-                entry = _entry(options, path, picture, classifier, transform)
+                if options.timeline:
+                    entry = _predict_timeline(options, path, figure, classifier, transform)
+                else:
+                    entry = _predict_video(options, path, classifier, transform)
         except VideoError as error:
             if len(paths) == 1:
                 raise
             print(error, file=sys.stderr)
             unreadable += 1
             continue
-        found.append(entry)
+        entries.append(entry)
     if options.json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(entries, indent=1))
     if unreadable:
         raise VideoError(f"{unreadable} of {len(paths)} videos can't be read; see above.")
 
 
-def _entry(
-    options: argparse.Namespace,
-    path: str,
-    picture: Path,
-    classifier: ZeroShotClassifier,
-    transform: Transform,
+def _predict_video(
+    options: argparse.Namespace, path: str, classifier: ZeroShotClassifier, transform: Transform
 ) -> dict[str, Any]:
-    """Predict, print unless JSON is wanted, and return what JSON shows."""
-    from openvclip.checkpoints.atomic import write_errors
+    """Predict the labels of a video, print them without ``--json``, and return them as JSON."""
     from openvclip.models.prediction import predict
-    from openvclip.models.timeline import predict_timeline
 
-    if options.timeline:
-        timeline = predict_timeline(
-            classifier,
-            path,
-            transform=transform,
-            num_frames=options.frames,
-            seconds=options.frames * options.sampling_rate / 30
-            if options.seconds is None
-            else options.seconds,
-            step=options.step,
-        )
-        with write_errors(picture):
-            timeline.figure(picture)
-        if not options.json:
-            print(f"{timeline}\nwrote {picture}", flush=True)
-        return {**_timeline_as_json(timeline, options.top), "figure": str(picture)}
     prediction = predict(classifier, path, transform=transform, sampling=sampling_of(options))
     top = prediction.top(options.top)
     if not options.json:
         rows = [f"{probability:6.1%}  {label}" for label, probability in top]
         print("\n".join([path, *rows]), flush=True)
-    return {"path": path, "labels": _pairs(top)}
+    return {"path": path, "labels": _as_json(top)}
+
+
+def _predict_timeline(
+    options: argparse.Namespace,
+    path: str,
+    figure: Path,
+    classifier: ZeroShotClassifier,
+    transform: Transform,
+) -> dict[str, Any]:
+    """Predict labels over time, draw them, print them without ``--json``, return them as JSON."""
+    from openvclip.checkpoints.atomic import write_errors
+    from openvclip.models.timeline import predict_timeline
+
+    clip_length = options.frames * options.sampling_rate / 30
+    timeline = predict_timeline(
+        classifier,
+        path,
+        transform=transform,
+        num_frames=options.frames,
+        seconds=clip_length if options.seconds is None else options.seconds,
+        step=options.step,
+    )
+    with write_errors(figure):
+        timeline.figure(figure)
+    if not options.json:
+        print(f"{timeline}\nwrote {figure}", flush=True)
+    return {**_timeline_as_json(timeline, options.top), "figure": str(figure)}
 
 
 def _timeline_as_json(timeline: Timeline, top: int) -> dict[str, Any]:
     windows = []
     for times, row in zip(timeline.times.tolist(), timeline.probabilities, strict=True):
-        values, places = row.topk(min(top, len(timeline.labels)))
-        names = [timeline.labels[place] for place in places.tolist()]
-        best = list(zip(names, values.tolist(), strict=True))
-        windows.append({"start": times[0], "end": times[1], "labels": _pairs(best)})
+        values, indices = row.topk(min(top, len(timeline.labels)))
+        labels = [timeline.labels[index] for index in indices.tolist()]
+        best = list(zip(labels, values.tolist(), strict=True))
+        windows.append({"start": times[0], "end": times[1], "labels": _as_json(best)})
     segments = [segment._asdict() for segment in timeline.segments()]
     return {"path": timeline.path, "segments": segments, "windows": windows}
 
 
-def _pairs(found: list[tuple[str, float]]) -> list[dict[str, Any]]:
-    return [{"label": label, "probability": probability} for label, probability in found]
+def _as_json(top: list[tuple[str, float]]) -> list[dict[str, Any]]:
+    return [{"label": label, "probability": probability} for label, probability in top]
 
 
 def _labels(options: argparse.Namespace) -> list[str]:
@@ -186,60 +204,70 @@ def _labels(options: argparse.Namespace) -> list[str]:
     return require_names(options.labels or read_labels(options.labels_file))
 
 
-def _pictures(paths: list[str], options: argparse.Namespace) -> list[Path]:
-    """Where the figures go; videos in several folders may have one name."""
-    from openvclip.models.timeline import require_matplotlib
+def _figure_paths(paths: list[str], options: argparse.Namespace) -> list[Path]:
+    """Return a different PNG file for each video. Videos in several folders can have one name."""
+    from openvclip.models.drawing import require_matplotlib
 
     if not options.timeline:
-        given = [name for name in ("seconds", "step", "out") if getattr(options, name) is not None]
-        if given:
-            raise UsageError(f"--{given[0]} is for --timeline: give that too.")
+        names = [name for name in ("seconds", "step", "out") if getattr(options, name) is not None]
+        if names:
+            raise UsageError(f"--{names[0]} is for --timeline: give --timeline too.")
         return [Path()] * len(paths)
-    require_matplotlib()  # before hours of video are watched
+    require_matplotlib()  # before hours of video are decoded
     folder: Path = options.out or Path()
-    seen: Counter[str] = Counter()
-    found = []
+    count: Counter[str] = Counter()
+    figures = []
     for path in paths:
         stem = Path(path).stem
-        seen[stem] += 1
-        number = f"-{seen[stem]}" if seen[stem] > 1 else ""
-        found.append(folder / f"{stem}-timeline{number}.png")
-    return found
+        count[stem] += 1
+        number = f"-{count[stem]}" if count[stem] > 1 else ""
+        figures.append(folder / f"{stem}-timeline{number}.png")
+    return figures
 
 
-def _paths(given: list[str]) -> list[str]:
-    """The files, the video files in the folders, and those that the patterns fit; each once."""
+def _paths(arguments: list[str]) -> list[str]:
+    """Return the video files that the arguments name, each once."""
+    paths = [path for argument in arguments for path in _files_of(argument)]
+    return list(dict.fromkeys(paths))
+
+
+def _files_of(argument: str) -> list[str]:
+    """Return the video files of a file, folder or pattern.
+
+    This runs before the model is loaded, so that a wrong path is reported first.
+    """
     from openvclip.video import find_videos
 
-    found: list[str] = []
-    for one in given:
-        if os.path.isdir(one):
-            inside = [os.path.join(one, path) for path in find_videos(one)]
-            if not inside:
-                raise VideoNotFoundError(f"{one}: no video files in this folder or those below it.")
-            found.extend(inside)
-        elif not os.path.exists(one) and glob.has_magic(one):
-            fitting = [path for path in glob.glob(one, recursive=True) if os.path.isfile(path)]
-            if not fitting:
-                raise VideoNotFoundError(f"{one}: no file fits this pattern.")
-            found.extend(sorted(fitting))
-        elif not os.path.exists(one):  # before a model is loaded, or even downloaded
-            raise VideoNotFoundError(f"{one}: no such file, nor a folder or a pattern.")
-        else:
-            found.append(one)
-    return list(dict.fromkeys(found))
+    if os.path.isdir(argument):
+        files = [os.path.join(argument, path) for path in find_videos(argument)]
+        if not files:
+            raise VideoNotFoundError(
+                f"{argument}: no video files in this folder or its subfolders."
+            )
+        return files
+    if os.path.exists(argument):
+        return [argument]
+    if glob.has_magic(argument):
+        files = [path for path in glob.glob(argument, recursive=True) if os.path.isfile(path)]
+        if not files:
+            raise VideoNotFoundError(f"{argument}: no file matches this pattern.")
+        return sorted(files)
+    raise VideoNotFoundError(f"{argument}: no such file; expected a file, folder or pattern.")
 
 
 def _classifier(
     options: argparse.Namespace, labels: list[str]
 ) -> tuple[ZeroShotClassifier, Transform]:
-    """With the text features of the original CLIP, and the weights that were asked for."""
+    """Return a classifier with the weights that the options describe, and its transform.
+
+    The text features are those of the original CLIP.
+    """
     from openvclip.models.classifier import ZeroShotClassifier
     from openvclip.weights.interpolation import interpolate_into
 
     loaded = load(options)
     classifier = ZeroShotClassifier(loaded.model, loaded.tokenizer, labels, templates_of(options))
     if loaded.tuned is not None:
-        clip = {name: value.clone() for name, value in loaded.model.state_dict().items()}
-        interpolate_into(loaded.model, clip, loaded.tuned, options.lam or 0.0)
+        original = {name: value.clone() for name, value in loaded.model.state_dict().items()}
+        interpolate_into(loaded.model, original, loaded.tuned, options.lam or 0.0)
     return classifier, loaded.transform

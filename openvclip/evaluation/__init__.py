@@ -1,25 +1,48 @@
-"""A model on a data set: accuracy; published protocols, resumable and shared among processes."""
+"""Evaluate models: accuracy on a data set, published protocols, curves along λ, tables, figures."""
 
 from openvclip.evaluation.accuracy import NO_RANK, Evaluation, evaluate, evaluate_each, score
-from openvclip.evaluation.encoding import Timing
-from openvclip.evaluation.runner import (
-    ProtocolEvaluation,
-    SplitScore,
-    evaluate_protocol,
-    require_videos,
+from openvclip.evaluation.encoding import BatchOptions, encode_videos
+from openvclip.evaluation.figures import Curve, tradeoff_figure
+from openvclip.evaluation.lambda_sweep import FIGURE_LAMBDAS, sweep
+from openvclip.evaluation.mixture import Mixture
+from openvclip.evaluation.records import Record, Records
+from openvclip.evaluation.results import ProtocolEvaluation, SplitScore
+from openvclip.evaluation.runner import RunOptions, evaluate_protocol, require_videos
+from openvclip.evaluation.tables import (
+    as_json,
+    as_table,
+    markdown_table,
+    mean_and_std,
+    time_spent,
 )
+from openvclip.evaluation.timing import Timing
 from openvclip.video.sampling import Sampling
 
 __all__ = [
+    "FIGURE_LAMBDAS",
     "NO_RANK",
+    "BatchOptions",
+    "Curve",
     "Evaluation",
+    "Mixture",
     "ProtocolEvaluation",
+    "Record",
+    "Records",
+    "RunOptions",
     "Sampling",
     "SplitScore",
     "Timing",
+    "as_json",
+    "as_table",
+    "encode_videos",
     "evaluate",
     "evaluate_each",
     "evaluate_protocol",
+    "markdown_table",
+    "mean_and_std",
     "require_videos",
     "score",
+    "sweep",
+    "time_spent",
+    "tradeoff_figure",
 ]

@@ -1,4 +1,4 @@
-"""A classifier on a data set: predictions, accuracy."""
+"""Evaluate a classifier on a data set: predictions and accuracy."""
 
 from __future__ import annotations
 
@@ -14,29 +14,30 @@ from openvclip.models.classifier import evaluation_mode
 from openvclip.video import VideoSample
 
 NO_RANK = torch.iinfo(torch.int64).max
-"""The rank of the true class of a clip that could not be read, or whose logits hold NaN."""
+"""The rank of a clip without a prediction: the clip could not be read, or a logit is NaN."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a classifier answered on N clips of K classes.
+    """The predictions of a classifier on N clips of K classes.
 
     Attributes:
-        predictions: the class of the highest logit, int64 ``[N]``; -1 where there was none (NaN).
-        labels: the true classes, int64 ``[N]``.
-        ranks: the place of the true class among the logits, 0 for the first, int64 ``[N]``.
-            Ties count against the classifier. A clip without an answer has :data:`NO_RANK`,
-            which is wrong at every ``k``.
+        predictions: index of the class with the highest logit, int64 ``[N]``. -1 for a clip without
+            a prediction.
+        targets: index of the true class, int64 ``[N]``.
+        ranks: rank of the true class among the logits, int64 ``[N]``. 0 if the true class has the
+            highest logit. Ties count against the classifier. A clip without a prediction has
+            :data:`NO_RANK`, which is wrong for every ``k``.
     """
 
     predictions: Tensor
-    labels: Tensor
+    targets: Tensor
     ranks: Tensor
 
     @property
     def n_clips(self) -> int:
         """Number of clips N."""
-        return self.labels.numel()
+        return self.targets.numel()
 
     @property
     def top1(self) -> float:
@@ -44,21 +45,28 @@ class Evaluation:
         return self.top(1)
 
     def top(self, k: int) -> float:
-        """Fraction of clips whose true class is among the ``k`` highest logits, in [0, 1]."""
+        """Return the fraction of clips with the true class among the ``k`` highest logits.
+
+        The fraction is in [0, 1]. Without clips it is NaN.
+        """
         return float((self.ranks < k).double().mean()) if self.n_clips else float("nan")
 
     def per_class(self, n_classes: int) -> Tensor:
-        """Top-1 accuracy on the clips of each class, float64 ``[K]``; NaN for a class without."""
-        right = torch.bincount(self.labels[self.ranks == 0], minlength=n_classes)
-        return right.double() / torch.bincount(self.labels, minlength=n_classes)
+        """Return the top-1 accuracy of each class, float64 ``[K]``.
+
+        A class without clips has the accuracy NaN.
+        """
+        correct = torch.bincount(self.targets[self.ranks == 0], minlength=n_classes)
+        return correct.double() / torch.bincount(self.targets, minlength=n_classes)
 
     def confusion(self, n_classes: int) -> Tensor:
-        """How many clips of class ``i`` were taken for class ``j``, int64 ``[K, K]`` at ``[i, j]``.
+        """Return the confusion matrix, int64 ``[K, K]``.
 
-        Clips without an answer are in no column: rows sum to the clips that had one.
+        Entry ``[i, j]`` is the number of clips of class ``i`` that are predicted as class ``j``.
+        Clips without a prediction are not counted.
         """
-        answered = self.predictions >= 0
-        cells = self.labels[answered] * n_classes + self.predictions[answered]
+        predicted = self.predictions >= 0
+        cells = self.targets[predicted] * n_classes + self.predictions[predicted]
         return torch.bincount(cells, minlength=n_classes**2).view(n_classes, n_classes)
 
 
@@ -69,79 +77,103 @@ def evaluate(
     progress: bool | None = None,
     description: str = "evaluate",
 ) -> Evaluation:
-    """Run a classifier over a data set, in eval mode and without gradients.
+    """Run a classifier over a data set in eval mode and without gradients.
 
     Args:
-        classifier: gives logits ``[B, K]`` for clips ``[B, T, C, H, W]``; batches are moved to
-            its device.
-        loader: gives ``(video, label)``: ``[B, T, C, H, W]``, or ``[B, V, T, C, H, W]`` with V
-            views a clip, whose logits are summed (the paper's 3 x 1 views); labels int64 ``[B]``.
-            Batches of :class:`openvclip.video.VideoSample` do as well: clips that could not be
-            read count as wrong.
-        progress: show a progress bar; by default where the output is a terminal.
-        description: the bar's label.
+        classifier: returns logits ``[B, K]`` for clips ``[B, T, C, H, W]``. Videos are moved to the
+            device of the classifier.
+        loader: yields batches ``(video, label)``, or batches of
+            :class:`openvclip.video.VideoSample`. A video batch is ``[B, T, C, H, W]``, or
+            ``[B, V, T, C, H, W]`` with V views of each clip. The logits of the views are summed, as
+            in the paper. ``label`` is the class index, int64 ``[B]``. Clips of a ``VideoSample``
+            that could not be read count as wrong.
+        progress: whether to show a progress bar. Default: only in a terminal.
+        description: text in front of the progress bar.
 
     Raises:
-        VideoShapeError: a video has another rank.
+        VideoShapeError: a video batch has neither 5 nor 6 dimensions.
     """
-    (result,) = evaluate_each(
-        [lambda video: classifier(video)], classifier, loader, progress, description
+    (evaluation,) = evaluate_each(
+        [lambda video: classifier(video)],
+        classifier,
+        loader,
+        progress=progress,
+        description=description,
     )
-    return result
+    return evaluation
 
 
 def evaluate_each(
-    variants: list[Callable[[Tensor], Tensor]],
+    variants: Sequence[Callable[[Tensor], Tensor]],
     classifier: nn.Module,
     loader: Iterable[Sequence[Any]],
+    *,
     progress: bool | None = None,
     description: str = "evaluate",
 ) -> list[Evaluation]:
-    """:func:`evaluate` for several functions from clips to logits, reading each batch once."""
-    from tqdm import tqdm  # comes with open_clip
+    """Evaluate several functions from clips to logits. Each batch is read once.
+
+    Args:
+        variants: functions from clips ``[B, T, C, H, W]`` to logits ``[B, K]``.
+        classifier: the module that the functions use. The module is set to eval mode.
+        loader: see :func:`openvclip.evaluation.evaluate`.
+        progress: whether to show a progress bar. Default: only in a terminal.
+        description: text in front of the progress bar.
+
+    Returns:
+        The evaluation of each function.
+
+    Raises:
+        VideoShapeError: a video batch has neither 5 nor 6 dimensions.
+    """
+    from tqdm import tqdm
 
     device = next(classifier.parameters()).device
-    found: list[list[Evaluation]] = [[] for _ in variants]
+    parts: list[list[Evaluation]] = [[] for _ in variants]
     bar = tqdm(loader, desc=description, disable=None if progress is None else not progress)
     with evaluation_mode(classifier), torch.no_grad():
         for batch in bar:
             video, label = batch[:2]
-            moved = video.to(device, non_blocking=True)
-            for logits_of, kept in zip(variants, found, strict=True):
-                logits = _over_views(logits_of, moved).cpu()
+            on_device = video.to(device, non_blocking=True)
+            for logits_of, evaluations in zip(variants, parts, strict=True):
+                logits = _summed_over_views(logits_of, on_device).cpu()
                 if isinstance(batch, VideoSample):
                     logits[[bool(error) for error in batch.error]] = float("nan")
-                kept.append(score(logits, label))
-    return [_joined(kept) for kept in found]
+                evaluations.append(score(logits, label))
+    return [_concatenated(evaluations) for evaluations in parts]
 
 
-def _over_views(logits_of: Callable[[Tensor], Tensor], video: Tensor) -> Tensor:
+def score(logits: Tensor, targets: Tensor) -> Evaluation:
+    """Compute predictions and ranks from logits.
+
+    Args:
+        logits: ``[N, K]``, on the CPU. A row that contains NaN is a clip without a prediction.
+        targets: indices of the true classes, ``[N]``.
+    """
+    targets = targets.cpu().long()
+    without_prediction = logits.isnan().any(dim=1)
+    true_logits = logits.gather(1, targets[:, None])
+    ranks = logits.shape[1] - 1 - (logits < true_logits).sum(dim=1)
+    return Evaluation(
+        predictions=logits.argmax(dim=1).masked_fill(without_prediction, -1),
+        targets=targets,
+        ranks=ranks.masked_fill(without_prediction, NO_RANK),
+    )
+
+
+def _summed_over_views(logits_of: Callable[[Tensor], Tensor], video: Tensor) -> Tensor:
     if video.ndim == 6:
         logits = logits_of(video.flatten(0, 1))
         return logits.unflatten(0, video.shape[:2]).sum(dim=1)  # type: ignore[no-any-return]
     if video.ndim != 5:
         raise VideoShapeError(
-            f"The loader gave a video batch of shape {list(video.shape)}; expected "
-            "[B, T, C, H, W], or [B, V, T, C, H, W] with V views a clip."
+            f"The loader returned a video batch of shape {list(video.shape)}; expected "
+            "[B, T, C, H, W], or [B, V, T, C, H, W] with V views of each clip."
         )
     return logits_of(video)
 
 
-def score(logits: Tensor, labels: Tensor) -> Evaluation:
-    """What logits say, ``[N, K]``, with the true classes ``[N]``; both on the CPU.
-
-    A row that holds NaN is no answer: that is how clips are marked that could not be read.
-    """
-    labels = labels.cpu().long()
-    silent = logits.isnan().any(dim=1)
-    true = logits.gather(1, labels[:, None])
-    ranks = logits.shape[1] - 1 - (logits < true).sum(dim=1)
-    return Evaluation(
-        logits.argmax(dim=1).masked_fill(silent, -1), labels, ranks.masked_fill(silent, NO_RANK)
-    )
-
-
-def _joined(parts: list[Evaluation]) -> Evaluation:
+def _concatenated(parts: list[Evaluation]) -> Evaluation:
     if not parts:
         empty = torch.empty(0, dtype=torch.long)
         return Evaluation(empty, empty, empty)

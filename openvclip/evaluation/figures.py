@@ -1,4 +1,4 @@
-"""Tables and figures of results over seeds."""
+"""Draw trade-off curves between closed-set and zero-shot accuracy, as in Figures 2 and 3."""
 
 from __future__ import annotations
 
@@ -11,21 +11,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from openvclip.checkpoints.atomic import atomic_path
-from openvclip.errors import MissingDependencyError
+from openvclip.models.drawing import new_figure, save_figure
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A method's trade-off between closed-set and zero-shot accuracy.
+    """The accuracies of a method along λ.
 
     Attributes:
-        name: what the legend says.
-        lams: L weights of the original CLIP.
+        name: the name of the method in the legend.
+        lams: L interpolation weights of the original CLIP.
         closed_set: accuracies in [0, 1], ``[seeds, L]``.
         zero_shot: accuracies in [0, 1], ``[seeds, L]``.
-        chosen: index into ``lams`` of the reported point, or None.
-        highlighted: draw the curve thick, with its lambdas; the others are thin.
+        chosen: index into ``lams`` of the reported point, or ``None``.
+        highlighted: whether the curve is thick and each point is labelled with its λ.
     """
 
     name: str
@@ -36,40 +35,6 @@ class Curve:
     highlighted: bool = False
 
 
-def mean_and_std(values: Sequence[float] | NDArray[np.float64], digits: int = 1) -> str:
-    """Accuracies in [0, 1] over seeds as text in percent: ``"50.3 ± 1.2"``; one seed: ``"50.3"``.
-
-    The standard deviation is the sample's (divided by n - 1).
-    """
-    percent = 100 * np.asarray(values, dtype=np.float64)
-    mean = f"{percent.mean():.{digits}f}"
-    return mean if percent.size == 1 else f"{mean} ± {percent.std(ddof=1):.{digits}f}"
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, padded so that it reads well as plain text; first column to the left."""
-    columns = list(zip(header, *rows, strict=True))
-    widths = [max(3, *(len(cell) for cell in column)) for column in columns]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    return "\n".join(_row(cells, widths) for cells in (header, rule, *rows))
-
-
-def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
-    padded = [cells[0].ljust(widths[0])]
-    padded += [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
-    return "| " + " | ".join(padded) + " |"
-
-
-def require_matplotlib() -> None:
-    """Raise :class:`MissingDependencyError` where no figure can be drawn, before hours of work."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise MissingDependencyError(
-            'Figures need matplotlib: pip install "openvclip[examples]".'
-        ) from error
-
-
 def tradeoff_figure(
     curves: Sequence[Curve],
     path: str | os.PathLike[str],
@@ -78,29 +43,30 @@ def tradeoff_figure(
     closed_set_label: str = "closed-set accuracy (%)",
     zero_shot_label: str = "zero-shot accuracy (%)",
 ) -> None:
-    """Draw zero-shot over closed-set accuracy for each curve (as Figures 2 and 3) into a PNG.
+    """Draw zero-shot over closed-set accuracy for each curve and save the figure as a PNG file.
 
-    Points are means over seeds with the standard deviation as thin bars; the numbers beside the
-    points of highlighted curves are lambda, the weight of the original CLIP; stars are the
-    reported points. A curve with a single lambda is a single mark.
+    Points are means over the seeds. Thin bars are standard deviations. Stars are the reported
+    points. The numbers beside the points of highlighted curves are λ, the interpolation weight of
+    the original CLIP. A curve with a single λ is a single marker.
+
+    Args:
+        curves: the curves.
+        path: the file to write.
+        title: title of the figure.
+        closed_set_label: label of the horizontal axis.
+        zero_shot_label: label of the vertical axis.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    require_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(6.4, 4.8)
     axes: Any = figure.add_subplot()
     for index, curve in enumerate(curves):
         _draw(axes, curve, f"C{index}")
     axes.set(xlabel=closed_set_label, ylabel=zero_shot_label, title=fill(title, 60))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+    save_figure(figure, path)
 
 
 def _draw(axes: Any, curve: Curve, colour: str) -> None:

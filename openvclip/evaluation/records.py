@@ -1,7 +1,8 @@
-"""Results on the disk as they come, so that a run that is killed goes on where it stopped.
+"""Results that are saved while they are computed, so that a stopped run can be continued.
 
-A folder holds ``settings.json`` and, for each process of each run, a file to which that process
-alone appends. A record has a checksum: what a killed process left half written is not read.
+A folder holds ``settings.json`` and one file for each process of each run. Only that process
+appends to the file. Each record has a checksum: a record that a killed process wrote in part is
+ignored.
 """
 
 from __future__ import annotations
@@ -24,19 +25,19 @@ from openvclip.checkpoints.atomic import atomic_path
 from openvclip.errors import RecordsError
 
 _MAGIC = b"OVCR"
-_HEAD = struct.Struct("<4sIQI")  # magic, bytes of the note, bytes of the values, CRC-32 of both
+_HEADER = struct.Struct("<4sIQI")  # magic, bytes of the note, bytes of the values, CRC-32 of both
 _SETTINGS = "settings.json"
 _PATTERN = "run-*.records"
 
 
 @dataclass(frozen=True)
 class Record:
-    """What was found for one piece of the work.
+    """The result of one piece of the work, such as a batch.
 
     Attributes:
-        key: which piece.
-        values: float32, any shape.
-        errors: reasons by place in the piece, where something went wrong.
+        key: the number of the piece.
+        values: float32 tensor of any shape.
+        errors: the reasons for what failed, by index in the piece.
     """
 
     key: int
@@ -45,31 +46,32 @@ class Record:
 
 
 class Records:
-    """A folder of records, or the memory of this process for ``folder=None``.
+    """The records of a run, in a folder or in memory.
 
-    Make it in every process, then let all of them wait for each other before the first
-    :meth:`add`, so that all of them have read the same.
+    Create ``Records`` in every process. Then let the processes wait for each other before the first
+    :meth:`add`, so that all processes have read the same records.
 
     Args:
-        folder: made where it is missing.
-        settings: what the values depend on, as JSON has it.
-        rank: the number of this process.
+        folder: the folder of the records. Missing folders are created. ``None`` keeps the records
+            in memory.
+        settings: everything that the values depend on, as JSON objects.
+        rank: the rank of this process.
 
     Attributes:
-        found: the records by key, those of earlier runs and those added here.
+        by_key: the records of earlier runs and the records added here, by key.
 
     Raises:
-        RecordsError: the folder holds results of other settings, or can't be written.
+        RecordsError: the folder holds records of other settings, or can't be written.
     """
 
     def __init__(self, folder: Path | None, settings: Mapping[str, Any], rank: int = 0) -> None:
         self.folder, self._rank = folder, rank
-        self.found: dict[int, Record] = {}
+        self.by_key: dict[int, Record] = {}
         self._file: BinaryIO | None = None
         if folder is not None:
             with _write_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-                _claim(folder, settings)
+                _require_settings(folder, settings)
             self.reload()
             self._run = 1 + max((_run_of(path) for path in folder.glob(_PATTERN)), default=0)
 
@@ -86,14 +88,18 @@ class Records:
             self._file.close()
 
     def reload(self) -> None:
-        """Read what all processes have written; of several records of a key the newest counts."""
+        """Read the records of all processes. For each key, the newest record counts."""
         if self.folder is not None:
             for path in sorted(self.folder.glob(_PATTERN)):
-                self.found.update((record.key, record) for record in _read(path))
+                self.by_key.update((record.key, record) for record in _read(path))
 
     def add(self, record: Record) -> None:
-        """Keep a record; it survives the end of the process, however that comes."""
-        self.found[record.key] = record
+        """Add a record. The record is in the file when this method returns.
+
+        Raises:
+            RecordsError: the record can't be written.
+        """
+        self.by_key[record.key] = record
         if self.folder is None:
             return
         with _write_errors(self.folder):
@@ -102,43 +108,44 @@ class Records:
                 self._file = (self.folder / name).open("xb", buffering=0)
             block = _packed(record)
             if self._file.write(block) != len(block):
-                raise OSError("the disk took a part of the record only")
+                raise OSError("only a part of the record was written")
 
 
-def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Note the settings in the folder, or check that they are those noted there."""
+def _require_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Write the settings of a new folder, or compare them with the settings of an earlier run."""
     path = folder / _SETTINGS
-    given = json.loads(json.dumps(settings))  # as JSON has them: no tuples
+    requested = json.loads(json.dumps(settings))  # JSON turns tuples into lists
     if not path.exists():
         with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps(given, indent=1) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(requested, indent=1) + "\n", encoding="utf-8")
         return
     try:
-        noted = json.loads(path.read_text(encoding="utf-8"))
+        stored = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise RecordsError(f"{path} is not JSON ({error}); give another folder.") from error
-    if noted != given:
-        names = [*given, *(name for name in noted if name not in given)]
+    if stored != requested:
+        names = [*requested, *(name for name in stored if name not in requested)]
         lines = [
-            f"  {name}: there {json.dumps(noted.get(name))}, now {json.dumps(given.get(name))}"
+            f"  {name}: stored {json.dumps(stored.get(name))}, "
+            f"requested {json.dumps(requested.get(name))}"
             for name in names
-            if noted.get(name) != given.get(name)
+            if stored.get(name) != requested.get(name)
         ]
         raise RecordsError(
             f"{folder} holds results of other settings:\n" + "\n".join(lines) + "\n"
-            "Give another folder, or remove this one to begin again."
+            "Give another folder, or remove this folder to start again."
         )
 
 
 @contextmanager
 def _write_errors(folder: Path) -> Iterator[None]:
-    """Turns the system's errors into :class:`RecordsError`."""
+    """Raise :class:`RecordsError` in place of errors of the operating system."""
     try:
         yield
     except OSError as error:
         raise RecordsError(
-            f"Results can't be kept in {folder}: {error}. Check free space and permissions; the "
-            "same command goes on from what is there."
+            f"Results can't be written to {folder}: {error}. Check the free space and the "
+            "permissions, then start again: the run continues with the results already saved."
         ) from error
 
 
@@ -148,26 +155,25 @@ def _run_of(path: Path) -> int:
 
 def _packed(record: Record) -> bytes:
     values = record.values.detach().to("cpu", torch.float32).contiguous().numpy()
-    note = {"key": record.key, "shape": list(values.shape), "errors": record.errors}
-    head = json.dumps(note).encode()
+    description = {"key": record.key, "shape": list(values.shape), "errors": record.errors}
+    note = json.dumps(description).encode()
     body = values.astype("<f4", copy=False).tobytes()
-    return (
-        _HEAD.pack(_MAGIC, len(head), len(body), zlib.crc32(body, zlib.crc32(head))) + head + body
-    )
+    checksum = zlib.crc32(body, zlib.crc32(note))
+    return _HEADER.pack(_MAGIC, len(note), len(body), checksum) + note + body
 
 
 def _read(path: Path) -> Iterator[Record]:
-    """The whole records of a file; what follows the first that is not whole is left."""
+    """Yield the records of a file up to the first record that is incomplete or damaged."""
     with path.open("rb") as file:
-        while len(start := file.read(_HEAD.size)) == _HEAD.size:
-            magic, head_size, body_size, checksum = _HEAD.unpack(start)
+        while len(header := file.read(_HEADER.size)) == _HEADER.size:
+            magic, note_size, body_size, checksum = _HEADER.unpack(header)
             if magic != _MAGIC or body_size > path.stat().st_size:
                 return
-            head, body = file.read(head_size), file.read(body_size)
-            whole = (len(head), len(body)) == (head_size, body_size)
-            if not whole or zlib.crc32(body, zlib.crc32(head)) != checksum:
+            note, body = file.read(note_size), file.read(body_size)
+            complete = (len(note), len(body)) == (note_size, body_size)
+            if not complete or zlib.crc32(body, zlib.crc32(note)) != checksum:
                 return
-            note = json.loads(head)
-            values = np.frombuffer(body, "<f4").astype(np.float32).reshape(note["shape"])
-            errors = {int(place): reason for place, reason in note["errors"].items()}
-            yield Record(note["key"], torch.from_numpy(values), errors)
+            description = json.loads(note)
+            values = np.frombuffer(body, "<f4").astype(np.float32).reshape(description["shape"])
+            errors = {int(index): reason for index, reason in description["errors"].items()}
+            yield Record(description["key"], torch.from_numpy(values), errors)

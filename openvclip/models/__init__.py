@@ -1,1 +1,23 @@
-"""A CLIP ready for videos: loading, pixels, zero-shot classification, prediction."""
+"""CLIP models for videos: loading, preprocessing, zero-shot classification and prediction."""
+
+from openvclip.models.classifier import VIDEO_TEMPLATES, ZeroShotClassifier
+from openvclip.models.labels import read_labels
+from openvclip.models.loading import LoadedModel, fine_tuned, load_model
+from openvclip.models.prediction import Prediction, predict
+from openvclip.models.preprocess import transform_for
+from openvclip.models.timeline import Segment, Timeline, predict_timeline
+
+__all__ = [
+    "VIDEO_TEMPLATES",
+    "LoadedModel",
+    "Prediction",
+    "Segment",
+    "Timeline",
+    "ZeroShotClassifier",
+    "fine_tuned",
+    "load_model",
+    "predict",
+    "predict_timeline",
+    "read_labels",
+    "transform_for",
+]

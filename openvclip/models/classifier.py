@@ -1,4 +1,4 @@
-"""Zero-shot classification of videos: templates and the classifier."""
+"""Zero-shot classification of videos: text templates and :class:`ZeroShotClassifier`."""
 
 from __future__ import annotations
 
@@ -28,30 +28,35 @@ _FORMS = (
 VIDEO_TEMPLATES: tuple[str, ...] = tuple(
     form.format(noun=noun) for noun, form in product(_NOUNS, _FORMS)
 )
-"""The 28 templates of the released code, ``{}`` for the class name."""
+"""The 28 text templates of the released code. The class name replaces ``{}``."""
 
 
 class ZeroShotClassifier(nn.Module):
-    """A CLIP and a list of class names as a classifier of videos.
+    """A video classifier that compares videos with the text features of class names.
 
-    The text features are made once, here, without gradients: each template's feature is
-    L2-normalised, their mean over the templates is normalised again. Make the classifier while
-    the model holds the original CLIP's text tower (fine-tuning leaves it frozen).
+    The text features are computed once, when the classifier is created, without gradients. For
+    each class, the feature of each template is L2-normalised, the features are averaged over the
+    templates, and the mean is L2-normalised. Create the classifier while ``model`` holds the text
+    tower of the original CLIP. (Fine-tuning leaves the text tower frozen.)
 
     Args:
-        model: an open_clip model with ``encode_image``, ``encode_text`` and ``logit_scale``;
-            kept as a submodule, so that gradients reach it.
-        tokenizer: turns a list of texts into token ids, as ``open_clip.get_tokenizer`` gives it.
-        class_names: K names, no two alike.
-        templates: strings with ``{}`` for the class name, or functions from name to text.
-        batch_size: texts encoded at a time.
+        model: an open_clip model with ``encode_image``, ``encode_text`` and ``logit_scale``. The
+            model becomes a submodule, so gradients reach the model.
+        tokenizer: a function from a list of texts to token ids, such as the result of
+            ``open_clip.get_tokenizer``.
+        class_names: K different class names.
+        templates: strings in which the class name replaces ``{}``, or functions from a class name
+            to a text.
+        batch_size: number of texts to encode at a time.
 
     Attributes:
-        text_features: ``[K, D]``, unit length; a buffer that is not part of the state dict.
+        text_features: ``[K, D]``, unit length. A buffer that is not part of the state dict.
 
     Raises:
-        ClassNamesError: no names, empty or duplicate ones, or a template without ``{}``.
-        UnsupportedModelError: the model lacks one of the three members.
+        ClassNamesError: ``class_names`` is empty, or holds an empty or repeated name; or
+            ``templates`` is empty, or holds a template without ``{}``.
+        UnsupportedModelError: the model lacks ``encode_image``, ``encode_text`` or
+            ``logit_scale``.
     """
 
     text_features: Tensor
@@ -73,16 +78,25 @@ class ZeroShotClassifier(nn.Module):
             raise ClassNamesError(f"templates is one string, {templates!r}; expected a list.")
         texts = [fill_template(form, name) for name in self.class_names for form in templates]
         if not texts:
-            raise ClassNamesError("templates is empty; expected at least one, such as '{}'.")
+            raise ClassNamesError(
+                "templates is empty; expected at least one template, such as '{}'."
+            )
         features = _encode_texts(model, tokenizer, texts, batch_size)
         mean = features.unflatten(0, (len(self.class_names), -1)).mean(dim=1)
         self.register_buffer("text_features", functional.normalize(mean, dim=-1), persistent=False)
 
     def forward(self, video: Tensor) -> Tensor:
-        """Logits ``[B, K]`` of clips ``[B, T, C, H, W]``: scale times the mean frame cosine.
+        """Return the logits of videos: the logit scale times the mean cosine over the frames.
+
+        Args:
+            video: clips ``[B, T, C, H, W]``.
+
+        Returns:
+            Logits ``[B, K]``.
 
         Raises:
-            VideoShapeError: wrong rank, dtype, channels, frame size, or no frames.
+            VideoShapeError: ``video`` has a wrong rank, dtype, number of channels or frame size,
+                or no frames.
         """
         pooled = encode_video(self.model, video)
         scale = cast(Any, self.model).logit_scale.exp()
@@ -92,7 +106,7 @@ class ZeroShotClassifier(nn.Module):
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """``model.eval()`` for a block; afterwards each module is in the mode it was in."""
+    """Context manager that sets a model to eval mode and restores the mode of each module."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -103,7 +117,11 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def require_clip(model: nn.Module) -> None:
-    """Raise :class:`UnsupportedModelError` unless ``model`` has what a classifier needs."""
+    """Check that a model has ``encode_image``, ``encode_text`` and ``logit_scale``.
+
+    Raises:
+        UnsupportedModelError: the model lacks one of the three.
+    """
     lacking = [n for n in ("encode_image", "encode_text", "logit_scale") if not hasattr(model, n)]
     if lacking:
         raise UnsupportedModelError(
@@ -113,29 +131,43 @@ def require_clip(model: nn.Module) -> None:
 
 
 def require_names(class_names: Sequence[str]) -> list[str]:
-    """The names as a list, or :class:`ClassNamesError`: none, empty or duplicate ones."""
+    """Check class names and return them as a list.
+
+    Raises:
+        ClassNamesError: ``class_names`` is one string, is empty, or holds an empty or repeated
+            name.
+    """
     if isinstance(class_names, str):
         raise ClassNamesError(f"class_names is one string, {class_names!r}; expected a list.")
     names = list(class_names)
     if not names:
         raise ClassNamesError("class_names is empty; expected at least one name.")
-    strange = [i for i, name in enumerate(names) if not (isinstance(name, str) and name.strip())]
-    if strange:
+    invalid = [i for i, name in enumerate(names) if not (isinstance(name, str) and name.strip())]
+    if invalid:
         raise ClassNamesError(
-            f"class_names[{strange[0]}] is {names[strange[0]]!r}; expected text "
-            f"({len(strange)} such entries)."
+            f"class_names[{invalid[0]}] is {names[invalid[0]]!r}; expected text "
+            f"({len(invalid)} such entries)."
         )
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
         raise ClassNamesError(
-            f"Class names occur more than once: {', '.join(map(repr, twice[:5]))}"
-            f"{', ...' if len(twice) > 5 else ''}. Videos of such classes could not be told apart."
+            f"Class names occur more than once: {', '.join(map(repr, repeated[:5]))}"
+            f"{', ...' if len(repeated) > 5 else ''}. Give each class a different name."
         )
     return names
 
 
 def fill_template(template: str | Callable[[str], str], name: str) -> str:
-    """The text of a class; :class:`ClassNamesError` where a template has no ``{}``."""
+    """Return the text of a class name in a template.
+
+    Args:
+        template: a string in which the class name replaces ``{}``, or a function from a class
+            name to a text.
+        name: the class name.
+
+    Raises:
+        ClassNamesError: the string has no ``{}``.
+    """
     if callable(template):
         return template(name)
     if "{}" not in template:
@@ -150,8 +182,11 @@ def _encode_texts(
     texts: list[str],
     batch_size: int,
 ) -> Tensor:
-    """Normalised features ``[len(texts), D]``; a progress bar where it takes several batches."""
-    from tqdm import tqdm  # comes with open_clip
+    """Return the L2-normalised features ``[len(texts), D]`` of texts.
+
+    More than four batches show a progress bar in a terminal.
+    """
+    from tqdm import tqdm
 
     clip = cast(Any, model)
     device = clip.logit_scale.device

@@ -1,7 +1,8 @@
-"""A CLIP by name with its weights, its tokenizer and the pixels it takes, ready for videos."""
+"""Load an open_clip model with its weights, tokenizer and transform, ready for videos."""
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -27,13 +28,13 @@ _SCHEMAS = ("local-dir:", "hf-hub:")
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """What an evaluation or a prediction needs of a model.
+    """A model with everything that an evaluation or a prediction needs.
 
     Attributes:
-        name: what it is called in tables.
-        model: holds the original CLIP's weights, in eval mode.
-        tokenizer: of its text tower.
-        transform: from 8-bit frames to the pixels that its image tower takes.
+        name: the name of the model in tables.
+        model: the model in eval mode, with the weights of the original CLIP.
+        tokenizer: a function from a list of texts to token ids.
+        transform: a transform from 8-bit frames to the input of the image tower.
         tuned: state dict of the fine-tuned model, or ``None``.
     """
 
@@ -46,7 +47,7 @@ class LoadedModel:
 
 def load_model(
     name: str,
-    clip: str | os.PathLike[str] | None,
+    pretrained: str | os.PathLike[str] | None,
     *,
     checkpoint: str | os.PathLike[str] | None = None,
     expand: bool | None = None,
@@ -57,38 +58,41 @@ def load_model(
     allow_missing: str | Iterable[str] = (),
     allow_unexpected: str | Iterable[str] = (),
 ) -> LoadedModel:
-    """Build an open_clip model, load the original CLIP into it, and read a fine-tuned one.
+    """Build an open_clip model, load the original CLIP into it, and read a fine-tuned model.
 
     Args:
         name: a model of open_clip, such as ``"ViT-B-16-quickgelu"``; a JSON file with an open_clip
-            model configuration; or ``"local-dir:..."`` and ``"hf-hub:..."`` as open_clip has them,
-            which bring their weights.
-        clip: the original CLIP's weights: a tag of open_clip, such as ``"openai"``, or a file for
-            :func:`load_checkpoint`. ``None`` where ``name`` brings them.
-        checkpoint: a file of fine-tuned weights for :func:`load_checkpoint`.
-        expand: let frames attend to their neighbours; without it the model is CLIP applied frame
-            by frame. By default where there is a ``checkpoint``: CLIP's own weights have not
-            learnt to use it.
-        window: see :func:`expand_temporal_attention`.
-        boundary: see :func:`expand_temporal_attention`.
-        transform: ``"released"`` or ``"clip"``, see :func:`openvclip.video.transforms.build`.
-        device: where to put the model.
-        allow_missing: see :func:`load_checkpoint`; of ``checkpoint``. The original CLIP's values
-            are taken for what is missing.
-        allow_unexpected: see :func:`load_checkpoint`; of ``checkpoint``.
+            model configuration; or a name that open_clip loads together with weights,
+            ``"local-dir:..."`` or ``"hf-hub:..."``.
+        pretrained: the weights of the original CLIP: a tag of open_clip, such as ``"openai"``, or a
+            file for :func:`openvclip.load_checkpoint`. ``None`` if ``name`` is ``"local-dir:..."``
+            or ``"hf-hub:..."``.
+        checkpoint: a file of fine-tuned weights for :func:`openvclip.load_checkpoint`.
+        expand: whether frames attend to neighbouring frames. ``False`` applies CLIP frame by frame.
+            Default: ``True`` with a ``checkpoint``, ``False`` without a checkpoint, because the
+            original CLIP was not trained with temporal attention.
+        window: see :func:`openvclip.expand_temporal_attention`.
+        boundary: see :func:`openvclip.expand_temporal_attention`.
+        transform: ``"released"``, ``"clip"`` or ``"train"``; see
+            :func:`openvclip.video.transforms.build`.
+        device: the device of the model and of the fine-tuned weights.
+        allow_missing: names of weights that ``checkpoint`` may lack; see
+            :func:`openvclip.load_checkpoint`. The missing weights are those of the original CLIP.
+        allow_unexpected: names of weights in ``checkpoint`` to ignore; see
+            :func:`openvclip.load_checkpoint`.
 
     Raises:
-        ModelNameError: open_clip has no such model, or no such weights for it.
+        ModelNameError: open_clip does not know the model, or has no such weights for it.
         CheckpointError, StateMismatchError: a file can't be read, or does not fit the model.
         UnsupportedModelError: the image tower can't be expanded.
     """
     import open_clip
 
     if checkpoint is not None:
-        kind_of(Path(checkpoint))  # told before the original CLIP's weights are downloaded
-    known = _registered(name)
-    model = _built(known, clip)
-    to_pixels = transform_for(model, transform)
+        kind_of(Path(checkpoint))  # raises before the original CLIP is downloaded
+    known_name = _registered_name(name)
+    model = _build(known_name, pretrained)
+    input_transform = transform_for(model, transform)
     if expand or (expand is None and checkpoint is not None):
         expand_temporal_attention(model, window=window, boundary=boundary)
     tuned = None
@@ -97,8 +101,13 @@ def load_model(
             model, checkpoint, allow_missing=allow_missing, allow_unexpected=allow_unexpected
         )
         tuned = {n: v.to(device) for n, v in tuned.items()}
-    model = model.to(device).eval()
-    return LoadedModel(Path(known).name, model, open_clip.get_tokenizer(known), to_pixels, tuned)
+    return LoadedModel(
+        name=Path(known_name).name,
+        model=model.to(device).eval(),
+        tokenizer=open_clip.get_tokenizer(known_name),
+        transform=input_transform,
+        tuned=tuned,
+    )
 
 
 def fine_tuned(
@@ -108,13 +117,15 @@ def fine_tuned(
     allow_missing: str | Iterable[str] = (),
     allow_unexpected: str | Iterable[str] = (),
 ) -> dict[str, Tensor]:
-    """The state dict that a model would have with the weights of a file; it keeps its own.
+    """Return the state dict of a fine-tuned model. The weights of ``model`` do not change.
 
     Args:
-        model: holds the original CLIP, expanded or not.
-        checkpoint: see :func:`load_checkpoint`.
-        allow_missing: see :func:`load_checkpoint`; the model's values are taken for these.
-        allow_unexpected: see :func:`load_checkpoint`.
+        model: a model with the weights of the original CLIP, expanded or not.
+        checkpoint: a file of fine-tuned weights for :func:`openvclip.load_checkpoint`.
+        allow_missing: names of weights that the file may lack; see
+            :func:`openvclip.load_checkpoint`. The missing weights are those of ``model``.
+        allow_unexpected: names of weights in the file to ignore; see
+            :func:`openvclip.load_checkpoint`.
 
     Raises:
         CheckpointError, StateMismatchError: the file can't be read, or does not fit the model.
@@ -129,87 +140,94 @@ def fine_tuned(
 
 
 def brings_weights(name: str) -> bool:
-    """Whether the name of a model says where its weights are, too."""
+    """Return whether open_clip loads weights together with a model of this name."""
     return name.startswith(_SCHEMAS)
 
 
-def _registered(name: str) -> str:
-    """The name under which open_clip knows the model; a configuration file is registered."""
+def _registered_name(name: str) -> str:
+    """Return the name under which open_clip knows the model."""
     import open_clip
 
     if brings_weights(name):
         return name
-    path = Path(name)
-    if path.suffix == ".json":
-        if not path.is_file():
-            raise ModelNameError(
-                f"{name}: no such file; expected an open_clip model configuration."
-            )
-        try:
-            open_clip.add_model_config(path)
-        except ValueError as error:
-            raise ModelNameError(f"{name}: is not JSON ({error}).") from error
-        if path.stem not in open_clip.list_models():
-            raise ModelNameError(
-                f"{name}: is no open_clip model configuration; expected the entries embed_dim, "
-                "vision_cfg and text_cfg."
-            )
-        return path.stem
+    if Path(name).suffix == ".json":
+        return _register(Path(name), name)
     if name not in open_clip.list_models():
-        import difflib
-
-        near = difflib.get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.4)
+        similar = difflib.get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.4)
+        hint = f" (did you mean {', '.join(similar)}?)" if similar else ""
         raise ModelNameError(
-            f"open_clip has no model {name!r}; did you mean {', '.join(near) or 'another'}? "
-            "Expected one of open_clip.list_models(), or a JSON file with a model configuration."
+            f"open_clip has no model {name!r}{hint}. Expected one of open_clip.list_models(), or a "
+            "JSON file with an open_clip model configuration."
         )
     return name
 
 
-def _built(name: str, clip: str | os.PathLike[str] | None) -> Any:
-    """The model with the original CLIP's weights."""
+def _register(path: Path, name: str) -> str:
+    """Register a model configuration with open_clip and return the name of the model."""
+    import open_clip
+
+    if not path.is_file():
+        raise ModelNameError(f"{name}: no such file; expected an open_clip model configuration.")
+    try:
+        open_clip.add_model_config(path)
+    except ValueError as error:
+        raise ModelNameError(
+            f"{name}: is not JSON ({error}); expected an open_clip model configuration."
+        ) from error
+    if path.stem not in open_clip.list_models():
+        raise ModelNameError(
+            f"{name}: is no open_clip model configuration; expected the entries embed_dim, "
+            "vision_cfg and text_cfg."
+        )
+    return path.stem
+
+
+def _build(name: str, pretrained: str | os.PathLike[str] | None) -> Any:
+    """Build the model with the weights of the original CLIP."""
     import open_clip
 
     if brings_weights(name):
         return open_clip.create_model(name)
     tags = open_clip.list_pretrained_tags_by_model(name)
-    if clip is None:
+    tag_list = ", ".join(tags) or "(open_clip has none)"
+    if pretrained is None:
         raise ModelNameError(
-            f"{name} without weights; give clip: a file, or one of open_clip's for it: "
-            f"{', '.join(tags) or 'there are none'}."
+            f"pretrained is None: {name} has no weights yet. Give a file of weights, or a tag of "
+            f"open_clip: {tag_list}."
         )
-    given = os.fspath(clip)
-    if given in tags:
-        return _downloaded(name, given)
-    if not Path(given).is_file():
+    tag_or_file = os.fspath(pretrained)
+    if tag_or_file in tags:
+        return _download(name, tag_or_file)
+    if not Path(tag_or_file).is_file():
         raise ModelNameError(
-            f"{given!r} is neither a file of weights nor one of open_clip's for {name}: "
-            f"{', '.join(tags) or 'there are none'}."
+            f"{tag_or_file!r} is neither a file of weights nor a tag of open_clip for {name}. "
+            f"Tags: {tag_list}."
         )
-    # A file says nothing of the pixels; all published weights of a model agree about them.
-    noted = open_clip.get_pretrained_cfg(name, tags[0]) if tags else {}
-    pixels = {key: noted[key] for key in ("mean", "std") if key in noted}
+    # A file of weights does not store mean and standard deviation. All published weights of a
+    # model have the same ones, so those of its first tag are right.
+    config = open_clip.get_pretrained_cfg(name, tags[0]) if tags else {}
+    preprocess = {key: config[key] for key in ("mean", "std") if key in config}
     with _without_warnings():
-        model = open_clip.create_model(name, load_weights=False, force_preprocess_cfg=pixels)
-    load_checkpoint(given, model)
+        model = open_clip.create_model(name, load_weights=False, force_preprocess_cfg=preprocess)
+    load_checkpoint(tag_or_file, model)
     return model
 
 
-def _downloaded(name: str, tag: str) -> Any:
+def _download(name: str, tag: str) -> Any:
     import open_clip
 
     try:
         return open_clip.create_model(name, pretrained=tag)
     except (RuntimeError, OSError) as error:
         raise ModelNameError(
-            f"The weights {tag!r} of {name} can't be had: {str(error).rstrip('.')}. Without a "
-            "connection, give a file of weights instead."
+            f"The weights {tag!r} of {name} can't be downloaded: {str(error).rstrip('.')}. Without "
+            "a network connection, give a file of weights instead of a tag."
         ) from error
 
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Keeps open_clip from logging that the model has random weights: they are loaded next."""
+    """Silence open_clip's warning that the model has random weights, which are replaced next."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""What is in a video: one call from a file to labels with probabilities."""
+"""Predict which label fits a video: one call from a file to probabilities."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from openvclip.checkpoints.sizes import CLIP_VOCABULARY
 from openvclip.errors import UsageError
 from openvclip.models.classifier import VIDEO_TEMPLATES, ZeroShotClassifier, evaluation_mode
 from openvclip.models.preprocess import transform_for
@@ -16,16 +17,14 @@ from openvclip.video.decoding import read_clip
 from openvclip.video.sampling import PAPER_SAMPLING, Sampling
 from openvclip.video.transforms import Transform
 
-_CLIP_VOCABULARY = 49408
-
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says of a video.
+    """The probabilities of the labels for one video.
 
     Attributes:
-        path: the file.
-        labels: the K labels it was asked about.
+        path: the video file.
+        labels: the K labels.
         probabilities: float32 ``[K]``, sum 1.
     """
 
@@ -34,9 +33,12 @@ class Prediction:
     probabilities: Tensor
 
     def top(self, k: int = 5) -> list[tuple[str, float]]:
-        """The ``k`` most probable labels (all of them if there are fewer), the best first."""
-        values, places = self.probabilities.topk(min(k, len(self.labels)))
-        return list(zip([self.labels[i] for i in places.tolist()], values.tolist(), strict=True))
+        """Return the ``k`` most probable labels with their probabilities, in descending order.
+
+        If there are fewer than ``k`` labels, all labels are returned.
+        """
+        values, indices = self.probabilities.topk(min(k, len(self.labels)))
+        return list(zip([self.labels[i] for i in indices.tolist()], values.tolist(), strict=True))
 
     @property
     def label(self) -> str:
@@ -58,40 +60,42 @@ def predict(
     templates: Sequence[str] = VIDEO_TEMPLATES,
     sampling: Sampling = PAPER_SAMPLING,
 ) -> Prediction:
-    """Which of some labels fits a video best.
+    """Compute the probabilities of labels for a video.
 
-    For many videos make a :class:`ZeroShotClassifier` once and pass it as ``model``: the labels'
-    text features are then not made again.
+    To predict many videos, create a :class:`ZeroShotClassifier` and pass it as ``model``. The text
+    features of the labels are then computed once.
 
     Args:
         model: an open_clip model, expanded or not; or a :class:`ZeroShotClassifier`, whose class
             names are the labels.
-        video: a file.
-        labels: K labels, no two alike; ``None`` with a :class:`ZeroShotClassifier`.
-        tokenizer: of the model's text tower; CLIP's own by default, for models with its
-            vocabulary.
-        transform: from 8-bit frames to what the model takes; by default CLIP's pixels at the
-            model's size, as the released evaluation makes them.
-        templates: texts with ``{}`` for the label.
-        sampling: which frames of the video to read; by default the paper's 3 views of 8 frames.
+        video: the video file.
+        labels: K different labels. ``None`` if ``model`` is a :class:`ZeroShotClassifier`.
+        tokenizer: a function from a list of texts to token ids. Default: the tokenizer of the
+            original CLIP, if the model has the vocabulary of the original CLIP.
+        transform: a transform from 8-bit frames to the input of the model. Default: the transform
+            of the released evaluation, at the image size of the model.
+        templates: strings in which the label replaces ``{}``.
+        sampling: the frames to read. Default: the 3 views of 8 frames of the paper.
 
     Returns:
-        The probabilities: the softmax of the mean of the views' logits. (An evaluation sums the
-        logits, which ranks the labels alike; their sum would make every answer look certain.)
+        The softmax of the logits, averaged over the views. (An evaluation sums the logits over the
+        views. The order of the labels is the same, but the sum would make every probability close
+        to 0 or 1.)
 
     Raises:
-        VideoError, VideoOptionError: the file can't be read, or not in this way.
-        ClassNamesError: no labels, blank or duplicate ones.
-        UsageError: labels for a classifier that has its own, or none for a model; a model whose
-            tokenizer is not known.
-        UnsupportedModelError: ``model`` is no open_clip model.
+        VideoError: the video can't be read.
+        VideoOptionError: the video can't be read with this ``sampling``.
+        ClassNamesError: ``labels`` is empty, or holds an empty or repeated label.
+        UsageError: ``labels`` is given for a classifier with other class names, or is ``None`` for
+            an open_clip model; or the tokenizer of the model is not known.
+        UnsupportedModelError: ``model`` is not an open_clip model.
     """
     classifier = classifier_for(model, labels, tokenizer, templates)
     transform = transform or transform_for(classifier.model)
     clips = read_clip(video, **vars(sampling))
     device = classifier.text_features.device
-    pixels = transform(clips).flatten(0, -5)  # crops of a view are views
-    logits = logits_of(classifier, pixels.to(device)).mean(dim=0)
+    views = transform(clips).flatten(0, -5)  # several crops of a view become several views
+    logits = logits_of(classifier, views.to(device)).mean(dim=0)
     return Prediction(os.fspath(video), classifier.class_names, logits.softmax(dim=-1).cpu())
 
 
@@ -101,33 +105,50 @@ def classifier_for(
     tokenizer: Callable[[list[str]], Tensor] | None,
     templates: Sequence[str],
 ) -> ZeroShotClassifier:
-    """``model`` itself where it is a classifier; else one for the labels."""
+    """Return ``model`` if it is a classifier, or create a classifier of the labels.
+
+    Args:
+        model: see :func:`openvclip.predict`.
+        labels: see :func:`openvclip.predict`.
+        tokenizer: see :func:`openvclip.predict`.
+        templates: see :func:`openvclip.predict`.
+
+    Raises:
+        UsageError: ``labels`` is given for a classifier with other class names, or is ``None`` for
+            an open_clip model; or the tokenizer of the model is not known.
+        ClassNamesError: ``labels`` is empty, or holds an empty or repeated label.
+    """
     if isinstance(model, ZeroShotClassifier):
         if labels is not None and list(labels) != model.class_names:
-            raise UsageError("The classifier has labels of its own: leave labels out.")
+            raise UsageError(
+                f"labels differ from the {len(model.class_names)} class names of the classifier. "
+                "Leave labels out, or pass classifier.model."
+            )
         return model
     if labels is None:
-        raise UsageError("labels is None: say between which labels to choose.")
+        raise UsageError("labels is None; expected a list of labels to choose from.")
     return ZeroShotClassifier(model, tokenizer or _clip_tokenizer(model), labels, templates)
 
 
 @torch.no_grad()
 def logits_of(classifier: ZeroShotClassifier, clips: Tensor) -> Tensor:
-    """float32 ``[B, K]`` of clips ``[B, T, C, H, W]``, in eval mode."""
+    """Return the float32 logits ``[B, K]`` of clips ``[B, T, C, H, W]`` in eval mode."""
     with evaluation_mode(classifier):
         logits: Tensor = classifier(clips.to(next(classifier.parameters()).dtype))
     return logits.float()
 
 
 def _clip_tokenizer(model: nn.Module) -> Callable[[list[str]], Tensor]:
+    """Return the tokenizer of the original CLIP, or raise if the model has another vocabulary."""
     import open_clip
 
-    text = getattr(model, "text", model)
-    words, length = getattr(text, "vocab_size", None), getattr(text, "context_length", None)
-    if words != _CLIP_VOCABULARY or length is None:
+    text_tower = getattr(model, "text", model)
+    vocabulary = getattr(text_tower, "vocab_size", None)
+    length = getattr(text_tower, "context_length", None)
+    if vocabulary != CLIP_VOCABULARY or length is None:
         raise UsageError(
-            f"{type(model).__name__} has a vocabulary of {words} tokens, which is not CLIP's of "
-            f"{_CLIP_VOCABULARY}: give tokenizer=open_clip.get_tokenizer(name)."
+            f"{type(model).__name__} has a vocabulary of {vocabulary} tokens; CLIP's tokenizer has "
+            f"{CLIP_VOCABULARY}. Give tokenizer=open_clip.get_tokenizer(name)."
         )
     tokenizer: Callable[[list[str]], Tensor] = open_clip.SimpleTokenizer(context_length=length)
     return tokenizer

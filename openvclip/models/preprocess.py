@@ -1,4 +1,4 @@
-"""The pixels that a model takes: size, mean and deviation as open_clip notes them in it."""
+"""The preprocessing of a model: image size, channel mean and channel standard deviation."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from openvclip.video.transforms import CLIP_MEAN, CLIP_STD, Transform, build
 
 
 def transform_for(model: nn.Module, transform: str = "released") -> Transform:
-    """The transform whose result ``model`` was trained on.
+    """Return a transform with the image size, mean and standard deviation of a model.
 
     Args:
-        model: an open_clip model. Where its mean and deviation are not noted they are CLIP's.
-        transform: a name for :func:`openvclip.video.transforms.build`.
+        model: an open_clip model. If the model has no ``visual.image_mean`` or
+            ``visual.image_std``, the values of the original CLIP are used.
+        transform: the name of a transform; see :func:`openvclip.video.transforms.build`.
 
     Raises:
-        UnsupportedModelError: the model does not say how large its images are.
+        UnsupportedModelError: the model has no ``visual.image_size``.
     """
     visual = cast(Any, getattr(model, "visual", None))
     size = getattr(visual, "image_size", None)
     if size is None:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no visual.image_size; give transform=build(name, size)."
+            f"{type(model).__name__} has no visual.image_size, so the size of its images is "
+            "unknown. Give transform=openvclip.video.transforms.build(name, size)."
         )
     return build(
         transform,

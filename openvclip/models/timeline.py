@@ -1,4 +1,4 @@
-"""Labels over the time of a long video."""
+"""Predict labels over the time of a long video."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from openvclip.checkpoints.atomic import atomic_path
-from openvclip.errors import MissingDependencyError
 from openvclip.models.classifier import VIDEO_TEMPLATES
+from openvclip.models.drawing import new_figure, save_figure
 from openvclip.models.prediction import classifier_for, logits_of
 from openvclip.models.preprocess import transform_for
 from openvclip.video.sliding import sliding_windows
@@ -20,13 +19,13 @@ from openvclip.video.transforms import Transform
 
 
 class Segment(NamedTuple):
-    """A stretch of a video over which one label is the most probable.
+    """A part of a video in which one label is the most probable.
 
     Attributes:
-        start: seconds from the first frame.
-        end: seconds.
-        label: the label.
-        probability: its mean over the windows of the stretch.
+        start: seconds from the first frame of the video.
+        end: seconds from the first frame of the video.
+        label: the most probable label.
+        probability: the mean probability of the label over the windows of the segment.
     """
 
     start: float
@@ -37,13 +36,13 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """What a model says of each window of a video.
+    """The probabilities of the labels in each window of a video.
 
     Attributes:
-        path: the file.
+        path: the video file.
         labels: the K labels.
-        times: start and end of the W windows in seconds, float64 ``[W, 2]``.
-        probabilities: float32 ``[W, K]``, rows sum to 1.
+        times: start and end of the W windows, seconds, float64 ``[W, 2]``.
+        probabilities: float32 ``[W, K]``. Each row sums to 1.
     """
 
     path: str
@@ -52,59 +51,56 @@ class Timeline:
     probabilities: Tensor
 
     def edges(self) -> list[float]:
-        """``W + 1`` times: windows overlap, so each speaks for what is nearest to its centre.
+        """Return ``W + 1`` times in seconds that divide the video among its windows.
 
-        The first and the last edge are the beginning and the end of the video.
+        Windows overlap. The edge between two windows is halfway between their centres. The first
+        edge is the start of the video, and the last edge is the end of the video.
         """
         centres = self.times.mean(dim=1)
         inner = ((centres[1:] + centres[:-1]) / 2).tolist()
         return [float(self.times[0, 0]), *inner, float(self.times[-1, 1])]
 
     def segments(self) -> list[Segment]:
-        """The most probable label over time; neighbouring windows with the same one are joined."""
+        """Return the most probable label over time. Neighbours with the same label are joined."""
         best = self.probabilities.argmax(dim=1).tolist()
         edges = self.edges()
         cuts = [i for i in range(1, len(best)) if best[i] != best[i - 1]]
-        found = []
+        segments = []
         for first, last in zip([0, *cuts], [*cuts, len(best)], strict=True):
-            place = best[first]
-            mean = float(self.probabilities[first:last, place].mean())
-            found.append(Segment(edges[first], edges[last], self.labels[place], mean))
-        return found
+            index = best[first]
+            mean = float(self.probabilities[first:last, index].mean())
+            segments.append(Segment(edges[first], edges[last], self.labels[index], mean))
+        return segments
 
     def __str__(self) -> str:
         rows = [
-            f"{clock(one.start)} - {clock(one.end)}  {one.probability:6.1%}  {one.label}"
-            for one in self.segments()
+            f"{clock(segment.start)} - {clock(segment.end)}  {segment.probability:6.1%}  "
+            f"{segment.label}"
+            for segment in self.segments()
         ]
         return "\n".join([self.path, *rows])
 
     def figure(self, path: str | os.PathLike[str], *, top: int = 6) -> None:
-        """Draw the probabilities over time into a PNG.
+        """Draw the probabilities over time and save them as a PNG file.
 
         Args:
             path: the file to write.
-            top: how many labels to show: those whose probability is highest anywhere.
+            top: number of labels in the figure. The labels with the highest probability in any
+                window are drawn.
 
         Raises:
             MissingDependencyError: matplotlib is not installed.
         """
-        require_matplotlib()
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        shown = self._most_probable(top)
-        figure = Figure(figsize=(8, 1.6 + 0.34 * len(shown)), layout="constrained")
-        FigureCanvasAgg(figure)
-        _draw(figure, figure.add_subplot(), self, shown)
-        with atomic_path(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=150)
+        indices = self._most_probable(top)
+        figure = new_figure(8, 1.6 + 0.34 * len(indices))
+        _draw(figure, figure.add_subplot(), self, indices)
+        save_figure(figure, path)
 
     def _most_probable(self, top: int) -> list[int]:
-        """Places of labels, in the order in which they reach their highest probability."""
-        highest, when = self.probabilities.max(dim=0)
+        """Return indices of labels, sorted by the window of their highest probability."""
+        highest, window = self.probabilities.max(dim=0)
         chosen = highest.topk(min(top, len(self.labels))).indices.tolist()
-        return sorted(chosen, key=lambda place: int(when[place]))
+        return sorted(chosen, key=lambda index: int(window[index]))
 
 
 def predict_timeline(
@@ -121,28 +117,29 @@ def predict_timeline(
     batch_size: int = 4,
     progress: bool | None = None,
 ) -> Timeline:
-    """Which of some labels fits each part of a long video best.
+    """Compute the probabilities of labels in each window of a long video.
 
-    The video is decoded once, from the beginning to the end, and memory holds a few windows.
+    The video is decoded once. Memory holds the frames of a few windows only.
 
     Args:
-        model: see :func:`openvclip.predict`; so for the following ones.
-        video: a file.
-        labels: K labels, no two alike; ``None`` with a :class:`ZeroShotClassifier`.
-        tokenizer: of the model's text tower.
-        transform: from 8-bit frames to what the model takes; no random one.
-        templates: texts with ``{}`` for the label.
-        num_frames: frames of a window.
-        seconds: length of a window; the papers' clip by default.
-        step: from the start of one window to the next; half a window by default.
-        batch_size: windows encoded at a time.
-        progress: show a progress bar; by default where the output is a terminal.
+        model: see :func:`openvclip.predict`.
+        video: the video file.
+        labels: see :func:`openvclip.predict`.
+        tokenizer: see :func:`openvclip.predict`.
+        transform: see :func:`openvclip.predict`. The transform must not be random.
+        templates: see :func:`openvclip.predict`.
+        num_frames: number of frames in a window.
+        seconds: length of a window. Default: 128 / 30, the length of a clip in the paper.
+        step: seconds from the start of a window to the start of the next window. Default: half of
+            ``seconds``.
+        batch_size: number of windows to encode at a time.
+        progress: whether to show a progress bar. Default: only in a terminal.
 
     Raises:
-        VideoError, VideoOptionError, ClassNamesError, UsageError, UnsupportedModelError: as for
+        VideoError, VideoOptionError, ClassNamesError, UsageError, UnsupportedModelError: see
             :func:`openvclip.predict`.
     """
-    from tqdm import tqdm  # comes with open_clip
+    from tqdm import tqdm
 
     classifier = classifier_for(model, labels, tokenizer, templates)
     windows = sliding_windows(
@@ -157,7 +154,7 @@ def predict_timeline(
     rows: list[Tensor] = []
     batch: list[Tensor] = []
 
-    def encode() -> None:
+    def encode_batch() -> None:
         logits = logits_of(classifier, torch.stack(batch).to(device))
         rows.append(logits.softmax(dim=-1).cpu())
         batch.clear()
@@ -167,25 +164,20 @@ def predict_timeline(
         times.append((window.start, window.end))
         batch.append(window.clip)
         if len(batch) == batch_size:
-            encode()
+            encode_batch()
     if batch:
-        encode()
-    stamps = torch.tensor(times, dtype=torch.float64)
-    return Timeline(os.fspath(video), classifier.class_names, stamps, torch.cat(rows))
-
-
-def require_matplotlib() -> None:
-    """Raise :class:`MissingDependencyError` where figures can't be drawn."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise MissingDependencyError(
-            'Figures need matplotlib: pip install "openvclip[examples]".'
-        ) from error
+        encode_batch()
+    window_times = torch.tensor(times, dtype=torch.float64)
+    return Timeline(os.fspath(video), classifier.class_names, window_times, torch.cat(rows))
 
 
 def clock(seconds: float) -> str:
-    """``"0:07.3"``, ``"12:04.0"``, ``"1:02:04.0"``."""
+    """Format seconds as hours, minutes and tenths of seconds.
+
+    Example:
+        >>> clock(7.3), clock(724), clock(3724)
+        ('0:07.3', '12:04.0', '1:02:04.0')
+    """
     tenths = round(10 * seconds)
     minutes, rest = divmod(tenths, 600)
     hours, minutes = divmod(minutes, 60)
@@ -193,22 +185,23 @@ def clock(seconds: float) -> str:
     return f"{lead}:{rest / 10:04.1f}"
 
 
-def _draw(figure: Any, axes: Any, timeline: Timeline, shown: list[int]) -> None:
+def _draw(figure: Any, axes: Any, timeline: Timeline, indices: list[int]) -> None:
+    """Draw a row of colours for each label; the most probable label of a window is underlined."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     edges = timeline.edges()
-    values = timeline.probabilities[:, shown].T.numpy()
-    rows = range(len(shown) + 1)
+    values = timeline.probabilities[:, indices].T.numpy()
+    rows = range(len(indices) + 1)
     mesh = axes.pcolormesh(edges, rows, values, cmap="Blues", vmin=0, vmax=1)
     axes.invert_yaxis()
-    axes.set_yticks([row + 0.5 for row in range(len(shown))])
-    axes.set_yticklabels([timeline.labels[place] for place in shown])
+    axes.set_yticks([row + 0.5 for row in range(len(indices))])
+    axes.set_yticklabels([timeline.labels[index] for index in indices])
     axes.tick_params(axis="y", length=0)
-    axes.hlines(range(1, len(shown)), edges[0], edges[-1], color="white", linewidth=2)
+    axes.hlines(range(1, len(indices)), edges[0], edges[-1], color="white", linewidth=2)
     best = timeline.probabilities.argmax(dim=1).tolist()
-    for row, place in enumerate(shown):  # the most probable label of each time is underlined
+    for row, index in enumerate(indices):
         for i, winner in enumerate(best):
-            if winner == place:
+            if winner == index:
                 axes.hlines(row + 0.93, edges[i], edges[i + 1], color="C1", linewidth=3)
     axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 1.5, 2, 3, 6, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: clock(x).removesuffix(".0")))

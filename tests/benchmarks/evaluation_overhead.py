@@ -19,9 +19,7 @@ import open_clip
 import torch
 
 import openvclip
-from openvclip.evaluation.encoding import encode_videos
-from openvclip.evaluation.figures import markdown_table
-from openvclip.evaluation.records import Records
+from openvclip.evaluation import BatchOptions, Records, encode_videos, markdown_table
 from openvclip.models.preprocess import transform_for
 from openvclip.video import Sampling, VideoDataset, find_videos
 
@@ -36,9 +34,8 @@ def shares(model: Any, args: argparse.Namespace, num_workers: int, views: int) -
         sampling=Sampling(views=views),
         details=True,
     )
-    timing = encode_videos(
-        model, dataset, Records(None, {}), num_workers=num_workers, batch_size=args.batch_size
-    )
+    options = BatchOptions(batch_size=args.batch_size, num_workers=num_workers)
+    timing = encode_videos(model, dataset, Records(None, {}), options=options)
     return [f"{timing.clips_per_second:.2f}", *(f"{part:.1%}" for part in timing.shares().values())]
 
 

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from openvclip.evaluation.figures import markdown_table
+from openvclip.evaluation import markdown_table
 
 FRAMES, BATCH, EPOCHS, VIEWS = 8, 64, 22, 3
 TRAIN_VIDEOS = 240_000

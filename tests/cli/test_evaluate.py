@@ -1,4 +1,4 @@
-"""``openvclip evaluate``: the shapes world, stops and restarts, several processes, errors."""
+"""``openvclip evaluate``: accuracy, stopping and continuing, several processes, errors."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ def process(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def results(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "results.json").read_text())
-    return found
+    content: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    return content
 
 
 def features(folder: Path) -> dict[int, torch.Tensor]:
     settings = json.loads((folder / "settings.json").read_text())
-    return {key: record.values for key, record in Records(folder, settings).found.items()}
+    return {key: record.values for key, record in Records(folder, settings).by_key.items()}
 
 
 def assert_same_features(a: Path, b: Path) -> None:
@@ -75,7 +75,7 @@ def assert_same_features(a: Path, b: Path) -> None:
 
 @pytest.fixture(scope="module")
 def finished(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One undisturbed run in this process."""
+    """The folder of a run in this process that was not stopped."""
     out = tmp_path_factory.mktemp("finished") / "out"
     flags = ["--checkpoint", str(world.tuned), "--lam", "0", "0.5", "--per-class", "--confusion"]
     assert cli.main([*world.evaluate_flags(out), *flags]) == 0
@@ -88,16 +88,16 @@ def flags(world: World, out: Path) -> list[str]:
 
 def test_the_shapes_world_equals_a_slow_evaluation(world: World, finished: Path) -> None:
     split = Split("seen_test", world_names("seen"), world.samples)
-    found = results(finished)
+    content = results(finished)
     expected = slow_logits(world, split, load_checkpoint(world.tuned))
-    (entry,) = found["results"][0]["splits"]
-    assert found["results"][0]["lam"] == 0.0
+    (entry,) = content["results"][0]["splits"]
+    assert content["results"][0]["lam"] == 0.0
     assert entry["top1"] == pytest.approx(counted(expected, split, 1))
     assert entry["top5"] == pytest.approx(counted(expected, split, 5))
     assert entry["clips"] == len(world.samples)
     assert sum(map(sum, entry["confusion"])) == len(world.samples)
     assert set(entry["per_class"]) == set(split.class_names)
-    assert found["timing"]["clips"] == len(world.samples)
+    assert content["timing"]["clips"] == len(world.samples)
 
 
 def test_what_is_printed_can_be_pasted(world: World, finished: Path, capsys: Captured) -> None:
@@ -123,10 +123,10 @@ def test_a_killed_run_goes_on_where_it_stopped(
     out = tmp_path / "out"
     killed = process("-c", KILLED, *flags(world, out))
     assert killed.returncode == -9, killed.stderr
-    assert sorted(features(out)) == [0, 1]  # and not the half of the third
+    assert sorted(features(out)) == [0, 1]  # the half of the third record is ignored
     assert not (out / "results.json").exists()
     assert cli.main(flags(world, out)) == 0
-    assert results(out)["timing"]["clips"] == 4  # of 10: the first two batches were there
+    assert results(out)["timing"]["clips"] == 4  # of 10: the first two batches were encoded before
     assert_same_features(out, finished)
     assert [e["top1"] for e in results(out)["results"]] == [
         e["top1"] for e in results(finished)["results"]
@@ -134,13 +134,13 @@ def test_a_killed_run_goes_on_where_it_stopped(
 
 
 def test_two_processes_equal_one_bitwise(world: World, finished: Path, tmp_path: Path) -> None:
-    """Two that were killed, each with one of its two batches done and half a record more."""
+    """Both processes were killed with one of two batches written, and half of the next record."""
     out = tmp_path / "out"
     settings = json.loads((finished / "settings.json").read_text())
-    whole = Records(finished, settings).found
+    records_of_run = Records(finished, settings).by_key
     for rank in range(2):
         with Records(out, settings, rank) as records:
-            records.add(whole[rank])
+            records.add(records_of_run[rank])
         (path,) = out.glob(f"*-000{rank}.records")
         path.write_bytes(path.read_bytes() * 2)
         with path.open("rb+") as file:
@@ -165,8 +165,8 @@ def failure(capsys: Captured, arguments: list[str]) -> str:
 
 def test_other_settings_in_the_same_folder(world: World, finished: Path, capsys: Captured) -> None:
     text = failure(capsys, [*flags(world, finished), "--frames", "4", "--boundary", "mask"])
-    assert "num_frames: there 8, now 4" in text
-    assert 'expand: there "1 zero", now "1 mask"' in text
+    assert "num_frames: stored 8, requested 4" in text
+    assert 'expand: stored "1 zero", requested "1 mask"' in text
     assert "give another folder" in text.lower()
 
 
@@ -181,7 +181,7 @@ def test_bad_input_is_told_before_anything_is_encoded(
         arguments[arguments.index(flag) + 1] = str(value)
         return arguments
 
-    (tmp_path / "few.csv").write_text("a.mp4,0\nb.mp4\n")
+    (tmp_path / "short.csv").write_text("a.mp4,0\nb.mp4\n")
     (tmp_path / "other.csv").write_text("a.mp4,0\n\nb.mp4,flying\n")
     (tmp_path / "gone.csv").write_text("".join(f"{i}.mp4,{i}\n" for i in range(7)))
     (tmp_path / "twice.txt").write_text("run\nswim\nrun\n")
@@ -190,8 +190,8 @@ def test_bad_input_is_told_before_anything_is_encoded(
     small = tmp_path / "small.pt"
     torch.save({"logit_scale": torch.ones(()), "visual.proj": torch.ones(2, 2)}, small)
     calls = {
-        "few.csv, line 2: 'b.mp4' has too few fields": changed(
-            "--annotations", tmp_path / "few.csv"
+        "short.csv, line 2: 'b.mp4' has too few fields": changed(
+            "--annotations", tmp_path / "short.csv"
         ),
         "other.csv, line 3: unknown class 'flying'": changed(
             "--annotations", tmp_path / "other.csv"
@@ -230,7 +230,7 @@ def test_bad_input_is_told_before_anything_is_encoded(
 def test_videos_of_a_protocol_are_looked_for_first(
     protocols: list[str], videos: int, world: World, capsys: Captured
 ) -> None:
-    """Counted from the official lists: EP3's three lists of HMDB-51 share many of their 1530."""
+    """The counts are from the official lists. The three lists of HMDB-51 (EP3) share videos."""
     data = SHARED / "data"
     if not data.is_dir():
         pytest.skip("the shared folder with the official lists is not here")
@@ -240,7 +240,7 @@ def test_videos_of_a_protocol_are_looked_for_first(
 
 
 def test_two_protocols_in_one_pass(world: World, tmp_path: Path, capsys: Captured) -> None:
-    """UCF-101's classes on the clips at hand: means and deviations of slow evaluations."""
+    """Class names of UCF-101 with clips of the shapes world; slow evaluations give the numbers."""
     folders = ["ApplyEyeMakeup", "BalanceBeam", "Biking", "Bowling", "CliffDiving", "Drumming"]
     folders += ["Fencing", "GolfSwing", "HorseRiding", "Kayaking", "PlayingCello", "YoYo"]
     videos, lists = tmp_path / "videos", tmp_path / "lists"
@@ -267,18 +267,18 @@ def test_two_protocols_in_one_pass(world: World, tmp_path: Path, capsys: Capture
     assert cli.main([*arguments, "--protocol", *names, "--expand", "--allow-incomplete"]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("ucf101-ep1, ucf101-ep3: 13 splits, 12 videos\n")
-    found = results(tmp_path / "out")
-    assert found["timing"]["clips"] == 12
-    assert [(one["protocol"], len(one["splits"])) for one in found["results"]] == [
+    content = results(tmp_path / "out")
+    assert content["timing"]["clips"] == 12
+    assert [(entry["protocol"], len(entry["splits"])) for entry in content["results"]] == [
         ("ucf101-ep1", 10),
         ("ucf101-ep3", 3),
     ]
-    there = replace(world, folder=videos)
-    for protocol, entry in zip(names, found["results"], strict=True):
+    moved = replace(world, folder=videos)
+    for protocol, entry in zip(names, content["results"], strict=True):
         splits = load(protocol, annotations=lists, allow_incomplete=True)
-        logits = [slow_logits(there, split, None) for split in splits]
+        logits = [slow_logits(moved, split, None) for split in splits]
         for k in (1, 5):
-            tops = [counted(*one, k) for one in zip(logits, splits, strict=True)]
+            tops = [counted(*entry, k) for entry in zip(logits, splits, strict=True)]
             mean, std = statistics.mean(tops), statistics.stdev(tops)
             assert entry[f"top{k}"]["mean"] == pytest.approx(mean)
             assert entry[f"top{k}"]["std"] == pytest.approx(std)
@@ -303,12 +303,12 @@ def test_three_crops_of_each_view_count_as_views(world: World, tmp_path: Path) -
     assert cli.main([*world.evaluate_flags(tmp_path / "out"), *crops]) == 0
     stored = torch.cat([value for _, value in sorted(features(tmp_path / "out").items())])
     model, _ = create_model()
-    whole = transforms.build("released", 40)  # the frames are square: they are whole here
+    uncropped = transforms.build("released", 40)  # square frames are not cropped
     for row, (path, _) in zip(stored[:, 0], world.samples, strict=True):
         expected = torch.zeros_like(row)
         for view in read_clip(world.folder / path, sampler="uniform", views=2):
             for left in (0, 4, 8):
-                frames = model.encode_image(whole(view)[..., 4:36, left : left + 32])
+                frames = model.encode_image(uncropped(view)[..., 4:36, left : left + 32])
                 expected += (frames / frames.norm(dim=-1, keepdim=True)).mean(dim=0)
         torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-5)
 

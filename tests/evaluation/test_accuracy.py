@@ -1,4 +1,4 @@
-"""Accuracy of a classifier on a loader, against counts by hand."""
+"""Accuracy of a classifier on a loader equals counts by hand."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_clips_that_could_not_be_read_count_as_wrong() -> None:
     sample = VideoSample(videos, labels, torch.tensor([0, 1]), ["", "truncated"])
     result = evaluate(Lookup(2), [sample], progress=False)
     assert (result.top1, result.predictions.tolist()) == (0.5, [0, -1])
-    for more in ([["a", "b"]], [["a", "b"], ["c", "d"]]):  # what else a loader of one's own gives
+    for more in ([["a", "b"]], [["a", "b"], ["c", "d"]]):  # a loader may yield more values
         assert evaluate(Lookup(2), [(videos, labels, *more)], progress=False).top1 == 1
 
 
@@ -97,7 +97,7 @@ def test_modes_are_restored_after_an_exception() -> None:
 def test_empty_loader() -> None:
     result = evaluate(Lookup(2), [], progress=False)
     assert result.n_clips == 0
-    assert result.top1 != result.top1  # NaN: there is no accuracy of nothing
+    assert result.top1 != result.top1  # NaN
 
 
 def test_no_answer_is_wrong_at_every_k_and_in_no_cell() -> None:

@@ -1,32 +1,14 @@
-"""Tables and figures of results."""
+"""The figure of trade-off curves: the file, and what is drawn in it."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from openvclip.evaluation.figures import Curve, markdown_table, mean_and_std, tradeoff_figure
-
-
-def test_mean_and_standard_deviation_of_a_sample() -> None:
-    assert mean_and_std([0.5, 0.6, 0.7]) == "60.0 ± 10.0"  # by hand: deviations -10, 0, 10; n - 1
-    assert mean_and_std([0.1234]) == "12.3"
-    assert mean_and_std([0.5, 0.5], digits=2) == "50.00 ± 0.00"
-
-
-def test_table_is_markdown_and_aligned() -> None:
-    text = markdown_table(["method", "seen"], [["CLIP", "9.5"], ["Open-VCLIP", "50.0 ± 1.0"]])
-    lines = text.splitlines()
-    assert len({len(line) for line in lines}) == 1
-    assert lines[1].replace(" ", "") == "|----------|---------:|"
-    assert [cell.strip() for cell in lines[3].split("|")] == ["", "Open-VCLIP", "50.0 ± 1.0", ""]
-
-
-def test_rows_of_wrong_length_are_refused() -> None:
-    with pytest.raises(ValueError, match="zip"):
-        markdown_table(["a", "b"], [["only one"]])
+from openvclip.evaluation import Curve, figures, tradeoff_figure
 
 
 def _curve(name: str, seeds: int, shift: float) -> Curve:
@@ -36,11 +18,15 @@ def _curve(name: str, seeds: int, shift: float) -> Curve:
     return Curve(name, lams, base + spread, base / 2 + spread, chosen=1, highlighted=name == "two")
 
 
+def _curves(seeds: int) -> list[Curve]:
+    clip = Curve("CLIP", (1.0,), np.full((seeds, 1), 0.2), np.full((seeds, 1), 0.2))
+    return [clip, _curve("one", seeds, 0), _curve("two", seeds, 0.05)]
+
+
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_figure_is_drawn(tmp_path: Path, seeds: int) -> None:
-    clip = Curve("CLIP", (1.0,), np.full((seeds, 1), 0.2), np.full((seeds, 1), 0.2))
     path = tmp_path / "new" / "tradeoff.png"
-    tradeoff_figure([clip, _curve("one", seeds, 0), _curve("two", seeds, 0.05)], path, title="t")
+    tradeoff_figure(_curves(seeds), path, title="t")
     content = path.read_bytes()
     assert content.startswith(b"\x89PNG")
     assert [p.name for p in path.parent.iterdir()] == ["tradeoff.png"]
@@ -49,3 +35,36 @@ def test_figure_is_drawn(tmp_path: Path, seeds: int) -> None:
 
     colours = np.unique(imread(path)[..., :3].reshape(-1, 3), axis=0)
     assert len(colours) > 50  # three curves, stars and text, not an empty frame
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_the_figure_shows_every_curve(seeds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Means in percent over the seeds, stars at the reported points, λ at the highlighted curve."""
+    saved: list[Any] = []
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: saved.append(figure))
+    curves = _curves(seeds)
+    tradeoff_figure(curves, "unused.png", title="t", closed_set_label="x", zero_shot_label="y")
+    (axes,) = saved[0].axes
+    assert (axes.get_title(), axes.get_xlabel(), axes.get_ylabel()) == ("t", "x", "y")
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["CLIP", "one", "two"]
+    points, stars = {}, {}
+    for line in axes.get_lines():
+        if line.get_marker() == "*":
+            stars[line.get_color()] = line.get_xydata()
+        elif line.get_marker() in ("o", "D"):
+            points[line.get_label()] = line
+    for curve in curves:
+        line = points[curve.name]
+        expected = 100 * np.stack([curve.closed_set.mean(axis=0), curve.zero_shot.mean(axis=0)], 1)
+        np.testing.assert_allclose(line.get_xydata(), expected)
+        star = stars.get(line.get_color())
+        assert (star is None) == (curve.chosen is None)
+        if star is not None:
+            np.testing.assert_allclose(star, expected[[curve.chosen]])
+    assert points["two"].get_linewidth() > points["one"].get_linewidth()
+    assert [text.get_text() for text in axes.texts] == ["0", "0.5", "0.8"]
+    bars = [bar.get_segments() for bar in axes.collections]
+    assert len(bars) == (0 if seeds == 1 else 2 * len(curves))
+    if seeds == 3:  # by hand: deviations of -1, 0, 1 percent, n - 1
+        widths = [segment[1, 0] - segment[0, 0] for segment in bars[2]]
+        np.testing.assert_allclose(widths, 3 * [2.0])

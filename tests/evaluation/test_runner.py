@@ -1,4 +1,4 @@
-"""Splits scored from one pass, against a slow loop over each split's own videos and classes."""
+"""Splits scored in one pass equal a slow loop over the videos and classes of each split."""
 
 from __future__ import annotations
 
@@ -16,8 +16,17 @@ from examples.shapes.model import create_model
 from examples.shapes.world import TEMPLATES
 from openvclip.checkpoints import load_checkpoint
 from openvclip.errors import EvaluationError, RecordsError, UsageError, VideoNotFoundError
-from openvclip.evaluation import ProtocolEvaluation, Sampling, encoding, evaluate_protocol
-from openvclip.evaluation.tables import as_json, as_table, time_spent
+from openvclip.evaluation import (
+    Mixture,
+    ProtocolEvaluation,
+    RunOptions,
+    Sampling,
+    as_json,
+    as_table,
+    encoding,
+    evaluate_protocol,
+    time_spent,
+)
 from openvclip.video import dataset as dataset_module
 from openvclip.video import read_clip, transforms
 from openvclip.video.protocols import Split
@@ -32,17 +41,32 @@ def expanded() -> tuple[Any, Any]:
     return openvclip.expand_temporal_attention(model), tokenizer
 
 
-def run(world: World, **settings: Any) -> ProtocolEvaluation:
+def run(
+    world: World,
+    *,
+    splits: list[Split] | None = None,
+    videos: Path | None = None,
+    mixture: Mixture | None = None,
+    out: Path | None = None,
+    **options: Any,
+) -> ProtocolEvaluation:
     model, tokenizer = expanded()
-    given = {"sampling": SAMPLING, "templates": TEMPLATES, "num_workers": 0, "batch_size": 3}
-    splits = settings.pop("splits", world.splits())
-    folder = settings.pop("videos", world.folder)
-    return evaluate_protocol(model, tokenizer, splits, folder, **{**given, **settings})
+    return evaluate_protocol(
+        model,
+        tokenizer,
+        world.splits() if splits is None else splits,
+        videos or world.folder,
+        mixture=mixture,
+        sampling=SAMPLING,
+        templates=TEMPLATES,
+        out=out,
+        run=RunOptions(num_workers=0, batch_size=3, **options),
+    )
 
 
 @torch.no_grad()
 def slow_logits(world: World, split: Split, theta: dict[str, Tensor] | None) -> Tensor:
-    """Video by video, view by view and frame by frame, as the paper words it; float64 sums."""
+    """Encode frame by frame and sum in float64, as in the paper."""
     model, tokenizer = expanded()
     classifier = openvclip.ZeroShotClassifier(model, tokenizer, split.class_names, TEMPLATES)
     if theta is not None:
@@ -70,7 +94,7 @@ def counted(logits: Tensor, split: Split, k: int) -> float:
 
 def test_every_split_at_every_lambda_equals_its_own_slow_evaluation(world: World) -> None:
     tuned, lams = load_checkpoint(world.tuned), (0.0, 0.4, 1.0)
-    result = run(world, tuned=tuned, lams=lams)
+    result = run(world, mixture=Mixture(tuned, lams))
     assert list(result.scores) == list(lams)
     clip = snapshot(expanded()[0])
     seen = set()
@@ -82,7 +106,7 @@ def test_every_split_at_every_lambda_equals_its_own_slow_evaluation(world: World
             for k in (1, 5):
                 assert score.evaluation.top(k) == pytest.approx(counted(expected, split, k))
             seen.add(tuple(score.evaluation.predictions.tolist()))
-    assert len(seen) > 6  # or the comparisons would say little
+    assert len(seen) > 6  # otherwise the comparisons would prove little
 
 
 def test_a_video_is_read_once_for_all_splits_and_lambdas(
@@ -95,7 +119,7 @@ def test_a_video_is_read_once_for_all_splits_and_lambdas(
         return read_clip(path, **settings)
 
     monkeypatch.setattr(dataset_module, "read_clip", counting)
-    result = run(world, tuned=load_checkpoint(world.tuned), lams=(0.0, 0.5, 1.0))
+    result = run(world, mixture=Mixture(load_checkpoint(world.tuned), (0.0, 0.5, 1.0)))
     assert read == {str(world.folder / path): 1 for path, _ in world.samples}
     assert result.timing.clips == len(world.samples)
 
@@ -103,16 +127,17 @@ def test_a_video_is_read_once_for_all_splits_and_lambdas(
 def test_text_features_and_weights_stay_those_of_the_original(world: World) -> None:
     model, tokenizer = expanded()
     before = snapshot(model)
-    settings = {"sampling": SAMPLING, "templates": TEMPLATES, "num_workers": 0}
+    arguments = (model, tokenizer, world.splits(), world.folder)
+    settings = {"sampling": SAMPLING, "templates": TEMPLATES, "run": RunOptions(num_workers=0)}
     tuned = load_checkpoint(world.tuned)
     spoiled = {n: v if n.startswith("visual.") else torch.zeros_like(v) for n, v in tuned.items()}
-    found = [
-        evaluate_protocol(model, tokenizer, world.splits(), world.folder, tuned=t, **settings)
-        for t in (tuned, spoiled)
+    results = [
+        evaluate_protocol(*arguments, mixture=Mixture(state), **settings)
+        for state in (tuned, spoiled)
     ]
     assert_same_state(model.state_dict(), before)
-    ranks = [one.scores[0.0][2].evaluation.ranks.tolist() for one in found]
-    assert ranks[0] == ranks[1]  # whatever the checkpoint has for a text tower
+    ranks = [result.scores[0.0][2].evaluation.ranks.tolist() for result in results]
+    assert ranks[0] == ranks[1]  # the text tower of the checkpoint is not used
 
 
 def test_broken_videos_are_wrong_or_left_out_and_listed(world: World, tmp_path: Path) -> None:
@@ -129,21 +154,21 @@ def test_broken_videos_are_wrong_or_left_out_and_listed(world: World, tmp_path: 
             str(tmp_path / path) for path in broken
         ]
         for split, score, before in zip(world.splits(), result.scores[None], whole, strict=True):
-            there = [path not in broken for path, _ in split.samples]
-            right = (before.evaluation.ranks == 0) & torch.tensor(there)
-            n = sum(there) if leave_out else len(there)
+            readable = [path not in broken for path, _ in split.samples]
+            correct = (before.evaluation.ranks == 0) & torch.tensor(readable)
+            n = sum(readable) if leave_out else len(readable)
             assert score.evaluation.n_clips == n
-            assert score.left_out == (len(there) - n)
-            assert score.evaluation.top1 == pytest.approx(int(right.sum()) / n)
-            assert len(score.class_names) > 8 or score.evaluation.top(9) <= sum(there) / n
+            assert score.left_out == (len(readable) - n)
+            assert score.evaluation.top1 == pytest.approx(int(correct.sum()) / n)
+            assert len(score.class_names) > 8 or score.evaluation.top(9) <= sum(readable) / n
 
 
 def test_nothing_is_encoded_for_videos_that_cant_be_read(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(world.folder / "videos", tmp_path / "videos")
-    for place in (1, 3, 4, 5):  # one of the first batch of 3, all of the second
-        (tmp_path / world.samples[place][0]).unlink()
+    for index in (1, 3, 4, 5):  # one video of the first batch of 3, and all of the second batch
+        (tmp_path / world.samples[index][0]).unlink()
     encoded = []
 
     def counting(model: Any, clips: Tensor) -> Tensor:
@@ -154,11 +179,12 @@ def test_nothing_is_encoded_for_videos_that_cant_be_read(
     result = run(world, videos=tmp_path, allow_missing=True, out=tmp_path / "out")
     assert encoded == [2 * 2, 3 * 2, 1 * 2]  # two views each
     assert result.timing.clips == 6
-    whole = run(world).scores[None][2].evaluation.predictions.tolist()
-    expected = [-1 if place in (1, 3, 4, 5) else whole[place] for place in range(10)]
+    predictions = run(world).scores[None][2].evaluation.predictions.tolist()
+    expected = [-1 if index in (1, 3, 4, 5) else predictions[index] for index in range(10)]
     assert result.scores[None][2].evaluation.predictions.tolist() == expected
     run(world, videos=tmp_path, allow_missing=True, out=tmp_path / "out")
-    assert encoded[3 + 4 :] == [2 * 2]  # in between the whole run; then what was tried again
+    # After the 4 batches of the run of all videos, one batch is encoded again.
+    assert encoded[3 + 4 :] == [2 * 2]
 
 
 def test_a_video_that_is_repaired_is_read_in_the_next_run(world: World, tmp_path: Path) -> None:
@@ -171,7 +197,7 @@ def test_a_video_that_is_repaired_is_read_in_the_next_run(world: World, tmp_path
     path.write_bytes(good)
     second = run(world, videos=tmp_path, out=tmp_path / "out")
     assert second.failures == []
-    assert second.timing.clips == 3  # the batch of the broken one, and no other
+    assert second.timing.clips == 3  # only the batch of the broken video
     assert second.top(1) == run(world).top(1)
     third = run(world, videos=tmp_path, out=tmp_path / "out")
     assert third.timing.clips == 0
@@ -181,10 +207,11 @@ def test_a_video_that_is_repaired_is_read_in_the_next_run(world: World, tmp_path
 
 def test_a_model_that_is_expanded_otherwise_is_another_run(world: World, tmp_path: Path) -> None:
     model, tokenizer = create_model()
-    settings = {"sampling": SAMPLING, "templates": TEMPLATES, "num_workers": 0, "out": tmp_path}
+    options = {"sampling": SAMPLING, "templates": TEMPLATES, "run": RunOptions(num_workers=0)}
+    settings = {**options, "out": tmp_path}
     evaluate_protocol(model, tokenizer, world.splits(), world.folder, **settings)
     openvclip.expand_temporal_attention(model, boundary="mask", layers=[0])
-    with pytest.raises(RecordsError, match='expand: there null, now "0 mask, 1 mask"'):
+    with pytest.raises(RecordsError, match='expand: stored null, requested "0 mask, 1 mask"'):
         evaluate_protocol(model, tokenizer, world.splits(), world.folder, **settings)
     openvclip.restore_spatial_attention(model)
     evaluate_protocol(model, tokenizer, world.splits(), world.folder, **settings)
@@ -201,9 +228,9 @@ def test_confusion_and_classes_by_hand(world: World) -> None:
 
 
 def test_json_and_table_by_hand(world: World) -> None:
-    result = run(world, tuned=load_checkpoint(world.tuned), lams=(0.0, 0.5))
-    found = as_json(result, per_class=True, confusion=True)
-    for lam, entry in zip((0.0, 0.5), found["results"], strict=True):
+    result = run(world, mixture=Mixture(load_checkpoint(world.tuned), (0.0, 0.5)))
+    content = as_json(result, per_class=True, confusion=True)
+    for lam, entry in zip((0.0, 0.5), content["results"], strict=True):
         values = torch.tensor(result.top(1, lam), dtype=torch.float64)
         assert entry["lam"] == lam
         assert entry["top1"]["mean"] == pytest.approx(float(values.mean()))
@@ -212,34 +239,34 @@ def test_json_and_table_by_hand(world: World) -> None:
         assert len(entry["splits"][0]["confusion"]) == 3
         row = [line for line in as_table(result, "B/16").splitlines() if f" {lam:g} |" in line]
         assert f"{100 * float(values.mean()):.1f} ± {100 * float(values.std()):.1f}" in row[0]
-    assert sum(found["timing"]["shares"].values()) == pytest.approx(1)
+    assert sum(content["timing"]["shares"].values()) == pytest.approx(1)
     with pytest.raises(EvaluationError, match=r"lam=0.3: .* expected one of 0\.0, 0\.5"):
         result.top(1, 0.3)
 
 
 def test_each_protocol_has_its_mean(world: World) -> None:
-    few, late, every = world.splits()
-    splits = [few._replace(protocol="ep1"), every, late._replace(protocol="ep1")]
+    first, second, third = world.splits()
+    splits = [first._replace(protocol="ep1"), third, second._replace(protocol="ep1")]
     result = run(world, splits=splits)
     alone = [run(world, splits=[split]).top(1)[0] for split in splits]
     assert result.protocols == ["ep1", ""]
     assert result.top(1) == alone
     assert result.top(1, protocol="ep1") == [alone[0], alone[2]]
-    assert [one.name for one in result.of(protocol="")] == ["all"]
-    found = as_json(result)["results"]
-    assert [(one["protocol"], one["top1"]["mean"]) for one in found] == [
+    assert [entry.name for entry in result.of(protocol="")] == ["all"]
+    entries = as_json(result)["results"]
+    assert [(entry["protocol"], entry["top1"]["mean"]) for entry in entries] == [
         ("ep1", pytest.approx((alone[0] + alone[2]) / 2)),
         ("", alone[1]),
     ]
     rows = [line.split("|")[2].strip() for line in as_table(result, "B/16").splitlines()[2:]]
     assert rows == ["ep1", ""]
-    with pytest.raises(EvaluationError, match="protocol=ep2: nothing was evaluated there"):
+    with pytest.raises(EvaluationError, match="protocol=ep2: the model was not evaluated with"):
         result.top(1, protocol="ep2")
 
 
 def test_wrong_use_is_told(world: World) -> None:
     with pytest.raises(UsageError, match="without tuned"):
-        run(world, lams=(0.5,))
+        run(world, mixture=Mixture(None, (0.5,)))
     with pytest.raises(EvaluationError, match="nothing to evaluate"):
         run(world, splits=[])
     path = world.samples[0][0]

@@ -1,4 +1,4 @@
-"""The sweep over lambda equals evaluating each interpolation on its own."""
+"""The sweep over lambda equals a separate evaluation of each interpolation."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 import openvclip
-from openvclip.evaluation import evaluate
-from openvclip.evaluation.sweep import FIGURE_LAMBDAS, sweep
+from openvclip.evaluation import FIGURE_LAMBDAS, evaluate, sweep
 from tests.helpers import random_video, tiny_clip, tiny_tokenizer
 
 NAMES = ["red", "green", "blue", "black"]
@@ -47,35 +46,35 @@ class CountingLoader:
 def test_each_point_equals_its_own_evaluation_and_clips_are_read_once() -> None:
     classifier, loader = _classifier(), CountingLoader()
     a, b = _ends(classifier.model)
-    found = sweep(classifier, a, b, loader, progress=False)
+    results = sweep(classifier, a, b, loader, progress=False)
     assert loader.read == len(loader.batches)
-    assert tuple(found) == FIGURE_LAMBDAS
-    for lam, result in found.items():
+    assert tuple(results) == FIGURE_LAMBDAS
+    for lam, result in results.items():
         classifier.model.load_state_dict(openvclip.interpolate(a, b, lam))
         alone = evaluate(classifier, loader.batches, progress=False)
         assert torch.equal(result.ranks, alone.ranks)
-    predictions = {tuple(result.predictions.tolist()) for result in found.values()}
-    assert len(predictions) > 1  # or the comparison above would say nothing
+    predictions = {tuple(result.predictions.tolist()) for result in results.values()}
+    assert len(predictions) > 1  # otherwise the comparison above would prove nothing
 
 
-@pytest.mark.parametrize("own", [0, 1])
-def test_an_end_may_be_the_models_own_state_dict(own: int) -> None:
+@pytest.mark.parametrize("index", [0, 1])
+def test_an_end_may_be_the_models_own_state_dict(index: int) -> None:
     classifier, loader = _classifier(), CountingLoader()
     ends = _ends(classifier.model)
     expected = sweep(classifier, *ends, loader, progress=False)
-    classifier.model.load_state_dict(ends[own])
-    given = list(ends)
-    given[own] = classifier.model.state_dict()
-    found = sweep(classifier, *given, loader, progress=False)
-    for lam, result in found.items():
+    classifier.model.load_state_dict(ends[index])
+    states = list(ends)
+    states[index] = classifier.model.state_dict()
+    results = sweep(classifier, *states, loader, progress=False)
+    for lam, result in results.items():
         assert torch.equal(result.ranks, expected[lam].ranks)
 
 
 def test_live_weights_are_back_bitwise_also_after_an_exception() -> None:
     classifier = _classifier()
     a, b = _ends(classifier.model)
-    sweep(classifier, a, b, CountingLoader(), [0.3], progress=False)
+    sweep(classifier, a, b, CountingLoader(), lams=[0.3], progress=False)
     with pytest.raises(openvclip.OpenVCLIPError):
-        sweep(classifier, a, b, [(torch.zeros(1, 3), torch.zeros(1))], [0.3], progress=False)
+        sweep(classifier, a, b, [(torch.zeros(1, 3), torch.zeros(1))], lams=[0.3], progress=False)
     for name, value in classifier.model.state_dict().items():
         assert torch.equal(value, a[name]), name

@@ -33,6 +33,6 @@ def test_all_clips_run_through_an_expanded_vit_b_32() -> None:
     result = evaluate(classifier, DataLoader(dataset, batch_size=4), progress=False)
     assert dataset.failures == []
     assert result.n_clips == 73
-    assert result.labels.tolist() == [label for _, label in samples]
+    assert result.targets.tolist() == [label for _, label in samples]
     assert -1 not in result.predictions.tolist()  # every clip gave finite logits
     assert len(set(result.predictions.tolist())) > 1  # and not all clips the same

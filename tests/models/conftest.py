@@ -1,4 +1,4 @@
-"""Fixtures of these tests."""
+"""Fixtures of the tests of openvclip.models."""
 
 from tests.world import world
 

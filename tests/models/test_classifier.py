@@ -1,4 +1,4 @@
-"""ZeroShotClassifier and the templates."""
+"""``ZeroShotClassifier`` and the text templates."""
 
 from __future__ import annotations
 

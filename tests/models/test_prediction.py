@@ -1,4 +1,4 @@
-"""One video, one call: probabilities against a slow computation; the command and its errors."""
+"""``predict`` equals a slow computation; the command ``openvclip predict`` and its errors."""
 
 from __future__ import annotations
 
@@ -47,22 +47,22 @@ def slow(model: Any, video: Path, labels: list[str], views: int, frames: int = 8
 
 def test_probabilities_equal_a_slow_computation(world: World, model: Any) -> None:
     video = world.folder / world.samples[1][0]
-    found = openvclip.predict(model, video, LABELS, templates=TEMPLATES)
+    prediction = openvclip.predict(model, video, LABELS, templates=TEMPLATES)
     expected = slow(model, video, LABELS, views=3)
-    torch.testing.assert_close(found.probabilities.double(), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(prediction.probabilities.double(), expected, rtol=1e-4, atol=1e-6)
     order = expected.argsort(descending=True).tolist()
-    assert [label for label, _ in found.top(2)] == [LABELS[i] for i in order[:2]]
-    assert found.label == LABELS[order[0]]
-    assert len(found.top(99)) == 3
-    assert str(found).splitlines()[0] == str(video)
+    assert [label for label, _ in prediction.top(2)] == [LABELS[i] for i in order[:2]]
+    assert prediction.label == LABELS[order[0]]
+    assert len(prediction.top(99)) == 3
+    assert str(prediction).splitlines()[0] == str(video)
     classifier = openvclip.ZeroShotClassifier(model, create_model(None)[1], LABELS, TEMPLATES)
     again = openvclip.predict(classifier, video)
-    assert torch.equal(again.probabilities, found.probabilities)
+    assert torch.equal(again.probabilities, prediction.probabilities)
 
 
 def test_wrong_use(world: World, model: Any) -> None:
     video = world.folder / world.samples[0][0]
-    with pytest.raises(UsageError, match="between which labels"):
+    with pytest.raises(UsageError, match="labels is None; expected a list of labels"):
         openvclip.predict(model, video)
     with pytest.raises(ClassNamesError, match="more than once: 'a'"):
         openvclip.predict(model, video, ["a", "b", "a"])
@@ -83,18 +83,18 @@ def command(world: World, *arguments: object) -> int:
 
 def test_a_file_a_folder_and_a_pattern(world: World, model: Any, capsys: Captured) -> None:
     video = world.folder / world.samples[0][0]
-    asked = ["--labels", *LABELS, "--top", 2, "--json", "--views", 1]
-    assert command(world, video, *asked) == 0
-    (one,) = json.loads(capsys.readouterr().out)
+    flags = ["--labels", *LABELS, "--top", 2, "--json", "--views", 1]
+    assert command(world, video, *flags) == 0
+    (prediction,) = json.loads(capsys.readouterr().out)
     expected = slow(model, video, LABELS, views=1)
-    assert one["path"] == str(video)
-    for entry in one["labels"]:
+    assert prediction["path"] == str(video)
+    for entry in prediction["labels"]:
         place = LABELS.index(entry["label"])
         assert entry["probability"] == pytest.approx(float(expected[place]), rel=1e-4, abs=1e-6)
-    assert len(one["labels"]) == 2
-    assert command(world, world.folder / "videos" / "square resting", *asked) == 0
+    assert len(prediction["labels"]) == 2
+    assert command(world, world.folder / "videos" / "square resting", *flags) == 0
     inside = json.loads(capsys.readouterr().out)
-    assert command(world, world.folder / "videos" / "square r*" / "*.mp4", video, *asked) == 0
+    assert command(world, world.folder / "videos" / "square r*" / "*.mp4", video, *flags) == 0
     fitting = json.loads(capsys.readouterr().out)
     assert {entry["path"] for entry in inside} == {entry["path"] for entry in fitting}
     assert len(inside) == len(fitting) == 2 + 1 - 1  # train and test clip; video only once
@@ -103,9 +103,9 @@ def test_a_file_a_folder_and_a_pattern(world: World, model: Any, capsys: Capture
 def test_labels_of_a_data_set_and_of_a_file(world: World, tmp_path: Path, capsys: Captured) -> None:
     video = world.folder / world.samples[0][0]
     assert command(world, video, "--dataset", "hmdb51", "--top", 99, "--json", "--views", 1) == 0
-    (one,) = json.loads(capsys.readouterr().out)
-    assert {entry["label"] for entry in one["labels"]} == set(class_names("hmdb51"))
-    assert sum(entry["probability"] for entry in one["labels"]) == pytest.approx(1)
+    (prediction,) = json.loads(capsys.readouterr().out)
+    assert {entry["label"] for entry in prediction["labels"]} == set(class_names("hmdb51"))
+    assert sum(entry["probability"] for entry in prediction["labels"]) == pytest.approx(1)
     (tmp_path / "labels.txt").write_text("\ufeffstar sliding \r\nkey bouncing\n\n \n", "utf-8")
     assert command(world, video, "--labels-file", tmp_path / "labels.txt", "--views", 1) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -115,13 +115,13 @@ def test_labels_of_a_data_set_and_of_a_file(world: World, tmp_path: Path, capsys
 
 def test_a_checkpoint_between_clip_and_itself(world: World, capsys: Captured) -> None:
     video = world.folder / world.samples[0][0]
-    asked = [video, "--labels", *LABELS, "--json", "--views", 1, "--checkpoint", world.tuned]
+    arguments = [video, "--labels", *LABELS, "--json", "--views", 1, "--checkpoint", world.tuned]
     clip = openvclip.expand_temporal_attention(create_model()[0])
     tuned = load_checkpoint(world.tuned)
     texts = clip.state_dict()
     for flags, lam in (([], 0.0), (["--lam", 0.3], 0.3)):
-        assert command(world, *asked, *flags) == 0
-        (one,) = json.loads(capsys.readouterr().out)
+        assert command(world, *arguments, *flags) == 0
+        (prediction,) = json.loads(capsys.readouterr().out)
         mixed = openvclip.expand_temporal_attention(create_model()[0])
         # The text tower is that of the original CLIP at every lambda.
         mixed.load_state_dict(
@@ -133,7 +133,7 @@ def test_a_checkpoint_between_clip_and_itself(world: World, capsys: Captured) ->
             }
         )
         expected = slow(mixed, video, LABELS, views=1)
-        for entry in one["labels"]:
+        for entry in prediction["labels"]:
             place = LABELS.index(entry["label"])
             assert entry["probability"] == pytest.approx(float(expected[place]), rel=1e-3, abs=1e-5)
 
@@ -144,13 +144,13 @@ def test_one_broken_video_does_not_stop_the_others(
     video = world.folder / world.samples[0][0]
     (tmp_path / "b.mp4").write_bytes(b"text")
     (tmp_path / "c.mp4").write_bytes(video.read_bytes())
-    asked = ["--labels", *LABELS, "--views", 1]
-    assert command(world, tmp_path, *asked) == 2
+    flags = ["--labels", *LABELS, "--views", 1]
+    assert command(world, tmp_path, *flags) == 2
     printed = capsys.readouterr()
     assert str(tmp_path / "c.mp4") in printed.out
     assert "b.mp4: " in printed.err
     assert "1 of 2 videos can't be read" in printed.err
-    assert command(world, tmp_path / "b.mp4", *asked) == 2
+    assert command(world, tmp_path / "b.mp4", *flags) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -161,7 +161,7 @@ def test_errors_of_the_command(world: World, tmp_path: Path, capsys: Captured) -
     (tmp_path / "blank.txt").write_text("\n\n")
     calls = {
         "no video files in this folder": [tmp_path / "empty", "--labels", "a", "b"],
-        "no file fits this pattern": [tmp_path / "*.avi", "--labels", "a", "b"],
+        "no file matches this pattern": [tmp_path / "*.avi", "--labels", "a", "b"],
         "absent.mp4: no such file": [tmp_path / "absent.mp4", "--labels", "a", "b"],
         "twice.txt, line 2: 'a' is on line 1": [video, "--labels-file", tmp_path / "twice.txt"],
         "blank.txt: holds no names": [video, "--labels-file", tmp_path / "blank.txt"],
@@ -186,12 +186,12 @@ def test_every_real_clip_gets_an_answer(world: World, capsys: Captured) -> None:
     if not clips.is_dir():
         pytest.skip("the shared folder with the real clips is not here")
     assert command(world, clips, "--dataset", "ucf101", "--json", "--views", 1) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert len(found) == 73
+    predictions = json.loads(capsys.readouterr().out)
+    assert len(predictions) == 73
     names = set(class_names("ucf101"))
-    for entry in found:
+    for entry in predictions:
         values = [label["probability"] for label in entry["labels"]]
         assert {label["label"] for label in entry["labels"]} <= names
         assert values == sorted(values, reverse=True)
         assert 0 < sum(values) <= 1 + 1e-5
-    assert len({entry["labels"][0]["label"] for entry in found}) > 1
+    assert len({entry["labels"][0]["label"] for entry in predictions}) > 1

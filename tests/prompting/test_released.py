@@ -310,11 +310,7 @@ def test_what_is_no_released_tower() -> None:
         P.load_released({"weight": torch.zeros(2)})
     with pytest.raises(CheckpointError, match="none"):
         P.load_released({})
-<<<<<<< HEAD
     with pytest.raises(WeightTypeError, match="pass its weights"):
-=======
-    with pytest.raises(WeightTypeError, match="pass its weights, for example"):
->>>>>>> towers
         P.load_released({"model": toy()})  # type: ignore[dict-item]
     narrow = {"conv1.weight": torch.zeros(48, 3, 4, 4), "positional_embedding": torch.zeros(5, 48)}
     narrow |= {"proj": torch.zeros(48, 4), f"{BLOCK}.0.mlp.c_fc.weight": torch.zeros(96, 48)}

@@ -17,7 +17,7 @@ from openvclip.errors import (
     StateMismatchError,
     UnsupportedModelError,
 )
-from openvclip.evaluation.sweep import sweep
+from openvclip.evaluation import sweep
 from tests.helpers import (
     assert_same_state,
     gradients,
@@ -116,7 +116,7 @@ def test_regularised_averaged_and_interpolated_fine_tunes() -> None:
     clip, head = fine_tuned()
     tuned = snapshot(head.model)
     assert sum(not same_bits(tuned[n], clip[n]) for n in clip) > 50
-    points = sweep(head, clip, tuned, [(VIDEO, LABEL)], [0.0, 0.5, 1.0])  # type: ignore[arg-type]
+    points = sweep(head, clip, tuned, [(VIDEO, LABEL)], lams=[0.0, 0.5, 1.0])  # type: ignore[arg-type]
     assert_same_state(snapshot(head.model), tuned)
     for lam, evaluation in points.items():
         # The text tower is interpolated too, so its features are computed again for each λ.

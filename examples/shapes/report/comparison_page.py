@@ -30,7 +30,7 @@ from examples.shapes.report.comparison_words import (
 from examples.shapes.report.statements import Verdict
 from examples.shapes.results import Results, save_results, wrapped
 from openvclip.checkpoints import atomic_path
-from openvclip.evaluation.figures import Curve, markdown_table, mean_and_std, tradeoff_figure
+from openvclip.evaluation import Curve, markdown_table, mean_and_std, tradeoff_figure
 
 DOCS = Path(__file__).resolve().parents[3] / "docs"
 

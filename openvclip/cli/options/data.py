@@ -1,4 +1,4 @@
-"""The options that say which videos are evaluated, and on which classes."""
+"""Options for the videos and classes to evaluate on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
-    """A protocol of a data set, or a list of the user's own."""
+    """Add the options for the videos and classes: published protocols, or a list of videos."""
     group = parser.add_argument_group("videos")
     group.add_argument(
         "--protocol",
@@ -22,47 +22,58 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="NAME",
-        help=f"{', '.join(PROTOCOLS)}; several of one data set take one pass over its videos",
+        help=f"published protocols of one data set: {', '.join(PROTOCOLS)}; each video is encoded "
+        "once for all of them (default: evaluate on the list of --annotations)",
     )
     group.add_argument(
         "--annotations",
         type=Path,
+        metavar="PATH",
         required=True,
-        help="the folder of the official annotation files; without --protocol a list of videos",
+        help="with --protocol, the folder of the official annotation files; without --protocol, a "
+        "file with a line 'path,class' for each video",
     )
-    group.add_argument("--videos", type=Path, required=True, help="the folder of the videos")
     group.add_argument(
-        "--classes", type=Path, metavar="FILE", help="a class name on each line, for your own list"
+        "--videos", type=Path, metavar="FOLDER", required=True, help="folder of the videos"
+    )
+    group.add_argument(
+        "--classes",
+        type=Path,
+        metavar="FILE",
+        help="file with one class name on each line, for a list of videos",
     )
     group.add_argument(
         "--allow-incomplete",
         action="store_true",
-        help="take annotations of fewer videos than the protocol has",
+        help="accept annotation files with fewer videos than the protocol has (default: an error)",
     )
     group.add_argument(
         "--allow-missing-videos",
         action="store_true",
-        help="begin although videos are missing; they are taken as broken",
+        help="treat missing videos as videos that can't be read (default: an error)",
     )
     group.add_argument(
         "--leave-out-broken",
         action="store_true",
-        help="do not count videos that can't be read; otherwise they are wrong",
+        help="do not count videos that can't be read (default: they count as wrong)",
     )
 
 
 def splits_of(options: argparse.Namespace) -> list[Split]:
-    """The splits that the options name; unless that is allowed, all of their videos are there.
+    """Return the splits that the options name.
+
+    Unless ``--allow-missing-videos`` is given, all videos of the splits exist.
 
     Raises:
         UsageError: options contradict each other, or the class names are missing.
-        AnnotationError, ClassNamesError, ProtocolError: a list or the class names don't fit.
+        AnnotationError, ClassNamesError, ProtocolError: the annotation files or the class names are
+            not valid.
         VideoNotFoundError: videos are missing.
     """
     from openvclip.evaluation import require_videos
 
     _require_consistent(options)
-    splits = _read(options)
+    splits = _read_splits(options)
     if not options.allow_missing_videos:
         paths = dict.fromkeys(path for split in splits for path, _ in split.samples)
         require_videos(list(paths), str(options.videos))
@@ -71,15 +82,17 @@ def splits_of(options: argparse.Namespace) -> list[Split]:
 
 def _require_consistent(options: argparse.Namespace) -> None:
     if options.protocol and options.classes:
-        raise UsageError("--classes is for a list of your own; a protocol has its class names.")
+        raise UsageError(
+            "--classes can't be combined with --protocol: a protocol has its own class names."
+        )
     if len({name.partition("-")[0] for name in options.protocol}) > 1:
         raise UsageError(
-            f"--protocol {' '.join(options.protocol)}: expected protocols of one data set; give "
-            "each data set a command of its own."
+            f"--protocol {' '.join(options.protocol)}: expected protocols of one data set. Run one "
+            "command for each data set."
         )
 
 
-def _read(options: argparse.Namespace) -> list[Split]:
+def _read_splits(options: argparse.Namespace) -> list[Split]:
     from openvclip.models.labels import read_labels
     from openvclip.video import protocols, read_annotations
 
@@ -95,9 +108,10 @@ def _read(options: argparse.Namespace) -> list[Split]:
             )
         ]
     names = read_labels(options.classes) if options.classes else None
-    found = read_annotations(options.annotations, names, root=options.videos)
-    if found.class_names is None:
+    annotations = read_annotations(options.annotations, names, root=options.videos)
+    if annotations.class_names is None:
         raise UsageError(
-            f"{options.annotations} numbers its classes: give their names with --classes FILE."
+            f"{options.annotations} holds class indices without class names; give the class names "
+            "with --classes FILE."
         )
-    return [protocols.Split(options.annotations.stem, found.class_names, found.samples)]
+    return [protocols.Split(options.annotations.stem, annotations.class_names, annotations.samples)]

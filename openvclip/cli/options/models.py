@@ -1,13 +1,15 @@
-"""The options of the subcommands that run a model on videos."""
+"""Options of the subcommands that run a model on videos."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from openvclip.cli.options.types import add_allow_options
 from openvclip.errors import UsageError
+from openvclip.towers.view import Boundary
+from openvclip.video.sampling import BACKENDS
 
 if TYPE_CHECKING:
     import torch
@@ -15,23 +17,28 @@ if TYPE_CHECKING:
     from openvclip.models.loading import LoadedModel
     from openvclip.video import Sampling
 
-_AMP = ("bfloat16", "float16")
-
 
 def add_model_options(parser: argparse.ArgumentParser, *, checkpoint: bool = True) -> None:
-    """Which model, with which weights, where; without ``checkpoint`` the original CLIP's alone."""
+    """Add the options for the model, its weights, its templates and its device.
+
+    Args:
+        parser: the parser.
+        checkpoint: whether to add ``--checkpoint`` and ``--expand``. Without them the model has the
+            weights of the original CLIP and is not expanded.
+    """
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
         default="ViT-B-16-quickgelu",
-        help="name of an open_clip model, a JSON file with an open_clip model configuration, or "
-        "local-dir:... or hf-hub:... (%(default)s)",
+        metavar="NAME|FILE",
+        help="name of an open_clip model, a JSON file with an open_clip model configuration, "
+        "local-dir:... or hf-hub:... (default: %(default)s)",
     )
     group.add_argument(
         "--pretrained",
-        default=None,
         metavar="TAG|FILE",
-        help="the original CLIP's weights: a tag of open_clip, or a file (openai)",
+        help="weights of the original CLIP: a tag of open_clip, or a file (default: openai; "
+        "hf-hub:... and local-dir:... models have weights already)",
     )
     if checkpoint:
         _add_checkpoint_options(group)
@@ -39,69 +46,120 @@ def add_model_options(parser: argparse.ArgumentParser, *, checkpoint: bool = Tru
         parser.set_defaults(checkpoint=None, expand=False)
     add_allow_options(group)
     group.add_argument(
-        "--window", type=int, default=1, help="frames in view on either side (%(default)s)"
+        "--window",
+        type=int,
+        default=1,
+        help="number of frames on either side that a frame attends to (default: %(default)s)",
     )
     group.add_argument(
         "--boundary",
-        choices=("zero", "mask", "replicate"),
+        choices=get_args(Boundary),
         default="zero",
-        help="what stands for frames outside the clip (%(default)s, as released)",
+        help="what frames attend to in place of frames outside the clip: zero vectors, nothing, or "
+        "the end frame again (default: %(default)s, as in the released code)",
     )
     group.add_argument(
-        "--templates", type=Path, metavar="FILE", help="a prompt with {} on each line (the 28)"
+        "--templates",
+        type=Path,
+        metavar="FILE",
+        help="file with one template on each line, with {} for the class name (default: the 28 "
+        "templates of the released code)",
     )
-    group.add_argument("--device", default=None, help="such as cuda or cpu (a GPU if there is one)")
-    group.add_argument("--amp", choices=_AMP, help="encode under autocast to this dtype")
+    group.add_argument(
+        "--device", help="device, such as cuda or cpu (default: cuda if available, else cpu)"
+    )
+    group.add_argument(
+        "--amp",
+        choices=("bfloat16", "float16"),
+        help="dtype for autocast while encoding (default: no autocast)",
+    )
 
 
 def _add_checkpoint_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--checkpoint", type=Path, metavar="FILE", help="fine-tuned weights, of any known family"
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="fine-tuned weights (default: none, the model is the original CLIP)",
     )
     group.add_argument(
         "--expand",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="let frames attend to their neighbours, or not: CLIP frame by frame (with a "
-        "checkpoint they do)",
+        help="whether frames attend to neighbouring frames; with --no-expand CLIP is applied frame "
+        "by frame (default: --expand with --checkpoint, --no-expand without)",
     )
 
 
+def add_lam_option(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """Add ``--lam``.
+
+    Args:
+        parser: the parser.
+        several: whether the option takes several values.
+    """
+    parser.add_argument(
+        "--lam",
+        type=float,
+        nargs="+" if several else None,
+        default=[] if several else None,
+        help=f"interpolation weight{'s' if several else ''} of the original CLIP; 0 is the "
+        "checkpoint itself (default: 0)",
+    )
+
+
+def require_checkpoint(options: argparse.Namespace) -> None:
+    """Check that ``--lam`` is given together with ``--checkpoint``.
+
+    Raises:
+        UsageError: ``--checkpoint`` is missing.
+    """
+    if options.lam not in (None, []) and options.checkpoint is None:
+        raise UsageError(
+            "--lam interpolates the original CLIP with fine-tuned weights: give --checkpoint too."
+        )
+
+
 def add_frame_options(parser: argparse.ArgumentParser) -> None:
-    """Which frames of a video."""
+    """Add the options for the frames of a video."""
     group = parser.add_argument_group("frames")
-    group.add_argument("--frames", type=int, default=8, help="frames of a clip (%(default)s)")
+    group.add_argument(
+        "--frames", type=int, default=8, help="frames in a clip (default: %(default)s)"
+    )
     group.add_argument(
         "--sampling-rate",
         type=int,
         default=16,
-        help="distance of two frames, at 30 a second (%(default)s)",
+        metavar="N",
+        help="take every N-th frame of a video with 30 frames per second (default: %(default)s)",
     )
     group.add_argument(
-        "--views", type=int, default=3, help="clips taken from a video (%(default)s)"
+        "--views", type=int, default=3, help="clips from each video (default: %(default)s)"
     )
     group.add_argument(
         "--sampler",
         choices=("released", "uniform"),
         default="released",
-        help="which frames make a clip (%(default)s)",
+        help="how the frames of a clip are chosen: as in the released code of Open-VCLIP, or "
+        "evenly from the whole video (default: %(default)s)",
     )
     group.add_argument(
         "--transform",
         choices=("released", "clip"),
         default="released",
-        help="from 8-bit frames to pixels (%(default)s)",
+        help="how frames are resized and cropped: as in the released code of Open-VCLIP, or as in "
+        "CLIP (default: %(default)s)",
     )
     group.add_argument(
         "--backend",
-        choices=("pyav", "torchcodec"),
+        choices=BACKENDS,
         default="pyav",
-        help="the decoder (%(default)s)",
+        help="library that decodes (default: %(default)s)",
     )
 
 
 def sampling_of(options: argparse.Namespace) -> Sampling:
-    """The frames that the options ask for."""
+    """Return the sampling that the options describe."""
     from openvclip.video import Sampling
 
     return Sampling(
@@ -114,7 +172,7 @@ def sampling_of(options: argparse.Namespace) -> Sampling:
 
 
 def load(options: argparse.Namespace) -> LoadedModel:
-    """The model that the options describe; its weights are the original CLIP's."""
+    """Load the model that the options describe, with the weights of the original CLIP."""
     from openvclip.models.loading import brings_weights, load_model
 
     pretrained = options.pretrained
@@ -135,7 +193,11 @@ def load(options: argparse.Namespace) -> LoadedModel:
 
 
 def device_of(options: argparse.Namespace) -> torch.device:
-    """Where to run: the accelerator of this process, or the CPU, where nothing is said."""
+    """Return the device of ``--device``. Default: the GPU of this process, or the CPU.
+
+    Raises:
+        UsageError: the device can't be used.
+    """
     import torch
 
     from openvclip.processes import local_rank
@@ -147,19 +209,19 @@ def device_of(options: argparse.Namespace) -> torch.device:
     try:
         return torch.empty(0, device=options.device).device
     except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
-        raise UsageError(f"--device {options.device} can't be used here: {first}") from error
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--device {options.device} can't be used here: {reason}") from error
 
 
 def amp_of(options: argparse.Namespace) -> torch.dtype | None:
-    """The dtype of ``--amp``."""
+    """Return the dtype of ``--amp``."""
     import torch
 
     return getattr(torch, options.amp) if options.amp else None
 
 
 def templates_of(options: argparse.Namespace) -> tuple[str, ...]:
-    """The templates of ``--templates``, or the released ones."""
+    """Return the templates of ``--templates``. Default: the templates of the released code."""
     from openvclip.models.classifier import VIDEO_TEMPLATES
     from openvclip.models.labels import read_labels
 

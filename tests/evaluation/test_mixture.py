@@ -1,0 +1,58 @@
+"""The weights to evaluate at: interpolations one after another, the original weights afterwards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import openvclip
+from openvclip.errors import UsageError
+from openvclip.evaluation import Mixture
+from tests.helpers import assert_same_state, snapshot
+
+
+def _model() -> tuple[nn.Module, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    return model, {name: value + 1 for name, value in snapshot(model).items()}
+
+
+def test_the_weights_are_those_of_interpolate_and_are_restored() -> None:
+    model, tuned = _model()
+    original = snapshot(model)
+    for lams in ((0.3,), (0, 0.5, 1)):
+        mixture = Mixture(tuned, lams)
+        with mixture.setters(model) as setters:
+            assert len(setters) == len(mixture.lams) == len(lams)
+            for lam, set_weights in zip(lams, setters, strict=True):
+                set_weights()
+                expected = openvclip.interpolate(original, tuned, lam)
+                assert_same_state(snapshot(model), expected)
+        assert_same_state(snapshot(model), original)
+
+
+def test_the_weights_are_restored_after_an_exception() -> None:
+    model, tuned = _model()
+    original = snapshot(model)
+
+    def stopped() -> None:
+        with Mixture(tuned).setters(model) as setters:
+            setters[0]()
+            raise OSError("stop")
+
+    with pytest.raises(OSError, match="stop"):
+        stopped()
+    assert_same_state(snapshot(model), original)
+
+
+def test_defaults() -> None:
+    model, tuned = _model()
+    assert Mixture().lams == ()
+    assert Mixture(tuned).lams == Mixture(tuned, []).lams == (0.0,)
+    original = snapshot(model)
+    with Mixture().setters(model) as (set_weights,):
+        set_weights()
+        assert_same_state(snapshot(model), original)
+    with pytest.raises(UsageError, match=r"lams=\[0.5\] without tuned"):
+        Mixture(lams=[0.5])
