@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import openvclip
-from openvclip.errors import AnnotationError, OpenVCLIPError
+from openvclip.errors import AnnotationError
 from openvclip.evaluation.sweep import sweep
 from openvclip.models.loading import load_model
 from openvclip.video import Sampling, VideoDataset, find_videos, read_annotations
@@ -141,7 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.manual_seed(0)
     try:
         run(parser.parse_args(arguments))
-    except OpenVCLIPError as error:
+    except openvclip.OpenVCLIPError as error:
         raise SystemExit(f"open_vclip.py: error: {error}") from error
 
 
