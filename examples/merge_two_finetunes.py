@@ -104,7 +104,7 @@ def run(args: Namespace) -> None:
     clip = {name: value.clone() for name, value in model.state_dict().items()}
     first, second = (fine_tuned(model, path) for path in (args.first, args.second))
     lists = [read_list(path, loaded.transform, args) for path in args.lists]
-    print(f"{'':<16}" + "".join(f"{path.stem:<12}" for path in args.lists) + "mean")
+    print(f"{'model':<16}" + "".join(f"{path.stem[:11]:<12}" for path in args.lists) + "mean")
     for row, merge in merges(clip, first, second).items():
         model.load_state_dict(merge())
         accuracies = []

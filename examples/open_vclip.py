@@ -13,7 +13,7 @@ The script follows the paper:
 A fifth of the videos of each class is held out of the training. The printed table has the fraction
 of these videos whose class gets the highest score, in [0, 1], at three weights λ of the original
 CLIP: 0 is the fine-tuned average, ``--lam`` is the saved model, and 1 is CLIP's weights in the
-expanded model. λ = 0 forgets the most about other classes, which sweep_and_plot.py measures.
+expanded model. sweep_and_plot.py shows what the weights in averaged.safetensors have forgotten.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import shlex
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,7 +69,7 @@ def fine_tune(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Train the image tower with IWR; return the original CLIP and the average of the weights."""
     model = classifier.model.train()
-    loader = DataLoader[Any](data, args.batch_size, shuffle=True, num_workers=args.num_workers)
+    loader = DataLoader[object](data, args.batch_size, shuffle=True, num_workers=args.num_workers)
     clip = {name: value.clone() for name, value in model.state_dict().items()}
     for name, parameter in model.named_parameters():  # the text tower stays as it is
         parameter.requires_grad_(name.startswith("visual.") or name == "logit_scale")
@@ -107,13 +106,14 @@ def run(args: Namespace) -> None:
     data = VideoDataset(train, args.videos, transform=augment, sampling=dense)
     tests = VideoDataset(held_out, args.videos, transform=pixels, sampling=views, details=True)
     clip, average = fine_tune(classifier, data, args)
-    loader = DataLoader[Any](tests, args.batch_size, num_workers=args.num_workers)
+    loader = DataLoader[object](tests, args.batch_size, num_workers=args.num_workers)
     results = sweep(classifier, clip, average, loader, sorted({0.0, args.lam, 1.0}))
     print(f"\n{len(train)} training videos, {len(tests)} held out\nλ     held-out accuracy")
     print(*(f"{lam:<5g} {result.top1:.2f}" for lam, result in results.items()), sep="\n")
     print(*(f"not read: {f.path}: {f.reason}\n" for f in data.failures + tests.failures))
     checkpoint, labels = args.out / "model.safetensors", args.out / "classes.txt"
     openvclip.save_checkpoint(openvclip.interpolate(clip, average, args.lam), checkpoint)
+    openvclip.save_checkpoint(average, args.out / "averaged.safetensors")
     labels.write_text("\n".join(names) + "\n", encoding="utf-8")
     command = ["openvclip", "predict", args.videos / held_out[0][0], "--labels-file", labels]
     command += ["--model", args.model, "--pretrained", args.pretrained, "--checkpoint", checkpoint]

@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Read the command line."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, help="the fine-tuned weights")
+    add("--checkpoint", type=Path, required=True, help="the fine-tuned weights, not interpolated")
     add("--closed-set", type=Path, required=True, help="CSV file of videos of trained classes")
     add("--zero-shot", type=Path, required=True, help="CSV file of videos of other classes")
     add("--videos", type=Path, required=True, help="folder of the videos")
