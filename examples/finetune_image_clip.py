@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy, normalize
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets import ImageFolder  # type: ignore[import-untyped]
-from torchvision.io import decode_image  # type: ignore[import-untyped]
+from torchvision.datasets.folder import ImageFolder, default_loader  # type: ignore[import-untyped]
+from torchvision.transforms.functional import pil_to_tensor  # type: ignore[import-untyped]
 from tqdm import tqdm
 
 import openvclip
@@ -34,7 +34,7 @@ from openvclip.video import read_annotations
 
 def read_image(path: str) -> Any:
     """Return an image as uint8 ``[1, C, H, W]``: a video of one frame, as transforms expect."""
-    return decode_image(path, "RGB")[None]
+    return pil_to_tensor(default_loader(path))[None]
 
 
 def encode_texts(model: Any, tokenizer: Any, texts: list[str]) -> torch.Tensor:

@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.io import decode_image  # type: ignore[import-untyped]
+from torchvision.datasets.folder import default_loader  # type: ignore[import-untyped]
+from torchvision.transforms.functional import pil_to_tensor  # type: ignore[import-untyped]
 
 import openvclip
 from openvclip import merging
@@ -49,7 +50,7 @@ class Images(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, label = self.samples[index]
-        return self.transform(decode_image(str(self.root / path), "RGB")[None]), label
+        return self.transform(pil_to_tensor(default_loader(self.root / path))[None]), label
 
 
 def merges(clip: State, first: State, second: State) -> dict[str, Callable[[], State]]:

@@ -102,15 +102,15 @@ def tuned(original: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory)
 
 
 def rows_of(text: str) -> dict[str, list[float]]:
-    """The rows of a printed table by their first column, which is set apart by two spaces."""
+    """The rows of a printed table by their first column, the name of a model or a λ."""
     rows = {}
-    for line in text.splitlines():
-        name, *cells = (
-            (line[:16].strip(), *line[16:].split()) if line[:1].isalpha() else line.split()
-        )
-        numbers = [float(cell) for cell in cells if cell.replace(".", "", 1).isdigit()]
+    for line in filter(str.strip, text.splitlines()):
+        words = line.split()
+        if line[:1].isalpha():  # names of models have spaces, and 16 columns
+            words = [line[:16].strip(), *line[16:].split()]
+        numbers = [float(word) for word in words[1:] if word.replace(".", "", 1).isdigit()]
         if numbers:
-            rows[name] = numbers
+            rows[words[0]] = numbers
     return rows
 
 
@@ -258,7 +258,7 @@ def accuracy_of(model: Any, tokenizer: Any, folder: Path) -> float:
         features = functional.normalize(model.encode_text(texts), dim=-1)
         for label, name in enumerate(names):
             for path in sorted((folder / name).iterdir()):
-                pixels = normalise(np.asarray(Image.open(path)))[None]
+                pixels = normalise(np.array(Image.open(path)))[None]
                 right.append(int((model.encode_image(pixels) @ features.T).argmax()) == label)
     return sum(right) / len(right)
 
@@ -486,8 +486,8 @@ def test_the_table_and_the_picture_have_the_accuracies_at_each_lambda(
     sweep_and_plot.main(options)
     table = rows_of(capsys.readouterr().out)
     assert set(table) == {"0", "0.5", "1"}
-    width, height = Image.open(picture).size
-    assert min(width, height) > 300
+    with Image.open(picture) as image:
+        assert min(image.size) > 300
     (curve,) = drawn
     assert [curve.lams[curve.chosen or 0], curve.name] == [0.5, "tuned1"]
     for place, lam in enumerate((0.0, 0.5, 1.0)):
@@ -503,7 +503,7 @@ def test_the_table_and_the_picture_have_the_accuracies_at_each_lambda(
         for path in sorted((clips / "zero" / name).iterdir()):
             frames = read_clip(path, num_frames=2, sampling_rate=7)
             with torch.no_grad():
-                logits = classifier(transforms.build("released", 32)(frames)[None])
+                logits = classifier(transforms.build("released", 32)(frames))
             right.append(int(logits.argmax()) == label)
     assert table["0.5"][1] == pytest.approx(100 * sum(right) / len(right), abs=0.051)
 
