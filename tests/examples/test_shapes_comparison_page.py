@@ -1,10 +1,13 @@
-"""The page of the comparison, and what it says of made-up and of the published results."""
+"""The page of the comparison: its text for made-up results, and the published page."""
 
 from __future__ import annotations
 
 import json
+from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from examples.shapes import comparison
 from examples.shapes.comparison_settings import (
@@ -102,6 +105,70 @@ def test_published_page_is_that_of_the_published_results() -> None:
     assert (REPO / "docs" / "comparison.md").read_text() == page
     assert set(_published("results")["seeds"]) == {"0", "1", "2"}
     assert "Not complete" not in page
+
+
+# The published page against the results files, read without the code that writes the page
+
+
+def _table_below(heading: str) -> dict[str, list[str]]:
+    text = (REPO / "docs" / "comparison.md").read_text().split(f"## {heading}\n")[1]
+    lines = [line for line in text.split("\n## ")[0].splitlines() if line.startswith("|")]
+    return cells("\n".join(lines[:1] + lines[2:]))
+
+
+def _runs(setting: str, method: str) -> list[dict[str, Any]]:
+    seeds = _published("results")["seeds"]
+    return [seeds[seed][setting][method] for seed in sorted(seeds)]
+
+
+def _at(runs: list[dict[str, Any]], test: str, lam: str | None) -> NDArray[np.float64]:
+    """Accuracies in %, ``[seeds]``; those of the last weights without a lambda."""
+    lists = [run["accuracy"][test] for run in runs]
+    return 100 * np.array([next(iter(v.values())) if lam is None else v[lam] for v in lists])
+
+
+def _text(values: NDArray[np.float64]) -> str:
+    return f"{values.mean():.1f} ± {values.std(ddof=1):.1f}"
+
+
+@pytest.mark.parametrize(
+    ("row", "method", "interpolated"),
+    [
+        ("CLIP", "CLIP", False),
+        ("FINE-TUNE", "FINE-TUNE", False),
+        ("ViFi-CLIP", "ViFi-CLIP", False),
+        ("ViFi-CLIP, interpolated", "ViFi-CLIP", True),
+        ("Open-VCLIP", "Open-VCLIP", True),
+        ("ViFi-CLIP + IWR + SWA", "ViFi-CLIP + IWR + SWA", True),
+        ("Vita-CLIP", "Vita-CLIP", False),
+    ],
+)
+def test_published_tables_have_the_means_of_the_results_file(
+    row: str, method: str, interpolated: bool
+) -> None:
+    def accuracies(setting: str, test: str) -> NDArray[np.float64]:
+        runs, lam = _runs(setting, method), None
+        if interpolated:
+            lams = runs[0]["accuracy"]["development"]
+            lam = max(lams, key=lambda value: round(_at(runs, "development", value).mean(), 9))
+        return _at(runs, test, lam)
+
+    closed, zero = (accuracies("closed-set and zero-shot", test) for test in ("seen", "unseen"))
+    base, novel = (accuracies("base-to-novel", test) for test in ("base", "novel"))
+    columns = (closed, zero, base, novel, 2 * base * novel / (base + novel))
+    table = _table_below("Closed set, zero-shot, base to novel")
+    assert table[row] == [_text(column) for column in columns]
+    shots = [accuracies(f"{count} shots", "seen") for count in (2, 4, 8, 16)]
+    assert _table_below("Few shots")[row] == [_text(column) for column in shots]
+
+
+def test_the_published_cost_of_a_method_is_that_of_the_files() -> None:
+    seconds = _published("timing")["seconds"]
+    table = _table_below("What each method learns")
+    for method in ("FINE-TUNE", "Open-VCLIP", "Vita-CLIP"):
+        ratio = np.median(np.divide(seconds[method], seconds["FINE-TUNE"]))
+        (trained,) = _runs("closed-set and zero-shot", method)[0]["trained"]
+        assert table[method][1:] == [f"{trained:,}", f"{ratio:.2f}"]
 
 
 def test_published_results_are_of_the_present_settings() -> None:

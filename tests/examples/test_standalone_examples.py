@@ -6,6 +6,7 @@ import argparse
 import ast
 import importlib.util
 import os
+import re
 import runpy
 import shlex
 import sys
@@ -191,6 +192,15 @@ def test_an_example_runs_in_an_empty_folder(clips: Path, tmp_path: Path) -> None
 
 def _predict(arguments: list[str]) -> None:
     raise SystemExit(cli.main(arguments))
+
+
+def test_the_readme_lists_every_example_and_no_other() -> None:
+    folder = REPO / "examples"
+    named = set(re.findall(r"\]\((?!\.\.)([^)#]+)\)", (folder / "README.md").read_text()))
+    assert all((folder / path).exists() for path in named)
+    scripts = {*folder.glob("*.py"), *folder.glob("*.ipynb"), *folder.glob("loops/*.py")}
+    expected = {str(path.relative_to(folder)) for path in scripts if path.stem != "__init__"}
+    assert named == expected | {"shapes/", "shapes/report/"}
 
 
 # open_vclip.py
