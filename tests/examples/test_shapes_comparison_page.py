@@ -40,8 +40,8 @@ def test_lambda_is_chosen_on_development_shapes() -> None:
 
 
 def test_tables_by_hand() -> None:
-    found = Comparison(made_up())
-    table = cells(comparison_page.accuracy_table(found, found.quantities))
+    numbers = Comparison(made_up())
+    table = cells(comparison_page.accuracy_table(numbers, numbers.quantities))
     assert table["method"] == ["closed set", "zero-shot", "base", "novel", "harmonic mean"]
     halves = ["50.0 ± 0.0", "25.0 ± 0.0", "33.3 ± 0.0"]
     assert table["CLIP"] == ["20.0 ± 0.0", "31.0 ± 1.4", *halves]
@@ -49,7 +49,7 @@ def test_tables_by_hand() -> None:
     assert table["FINE-TUNE, interpolated"][:2] == ["50.0 ± 0.0", "30.0 ± 0.0"]
     assert table["Open-VCLIP"][:2] == ["72.0 ± 2.8", "30.0 ± 0.0"]
     assert "ViFi-CLIP" not in table
-    lambdas = comparison_page.lambda_table(found).splitlines()
+    lambdas = comparison_page.lambda_table(numbers).splitlines()
     assert [line.split("|")[3].strip() for line in lambdas[2:6]] == [
         "61.0",
         "50.0*",
@@ -61,8 +61,8 @@ def test_tables_by_hand() -> None:
 
 
 def test_sentences_by_hand() -> None:
-    found = Comparison(made_up())
-    lines = " ".join(comparison_page.differences(found).split())
+    numbers = Comparison(made_up())
+    lines = " ".join(comparison_page.differences(numbers).split())
     # +50 and +54: the interval of two seeds is 12.7 standard errors of 2 points to each side
     assert (
         "*Open-VCLIP* against *CLIP*: clearly more: closed set +52.0; "
@@ -72,7 +72,7 @@ def test_sentences_by_hand() -> None:
         "*Open-VCLIP* against *FINE-TUNE, interpolated*: "
         "no clear difference: closed set +22.0, zero-shot +0.0." in lines
     )
-    best = comparison_page.best_rows(found)
+    best = comparison_page.best_rows(numbers)
     assert "**closed set**: the highest mean is *Open-VCLIP*'s, 72.0" in best
     assert "**base**: the highest mean is *CLIP*'s, 50.0" in best
 
@@ -80,8 +80,8 @@ def test_sentences_by_hand() -> None:
 def test_partial_results_say_what_is_missing() -> None:
     results = made_up()
     del results["seeds"]["1"]["closed-set and zero-shot"]["FINE-TUNE"]
-    found = Comparison(results)
-    table = cells(comparison_page.accuracy_table(found, found.quantities[:2]))
+    numbers = Comparison(results)
+    table = cells(comparison_page.accuracy_table(numbers, numbers.quantities[:2]))
     assert table["FINE-TUNE"] == ["60.0 (1)", "20.0 (1)"]
     assert table["Open-VCLIP"] == ["72.0 ± 2.8", "30.0 ± 0.0"]
     text = comparison_page.page(results, tuning_results(), TIMING)
@@ -96,8 +96,8 @@ def test_the_best_learning_rate_has_the_highest_mean_of_both() -> None:
 
 
 def _published(name: str) -> Results:
-    found: Results = json.loads((ASSETS / comparison_page.FILES[name]).read_text())
-    return found
+    content: Results = json.loads((ASSETS / comparison_page.FILES[name]).read_text())
+    return content
 
 
 def test_published_page_is_that_of_the_published_results() -> None:
