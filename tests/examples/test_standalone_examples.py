@@ -69,7 +69,7 @@ def stills(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (folder / title / name).mkdir(parents=True)
             shape, action = name.split()
             for index in range(4):
-                noise = rng.normal(0, 60, (32, 32, 3))
+                noise = rng.normal(0, 20, (32, 32, 3))
                 pixels = (draw_image(shape, "red", action, rng) + noise).clip(0, 255)
                 Image.fromarray(pixels.astype(np.uint8)).save(
                     folder / title / name / f"{index}.png"
@@ -281,17 +281,19 @@ def test_lambda_is_chosen_on_the_validation_images(
     capsys: pytest.CaptureFixture[str],
     train_text: bool,
 ) -> None:
-    """Against an accuracy that this test computes at each λ, with new text features."""
+    """Against an accuracy that this test computes at each λ, with new text features.
+
+    The trained CLIP lies in the middle of the two models, so the best λ is no end.
+    """
     clip, tokenizer = create_model()
-    start = {name: value.clone() for name, value in clip.state_dict().items()}
     generator = torch.Generator().manual_seed(5)
     changed = "" if train_text else "visual."
-    end = {
-        name: value + 0.6 * value.std() * torch.randn(value.shape, generator=generator)
-        if name.startswith(changed) and value.ndim > 1
-        else value.clone()
-        for name, value in start.items()
-    }
+    start, end = {}, {}
+    for name, value in clip.state_dict().items():
+        change = torch.zeros_like(value)
+        if name.startswith(changed) and value.ndim > 1:
+            change = 0.8 * value.std() * torch.randn(value.shape, generator=generator)
+        start[name], end[name] = value + change, value - change
     monkeypatch.setattr(finetune_image_clip, "fine_tune", lambda *_: (start, end))
     finetune_image_clip.main(image_options(stills, tmp_path / "out", *model_flags()))
     table = rows_of(capsys.readouterr().out)
@@ -300,9 +302,9 @@ def test_lambda_is_chosen_on_the_validation_images(
         clip.load_state_dict(openvclip.interpolate(start, end, lam))
         folders = (stills / "validation", stills / "other")
         expected[lam] = [accuracy_of(clip, tokenizer, folder) for folder in folders]
-    assert len({row[0] for row in expected.values()}) > 1
     best = max(row[0] for row in expected.values())
     chosen = max(lam for lam, row in expected.items() if row[0] == best)
+    assert 0 < chosen < 1
     assert set(table) == {f"{lam:g}" for lam in (0, chosen, 1)}
     for lam in (0.0, chosen, 1.0):
         assert table[f"{lam:g}"] == pytest.approx(expected[lam], abs=6e-4)
