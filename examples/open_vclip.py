@@ -107,7 +107,7 @@ def run(args: Namespace) -> None:
     tests = VideoDataset(held_out, args.videos, transform=pixels, sampling=views, details=True)
     clip, average = fine_tune(classifier, data, args)
     loader = DataLoader[object](tests, args.batch_size, num_workers=args.num_workers)
-    results = sweep(classifier, clip, average, loader, sorted({0.0, args.lam, 1.0}))
+    results = sweep(classifier, clip, average, loader, lams=sorted({0.0, args.lam, 1.0}))
     print(f"\n{len(train)} training videos, {len(tests)} held out\nλ     held-out accuracy")
     print(*(f"{lam:<5g} {result.top1:.2f}" for lam, result in results.items()), sep="\n")
     print(*(f"not read: {f.path}: {f.reason}\n" for f in data.failures + tests.failures))

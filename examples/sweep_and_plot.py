@@ -48,9 +48,8 @@ def accuracies(loaded: LoadedModel, annotations: Path, args: Namespace) -> dict[
     loader = DataLoader[Any](videos, args.batch_size, num_workers=args.num_workers)
     # The model holds the original CLIP here, and after the sweep again.
     classifier = openvclip.ZeroShotClassifier(model, loaded.tokenizer, names)
-    results = sweep(
-        classifier, model.state_dict(), tuned, loader, args.lams, description=annotations.stem
-    )
+    clip, title = model.state_dict(), annotations.stem
+    results = sweep(classifier, clip, tuned, loader, lams=args.lams, description=title)
     for failure in videos.failures:
         print(f"not read, counts as wrong: {failure.path}: {failure.reason}")
     return {lam: result.top1 for lam, result in results.items()}
