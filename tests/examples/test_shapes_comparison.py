@@ -57,8 +57,8 @@ def _clips(per_class: int, classes: int = 64, frames: int = 8) -> TensorDataset:
 
 @pytest.fixture(scope="module")
 def data() -> dict[str, TensorDataset]:
-    few = _clips(2)
-    return dict.fromkeys(("train", "seen_test", "development", "unseen"), few)
+    tests = _clips(2)
+    return dict.fromkeys(("train", "seen_test", "development", "unseen"), tests)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -89,8 +89,8 @@ def test_shots_are_balanced_and_nested(counts: list[int], seed: int, order: Any)
     order.shuffle(labels)
     drawn = {n: comparison_methods.draw_shots(torch.tensor(labels), n, seed) for n in (1, 2, 4)}
     for shots, chosen in drawn.items():
-        found = [labels[index] for index in chosen.tolist()]
-        assert all(found.count(label) == shots for label in range(len(counts)))
+        drawn_labels = [labels[index] for index in chosen.tolist()]
+        assert all(drawn_labels.count(label) == shots for label in range(len(counts)))
         assert len(set(chosen.tolist())) == shots * len(counts)
     assert set(drawn[1].tolist()) < set(drawn[2].tolist()) < set(drawn[4].tolist())
 
@@ -116,14 +116,14 @@ def test_clips_of_a_half_keep_their_class() -> None:
     clips = _clips(2, frames=1)
     names = class_names("seen")
     for half in base_and_novel():
-        _, kept = comparison_methods.of_classes(clips, half)
+        _, of_half = comparison_methods.of_classes(clips, half)
         expected = [
             (video, half.index(names[label]))
             for video, label in zip(clips.tensors[0], clips.tensors[1].tolist(), strict=True)
             if names[label] in half
         ]
-        torch.testing.assert_close(kept.tensors[0], torch.stack([v for v, _ in expected]))
-        assert kept.tensors[1].tolist() == [label for _, label in expected]
+        torch.testing.assert_close(of_half.tensors[0], torch.stack([v for v, _ in expected]))
+        assert of_half.tensors[1].tolist() == [label for _, label in expected]
 
 
 def test_every_method_sees_the_same_batches(
@@ -138,14 +138,14 @@ def test_every_method_sees_the_same_batches(
 
     monkeypatch.setattr(comparison_methods, "fit", fit)
     setting = Setting(6, ("base",), shots=1, base=True)
-    found = []
+    batches = []
     for name in ("FINE-TUNE", "bridge and prompt", "Vita-CLIP"):
         seen.clear()
         Run(METHODS[name], setting, SMOKE, 3, data).learn()
-        found.append(torch.stack(seen))
-    assert all(torch.equal(found[0], other) for other in found[1:])
-    assert len(found[0]) == 6
-    assert not torch.equal(found[0][:2], found[0][2:4])  # 32 clips are 2 batches; then anew
+        batches.append(torch.stack(seen))
+    assert all(torch.equal(batches[0], other) for other in batches[1:])
+    assert len(batches[0]) == 6
+    assert not torch.equal(batches[0][:2], batches[0][2:4])  # 32 clips are 2 batches; then anew
 
 
 # Training
@@ -258,16 +258,18 @@ def test_accuracies_along_lambda_begin_at_the_learned_weights_and_lead_to_clip(
     clip, tokenizer = comparison_methods.create_model()
     comparison_methods.prepare(clip, method)
     video = data["seen_test"].tensors[0]
-    said = []
+    answers = []
     for model in (run.model, clip):
         classifier = comparison_methods.make_classifier(model, tokenizer, names, method)
         with torch.no_grad():
-            said.append(classifier(video).argmax(dim=1))
-    run.data = {**data, "seen_test": TensorDataset(video, said[0])}
-    found = run.result()["accuracy"]["seen"]
-    assert found["0"] == 1.0
-    assert found["1"] == pytest.approx((said[0] == said[1]).float().mean().item(), abs=1e-6)
-    assert found["1"] < 0.9
+            answers.append(classifier(video).argmax(dim=1))
+    run.data = {**data, "seen_test": TensorDataset(video, answers[0])}
+    accuracies = run.result()["accuracy"]["seen"]
+    assert accuracies["0"] == 1.0
+    assert accuracies["1"] == pytest.approx(
+        (answers[0] == answers[1]).float().mean().item(), abs=1e-6
+    )
+    assert accuracies["1"] < 0.9
 
 
 # The command
@@ -312,9 +314,9 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Results]:
 
 
 def test_every_run_leaves_its_result(killed: tuple[Path, Results]) -> None:
-    found = json.loads((killed[0] / "results.json").read_text())
-    assert list(found["seeds"]["0"]) == ["closed-set and zero-shot", "base-to-novel", "1 shots"]
-    for setting, runs in found["seeds"]["0"].items():
+    results = json.loads((killed[0] / "results.json").read_text())
+    assert list(results["seeds"]["0"]) == ["closed-set and zero-shot", "base-to-novel", "1 shots"]
+    for setting, runs in results["seeds"]["0"].items():
         assert list(runs) == list(SMOKE.methods)
         tests = set(SMOKE.settings[setting].tests)
         assert set(runs["CLIP"]["accuracy"]) == tests
@@ -326,9 +328,9 @@ def test_every_run_leaves_its_result(killed: tuple[Path, Results]) -> None:
 def test_a_killed_comparison_goes_on_and_repeats_nothing(killed: tuple[Path, Results]) -> None:
     out, before = killed
     after = json.loads((out / "results.json").read_text())
-    kept = [(s, m) for s, runs in before["seeds"]["0"].items() for m in runs]
-    assert 0 < len(kept) < 12
-    for setting, method in kept:  # with the time that it took
+    finished = [(s, m) for s, runs in before["seeds"]["0"].items() for m in runs]
+    assert 0 < len(finished) < 12
+    for setting, method in finished:  # with the time that it took
         assert after["seeds"]["0"][setting][method] == before["seeds"]["0"][setting][method]
 
 
@@ -402,8 +404,8 @@ def test_the_methods_are_timed_in_turns(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Run, "learn", learn)
     comparison.main(["--time", "--out", str(tmp_path)])
-    found = json.loads((tmp_path / "timing.json").read_text())
+    timing = json.loads((tmp_path / "timing.json").read_text())
     learning = [name for name, method in METHODS.items() if method.family is not None]
     assert order == [METHODS[name] for name in learning] * 3
-    assert list(found["seconds"]) == learning
-    assert found["seconds"]["FINE-TUNE"] == [3.0, 3.0 + len(learning), 3.0 + 2 * len(learning)]
+    assert list(timing["seconds"]) == learning
+    assert timing["seconds"]["FINE-TUNE"] == [3.0, 3.0 + len(learning), 3.0 + 2 * len(learning)]

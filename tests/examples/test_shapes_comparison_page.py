@@ -1,10 +1,13 @@
-"""The page of the comparison, and what it says of made-up and of the published results."""
+"""The page of the comparison: its text for made-up results, and the published page."""
 
 from __future__ import annotations
 
 import json
+from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from examples.shapes import comparison
 from examples.shapes.comparison_settings import (
@@ -37,8 +40,8 @@ def test_lambda_is_chosen_on_development_shapes() -> None:
 
 
 def test_tables_by_hand() -> None:
-    found = Comparison(made_up())
-    table = cells(comparison_page.accuracy_table(found, found.quantities))
+    numbers = Comparison(made_up())
+    table = cells(comparison_page.accuracy_table(numbers, numbers.quantities))
     assert table["method"] == ["closed set", "zero-shot", "base", "novel", "harmonic mean"]
     halves = ["50.0 ± 0.0", "25.0 ± 0.0", "33.3 ± 0.0"]
     assert table["CLIP"] == ["20.0 ± 0.0", "31.0 ± 1.4", *halves]
@@ -46,7 +49,7 @@ def test_tables_by_hand() -> None:
     assert table["FINE-TUNE, interpolated"][:2] == ["50.0 ± 0.0", "30.0 ± 0.0"]
     assert table["Open-VCLIP"][:2] == ["72.0 ± 2.8", "30.0 ± 0.0"]
     assert "ViFi-CLIP" not in table
-    lambdas = comparison_page.lambda_table(found).splitlines()
+    lambdas = comparison_page.lambda_table(numbers).splitlines()
     assert [line.split("|")[3].strip() for line in lambdas[2:6]] == [
         "61.0",
         "50.0*",
@@ -58,8 +61,8 @@ def test_tables_by_hand() -> None:
 
 
 def test_sentences_by_hand() -> None:
-    found = Comparison(made_up())
-    lines = " ".join(comparison_page.differences(found).split())
+    numbers = Comparison(made_up())
+    lines = " ".join(comparison_page.differences(numbers).split())
     # +50 and +54: the interval of two seeds is 12.7 standard errors of 2 points to each side
     assert (
         "*Open-VCLIP* against *CLIP*: clearly more: closed set +52.0; "
@@ -69,7 +72,7 @@ def test_sentences_by_hand() -> None:
         "*Open-VCLIP* against *FINE-TUNE, interpolated*: "
         "no clear difference: closed set +22.0, zero-shot +0.0." in lines
     )
-    best = comparison_page.best_rows(found)
+    best = comparison_page.best_rows(numbers)
     assert "**closed set**: the highest mean is *Open-VCLIP*'s, 72.0" in best
     assert "**base**: the highest mean is *CLIP*'s, 50.0" in best
 
@@ -77,8 +80,8 @@ def test_sentences_by_hand() -> None:
 def test_partial_results_say_what_is_missing() -> None:
     results = made_up()
     del results["seeds"]["1"]["closed-set and zero-shot"]["FINE-TUNE"]
-    found = Comparison(results)
-    table = cells(comparison_page.accuracy_table(found, found.quantities[:2]))
+    numbers = Comparison(results)
+    table = cells(comparison_page.accuracy_table(numbers, numbers.quantities[:2]))
     assert table["FINE-TUNE"] == ["60.0 (1)", "20.0 (1)"]
     assert table["Open-VCLIP"] == ["72.0 ± 2.8", "30.0 ± 0.0"]
     text = comparison_page.page(results, tuning_results(), TIMING)
@@ -93,8 +96,8 @@ def test_the_best_learning_rate_has_the_highest_mean_of_both() -> None:
 
 
 def _published(name: str) -> Results:
-    found: Results = json.loads((ASSETS / comparison_page.FILES[name]).read_text())
-    return found
+    content: Results = json.loads((ASSETS / comparison_page.FILES[name]).read_text())
+    return content
 
 
 def test_published_page_is_that_of_the_published_results() -> None:
@@ -102,6 +105,70 @@ def test_published_page_is_that_of_the_published_results() -> None:
     assert (REPO / "docs" / "comparison.md").read_text() == page
     assert set(_published("results")["seeds"]) == {"0", "1", "2"}
     assert "Not complete" not in page
+
+
+# The published page against the results files, read without the code that writes the page
+
+
+def _table_below(heading: str) -> dict[str, list[str]]:
+    text = (REPO / "docs" / "comparison.md").read_text().split(f"## {heading}\n")[1]
+    lines = [line for line in text.split("\n## ")[0].splitlines() if line.startswith("|")]
+    return cells("\n".join(lines[:1] + lines[2:]))
+
+
+def _runs(setting: str, method: str) -> list[dict[str, Any]]:
+    seeds = _published("results")["seeds"]
+    return [seeds[seed][setting][method] for seed in sorted(seeds)]
+
+
+def _at(runs: list[dict[str, Any]], test: str, lam: str | None) -> NDArray[np.float64]:
+    """Accuracies in %, ``[seeds]``; those of the last weights without a lambda."""
+    lists = [run["accuracy"][test] for run in runs]
+    return 100 * np.array([next(iter(v.values())) if lam is None else v[lam] for v in lists])
+
+
+def _text(values: NDArray[np.float64]) -> str:
+    return f"{values.mean():.1f} ± {values.std(ddof=1):.1f}"
+
+
+@pytest.mark.parametrize(
+    ("row", "method", "interpolated"),
+    [
+        ("CLIP", "CLIP", False),
+        ("FINE-TUNE", "FINE-TUNE", False),
+        ("ViFi-CLIP", "ViFi-CLIP", False),
+        ("ViFi-CLIP, interpolated", "ViFi-CLIP", True),
+        ("Open-VCLIP", "Open-VCLIP", True),
+        ("ViFi-CLIP + IWR + SWA", "ViFi-CLIP + IWR + SWA", True),
+        ("Vita-CLIP", "Vita-CLIP", False),
+    ],
+)
+def test_published_tables_have_the_means_of_the_results_file(
+    row: str, method: str, interpolated: bool
+) -> None:
+    def accuracies(setting: str, test: str) -> NDArray[np.float64]:
+        runs, lam = _runs(setting, method), None
+        if interpolated:
+            lams = runs[0]["accuracy"]["development"]
+            lam = max(lams, key=lambda value: round(_at(runs, "development", value).mean(), 9))
+        return _at(runs, test, lam)
+
+    closed, zero = (accuracies("closed-set and zero-shot", test) for test in ("seen", "unseen"))
+    base, novel = (accuracies("base-to-novel", test) for test in ("base", "novel"))
+    columns = (closed, zero, base, novel, 2 * base * novel / (base + novel))
+    table = _table_below("Closed set, zero-shot, base to novel")
+    assert table[row] == [_text(column) for column in columns]
+    shots = [accuracies(f"{count} shots", "seen") for count in (2, 4, 8, 16)]
+    assert _table_below("Few shots")[row] == [_text(column) for column in shots]
+
+
+def test_the_published_cost_of_a_method_is_that_of_the_files() -> None:
+    seconds = _published("timing")["seconds"]
+    table = _table_below("What each method learns")
+    for method in ("FINE-TUNE", "Open-VCLIP", "Vita-CLIP"):
+        ratio = np.median(np.divide(seconds[method], seconds["FINE-TUNE"]))
+        (trained,) = _runs("closed-set and zero-shot", method)[0]["trained"]
+        assert table[method][1:] == [f"{trained:,}", f"{ratio:.2f}"]
 
 
 def test_published_results_are_of_the_present_settings() -> None:

@@ -1,4 +1,4 @@
-"""The page of the shapes world: what it says of results, and that it is of the published ones."""
+"""The page of the shapes world: its text for made-up results, and the published page."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def made(rows: dict[Row, list[dict[str, list[float]]]]) -> results.Results:
 def full_of_noise(seed: int = 0) -> results.Results:
     """All studies with all seeds, the numbers at random."""
     rng = np.random.default_rng(seed)
-    found: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
     for task in plan(STUDIES):
         lams = (f"{lam:g}" for lam in run.LAMBDAS) if task.run.trained else ("1",)
         points = list(lams)
-        found.setdefault(str(task.seed), {})[task.run.name] = {
+        entries.setdefault(str(task.seed), {})[task.run.name] = {
             "definition": task.run.definition(),
             "rows": {
                 end: {name: {lam: float(rng.random()) for lam in points} for name in LISTS}
@@ -65,7 +65,7 @@ def full_of_noise(seed: int = 0) -> results.Results:
     return {
         "settings": settings_,
         "environments": [{"machine": "a machine", "runs": 9}],
-        "seeds": found,
+        "seeds": entries,
     }
 
 
@@ -109,8 +109,8 @@ def test_differences_are_paired_by_seed() -> None:
         row: [{name: [base + shift] * 3 for name in LISTS} for base in bases]
         for row, shift in ((studies.ROW_OPEN_VCLIP, 0.02), (studies.ROW_FINE_TUNE, 0.0))
     }
-    found = Table(studies.MAIN, made(rows))
-    difference = judge(Claim("", Point("Open-VCLIP"), Point("FINE-TUNE")), found)
+    study_table = Table(studies.MAIN, made(rows))
+    difference = judge(Claim("", Point("Open-VCLIP"), Point("FINE-TUNE")), study_table)
     assert difference is not None
     np.testing.assert_allclose(difference.values, 0.02)
     assert difference.verdict == "holds"
@@ -123,8 +123,8 @@ def test_the_best_of_several_rows_is_chosen_on_development_shapes() -> None:
     high = {"seen_test": [0.1] * 3, "development": [0.1, 0.2, 0.4], "unseen": [0.5, 0.6, 0.7]}
     ours = {"seen_test": [0.1] * 3, "development": [0.9, 0.1, 0.1], "unseen": [0.8, 0.1, 0.1]}
     results_ = made({weak: [low] * 2, strong: [high] * 2, studies.ROW_OPEN_VCLIP: [ours] * 2})
-    found = Table(studies.PENALTY, results_)
-    difference = judge(Claim("", Point("Open-VCLIP", None), Point("L2", None)), found)
+    study_table = Table(studies.PENALTY, results_)
+    difference = judge(Claim("", Point("Open-VCLIP", None), Point("L2", None)), study_table)
     assert difference is not None
     np.testing.assert_allclose(difference.values, 0.8 - 0.7)
 
@@ -140,8 +140,8 @@ def test_height_of_curves(numbers: list[int]) -> None:
             (studies.ROW_FINE_TUNE, studies.ROW_OPEN_VCLIP), values, strict=True
         )
     }
-    found = Table(studies.MAIN, made(rows))
-    plain, ours = (found.row(label) for label in ("FINE-TUNE", "Open-VCLIP"))
+    study_table = Table(studies.MAIN, made(rows))
+    plain, ours = (study_table.row(label) for label in ("FINE-TUNE", "Open-VCLIP"))
     assert plain is not None
     assert ours is not None
     low = max(seen.min() for seen, _ in values)
@@ -160,7 +160,7 @@ def test_height_of_curves(numbers: list[int]) -> None:
                 for slack in (0.0, 1 / 400 + 1e-9)
             ]
         )
-    for (height,), (least, most) in zip(heights(found, plain, ours), bounds, strict=True):
+    for (height,), (least, most) in zip(heights(study_table, plain, ours), bounds, strict=True):
         assert least - 1e-9 <= height <= most + 1 / 400 + 1e-9
 
 
@@ -169,10 +169,10 @@ def test_height_of_curves(numbers: list[int]) -> None:
 
 def test_sections_speak_of_rows_that_exist() -> None:
     """A misspelt label would make a claim vanish from the page."""
-    found = full_of_noise()
+    noise = full_of_noise()
     for section in SECTIONS:
         labels = {row.label for row in section.study.rows}
-        assert len(page.judged(section, found)) == len(section.claims)
+        assert len(page.judged(section, noise)) == len(section.claims)
         assert section.default is None or section.default in labels
         assert set(section.curves) <= labels
         assert section.claims or section.default
@@ -229,7 +229,7 @@ def _section_of(text: str, title: str) -> str:
 @settings(max_examples=12, deadline=None)
 @given(st.data())
 def test_the_page_is_right_for_any_part_of_the_results(data: st.DataObject) -> None:
-    """Whatever is there yet, each section says how many seeds it has, or that it has none."""
+    """Each section of incomplete results says how many seeds it has, or that it has none."""
     whole = full_of_noise()
     pairs = [(seed, name) for seed, runs in whole["seeds"].items() for name in runs]
     part = copy.deepcopy(whole)
@@ -238,7 +238,7 @@ def test_the_page_is_right_for_any_part_of_the_results(data: st.DataObject) -> N
     text = page.render(part)
     for section in SECTIONS:
         body = _section_of(text, section.title).replace("\n", " ")
-        there = {
+        seeds_of = {
             row.label: {
                 seed
                 for seed, runs in part["seeds"].items()
@@ -246,7 +246,7 @@ def test_the_page_is_right_for_any_part_of_the_results(data: st.DataObject) -> N
             }
             for row in section.study.rows
         }
-        common = set(map(str, range(5))).intersection(*filter(None, there.values()))
+        common = set(map(str, range(5))).intersection(*filter(None, seeds_of.values()))
         if "There are no results yet." in body:
             continue
         n = len(common)
@@ -254,7 +254,7 @@ def test_the_page_is_right_for_any_part_of_the_results(data: st.DataObject) -> N
         stated = "One seed" if n == 1 else f"{n} seeds"
         assert f" {stated}" in body
         assert (" so far" in body) == (n < section.study.seeds)
-        for label, seeds in there.items():
+        for label, seeds in seeds_of.items():
             if not seeds:
                 assert label in body.split("without results yet: ")[1]
 
@@ -267,22 +267,22 @@ def test_a_page_without_results_says_so() -> None:
 
 def test_the_table_goes_where_its_marker_is() -> None:
     before = "Text.\n\n<!-- table: shapes -->\n| old |\n| --- |\n| 1 |\n\nMore | text.\n"
-    found = full_of_noise()
-    table = results.table(found)
-    assert page.with_table(before, found) == (
+    noise = full_of_noise()
+    table = results.table(noise)
+    assert page.with_table(before, noise) == (
         f"Text.\n\n<!-- table: shapes -->\n{table}\n\nMore | text.\n"
     )
     with pytest.raises(ValueError, match="table: shapes"):
-        page.with_table("no marker", found)
+        page.with_table("no marker", noise)
 
 
 def test_publishing_writes_all_that_shows_the_results(tmp_path: Any) -> None:
     (tmp_path / "README.md").write_text("<!-- table: shapes -->\n| a |\n\nend\n")
-    found = full_of_noise()
-    page.publish(found, tmp_path)
+    noise = full_of_noise()
+    page.publish(noise, tmp_path)
     assets = tmp_path / "docs" / "assets"
-    assert json.loads((assets / "shapes-results.json").read_text()) == found
-    assert (tmp_path / "docs" / "shapes.md").read_text() == page.render(found)
+    assert json.loads((assets / "shapes-results.json").read_text()) == noise
+    assert (tmp_path / "docs" / "shapes.md").read_text() == page.render(noise)
     named = {section.figure for section in SECTIONS if section.figure} | {page.TRADEOFF}
     assert {path.name for path in assets.glob("*.png")} == named
 
@@ -292,8 +292,8 @@ def test_publishing_writes_all_that_shows_the_results(tmp_path: Any) -> None:
 
 @pytest.fixture(scope="module")
 def published() -> results.Results:
-    found: results.Results = json.loads((REPO / page.RESULTS).read_text())
-    return found
+    content: results.Results = json.loads((REPO / page.RESULTS).read_text())
+    return content
 
 
 def test_the_published_page_is_that_of_the_published_results(published: results.Results) -> None:
@@ -306,6 +306,115 @@ def test_the_published_page_is_that_of_the_published_results(published: results.
 def test_the_readme_has_the_table_of_the_published_results(published: results.Results) -> None:
     text = (REPO / "README.md").read_text()
     assert page.with_table(text, published) == text
+    below = text.split("<!-- table: shapes -->\n")[1].split("\n\n")[0]
+    assert below in (REPO / "docs" / "shapes.md").read_text()
+
+
+# The published page against the results file, read without the code that writes the page
+
+PUBLISHED_ROWS = {
+    "The methods": {
+        "CLIP": ("clip", "last"),
+        "FINE-TUNE": ("finetune", "last"),
+        "L2": ("l2 0.01", "last"),
+        "IWR": ("openvclip", "last"),
+        "SWA": ("finetune", "average"),
+        "Open-VCLIP": ("openvclip", "average"),
+    },
+    "Attention over frames and interpolation (Figure 2)": {
+        "CLIP": ("clip", "last"),
+        "CLIP, fine-tuned": ("frames alone", "last"),
+        "FINE-TUNE": ("finetune", "last"),
+        "Open-VCLIP": ("openvclip", "average"),
+    },
+    "Three sizes of backbone (Table 4)": {
+        f"{label}, {size}": (run_ if size == "small" else f"{run_} {size}", end)
+        for size in ("tiny", "small", "wider")
+        for label, run_, end in (
+            ("CLIP", "clip", "last"),
+            ("FINE-TUNE", "finetune", "last"),
+            ("Open-VCLIP", "openvclip", "average"),
+        )
+    },
+    "L2 regularisation (Table 5)": {
+        **{f"L2, {weight}": (f"l2 {weight}", "last") for weight in ("0.001", "0.01", "0.1")},
+        "Open-VCLIP": ("openvclip", "average"),
+    },
+    "The weight C of the regulariser": {
+        "C = 0.25": ("openvclip C 0.25", "average"),
+        "C = 0.5": ("openvclip", "average"),
+        "C = 1": ("openvclip C 1", "average"),
+    },
+}
+
+
+def _accuracies(
+    published: results.Results, run_: str, end: str, name: str, seeds: int
+) -> dict[str, Any]:
+    """Accuracies in % by lambda, ``[seeds]`` each."""
+    entries = [published["seeds"][str(seed)][run_]["rows"][end][name] for seed in range(seeds)]
+    return {lam: 100 * np.array([entry[lam] for entry in entries]) for lam in entries[0]}
+
+
+def _cell(values: Any) -> str:
+    return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
+
+
+@pytest.mark.parametrize("title", PUBLISHED_ROWS)
+def test_a_published_table_has_the_means_of_the_results_file(
+    title: str, published: results.Results
+) -> None:
+    body = _section_of((REPO / "docs" / "shapes.md").read_text(), title)
+    lines = [line for line in body.splitlines() if line.startswith("|")][2:]
+    table = {}
+    for line in lines:
+        label, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        table[label] = cells
+    assert list(table) == list(PUBLISHED_ROWS[title])
+    seeds = int(body.split(" seeds.")[0].split()[-1])
+    for label, (run_, end) in PUBLISHED_ROWS[title].items():
+        seen, development, unseen = (
+            _accuracies(published, run_, end, name, seeds)
+            for name in ("seen_test", "development", "unseen")
+        )
+        chosen = max(development, key=lambda lam: development[lam].mean())
+        last = [_cell(seen[chosen]), _cell(unseen[chosen])]
+        if run_.startswith("clip"):
+            assert table[label] == ["", "", "", "", "", *last]
+            continue
+        first = [_cell(column[lam]) for lam in ("0", "0.5") for column in (seen, unseen)]
+        assert table[label][:7] == [*first, chosen, *last]
+
+
+def test_published_verdicts_follow_from_the_results_file(published: results.Results) -> None:
+    """Of the claims about the methods; 2.776 standard errors are the interval of five seeds."""
+    text = _joined((REPO / "docs" / "shapes.md").read_text())
+    unseen = [
+        _accuracies(published, run_, end, "unseen", 5)
+        for run_, end in (("openvclip", "average"), ("clip", "last"), ("finetune", "last"))
+    ]
+    seen = [
+        _accuracies(published, run_, end, "seen_test", 5)["0.5"]
+        for run_, end in (("openvclip", "average"), ("finetune", "last"))
+    ]
+    claims = {
+        "Open-VCLIP (λ = 0.5) is better than CLIP on unseen shapes": unseen[0]["0.5"]
+        - unseen[1]["1"],
+        "Open-VCLIP (λ = 0.5) is better than fine-tuning (λ = 0) on unseen shapes": unseen[0]["0.5"]
+        - unseen[2]["0"],
+        "Open-VCLIP is better than fine-tuning on unseen shapes, both at λ = 0.5": unseen[0]["0.5"]
+        - unseen[2]["0.5"],
+        "Open-VCLIP is better than fine-tuning on seen shapes, both at λ = 0.5": seen[0] - seen[1],
+    }
+    for claim, difference in claims.items():
+        half = 2.776 * difference.std(ddof=1) / math.sqrt(5)
+        verdict = "not clear" if abs(difference.mean()) <= half else "holds"
+        points = f"{difference.mean():+.1f} ± {difference.std(ddof=1):.1f}"
+        assert f"{claim}: **{verdict}** ({points} points)." in text
+    judged = {verdict: text.count(f": **{verdict}** (") for verdict in ("holds", "not clear")}
+    assert f"This page judges {sum(judged.values())} claims".lower() in text.lower()
+    assert f"{judged['holds']} hold here, {judged['not clear']} are not clear" in text
+    assert ": **the opposite holds** (" not in text
 
 
 def test_published_results_are_of_the_present_settings(published: results.Results) -> None:

@@ -1,1 +1,1 @@
-"""What writes the pages of the shapes world from their results."""
+"""Write the pages of the shapes world from the results of its experiments."""

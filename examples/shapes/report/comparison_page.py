@@ -1,8 +1,8 @@
-"""The page of the comparison, all of it from its results.
+"""Write the page of the comparison from its results.
 
-``python -m examples.shapes.report.comparison_page OUT/results.json`` reads that file and, beside
-it, ``tuning.json`` and ``timing.json``. It writes ``docs/comparison.md`` with its figure and copies
-of the three. Results that are not complete make a page as well, which says what is missing.
+``python -m examples.shapes.report.comparison_page OUT/results.json`` reads this file, and
+``tuning.json`` and ``timing.json`` in the same folder. It writes ``docs/comparison.md``, a figure,
+and copies of the three files. A page of incomplete results says how many runs are missing.
 """
 
 from __future__ import annotations
@@ -72,35 +72,35 @@ DRAWN = (
 
 
 def page(results: Results, tuning: Results, timing: Results) -> str:
-    """The whole page in Markdown."""
-    found = Comparison(results)
-    few = [q for q in found.quantities if q.label.endswith("shots")]
-    rest = [q for q in found.quantities if q not in few]
+    """Return the whole page in Markdown."""
+    comparison = Comparison(results)
+    few_shots = [q for q in comparison.quantities if q.label.endswith("shots")]
+    other_columns = [q for q in comparison.quantities if q not in few_shots]
     seeds = len(results["seeds"])
     sections = [
         HEADING,
         *map(wrapped, INTRODUCTION),
         COMMANDS,
-        _missing(found),
+        _missing(comparison),
         "## What each method learns",
-        _what_learns(found, timing),
+        _what_learns(comparison, timing),
         about_times(timing),
         "## Closed set, zero-shot, base to novel",
         f"Top-1 accuracy in %, {over(seeds)}.",
-        accuracy_table(found, rest),
+        accuracy_table(comparison, other_columns),
         f"![Zero-shot over closed-set accuracy along λ](assets/{FIGURE})",
         "## Few shots",
         wrapped(SHOTS),
-        accuracy_table(found, few),
+        accuracy_table(comparison, few_shots),
         "## What differs",
         rule(),
-        *([best_rows(found), differences(found)] if seeds > 1 else []),
+        *([best_rows(comparison), differences(comparison)] if seeds > 1 else []),
         "## Along λ",
         wrapped(
-            "Means of the methods that are interpolated, at each weight λ of CLIP that was tried; "
-            "* marks the chosen one."
+            "The rows are the interpolated methods at each tried weight λ of CLIP. A cell is the "
+            "mean accuracy in %; * marks the chosen λ."
         ),
-        lambda_table(found),
+        lambda_table(comparison),
         "## How it was done",
         protocol(results),
         _tuned(tuning),
@@ -108,25 +108,30 @@ def page(results: Results, tuning: Results, timing: Results) -> str:
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _missing(found: Comparison) -> str:
-    """A warning that says how much is not there yet, empty where nothing is missing."""
-    seeds, names = len(found.results["seeds"]), found.results["settings"]["sizes"]["methods"]
-    there = sum(len(found.runs(name, setting)) for name in names for setting in found.settings)
-    wanted = seeds * len(found.settings) * len(names)
-    if there == wanted:
+def _missing(comparison: Comparison) -> str:
+    """Return a warning with the number of missing runs, or an empty text if none is missing."""
+    seeds, names = (
+        len(comparison.results["seeds"]),
+        comparison.results["settings"]["sizes"]["methods"],
+    )
+    finished = sum(
+        len(comparison.runs(name, setting)) for name in names for setting in comparison.settings
+    )
+    wanted = seeds * len(comparison.settings) * len(names)
+    if finished == wanted:
         return ""
     return wrapped(
-        f"**Not complete:** {there} of {wanted} runs of {over(seeds).rpartition(' over ')[2]} are "
-        "in. Numbers of fewer seeds have their count behind them."
+        f"**Not complete:** {finished} of {wanted} runs of {over(seeds).rpartition(' over ')[2]} "
+        "are finished. A number of fewer seeds is followed by the number of seeds."
     )
 
 
-def accuracy_table(found: Comparison, columns: list[Quantity]) -> str:
-    """Accuracies of all rows that have results; of interpolated ones at the chosen λ."""
-    seeds = len(found.results["seeds"])
+def accuracy_table(comparison: Comparison, columns: list[Quantity]) -> str:
+    """Return the accuracies of all rows with results; interpolated rows are at the chosen λ."""
+    seeds = len(comparison.results["seeds"])
     lines = []
     for row in ROWS:
-        by_seed = [found.values(row, column) for column in columns]
+        by_seed = [comparison.values(row, column) for column in columns]
         if any(by_seed):
             lines.append([row.label, *(_cell(values, seeds) for values in by_seed)])
     return markdown_table(["method", *(column.label for column in columns)], lines)
@@ -139,24 +144,24 @@ def _cell(values: dict[str, float], seeds: int) -> str:
     return mean_and_std(list(values.values())) + count
 
 
-def _what_learns(found: Comparison, timing: Results) -> str:
+def _what_learns(comparison: Comparison, timing: Results) -> str:
     lines = []
-    for name in found.results["settings"]["sizes"]["methods"]:
-        ratio, trained = step_ratio(timing, name), found.trained(name)
+    for name in comparison.results["settings"]["sizes"]["methods"]:
+        ratio, trained = step_ratio(timing, name), comparison.trained(name)
         count = "" if trained is None else " + ".join(f"{n:,}" for n in trained) or "0"
         time = "" if ratio is None else f"{ratio:.2f}"
         lines.append([name, describe(METHODS[name]), count, time])
     return markdown_table(["method", "what learns", "parameters", "time of a step"], lines)
 
 
-def best_rows(found: Comparison) -> str:
-    """For each column the row with the highest mean, and the rows not clearly below it."""
+def best_rows(comparison: Comparison) -> str:
+    """Return the row with the highest mean of each column, and the rows not clearly below it."""
     lines = []
-    for quantity in found.quantities:
+    for quantity in comparison.quantities:
         means = {
             row: 100 * float(np.mean(list(values.values())))
             for row in ROWS
-            if (values := found.values(row, quantity))
+            if (values := comparison.values(row, quantity))
         }
         if not means:
             continue
@@ -164,58 +169,56 @@ def best_rows(found: Comparison) -> str:
         near = [
             f"*{row.label}*"
             for row in means
-            if row != best and not found.is_clear(best, row, quantity)
+            if row != best and not comparison.is_clear(best, row, quantity)
         ]
         text = f"**{quantity.label}**: the highest mean is *{best.label}*'s, {means[best]:.1f}; "
-        text += (
-            f"not clearly below it: {', '.join(near)}." if near else "all others are clearly below."
-        )
+        text += f"not clearly below: {', '.join(near)}." if near else "all rows are clearly below."
         lines.append(wrapped(text, "- "))
     return "\n".join(lines)
 
 
-def differences(found: Comparison) -> str:
-    """A line for each of :data:`PAIRS`: where the first is clearly above or below the second."""
+def differences(comparison: Comparison) -> str:
+    """Return a line for each of :data:`PAIRS`, with the columns in which the rows differ."""
     rows = {row.label: row for row in ROWS}
     lines = []
     for a, b in PAIRS:
         parts: dict[Verdict, list[str]] = {"holds": [], "opposite": [], "unclear": []}
-        for quantity in found.quantities:
-            difference = found.difference(rows[a], rows[b], quantity)
+        for quantity in comparison.quantities:
+            difference = comparison.difference(rows[a], rows[b], quantity)
             if difference is not None:
                 points = f"{100 * difference.mean:+.1f}".replace("-", "−")
                 parts[difference.verdict].append(f"{quantity.label} {points}")
         words = {"holds": "clearly more", "opposite": "clearly less"}
         words["unclear"] = "no clear difference"
-        said = [f"{words[verdict]}: {', '.join(some)}" for verdict, some in parts.items() if some]
-        if said:
-            lines.append(wrapped(f"*{a}* against *{b}*: {'; '.join(said)}.", "- "))
+        texts = [f"{words[v]}: {', '.join(columns)}" for v, columns in parts.items() if columns]
+        if texts:
+            lines.append(wrapped(f"*{a}* against *{b}*: {'; '.join(texts)}.", "- "))
     return "\n".join(lines)
 
 
-def lambda_table(found: Comparison) -> str:
-    """Means at every λ of the methods that are interpolated."""
+def lambda_table(comparison: Comparison) -> str:
+    """Return the mean accuracies of the interpolated methods at each λ."""
     lines = []
-    for method in (name for name, one in METHODS.items() if one.interpolated):
+    for method in (name for name, settings in METHODS.items() if settings.interpolated):
         row = Row(method, method, "chosen")
-        for lam in found.results["settings"]["lambdas"]:
-            cells = [_at(found, row, quantity, lam) for quantity in found.quantities]
+        for lam in comparison.results["settings"]["lambdas"]:
+            cells = [_at(comparison, row, quantity, lam) for quantity in comparison.quantities]
             if any(cells):
                 lines.append([method, f"{lam:g}", *cells])
-    header = ["method", "λ", *(quantity.label for quantity in found.quantities)]
+    header = ["method", "λ", *(quantity.label for quantity in comparison.quantities)]
     return markdown_table(header, lines)
 
 
-def _at(found: Comparison, row: Row, quantity: Quantity, lam: float) -> str:
-    values = list(found.values(row, quantity, lam).values())
+def _at(comparison: Comparison, row: Row, quantity: Quantity, lam: float) -> str:
+    values = list(comparison.values(row, quantity, lam).values())
     if not values:
         return ""
-    chosen = lam == found.chosen_lambda(row.method, quantity.setting)
+    chosen = lam == comparison.chosen_lambda(row.method, quantity.setting)
     return f"{100 * float(np.mean(values)):.1f}{'*' if chosen else ''}"
 
 
 def _tuned(tuning: Results) -> str:
-    """The learning rates that were tried."""
+    """Return the table of the learning rates that were tried, and the names of the files."""
     (tried,) = tuning["seeds"].values()
     best = best_rates(tuning)
     lines = []
@@ -226,31 +229,32 @@ def _tuned(tuning: Results) -> str:
             lines.append([family, f"{rate}{mark}", *cells])
     steps = tuning["settings"]["sizes"]["tuning"]["steps"]
     text = (
-        f"The learning rates that were tried, on clips of another seed: accuracy in % after {steps}"
-        " steps on the seen shapes, without interpolation. * marks the highest mean of the two "
-        "columns, which is taken."
+        "The table has the learning rates that were tried, on clips of another seed. The accuracy "
+        f"in % is that of the weights after {steps} steps of training on the seen shapes, without "
+        "interpolation. * marks the highest mean of the two columns; this rate is used."
     )
     header = ["kind", "learning rate", "seen shapes", "development shapes"]
     *first, last = (f"[`{name}`](assets/{name})" for name in FILES.values())
-    files = f"All numbers are in {', '.join(first)} and {last}."
+    files = f"The files {', '.join(first)} and {last} have all numbers."
     return "\n\n".join([wrapped(text), markdown_table(header, lines), wrapped(files)])
 
 
 def draw(results: Results, path: Path) -> None:
-    """Zero-shot over closed-set accuracy, curves along λ where a method is interpolated."""
-    found = Comparison(results)
-    closed, zero = (q for q in found.quantities if q.label in ("closed set", "zero-shot"))
+    """Draw zero-shot over closed-set accuracy; an interpolated method is a curve along λ."""
+    comparison = Comparison(results)
+    closed, zero = (q for q in comparison.quantities if q.label in ("closed set", "zero-shot"))
     curves = []
     for row in (row for row in ROWS if row.label in DRAWN):
-        if not found.values(row, closed):
+        if not comparison.values(row, closed):
             continue
         swept = row.end == "chosen"
         lams = results["settings"]["lambdas"] if swept else [0.0]
         at = [
-            [found.values(row, q, lam if swept else None) for lam in lams] for q in (closed, zero)
+            [comparison.values(row, q, lam if swept else None) for lam in lams]
+            for q in (closed, zero)
         ]
-        x, y = (np.array([list(values.values()) for values in one]).T for one in at)
-        chosen = lams.index(found.chosen_lambda(row.method, closed.setting)) if swept else None
+        x, y = (np.array([list(values.values()) for values in axis]).T for axis in at)
+        chosen = lams.index(comparison.chosen_lambda(row.method, closed.setting)) if swept else None
         label = row.method if swept else row.label
         curves.append(Curve(label, lams, x, y, chosen, row.label == "Open-VCLIP"))
     tradeoff_figure(
@@ -263,21 +267,26 @@ def draw(results: Results, path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Write the page, its figure and the copies of the results."""
+    """Write the page, the figure, and the copies of the results."""
     parser = argparse.ArgumentParser(
         prog="python -m examples.shapes.report.comparison_page",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("results", type=Path, help="OUT/results.json; its siblings are read too")
-    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the page")
+    parser.add_argument(
+        "results",
+        type=Path,
+        help="OUT/results.json; the command also reads tuning.json and timing.json beside it",
+    )
+    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the page; default: docs")
     args = parser.parse_args(arguments)
     assets = args.docs / "assets"
     assets.mkdir(parents=True, exist_ok=True)
-    found = [json.loads(args.results.with_stem(name).read_text()) for name in FILES]
-    for name, content in zip(FILES.values(), found, strict=True):
+    stems = [args.results.stem.replace("results", name) for name in FILES]
+    contents = [json.loads(args.results.with_stem(stem).read_text()) for stem in stems]
+    for name, content in zip(FILES.values(), contents, strict=True):
         save_results(content, assets / name)
-    results, tuning, timing = found
+    results, tuning, timing = contents
     draw(results, assets / FIGURE)
     with atomic_path(args.docs / "comparison.md") as partial:
         partial.write_text(page(results, tuning, timing))

@@ -1,4 +1,4 @@
-"""What the results of the comparison say: rows, quantities, and differences paired by seed."""
+"""The tables of the comparison: rows, columns, and differences paired by seed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from examples.shapes.results import Results
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the tables: a method with the last weights, or with those at the chosen lambda."""
+    """A row of the tables: a method at its last weights, or at the chosen lambda."""
 
     label: str
     method: str
@@ -40,7 +40,7 @@ ROWS = _rows()
 
 @dataclass(frozen=True)
 class Quantity:
-    """A column of the tables: accuracy on one test of a setting, or the harmonic mean of two."""
+    """A column of the tables: the accuracy on a test list, or the harmonic mean of two lists."""
 
     label: str
     setting: str
@@ -48,30 +48,30 @@ class Quantity:
 
 
 def harmonic_mean(base: float, novel: float) -> float:
-    """``2 / (1 / base + 1 / novel)``, 0 where one of them is 0."""
+    """Return ``2 / (1 / base + 1 / novel)``, or 0 if one of the two accuracies is 0."""
     return 0.0 if base == 0 or novel == 0 else 2 / (1 / base + 1 / novel)
 
 
 def quantities(settings: dict[str, Any]) -> list[Quantity]:
-    """The columns that the settings of a results file make."""
-    found = []
+    """Return the columns of the tables, from the settings of a results file."""
+    columns = []
     for name, setting in settings.items():
         if setting["base"]:
-            found += [Quantity(test, name, (test,)) for test in ("base", "novel")]
-            found.append(Quantity("harmonic mean", name, ("base", "novel")))
+            columns += [Quantity(test, name, (test,)) for test in ("base", "novel")]
+            columns.append(Quantity("harmonic mean", name, ("base", "novel")))
         elif "unseen" in setting["tests"]:
-            found.append(Quantity("closed set", name, ("seen",)))
-            found.append(Quantity("zero-shot", name, ("unseen",)))
+            columns.append(Quantity("closed set", name, ("seen",)))
+            columns.append(Quantity("zero-shot", name, ("unseen",)))
         else:
-            found.append(Quantity(name, name, ("seen",)))
-    return found
+            columns.append(Quantity(name, name, ("seen",)))
+    return columns
 
 
 class Comparison:
-    """A results file, whole or in part.
+    """The accuracies of a results file, which may be incomplete.
 
     Args:
-        results: what :mod:`examples.shapes.comparison` wrote.
+        results: the content of the file that :mod:`examples.shapes.comparison` wrote.
     """
 
     def __init__(self, results: Results) -> None:
@@ -80,7 +80,7 @@ class Comparison:
         self.quantities = quantities(self.settings)
 
     def runs(self, method: str, setting: str) -> dict[str, dict[str, Any]]:
-        """The results of a method in a setting, by seed."""
+        """Return the results of a method in a setting, by seed."""
         return {
             seed: groups[setting][method]
             for seed, groups in sorted(self.results["seeds"].items())
@@ -88,21 +88,24 @@ class Comparison:
         }
 
     def chosen_lambda(self, method: str, setting: str) -> float:
-        """The lambda of the best mean accuracy on the development shapes; the first of equals."""
+        """Return the lambda with the best mean accuracy on the development shapes.
+
+        Of equal means it returns the first in the order of the results file.
+        """
         runs = self.runs(method, setting).values()
         by_lambda = [run["accuracy"]["development"] for run in runs]
         return max(
             map(float, by_lambda[0]),
-            key=lambda lam: math.fsum(found[f"{lam:g}"] for found in by_lambda),
+            key=lambda lam: math.fsum(accuracies[f"{lam:g}"] for accuracies in by_lambda),
         )
 
     def values(self, row: Row, quantity: Quantity, lam: float | None = None) -> dict[str, float]:
-        """Accuracy in [0, 1] by seed.
+        """Return the accuracies of a row in [0, 1], by seed.
 
         Args:
-            row: what is asked about.
-            quantity: what is asked.
-            lam: the weight of CLIP, by default that of the row.
+            row: the row of the table.
+            quantity: the column of the table.
+            lam: the weight of CLIP. Default: the lambda of the row.
         """
         runs = self.runs(row.method, quantity.setting)
         if not runs:
@@ -112,19 +115,19 @@ class Comparison:
         return {seed: _read(run, quantity, lam) for seed, run in runs.items()}
 
     def difference(self, a: Row, b: Row, quantity: Quantity) -> Difference | None:
-        """``a - b`` over the seeds that both have; None where there are none."""
+        """Return ``a - b`` for the seeds that both rows have, or ``None`` without such seeds."""
         left, right = self.values(a, quantity), self.values(b, quantity)
         shared = [seed for seed in left if seed in right]
         both = [left[seed] - right[seed] for seed in shared]
         return Difference(np.array(both, dtype=np.float64)) if both else None
 
     def is_clear(self, a: Row, b: Row, quantity: Quantity) -> bool:
-        """Whether the two differ clearly."""
+        """Return whether the difference of two rows is clear."""
         difference = self.difference(a, b, quantity)
         return difference is not None and difference.verdict != "unclear"
 
     def trained(self, method: str) -> list[int] | None:
-        """The number of trained parameters, of each stage; None before the method was run."""
+        """Return the number of trained parameters of each stage, or ``None`` without a run."""
         for setting in self.settings:
             for run in self.runs(method, setting).values():
                 return list(run["trained"])
@@ -132,12 +135,12 @@ class Comparison:
 
 
 def step_ratio(timing: Results, method: str, base: str = "FINE-TUNE") -> float | None:
-    """The time of a step over that of another method: the median over rounds.
+    """Return the time of a step relative to another method: the median of the ratios.
 
     Args:
-        timing: what ``python -m examples.shapes.comparison --time`` wrote.
-        method: whose time; None comes back for one that has no steps.
-        base: over whose time.
+        timing: the content of the file of ``python -m examples.shapes.comparison --time``.
+        method: the method. The result is ``None`` for a method without training steps.
+        base: the method with the relative time 1.
     """
     seconds = timing["seconds"]
     if method not in seconds:
@@ -147,8 +150,8 @@ def step_ratio(timing: Results, method: str, base: str = "FINE-TUNE") -> float |
 
 
 def _read(run: dict[str, Any], quantity: Quantity, lam: float | None) -> float:
-    found = []
+    accuracies = []
     for test in quantity.tests:
         by_lambda = run["accuracy"][test]
-        found.append(next(iter(by_lambda.values())) if lam is None else by_lambda[f"{lam:g}"])
-    return harmonic_mean(*found) if len(found) == 2 else found[0]
+        accuracies.append(next(iter(by_lambda.values())) if lam is None else by_lambda[f"{lam:g}"])
+    return harmonic_mean(*accuracies) if len(accuracies) == 2 else accuracies[0]

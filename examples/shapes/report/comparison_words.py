@@ -1,4 +1,4 @@
-"""What the page of the comparison says beside its tables."""
+"""The texts of the page of the comparison, apart from the tables."""
 
 from __future__ import annotations
 
@@ -9,39 +9,39 @@ from examples.shapes.results import Results, origins, wrapped
 from examples.shapes.world import TEMPLATES, class_names
 
 HEADING = """\
-<!-- written by python -m examples.shapes.report.comparison_page; edit that, not this -->
+<!-- Written by `python -m examples.shapes.report.comparison_page`: edit the generator. -->
 # Beside ViFi-CLIP and Vita-CLIP"""
 
 INTRODUCTION = (
-    "The three ways of making a video model of CLIP on one protocol, in the "
-    "[shapes world](shapes.md): every method starts from the same tiny CLIP, learns from the same "
-    "clips for the same number of steps, and is tried on the same clips. What the methods are and "
-    "how to use them is in [ViFi-CLIP and Vita-CLIP](prompting.md).",
-    "A world of drawn shapes says how the methods behave at this size, with a backbone of 0.6 "
-    "million parameters (without its word embeddings). It does not say who is ahead on Kinetics.",
+    "This page compares three ways of making a video model from CLIP, on one protocol in the "
+    "[shapes world](shapes.md). Every method starts from the same tiny CLIP, learns from the same "
+    "clips for the same number of steps, and is evaluated on the same clips. "
+    "[ViFi-CLIP and Vita-CLIP](prompting.md) explains the methods and their use.",
+    "The results hold for drawn shapes and a backbone of 0.6 million parameters (without its word "
+    "embeddings). They do not show which method is ahead on Kinetics.",
 )
 
 SHOTS = (
-    "Top-1 accuracy in % on new clips of the seen shapes, by the number of clips of each class"
-    " that were learned from."
+    "Top-1 accuracy in % on new clips of the seen shapes. The column is the number of training "
+    "clips of each class."
 )
 
 COMMANDS = """\
 ```bash
 python -m examples.shapes.comparison --tune --out comparison-out  # the learning rates
-python -m examples.shapes.comparison --out comparison-out         # 3 seeds, goes on if stopped
+python -m examples.shapes.comparison --out comparison-out         # 3 seeds; continues after a stop
 python -m examples.shapes.comparison --time --out comparison-out  # the time of a step
 python -m examples.shapes.report.comparison_page comparison-out/results.json
 ```"""
 
 
 def over(seeds: int) -> str:
-    """What the numbers of a table are."""
+    """Return what a number of a table is, by the number of seeds."""
     return "1 seed" if seeds == 1 else f"mean ± standard deviation over {seeds} seeds"
 
 
 def describe(method: Method) -> str:
-    """What a method learns."""
+    """Return what a method learns."""
     if method.family is None:
         return "nothing"
     if method.bridged:
@@ -55,67 +55,68 @@ def describe(method: Method) -> str:
 
 
 def about_times(timing: Results) -> str:
-    """What the table of parameters and times means."""
+    """Return the explanation of the table of parameters and times."""
     about, seconds = timing["environment"], median(timing["seconds"]["FINE-TUNE"])
     return wrapped(
-        f"The time of a step of 16 clips is over that of FINE-TUNE, {seconds:.2f} s, measured in "
-        f"turns with one thread on this machine: {about['machine']} (torch {about['torch']}). "
-        "Class names are encoded once where nothing of the text learns, else in each step. "
-        "*bridge and prompt* has two numbers of parameters, one for each half; its time is the "
-        "median over both."
+        f"The time of a step of 16 clips is relative to FINE-TUNE, whose step takes {seconds:.2f} "
+        "s. The methods were measured in turns, with one thread, on this machine: "
+        f"{about['machine']} (torch {about['torch']}). The class names are encoded once if the "
+        "method learns nothing in the text tower, and in each step otherwise. *bridge and prompt* "
+        "has two numbers of parameters, one for each half of the steps; its time is the median "
+        "over both halves."
     )
 
 
 def rule() -> str:
-    """When a difference is clear."""
+    """Return the rule that says when a difference is clear."""
     return wrapped(
-        "Differences are paired by seed: two methods see the same clips in the same order. Numbers "
-        "are points of accuracy, means over the seeds. A difference is called clear where the 95 % "
-        "confidence interval of its mean (Student's t) leaves out zero, with two seeds or more; of "
-        "many differences a few will be called clear by chance."
+        "Differences are paired by seed: two methods see the same clips in the same order. A "
+        "number is the mean difference over the seeds, in points of accuracy. A difference is "
+        "clear if the 95 % confidence interval of its mean (Student's t) does not contain zero; "
+        "this needs two seeds or more. Of many differences a few are clear by chance."
     )
 
 
 def protocol(results: Results) -> str:
-    """How the numbers were made, as a list."""
+    """Return how the numbers were made, as a list."""
     sizes = results["settings"]["sizes"]
     recipe, clips = sizes["training"], sizes["clips"]
     base, novel = (sorted({name.rsplit(" ", 1)[0] for name in half}) for half in base_and_novel())
-    steps = ", ".join(f"{one['steps']} ({name})" for name, one in sizes["settings"].items())
+    steps = ", ".join(f"{setting['steps']} ({name})" for name, setting in sizes["settings"].items())
     rates = ", ".join(f"{rate:g} ({name})" for name, rate in results["settings"]["rates"].items())
     prompts = results["settings"]["vifi_prompts"]
     items = (
-        f"**Clips**: {clips['train']} for training and {clips['test']} in each test list, drawn "
-        "anew for each seed; 8 frames. The shots are drawn by the seed, fewer a part of more, the "
-        "same for all methods.",
-        f"**Base and novel** classes are halves of the {len(class_names('seen'))} seen ones by the "
-        "rule of ViFi-CLIP's lists, by which the first half in alphabetical order is novel where "
-        "all classes are equally frequent. Here that divides the shapes (base: "
-        f"{', '.join(base)}; novel: {', '.join(novel)}), and both halves have all actions. Each "
-        "half is told apart among its own classes.",
-        f"**Training**: steps of {recipe['batch_size']} clips: {steps}. AdamW, weight decay "
-        f"{recipe['weight_decay']:g} on matrices, 5 % warm-up and half a cosine, gradients' norm "
-        f"at most {recipe['clip_grad_norm']:g}, for every method. IWR has C = "
-        f"{recipe['iwr_weight']:g} and α in (0, {recipe['alpha_max']:g}); SWA averages over the "
-        "second half of the steps.",
-        "**Prompts**: Vita-CLIP has 8 global prompts a layer and 8 text prompts that all classes "
-        "share (class-specific ones could not serve unseen classes); visual parts that stand alone "
-        'go with the text "a photo of a ...". *bridge and prompt* learns '
-        f"{prompts['vision_prompts']} vision and {prompts['text_prompts']} text prompts in each "
-        "layer, after half of the steps as ViFi-CLIP: in the paper it comes on top of a fine-tune, "
-        "here all methods have the same number of steps.",
-        f"**Pooling and text**: CLIP, FINE-TUNE and Open-VCLIP take the mean of unit features and "
-        f"{len(TEMPLATES)} templates; the others normalise the mean and have one template, or text "
-        "prompts that are learned. *CLIP, pooled as in ViFi-CLIP* is where those with the template "
-        "start from.",
-        "**λ** weighs CLIP and is chosen for each method and setting by the best mean accuracy "
+        f"**Clips**: {clips['train']} for training and {clips['test']} in each test list, of 8 "
+        "frames. Each seed draws new clips. The seed also draws the shots: all methods get the "
+        "same shots, and a smaller number of shots is a part of a larger one.",
+        f"**Base and novel** classes are halves of the {len(class_names('seen'))} seen classes, by "
+        "the rule of ViFi-CLIP's lists: if all classes are equally frequent, the first half in "
+        "alphabetical order is novel. Here the rule divides the shapes (base: "
+        f"{', '.join(base)}; novel: {', '.join(novel)}), and both halves have all actions. A clip "
+        "is classified among the classes of its half.",
+        f"**Training**: a step has {recipe['batch_size']} clips. The numbers of steps are {steps}. "
+        f"Every method has AdamW, weight decay {recipe['weight_decay']:g} on matrices, 5 % "
+        f"warm-up, half a cosine, and a gradient norm of at most {recipe['clip_grad_norm']:g}. "
+        f"IWR has C = {recipe['iwr_weight']:g} and α in (0, {recipe['alpha_max']:g}). SWA "
+        "averages over the second half of the steps.",
+        "**Prompts**: Vita-CLIP has 8 global prompts in each layer and 8 text prompts that all "
+        "classes share. Prompts for single classes could not serve unseen classes. A row with one "
+        'visual part of Vita-CLIP has the text "a photo of a ...". *bridge and prompt* trains as '
+        f"ViFi-CLIP for half of the steps, then it learns {prompts['vision_prompts']} vision and "
+        f"{prompts['text_prompts']} text prompts in each layer. In the paper the prompts follow a "
+        "complete fine-tuning; here all methods have the same number of steps.",
+        f"**Pooling and text**: CLIP, FINE-TUNE and Open-VCLIP use the mean of unit features and "
+        f"{len(TEMPLATES)} templates. All other methods normalise this mean, and use one template "
+        "or learned text prompts. The methods with one template start from *CLIP, pooled as in "
+        "ViFi-CLIP*.",
+        "**λ** weighs CLIP. It is chosen for each method and setting by the best mean accuracy "
         "over seeds on clips of the *development* shapes, on which no method is trained or "
-        "reported. That favours what carries over to new shapes, in the closed set and with few "
-        "shots too. FINE-TUNE and ViFi-CLIP stand in the tables as they end and interpolated, "
-        "methods with IWR and SWA interpolated alone.",
-        f"**Learning rates**: {rates}. Each was chosen as the table below says, for one method "
-        "without interpolation, and is used for all methods of its kind in all settings: "
-        "Open-VCLIP has that of FINE-TUNE.",
-        f"**Made with**: {origins(results)}.",
+        "reported. This choice favours accuracy on new shapes, also in the closed set and with few "
+        "shots. The tables show FINE-TUNE and ViFi-CLIP at their last weights and interpolated. "
+        "They show methods with IWR and SWA only interpolated.",
+        f"**Learning rates**: {rates}. The table below shows how each rate was chosen, for one "
+        "method without interpolation. The rate is used for all methods of the same kind in all "
+        "settings: Open-VCLIP has the learning rate of FINE-TUNE.",
+        f"**Machines and versions**: {origins(results)}.",
     )
     return "\n".join(wrapped(item, "- ") for item in items)

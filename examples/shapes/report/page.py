@@ -1,7 +1,7 @@
-"""The page of the shapes world, from a results file.
+"""Write the page of the shapes world from a results file.
 
 ``python -m examples.shapes.report.page RESULTS`` writes ``docs/shapes.md`` and its figures, copies
-the results beside them, and puts the main table into ``README.md``.
+the results to ``docs/assets``, and updates the main table in ``README.md``.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _CHANGES: dict[Verdict, str] = {"holds": "better", "opposite": "worse", "unclear
 
 
 def render(results: Results) -> str:
-    """The page's text."""
+    """Return the text of the page."""
     template = Template(Path(__file__).with_name("page_template.md").read_text())
     return template.substitute(
         test=results["settings"]["clips"]["test"],
@@ -53,14 +53,14 @@ def render(results: Results) -> str:
 
 
 def judged(section: Section, results: Results) -> list[tuple[Claim, Difference]]:
-    """The section's claims for which there are results."""
-    found = Table(section.study, results)
-    pairs = ((claim, judge(claim, found)) for claim in section.claims)
+    """Return the claims of a section that have results, with their differences."""
+    study_table = Table(section.study, results)
+    pairs = ((claim, judge(claim, study_table)) for claim in section.claims)
     return [(claim, difference) for claim, difference in pairs if difference is not None]
 
 
 def sentence(claim: Claim, difference: Difference) -> str:
-    """What comes of a claim."""
+    """Return a claim with its verdict as a sentence."""
     verdict = _VERDICTS[difference.verdict]
     if len(difference.values) == 1:
         verdict += ", one seed"
@@ -73,21 +73,21 @@ def _summary(results: Results) -> str:
         return "There are no results yet."
     count = Counter(difference.verdict for _, difference in outcomes)
     return (
-        f"In short: of {len(outcomes)} claims of the paper that are judged below, "
-        f"{count['holds']} hold here, {count['unclear']} are not clear, and the opposite of "
+        f"In short: this page judges {len(outcomes)} claims of the paper. {count['holds']} hold "
+        f"here, {count['unclear']} are not clear, and the opposite of "
         f"{count['opposite'] or 'none'} holds."
     )
 
 
 def _section(section: Section, results: Results) -> str:
-    found = Table(section.study, results)
+    study_table = Table(section.study, results)
     parts = [f"## {section.title}", wrapped(section.text)]
     lines = [sentence(*pair) for pair in judged(section, results)]
     if section.default is not None:
-        lines += _alternatives(section, section.default, found)
+        lines += _alternatives(section, section.default, study_table)
     if not lines:
         return "\n\n".join([*parts, "There are no results yet."])
-    parts.append(wrapped(_seeds(found)))
+    parts.append(wrapped(_seeds(study_table)))
     if section.tabulated:
         text = table(results, section.study, seconds=section.seconds)
         parts.append(f"{MARKER}\n{text}" if section.study == MAIN else text)
@@ -97,28 +97,28 @@ def _section(section: Section, results: Results) -> str:
     return "\n\n".join(parts)
 
 
-def _seeds(found: Table) -> str:
-    n = len(found.seeds)
+def _seeds(study_table: Table) -> str:
+    n = len(study_table.seeds)
     text = "One seed" if n == 1 else f"{n} seeds"
-    if n < found.study.seeds:
-        text += f" of {found.study.seeds} so far"
-    absent = [row.label for row in found.study.rows if row not in found.rows]
+    if n < study_table.study.seeds:
+        text += f" of {study_table.study.seeds} so far"
+    absent = [row.label for row in study_table.study.rows if row not in study_table.rows]
     if absent:
         text += f"; without results yet: {'; '.join(absent)}"
     return f"{text}."
 
 
-def _alternatives(section: Section, default: str, found: Table) -> Iterator[str]:
-    """How the other rows compare with the default, and which are clearly better."""
-    usual = found.row(default)
-    others = [row for row in found.rows if row != usual]
-    if usual is None or not others or not found.seeds:
+def _alternatives(section: Section, default: str, study_table: Table) -> Iterator[str]:
+    """Yield a sentence for each row but the default, and one that lists the better rows."""
+    usual = study_table.row(default)
+    others = [row for row in study_table.rows if row != usual]
+    if usual is None or not others or not study_table.seeds:
         return
     better: dict[str, list[str]] = {"unseen": [], "seen_test": []}
     for row in others:
         changes = []
         for name, labels in better.items():
-            change = Difference(found.at(row, 0.5, name) - found.at(usual, 0.5, name))
+            change = Difference(study_table.at(row, 0.5, name) - study_table.at(usual, 0.5, name))
             changes.append(f"{change} points ({_CHANGES[change.verdict]})")
             labels += [row.label] if change.verdict == "holds" else []
         yield (
@@ -136,36 +136,36 @@ def _origin(results: Results) -> str:
     entries = [entry for runs in results["seeds"].values() for entry in runs.values()]
     hours = sum(entry["seconds"] or 0.0 for entry in entries) / 3600
     return (
-        f"{len(entries)} runs, {hours:.1f} hours of one core in all "
-        f"({origins(results)}). The accuracies at every "
-        f"λ, run by run, are in [`{RESULTS.name}`](assets/{RESULTS.name}); seconds of a step are "
-        "those of the processor, the median of a run's steps."
+        f"The {len(entries)} runs took {hours:.1f} hours of one core in all "
+        f"({origins(results)}). [`{RESULTS.name}`](assets/{RESULTS.name}) has the accuracies of "
+        "each run at each λ. The seconds of a step are processor time, the median over the steps "
+        "of a run."
     ) + "".join(f" {note}" for note in results.get("notes", []))
 
 
 def with_table(text: str, results: Results) -> str:
-    """A page's text with the main table in place of the one after its marker.
+    """Return the text of a page with a new main table after its marker.
 
     Raises:
-        ValueError: the page has no such place.
+        ValueError: the text has no marker with a table below.
     """
     pattern = re.compile(rf"(?<={re.escape(MARKER)}\n)(\|.*\n)+")
     if not pattern.search(text):
-        raise ValueError(f"expected a line {MARKER!r} and a table below it")
+        raise ValueError(f"The page has no table: expected a line {MARKER!r} with a table below.")
     return pattern.sub(lambda _: table(results) + "\n", text, count=1)
 
 
 def figures(results: Results, folder: Path) -> None:
-    """Draw the figures of the sections that have results, and that of all methods."""
+    """Draw the figure of each section that has results, and the figure of all methods."""
     wanted = [(section.study, section.figure, section.curves) for section in SECTIONS]
     for study, name, curves in [*wanted, (MAIN, TRADEOFF, {})]:
-        found = Table(study, results)
-        if name is not None and found.seeds:
-            draw(found, folder / name, curves)
+        study_table = Table(study, results)
+        if name is not None and study_table.seeds:
+            draw(study_table, folder / name, curves)
 
 
 def publish(results: Results, root: Path = ROOT) -> list[Path]:
-    """Write all that shows the results, under the project's root; the paths of the texts."""
+    """Write the results file, the figures and the pages; return the paths of the texts."""
     save_results(results, root / RESULTS)
     figures(results, root / RESULTS.parent)
     (root / PAGE).write_text(render(results))
@@ -181,7 +181,9 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("results", type=Path, help="results.json of `python -m examples.shapes`")
+    parser.add_argument(
+        "results", type=Path, help="the file results.json of `python -m examples.shapes`"
+    )
     args = parser.parse_args(arguments)
     try:
         results: Results = json.loads(args.results.read_text())

@@ -1,4 +1,4 @@
-"""The sections of the page: what each study asks, and what the paper says of it."""
+"""The sections of the page: the rows of each study, and the claims of the paper about them."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from examples.shapes.studies import Study
 
 @dataclass(frozen=True)
 class Section:
-    """A study on the page.
+    """A section of the page, about one study.
 
     Attributes:
-        study: its rows and seeds.
-        title: of the section.
-        text: what is compared.
-        claims: of the paper, to be judged by the results.
-        default: the row that the others are compared with, where the paper claims nothing.
-        called: what the default row is called in a sentence.
-        tabulated: whether it has a table of its own.
-        figure: file name of the curves' figure.
-        curves: their names in it, by row.
-        seconds: whether the table says how long a step takes.
+        study: the rows and seeds.
+        title: the heading.
+        text: the paragraph below the heading.
+        claims: the claims of the paper that the results judge.
+        default: the label of the row that the other rows are compared with, for a study without
+            claims.
+        called: the name of the default row in a sentence.
+        tabulated: whether the section has a table.
+        figure: the file name of the figure.
+        curves: the names of the curves in the figure, by the labels of the rows.
+        seconds: whether the table has a column with the seconds of a step.
     """
 
     study: Study
@@ -77,9 +78,9 @@ def _sizes() -> tuple[Claim, ...]:
 MAIN = Section(
     studies.MAIN,
     "The methods",
-    "Each run of the trainer gives two rows, its last weights and its average: FINE-TUNE and SWA "
-    "come from one run, IWR and Open-VCLIP from another. L2 has a weight of 0.01. The paper's "
-    "Open-VCLIP is at λ = 0.5, its fine-tuning without interpolation at λ = 0.",
+    "Each run of the trainer gives two rows: the last weights and the average of the weights. One "
+    "run gives FINE-TUNE and SWA, another run gives IWR and Open-VCLIP. L2 has a penalty of weight "
+    "0.01. The paper reports Open-VCLIP at λ = 0.5, and fine-tuning without interpolation (λ = 0).",
     (
         Claim(
             "Open-VCLIP (λ = 0.5) is better than CLIP on unseen shapes",
@@ -108,8 +109,9 @@ MAIN = Section(
 FIGURE_2 = Section(
     studies.TEMPORAL,
     "Attention over frames and interpolation (Figure 2)",
-    "CLIP fine-tuned frame by frame, VCLIP (the same with attention over the neighbouring frames, "
-    "FINE-TUNE above) and Open-VCLIP, along λ. The tails of the curves are at λ = 0.",
+    "The figure has three curves along λ: CLIP fine-tuned frame by frame, VCLIP, and Open-VCLIP. "
+    "VCLIP is fine-tuned with attention over the neighbouring frames; it is FINE-TUNE in the first "
+    "table. The tail of a curve is its point at λ = 0.",
     (
         Claim(
             "at its tail VCLIP is better than CLIP on seen shapes",
@@ -138,8 +140,8 @@ FIGURE_2 = Section(
 FIGURE_3 = Section(
     studies.PARTS,
     "IWR and SWA (Figure 3)",
-    "Neither (FINE-TUNE), one of them, or both (Open-VCLIP), along λ; the rows are in the first "
-    "table.",
+    "The figure has four curves along λ: without IWR and SWA (FINE-TUNE), with one of the two, and "
+    "with both (Open-VCLIP). The first table has their rows.",
     (
         _curves("IWR", "FINE-TUNE", ("IWR alone", "neither")),
         _curves("SWA", "FINE-TUNE", ("SWA alone", "neither")),
@@ -169,18 +171,19 @@ SECTIONS: tuple[Section, ...] = (
     Section(
         studies.BACKBONES,
         "Three sizes of backbone (Table 4)",
-        "The image tower of the model above is *small* (4 layers of width 96); *tiny* has 2 layers "
-        "of width 64, *wider* 4 of width 128. All have the small model's text tower, and name 75 "
-        "(tiny), 93 (small) and 98 % (wider) of held-out stills rightly. As in the paper, "
-        "fine-tuning is at λ = 0 and Open-VCLIP at λ = 0.5 in the sentences.",
+        "The image tower of the model above is *small*: 4 layers of width 96. *tiny* has 2 layers "
+        "of width 64, and *wider* has 4 layers of width 128. All three models have the text tower "
+        "of *small*. The accuracy on held-out stills is 75 % (tiny), 93 % (small) and 98 % "
+        "(wider). As in the paper, the sentences take fine-tuning at λ = 0 and Open-VCLIP at "
+        "λ = 0.5.",
         _sizes(),
     ),
     Section(
         studies.PENALTY,
         "L2 regularisation (Table 5)",
-        "Plain fine-tuning with the squared distance to CLIP, times a weight, added to the loss. "
-        "Each row is compared at the λ that is chosen on the development shapes, and so is the "
-        "weight.",
+        "L2 is plain fine-tuning with a penalty in the loss: a weight times the squared distance "
+        "to CLIP. The sentences compare each row at the λ that is chosen on the development "
+        "shapes. The weight of the penalty is chosen on the development shapes too.",
         (
             Claim(
                 "Open-VCLIP is better than L2 regularisation on seen shapes",
@@ -199,48 +202,50 @@ SECTIONS: tuple[Section, ...] = (
     Section(
         studies.WEIGHT,
         "The weight C of the regulariser",
-        "The paper takes C = 0.5 and shows no other.",
+        "The paper uses C = 0.5 and reports no other value.",
         default="C = 0.5",
         called="the paper's C = 0.5",
     ),
     Section(
         studies.INTERVAL,
         "The interval of α",
-        "The paper draws α from (0, 0.6) and shows no other interval.",
+        "The paper draws α from (0, 0.6) and reports no other interval.",
         default="α in (0, 0.6)",
         called="the paper's interval (0, 0.6)",
     ),
     Section(
         studies.AVERAGING,
         "Where the averaging begins, and its cycle",
-        "Epochs before the averaging begins, and epochs from one averaged model to the next. The "
-        "paper begins after the warm-up and averages once an epoch; the experiment here begins "
-        "after 10 of 20 epochs and averages four times an epoch. All these averages are of one "
-        "run.",
+        "In the table, *after* is the number of epochs before the averaging begins, and *cycle* is "
+        "the number of epochs between two averaged models. The paper begins after the warm-up and "
+        "averages once an epoch. The experiment here begins after 10 of 20 epochs and averages "
+        "four times an epoch. All averages of a seed come from one run.",
         default="after 10, cycle 1/4",
         called="after 10, cycle 1/4",
     ),
     Section(
         studies.BOUNDARY,
-        "What the first and the last frame see beyond the clip",
-        "The released code puts zero keys and values there. *mask* gives these places no weight, "
-        "*replicate* repeats the end frame.",
+        "The neighbours of the first and the last frame",
+        "The first and the last frame of a clip lack a neighbour. The released code uses keys and "
+        "values of zero in its place. *mask* gives this place no weight in the attention. "
+        "*replicate* repeats the first or the last frame.",
         default="zero",
         called="zero",
     ),
     Section(
         studies.EVERY,
-        "The regulariser in every step, or in some",
-        "The paper regularises each step, which doubles its cost. What every 4th step saves is in "
-        "[the benchmarks](benchmarks.md#a-regularised-step).",
+        "The regulariser in every step, or in some steps",
+        "The paper regularises each step, which doubles the cost of a step. [The "
+        "benchmarks](benchmarks.md#a-regularised-step) show how much time a regularised step in "
+        "four saves.",
         default="every step",
         called="regularising each step",
     ),
     Section(
         studies.FIXED,
         "α drawn or fixed",
-        "The paper draws α anew for each step; fixed, it is the interval's middle.",
+        "The paper draws a new α for each step. The fixed α is the middle of the interval.",
         default="α drawn from (0, 0.6)",
-        called="drawing it anew",
+        called="drawing α in each step",
     ),
 )

@@ -1,4 +1,4 @@
-"""What results say of a claim: differences paired by seed, and a rule for when they are clear."""
+"""Verdicts on claims: differences paired by seed, and a rule that says when one is clear."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from examples.shapes.studies import Row
 Verdict = Literal["holds", "opposite", "unclear"]
 
 What = Literal["seen_test", "unseen", "curve"]
-"""What is compared: the accuracy on a list, or the heights of two curves (:func:`heights`)."""
+"""The quantity that a claim compares: an accuracy on a list, or :func:`heights` of curves."""
 
-# Half the width of the 95 % confidence interval, in standard errors: Student's t by n - 1.
+# Half the width of the 95 % confidence interval, in standard errors: Student's t, by n - 1.
 _WIDTHS = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306}
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A difference of accuracies, by seed.
+    """The difference of two accuracies for each seed.
 
     Attributes:
-        values: ``[seeds]``, in [-1, 1].
+        values: the differences ``[seeds]``, in [-1, 1].
     """
 
     values: Numbers
@@ -36,9 +36,9 @@ class Difference:
 
     @property
     def verdict(self) -> Verdict:
-        """``"holds"`` where the 95 % confidence interval of the mean lies above zero.
+        """``"holds"`` if the 95 % confidence interval of the mean lies above zero.
 
-        ``"opposite"`` where it lies below, ``"unclear"`` otherwise and with a single seed.
+        ``"opposite"`` if the interval lies below zero; ``"unclear"`` otherwise, and for one seed.
         """
         n = len(self.values)
         if n < 2:
@@ -49,7 +49,7 @@ class Difference:
         return "holds" if self.mean > 0 else "opposite"
 
     def __str__(self) -> str:
-        """In points, such as ``"+3.1 ± 0.9"``; one seed without the deviation."""
+        """Text in points of accuracy, such as ``"+3.1 ± 0.9"``; one seed has no deviation."""
         points = 100 * self.values
         mean = f"{round(points.mean(), 1) + 0.0:+.1f}".replace("-", "−")  # no negative zero
         return mean if len(points) < 2 else f"{mean} ± {points.std(ddof=1):.1f}"
@@ -57,12 +57,12 @@ class Difference:
 
 @dataclass(frozen=True)
 class Point:
-    """A row of a study at a lambda.
+    """A row of a study at one lambda.
 
     Attributes:
-        label: of the row; or what the labels of several rows begin with, before a comma: then it
-            is the one of them that is best on the development shapes.
-        lam: lambda; None is the one that is chosen on the development shapes.
+        label: the label of the row. If several rows have labels that begin with this text and a
+            comma, the row with the highest accuracy on the development shapes is meant.
+        lam: the lambda; ``None`` means the lambda that is chosen on the development shapes.
     """
 
     label: str
@@ -71,13 +71,13 @@ class Point:
 
 @dataclass(frozen=True)
 class Claim:
-    """That one point is better than another, as a sentence without its full stop.
+    """The claim that one point is better than another.
 
     Attributes:
-        text: the sentence.
-        better: the point, or the row whose curve it is.
-        worse: what it is compared with.
-        what: what is compared.
+        text: the claim as a sentence, without the full stop.
+        better: the point (or the row of the curve) that is claimed to be better.
+        worse: the point (or the row of the curve) that is claimed to be worse.
+        what: the quantity that is compared.
     """
 
     text: str
@@ -86,47 +86,46 @@ class Claim:
     what: What = "unseen"
 
 
-def judge(claim: Claim, found: Table) -> Difference | None:
-    """The difference that a claim is about; None where one of its points has no results."""
-    better, worse = row_of(found, claim.better.label), row_of(found, claim.worse.label)
+def judge(claim: Claim, table: Table) -> Difference | None:
+    """Return the difference of the claim's points, or ``None`` if a point has no results."""
+    better, worse = row_of(table, claim.better.label), row_of(table, claim.worse.label)
     if better is None or worse is None:
         return None
     if claim.what == "curve":
-        return Difference(np.subtract(*heights(found, better, worse)))
-    left = _values(found, better, claim.better.lam, claim.what)
-    return Difference(left - _values(found, worse, claim.worse.lam, claim.what))
+        return Difference(np.subtract(*heights(table, better, worse)))
+    left = _values(table, better, claim.better.lam, claim.what)
+    return Difference(left - _values(table, worse, claim.worse.lam, claim.what))
 
 
-def row_of(found: Table, label: str) -> Row | None:
-    """The row that a :class:`Point` means; None where there are no results for it."""
-    if not found.seeds:
+def row_of(table: Table, label: str) -> Row | None:
+    """Return the row of a :class:`Point`, or ``None`` if the row has no results."""
+    if not table.seeds:
         return None
-    rows = [row for row in found.rows if row.label == label or row.label.startswith(f"{label}, ")]
+    rows = [row for row in table.rows if row.label == label or row.label.startswith(f"{label}, ")]
 
     def on_development(row: Row) -> float:
-        return float(_values(found, row, None, "development").mean())
+        return float(_values(table, row, None, "development").mean())
 
     return max(rows, key=on_development, default=None)
 
 
-def _values(found: Table, row: Row, lam: float | None, name: str) -> Numbers:
-    return found.at(row, found.chosen_lambda(row) if lam is None else lam, name)
+def _values(table: Table, row: Row, lam: float | None, name: str) -> Numbers:
+    return table.at(row, table.chosen_lambda(row) if lam is None else lam, name)
 
 
-def heights(found: Table, first: Row, second: Row) -> tuple[Numbers, Numbers]:
-    """How high two rows' curves of unseen over seen accuracy lie, ``[seeds]`` each.
+def heights(table: Table, first: Row, second: Row) -> tuple[Numbers, Numbers]:
+    """Return the mean heights of the curves of two rows, ``[seeds]`` each.
 
-    A curve's height at a seen accuracy is the best unseen accuracy that it has there or further
-    to the right: what one gets who wants at least that much on seen shapes. It is averaged over
-    the seen accuracies that both curves reach, seed by seed. Between two lambdas the curve is a
-    straight line.
+    A curve shows the unseen accuracy over the seen accuracy, with straight lines between the
+    lambdas. Its height at a seen accuracy is the highest unseen accuracy at this or a larger seen
+    accuracy. The mean is over the seen accuracies that both curves reach, for each seed.
     """
     curves = [
-        (found.accuracies(row, "seen_test"), found.accuracies(row, "unseen"))
+        (table.accuracies(row, "seen_test"), table.accuracies(row, "unseen"))
         for row in (first, second)
     ]
-    means = np.empty((2, len(found.seeds)))
-    for index in range(len(found.seeds)):
+    means = np.empty((2, len(table.seeds)))
+    for index in range(len(table.seeds)):
         pair = [(seen[index], unseen[index]) for seen, unseen in curves]
         low = max(seen.min() for seen, _ in pair)
         high = min(seen.max() for seen, _ in pair)
@@ -137,9 +136,9 @@ def heights(found: Table, first: Row, second: Row) -> tuple[Numbers, Numbers]:
 
 def _height(seen: Numbers, unseen: Numbers, wanted: Numbers) -> float:
     best = np.where(seen[None] >= wanted[:, None], unseen[None], -np.inf).max(axis=1)
-    for place in range(len(seen) - 1):  # where the line to the next point crosses
-        (here, there), (low, high) = seen[place : place + 2], unseen[place : place + 2]
-        crossed = (wanted > min(here, there)) & (wanted < max(here, there))
-        way = (wanted[crossed] - here) / (there - here)
+    for place in range(len(seen) - 1):  # the line from a point to the next one
+        (start, end), (low, high) = seen[place : place + 2], unseen[place : place + 2]
+        crossed = (wanted > min(start, end)) & (wanted < max(start, end))
+        way = (wanted[crossed] - start) / (end - start)
         best[crossed] = np.maximum(best[crossed], low + way * (high - low))
     return float(best.mean())

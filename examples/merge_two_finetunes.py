@@ -1,0 +1,142 @@
+r"""Merge two fine-tuned models of one CLIP with several methods, and compare the results.
+
+    python merge_two_finetunes.py --first sports.safetensors --second music.safetensors \
+        --videos videos/ --lists sports.csv music.csv --model ViT-B-16-quickgelu
+
+Each list has lines ``path,class name``; the paths are below ``--videos``. A list may hold images in
+place of videos. Give ``--frame-by-frame`` for models that were fine-tuned on images.
+
+The printed table has a row for each model and a column for each list. A number is the fraction of
+the files of a list whose class gets the highest score among the classes of the list, in [0, 1];
+``mean`` is the mean of the columns. ``CLIP`` is the original CLIP, and ``first`` and ``second`` are
+the fine-tuned models. A good merge comes close to ``first`` on the list of the first model and
+close to ``second`` on the list of the second. ``average, λ=0.5`` is half the original CLIP and half
+the average. All methods have the settings of their papers or the middle between the models; to
+tune the settings, use other files than those of the reported lists.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets.folder import default_loader  # type: ignore[import-untyped]
+from torchvision.transforms.functional import pil_to_tensor  # type: ignore[import-untyped]
+
+import openvclip
+from openvclip import merging
+from openvclip.errors import AnnotationError
+from openvclip.evaluation import evaluate
+from openvclip.models.loading import fine_tuned, load_model
+from openvclip.video import Sampling, VideoDataset, read_annotations
+from openvclip.video.transforms import Transform
+
+State = dict[str, Tensor]
+
+
+class Images(Dataset[tuple[Tensor, int]]):
+    """Pairs ``(clip [1, C, H, W], class index)``: an image is a clip of one frame."""
+
+    def __init__(self, samples: list[tuple[str, int]], root: Path, transform: Transform) -> None:
+        self.samples, self.root, self.transform = samples, root, transform
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        path, label = self.samples[index]
+        return self.transform(pil_to_tensor(default_loader(self.root / path))[None]), label
+
+
+def merges(clip: State, first: State, second: State) -> dict[str, Callable[[], State]]:
+    """Return the models to compare as functions, so that one merge at a time is in memory."""
+    pair = [first, second]
+
+    def sum_of_task_vectors() -> State:
+        vectors = [merging.task_vector(clip, tuned) for tuned in pair]
+        return merging.apply_task_vectors(clip, vectors)
+
+    def dare_and_ties() -> State:
+        thinned = [merging.dare(clip, tuned, seed=seed) for seed, tuned in enumerate(pair)]
+        return merging.ties(clip, thinned, density=1.0)
+
+    return {
+        "CLIP": lambda: clip,
+        "first": lambda: first,
+        "second": lambda: second,
+        "average": lambda: merging.average(pair),
+        "average, λ=0.5": lambda: openvclip.interpolate(clip, merging.average(pair), 0.5),
+        "slerp": lambda: merging.slerp(first, second, 0.5),
+        "task vectors": sum_of_task_vectors,
+        "ties": lambda: merging.ties(clip, pair),
+        "dare + ties": dare_and_ties,
+        "model stock": lambda: merging.model_stock(clip, pair),
+    }
+
+
+def read_list(
+    path: Path, transform: Transform, args: Namespace
+) -> tuple[DataLoader[Any], list[str]]:
+    """Return the clips of a list of videos or of images, and its class names."""
+    samples, names = read_annotations(path, root=args.videos)
+    if names is None:
+        raise AnnotationError(f"{path}: got class numbers, expected lines path,class name.")
+    data: Dataset[Any]
+    if Path(samples[0][0]).suffix.lower() in (".jpg", ".jpeg", ".png"):
+        data = Images(samples, args.videos, transform)
+    else:
+        sampling = Sampling(args.frames, args.sampling_rate)
+        data = VideoDataset(
+            samples, args.videos, transform=transform, sampling=sampling, details=True
+        )
+    return DataLoader(data, args.batch_size, num_workers=args.num_workers), names
+
+
+def run(args: Namespace) -> None:
+    """Evaluate each merge on each list, and print the table."""
+    expand = not args.frame_by_frame
+    loaded = load_model(args.model, args.pretrained, expand=expand, device=args.device)
+    model = loaded.model
+    clip = {name: value.clone() for name, value in model.state_dict().items()}
+    first, second = (fine_tuned(model, path) for path in (args.first, args.second))
+    lists = [read_list(path, loaded.transform, args) for path in args.lists]
+    print(f"{'model':<16}" + "".join(f"{path.stem[:11]:<12}" for path in args.lists) + "mean")
+    for row, merge in merges(clip, first, second).items():
+        model.load_state_dict(merge())
+        accuracies = []
+        for loader, names in lists:  # the merge may change the text tower: text features anew
+            classifier = openvclip.ZeroShotClassifier(model, loaded.tokenizer, names)
+            accuracies.append(evaluate(classifier, loader, description=row).top1)
+        cells = [*accuracies, sum(accuracies) / len(accuracies)]
+        print(f"{row:<16}" + "".join(f"{cell:<12.3f}" for cell in cells), flush=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Read the command line."""
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--first", type=Path, required=True, help="weights of the first fine-tuned model")
+    add("--second", type=Path, required=True, help="weights of the second fine-tuned model")
+    add("--lists", type=Path, nargs="+", required=True, help="CSV files with path,class name")
+    add("--videos", type=Path, required=True, help="folder of the videos or images")
+    add("--model", default="ViT-B-16-quickgelu", help="default: %(default)s")
+    add("--pretrained", default="openai", help="weights of the CLIP; default: %(default)s")
+    add("--frame-by-frame", action="store_true", help="default: frames attend to their neighbours")
+    add("--frames", type=int, default=8, help="frames of a clip; default: %(default)s")
+    add("--sampling-rate", type=int, default=16, help="distance of two frames; default: 16")
+    add("--batch-size", type=int, default=16, help="files at a time; default: %(default)s")
+    add("--num-workers", type=int, default=2, help="decoding processes; default: %(default)s")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    try:
+        run(parser.parse_args(arguments))
+    except openvclip.OpenVCLIPError as error:
+        raise SystemExit(f"merge_two_finetunes.py: error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+r"""Evaluate the interpolation of CLIP and a fine-tuned model at many λ, and draw the trade-off.
+
+    python sweep_and_plot.py --checkpoint averaged.safetensors --videos videos/ \
+        --closed-set trained_classes.csv --zero-shot other_classes.csv --out tradeoff.png
+
+Each list has lines ``path,class name``; the paths are below ``--videos``. ``--closed-set`` lists
+videos of the classes that the model was fine-tuned on, ``--zero-shot`` videos of other classes.
+Use videos that were not trained on. The text features are those of the original CLIP, so the model
+must have been fine-tuned with a frozen text tower.
+
+λ weighs the original CLIP. The printed table has a row for each λ; a number is the percentage of
+the videos of a list whose class gets the highest score among the classes of the list. λ = 0 is the
+fine-tuned model and λ = 1 is CLIP's weights in the expanded model. In the picture each point is
+one λ, closed-set accuracy to the right, zero-shot accuracy upwards: points further to the right
+and further up are better. Fine-tuning moves right and often down; a curve that bends upwards shows
+that some λ is better on other classes than both ends. The star is ``--star`` (default: 0.5, the
+paper's λ). Do not report the best point of such a curve: choose λ on other videos.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+import openvclip
+from openvclip.errors import AnnotationError
+from openvclip.evaluation.figures import Curve, require_matplotlib, tradeoff_figure
+from openvclip.evaluation.sweep import FIGURE_LAMBDAS, sweep
+from openvclip.models.loading import LoadedModel, load_model
+from openvclip.video import Sampling, VideoDataset, read_annotations
+
+
+def accuracies(loaded: LoadedModel, annotations: Path, args: Namespace) -> dict[float, float]:
+    """Return the accuracy on a list of videos by λ, in [0, 1]; each video is decoded once."""
+    samples, names = read_annotations(annotations, root=args.videos)
+    if names is None:
+        raise AnnotationError(f"{annotations}: got class numbers, expected lines path,class name.")
+    model, tuned = loaded.model, loaded.tuned or {}
+    sampling = Sampling(args.frames, args.sampling_rate, views=args.views)
+    videos = VideoDataset(
+        samples, args.videos, transform=loaded.transform, sampling=sampling, details=True
+    )
+    loader = DataLoader[Any](videos, args.batch_size, num_workers=args.num_workers)
+    # The model holds the original CLIP here, and after the sweep again.
+    classifier = openvclip.ZeroShotClassifier(model, loaded.tokenizer, names)
+    clip, title = model.state_dict(), annotations.stem
+    results = sweep(classifier, clip, tuned, loader, lams=args.lams, description=title)
+    for failure in videos.failures:
+        print(f"not read, counts as wrong: {failure.path}: {failure.reason}")
+    return {lam: result.top1 for lam, result in results.items()}
+
+
+def run(args: Namespace) -> None:
+    """Evaluate both lists, print the table and draw the picture."""
+    require_matplotlib()
+    loaded = load_model(args.model, args.pretrained, checkpoint=args.checkpoint, device=args.device)
+    closed, zero = (accuracies(loaded, path, args) for path in (args.closed_set, args.zero_shot))
+    print("λ     closed set  zero-shot")
+    for lam in args.lams:
+        print(f"{lam:<5g} {100 * closed[lam]:<11.1f} {100 * zero[lam]:.1f}")
+    x, y = (np.array([[column[lam] for lam in args.lams]]) for column in (closed, zero))
+    star = args.lams.index(args.star) if args.star in args.lams else None
+    curve = Curve(args.checkpoint.stem, args.lams, x, y, star, highlighted=True)
+    tradeoff_figure([curve], args.out, title="Numbers are λ, the weight of the original CLIP")
+    print(f"wrote {args.out}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Read the command line."""
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, help="the fine-tuned weights, not interpolated")
+    add("--closed-set", type=Path, required=True, help="CSV file of videos of trained classes")
+    add("--zero-shot", type=Path, required=True, help="CSV file of videos of other classes")
+    add("--videos", type=Path, required=True, help="folder of the videos")
+    add("--out", type=Path, default=Path("tradeoff.png"), help="picture; default: %(default)s")
+    lams = [*FIGURE_LAMBDAS, 1.0]
+    add("--lams", type=float, nargs="+", default=lams, help="default: %(default)s")
+    add("--star", type=float, default=0.5, help="λ with a star; default: %(default)s")
+    add("--model", default="ViT-B-16-quickgelu", help="default: %(default)s")
+    add("--pretrained", default="openai", help="tag or file of CLIP's weights; default: openai")
+    add("--frames", type=int, default=8, help="frames of a clip; default: %(default)s")
+    add("--sampling-rate", type=int, default=16, help="distance of two frames; default: 16")
+    add("--views", type=int, default=3, help="clips of a video; default: %(default)s")
+    add("--batch-size", type=int, default=8, help="videos at a time; default: %(default)s")
+    add("--num-workers", type=int, default=2, help="decoding processes; default: %(default)s")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    try:
+        run(parser.parse_args(arguments))
+    except openvclip.OpenVCLIPError as error:
+        raise SystemExit(f"sweep_and_plot.py: error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()
