@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import openvclip
 from openvclip.errors import AnnotationError
-from openvclip.evaluation.sweep import sweep
+from openvclip.evaluation import sweep
 from openvclip.models.loading import load_model
 from openvclip.video import Sampling, VideoDataset, find_videos, read_annotations
 

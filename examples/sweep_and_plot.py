@@ -29,8 +29,8 @@ from torch.utils.data import DataLoader
 
 import openvclip
 from openvclip.errors import AnnotationError
-from openvclip.evaluation.figures import Curve, require_matplotlib, tradeoff_figure
-from openvclip.evaluation.sweep import FIGURE_LAMBDAS, sweep
+from openvclip.evaluation import FIGURE_LAMBDAS, Curve, sweep, tradeoff_figure
+from openvclip.models.drawing import require_matplotlib
 from openvclip.models.loading import LoadedModel, load_model
 from openvclip.video import Sampling, VideoDataset, read_annotations
 
