@@ -106,6 +106,7 @@ def private_imports(source: str, room: str) -> list[str]:
         and node.value.id in modules
         and node.attr.startswith("_")
         and not node.attr.startswith("__")
+        and node.attr not in {"_asdict", "_fields", "_replace"}  # public in named tuples
     ]
     return private + attributes
 
