@@ -8,13 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
+import pytest
 import torch
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional
 
 REPO = Path(__file__).resolve().parents[1]
+GOLDEN = REPO / "tests" / "golden"  # numbers of the released implementations
+FACTS = GOLDEN / "facts"  # numbers and names of the papers
+# Real clips and the official lists of UCF-101 and HMDB-51: not part of the repository.
 SHARED = REPO.parent / "shared"
+DATA = SHARED / "data"
+CLIPS = DATA / "clips"
+
+needs_clips = pytest.mark.skipif(not CLIPS.is_dir(), reason="no real clips in ../shared/data/clips")
+needs_lists = pytest.mark.skipif(not DATA.is_dir(), reason="no official lists in ../shared/data")
 
 VISION = {"layers": 3, "width": 16, "head_width": 8, "patch_size": 4, "image_size": 8}
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}

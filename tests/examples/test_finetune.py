@@ -27,7 +27,7 @@ from tests.examples.finetune_reference import (
     classifier_of,
     trained_by_hand,
 )
-from tests.helpers import SHARED, snapshot
+from tests.helpers import FACTS, snapshot
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -216,10 +216,8 @@ def test_a_slow_loader_is_told_once_and_a_fast_one_never() -> None:
 
 
 def test_defaults_are_the_papers() -> None:
-    facts = SHARED / "facts" / "facts.json"
-    if not facts.exists():
-        pytest.skip("no ../shared/facts")
-    paper, recipe = json.loads(facts.read_text())["training"], Recipe()
+    facts = json.loads((FACTS / "facts.json").read_text())
+    paper, recipe = facts["training"], Recipe()
     assert recipe.epochs == paper["epochs"]
     assert recipe.warmup_epochs == paper["warmup_epochs"]
     assert paper["swa"] == "uniform mean of the epoch checkpoints after warm-up (epochs 2..22)"

@@ -21,7 +21,7 @@ from openvclip.training.recipe import PROMPTED, Recipe, Run
 from openvclip.video import Sampling, VideoDataset, read_clip, transforms
 from tests.examples.test_finetune_resume import terminated_at
 from tests.examples.tiny_videos import CLASSES, model_flags, write_videos
-from tests.helpers import SHARED, assert_same_state
+from tests.helpers import FACTS, SHARED, assert_same_state
 
 SPLITS = SHARED / "data"
 ONE_EPOCH = dict.fromkeys(PRESETS, ("--epochs", "1", "--warmup-epochs", "0"))
@@ -68,10 +68,7 @@ def _settings(preset: str, *more: str) -> tuple[Recipe, Run, Any]:
 
 @pytest.fixture(scope="module")
 def facts() -> Any:
-    path = SHARED / "facts" / "facts.json"
-    if not path.exists():
-        pytest.skip("no ../shared/facts")
-    return json.loads(path.read_text())
+    return json.loads((FACTS / "facts.json").read_text())
 
 
 def test_defaults_are_the_first_preset() -> None:

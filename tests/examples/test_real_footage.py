@@ -5,19 +5,16 @@ from __future__ import annotations
 import csv
 
 import open_clip
-import pytest
 import torch
 from torch.utils.data import DataLoader
 
 import openvclip
 from openvclip.evaluation import evaluate
 from openvclip.video import VideoDataset, transforms
-from tests.helpers import SHARED
-
-CLIPS = SHARED / "data" / "clips"
+from tests.helpers import CLIPS, needs_clips
 
 
-@pytest.mark.skipif(not CLIPS.is_dir(), reason="no real clips in ../shared/data/clips")
+@needs_clips
 def test_all_clips_run_through_an_expanded_vit_b_32() -> None:
     with (CLIPS / "labels.csv").open(newline="") as file:
         listed = [(row["path"], row["label"]) for row in csv.DictReader(file)]

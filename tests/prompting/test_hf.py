@@ -16,7 +16,7 @@ from openvclip.errors import UnsupportedModelError, UsageError
 from tests.helpers import random_video, same_bits
 from tests.prompting import towers as laws
 from tests.prompting.reference import NAMES, word_tokenizer
-from tests.prompting.test_released import VIFI, VITA, by_hand, fill, golden, needs_golden
+from tests.prompting.test_released import VIFI, VITA, by_hand, fill, golden
 from tests.prompting.towers import METHODS, vifi, vita
 from tests.towers.test_temporal_hf import (
     CASES,
@@ -87,7 +87,6 @@ def golden_model(weights: dict[str, Any]) -> Any:
     return model
 
 
-@needs_golden
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_vifi_equals_the_release(checkpointing: bool) -> None:
     released, video, output = golden(VIFI)
@@ -100,7 +99,6 @@ def test_vifi_equals_the_release(checkpointing: bool) -> None:
     torch.testing.assert_close(features(model, video), output, rtol=0, atol=1e-5)
 
 
-@needs_golden
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_vita_equals_the_release(checkpointing: bool) -> None:
     released, video, output = golden(VITA)
@@ -113,7 +111,6 @@ def test_vita_equals_the_release(checkpointing: bool) -> None:
     torch.testing.assert_close(features(model, video).mean(1), output, rtol=0, atol=1e-5)
 
 
-@needs_golden
 def test_prompts_of_a_release_go_onto_a_model_of_hugging_face_and_back(tmp_path: Path) -> None:
     """The file was written with open_clip's tower. Loading it does not warn of other weights."""
     released, video, output = golden(VITA)

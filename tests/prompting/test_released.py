@@ -18,7 +18,7 @@ from openvclip.errors import (
     VideoShapeError,
     WeightTypeError,
 )
-from tests.helpers import SHARED, gradients, randomise, same_bits
+from tests.helpers import GOLDEN, gradients, randomise, same_bits
 from tests.prompting.reference import (
     NAMES,
     prompt_clip,
@@ -27,10 +27,8 @@ from tests.prompting.reference import (
     word_tokenizer,
 )
 
-GOLDEN = SHARED / "golden"
 VIFI = GOLDEN / "vifi_vision_prompt_T4.safetensors"
 VITA = GOLDEN / "vita_vision_all_T4.safetensors"
-needs_golden = pytest.mark.skipif(not VITA.exists(), reason="no golden tensors at ../shared")
 BLOCK = "transformer.resblocks"
 
 State = dict[str, Tensor]
@@ -87,7 +85,6 @@ def fill(tower: VisionTransformer, prompts: State) -> None:
     P.load_state_dict(tower, {f"openvclip_prompts.vision.{n}": v for n, v in prompts.items()})
 
 
-@needs_golden
 def test_vifi_attached_equals_the_release() -> None:
     released, video, output = golden(VIFI)
     tower = golden_tower()
@@ -100,7 +97,6 @@ def test_vifi_attached_equals_the_release() -> None:
     assert (plain - output).abs().max() > 0.1
 
 
-@needs_golden
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_vita_attached_equals_the_release(checkpointing: bool) -> None:
     released, video, output = golden(VITA)
@@ -115,7 +111,6 @@ def test_vita_attached_equals_the_release(checkpointing: bool) -> None:
     assert (plain - output).abs().max() > 0.1
 
 
-@needs_golden
 @pytest.mark.parametrize("prefix", ["", "visual.", "module.visual.", "module.image_encoder."])
 @pytest.mark.parametrize("path", [VIFI, VITA], ids=["vifi", "vita"])
 def test_rebuilt_equals_the_release(path: Any, prefix: str) -> None:
@@ -164,7 +159,6 @@ class _Parts:
         self.cls_proj = full.cls_proj
 
 
-@needs_golden
 @pytest.mark.parametrize("dropped", PARTS.values(), ids=PARTS.keys())
 def test_any_subset_of_vita_is_what_the_loops_make_of_it(dropped: tuple[str, ...]) -> None:
     released, video, _ = golden(VITA)
@@ -179,7 +173,6 @@ def test_any_subset_of_vita_is_what_the_loops_make_of_it(dropped: tuple[str, ...
         assert (full.encode_image(video) - got).abs().max() > 1e-3
 
 
-@needs_golden
 @pytest.mark.parametrize("depth", [0, 1, 2])
 def test_any_depth_of_vifi_is_what_the_loops_make_of_it(depth: int) -> None:
     released, video, _ = golden(VIFI)
@@ -197,7 +190,6 @@ def test_any_depth_of_vifi_is_what_the_loops_make_of_it(depth: int) -> None:
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
 
 
-@needs_golden
 def test_heads_are_given_or_of_64() -> None:
     released, video, output = golden(VIFI)
     other = P.load_released(released, heads=4).encode_image(video)
@@ -207,7 +199,6 @@ def test_heads_are_given_or_of_64() -> None:
             P.load_released(released, heads=heads)
 
 
-@needs_golden
 def test_prompts_of_a_release_go_into_another_model(tmp_path: Any) -> None:
     released, video, output = golden(VITA)
     P.save(P.load_released(released), tmp_path / "vita.safetensors")
@@ -217,7 +208,6 @@ def test_prompts_of_a_release_go_into_another_model(tmp_path: Any) -> None:
     torch.testing.assert_close(tower(video).mean(1), output, rtol=0, atol=1e-5)
 
 
-@needs_golden
 def test_clips_of_another_length() -> None:
     released, video, _ = golden(VITA)
     model: Any = P.load_released(released)
@@ -261,7 +251,6 @@ def test_a_whole_vifi_checkpoint_comes_back() -> None:
     assert same_bits(heads[0](video), heads[1](video))
 
 
-@needs_golden
 def test_a_whole_vita_checkpoint_comes_back() -> None:
     released, _, _ = golden(VITA)
     weights, prompts = by_hand(released)

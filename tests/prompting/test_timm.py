@@ -30,7 +30,7 @@ from openvclip.errors import (
 from tests.helpers import assert_same_state, gradients, random_video, randomise, same_bits, snapshot
 from tests.prompting import towers as laws
 from tests.prompting.reference import NAMES, TEXT, word_tokenizer
-from tests.prompting.test_released import VIFI, VITA, by_hand, fill, golden, needs_golden
+from tests.prompting.test_released import VIFI, VITA, by_hand, fill, golden
 from tests.prompting.towers import METHODS, vifi
 from tests.towers.test_temporal_timm import (
     CASES,
@@ -145,7 +145,6 @@ def golden_timm(weights: dict[str, Any]) -> VisionTransformer:
     return tower
 
 
-@needs_golden
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_vifi_equals_the_release(checkpointing: bool) -> None:
     released, video, output = golden(VIFI)
@@ -157,7 +156,6 @@ def test_vifi_equals_the_release(checkpointing: bool) -> None:
     torch.testing.assert_close(tower(video), output, rtol=0, atol=1e-5)
 
 
-@needs_golden
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_vita_equals_the_release(checkpointing: bool) -> None:
     released, video, output = golden(VITA)
@@ -169,7 +167,6 @@ def test_vita_equals_the_release(checkpointing: bool) -> None:
     torch.testing.assert_close(tower(video).mean(1), output, rtol=0, atol=1e-5)
 
 
-@needs_golden
 def test_prompts_of_a_release_go_onto_a_tower_of_timm(tmp_path: Path) -> None:
     """The file was written with open_clip's tower. Loading it does not warn of other weights."""
     released, video, output = golden(VITA)

@@ -24,7 +24,6 @@ from tests.towers.tower_laws import (
     compiled_in_one_graph,
     golden,
     images,
-    needs_golden,
     slow_features,
 )
 
@@ -187,7 +186,6 @@ def hugging_face_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-@needs_golden
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_equals_the_released_implementation(implementation: str, checkpointing: bool) -> None:

@@ -18,9 +18,9 @@ from openvclip import expand_temporal_attention
 from openvclip.towers import attention
 from openvclip.towers.attention import temporal_attention
 from openvclip.towers.view import FrameView
-from tests.helpers import SHARED, random_video, tiny_tower
+from tests.helpers import GOLDEN, random_video, tiny_tower
 
-GOLDEN = SHARED / "golden" / "expand_temporal_view_T8.safetensors"
+RELEASED = GOLDEN / "expand_temporal_view_T8.safetensors"
 WINDOWS = (1, 2, 3)
 BOUNDARIES = ("zero", "mask", "replicate")
 FRAMES = (1, 2, 3, 8)
@@ -104,10 +104,9 @@ def slow_tower(
 # --- the released implementation ---------------------------------------------------------------
 
 
-@pytest.mark.skipif(not GOLDEN.exists(), reason="the golden tensors are not at ../shared")
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_equals_the_released_implementation(checkpointing: bool) -> None:
-    with safe_open(GOLDEN, "pt") as file:
+    with safe_open(RELEASED, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         meta = file.metadata()
     assert meta["activation"] == "quick_gelu"

@@ -37,7 +37,6 @@ from tests.towers.tower_laws import (
     compiled_in_one_graph,
     golden,
     images,
-    needs_golden,
     slow_features,
 )
 
@@ -224,7 +223,6 @@ def test_options_of_attentions_that_no_tower_sets(kind: Any, options: dict[str, 
 # --- the released implementation ---------------------------------------------------------------
 
 
-@needs_golden
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_equals_the_released_implementation(checkpointing: bool) -> None:
     tensors, sizes = golden()

@@ -18,7 +18,7 @@ from torch.nn import functional
 from openvclip import encode_video, expand_temporal_attention, restore_spatial_attention
 from openvclip.errors import ExpansionError, VideoShapeError
 from tests.helpers import (
-    SHARED,
+    GOLDEN,
     assert_same_state,
     gradients,
     random_video,
@@ -26,8 +26,7 @@ from tests.helpers import (
     snapshot,
 )
 
-GOLDEN = SHARED / "golden" / "expand_temporal_view_T8.safetensors"
-needs_golden = pytest.mark.skipif(not GOLDEN.exists(), reason="no golden tensors at ../shared")
+RELEASED = GOLDEN / "expand_temporal_view_T8.safetensors"
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
@@ -297,7 +296,7 @@ def golden() -> tuple[dict[str, Tensor], dict[str, int]]:
 
     It is a CLIP with QuickGELU, under the names of open_clip's visual tower.
     """
-    with safe_open(GOLDEN, "pt") as file:
+    with safe_open(RELEASED, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         meta = file.metadata()
     assert meta["activation"] == "quick_gelu"

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-SHARED = Path(__file__).resolve().parents[2].parent / "shared"
+from tests.helpers import GOLDEN, SHARED
+
 BITS = 9
 
 
@@ -129,15 +130,7 @@ def clips() -> Path:
 
 
 @pytest.fixture(scope="session")
-def golden() -> Path:
-    """The folder with the outputs of the released implementations."""
-    folder = SHARED / "golden"
-    if not folder.is_dir():
-        pytest.skip("the shared folder with the golden outputs is not here")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def golden_sampling(golden: Path) -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads((golden / "released_sampling.json").read_text())
+def golden_sampling() -> dict[str, Any]:
+    """The frames that the released code picks from each real clip."""
+    loaded: dict[str, Any] = json.loads((GOLDEN / "released_sampling.json").read_text())
     return loaded

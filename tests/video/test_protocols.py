@@ -12,27 +12,22 @@ import pytest
 
 from openvclip.errors import ProtocolError, VideoNotFoundError, VideoOptionError
 from openvclip.video import class_names, protocols
-from tests.helpers import REPO, SHARED
-
-DATA = SHARED / "data"
+from tests.helpers import DATA, FACTS, REPO, needs_lists
 
 
 @pytest.fixture(scope="module")
 def facts():
-    path = SHARED / "facts" / "facts.json"
-    if not path.is_file():
-        pytest.skip("the shared folder with the facts is not here")
-    return json.loads(path.read_text())
+    return json.loads((FACTS / "facts.json").read_text())
 
 
 @pytest.fixture(scope="module")
-def names(facts):
-    return json.loads((SHARED / "facts" / "class_names.json").read_text())
+def names():
+    return json.loads((FACTS / "class_names.json").read_text())
 
 
 @pytest.fixture(scope="module")
-def sets(facts):
-    return json.loads((SHARED / "facts" / "kinetics600_zero_shot_classes.json").read_text())
+def sets():
+    return json.loads((FACTS / "kinetics600_zero_shot_classes.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +66,7 @@ def test_all_class_names(names, sets):
         class_names("imagenet")
 
 
+@needs_lists
 def test_class_name_rules_on_all_names(names, folders):
     for dataset, count in (("ucf101", 101), ("hmdb51", 51)):
         made = [protocols.class_name(dataset, folder) for folder in folders[dataset]]
@@ -84,6 +80,7 @@ def test_class_name_rules_on_all_names(names, folders):
 # --- EP1, EP2, EP3 -----------------------------------------------------------------------------
 
 
+@needs_lists
 @pytest.mark.parametrize("dataset", ["ucf101", "hmdb51"])
 def test_numbers_of_classes_and_videos(dataset, facts):
     counts = facts["protocols"]["EP1_video_counts"][dataset]
@@ -108,6 +105,7 @@ def test_numbers_of_classes_and_videos(dataset, facts):
         assert {split.protocol for split in splits} == {name}
 
 
+@needs_lists
 @pytest.mark.parametrize("dataset", ["ucf101", "hmdb51"])
 def test_the_halves_are_drawn_as_released(dataset, names, folders):
     spelled = {protocols.class_name(dataset, folder): folder for folder in folders[dataset]}
@@ -126,6 +124,7 @@ def test_the_halves_are_drawn_as_released(dataset, names, folders):
     random.setstate(state)
 
 
+@needs_lists
 def test_videos_of_ucf101_are_those_of_the_lists(names):
     root = DATA / "ucfTrainTestlist"
     (whole,) = protocols.load("ucf101-ep2", annotations=root)
@@ -139,6 +138,7 @@ def test_videos_of_ucf101_are_those_of_the_lists(names):
         assert [path for path, _ in split.samples] == lines(root / f"testlist{number:02d}.txt")
 
 
+@needs_lists
 def test_videos_of_hmdb51_are_those_of_the_flags(names):
     root = DATA / "testTrainMulti_7030_splits"
     loaded = [
@@ -239,6 +239,7 @@ def train_paths(dataset):
     return [f"{folder}/{name}" for folder, name, flag in hmdb_rows(1) if flag == "1"]
 
 
+@needs_lists
 @pytest.mark.parametrize("dataset", ["ucf101", "hmdb51"])
 def test_base_to_novel(dataset, facts, names):
     counts_of_paper = facts["vifi_clip"]["base_to_novel"]["videos"][dataset]
@@ -265,6 +266,7 @@ def test_base_to_novel(dataset, facts, names):
         assert splits.novel.class_names == sorted(names[dataset])[:25]
 
 
+@needs_lists
 @pytest.mark.parametrize("dataset", ["ucf101", "hmdb51"])
 def test_few_shots(dataset, names):
     allowed = set(train_paths(dataset))
@@ -282,6 +284,7 @@ def test_few_shots(dataset, names):
     assert drawn[2] < drawn[4] < drawn[8] < drawn[16]
 
 
+@needs_lists
 def test_draws_follow_their_seed(folders):
     def paths(seed, **options):
         train, _ = protocols.few_shot("hmdb51", annotations=DATA, shots=4, seed=seed, **options)
@@ -296,7 +299,8 @@ def test_draws_follow_their_seed(folders):
 # --- errors --------------------------------------------------------------------------------------
 
 
-def test_errors_say_what_to_do(facts, tmp_path):
+@needs_lists
+def test_errors_say_what_to_do(tmp_path):
     with pytest.raises(ProtocolError, match=r"'ucf101' is not known: choose one of 'ucf101-ep1'"):
         protocols.load("ucf101", annotations=DATA)
     with pytest.raises(ProtocolError, match="is not known"):
@@ -316,7 +320,8 @@ def test_errors_say_what_to_do(facts, tmp_path):
         protocols.few_shot("hmdb51", annotations=DATA, shots=0)
 
 
-def test_incomplete_lists(facts, tmp_path):
+@needs_lists
+def test_incomplete_lists(tmp_path):
     root = shutil.copytree(DATA / "ucfTrainTestlist", tmp_path / "ucfTrainTestlist")
     path = root / "trainlist01.txt"
     path.write_text("\n".join(lines(path)[:-10]) + "\n")

@@ -7,11 +7,12 @@ import torch
 from safetensors.torch import load_file
 
 from openvclip.video import read_clip, transforms
+from tests.helpers import GOLDEN
 
 
-def test_frames_and_pixels_of_the_released_path(clips, golden, golden_sampling):
+def test_frames_and_pixels_of_the_released_path(clips, golden_sampling):
     av = pytest.importorskip("av")
-    pixels = load_file(str(golden / "released_pixels.safetensors"))
+    pixels = load_file(str(GOLDEN / "released_pixels.safetensors"))
     transform = transforms.build("released")
     assert len(golden_sampling) == 73
     for name, entry in golden_sampling.items():
