@@ -6,6 +6,64 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+# Test files and tests that take 1.5 seconds of a core or more. They get the mark "slow", so that
+# pytest -m "not slow" answers in about a minute. A file is named as a whole if its tests share a
+# slow fixture.
+SLOW = frozenset(
+    {
+        "test_distributed.py",
+        "test_finetune_distributed.py",
+        "test_finetune_resume.py",
+        "test_leaks.py",
+        "test_real_clips.py",
+        "test_real_footage.py",
+        "test_shapes_comparison.py",
+        "test_shapes_pretrain.py",
+        "test_shapes_run.py",
+        "test_tradeoff.py",
+        "test_checking.py::test_a_crash_costs_one_file",
+        "test_checking.py::test_ctrl_c_leaves_what_was_found",
+        "test_checking.py::test_processes_that_do_not_start",
+        "test_checking.py::test_the_command",
+        "test_checking.py::test_the_command_on_lists",
+        "test_checking.py::test_the_command_on_real_clips",
+        "test_docs.py::test_code_of_a_page_runs_in_order",
+        "test_ema.py::test_sharded_models_are_averaged_in_their_shards",
+        "test_evaluate.py::test_a_killed_run_goes_on_where_it_stopped",
+        "test_evaluate.py::test_two_processes_equal_one_bitwise",
+        "test_evaluate.py::test_two_protocols_in_one_pass",
+        "test_finetune.py::test_recomputed_and_compiled_layers_change_nothing",
+        "test_fuzz.py::test_damaged_files",
+        "test_hf.py::test_compiled_in_one_graph",
+        "test_loops.py::test_the_accelerate_loop_equals_one_by_hand",
+        "test_loops.py::test_the_lightning_loop_equals_one_by_hand",
+        "test_package.py::test_importing_openvclip_costs_little_beyond_torch",
+        "test_package.py::test_rooms_load_on_first_use",
+        "test_prediction.py::test_every_real_clip_gets_an_answer",
+        "test_project.py::test_a_test_that_hangs_is_ended",
+        "test_protocols.py::test_few_shots",
+        "test_regularization_loops.py::test_a_step_holds_the_copy_of_the_weights_or_the_first_gradients_but_not_both",
+        "test_runner.py::test_every_split_at_every_lambda_equals_its_own_slow_evaluation",
+        "test_shapes_studies.py::test_work_comes_back_whole_from_workers_of_one_thread",
+        "test_shapes_world.py::test_the_command_writes_the_data_set_with_two_processes",
+        "test_streaming_faults.py::test_a_full_disk_and_ctrl_c_leave_the_older_files",
+        "test_streaming_faults.py::test_a_kill_at_any_moment_leaves_the_older_model_or_the_new_one",
+        "test_streaming_faults.py::test_shards_that_a_kill_left_are_removed_by_the_next_write",
+        "test_streaming_files.py::test_memory_does_not_grow_with_the_files",
+        "test_temporal_hf.py::test_compiled_in_one_graph",
+        "test_temporal_hf.py::test_transformers_is_imported_only_where_its_models_are",
+        "test_temporal_timm.py::test_compiled_in_one_graph",
+        "test_temporal_training.py::test_batch_sizes_and_lengths_need_no_new_graph_where_shapes_are_dynamic",
+        "test_temporal_training.py::test_batch_sizes_need_one_more_graph_by_default",
+        "test_temporal_training.py::test_compiled_before_the_expansion",
+        "test_temporal_training.py::test_compiled_in_one_graph",
+        "test_temporal_training.py::test_encode_video_is_compiled_in_one_graph",
+        "test_temporal_training.py::test_images_and_videos_through_one_compiled_tower",
+        "test_timm.py::test_compiled_in_one_graph",
+        "test_vision.py::test_compiled_in_one_graph",
+    }
+)
+
 # No law depends on the time an example takes; the machines that run the suite are shared.
 settings.register_profile(
     "openvclip", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow]
@@ -14,6 +72,14 @@ settings.load_profile("openvclip")
 
 # The models are tiny: threads that wait for each other on shared cores cost more than they bring.
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of ``SLOW``."""
+    for item in items:
+        file, function = item.path.name, item.name.partition("[")[0]
+        if not SLOW.isdisjoint({file, f"{file}::{function}"}):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,7 @@ NAMES = [
     for node in ast.parse((REPO / "tests" / "distributed" / file).read_text()).body
     if isinstance(node, ast.FunctionDef) and node.decorator_list
 ]
-LIMIT = 300.0  # seconds for all checks; then both processes are stopped
+LIMIT = 240.0  # seconds for all checks; then both processes are stopped
 
 
 @pytest.fixture(scope="module")
