@@ -5,22 +5,34 @@ from __future__ import annotations
 import ast
 import builtins
 import doctest
+import importlib
+import importlib.metadata
 import inspect
 import json
 import pickle
+import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import openvclip
 from openvclip import errors
-from openvclip.weights import interpolation
-from tests.helpers import REPO
+from tests.helpers import GOLDEN, REPO
 
 PACKAGE = REPO / "openvclip"
 MODULES = sorted(path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py"))
+
+
+def source(module: Path) -> str:
+    """The text of one of the ``MODULES``."""
+    return (PACKAGE / module.with_suffix(".py")).read_text(encoding="utf-8")
+
 
 # Which rooms may enter which: the key imports from the values, and from what these may import in
 # turn. The table of docs/contributing.md is this one.
@@ -49,6 +61,12 @@ NOT_AT_IMPORT = (
     "av",
     "matplotlib",
     "tqdm",
+    "webdataset",
+    "tensorboard",
+    "accelerate",
+    "lightning",
+    "huggingface_hub",
+    "PIL",
 )
 
 
@@ -146,41 +164,157 @@ def test_the_arrows_are_seen(tmp_path: Path) -> None:
 # --- the public face ---------------------------------------------------------------------------
 
 
+PUBLIC = {
+    "VIDEO_TEMPLATES",
+    "Boundary",
+    "CheckpointInfo",
+    "EMATracker",
+    "InterpolatedWeightRegularizer",
+    "LAWATracker",
+    "Lambda",
+    "OpenVCLIPError",
+    "Prediction",
+    "SWATracker",
+    "ZeroShotClassifier",
+    "average_files",
+    "checkpoints",
+    "convert_checkpoint",
+    "encode_video",
+    "evaluation",
+    "expand_temporal_attention",
+    "inspect_checkpoint",
+    "interpolate",
+    "interpolate_files",
+    "interpolate_into",
+    "load_checkpoint",
+    "merge_files",
+    "merging",
+    "models",
+    "predict",
+    "prompting",
+    "restore_spatial_attention",
+    "save_checkpoint",
+    "towers",
+    "training",
+    "video",
+    "weights",
+}
+ROOMS = {m.parts[0] for m in MODULES if m.name == "__init__" and len(m.parts) == 2} - {"cli"}
+
+
 def test_the_public_names() -> None:
-    assert set(openvclip.__all__) >= {
-        "EMATracker",
-        "InterpolatedWeightRegularizer",
-        "LAWATracker",
-        "OpenVCLIPError",
-        "SWATracker",
-        "VIDEO_TEMPLATES",
-        "ZeroShotClassifier",
-        "encode_video",
-        "expand_temporal_attention",
-        "interpolate",
-        "merging",
-        "restore_spatial_attention",
-    }
+    assert set(openvclip.__all__) == PUBLIC
     assert len(set(openvclip.__all__)) == len(openvclip.__all__)
 
 
-@pytest.mark.parametrize("name", openvclip.__all__)
-def test_public_names_have_docstrings(name: str) -> None:
-    thing = getattr(openvclip, name)
-    if not callable(thing):
-        return
-    assert inspect.getdoc(thing)
-    assert thing.__module__.startswith("openvclip.")
+def test_rooms_load_on_first_use() -> None:
+    """``import openvclip`` alone is enough for ``openvclip.video.read_clip``."""
+    names = ", ".join(f"openvclip.{room}" for room in sorted(ROOMS))
+    bare, loaded = loaded_modules("import torch"), loaded_modules(f"import openvclip\n{names}")
+    assert {f"openvclip.{room}" for room in ROOMS} <= loaded
+    assert {name.split(".")[0] for name in loaded - bare}.isdisjoint(NOT_AT_IMPORT)
+
+
+def test_every_room_is_a_public_name() -> None:
+    assert ROOMS <= PUBLIC
+    assert set(dir(openvclip)) >= ROOMS
+    with pytest.raises(AttributeError, match="module 'openvclip' has no attribute 'attic'"):
+        openvclip.attic  # noqa: B018
+
+
+def public_names() -> list[tuple[str, str]]:
+    """``(package, name)`` for each ``__all__`` of openvclip and of its rooms."""
+    packages = [".".join(("openvclip", *m.parts[:-1])) for m in MODULES if m.name == "__init__"]
+    return [
+        (package, name)
+        for package in packages
+        for name in getattr(importlib.import_module(package), "__all__", ())
+    ]
+
+
+def documented(name: str, thing: Any) -> Iterator[tuple[str, Any, str | None]]:
+    """``(name, function or class, docstring)`` of a public object and of its public members."""
+    yield name, thing, thing.__doc__
     if inspect.isclass(thing):
         for member, value in vars(thing).items():
-            if not member.startswith("_") and inspect.isfunction(value):
-                assert value.__doc__, f"{name}.{member}"
+            function = value.fget if isinstance(value, property) else value
+            function = getattr(function, "__func__", function)
+            if not member.startswith("_") and inspect.isfunction(function):
+                yield f"{name}.{member}", function, function.__doc__
 
 
-def test_the_examples_in_docstrings_run() -> None:
-    result = doctest.testmod(interpolation)
-    assert result.attempted >= 3
+@pytest.mark.parametrize(("package", "name"), public_names())
+def test_public_names_have_docstrings(package: str, name: str) -> None:
+    thing = getattr(importlib.import_module(package), name)
+    if inspect.ismodule(thing):
+        assert thing.__doc__
+    elif inspect.isclass(thing) or inspect.isfunction(thing):
+        assert thing.__module__.startswith("openvclip.")
+        for full_name, _, text in documented(name, thing):
+            assert text, f"{package}.{full_name}"
+
+
+@pytest.mark.parametrize(("package", "name"), public_names())
+def test_docstrings_of_functions_name_every_parameter(package: str, name: str) -> None:
+    thing = getattr(importlib.import_module(package), name)
+    if not (inspect.isclass(thing) or inspect.isfunction(thing)):
+        return
+    for full_name, function, text in documented(name, thing):
+        if not inspect.isfunction(function):
+            continue
+        parameters = inspect.signature(function).parameters.keys() - {"self", "cls"}
+        unnamed = {p for p in parameters if not re.search(rf"\b{p}\b", text or "")}
+        assert not unnamed, f"{package}.{full_name}"
+
+
+WITH_EXAMPLES = [module for module in MODULES if ">>> " in source(module)]
+
+
+def a_released_file(folder: Path) -> dict[str, Any]:
+    """The file and the video of the example of ``load_released``."""
+    tensors = load_file(GOLDEN / "vifi_vision_prompt_T4.safetensors")
+    prefix = "weights."
+    weights = {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
+    torch.save({"model": weights}, folder / "vifi_clip.pth")
+    return {"torch": torch, "video": tensors["input"]}
+
+
+NEEDS: dict[str, Callable[[Path], dict[str, Any]]] = {"prompting/released": a_released_file}
+
+
+@pytest.mark.parametrize("module", WITH_EXAMPLES, ids=lambda module: module.as_posix())
+def test_the_examples_in_docstrings_run(
+    module: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = NEEDS[module.as_posix()](tmp_path) if module.as_posix() in NEEDS else {}
+    loaded = importlib.import_module(".".join(("openvclip", *module.parts)))
+    result = doctest.testmod(loaded, extraglobs=names)
+    assert result.attempted == source(module).count(">>> ")
     assert result.failed == 0
+
+
+def test_there_are_examples_in_docstrings() -> None:
+    assert {"weights/interpolation", "weights/lambdas", "towers/temporal"} <= {
+        module.as_posix() for module in WITH_EXAMPLES
+    }
+
+
+def test_the_version_is_written_once() -> None:
+    """setuptools reads ``__version__`` without importing the package, and torch with it."""
+    project = (REPO / "pyproject.toml").read_text(encoding="utf-8")
+    assert re.search(r'^dynamic = \["version"\]', project, re.MULTILINE)
+    assert 'version = { attr = "openvclip.__version__" }' in project
+    read = (
+        "import sys\nsys.modules['torch'] = None\n"
+        "from setuptools.config.expand import read_attr\n"
+        "print(read_attr('openvclip.__version__', root_dir='.'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", read], capture_output=True, text=True, check=True, cwd=REPO
+    )
+    assert done.stdout.strip() == openvclip.__version__
+    assert importlib.metadata.version("openvclip") == openvclip.__version__
 
 
 def test_the_package_is_typed() -> None:
