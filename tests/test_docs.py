@@ -9,6 +9,7 @@ import pytest
 
 import openvclip
 from tests.helpers import REPO
+from tests.test_package import ARROWS
 
 PAGES = sorted((REPO / "docs").glob("*.md"))
 
@@ -36,3 +37,26 @@ def test_names_on_the_front_pages_exist(page: Path) -> None:
     names = set(re.findall(r"\bopenvclip\.([A-Za-z_]+)\(", page.read_text()))
     assert names
     assert names <= set(openvclip.__all__)
+
+
+# --- docs/contributing.md ----------------------------------------------------------------------
+
+MAP = (REPO / "docs" / "contributing.md").read_text(encoding="utf-8")
+
+
+def test_the_table_of_rooms_is_the_one_that_is_checked() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| .+ \| (.+) \|$", MAP, re.MULTILINE)
+    table = {room: set(re.findall(r"`(\w+)`", imports)) for room, imports in rows}
+    assert table == {room: imports for room, imports in ARROWS.items() if room != "__main__"}
+
+
+def test_the_seven_walks_name_files_and_tables_that_exist() -> None:
+    walks = re.findall(r"^## An? ([^\n]+)\n(.*?)(?=^## |\Z)", MAP, re.MULTILINE | re.DOTALL)
+    assert len(walks) == 7
+    for title, text in walks:
+        paths = re.findall(r"`((?:openvclip|tests)/[\w./]+)`", text)
+        existing = [path for path in paths if "my_" not in path]
+        assert len(existing) >= 2, title
+        assert [path for path in existing if not (REPO / path).exists()] == [], title
+        for table, path in re.findall(r"`(\w+)` (?:of|in|\()\s*`([\w./]+\.py)`", text):
+            assert re.search(rf"\b{table}\b", (REPO / path).read_text(encoding="utf-8")), table
