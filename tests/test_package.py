@@ -262,7 +262,12 @@ def test_docstrings_of_functions_name_every_parameter(package: str, name: str) -
     for full_name, function, text in documented(name, thing):
         if not inspect.isfunction(function):
             continue
-        parameters = inspect.signature(function).parameters.keys() - {"self", "cls"}
+        variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        parameters = {
+            parameter.name
+            for parameter in inspect.signature(function).parameters.values()
+            if parameter.kind not in variadic and parameter.name not in ("self", "cls")
+        }
         unnamed = {p for p in parameters if not re.search(rf"\b{p}\b", text or "")}
         assert not unnamed, f"{package}.{full_name}"
 
