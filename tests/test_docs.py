@@ -9,7 +9,7 @@ import pytest
 
 import openvclip
 from tests.helpers import REPO
-from tests.test_package import ARROWS
+from tests.test_architecture import ARROWS
 
 PAGES = sorted((REPO / "docs").glob("*.md"))
 

@@ -52,7 +52,7 @@ class Evaluation:
         return float((self.ranks < k).double().mean()) if self.n_clips else float("nan")
 
     def per_class(self, n_classes: int) -> Tensor:
-        """Return the top-1 accuracy of each class, float64 ``[K]``.
+        """Return the top-1 accuracy of each of ``n_classes`` classes, float64 ``[K]``.
 
         A class without clips has the accuracy NaN.
         """
@@ -60,7 +60,7 @@ class Evaluation:
         return correct.double() / torch.bincount(self.targets, minlength=n_classes)
 
     def confusion(self, n_classes: int) -> Tensor:
-        """Return the confusion matrix, int64 ``[K, K]``.
+        """Return the confusion matrix of ``n_classes`` classes, int64 ``[K, K]``.
 
         Entry ``[i, j]`` is the number of clips of class ``i`` that are predicted as class ``j``.
         Clips without a prediction are not counted.

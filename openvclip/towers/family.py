@@ -131,7 +131,7 @@ class Family:
         tower.__class__ = self.towers[type(tower)]
 
     def restore(self, tower: nn.Module) -> None:
-        """Undo :meth:`expand`."""
+        """Undo :meth:`expand` of ``tower``."""
         for attention in self.layers(tower):
             attention.__class__ = _original_class(self.attentions, attention)
             del attention.view
@@ -147,7 +147,7 @@ class Family:
         tower.__dict__["vision_prompts"] = prompts
 
     def detach_prompts(self, tower: nn.Module) -> None:
-        """Undo :meth:`attach_prompts`."""
+        """Undo :meth:`attach_prompts` of ``tower``."""
         tower.__class__ = _original_class(self.prompted, tower)
         del tower.__dict__["vision_prompts"]
 

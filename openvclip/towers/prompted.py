@@ -33,7 +33,7 @@ class VisionPrompts(nn.Module):
         return norm(tokens)
 
     def before_layer(self, layer: int, tokens: Tensor) -> Tensor:
-        """Return the input of a layer."""
+        """Return the input of a layer from its ``tokens``."""
         return tokens
 
     def after_layer(self, layer: int, tokens: Tensor) -> Tensor:

@@ -161,7 +161,7 @@ class VideoDataset(Dataset[tuple[Tensor, int] | VideoSample]):
         return self._log.read()
 
     def path(self, index: int) -> str:
-        """Return the path of a video, including ``root``."""
+        """Return the path of the video with this ``index``, including ``root``."""
         return os.path.join(self.root, self.samples[index][0])
 
     def __getitem__(self, index: int) -> tuple[Tensor, int] | VideoSample:
