@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import builtins
 import doctest
 import importlib
@@ -34,24 +33,6 @@ def source(module: Path) -> str:
     return (PACKAGE / module.with_suffix(".py")).read_text(encoding="utf-8")
 
 
-# Which rooms may enter which: the key imports from the values, and from what these may import in
-# turn. The table of docs/contributing.md is this one.
-ARROWS: dict[str, set[str]] = {
-    "errors": set(),
-    "processes": set(),
-    "weights": {"errors", "processes"},
-    "merging": {"weights"},
-    "checkpoints": {"weights"},
-    "video": {"errors", "processes"},
-    "towers": {"errors", "processes"},
-    "models": {"towers", "video", "checkpoints"},
-    "prompting": {"models"},
-    "evaluation": {"models"},
-    "training": {"evaluation", "prompting"},
-    "cli": {"training", "merging"},
-    "__main__": {"cli"},
-}
-WEIGHT_SPACE = ("weights", "merging", "checkpoints")
 NOT_AT_IMPORT = (
     "open_clip",
     "timm",
@@ -86,79 +67,6 @@ def test_importing_openvclip_costs_little_beyond_torch() -> None:
     assert "openvclip.towers.open_clip" not in full
     foreign = {name for name in full - bare if not name.startswith("openvclip")}
     assert len(foreign) < 30, sorted(foreign)
-
-
-def test_the_weight_space_half_never_imports_the_video_half() -> None:
-    """Read from the sources, since openvclip/__init__.py itself imports every room."""
-    rooms = imports_of_rooms()
-    for start in WEIGHT_SPACE:
-        assert reachable(rooms, start) <= {*WEIGHT_SPACE, "errors", "processes"}, start
-
-
-# --- arrows ------------------------------------------------------------------------------------
-
-
-def imported_rooms(path: Path) -> set[str]:
-    """Rooms of openvclip that a file imports, anywhere in it, inside functions too."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        names: list[str] = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            if node.module == "openvclip":
-                names = [f"openvclip.{alias.name}" for alias in node.names]
-            else:
-                names = [node.module or ""]
-        found |= {name.split(".")[1] for name in names if name.startswith("openvclip.")}
-    return found
-
-
-def reachable(arrows: dict[str, set[str]], start: str) -> set[str]:
-    reached: set[str] = set()
-    todo = set(arrows.get(start, set()))
-    while todo:
-        room = todo.pop()
-        reached.add(room)
-        todo |= arrows.get(room, set()) - reached
-    return reached
-
-
-def imports_of_rooms() -> dict[str, set[str]]:
-    rooms: dict[str, set[str]] = {}
-    for module in MODULES:
-        if module.parts[0] != "__init__":
-            room = module.parts[0]
-            found = imported_rooms(PACKAGE / module.with_suffix(".py"))
-            rooms.setdefault(room, set()).update(found - {room})
-    return rooms
-
-
-def test_the_arrows_of_the_design_hold() -> None:
-    rooms = imports_of_rooms()
-    assert {"errors", "weights", "towers", "models"} <= rooms.keys()
-    assert rooms.keys() <= ARROWS.keys(), "a room that the design does not know"
-    for room, imported in rooms.items():
-        assert imported <= reachable(ARROWS, room), room
-    assert rooms["errors"] == set()
-
-
-def test_there_is_no_circle() -> None:
-    left = imports_of_rooms()
-    while left:
-        free = {room for room, imported in left.items() if not imported & left.keys()}
-        assert free, f"a circle among {sorted(left)}"
-        left = {room: imported for room, imported in left.items() if room not in free}
-
-
-def test_the_arrows_are_seen(tmp_path: Path) -> None:
-    source = tmp_path / "room.py"
-    source.write_text(
-        "import openvclip.video.decode\nfrom openvclip import towers\n"
-        "def f():\n    from openvclip.weights.names import listed\n    import json, torch\n"
-    )
-    assert imported_rooms(source) == {"video", "towers", "weights"}
 
 
 # --- the public face ---------------------------------------------------------------------------

@@ -20,7 +20,7 @@ Boundary = Literal["zero", "mask", "replicate"]
 class FrameView:
     """The frames that the tokens of a frame attend to.
 
-    Args:
+    Attributes:
         window: number of frames on either side. With 0 each frame attends to itself alone, as in
             the original CLIP. Default: 1.
         boundary: how frames outside the clip are treated, see :data:`Boundary`.

@@ -167,7 +167,7 @@ class WeightTracker(ABC):
                 with ``check_finite=False``.
             StateMismatchError: names or shapes differ from those of the tracked model.
             UsageError: a parameter that was frozen when the tracker was created now requires
-            gradients.
+                gradients.
         """
         self._steps += 1
         steps_after_start = self._steps - self.start
