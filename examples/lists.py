@@ -35,14 +35,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("setting", choices=SETTINGS)
     known = ", ".join(protocols.PROTOCOLS)
-    parser.add_argument("name", help=f"ucf101 or hmdb51; for the setting protocol one of {known}")
+    parser.add_argument("name", help=f"ucf101 or hmdb51; after 'protocol': one of {known}")
     parser.add_argument(
         "--annotations", type=Path, required=True, help="folder of the official lists"
     )
     parser.add_argument(
         "--videos",
         type=Path,
-        help="folder of the videos, to find videos that are not at the paths of the official lists",
+        help="folder of the videos; needed if their paths differ from the official lists",
     )
     parser.add_argument(
         "--shots",

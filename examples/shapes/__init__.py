@@ -5,7 +5,8 @@ each other in this order:
 
 - :mod:`examples.shapes.world`: the vocabulary, the splits and the captions;
 - :mod:`examples.shapes.glyphs`, :mod:`examples.shapes.raster`, :mod:`examples.shapes.motion`,
-  :mod:`examples.shapes.drawing`: pixels for names;
+  :mod:`examples.shapes.drawing`: the outlines of the shapes, the rasteriser, the motions, and the
+  drawing of stills and videos;
 - :mod:`examples.shapes.clips`: the data set of H.264 files and its annotation lists;
 - :mod:`examples.shapes.model`, :mod:`examples.shapes.pretrain`: the CLIPs in three sizes, and the
   command that makes their weights;

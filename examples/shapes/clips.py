@@ -100,8 +100,8 @@ def make_clips(
     """Write the data set, or the missing part of it.
 
     Every file is written under a temporary name and renamed when it is complete. The lists are
-    written last. If a call was interrupted, the next call writes the missing files. If the data set
-    is complete, a call only reads the file names.
+    written last. If a call was interrupted, the next call writes the missing files. If all clips
+    exist, a call draws nothing and writes only the lists.
 
     Args:
         out: folder to write to. It is created if it does not exist.
@@ -157,7 +157,7 @@ def write_clip(
 ) -> None:
     """Write a video as an H.264 file in MP4 with 4:2:0 colour, at twice its height and width.
 
-    The file gets its name only when it is complete.
+    The file is written under a temporary name and renamed when it is complete.
     """
     import av
 

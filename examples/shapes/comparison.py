@@ -1,9 +1,10 @@
 """Open-VCLIP beside ViFi-CLIP and Vita-CLIP in the shapes world.
 
 This command trains every method on the same clips for the same number of steps: on all clips of the
-seen shapes (closed-set and zero-shot), on 16 clips of each of half of the classes (base-to-novel),
-and on 2, 4, 8 and 16 clips of each class (few-shot). Each result is saved in OUT/results.json at
-once. If the command is stopped, the same command continues. Every run has one thread.
+seen shapes (closed-set and zero-shot), on 16 clips of each base class (base-to-novel; half of the
+classes are base classes), and on 2, 4, 8 and 16 clips of each class (few-shot). Each result is
+saved in OUT/results.json at once. After a stop, run the same command again to continue. Every run
+has one thread.
 """
 
 from __future__ import annotations
@@ -212,7 +213,7 @@ def time_steps(sizes: Sizes, rounds: int = 3, steps: int = 6) -> Results:
 
 
 def recorded(sizes: Sizes, **more: Any) -> dict[str, Any]:
-    """Return the settings for the results file, which must not mix results of other settings."""
+    """Return the settings to save in the results file; all its results have the same settings."""
     settings = {
         "sizes": asdict(sizes),
         "methods": {name: asdict(METHODS[name]) for name in sizes.methods},
@@ -244,7 +245,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="run a few steps as a test")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--tune", action="store_true", help="only try the learning rates")
-    instead.add_argument("--time", action="store_true", help="only measure the steps, about 1 min")
+    instead.add_argument(
+        "--time", action="store_true", help="only measure the time of a training step (about 1 min)"
+    )
     args = parser.parse_args(arguments)
     for name in ("seeds", "jobs"):
         if getattr(args, name) < 1:

@@ -69,7 +69,7 @@ class Run:
         self.losses: list[float] = []
 
     def learn(self) -> None:
-        """Train in one stage, or in two stages for bridge and prompt."""
+        """Train in one stage. The method "bridge and prompt" has two stages."""
         names, clips = training_clips(self.setting, self.data["train"], self.seed)
         batches = endless_batches(clips, self.training.batch_size, self.seed)
         steps = self.setting.steps
@@ -167,8 +167,8 @@ def fit(
 ) -> openvclip.SWATracker | None:
     """Train a model in place, with the same optimizer, schedule and clips for each method.
 
-    The optimizer and the schedule are those of :mod:`examples.finetune`. For the methods of
-    :mod:`examples.finetune` the results are the same too.
+    The optimizer and the schedule are those of :mod:`examples.finetune`. If
+    :mod:`examples.finetune` has the same method, both modules compute the same weights.
 
     Args:
         classifier: classifier with the model and the training classes.

@@ -96,7 +96,7 @@ METHODS: dict[str, Method] = {
 """The methods by name, in the order of the tables."""
 
 VIFI_PROMPTS = {"vision_prompts": 8, "text_prompts": 8, "vision_depth": 4, "text_depth": 3}
-"""Bridge and prompt: new prompts in every layer of both towers, as in its few-shot recipe."""
+"""The prompts of "bridge and prompt": in every layer of both towers, as in the few-shot recipe."""
 
 
 def base_and_novel() -> tuple[list[str], list[str]]:

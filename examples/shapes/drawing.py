@@ -181,7 +181,7 @@ def _still_poses(
 ) -> list[tuple[Pose, NDArray[np.bool_]]]:
     """Return the poses of ghosts and body, back to front.
 
-    Each pose comes with the rows of which only the outline is drawn.
+    Each pose comes with a mask ``[B]`` of the images that show only its outline.
     """
     count = len(actions)
     sense = rng.choice([-1.0, 1.0], count).astype(np.float32)

@@ -134,7 +134,7 @@ def recipe_of(settings: Settings, run: FineTune, seed: int) -> Recipe:
 
 
 def cost(settings: Settings, task: Task) -> float:
-    """Return the cost of a task in clips that go once through the small model."""
+    """Return the cost of a task, in passes of one clip through the small model."""
     training, evaluation = _passes(settings, task)
     return training + evaluation
 
@@ -145,8 +145,8 @@ def phase_costs(settings: Settings, task: Task, *, first: bool) -> dict[Phase, f
     Args:
         settings: the size of the experiment.
         task: the task.
-        first: whether the task is the first with its seed in its process. Then the process starts
-            and decodes the clips.
+        first: whether the task is the first task with its seed in its process. The cost then
+            includes the start of the process and the decoding of the clips.
     """
     training, evaluation = _passes(settings, task)
     clips = sum(map(settings.clips.count, LISTS)) if first else 0
@@ -167,7 +167,7 @@ MEASUREMENT_COSTS: Costs = {
 
 
 def measure_speed(report: Reporter) -> None:
-    """Report the speed of this machine: some passes of random clips, in a second or two.
+    """Measure the speed of this machine on random clips and report it, in one or two seconds.
 
     The first phases of a run draw and decode clips, so they do not show how fast a model trains.
     """
@@ -191,7 +191,7 @@ def measure_speed(report: Reporter) -> None:
 
 
 def _passes(settings: Settings, task: Task) -> tuple[float, float]:
-    """The cost of training and of evaluation, in clips that go once through the small model."""
+    """The costs of training and evaluation, in passes of one clip through the small model."""
     run, points = task.run, 1
     training = 0.0
     if run.trained:
@@ -282,7 +282,8 @@ def _train(
     def after_step(_: Step) -> None:
         nonlocal begun
         seconds.append(time.process_time() - begun)
-        if not trackers:  # now the trainer has set which weights are trained and therefore averaged
+        # A tracker averages the weights that are trained. The trainer has now chosen these weights.
+        if not trackers:
             for averaging in task.averagings:
                 trackers[averaging.name] = averaging.tracker(model, len(loader))
         for tracker in trackers.values():
@@ -324,7 +325,7 @@ class _Evaluation:
 def _counted(
     loader: Iterable[list[Tensor]], on_evaluated: Callable[[int], object]
 ) -> Iterator[list[Tensor]]:
-    """Yield the batches of a loader; tell the number of clips when the next batch is due."""
+    """Yield the batches of a loader; report the number of clips of a batch after its evaluation."""
     for batch in loader:
         yield batch
         on_evaluated(len(batch[0]))

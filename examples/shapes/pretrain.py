@@ -2,8 +2,8 @@
 
 ``python -m examples.shapes.pretrain --out weights.safetensors`` reproduces the committed weights of
 the model of size "small". For the other sizes, ``--backbone tiny`` and ``--backbone wider``, only
-the image tower is trained, with the frozen text tower of "small". This is the reverse of "LiT"
-(Zhai et al., 2022), where the image tower is frozen. Their files contain only the image tower.
+the image tower is trained, with the frozen text tower of "small", and the file contains only the
+image tower. This is the reverse of "LiT" (Zhai et al., 2022), where the image tower is frozen.
 """
 
 from __future__ import annotations
@@ -175,8 +175,9 @@ def still_accuracy(
         shapes, actions: see :func:`pretrain`.
 
     Returns:
-        Accuracies in [0, 1]: ``"class"`` over all ``shapes x actions`` classes, ``"shape"`` of the
-        shape in the predicted class, and ``"action"`` of the action in the predicted class.
+        Accuracies in [0, 1] of a prediction among ``shapes x actions`` classes. ``"class"``: the
+        predicted class is right. ``"shape"``: its shape is right. ``"action"``: its action is
+        right.
     """
     rng = np.random.default_rng(seed)
     drawn, _ = _draw_attributes(count, rng, shapes, actions)

@@ -2,8 +2,8 @@
 
 The cost of a piece of work is the number of seconds that one process needs for it on the reference
 machine, a virtual machine with 2 cores. Processes report the cost that they have done and the
-seconds that they needed. :class:`Estimator` computes the speed of this machine from these reports,
-separately for each phase, and from the speeds the time to go. Recent reports count most.
+seconds that they needed. :class:`Estimator` computes the speed of this machine in each phase from
+these reports, and it computes the time to go from the speeds. Recent reports count most.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ DRAWING = "drawing clips"
 MEASUREMENT = "measurement"
 """The name of the task that measures the speed of the machine; it comes before all other tasks."""
 
-_PRIOR = 1.0  # cost for which the speed of all phases counts in the speed of one phase
+# The mean speed of all phases counts in the speed of each phase like a report with this cost.
+_PRIOR = 1.0
 _HALF_LIFE = 20.0  # cost after which an old measurement counts half: the load of a machine changes
-_LINE_SECONDS = 12.0  # between two lines where the output is no terminal
+_LINE_SECONDS = 12.0  # seconds between two lines if the output is not a terminal
 
 
 class Advance(NamedTuple):
@@ -76,7 +77,7 @@ class Reporter:
         self._last = now
 
     def started(self, cost: float) -> None:
-        """Report the start of the process, which took an unknown time before this object."""
+        """Report the start of the process without seconds, because they were not measured."""
         self._send(Advance(self._task, "starting", cost, None))
 
 
@@ -158,7 +159,7 @@ class Progress:
     """Show the progress of a run: a bar on a terminal, otherwise a line every 12 seconds.
 
     Args:
-        estimator: knows the work.
+        estimator: estimator of the work that was done and of the time to go.
         clock: returns the time in seconds.
     """
 
@@ -208,7 +209,7 @@ class Progress:
         return f"about {duration(max(seconds - (self._clock() - self._reported), 0.0))} to go"
 
     def show(self) -> None:
-        """Refresh the bar or, if the output is no terminal, print a line when one is due."""
+        """Refresh the bar. If the output is not a terminal, print a line every 12 seconds."""
         with self._lock:
             estimator = self.estimator
             if not self._bar.disable:

@@ -31,7 +31,7 @@ Numbers = NDArray[np.float64]
 
 
 def save_results(results: Results, path: Path) -> None:
-    """Write the results file atomically: after a crash, the old or the new file is complete."""
+    """Write the results file atomically: a crash leaves the complete old file or new file."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(results, indent=1) + "\n")
 
@@ -47,7 +47,8 @@ def load_results(path: Path, settings: dict[str, Any]) -> Results:
     results: Results = json.loads(path.read_text())
     if results.get("settings") != settings:
         raise FileExistsError(
-            f"{path} holds results of other settings. Give another --out, or remove that folder."
+            f"{path} holds results of other settings. Give another --out, or remove the folder "
+            f"{path.parent}."
         )
     return results
 
@@ -64,7 +65,8 @@ def require_definitions(results: Results, runs: list[FineTune], path: Path) -> N
             if saved != run.definition():
                 raise FileExistsError(
                     f"{path} holds a run {run.name!r} of other settings: {saved}, now "
-                    f"{run.definition()}. Give another --out, or remove that folder."
+                    f"{run.definition()}. Give another --out, or remove the folder "
+                    f"{path.parent}."
                 )
 
 
@@ -213,8 +215,9 @@ def _cells(table: Table, row: Row, lam: float) -> list[str]:
 def draw(
     table: Table, path: Path, names: Mapping[str, str] | None = None, *, title: str = "Shapes world"
 ) -> None:
-    """Draw the trade-off figure: unseen over seen accuracy along lambda.
+    """Draw the trade-off figure: a curve along lambda for each row.
 
+    The x-axis is the accuracy on seen shapes, the y-axis is the accuracy on unseen shapes.
     Stars mark the chosen lambda of each row.
 
     Args:

@@ -54,8 +54,8 @@ from openvclip.checkpoints import load_checkpoint, save_checkpoint
 AVERAGED = "openvclip-averaged.safetensors"
 FINAL = "openvclip-shapes.safetensors"
 FULL_TIME = (
-    "All studies: less than 2 hours on 2 cores. If you stop the command, finished runs are kept, "
-    "and the same command continues."
+    "All studies: less than 2 hours on 2 cores. If you stop the command, finished runs are kept. "
+    "Run the same command again to continue."
 )
 
 
@@ -76,9 +76,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         choices=names,
         metavar="STUDY",
-        help=f"run only these studies, of {', '.join(names)}",
+        help=f"run only these studies; choose from {', '.join(names)}",
     )
-    parser.add_argument("--seeds", type=int, default=None, help="largest number of seeds")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        default=None,
+        help="run at most this number of seeds of each study (default: all seeds)",
+    )
     parser.add_argument(
         "--jobs",
         type=int,
@@ -107,7 +112,9 @@ def main(arguments: list[str] | None = None) -> None:
     except (openvclip.OpenVCLIPError, FileExistsError) as error:
         raise SystemExit(str(error)) from error
     except KeyboardInterrupt:
-        raise SystemExit("\nStopped. Finished runs are kept; the same command continues.") from None
+        raise SystemExit(
+            "\nStopped. Finished runs are kept. Run the same command again to continue."
+        ) from None
     _report(results, studies, args.out, time.perf_counter() - started)
 
 
@@ -182,7 +189,7 @@ def _draw_clips(clips: ClipSettings, out: Path, processes: int, progress: Progre
 
 
 def _perform(settings: Settings, out: Path, task: Task, report: Report) -> reporting.Entry:
-    """Do a task in a worker process, which saves the average of the first seed as a file."""
+    """Do a task in a worker process; save the averaged weights of Open-VCLIP for seed 0."""
     reporter = Reporter(str(task), report)
     reporter.started(PROCESS_SECONDS)
     outcome = perform(settings, task, out, reporter)
@@ -228,7 +235,7 @@ def _seeds(study: Study, results: reporting.Results) -> str:
 
 
 def recorded(settings: Settings) -> dict[str, object]:
-    """Return the settings for the results file, which must not mix results of other settings."""
+    """Return the settings to save in the results file; all its results have the same settings."""
     return {
         "clips": asdict(settings.clips),
         "recipe": asdict(settings.recipe),

@@ -91,7 +91,7 @@ def _result(future: Future[Result], item: object, log: Path) -> Result:
         return future.result()
     except BrokenProcessPool as error:
         raise WorkError(
-            f"A process that worked on {item} or beside it died, perhaps because the memory was "
+            f"A worker process died before {item} was finished, perhaps because the memory was "
             f"full (see {log}). Use fewer processes with --jobs."
         ) from error
     except Exception as error:  # the function raised an exception in the worker process

@@ -50,7 +50,7 @@ class FineTune:
 
     @property
     def every(self) -> int:
-        """Number of steps between two steps with the regulariser."""
+        """Number of steps from one step with the regulariser to the next; 1 means every step."""
         return self.how.every
 
     @property
@@ -88,14 +88,14 @@ class Averaging:
         return f"average after {self.after} every {self.cycle:g}"
 
     def tracker(self, model: nn.Module, steps_per_epoch: int) -> openvclip.SWATracker:
-        """Return the tracker of the average; the training has not begun."""
+        """Return a new tracker of the average, without any update so far."""
         every = max(1, round(self.cycle * steps_per_epoch))
         return openvclip.SWATracker(model, start=self.after * steps_per_epoch, every=every)
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table and a curve of a figure: weights of a run.
+    """Weights of a run, shown as a row of a table and as a curve of a figure.
 
     Attributes:
         label: label of the row.
@@ -153,9 +153,10 @@ class Task:
 def plan(studies: Iterable[Study], seeds: int | None = None) -> list[Task]:
     """Return the tasks of the studies, each run once for each seed, the most useful tasks first.
 
-    The studies with the most seeds come first, with as many seeds as every study has. Then come the
-    other studies with all their seeds, and then the remaining seeds of the first studies. Within a
-    study the tasks are ordered by seed.
+    The first group of tasks is the studies with the most seeds, but only with as many seeds as the
+    study with the fewest seeds has. The second group is all seeds of the other studies. The third
+    group is the remaining seeds of the first studies. Within a group the tasks of a study are
+    ordered by seed.
 
     Args:
         studies: the studies.
@@ -327,5 +328,5 @@ STUDIES: tuple[Study, ...] = (
     FIXED,
 )
 
-#: The study without options on the command line: the main table without L2, with one seed.
+#: The study of a command line without --full and --only: the main table without L2, with one seed.
 QUICK = Study("quick", tuple(row for row in MAIN.rows if row.label != "L2"), seeds=1)

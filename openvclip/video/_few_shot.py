@@ -56,8 +56,8 @@ def base_to_novel(
 
     The classes are sorted by the number of their videos in the training list of split 1. Classes
     with the same number are sorted by name. The first ``n // 2`` classes are novel, the others are
-    base classes. The training videos are drawn with ``seed``: ViFi-CLIP publishes its draws as
-    lists, without the rule that made them.
+    base classes. The training videos are drawn with ``seed``. They are not the training videos of
+    ViFi-CLIP, which publishes lists but not the rule by which it drew them.
 
     Args:
         dataset: ``"ucf101"`` or ``"hmdb51"``.
@@ -84,7 +84,8 @@ def base_to_novel(
         test.restricted(base, f"{title}-base"),
         test.restricted(novel, f"{title}-novel"),
     ]
-    # Each split is a protocol, because a mean over base and novel classes has no meaning.
+    # Accuracies are averaged over the splits of a protocol. A mean over base and novel classes has
+    # no meaning, so each split is its own protocol.
     splits = [split._replace(protocol=split.name) for split in splits]
     return BaseToNovel(*find_videos_of(splits, videos))
 
@@ -124,7 +125,7 @@ def _first_split(dataset: str, annotations: str | os.PathLike[str]) -> tuple[Spl
     """Read the training list and the test list of split 1, which must be complete."""
     if dataset not in _FIRST_SPLIT:
         known = ", ".join(map(repr, _FIRST_SPLIT))
-        raise ProtocolError(f"dataset={dataset!r} has no such splits: choose one of {known}.")
+        raise ProtocolError(f"dataset={dataset!r} has no few-shot splits: choose one of {known}.")
     path = DATA_SETS[dataset].find(dataset, annotations)
     train, test = (
         read_split(f"{dataset} {subset} list 1", path, subset=subset)

@@ -53,9 +53,10 @@ class Table(NamedTuple):
 
     Attributes:
         rows: the rows.
-        dataset: the data set with these official classes, or ``None``.
-        guessed: whether the file contains no paths. Then the paths are the names that files of the
-            data set usually have.
+        dataset: ``"ucf101"`` or ``"hmdb51"`` for official lists, whose class names are the default.
+            ``None`` for other files.
+        guessed: true for lists of Kinetics, which contain no file names. The paths are then made
+            from the identifiers and the times of the videos.
     """
 
     rows: list[Row]
@@ -151,9 +152,9 @@ def _ucf_rows(path: str, lines: _Lines, names: Sequence[str] | None) -> Iterator
         official = _ucf_index(match["folder"])
         if match["index"] not in (None, str(official)) and official:
             raise AnnotationError(
-                f"{path}, line {number}: class index {match['index']} of {match['path']!r}; in "
-                f"UCF-101's official lists it is {official}. Line {lines[0][0]} has the form of "
-                "these lists. Correct the index, or write path,label."
+                f"{path}, line {number}: class index {match['index']} of {match['path']!r}; "
+                f"expected {official} as in UCF-101's official lists. Line {lines[0][0]} has the "
+                "format of these lists. Correct the index, or write the lines as path,label."
             )
         subset = "train" if match["index"] else "test"
         label = _folder_label("ucf101", match["folder"], names)

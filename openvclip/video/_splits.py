@@ -115,7 +115,7 @@ def read_split(name: str, path: str, *, subset: str | None = None, number: int =
 
 
 def find_videos_of(splits: Sequence[Split], videos: str | os.PathLike[str] | None) -> list[Split]:
-    """Replace the paths of the samples by the paths in a folder of videos, if it is given."""
+    """Return the splits with the paths of the files in ``videos``; ``None`` changes no path."""
     if videos is None:
         return list(splits)
     # One call for all splits, because each call searches the whole folder.

@@ -22,7 +22,8 @@ from openvclip.video.sampling import StreamInfo
 if TYPE_CHECKING:
     import av
 
-# Above 8K (33 million pixels). A damaged header can ask for more memory than the machine has.
+# The largest number of pixels in a frame; 8K has 33 million pixels. A damaged header can give a
+# size that needs more memory than the machine has.
 _MAX_PIXELS = 64 * 2**20
 _DEFAULT_FPS = 30.0
 
@@ -47,7 +48,8 @@ def check_path(path: str | os.PathLike[str]) -> str:
         VideoError: the path is no regular file, or the file is empty or cannot be opened.
     """
     name = os.fspath(path)
-    # Absolute, because FFmpeg reads the "a:" of a relative name as a protocol.
+    # FFmpeg reads "a:" at the beginning of a relative path as a protocol. An absolute path avoids
+    # this.
     full = os.path.abspath(name)
     if os.path.isdir(full):
         raise VideoError(f"{name}: is a directory; expected a video file.")
@@ -184,7 +186,11 @@ class Stream:
         return float((stamp - self._base.start) * (base or 0))
 
     def seek(self, stamp: int) -> None:
-        """Seek to a key frame; the container decides which key frame precedes the time stamp."""
+        """Seek to the key frame before a time stamp.
+
+        In some containers the key frame is found by decoding time. It can then be after the time
+        stamp.
+        """
         if self._frames is not None:
             self._frames.close()
             self._frames = None
@@ -192,7 +198,7 @@ class Stream:
             self._container.seek(stamp, backward=True, any_frame=False, stream=self._stream)
 
     def frames(self) -> Iterator[tuple[int, av.VideoFrame]]:
-        """Return an iterator over ``(time stamp, frame)``; it is the same iterator until a seek."""
+        """Return the iterator over ``(time stamp, frame)``. Only a seek starts a new iterator."""
         if self._frames is None:
             self._frames = self._decode()
         return self._frames

@@ -23,11 +23,8 @@ def require_torchcodec() -> Any:
     """Import ``torchcodec.decoders`` at its first use and return the module."""
     try:
         from torchcodec import decoders
-    except (
-        ImportError,
-        RuntimeError,
-        OSError,
-    ) as error:  # or FFmpeg is missing
+    # If FFmpeg is missing, the exception is not always an ImportError.
+    except (ImportError, RuntimeError, OSError) as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         raise MissingDependencyError(
             f"backend='torchcodec' can't be loaded ({reason}). It needs the version of torchcodec "

@@ -56,8 +56,8 @@ def read_annotations(
     Args:
         path: a UTF-8 text file, or a folder of official lists.
         class_names: the class names in the order of their class indices. Default for UCF-101 and
-            HMDB-51: the official class names. Otherwise all labels must be class indices, or all
-            labels must be class names; the classes are then the sorted set of these names.
+            HMDB-51: the official class names. Default for other files: no class names if all labels
+            are class indices; otherwise the labels, sorted by name.
         subset: ``"train"``, ``"test"`` or ``"val"``: read only the videos of this subset of an
             official list. Default: all videos.
         split: number of the official split (1, 2 or 3), if ``path`` is a folder.
@@ -93,9 +93,10 @@ def locate_videos(
     """Find the videos of a list in a folder.
 
     A path that exists below ``root`` is kept. Any other path is replaced by the video file with the
-    same name in any subfolder and with any extension. Copies of Kinetics differ in this: they have
-    no subfolders, one subfolder for each class, or numbered parts, with MP4, MKV or WebM files. A
-    path without such a file is kept.
+    same name in any subfolder and with any extension. If no file has this name, the path is kept.
+    Copies of Kinetics differ in subfolders and extensions: some copies have no subfolders, some
+    have one subfolder for each class, and some have numbered subfolders. The files are MP4, MKV or
+    WebM files.
 
     Args:
         samples: ``(path, class index)`` pairs.

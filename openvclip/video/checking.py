@@ -53,7 +53,7 @@ class VideoCheck(NamedTuple):
 
 
 def check_video(path: str | os.PathLike[str], *, quick: bool = False) -> VideoCheck:
-    """Decode a video file in this process and return whether this worked.
+    """Decode a video file in this process and return the result of the check.
 
     Args:
         path: the file.

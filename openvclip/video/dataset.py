@@ -30,8 +30,8 @@ class VideoSample(NamedTuple):
     """An item of ``VideoDataset(..., details=True)``; ``default_collate`` can batch it.
 
     Attributes:
-        video: the frames, as without ``details``. If the file is broken, black frames that went
-            through the same transform.
+        video: the frames, with the same shape and transform as in an item without ``details``. If
+            the file is broken, the transform is applied to black frames.
         label: class index.
         position: index into ``dataset.samples``.
         error: the reason why the video could not be read, or ``""``. An evaluation counts a sample
@@ -214,8 +214,8 @@ class VideoDataset(Dataset[tuple[Tensor, int] | VideoSample]):
             if video is not None:
                 return video, self.samples[other][1]
         raise VideoError(
-            f"{reason}\nNone of {_SUBSTITUTES} other videos drawn in its place could be read "
-            f"either. Check root={self.root!r}. The reasons are in dataset.failures."
+            f"{reason}\nNone of the {_SUBSTITUTES} videos drawn as a replacement could be read. "
+            f"Check root={self.root!r}. The reasons are in dataset.failures."
         )
 
     def _generator(self, index: int, attempt: int) -> torch.Generator:

@@ -35,11 +35,12 @@ __all__ = ["read_clip"]
 # Frames of a window are sorted by time stamp, because in AVI files with B-frames the time stamps of
 # the decoded frames do not increase. Codecs reorder at most 16 frames.
 REORDER = 16
-# In seconds. A seek goes back to a key frame, and key frames are seconds apart: a seek over a
-# shorter distance saves no time.
+# In seconds. Frames up to this distance are reached by decoding, not by a seek. A seek lands on a
+# key frame, and key frames are seconds apart, so a short seek saves no time.
 _WORTH_A_SEEK = 4.0
-# In seconds. Key frames are found by decoding time. With B-frames, decoding time is earlier than
-# presentation time.
+# In seconds. A seek aims this much before the frame. It finds key frames by their decoding times.
+# With B-frames, decoding times are earlier than presentation times, so without the margin a seek
+# could land after the frame.
 _SEEK_MARGIN = 0.5
 
 
@@ -136,7 +137,7 @@ class _Part:
 
 
 def _parts(windows: Sequence[Window], stamps: Sequence[int] | None) -> list[_Part]:
-    """Split each window that counts from the first frame into one small window for each frame.
+    """Replace each window over the whole stream by one window for each of its frames.
 
     This is possible if the time stamps of the packets are known. Then frame n is the frame at
     ``stamps[n]``, which a seek can reach.
@@ -279,7 +280,7 @@ def _groups(pickers: Sequence[_Picker], gap: int) -> list[list[_Picker]]:
 
 
 def frames_to_tensor(frames: Sequence[av.VideoFrame]) -> Tensor:
-    """Convert frames to uint8 ``[N, C, H, W]``; a frame that occurs several times once."""
+    """Convert frames to uint8 ``[N, C, H, W]``; each distinct frame is converted only once."""
     # One scaler for all frames: a scaler needs some megabytes.
     scaler = require_av().video.reformatter.VideoReformatter()
     first = frames[0]

@@ -18,9 +18,10 @@ VIDEO_SUFFIXES: frozenset[str] = frozenset({
 
 
 def find_videos(folder: str | os.PathLike[str]) -> list[str]:
-    """Return the video files in a folder and its subfolders, by file name extension.
+    """Return the video files in a folder and its subfolders.
 
-    Hidden files are skipped. Symbolic links to folders are followed; each folder is read once.
+    Video files are recognised by their file name extension. Hidden files are skipped. Symbolic
+    links to folders are followed; each folder is read once.
 
     Args:
         folder: the folder to search.

@@ -130,9 +130,9 @@ def load(
         annotations: the folder of the official annotation files, or its parent folder:
             ``ucfTrainTestlist/`` or ``testTrainMulti_7030_splits/``. For Kinetics-600: the
             validation CSV, or its folder.
-        videos: the folder of the videos. If it is given, a video in another subfolder or with
-            another extension than in the annotations is found by its name (see
-            :func:`openvclip.video.annotations.locate_videos`).
+        videos: the folder of the videos. If it is given, a video that does not exist at its path is
+            searched for by its name; its subfolder and its extension can differ from the
+            annotations (see :func:`openvclip.video.annotations.locate_videos`).
         allow_incomplete: whether the annotations may name fewer videos than the protocol has.
 
     Returns:

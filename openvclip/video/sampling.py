@@ -8,8 +8,8 @@ without decoding.
 Units: *ticks* are the time base of the stream; *frames* are counted from 0.
 
 Samplers: ``"released"`` is the sampling of the released Open-VCLIP code at test time (PySlowFast's
-PyAV path). ``"dense"`` is the same window at a random start, as in its training. ``"uniform"`` is
-the centre of each of ``num_frames`` equal segments, as in ViFi-CLIP.
+PyAV path). ``"dense"`` is the sampling of the same code in training: the same window at a random
+start. ``"uniform"`` is the centre of each of ``num_frames`` equal segments, as in ViFi-CLIP.
 """
 
 from __future__ import annotations
@@ -200,7 +200,8 @@ def _inside(timestamps: Sequence[int], start: int, end: int | None) -> list[int]
     for index, stamp in enumerate(timestamps):
         if stamp < start:
             continue
-        index_of[stamp] = index  # the last frame with a time stamp counts, as in the released code
+        # Of several frames with one time stamp, the last frame counts, as in the released code.
+        index_of[stamp] = index
         if end is not None and stamp > end:
             break
     return [index_of[stamp] for stamp in sorted(index_of)]
@@ -246,7 +247,7 @@ def _spare(info: StreamInfo, sampling: Sampling) -> int:
 
 
 def _clip_length(info: StreamInfo, sampling: Sampling) -> float:
-    """The length of a clip in frames of the stream, as a fraction: 128 / 30 * fps as released."""
+    """The length of a clip in frames of the stream, not rounded; by default 128 / 30 * fps."""
     return sampling.num_frames * sampling.sampling_rate / sampling.target_fps * info.fps
 
 

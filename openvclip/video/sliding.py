@@ -62,8 +62,8 @@ def sliding_windows(
 
     The frames of a window are the frames displayed at T equally spaced times, the first of which is
     the start of the window. If the video ends before the window, the last frame of the video is
-    repeated. No window begins at or after the end of the video, and no window follows a window that
-    reaches the end.
+    repeated. All windows begin before the end of the video. The first window that reaches the end
+    of the video is the last window.
 
     Args:
         path: a video file.

@@ -26,9 +26,9 @@ __all__ = ["CLIP_MEAN", "CLIP_STD", "TRANSFORMS", "Transform", "build"]
 CLIP_MEAN: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
 """Mean of the RGB channels in the training of the original CLIP, for pixels in [0, 1]."""
 CLIP_STD: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
-"""Standard deviation of the RGB channels in the training of the original CLIP, as for the mean."""
+"""Standard deviation of the RGB channels in the training of CLIP, for pixels in [0, 1]."""
 
-# The largest number of float32 values while resizing: 256 MB.
+# Frames are resized in chunks of at most this many values: 256 MB in float32.
 _CHUNK = 2**26
 
 
@@ -46,7 +46,7 @@ class Transform:
             ``"train"``.
         short_side: range of the short side of the frames before the crop, in pixels; ``None`` for
             the default of ``name``.
-        crops: number of crops of a clip. Several crops are an axis before T.
+        crops: number of crops of a clip. With several crops the result has one more axis, before T.
     """
 
     name: str
@@ -186,7 +186,7 @@ def _short_side(option: int | Sequence[int] | None, size: int, name: str) -> tup
         )
     if ends[0] < ends[1] and name != "train":
         raise VideoOptionError(
-            f"short_side={option!r} with {name!r}: only 'train' draws one from a range."
+            f"short_side={option!r} with {name!r}: only 'train' accepts a range; give one number."
         )
     return ends[0], ends[1]
 
@@ -306,8 +306,8 @@ def _bilinear_crop(
 def _bicubic_8bit(frames: Tensor, scaled: tuple[int, int]) -> Tensor:
     if scaled == tuple(frames.shape[-2:]):
         return frames
-    # Only the CPU can resize 8-bit pixels, with the same result as PIL. On other devices the result
-    # is rounded to 8 bits here.
+    # On the CPU, PyTorch resizes 8-bit pixels with the same result as PIL. On other devices it
+    # resizes only floats, and the result is rounded to 8-bit values here.
     pixels = frames if frames.device.type == "cpu" else frames.float()
     small = functional.interpolate(
         pixels, size=scaled, mode="bicubic", align_corners=False, antialias=True

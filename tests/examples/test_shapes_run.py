@@ -188,7 +188,7 @@ def test_ctrl_c_keeps_what_is_done(killed: tuple[Path, dict[str, Any]]) -> None:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert errors == "\nStopped. Finished runs are kept; the same command continues.\n"
+    assert errors == "\nStopped. Finished runs are kept. Run the same command again to continue.\n"
     assert _found(out) == before
 
 

@@ -105,6 +105,6 @@ def test_work_comes_back_whole_from_workers_of_one_thread(tmp_path: Path) -> Non
 
 
 def test_a_worker_that_dies_ends_the_work(tmp_path: Path) -> None:
-    with pytest.raises(WorkError, match=r"5000 or beside it died"):
+    with pytest.raises(WorkError, match=r"died before 5000 was finished"):
         list(side_by_side(square, [5000], 1, lambda _: None, tmp_path))
     assert not active_children()

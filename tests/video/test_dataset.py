@@ -140,7 +140,7 @@ def test_evaluation_flags_broken_videos(num_workers, folder):
 
 def test_all_broken_is_an_error(folder, tmp_path):
     data = VideoDataset([("bad.mp4", 0)] * 3, folder, transform=transforms.build("clip", 16))
-    with pytest.raises(VideoError, match="None of 20 other videos drawn in its place"):
+    with pytest.raises(VideoError, match="None of the 20 videos drawn as a replacement"):
         data[0]
 
 

@@ -312,7 +312,7 @@ def test_errors_say_what_to_do(tmp_path):
     ):
         with pytest.raises(ProtocolError, match=f"looked for {file}.* in {tmp_path}/"):
             protocols.load(name, annotations=tmp_path)
-    with pytest.raises(ProtocolError, match="'kinetics600' has no such splits: choose one of 'ucf"):
+    with pytest.raises(ProtocolError, match="'kinetics600' has no few-shot splits: choose one of"):
         protocols.base_to_novel("kinetics600", annotations=DATA)
     with pytest.raises(ProtocolError, match="shots=71: class 'brush hair' has only 70 training"):
         protocols.few_shot("hmdb51", annotations=DATA, shots=71)

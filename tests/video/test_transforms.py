@@ -332,7 +332,7 @@ def test_a_short_side_of_ones_own():
         ({"name": "clip", "crops": 2}, "crops=2 with 'clip': expected 1, or 3"),
         ({"name": "clip", "short_side": 200}, r"at least the size of the crop \(224\)"),
         ({"name": "train", "short_side": (256, 230)}, "the two ends of a range"),
-        ({"name": "released", "short_side": (224, 256)}, "only 'train' draws one"),
+        ({"name": "released", "short_side": (224, 256)}, "only 'train' accepts a range"),
     ],
 )
 def test_crops_and_short_sides_that_do_not_fit(arguments, text):
