@@ -12,13 +12,11 @@ from torch import nn
 from examples.finetune import parse_arguments, train
 from openvclip.errors import PromptingError, UnsupportedModelError, UsageError
 from openvclip.prompting import VideoClassifier
-from openvclip.training.batches import steps_of_run
-from openvclip.training.log import LoaderWatch, Step
-from openvclip.training.methods import make_optimizer
+from openvclip.training.log import Step
 from openvclip.training.options import recipe_of
 from openvclip.training.outputs import final_weights
 from openvclip.training.processes import save_memory
-from openvclip.training.recipe import METHODS, Recipe, Run, learning_rate
+from openvclip.training.recipe import METHODS, Recipe, Run
 from tests.examples.finetune_reference import (
     TINY,
     assert_close,
@@ -69,27 +67,6 @@ def test_fewer_steps_than_epochs_have_and_other_betas() -> None:
     expected = trained_by_hand(recipe, batches(3), betas=(0.5, 0.6), steps=7)[0]
     assert_close(snapshot(given.model), expected)
     assert [step.number for step in steps] == [1, 2, 3, 4, 5, 6, 7]
-
-
-def test_a_run_that_ended_within_an_epoch_has_no_more_steps() -> None:
-    loader = [("video", "label")] * 3
-    assert [step for step, _ in steps_of_run(loader, 3, 1, 3, 7)] == [3, 4, 5, 6]
-    assert list(steps_of_run(loader, 3, 1, 7, 7)) == []
-    assert list(steps_of_run(loader, 3, 1, 9, 9)) == []
-
-
-def test_the_rate_begins_and_ends_where_it_is_told_to() -> None:
-    recipe = dataclasses.replace(TINY, warmup_start_lr=0.5, lr=1.0, end_lr=0.25)
-    rates = [learning_rate(step, 2, 6, recipe) for step in range(6)]
-    assert rates == pytest.approx([0.5, 0.75, 1.0, 0.8125, 0.4375, 0.25])
-
-
-def test_weights_of_one_axis_decay_on_their_own() -> None:
-    recipe = dataclasses.replace(TINY, weight_decay=0.3, weight_decay_1d=0.1)
-    layer = nn.Linear(2, 2)
-    groups = make_optimizer(list(layer.parameters()), recipe).param_groups
-    found = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
-    assert (found[id(layer.weight)], found[id(layer.bias)]) == (0.3, 0.1)
 
 
 def test_texts_that_nothing_changes_are_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,17 +120,6 @@ def test_only_the_image_tower_and_the_scale_are_trained() -> None:
     assert len(changed) == 1 + sum(1 for n in clip if n.startswith("visual."))
 
 
-def test_learning_rate_has_the_recipes_landmarks() -> None:
-    recipe = Recipe()
-    rates = [learning_rate(step, 20, 220, recipe) for step in range(220)]
-    assert rates[0] == pytest.approx(3.33e-8)
-    assert max(rates) == rates[20] == pytest.approx(3.33e-6)
-    assert rates[-1] == pytest.approx(3.33e-8)
-    assert rates[10] == pytest.approx((3.33e-6 + 3.33e-8) / 2)
-    assert rates[:21] == sorted(rates[:21])
-    assert rates[20:] == sorted(rates[20:], reverse=True)
-
-
 def test_final_weights_interpolate_the_average_with_clip() -> None:
     given = classifier()
     clip, swa = train(given, batches(), 2, TINY)
@@ -204,15 +170,6 @@ def test_what_cannot_be_run_is_refused_with_its_reason() -> None:
         train(classifier(), batches(), 2, TINY, run=Run(fsdp=True))
     with pytest.raises(UnsupportedModelError, match="Linear has no activation checkpointing"):
         save_memory(nn.Linear(1, 1))
-
-
-def test_a_slow_loader_is_told_once_and_a_fast_one_never() -> None:
-    slow, fast = LoaderWatch(steps=4), LoaderWatch(steps=4)
-    told = [slow.add(Step(i, 0.0, 0.0, None, waiting=0.3, seconds=1.0)) for i in range(12)]
-    assert [i for i, text in enumerate(told) if text] == [3]
-    assert told[3] is not None
-    assert "30% of the last 4 steps was waiting" in told[3]
-    assert not any(fast.add(Step(i, 0.0, 0.0, None, 0.1, 1.0)) for i in range(12))
 
 
 def test_defaults_are_the_papers() -> None:

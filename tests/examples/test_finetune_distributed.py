@@ -149,17 +149,3 @@ def test_a_process_that_dies_ends_all_with_one_message_and_the_run_goes_on(
     finetune.main(arguments)  # goes on alone
     assert [line["step"] for line in lines_of(out) if "loss" in line] == [1, 2, 3, 4, 5, 6]
     assert_same_weights(out, world / "alone")
-
-
-@pytest.mark.parametrize("text", ["--batch-size 3", "--batch-size 12"])
-def test_a_batch_that_processes_cannot_share_is_refused(tmp_path: Path, text: str) -> None:
-    from openvclip.errors import UsageError
-    from openvclip.processes import Processes
-    from openvclip.training.batches import VideoBatches
-    from openvclip.video import VideoDataset
-
-    dataset = VideoDataset([(f"{i}.mp4", 0) for i in range(9)], transform=None)
-    with pytest.raises(UsageError, match=r"can't be shared evenly by 2|9 videos don't fill one"):
-        VideoBatches(
-            dataset, batch_size=int(text.split()[1]), micro_batch=2, processes=Processes(0, 2)
-        )

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from examples import accuracy, finetune, lists
+from examples import accuracy, finetune
 from examples.shapes.model import WEIGHTS, create_model
 from openvclip import prompting
 from openvclip.checkpoints import load_checkpoint, save_checkpoint
@@ -351,45 +351,3 @@ def test_crops_are_views_of_a_data_set(world: Path) -> None:
         clips = read_clip(world / "0.mp4", num_frames=3, views=views, sampler="uniform")
         for number, clip in enumerate(clips):
             assert torch.equal(shown[0][3 * number : 3 * number + 3], transform(clip))
-
-
-# --- lists -------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(not SPLITS.exists(), reason="no ../shared/data")
-def test_lists_of_base_to_novel_hold_the_published_numbers(tmp_path: Path, facts: Any) -> None:
-    said = facts["vifi_clip"]["base_to_novel"]["videos"]
-    for data_set, counts in said.items():
-        out, told = tmp_path / data_set, list[str]()
-        where = ["--annotations", str(SPLITS), "--out", str(out)]
-        lists.main(["base-to-novel", data_set, *where, "--seed", "2"], told.append)
-        rows = {path.stem: _rows(path) for path in out.iterdir()}
-        assert len(rows["train"]) == counts["train_16_shot"]
-        assert len(rows["base"]) == counts["base_test"]
-        assert len(rows["novel"]) == counts["novel_test"]
-        classes = {name: {label for _, label in found} for name, found in rows.items()}
-        assert classes["train"] == classes["base"]
-        assert not classes["base"] & classes["novel"]
-        assert f"{out / 'train'}.csv: {len(rows['train'])} videos of" in told[0]
-        lists.main(["base-to-novel", data_set, *where, "--shots", "all"], told.append)
-        assert len(_rows(out / "train.csv")) == counts["base_train"]
-
-
-@pytest.mark.skipif(not SPLITS.exists(), reason="no ../shared/data")
-def test_lists_of_few_shots_are_read_as_they_were_written(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    where = ["--annotations", str(SPLITS), "--out", str(tmp_path)]
-    lists.main(["few-shot", "hmdb51", *where, "--shots", "2"])
-    dataset = VideoDataset(tmp_path / "train.csv", transform=None)
-    assert len(dataset) == 2 * 51
-    assert dataset.class_names is not None
-    assert all(
-        path.split("/")[0].replace("_", " ") == dataset.class_names[label]
-        for path, label in dataset.samples
-    )
-    with pytest.raises(SystemExit):
-        lists.main(["few-shot", "hmdb51", *where, "--shots", "71"])
-    assert "has only 70 training videos" in capsys.readouterr().err
-    lists.main(["protocol", "hmdb51-ep3", *where])
-    assert [len(_rows(tmp_path / f"hmdb51-ep3-{i}.csv")) for i in (1, 2, 3)] == [1530] * 3
