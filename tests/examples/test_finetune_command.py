@@ -87,7 +87,7 @@ def test_frame_by_frame_leaves_the_attention_as_it_is(
     monkeypatch.undo()
     with pytest.raises(SystemExit):
         finetune.main(arguments)
-    assert "frame_by_frame: there True, now False" in capsys.readouterr().err
+    assert "frame_by_frame: True in the checkpoint, False now" in capsys.readouterr().err
 
 
 def test_a_hugging_face_clip_keeps_its_names(world: Path) -> None:
@@ -141,7 +141,7 @@ def test_help_of_the_file_started_by_its_path(tmp_path: Path) -> None:
         assert process.exitcode == 0, text
     for field in dataclasses.fields(Recipe):
         assert f"--{field.name.replace('_', '-')}" in text
-    for group in ("model:", "recipe:", "devices and speed:", "output; the same command goes on"):
+    for group in ("model:", "recipe:", "devices and speed:", "output; the same command resumes"):
         assert f"\n{group}" in text
 
 

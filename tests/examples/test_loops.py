@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from examples.loops import accelerate_loop, lightning_loop
-from examples.loops.tiny import classifier_and_clip, clips
+from examples.loops.accelerate_loop import classifier_and_clip, clips
 from openvclip import InterpolatedWeightRegularizer, ZeroShotClassifier
 from tests.helpers import assert_same_state, snapshot
 

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import openvclip
 from examples import evaluate, finetune, tradeoff
-from examples.published import ENCODERS, PUBLISHED, published
+from examples.evaluate import ENCODERS, PUBLISHED, published
 from openvclip.cli.main import build_parser
 from openvclip.towers import attention
 from openvclip.training import shards
@@ -32,7 +32,7 @@ PARSERS: dict[str, Callable[[Sequence[str]], Any]] = {
     "openvclip": lambda words: build_parser().parse_args(words),
     "examples/finetune.py": lambda words: finetune.parse_arguments(list(words)),
     "examples/evaluate.py": evaluate.parse_arguments,
-    "examples/tradeoff.py": lambda words: tradeoff.options.parse_arguments("", words),
+    "examples/tradeoff.py": tradeoff.parse_arguments,
     "tests.benchmarks.recipe_cost": recipe_cost.parse_arguments,
 }
 

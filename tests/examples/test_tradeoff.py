@@ -52,7 +52,7 @@ class World:
             *("--templates", str(self.folder / "templates.txt"), "--sampler", "uniform"),
             *("--frames", "4", "--views", "2", "--batch-size", "3", "--num-workers", "0"),
             *("--closed-set", *self.data("seen_test"), "label=seen"),
-            *("--zero-shot", *self.data("unseen"), "--lams", *map(str, LAMS)),
+            *("--zero-shot", *self.data("unseen"), "--lam", *map(str, LAMS)),
             *("--out", str(out), *more),
         ]
 
@@ -180,10 +180,8 @@ def test_every_point_is_that_of_an_evaluation_on_its_own(
     assert (tmp_path / "tradeoff-unseen.png").read_bytes() == before
     tradeoff.main(world.arguments(tmp_path, *flags, "--curve", two.replace("two", "more", 1)))
     assert len(decoded) == 2 * 8
-    with pytest.raises(
-        SystemExit, match=r"results of other settings:\n  lams: stored \[0\.0, 0\.3"
-    ):
-        tradeoff.main(world.arguments(tmp_path, *flags, "--lams", "0.5", "0.3"))
+    with pytest.raises(SystemExit, match=r"results of other settings:\n  lams: stored \[0\.0, 0\.3"):
+        tradeoff.main(world.arguments(tmp_path, *flags, "--lam", "0.5", "0.3"))
 
 
 def test_a_stopped_run_goes_on(
@@ -269,7 +267,7 @@ def test_what_does_not_fit_is_told_before_a_video_is_read(
 @pytest.mark.parametrize(
     ("more", "text"),
     [
-        (["--lams", "0.5", "1.2"], "--lams 1.2: expected weights of the original CLIP in [0, 1]"),
+        (["--lam", "0.5", "1.2"], "--lam 1.2: expected weights of the original CLIP in [0, 1]"),
         (["--curve", "path.safetensors"], "expected LABEL=FILE"),
         ([], "give --curve LABEL=FILE"),
         (["--curve", "a=b", "--mark", "a=0.55"], "--mark a=0.55: expected the label of a curve"),
@@ -310,7 +308,7 @@ def test_missing_matplotlib_is_told_at_once(
 def test_help_of_the_file_started_by_its_path(tmp_path: Path) -> None:
     script = [sys.executable, str(REPO / "examples" / "tradeoff.py"), "--help"]
     text = subprocess.run(script, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
-    for flag in ("--curve LABEL=FILE", "--zero-shot NAME=VALUE", "--lams", "--hf", "--views"):
+    for flag in ("--curve LABEL=FILE", "--zero-shot NAME=VALUE", "--lam", "--hf", "--views"):
         assert flag in text
 
 

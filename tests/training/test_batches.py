@@ -6,7 +6,7 @@ import pytest
 
 from openvclip.errors import UsageError
 from openvclip.processes import Processes
-from openvclip.training.batches import VideoBatches, class_warnings, steps_of_run
+from openvclip.training.batches import Batching, VideoBatches, class_warnings, steps_of_run
 from openvclip.video import VideoDataset
 
 
@@ -30,13 +30,11 @@ def _files(
     processes: Processes, micro_batch: int, epoch: int = 0, first: int = 0
 ) -> list[list[int]]:
     dataset = VideoDataset([(f"{i}.mp4", i) for i in range(50)], transform=None)
-    found = VideoBatches(
-        dataset, batch_size=12, micro_batch=micro_batch, processes=processes, seed=4
-    )
-    found.set_epoch(epoch, first)
-    assert found.steps == 4
-    assert found.accumulate == -(-12 // processes.world_size // micro_batch)
-    return list(found._order)
+    batches = VideoBatches(dataset, Batching(12, micro_batch, processes, seed=4))
+    batches.set_epoch(epoch, first)
+    assert batches.steps == 4
+    assert batches.accumulate == -(-12 // processes.world_size // micro_batch)
+    return list(batches._order)
 
 
 def test_a_step_sees_the_same_files_however_it_is_shared() -> None:
@@ -61,6 +59,4 @@ def test_a_batch_that_processes_cannot_share_is_refused(text: str) -> None:
 
     dataset = VideoDataset([(f"{i}.mp4", 0) for i in range(9)], transform=None)
     with pytest.raises(UsageError, match=r"can't be shared evenly by 2|9 videos don't fill one"):
-        VideoBatches(
-            dataset, batch_size=int(text.split()[1]), micro_batch=2, processes=Processes(0, 2)
-        )
+        VideoBatches(dataset, Batching(int(text.split()[1]), 2, Processes(0, 2)))

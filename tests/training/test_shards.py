@@ -10,7 +10,9 @@ import torch
 from openvclip.errors import AnnotationError, UsageError, VideoError
 from openvclip.processes import Processes
 from openvclip.training import shards
-from openvclip.training.shards import ShardBatches, class_indices, find_shards, read_index
+from openvclip.training.batches import Batching
+from openvclip.training.shard_batches import ShardBatches
+from openvclip.training.shards import class_indices, find_shards, read_index
 from openvclip.video import Sampling, transforms
 from tests.examples.tiny_videos import CLASSES, write_shards, write_videos
 
@@ -36,18 +38,15 @@ def _batches(
     epoch: int = 0,
 ) -> list[tuple[torch.Tensor, torch.Tensor, list[str]]]:
     sizes = {shard: len(labels) for shard, labels in read_index(find_shards(pattern), None).items()}
-    found = ShardBatches(
+    batches = ShardBatches(
         sizes,
         CLASSES,
-        batch_size=4,
-        micro_batch=2,
-        transform=transforms.build("train", 32),
-        sampling=Sampling(num_frames=2, sampling_rate=3, sampler="dense"),
-        num_workers=num_workers,
-        processes=processes,
+        transforms.build("train", 32),
+        Sampling(num_frames=2, sampling_rate=3, sampler="dense"),
+        Batching(4, 2, processes or Processes(), num_workers=num_workers),
     )
-    found.set_epoch(epoch, first)
-    return list(found)
+    batches.set_epoch(epoch, first)
+    return list(batches)
 
 
 def test_shards_in_one_order_for_any_number_of_workers(world: Path) -> None:
