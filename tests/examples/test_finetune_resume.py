@@ -138,10 +138,14 @@ def test_the_whole_job_ended_then_killed_and_gone_on_with(world: Path, tmp_path:
 
 
 def _signalled_at(step: int, number: int, arguments: list[str], log: Path) -> int | None:
-    """Start the trainer, send a signal to it and its workers after a step; its exit status."""
+    """Start the trainer, and send a signal to it and its workers after a step; its exit status.
+
+    The signal is sent when the trainer has reported that it waits with its handler in place.
+    """
     ready, waiting = multiprocessing.Pipe(duplex=False)
     with ready, waiting, started(_wait_after, step, arguments, waiting, log=log) as child:
         assert ready.poll(120), log.read_text()
+        assert ready.recv() == "waits, SIGTERM is handled"
         os.killpg(child.pid or 0, number)
         child.join(120)
         assert "Traceback" not in log.read_text(), log.read_text()
@@ -157,7 +161,8 @@ def _wait_after(step: int, arguments: list[str], waiting: Connection) -> None:
         if done.number == step:
             handler: Any = signal.getsignal(signal.SIGTERM)
             signal.signal(signal.SIGTERM, lambda *args: (arrived.append(True), handler(*args)))
-            waiting.send(True)
+            assert handler.__name__ == "request_stop"
+            waiting.send("waits, SIGTERM is handled")
             while not arrived:
                 time.sleep(0.01)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,14 @@ def assert_close(given: Weights, expected: Weights) -> None:
     assert given.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(given[name], value, rtol=1e-7, atol=1e-9)
+
+
+def test_both_loops_have_the_same_model_and_clips() -> None:
+    for name in ("classifier_and_clip", "clips"):
+        sources = [
+            inspect.getsource(getattr(loop, name)) for loop in (accelerate_loop, lightning_loop)
+        ]
+        assert sources[0] == sources[1]
 
 
 # --- accelerate --------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
@@ -143,8 +144,49 @@ def accuracies(out: Path) -> dict[tuple[str, str, float | None], tuple[float, fl
     }
 
 
+Points = dict[str, list[tuple[float, float]]]
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Points]:
+    """The points of each curve, by the label of the curve, for each figure that is saved."""
+    figures = list[Points]()
+    savefig = Figure.savefig
+
+    def recorded(figure: Figure, *args: Any, **kwargs: Any) -> None:
+        (axes,) = figure.axes
+        points = {}
+        for line in axes.lines:
+            # matplotlib names the lines without a label, the stars: "_child0" and so on.
+            label = "star" if line.get_label().startswith("_") else line.get_label()
+            points[label] = [tuple(point) for point in line.get_xydata().tolist()]
+        figures.append(points)
+        savefig(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", recorded)
+    return figures
+
+
+def expected_points(found: dict[tuple[str, str, float | None], Any], world: World) -> Any:
+    """Closed-set and zero-shot accuracy in % of each curve, and of the star of curve "one"."""
+    lams: dict[str, tuple[float | None, ...]] = {"CLIP, frame by frame": (None,)}
+    lams |= dict.fromkeys(world.weights, LAMS)
+    points = {
+        line: [
+            tuple(pytest.approx(100 * found[line, name, lam][0]) for name in ("seen", "unseen"))
+            for lam in of_line
+        ]
+        for line, of_line in lams.items()
+    }
+    return {**points, "star": [points["one"][LAMS.index(0.3)]]}
+
+
 def test_every_point_is_that_of_an_evaluation_on_its_own(
-    world: World, tmp_path: Path, decoded: list[str], capsys: pytest.CaptureFixture[str]
+    world: World,
+    tmp_path: Path,
+    decoded: list[str],
+    drawn: list[Points],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     one, two = (f"{name}={path}" for name, path in world.weights.items())
     flags = ["--curve", one, "--frame-curve", two, "--baseline", "--mark", "one=0.3"]
@@ -170,6 +212,7 @@ def test_every_point_is_that_of_an_evaluation_on_its_own(
         *(f"{100 * found['one', name, 0.3][0]:.1f}" for name in ("seen", "unseen")),
     ]
     assert (tmp_path / "tradeoff-unseen.png").read_bytes().startswith(b"\x89PNG")
+    assert drawn == [expected_points(found, world)]
     assert not list(tmp_path.glob("tradeoff-seen*"))
 
     decoded.clear()  # the same command again has nothing to do, another curve only its own
