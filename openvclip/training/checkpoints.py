@@ -192,7 +192,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _require_same_settings(saved: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
     names = [*now, *(name for name in saved if name not in now)]
     lines = [
-        f"  {name}: {saved.get(name)!r} in the checkpoint, {now.get(name)!r} now"
+        f"  {name}: stored {saved.get(name)!r}, now {now.get(name)!r}"
         for name in names
         if saved.get(name) != now.get(name)
     ]
@@ -200,7 +200,7 @@ def _require_same_settings(saved: Mapping[str, Any], now: Mapping[str, Any], fol
         raise CheckpointError(
             f"{folder} holds checkpoints of a run with other settings:\n"
             + "\n".join(lines)
-            + "\nGive the settings of the checkpoint to resume, or another --out to start a run."
+            + "\nGive the stored settings to resume, or another --out to start a run."
         )
 
 

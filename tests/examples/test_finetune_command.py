@@ -87,7 +87,7 @@ def test_frame_by_frame_leaves_the_attention_as_it_is(
     monkeypatch.undo()
     with pytest.raises(SystemExit):
         finetune.main(arguments)
-    assert "frame_by_frame: True in the checkpoint, False now" in capsys.readouterr().err
+    assert "frame_by_frame: stored True, now False" in capsys.readouterr().err
 
 
 def test_a_hugging_face_clip_keeps_its_names(world: Path) -> None:

@@ -175,7 +175,7 @@ def test_settings_of_another_run_are_shown(world: Path, capsys: pytest.CaptureFi
         finetune.main(command(world, "files", "--lr", "0.5", "--every", "2"))
     text = capsys.readouterr().err
     assert "holds checkpoints of a run with other settings:" in text
-    assert "  lr: 0.001 in the checkpoint, 0.5 now\n  every: 1 in the checkpoint, 2 now\n" in text
+    assert "  lr: stored 0.001, now 0.5\n  every: stored 1, now 2\n" in text
 
 
 def test_another_lambda_takes_the_last_step_alone(world: Path) -> None:
