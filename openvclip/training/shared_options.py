@@ -20,7 +20,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text, default = action.help or "", action.default
-        if default is None or default is False or default == [] or "default" in text:
+        if default is None or default is False or default == [] or "default:" in text:
             return text
         if default is argparse.SUPPRESS:
             return text
@@ -45,7 +45,7 @@ def add_preset_option(parser: argparse.ArgumentParser, arguments: list[str] | No
     options: Any = {
         "choices": PRESETS,
         "default": "open-vclip",
-        "help": "a published recipe, which sets the defaults of other flags",
+        "help": "a published recipe: values for the flags that are not given",
     }
     parser.add_argument("--preset", **options)
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

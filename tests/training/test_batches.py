@@ -44,8 +44,13 @@ def test_a_step_sees_the_same_files_however_it_is_shared() -> None:
         parts = [_files(Processes(rank, world_size), micro) for rank in range(world_size)]
         per_step = -(-12 // world_size // micro)
         for step, batch in enumerate(alone):
-            own = slice(step * per_step, (step + 1) * per_step)
-            seen = [index for part in parts for one in part[own] for index in one]
+            micro_batches = slice(step * per_step, (step + 1) * per_step)
+            seen = [
+                index
+                for part in parts
+                for batch_part in part[micro_batches]
+                for index in batch_part
+            ]
             assert sorted(seen) == sorted(batch)
     assert _files(Processes(), 12, first=3) == alone[3:]
     assert _files(Processes(), 12, epoch=1) != alone

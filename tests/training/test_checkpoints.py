@@ -32,7 +32,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
     state, checkpoints = _state(), Checkpoints(tmp_path, {}, every=1)
     _step(state)
     checkpoints.save(state, 1)
-    kept = snapshot(state.model)
+    saved = snapshot(state.model)
     _step(state)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     size = (tmp_path / "checkpoint-00000001.pt").stat().st_size
@@ -46,7 +46,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-00000001.pt"]
     other = _state()
     assert checkpoints.resume(other) == 1
-    assert_same_state(snapshot(other.model), kept)
+    assert_same_state(snapshot(other.model), saved)
 
 
 def test_a_checkpoint_cut_short_is_named(tmp_path: Path) -> None:

@@ -57,10 +57,10 @@ def test_shards_in_one_order_for_any_number_of_workers(world: Path) -> None:
         assert int(label) == int(name.rsplit("/", 1)[1]) % 2
     for workers in (1, 2):
         for first in (0, 1):
-            given = _batches(_pattern(world), num_workers=workers, first=first)
-            assert [batch[2] for batch in given] == [batch[2] for batch in expected[2 * first :]]
-            for one, other in zip(given, expected[2 * first :], strict=True):
-                assert torch.equal(one[0], other[0])
+            batches = _batches(_pattern(world), num_workers=workers, first=first)
+            assert [batch[2] for batch in batches] == [batch[2] for batch in expected[2 * first :]]
+            for batch, other in zip(batches, expected[2 * first :], strict=True):
+                assert torch.equal(batch[0], other[0])
     other = [batch[2] for batch in _batches(_pattern(world), epoch=1)]
     assert other != [batch[2] for batch in expected]
     parts = [_batches(_pattern(world), processes=Processes(rank, 2)) for rank in range(2)]
@@ -76,8 +76,8 @@ def test_a_broken_video_in_a_shard_is_replaced_by_the_next(
     pattern = write_shards(tmp_path, 5, 1)
     first, broken, third, fourth = (name for *_, names in _batches(pattern) for name in names)
     (tmp_path / f"{broken.rsplit('/', 1)[1]}.mp4").write_bytes(b"no video")
-    found = _batches(write_shards(tmp_path, 5, 1))
-    assert [name for *_, names in found for name in names] == [first, third, third, fourth]
+    batches = _batches(write_shards(tmp_path, 5, 1))
+    assert [name for *_, names in batches for name in names] == [first, third, third, fourth]
     assert f"{broken}: " in caplog.text
     for index in range(5):
         (tmp_path / f"{index}.mp4").write_bytes(b"no video")
@@ -86,13 +86,15 @@ def test_a_broken_video_in_a_shard_is_replaced_by_the_next(
 
 
 def test_an_index_stands_for_the_shards(world: Path, tmp_path: Path) -> None:
-    index, told = tmp_path / "index.json", list[str]()
-    shards.main([_pattern(world), "--out", str(index)], told.append)
-    assert told == [f"4 shards with 9 videos in {index}."]
-    found = find_shards(_pattern(world))
-    assert read_index(found, index) == read_index(found, None)
+    index, messages = tmp_path / "index.json", list[str]()
+    shards.main([_pattern(world), "--out", str(index)], messages.append)
+    assert messages == [f"4 shards with 9 videos in {index}."]
+    paths = find_shards(_pattern(world))
+    assert read_index(paths, index) == read_index(paths, None)
     labels = [
-        label for own in class_indices(read_index(found, index), CLASSES).values() for label in own
+        label
+        for shard in class_indices(read_index(paths, index), CLASSES).values()
+        for label in shard
     ]
     assert sorted(labels) == [0] * 5 + [1] * 4
     remote = ["https://example.org/a-000.tar"]
@@ -102,7 +104,7 @@ def test_an_index_stands_for_the_shards(world: Path, tmp_path: Path) -> None:
         read_index(remote, index)
     index.write_text("[1]")
     with pytest.raises(AnnotationError, match="is no index of shards"):
-        read_index(found, index)
+        read_index(paths, index)
 
 
 def test_shards_that_do_not_fit(world: Path, tmp_path: Path) -> None:
