@@ -149,7 +149,7 @@ def _start_by_path(folder: str, arguments: list[str]) -> None:
     """``python .../examples/finetune.py`` in a folder from where ``examples`` is not found."""
     os.chdir(folder)
     script = REPO / "examples" / "finetune.py"
-    sys.path[:] = [str(script.parent), *(one for one in sys.path if one not in ("", str(REPO)))]
+    sys.path[:] = [str(script.parent), *(path for path in sys.path if path not in ("", str(REPO)))]
     for name in [name for name in sys.modules if name.partition(".")[0] == "examples"]:
         del sys.modules[name]
     assert importlib.util.find_spec("examples") is None

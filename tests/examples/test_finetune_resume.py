@@ -51,18 +51,18 @@ def _assert_same_run(folder: Path, one: str, other: str) -> None:
 
 
 def _lines(out: Path, having: str = "step") -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     names = ("step", "loss", "lr", "alpha")
-    return [{k: line[k] for k in names} for line in found if having in line]
+    return [{k: line[k] for k in names} for line in lines if having in line]
 
 
 @contextmanager
 def terminated_at(step: int) -> Iterator[None]:
     """A block in which SIGTERM comes to this process after a step."""
-    told = RunLog.step
+    log_step = RunLog.step
 
     def stop(log: RunLog, done: Step) -> None:
-        told(log, done)
+        log_step(log, done)
         if done.number == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -123,16 +123,16 @@ def _cut_off(_: Validation) -> dict[str, float]:
 
 
 def _validated(out: Path) -> list[int]:
-    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [line["step"] for line in found if "val_top1" in line]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line["step"] for line in lines if "val_top1" in line]
 
 
 def test_the_whole_job_ended_then_killed_and_gone_on_with(world: Path, tmp_path: Path) -> None:
     arguments = command(world, "killed", "--save-every", "2", "--num-workers", "2")
     assert _signalled_at(1, signal.SIGTERM, arguments, tmp_path / "log") == 143
     assert _signalled_at(5, signal.SIGKILL, arguments, tmp_path / "log") == -signal.SIGKILL
-    found = sorted(path.name for path in (world / "killed").glob("*.pt"))
-    assert found == ["checkpoint-00000002.pt", "checkpoint-00000004.pt"]
+    names = sorted(path.name for path in (world / "killed").glob("*.pt"))
+    assert names == ["checkpoint-00000002.pt", "checkpoint-00000004.pt"]
     finetune.main(arguments)
     _assert_same_run(world, "files", "killed")
 
@@ -154,10 +154,10 @@ def _signalled_at(step: int, number: int, arguments: list[str], log: Path) -> in
 
 def _wait_after(step: int, arguments: list[str], waiting: Connection) -> None:
     """Run the trainer, and wait for a signal after a step."""
-    told, arrived = RunLog.step, list[bool]()
+    log_step, arrived = RunLog.step, list[bool]()
 
     def wait(log: RunLog, done: Step) -> None:
-        told(log, done)
+        log_step(log, done)
         if done.number == step:
             handler: Any = signal.getsignal(signal.SIGTERM)
             signal.signal(signal.SIGTERM, lambda *args: (arrived.append(True), handler(*args)))

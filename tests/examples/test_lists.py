@@ -30,20 +30,22 @@ def _rows(path: Path) -> list[list[str]]:
 
 @pytest.mark.skipif(not SPLITS.exists(), reason="no ../shared/data")
 def test_lists_of_base_to_novel_hold_the_published_numbers(tmp_path: Path, facts: Any) -> None:
-    said = facts["vifi_clip"]["base_to_novel"]["videos"]
-    for data_set, counts in said.items():
-        out, told = tmp_path / data_set, list[str]()
+    published = facts["vifi_clip"]["base_to_novel"]["videos"]
+    for data_set, counts in published.items():
+        out, messages = tmp_path / data_set, list[str]()
         where = ["--annotations", str(SPLITS), "--out", str(out)]
-        lists.main(["base-to-novel", data_set, *where, "--seed", "2"], told.append)
+        lists.main(["base-to-novel", data_set, *where, "--seed", "2"], messages.append)
         rows = {path.stem: _rows(path) for path in out.iterdir()}
         assert len(rows["train"]) == counts["train_16_shot"]
         assert len(rows["base"]) == counts["base_test"]
         assert len(rows["novel"]) == counts["novel_test"]
-        classes = {name: {label for _, label in found} for name, found in rows.items()}
+        classes = {
+            name: {label for _, label in rows_of_list} for name, rows_of_list in rows.items()
+        }
         assert classes["train"] == classes["base"]
         assert not classes["base"] & classes["novel"]
-        assert f"{out / 'train'}.csv: {len(rows['train'])} videos of" in told[0]
-        lists.main(["base-to-novel", data_set, *where, "--shots", "all"], told.append)
+        assert f"{out / 'train'}.csv: {len(rows['train'])} videos of" in messages[0]
+        lists.main(["base-to-novel", data_set, *where, "--shots", "all"], messages.append)
         assert len(_rows(out / "train.csv")) == counts["base_train"]
 
 

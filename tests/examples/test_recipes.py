@@ -48,16 +48,16 @@ def test_every_command_is_understood() -> None:
 
 
 def test_a_model_is_tested_with_the_preset_of_its_training() -> None:
-    trained = {}
-    for script, arguments in commands():
+    trained, tested = {}, 0
+    for script, arguments in commands():  # a later section may use a folder of an earlier one
         if script == "examples/finetune.py":
-            args = finetune.parse_arguments(arguments)
-            trained[str(args.out)] = args.preset
-    for script, arguments in commands():
-        if script == "examples/accuracy.py":
-            args = accuracy.parse_arguments(arguments)
-            path = args.prompts or args.checkpoint
-            assert trained[str(path.parent)] == args.preset
+            training = finetune.parse_arguments(arguments)
+            trained[training.out] = training.preset
+        elif script == "examples/accuracy.py":
+            test = accuracy.parse_arguments(arguments)
+            assert trained[(test.prompts or test.checkpoint).parent] == test.preset
+            tested += 1
+    assert tested == len(trained) == 6
 
 
 @pytest.mark.parametrize("name", PRESETS)
