@@ -223,7 +223,8 @@ def test_every_point_is_that_of_an_evaluation_on_its_own(
     assert (tmp_path / "tradeoff-unseen.png").read_bytes() == before
     tradeoff.main(world.arguments(tmp_path, *flags, "--curve", two.replace("two", "more", 1)))
     assert len(decoded) == 2 * 8
-    with pytest.raises(SystemExit, match=r"results of other settings:\n  lams: stored \[0\.0, 0\.3"):
+    text = r"results of other settings:\n  lams: stored \[0\.0, 0\.3"
+    with pytest.raises(SystemExit, match=text):
         tradeoff.main(world.arguments(tmp_path, *flags, "--lam", "0.5", "0.3"))
 
 
