@@ -117,7 +117,7 @@ class VideoBatches:
         self._order.epoch, self._order.first_step = epoch, first_step
 
     def __iter__(self) -> Iterator[Batch]:
-        self._iterator = iter(self._loader)
+        self._iterator = start_workers(self._loader)
         return self._iterator
 
     def close(self) -> None:
@@ -210,6 +210,18 @@ def ignore_sigterm(_worker: int) -> None:
     ``worker_init_fn``.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def start_workers(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Return an iterator of a loader, and start its workers while SIGTERM is blocked.
+
+    A worker inherits the block, so a signal can't end it before :func:`ignore_sigterm` runs.
+    """
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def end_workers(iterator: Iterator[Any]) -> None:

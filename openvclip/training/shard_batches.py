@@ -15,7 +15,14 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from openvclip.errors import UsageError, VideoError
 from openvclip.processes import Processes
-from openvclip.training.batches import Batch, Batching, end_workers, ignore_sigterm, seed_of
+from openvclip.training.batches import (
+    Batch,
+    Batching,
+    end_workers,
+    ignore_sigterm,
+    seed_of,
+    start_workers,
+)
 from openvclip.training.shards import (
     class_of,
     is_video_or_label,
@@ -95,7 +102,7 @@ class ShardBatches:
         self._dataset.epoch, self._dataset.first_step = epoch, first_step
 
     def __iter__(self) -> Iterator[Batch]:
-        self._iterator = iter(self._loader)
+        self._iterator = start_workers(self._loader)
         return self._iterator
 
     def close(self) -> None:

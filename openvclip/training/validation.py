@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.utils.data import DataLoader, Subset
 
 from openvclip.evaluation.accuracy import evaluate
 from openvclip.processes import Processes
-from openvclip.training.batches import ignore_sigterm
+from openvclip.training.batches import ignore_sigterm, start_workers
 from openvclip.training.methods import Classifier, fixed_text
 from openvclip.video import VideoDataset
 from openvclip.video.sampling import Sampler
@@ -63,11 +64,26 @@ class SharedAccuracy:
         device = next(classifier.parameters()).device
         with torch.autocast(device.type, self.amp, enabled=self.amp is not None):
             progress = None if self.processes.is_first else False
-            result = evaluate(classifier, self._loader, progress=progress, description=description)
+            result = evaluate(
+                classifier, _Batches(self._loader), progress=progress, description=description
+            )
         ranks = result.ranks[: self._n_videos]
         counts = [int((ranks < 1).sum()), int((ranks < 5).sum()), len(ranks)]
         top1, top5, videos = map(sum, zip(*self.processes.gather(counts), strict=True))
         return {"top1": top1 / videos, "top5": top5 / videos}
+
+
+class _Batches:
+    """The batches of a loader whose workers ignore SIGTERM from their start."""
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        return start_workers(self._loader)
+
+    def __len__(self) -> int:
+        return len(self._loader)
 
 
 class Validation:
