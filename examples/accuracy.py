@@ -1,11 +1,13 @@
-r"""The accuracy of a fine-tuned or prompted CLIP on lists of videos, each with classes of its own.
+r"""Compute the accuracy of a fine-tuned or prompted CLIP on lists of videos.
 
-    python -m examples.accuracy --preset vifi-base-to-novel --weights run/final.safetensors \
-        --lists lists/base.csv lists/novel.csv --videos hmdb51 --harmonic-mean
-    torchrun --nproc-per-node 8 -m examples.accuracy ...
+    python accuracy.py --preset vifi-base-to-novel --checkpoint run/final.safetensors \
+        --annotations lists/base.csv lists/novel.csv --videos hmdb51 --harmonic-mean
+    torchrun --nproc-per-node 8 accuracy.py ...
 
-For what ``openvclip evaluate`` does not: text towers and prompts that were trained, and ViFi-CLIP's
-and Vita-CLIP's pooling. ``--preset`` is that of the training, and sets the views of the test.
+Each list has its own classes. Use this script for models that ``openvclip evaluate`` does not
+take: models with a trained text tower, with prompts, or with the pooling of ViFi-CLIP and
+Vita-CLIP. Give the --preset of the training: it sets the method, the frames and the views of the
+test. The script prints a table with top-1 and top-5 accuracy in % for each list.
 """
 
 from __future__ import annotations
@@ -26,79 +28,95 @@ from openvclip.errors import UsageError
 from openvclip.evaluation import markdown_table
 from openvclip.models.loading import LoadedModel, load_model
 from openvclip.processes import Processes
-from openvclip.training import options
+from openvclip.training import shared_options as options
 from openvclip.training.methods import fixed_text, is_expanded, make_classifier
 from openvclip.training.processes import training_processes
-from openvclip.training.recipe import METHODS, PROMPTED
-from openvclip.training.validation import TESTED, SharedAccuracy, sampling_of
+from openvclip.training.recipe import METHODS, PROMPT_METHODS
+from openvclip.training.validation import TEST_SAMPLERS, SharedAccuracy
 from openvclip.video import VideoDataset
 
 HARMONIC_MEAN = "harmonic mean"
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        description=__doc__, formatter_class=options.HelpFormatter, allow_abbrev=False
     )
     preset = options.add_preset_option(parser, arguments)
     model = parser.add_argument_group("model")
     options.add_model_options(model)
-    model.add_argument("--method", choices=METHODS, default="openvclip", help="(%(default)s)")
     model.add_argument(
-        "--weights", type=Path, metavar="FILE", help="fine-tuned weights, in place of the original"
+        "--method", choices=METHODS, default="openvclip", help="the method of the training"
+    )
+    model.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="fine-tuned weights (default: the weights of the original CLIP)",
     )
     model.add_argument("--prompts", type=Path, metavar="FILE", help="prompts of bridge or vita")
     _add_test_options(parser)
     parser.set_defaults(**preset.testing)
     args = parser.parse_args(arguments)
-    if args.method in PROMPTED and args.prompts is None:
-        parser.error(f"--method {args.method} needs --prompts, the file that the training left")
-    if args.harmonic_mean and len(args.lists) < 2:
-        parser.error("--harmonic-mean is of several lists, such as base.csv novel.csv")
+    if args.method in PROMPT_METHODS and args.prompts is None:
+        parser.error(f"--method {args.method} needs --prompts, the file that finetune.py wrote")
+    if args.harmonic_mean and len(args.annotations) < 2:
+        parser.error("--harmonic-mean needs several lists, such as base.csv novel.csv")
     return args
 
 
 def _add_test_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("videos")
     group.add_argument(
-        "--lists", type=Path, nargs="+", required=True, help="lines of path,class name"
+        "--annotations",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        required=True,
+        help="lists with lines of path and class name",
     )
     group.add_argument(
-        "--videos", type=Path, required=True, help="folder that the paths start from"
+        "--videos", type=Path, metavar="FOLDER", required=True, help="folder of the videos"
     )
     options.add_frame_options(group)
-    group.add_argument("--sampler", choices=tuple(TESTED), default="dense", help="(%(default)s)")
-    group.add_argument("--views", type=int, default=1, help="clips of a video (%(default)s)")
+    group.add_argument(
+        "--sampler",
+        choices=tuple(TEST_SAMPLERS.values()),
+        default="released",
+        help="released: frames at --sampling-rate; uniform: the centres of --frames equal segments",
+    )
+    group.add_argument("--views", type=int, default=1, help="clips taken from a video")
     group.add_argument(
         "--crops",
         type=int,
         choices=(1, 3),
         default=1,
-        help="of each clip: the middle, or also the ends of the long side (%(default)s)",
+        help="crops of each clip: 1: the centre; 3: also the two ends of the long side",
     )
     group.add_argument(
         "--average",
         choices=("logits", "probabilities"),
         default="logits",
-        help="what is averaged over the views (%(default)s)",
+        help="the values that are averaged over the views",
     )
     options.add_template_option(group)
     group = parser.add_argument_group("devices and output")
-    options.add_reading_options(group)
+    options.add_device_options(group)
+    group.add_argument("--batch-size", type=options.positive, default=8, help="videos at a time")
     group.add_argument(
-        "--harmonic-mean", action="store_true", help="of the lists, as from base to novel"
+        "--harmonic-mean", action="store_true", help="also print the harmonic mean over the lists"
     )
-    group.add_argument("--json", type=Path, metavar="FILE", help="write the accuracies, in [0, 1]")
+    group.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="write the accuracies in [0, 1] as JSON"
+    )
 
 
 def build_model(args: argparse.Namespace, device: torch.device) -> LoadedModel:
-    """The model that is tested, with its prompts."""
+    """Return the model to test, with its prompts."""
     loaded = load_model(args.model, args.pretrained, expand=False)
-    if args.weights is not None:
-        load_checkpoint(args.weights, loaded.model)
+    if args.checkpoint is not None:
+        load_checkpoint(args.checkpoint, loaded.model)
     if is_expanded(args.method):
         openvclip.expand_temporal_attention(loaded.model)
     if args.prompts is not None:
@@ -110,59 +128,61 @@ def build_model(args: argparse.Namespace, device: torch.device) -> LoadedModel:
 def accuracy(
     args: argparse.Namespace, loaded: LoadedModel, path: Path, processes: Processes
 ) -> dict[str, float]:
-    """``top1`` and ``top5`` in [0, 1] on a list, among its own classes.
+    """Return ``top1`` and ``top5`` in [0, 1] on a list, among the classes of the list.
 
     Raises:
-        UsageError: the list numbers its classes.
+        UsageError: the list has class indices in place of class names.
     """
-    pixels = loaded.transform
     dataset = VideoDataset(
         path,
         args.videos,
-        transform=pixels.with_(name="released", short_side=args.short_side, crops=args.crops),
-        sampling=sampling_of(args, TESTED[args.sampler], args.views),
+        transform=loaded.transform.with_(
+            name="released", short_side=args.short_side, crops=args.crops
+        ),
+        sampling=options.sampling_of(args, args.sampler, args.views),
         details=True,
     )
     if dataset.class_names is None:
-        raise UsageError(f"{path} numbers its classes; expected their names, as in path,name.")
+        raise UsageError(f"{path} numbers its classes; expected lines of path and class name.")
     classifier = make_classifier(
         loaded.model, loaded.tokenizer, dataset.class_names, args.method, args.template
     )
-    answers = nn.Sequential(classifier, nn.Softmax(dim=-1))
     shared = SharedAccuracy(
         dataset,
         processes,
-        batch_size=args.per_device_batch,
+        batch_size=args.batch_size,
         num_workers=args.num_workers,
         amp=options.amp_of(args, next(loaded.model.parameters()).device),
     )
+    # The views of a video are averaged after the last layer: over logits or over probabilities.
+    probabilities = nn.Sequential(classifier, nn.Softmax(dim=-1))
     with fixed_text(classifier):
-        shown = answers if args.average == "probabilities" else classifier
-        return shared.of(shown, description=path.stem)
+        model = probabilities if args.average == "probabilities" else classifier
+        return shared.of(model, description=path.stem)
 
 
 def as_table(results: Mapping[str, Mapping[str, float]]) -> str:
-    """A row for each list, in %."""
+    """Return a Markdown table with a row for each list, in %."""
     rows = [
-        [name, *(f"{100 * found[k]:.1f}" if k in found else "" for k in ("top1", "top5"))]
-        for name, found in results.items()
+        [name, *(f"{100 * top[k]:.1f}" if k in top else "" for k in ("top1", "top5"))]
+        for name, top in results.items()
     ]
     return markdown_table(["list", "top-1", "top-5"], rows)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Test on each list and print the accuracies."""
+    """Test on each list, and print the accuracies."""
     args = parse_arguments(arguments)
     with training_processes(args.device, args.timeout) as (processes, device):
         loaded = build_model(args, device)
-        results = {path.stem: accuracy(args, loaded, path, processes) for path in args.lists}
+        results = {path.stem: accuracy(args, loaded, path, processes) for path in args.annotations}
         if args.harmonic_mean:
-            top1 = [found["top1"] for found in results.values()]
+            top1 = [top["top1"] for top in results.values()]
             results[HARMONIC_MEAN] = {"top1": statistics.harmonic_mean(top1)}
         if not processes.is_first:
             return
-        if args.json is not None:
-            with atomic_path(args.json) as temporary:
+        if args.output is not None:
+            with atomic_path(args.output) as temporary:
                 temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         print(f"Accuracy in %:\n\n{as_table(results)}")
 

@@ -1,17 +1,18 @@
-r"""Fine-tune a CLIP on videos with Open-VCLIP, or one of the methods that it is compared with.
+r"""Fine-tune a CLIP on videos with Open-VCLIP, or with a method that the paper compares it with.
 
-    python examples/finetune.py --model ViT-B-16-quickgelu --pretrained openai \
+    python finetune.py --model ViT-B-16-quickgelu --pretrained openai \
         --annotations train.csv --videos videos/ --classes classes.txt --out run/
-    torchrun --nproc-per-node 8 examples/finetune.py --shards "k400-{0000..0999}.tar" ...
+    torchrun --nproc-per-node 8 finetune.py --shards "k400-{0000..0999}.tar" ...
 
 The defaults are the paper's recipe for Kinetics-400 (Section 5.1.3 and the released
-configuration); --batch-size is that of all devices together. ``annotations`` has a line
-``path,label`` for each video, ``classes`` a name for each label.
+configuration). --batch-size counts the videos of all devices together. Each line of train.csv has
+the path and the class index of a video, each line of classes.txt the name of a class.
 
-Out come ``finetuned.safetensors`` (the last weights), ``averaged.safetensors`` (their average,
-where the method averages), ``final.safetensors`` (interpolated with the original CLIP, the
-weights to use), or for methods that learn prompts ``prompts.safetensors`` alone, and a model card,
-``README.md``. A run that was stopped, by SIGTERM or worse, goes on with the same command.
+The output folder holds finetuned.safetensors (the last weights), averaged.safetensors (their
+average, if the method averages) and final.safetensors (interpolated with the original CLIP: the
+weights to use), with a model card, README.md. A method that learns prompts writes
+prompts.safetensors in place of the weights. After a stop, by SIGTERM or by a crash, the same
+command resumes the run.
 """
 
 from __future__ import annotations
@@ -19,11 +20,10 @@ from __future__ import annotations
 import argparse
 import math
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
-from pathlib import Path
+from contextlib import closing, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,39 +31,96 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-if __package__ in (None, ""):  # started by its path: let it find the files beside it
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import openvclip
+from openvclip.models.labels import read_labels
+from openvclip.models.loading import LoadedModel
 from openvclip.processes import Processes
-from openvclip.training import options
-from openvclip.training.batches import seed_of, steps_of_run
+from openvclip.training import inputs, methods, options, outputs
+from openvclip.training import processes as distributed
+from openvclip.training.batches import class_warnings, seed_of, steps_of_run
 from openvclip.training.checkpoints import Checkpoints, TrainingState
-from openvclip.training.inputs import build_model, load_videos
 from openvclip.training.log import RunLog, Step
-from openvclip.training.methods import (
-    Classifier,
-    add_distance_penalty,
-    attach_prompts,
-    choose_trained,
-    make_classifier,
-    make_optimizer,
-    make_tracker,
-    text_made_once,
-)
-from openvclip.training.outputs import leave
-from openvclip.training.processes import (
-    agree,
-    give_scalars_an_axis,
-    gradient_error,
-    loss_error,
-    save_memory,
-    training_processes,
-    wrap,
-)
+from openvclip.training.methods import Classifier
 from openvclip.training.recipe import Recipe, Run, learning_rate, total_steps
-from openvclip.training.validation import Validation
+from openvclip.training.validation import SharedAccuracy, Validation
 from openvclip.weights.shards import no_sync, whole
+
+Batches = list[Sequence[Any]]  # the micro-batches of a step
+
+
+class Trainer:
+    """The model, its optimizer and its regulariser, and the step that they do together."""
+
+    def __init__(
+        self, classifier: Classifier, recipe: Recipe, run: Run, processes: Processes
+    ) -> None:
+        self.recipe, self.run, self.processes = recipe, run, processes
+        self.model = model = classifier.model
+        self.device = next(model.parameters()).device
+        # Under FSDP no process holds a whole model on its device: the original CLIP is on the CPU.
+        home = torch.device("cpu") if run.fsdp else self.device
+        self.clip = {n: v.detach().to(home, copy=True) for n, v in model.state_dict().items()}
+        methods.choose_trained(model, recipe.method)
+        if run.checkpointing:
+            distributed.save_memory(model)
+        self.forward = distributed.wrap(
+            classifier, processes, self.device, fsdp=run.fsdp, compiler=run.compiler
+        )
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = methods.make_optimizer(self.trained, recipe, run.betas)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=run.amp is torch.float16)
+        self.iwr = openvclip.InterpolatedWeightRegularizer(
+            model,
+            wrapper=self.forward,
+            anchor=self.clip,
+            interval=(run.alpha_min, recipe.alpha_max),
+            weight=recipe.iwr_weight,
+            seed=recipe.seed,
+        )
+
+    def step(
+        self, number: int, batches: Batches, lr: float, stop_requested: Callable[[], bool]
+    ) -> tuple[float, float | None, bool]:
+        """Do step ``number`` (from 1); return loss, alpha, and whether a process asks to stop."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        alpha, interpolated = None, torch.zeros((), device=self.device)
+        if self.recipe.uses_iwr and (number - 1) % self.run.every == 0:
+            # This pass is first: its copy of the weights is freed before gradients are held.
+            with self.iwr.interpolated() as alpha:
+                interpolated = self.add_gradients(batches, self.iwr.weight, reduce=False)
+        losses = self.add_gradients(batches, 1.0, reduce=True)
+        sums = torch.stack([losses.sum(), interpolated.sum()])
+        values, stop = distributed.agree(self.processes, sums, stop_requested())
+        if not all(map(math.isfinite, values)):
+            raise distributed.loss_error(
+                values, number, batches, losses + interpolated, self.processes
+            )
+        self.scaler.unscale_(self.optimizer)
+        if self.recipe.method == "l2":
+            methods.add_distance_penalty(self.model, self.clip, self.recipe.l2_weight)
+        norm = whole(nn.utils.clip_grad_norm_(self.trained, self.recipe.clip_grad_norm)).item()
+        if not math.isfinite(norm) and not self.scaler.is_enabled():  # a scaler skips the step
+            raise distributed.gradient_error(norm, number, batches, self.processes)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return values[0], alpha, stop
+
+    def add_gradients(self, batches: Batches, factor: float, *, reduce: bool) -> Tensor:
+        """Add the gradients of ``factor`` times the mean loss; return each batch's share of it."""
+        videos = sum(len(label) for _, label, *_ in batches)
+        shares = []
+        for number, (video, label, *_) in enumerate(batches, start=1):
+            # The processes sum their gradients once a step, in the last backward pass.
+            with nullcontext() if reduce and number == len(batches) else no_sync([self.forward]):
+                with torch.autocast(self.device.type, self.run.amp, enabled=bool(self.run.amp)):
+                    logits = self.forward(video.to(self.device, non_blocking=True))
+                    label = label.to(self.device, non_blocking=True)
+                    loss = len(label) / videos * functional.cross_entropy(logits, label)
+                self.scaler.scale(factor * loss).backward()
+            shares.append(loss.detach())
+        return torch.stack(shares)
 
 
 def train(
@@ -78,111 +135,57 @@ def train(
     on_step: Callable[[Step], None] | None = None,
     on_epoch: Callable[[int], None] | None = None,
 ) -> tuple[dict[str, Tensor], openvclip.SWATracker | None]:
-    """Fine-tune the classifier's model in place, from the CLIP that it holds.
+    """Fine-tune the model of a classifier in place.
 
     Args:
-        classifier: holds the CLIP, expanded or with prompts as the method asks for it, and the
-            training classes.
-        loader: gives ``(video [B, T, C, H, W], label [B])``, optionally with the videos' names;
-            iterated once an epoch.
-        steps_per_epoch: number of steps that the loader's batches make.
-        recipe: how to train.
-        run: how to run it.
-        processes: the processes that train together, each with a loader of its own.
-        checkpoints: go on from the last one, and save.
+        classifier: holds the original CLIP, expanded or with prompts as the method needs it.
+        loader: gives ``(video [B, T, C, H, W], label [B])`` and optionally the names of the
+            videos; iterated once in each epoch.
+        steps_per_epoch: number of steps in an epoch.
+        recipe: the settings of the method.
+        run: options of the run.
+        processes: the processes that train together. Each process has its own loader.
+        checkpoints: resume from the last checkpoint, and save checkpoints.
         on_step: called after each step.
-        on_epoch: called after each epoch with the number of steps so far, and once more where a
-            run goes on from the end of one.
+        on_epoch: called with the number of steps after each epoch, and at the start of a run
+            that resumes at the end of an epoch.
 
     Returns:
-        The original CLIP's state dict (the anchor), and the average where the method averages.
+        The state dict of the original CLIP, and the average if the method averages.
 
     Raises:
         FloatingPointError: a loss or a gradient is not finite; the text names the videos.
-        UsageError: no model would enter the average, or the loader gives another number of steps.
-        SystemExit: a checkpoint was saved because a signal asked for it.
+        UsageError: no model would enter the average, or the loader gives a wrong number of steps.
+        SystemExit: a signal asked the run to stop, and a checkpoint was saved.
     """
     run, processes = run or Run(), processes or Processes()
-    model = classifier.model
-    device = next(model.parameters()).device
-    home = torch.device("cpu") if run.fsdp else device  # nobody holds a whole model there
-    clip = {name: value.detach().to(home, copy=True) for name, value in model.state_dict().items()}
-    choose_trained(model, recipe.method)
-    if run.checkpointing:
-        save_memory(model)
-    forward = wrap(classifier, processes, device, fsdp=run.fsdp, compiler=run.compiler)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = make_optimizer(trained, recipe, run.betas)
-    scaler = torch.amp.GradScaler(device.type, enabled=run.amp is torch.float16)
-    iwr = openvclip.InterpolatedWeightRegularizer(
-        model,
-        wrapper=forward,
-        anchor=clip,
-        interval=(run.alpha_min, recipe.alpha_max),
-        weight=recipe.iwr_weight,
-        seed=recipe.seed,
-    )
-    warmup = recipe.warmup_epochs * steps_per_epoch
+    trainer = Trainer(classifier, recipe, run, processes)
+    model, warmup = classifier.model, recipe.warmup_epochs * steps_per_epoch
     total = total_steps(recipe, run, steps_per_epoch)
-    swa = make_tracker(model, recipe, steps_per_epoch, total) if recipe.uses_swa else None
-    state = TrainingState(model, optimizer, scaler, iwr, swa)
+    swa = methods.make_tracker(model, recipe, steps_per_epoch, total) if recipe.uses_swa else None
+    state = TrainingState(model, trainer.optimizer, trainer.scaler, trainer.iwr, swa)
     first = checkpoints.resume(state) if checkpoints is not None else 0
-
-    def add_gradients(batches: list[Sequence[Any]], factor: float, *, reduce: bool) -> Tensor:
-        """Add the gradients of ``factor`` times the mean loss; returns each batch's part of it."""
-        videos = sum(len(label) for _, label, *_ in batches)
-        parts = []
-        for number, (video, label, *_) in enumerate(batches, start=1):
-            # Gradients are summed over the processes once a step, in the last backward pass.
-            with nullcontext() if reduce and number == len(batches) else no_sync([forward]):
-                with torch.autocast(device.type, run.amp, enabled=run.amp is not None):
-                    logits = forward(video.to(device, non_blocking=True))
-                    loss = functional.cross_entropy(logits, label.to(device, non_blocking=True))
-                loss = len(label) / videos * loss
-                scaler.scale(factor * loss).backward()
-            parts.append(loss.detach())
-        return torch.stack(parts)
-
     model.train()
-    # Sharded text weights can't be used outside a forward pass of the whole.
-    once = nullcontext() if run.fsdp else text_made_once(classifier)
-    quiet = None if processes.is_first else True
-    with once, tqdm(total=total, initial=first, desc=recipe.method, disable=quiet) as bar:
+    # Sharded text weights can't be used outside of a forward pass of the whole classifier.
+    text = nullcontext() if run.fsdp else methods.text_made_once(classifier)
+    hide_bar = None if processes.is_first else True
+    with text, tqdm(total=total, initial=first, desc=recipe.method, disable=hide_bar) as bar:
         if on_epoch is not None and first and first % steps_per_epoch == 0:
-            on_epoch(first)  # which a process that was killed may not have come to
+            on_epoch(first)  # a killed run may have ended before this call
         started = time.perf_counter()
         for step, batches in steps_of_run(loader, steps_per_epoch, run.accumulate, first, total):
             waiting = time.perf_counter() - started
-            lr = learning_rate(step, warmup, total, recipe)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.zero_grad(set_to_none=True)
-            twice, alpha = recipe.uses_iwr and step % run.every == 0, None
-            between = torch.zeros((), device=device)
-            if twice:  # first, so that its copy of the weights is gone before gradients are held
-                with iwr.interpolated() as alpha:
-                    between = add_gradients(batches, iwr.weight, reduce=False)
-            losses = add_gradients(batches, 1.0, reduce=True)
-            asked = checkpoints is not None and checkpoints.stop_requested
-            values, stop = agree(processes, torch.stack([losses.sum(), between.sum()]), asked)
-            if not all(map(math.isfinite, values)):
-                raise loss_error(values, step + 1, batches, losses + between, processes)
-            scaler.unscale_(optimizer)
-            if recipe.method == "l2":
-                add_distance_penalty(model, clip, recipe.l2_weight)
-            norm = whole(nn.utils.clip_grad_norm_(trained, recipe.clip_grad_norm)).item()
-            if not math.isfinite(norm) and not scaler.is_enabled():  # a scaler skips the step
-                raise gradient_error(norm, step + 1, batches, processes)
-            scaler.step(optimizer)
-            scaler.update()
+            lr, done = learning_rate(step, warmup, total, recipe), step + 1
+            loss, alpha, stop = trainer.step(
+                done, batches, lr, lambda: checkpoints is not None and checkpoints.stop_requested
+            )
             if swa is not None:
                 swa.update(model)
-            done = step + 1
             seconds = time.perf_counter() - started
-            bar.set_postfix(loss=f"{values[0]:.3f}", refresh=False)
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update()
             if on_step is not None:
-                on_step(Step(done, values[0], lr, alpha, waiting, seconds))
+                on_step(Step(done, loss, lr, alpha, waiting, seconds))
             if checkpoints is not None and (stop or checkpoints.due(done, total)):
                 checkpoints.save(state, done)
             if on_epoch is not None and done % steps_per_epoch == 0:
@@ -190,73 +193,83 @@ def train(
             if stop:
                 raise SystemExit(128 + signal.SIGTERM)
             started = time.perf_counter()
-    return clip, swa
+    return trainer.clip, swa
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line; every field of the recipe is a flag."""
+    """Read the command line, which has a flag for each field of the recipe."""
     return options.parse_arguments(__doc__ or "", arguments)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Train from the command line and write the weights."""
-    args = parse_arguments(arguments)
-    with training_processes(args.device, args.timeout) as (processes, device):
-        _fine_tune(args, processes, device)
+def load_model(args: argparse.Namespace, recipe: Recipe, device: torch.device) -> LoadedModel:
+    """Return the original CLIP on its device, expanded if the method expands it."""
+    loaded = inputs.load_original(
+        args.model, args.pretrained, hugging_face=args.hf, start_from=args.start_from
+    )
+    if methods.is_expanded(recipe.method) and not args.frame_by_frame:
+        openvclip.expand_temporal_attention(loaded.model)
+    pixels = loaded.transform.with_(
+        name="train", hflip=args.flip, color_jitter=args.color_jitter, short_side=args.short_side
+    )
+    return replace(loaded, model=loaded.model.to(device), transform=pixels)
 
 
-def _fine_tune(args: argparse.Namespace, processes: Processes, device: torch.device) -> None:
+def make_classifier(args: argparse.Namespace, loaded: LoadedModel, names: list[str]) -> Classifier:
+    """Return the classifier of the training classes, with the prompts that the method learns."""
+    model, numbers = loaded.model, options.prompt_numbers_of(args)
+    methods.attach_prompts(
+        model, args.method, names, args.frames, numbers, class_prompts=args.class_prompts
+    )
+    return methods.make_classifier(model, loaded.tokenizer, names, args.method, args.template)
+
+
+def fine_tune(args: argparse.Namespace, processes: Processes, device: torch.device) -> None:
+    """Load the model and the videos, train, and write the outputs."""
     recipe = options.recipe_of(args)
     torch.manual_seed(recipe.seed)
-    model, tokenizer, pixels = build_model(args, device)
+    loaded = load_model(args, recipe, device)
+    model = loaded.model
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     if args.fsdp:
-        give_scalars_an_axis(model)
-    videos = load_videos(args, recipe, pixels, processes, device)
+        distributed.give_scalars_an_axis(model)
+    videos = options.load_videos(args, recipe, loaded.transform, processes, device)
     run = options.run_of(args, videos.batches.accumulate, device)
-    attach_prompts(
-        model,
-        recipe.method,
-        videos.names,
-        args.frames,
-        options.prompts_of(args),
-        class_prompts=args.class_prompts,
-    )
-    classifier = make_classifier(model, tokenizer, videos.names, recipe.method, args.template)
+    classifier = make_classifier(args, loaded, videos.names)
     if not processes.is_first:
-        torch.manual_seed(seed_of(recipe.seed, processes.rank))  # for what is random in a tower
+        torch.manual_seed(seed_of(recipe.seed, processes.rank))  # dropout differs by process
+    tests = options.validation_videos(args, videos.names, loaded.transform)
+    reading: Any = {"batch_size": args.per_device_batch, "num_workers": args.num_workers}
+    shared = SharedAccuracy(tests, processes, amp=run.amp, **reading) if tests else None
+    validation = Validation(classifier, shared, sharded=args.fsdp)
     settings = options.settings_of(args, recipe, run)
-    steps = videos.batches.steps
     checkpoints = Checkpoints(
         args.out,
         {**settings, **videos.about},
-        every=args.save_every or steps,
+        every=args.save_every or videos.batches.steps,
         keep=args.keep,
         processes=processes,
     )
-    validation = Validation(args, classifier, videos.names, pixels, run.amp, processes)
     log = RunLog(
         args.out if processes.is_first else None,
-        total_steps(recipe, run, steps),
+        total_steps(recipe, run, videos.batches.steps),
         first=checkpoints.last_step,
         every=args.log_every,
     )
     if processes.is_first:
+        unseen = read_labels(args.zero_shot_classes) if args.zero_shot_classes else []
+        warnings = class_warnings(videos.labels, videos.names, unseen)
         plan = options.plan(args, recipe, run, processes, videos.batches.batch_size)
-        print(*videos.warnings, plan, sep="\n", flush=True)
+        print(*warnings, plan, sep="\n", flush=True)
 
     def validate(step: int) -> None:
-        if any(processes.gather(log.tells(step, "val_top1"))):
-            return
-        if found := validation.accuracy():
-            log.write(step, **{f"val_{name}": value for name, value in found.items()})
+        if not any(processes.gather(log.has(step, "val_top1"))):
+            log.write(step, **{f"val_{k}": value for k, value in validation.accuracy().items()})
 
-    before = signal.signal(signal.SIGTERM, checkpoints.request_stop)
-    try:
+    with checkpoints.stop_on(signal.SIGTERM), closing(videos.batches), closing(log):
         clip, swa = train(
             classifier,
             videos.batches,
-            steps,
+            videos.batches.steps,
             recipe,
             run=run,
             processes=processes,
@@ -264,24 +277,16 @@ def _fine_tune(args: argparse.Namespace, processes: Processes, device: torch.dev
             on_step=log.step,
             on_epoch=validate,
         )
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        videos.batches.close()
-        log.close()
-    name = Path(args.hf or args.model).name.removesuffix(".json")
-    leave(
-        args.out,
-        name,
-        recipe,
-        model,
-        clip,
-        swa,
-        shapes,
-        validation,
-        processes,
-        settings,
-        videos.about,
-    )
+    results = outputs.RunOutputs(model, clip, swa, shapes, recipe, validation, processes)
+    about = outputs.RunDescription(loaded.name, settings, videos.about)
+    outputs.write_outputs(args.out, results, about)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train from the command line."""
+    args = parse_arguments(arguments)
+    with distributed.training_processes(args.device, args.timeout) as (processes, device):
+        fine_tune(args, processes, device)
 
 
 if __name__ == "__main__":

@@ -1,43 +1,43 @@
-r"""Zero-shot over closed-set accuracy along lambda: Figures 2 and 3 for any checkpoints and data.
+r"""Draw zero-shot over closed-set accuracy along lambda: Figures 2 and 3 for any checkpoints.
 
-    python examples/tradeoff.py --model ViT-B-16-quickgelu --pretrained openai \
+    python tradeoff.py --model ViT-B-16-quickgelu --pretrained openai \
         --curve "VCLIP=plain/finetuned.safetensors" --curve "Open-VCLIP=run/averaged.safetensors" \
         --closed-set annotations=k400/val.csv videos=k400/val \
         --zero-shot protocol=ucf101-ep2 annotations=ucfTrainTestlist videos=UCF-101 \
         --mark "Open-VCLIP=0.5" --out figure2/
 
-A data set is given in the words of ``openvclip evaluate``: ``annotations=FILE`` stands for its
-option ``--annotations FILE``, a word without ``=`` for a flag. Beyond these, ``split=N`` takes one
-split of a protocol, and ``label=TEXT`` is what tables and figures call the data set.
+A data set is given by the options of ``openvclip evaluate``: ``annotations=FILE`` means
+``--annotations FILE``, and a word without ``=`` is a flag. There are two more options: ``split=N``
+takes one split of a protocol, and ``label=TEXT`` names the data set in tables and figures.
 
-lambda weighs the original CLIP. Each video is decoded once for all lambdas of a curve. Results are
-kept as they come: the same command goes on where it was stopped, with further curves or data sets
-too, and a folder that holds results of other settings is refused. Out come ``results.json``,
-``table.md`` and a figure for each zero-shot set. On several GPUs: ``torchrun --nproc-per-node 8``.
+lambda weighs the original CLIP. Each video is decoded once for all lambdas of a curve. The same
+command resumes after a stop, also with more curves or data sets. A folder with results of other
+settings raises an error. The output folder holds ``results.json``, ``table.md`` and a figure for
+each zero-shot set. On several GPUs: ``torchrun --nproc-per-node 8 tradeoff.py ...``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-if __package__ in (None, ""):  # started by its path: let it find the files beside it
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from examples import tradeoff_options as options
-from examples.tradeoff_options import Line, file_name
 from openvclip import expand_temporal_attention, restore_spatial_attention
 from openvclip.checkpoints import atomic_path, write_errors
+from openvclip.checkpoints.formats import read_weights
 from openvclip.cli.options import data, models
 from openvclip.errors import OpenVCLIPError, UsageError
 from openvclip.evaluation import (
+    FIGURE_LAMBDAS,
     Curve,
     Mixture,
     ProtocolEvaluation,
@@ -51,52 +51,173 @@ from openvclip.evaluation import (
 from openvclip.models.drawing import require_matplotlib
 from openvclip.models.loading import LoadedModel, fine_tuned
 from openvclip.processes import Processes, joined_processes
+from openvclip.training.inputs import load_original
+from openvclip.training.shared_options import HelpFormatter
 from openvclip.video.protocols import Split
+from openvclip.weights.names import canonical_state, named_state, require_match
 
-Results = dict[str, dict[str, ProtocolEvaluation]]
-"""By the label of the curve, then by that of the data set; the closed set comes first."""
+BASELINE = "CLIP, frame by frame"
+Results = dict[str, dict[str, ProtocolEvaluation]]  # by curve, then by data set, closed set first
+Fail = Callable[[str], NoReturn]
 
 
-def read_splits(chosen: argparse.Namespace) -> list[Split]:
-    """The splits of a data set, or the one that ``split=N`` says.
+@dataclass(frozen=True)
+class Line:
+    """A curve to compute.
+
+    Attributes:
+        label: name of the curve in the legend.
+        path: the fine-tuned weights; ``None`` for the original CLIP, which is a single point.
+        temporal: whether frames attend to neighbouring frames.
+        star: lambda of the reported point.
+    """
+
+    label: str
+    path: Path | None
+    temporal: bool
+    star: float | None = None
+
+
+# --- command line ------------------------------------------------------------------------------
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line.
+
+    Returns:
+        The arguments with ``lines`` (a :class:`Line` for each curve), and with the options of each
+        data set in ``closed_set`` and ``zero_shot``.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument_group("curves and data sets").add_argument
+    curve: Any = {"metavar": "LABEL=FILE", "action": "append", "default": []}
+    text = "fine-tuned weights with temporal attention, of any known family; repeatable"
+    add("--curve", **curve, help=text)
+    text = "fine-tuned weights without temporal attention; repeatable"
+    add("--frame-curve", **curve, help=text)
+    add("--baseline", action="store_true", help="mark the original CLIP, applied frame by frame")
+    words: Any = {"metavar": "NAME=VALUE", "nargs": "+", "required": True}
+    text = "videos of the training classes"
+    add("--closed-set", **words, help=text)
+    text = "videos of other classes; repeatable, each set gives a figure"
+    add("--zero-shot", **words, action="append", help=text)
+    text = "weights of the original CLIP (default: those of the paper's figures)"
+    add("--lam", type=float, nargs="+", default=list(FIGURE_LAMBDAS), help=text)
+    text = "draw this curve thick, with a star at the reported lambda; repeatable"
+    add("--mark", metavar="LABEL=LAM", action="append", default=[], help=text)
+    models.add_model_options(parser, checkpoint=False)
+    text = "a CLIP of Hugging Face, loaded with transformers, in place of --model"
+    parser.add_argument("--hf", metavar="NAME|FOLDER", help=text)
+    models.add_frame_options(parser)
+    add = parser.add_argument_group("run and results").add_argument
+    add("--batch-size", type=int, default=8, help="videos at a time")
+    add("--num-workers", type=int, default=4, help="processes that read videos")
+    add("--out", type=Path, metavar="FOLDER", required=True, help="folder of the results")
+    args = parser.parse_args(arguments)
+    for lam in args.lam:
+        if not 0 <= lam <= 1:
+            parser.error(f"--lam {lam:g}: expected weights of the original CLIP in [0, 1]")
+    args.lines = _lines(args, parser.error)
+    args.closed_set = _data_set(args.closed_set, f"{parser.prog} --closed-set")
+    args.zero_shot = [_data_set(words, f"{parser.prog} --zero-shot") for words in args.zero_shot]
+    for group in (args.lines, [args.closed_set, *args.zero_shot]):
+        _require_distinct([entry.label for entry in group], parser.error)
+    return args
+
+
+def _lines(args: argparse.Namespace, fail: Fail) -> list[Line]:
+    """The curves in the order in which they are drawn."""
+    stars = dict(_pair(text, "--mark", "LABEL=LAM", fail) for text in args.mark)
+    lines = [Line(BASELINE, None, temporal=False)] if args.baseline else []
+    for flag, texts in (("--frame-curve", args.frame_curve), ("--curve", args.curve)):
+        for text in texts:
+            label, path = _pair(text, flag, "LABEL=FILE", fail)
+            star = next((lam for lam in args.lam if f"{lam:g}" == stars.get(label)), None)
+            lines.append(Line(label, Path(path), flag == "--curve", star))
+    if not args.curve and not args.frame_curve:
+        fail("give --curve LABEL=FILE, a checkpoint to interpolate with the original CLIP")
+    starred = {line.label for line in lines if line.star is not None}
+    for label, lam in stars.items():
+        if label not in starred:
+            fail(f"--mark {label}={lam}: expected the label of a curve and one of --lam")
+    return lines
+
+
+def _pair(text: str, flag: str, expected: str, fail: Fail) -> tuple[str, str]:
+    label, _, value = text.partition("=")
+    if not label or not value:
+        fail(f"{flag} {text}: expected {expected}")
+    return label, value
+
+
+def _data_set(words: Sequence[str], prog: str) -> argparse.Namespace:
+    """Read words ``name=value`` as the options ``--name value`` of ``openvclip evaluate``."""
+    usage = "%(prog)s [protocol=NAME] annotations=PATH videos=FOLDER [classes=FILE] [label=TEXT]"
+    parser = argparse.ArgumentParser(prog, usage, add_help=False, allow_abbrev=False)
+    data.add_data_options(parser)
+    parser.add_argument("--split", type=int)
+    parser.add_argument("--label")
+    pairs = (word.partition("=") for word in words)
+    options = parser.parse_args([part for n, _, v in pairs for part in (f"--{n}", v) if part])
+    if options.label is None:
+        options.label = "+".join(options.protocol) or options.annotations.stem
+        options.label += f"-{options.split}" if options.split is not None else ""
+    return options
+
+
+def _require_distinct(labels: list[str], fail: Fail) -> None:
+    """Fail if two labels give the same name of a file or a folder."""
+    names = [file_name(label) for label in labels]
+    for label, name in zip(labels, names, strict=True):
+        if names.count(name) > 1:
+            fail(f"{label!r} labels two curves or data sets; give each its own label")
+
+
+def file_name(label: str) -> str:
+    """Return a label as a part of a path."""
+    return re.sub(r"[^\w.+-]+", "-", label).strip("-.").lower() or "-"
+
+
+# --- evaluation --------------------------------------------------------------------------------
+
+
+def read_splits(options: argparse.Namespace) -> list[Split]:
+    """Return the splits of a data set, or the split that ``split=N`` asks for.
 
     Raises:
-        OpenVCLIPError: lists, class names and videos don't fit together, or there is no such split.
+        OpenVCLIPError: lists, class names and videos do not fit, or there is no such split.
     """
-    splits = data.splits_of(chosen)
-    if chosen.split is None:
+    splits = data.splits_of(options)
+    if options.split is None:
         return splits
-    if not 1 <= chosen.split <= len(splits):
+    if not 1 <= options.split <= len(splits):
         raise UsageError(
-            f"split={chosen.split}: {chosen.annotations} gives {len(splits)}, counted from 1."
+            f"split={options.split}: {options.annotations} gives {len(splits)} splits; expected a "
+            f"number from 1 to {len(splits)}."
         )
-    return [splits[chosen.split - 1]]
+    return [splits[options.split - 1]]
 
 
-def load(args: argparse.Namespace) -> LoadedModel:
-    """The original CLIP on its device; its frames are on their own."""
+def load_clip(args: argparse.Namespace) -> LoadedModel:
+    """Return the original CLIP on its device, not expanded."""
     if not args.hf:
         return models.load(args)
-    from openvclip.models.hugging_face import load as load_hugging_face
-
-    model, tokenizer, pixels = load_hugging_face(args.hf)
-    pixels = pixels.with_(name=args.transform)
-    return LoadedModel(Path(args.hf).name, model.to(models.device_of(args)), tokenizer, pixels)
+    loaded = load_original("", "", hugging_face=args.hf)
+    model, pixels = loaded.model.to(models.device_of(args)), loaded.transform
+    return LoadedModel(loaded.name, model, loaded.tokenizer, pixels.with_(name=args.transform))
 
 
 def load_tuned(clip: LoadedModel, path: Path, args: argparse.Namespace) -> dict[str, Tensor]:
-    """A checkpoint's weights under the names of the model, on the CPU.
+    """Return the weights of a checkpoint under the names of the model, on the CPU.
 
     Raises:
-        CheckpointError, StateMismatchError: it can't be read, or is of another backbone.
+        CheckpointError, StateMismatchError: the file can't be read, or does not fit the model.
     """
     if not args.hf:
         patterns = {"allow_missing": args.allow_missing, "allow_unexpected": args.allow_unexpected}
         return {n: v.cpu() for n, v in fine_tuned(clip.model, path, **patterns).items()}
-    from openvclip.checkpoints.formats import read_weights
-    from openvclip.weights.names import canonical_state, named_state, require_match
-
-    state = canonical_state(read_weights(path).weights)  # load_checkpoint gives open_clip's names
+    # load_checkpoint would change the names of Hugging Face to the names of open_clip.
+    state = canonical_state(read_weights(path).weights)
     require_match(named_state(clip.model), state, f"{path} does not fit {args.hf}.")
     return state
 
@@ -105,33 +226,33 @@ def evaluate(
     line: Line,
     tuned: dict[str, Tensor] | None,
     clip: LoadedModel,
-    chosen: argparse.Namespace,
-    splits: Sequence[Split],
+    data_set: tuple[argparse.Namespace, Sequence[Split]],
     args: argparse.Namespace,
 ) -> ProtocolEvaluation:
-    """The accuracies of a curve on a data set; what an earlier run has encoded is taken from it."""
+    """Evaluate a curve on a data set, from the records of earlier runs where there are some."""
+    options, splits = data_set
     device = next(clip.model.parameters()).device
+    moved = None if tuned is None else {n: v.to(device) for n, v in tuned.items()}
     if line.temporal:
         expand_temporal_attention(clip.model, window=args.window, boundary=args.boundary)
-    moved = None if tuned is None else {n: v.to(device) for n, v in tuned.items()}
     try:
         return evaluate_protocol(
             clip.model,
             clip.tokenizer,
             splits,
-            chosen.videos,
-            mixture=Mixture(moved, args.lams if tuned is not None else ()),
+            options.videos,
+            mixture=Mixture(moved, args.lam if tuned is not None else ()),
             transform=clip.transform,
             sampling=models.sampling_of(args),
             templates=models.templates_of(args),
-            out=args.out / "records" / file_name(line.label) / file_name(chosen.label),
+            out=args.out / "records" / file_name(line.label) / file_name(options.label),
             run=RunOptions(
                 batch_size=args.batch_size,
                 num_workers=args.num_workers,
                 amp=models.amp_of(args),
-                description=f"{line.label} on {chosen.label}",
-                leave_out_broken=chosen.leave_out_broken,
-                allow_missing=chosen.allow_missing_videos,
+                description=f"{line.label} on {options.label}",
+                leave_out_broken=options.leave_out_broken,
+                allow_missing=options.allow_missing_videos,
             ),
         )
     finally:
@@ -139,13 +260,7 @@ def evaluate(
             restore_spatial_attention(clip.model)
 
 
-def write_results(results: Results, out: Path) -> None:
-    """``results.json``: what is known so far, beside what earlier runs have left there."""
-    path = out / "results.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    for line, row in results.items():
-        found.setdefault(line, {}).update({name: as_json(result) for name, result in row.items()})
-    write_text(path, json.dumps(found, indent=1))
+# --- results -----------------------------------------------------------------------------------
 
 
 def write_text(path: Path, text: str) -> None:
@@ -154,8 +269,17 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
+def write_results(results: Results, out: Path) -> None:
+    """Add the results to ``results.json``, which keeps the results of earlier runs."""
+    path = out / "results.json"
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for line, row in results.items():
+        content.setdefault(line, {}).update({name: as_json(result) for name, result in row.items()})
+    write_text(path, json.dumps(content, indent=1))
+
+
 def table(results: Results) -> str:
-    """Top-1 accuracy in % of each curve at each lambda; mean ± deviation where there are splits."""
+    """Return a Markdown table: top-1 accuracy in % of each curve at each lambda."""
     columns = list(next(iter(results.values())))
     rows = []
     for line, row in results.items():
@@ -165,27 +289,8 @@ def table(results: Results) -> str:
     return markdown_table(["curve", "λ", *columns], rows)
 
 
-def draw(results: Results, lines: Sequence[Line], out: Path) -> list[Path]:
-    """A figure for each zero-shot set; returns their paths."""
-    closed, *zero_shot = next(iter(results.values()))
-    paths = []
-    for label in zero_shot:
-        path = out / f"tradeoff-{file_name(label)}.png"
-        curves = [
-            curve(line, results[line.label][closed], results[line.label][label]) for line in lines
-        ]
-        tradeoff_figure(
-            curves,
-            path,
-            closed_set_label=f"closed set: {closed} (%)",
-            zero_shot_label=f"zero-shot: {label} (%)",
-        )
-        paths.append(path)
-    return paths
-
-
-def curve(line: Line, closed: ProtocolEvaluation, zero_shot: ProtocolEvaluation) -> Curve:
-    """Means over the splits; the original CLIP is at lambda 1."""
+def curve_of(line: Line, closed: ProtocolEvaluation, zero_shot: ProtocolEvaluation) -> Curve:
+    """Return the points of a curve: means over the splits. The original CLIP is at lambda 1."""
     lams = [1.0 if lam is None else lam for lam in closed.scores]
     chosen = None if line.star is None else lams.index(line.star)
     x, y = _means(closed), _means(zero_shot)
@@ -193,47 +298,63 @@ def curve(line: Line, closed: ProtocolEvaluation, zero_shot: ProtocolEvaluation)
 
 
 def _means(result: ProtocolEvaluation) -> NDArray[np.float64]:
-    """Top-1 accuracy over the splits, ``[1, L]``."""
+    """Top-1 accuracy, the mean over the splits, ``[1, L]``."""
     return np.array([[np.mean(result.top(1, lam)) for lam in result.scores]])
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Evaluate all curves on all data sets, then draw."""
-    args = options.parse_arguments(__doc__ or "", arguments)
-    try:
-        with joined_processes() as processes:
-            _run(args, processes)
-    except OpenVCLIPError as error:
-        raise SystemExit(f"tradeoff.py: error: {error}") from error
+def draw(results: Results, lines: Sequence[Line], out: Path) -> list[Path]:
+    """Draw a figure for each zero-shot set, and return their paths."""
+    closed, *zero_shot = next(iter(results.values()))
+    paths = [out / f"tradeoff-{file_name(label)}.png" for label in zero_shot]
+    for label, path in zip(zero_shot, paths, strict=True):
+        rows = [(line, results[line.label]) for line in lines]
+        tradeoff_figure(
+            [curve_of(line, row[closed], row[label]) for line, row in rows],
+            path,
+            closed_set_label=f"closed set: {closed} (%)",
+            zero_shot_label=f"zero-shot: {label} (%)",
+        )
+    return paths
 
 
-def _run(args: argparse.Namespace, processes: Processes) -> None:
-    require_matplotlib()
-    datasets = [(chosen, read_splits(chosen)) for chosen in (args.closed_set, *args.zero_shot)]
-    clip = load(args)
-    lines: list[Line] = args.lines
-    # All of them before the first video, so that one that does not fit is told at once.
-    tuned = {line: load_tuned(clip, line.path, args) for line in lines if line.path is not None}
-    results: Results = {line.label: {} for line in lines}
-    for line in lines:
-        for chosen, splits in datasets:
-            found = evaluate(line, tuned.get(line), clip, chosen, splits, args)
-            results[line.label][chosen.label] = found
-            if processes.is_first:
-                write_results(results, args.out)
-    if processes.is_first:
-        _report(results, lines, args.out)
-
-
-def _report(results: Results, lines: Sequence[Line], out: Path) -> None:
+def report(results: Results, lines: Sequence[Line], out: Path) -> None:
+    """Print and write the table, list the videos that could not be read, and draw the figures."""
     text = table(results)
     write_text(out / "table.md", text)
     print(f"\nTop-1 accuracy in %; λ weighs the original CLIP:\n\n{text}\n")
-    found = [result for row in results.values() for result in row.values()]
-    for reason in sorted({failure.reason for result in found for failure in result.failures}):
+    evaluations = [evaluation for row in results.values() for evaluation in row.values()]
+    for reason in sorted({failure.reason for e in evaluations for failure in e.failures}):
         print(f"can't be read: {reason}", file=sys.stderr)
     for path in (out / "results.json", out / "table.md", *draw(results, lines, out)):
         print(f"wrote {path}")
+
+
+def run(args: argparse.Namespace, processes: Processes) -> None:
+    """Evaluate all curves on all data sets, then report."""
+    require_matplotlib()
+    data_sets = [(options, read_splits(options)) for options in (args.closed_set, *args.zero_shot)]
+    clip, lines = load_clip(args), args.lines
+    # All checkpoints are read before the first video, so that a wrong checkpoint fails at once.
+    tuned = {line: load_tuned(clip, line.path, args) for line in lines if line.path is not None}
+    results: Results = {line.label: {} for line in lines}
+    for line in lines:
+        for data_set in data_sets:
+            evaluation = evaluate(line, tuned.get(line), clip, data_set, args)
+            results[line.label][data_set[0].label] = evaluation
+            if processes.is_first:
+                write_results(results, args.out)
+    if processes.is_first:
+        report(results, lines, args.out)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run from the command line."""
+    args = parse_arguments(arguments)
+    try:
+        with joined_processes() as processes:
+            run(args, processes)
+    except OpenVCLIPError as error:
+        raise SystemExit(f"tradeoff.py: error: {error}") from error
 
 
 if __name__ == "__main__":

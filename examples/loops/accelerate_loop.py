@@ -1,11 +1,12 @@
-r"""Open-VCLIP in a loop of Hugging Face's accelerate: IWR, accumulation, clipping, averaging.
+r"""Train Open-VCLIP in a loop of accelerate: IWR, accumulation, clipping and averaging.
 
-    python -m examples.loops.accelerate_loop --accumulate 2
-    torchrun --nproc_per_node 2 -m examples.loops.accelerate_loop --cpu
+    python accelerate_loop.py --accumulate 2
+    torchrun --nproc-per-node 2 accelerate_loop.py --cpu
 
-It needs ``pip install accelerate``.
+It needs ``pip install accelerate``. The model is a tiny CLIP with random weights, the clips are
+random. The script prints the loss of each step, then the number of averaged models.
 
-The loop is the one of accelerate's documentation and two additions: a backward pass within
+The loop is the loop of accelerate's documentation with two additions: a backward pass within
 ``iwr.interpolated()``, whose gradients are not reduced yet, and ``swa.update()``.
 """
 
@@ -14,14 +15,46 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable
 
+import open_clip
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 import openvclip
-from examples.loops.tiny import classifier_and_clip, clips
+from openvclip.training.shared_options import HelpFormatter
+
+CLASSES = ("juggling balls", "playing drums", "surfing water")
+
+
+def classifier_and_clip(seed: int = 0) -> tuple[openvclip.ZeroShotClassifier, dict[str, Tensor]]:
+    """Return the classifier of a tiny expanded CLIP, and the original weights of the CLIP.
+
+    Put your own model here.
+    """
+    torch.manual_seed(seed)
+    model = open_clip.CLIP(
+        embed_dim=32,
+        vision_cfg=open_clip.CLIPVisionCfg(
+            layers=2, width=64, head_width=32, patch_size=8, image_size=32
+        ),
+        text_cfg=open_clip.CLIPTextCfg(layers=1, width=32, heads=1),
+    )
+    clip = {name: value.clone() for name, value in model.state_dict().items()}
+    openvclip.expand_temporal_attention(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("visual.") or name == "logit_scale")
+    tokenizer = open_clip.get_tokenizer("ViT-B-32")
+    return openvclip.ZeroShotClassifier(model, tokenizer, list(CLASSES)), clip
+
+
+def clips(number: int = 8, seed: int = 0) -> TensorDataset:
+    """Return random clips ``[4, 3, 32, 32]`` with class indices. Put your own data set here."""
+    generator = torch.Generator().manual_seed(seed)
+    videos = torch.randn(number, 4, 3, 32, 32, generator=generator)
+    labels = torch.randint(0, len(CLASSES), (number,), generator=generator)
+    return TensorDataset(videos, labels)
 
 
 def train(
@@ -33,7 +66,7 @@ def train(
     epochs: int = 1,
     lr: float = 1e-3,
 ) -> openvclip.SWATracker:
-    """Fine-tune the classifier's model in place; returns the average of its weights."""
+    """Fine-tune the model of a classifier in place, and return the average of its weights."""
     model = classifier.model
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     wrapped, optimizer, loader = accelerator.prepare(classifier, optimizer, loader)
@@ -42,7 +75,7 @@ def train(
     for _ in range(epochs):
         for video, label in loader:
             with accelerator.accumulate(wrapped):
-                # Each micro-batch at an alpha of its own.
+                # Each micro-batch draws its own alpha.
                 with iwr.interpolated(), accelerator.no_sync(wrapped):
                     accelerator.backward(iwr.weight * cross_entropy(wrapped(video), label))
                 loss = cross_entropy(wrapped(video), label)
@@ -58,14 +91,14 @@ def train(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train on random clips from the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Train from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--epochs", type=int, default=1, help="passes over the clips")
-    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches of a step")
-    parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no")
-    parser.add_argument("--cpu", action="store_true", help="leave a GPU alone")
+    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches in a step")
+    parser.add_argument(
+        "--precision", choices=("no", "bf16", "fp16"), default="no", help="mixed precision"
+    )
+    parser.add_argument("--cpu", action="store_true", help="use no GPU")
     args = parser.parse_args(arguments)
     accelerator = Accelerator(
         cpu=args.cpu,

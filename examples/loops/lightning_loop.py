@@ -1,9 +1,11 @@
-r"""Open-VCLIP in PyTorch Lightning: IWR in a module's training step, averaging as a callback.
+r"""Train Open-VCLIP in PyTorch Lightning: IWR in the training step, averaging as a callback.
 
-    python -m examples.loops.lightning_loop --steps 6
+    python lightning_loop.py --steps 6
 
-Both go into Lightning's checkpoints, so ``fit(..., ckpt_path=...)`` resumes them too. It needs
-``pip install lightning``.
+It needs ``pip install lightning``. The model is a tiny CLIP with random weights, the clips are
+random. The script prints the number of averaged models.
+
+Lightning's checkpoints hold the state of both, so ``fit(..., ckpt_path=...)`` resumes them.
 """
 
 from __future__ import annotations
@@ -13,17 +15,49 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import open_clip
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 import openvclip
-from examples.loops.tiny import classifier_and_clip, clips
+from openvclip.training.shared_options import HelpFormatter
+
+CLASSES = ("juggling balls", "playing drums", "surfing water")
+
+
+def classifier_and_clip(seed: int = 0) -> tuple[openvclip.ZeroShotClassifier, dict[str, Tensor]]:
+    """Return the classifier of a tiny expanded CLIP, and the original weights of the CLIP.
+
+    Put your own model here.
+    """
+    torch.manual_seed(seed)
+    model = open_clip.CLIP(
+        embed_dim=32,
+        vision_cfg=open_clip.CLIPVisionCfg(
+            layers=2, width=64, head_width=32, patch_size=8, image_size=32
+        ),
+        text_cfg=open_clip.CLIPTextCfg(layers=1, width=32, heads=1),
+    )
+    clip = {name: value.clone() for name, value in model.state_dict().items()}
+    openvclip.expand_temporal_attention(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("visual.") or name == "logit_scale")
+    tokenizer = open_clip.get_tokenizer("ViT-B-32")
+    return openvclip.ZeroShotClassifier(model, tokenizer, list(CLASSES)), clip
+
+
+def clips(number: int = 8, seed: int = 0) -> TensorDataset:
+    """Return random clips ``[4, 3, 32, 32]`` with class indices. Put your own data set here."""
+    generator = torch.Generator().manual_seed(seed)
+    videos = torch.randn(number, 4, 3, 32, 32, generator=generator)
+    labels = torch.randint(0, len(CLASSES), (number,), generator=generator)
+    return TensorDataset(videos, labels)
 
 
 class OpenVCLIP(lightning.LightningModule):  # type: ignore[misc]
-    """Two backward passes and one step need Lightning's manual optimization."""
+    """A module with manual optimization, for two backward passes in a step."""
 
     def __init__(
         self,
@@ -40,11 +74,11 @@ class OpenVCLIP(lightning.LightningModule):  # type: ignore[misc]
         self.iwr = openvclip.InterpolatedWeightRegularizer(classifier.model, anchor=clip)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW on what is trained."""
+        """Return AdamW for the trained parameters."""
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=self.lr)
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
-        """Equation 9: the gradients of both losses, then one step."""
+        """Add the gradients of both losses of Equation 9, then do one step."""
         video, label = batch
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
@@ -56,24 +90,24 @@ class OpenVCLIP(lightning.LightningModule):  # type: ignore[misc]
         return loss.detach()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip: in float16 a GradScaler's factor is in the gradients until here."""
+        """Clip the gradients. In float16 the scaler's factor is removed just before this call."""
         self.clip_gradients(optimizer, self.max_grad_norm, "norm")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the state of alpha's generator."""
+        """Save the state of the random numbers of alpha."""
         checkpoint["iwr"] = self.iwr.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the same sequence of alphas."""
+        """Continue the sequence of alphas."""
         self.iwr.load_state_dict(checkpoint["iwr"])
 
 
 class WeightAveraging(lightning.Callback):  # type: ignore[misc]
-    """A ``SWATracker`` that is updated after each optimizer step.
+    """Averages the weights with a ``SWATracker``, which is updated after each optimizer step.
 
     Args:
-        start: steps before the averaging begins.
-        every: steps between two averaged models.
+        start: number of steps before the averaging begins.
+        every: number of steps between two averaged models.
     """
 
     def __init__(self, *, start: int = 0, every: int = 1) -> None:
@@ -84,14 +118,14 @@ class WeightAveraging(lightning.Callback):  # type: ignore[misc]
     def setup(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
     ) -> None:
-        """Make the tracker, after the last change of ``requires_grad``."""
+        """Make the tracker. ``requires_grad`` must not change afterwards."""
         if stage == "fit" and self.tracker is None:
             self.tracker = openvclip.SWATracker(pl_module, start=self.start, every=self.every)
 
     def on_train_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """Begin counting where the run begins, or where it resumes."""
+        """Start to count at the step at which the run starts or resumes."""
         self._steps = trainer.global_step
 
     def on_train_batch_end(
@@ -102,31 +136,29 @@ class WeightAveraging(lightning.Callback):  # type: ignore[misc]
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Add the weights, unless the batch only added to the gradients."""
+        """Add the weights to the average if the batch ended an optimizer step."""
         if self.tracker is not None and trainer.global_step > self._steps:
             self.tracker.update(pl_module)
         self._steps = trainer.global_step
 
     def state_dict(self) -> dict[str, Any]:
-        """The tracker's state, for Lightning's checkpoints."""
+        """Return the state of the tracker, for Lightning's checkpoints."""
         return self.tracker.state_dict() if self.tracker is not None else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the average of a checkpoint."""
+        """Continue the average of a checkpoint."""
         if self.tracker is not None and state_dict:
             self.tracker.load_state_dict(state_dict)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train on random clips from the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Train from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps")
-    parser.add_argument("--out", type=Path, default=None, help="folder for a checkpoint")
-    parser.add_argument("--resume", type=Path, default=None, help="a checkpoint to go on from")
-    parser.add_argument("--accelerator", default="auto", help="as of lightning.Trainer")
-    parser.add_argument("--precision", default="32-true", help="as of lightning.Trainer")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write a checkpoint there")
+    parser.add_argument("--resume", type=Path, metavar="FILE", help="a checkpoint to resume from")
+    parser.add_argument("--accelerator", default="auto", help="see lightning.Trainer")
+    parser.add_argument("--precision", default="32-true", help="see lightning.Trainer")
     args = parser.parse_args(arguments)
     classifier, clip = classifier_and_clip()
     averaging = WeightAveraging()

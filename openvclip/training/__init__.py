@@ -1,1 +1,52 @@
-"""What a training run is made of: batches, shards, checkpoints, processes, log, validation."""
+"""Parts of a training run: batches, shards, checkpoints, processes, log, validation, model card.
+
+``examples/finetune.py`` shows how the parts work together. The module
+:mod:`openvclip.training.shards` is also a command, which writes the index of WebDataset shards.
+"""
+
+from openvclip.training.batches import Batching, VideoBatches, class_warnings, steps_of_run
+from openvclip.training.checkpoints import Checkpoints, TrainingState
+from openvclip.training.log import LoaderWatch, RunLog, Step
+from openvclip.training.methods import (
+    add_distance_penalty,
+    attach_prompts,
+    choose_trained,
+    make_classifier,
+    make_optimizer,
+    make_tracker,
+)
+from openvclip.training.model_card import ModelCard
+from openvclip.training.presets import PRESETS, Preset
+from openvclip.training.processes import training_processes, wrap
+from openvclip.training.recipe import METHODS, Recipe, Run, learning_rate, total_steps
+from openvclip.training.validation import SharedAccuracy, Validation
+
+__all__ = [
+    "METHODS",
+    "PRESETS",
+    "Batching",
+    "Checkpoints",
+    "LoaderWatch",
+    "ModelCard",
+    "Preset",
+    "Recipe",
+    "Run",
+    "RunLog",
+    "SharedAccuracy",
+    "Step",
+    "TrainingState",
+    "Validation",
+    "VideoBatches",
+    "add_distance_penalty",
+    "attach_prompts",
+    "choose_trained",
+    "class_warnings",
+    "learning_rate",
+    "make_classifier",
+    "make_optimizer",
+    "make_tracker",
+    "steps_of_run",
+    "total_steps",
+    "training_processes",
+    "wrap",
+]

@@ -1,10 +1,11 @@
-"""Micro-batches of video files: one order for any number of processes and loader workers."""
+"""Micro-batches of video files, in an order that does not depend on processes or workers."""
 
 from __future__ import annotations
 
 import hashlib
 import signal
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -17,126 +18,132 @@ from openvclip.processes import Processes
 from openvclip.video import VideoDataset
 
 Batch = tuple[Tensor, Tensor, list[str]]
-"""Videos ``[B, T, C, H, W]``, labels ``[B]``, and the names of the videos."""
+"""Videos ``[B, T, C, H, W]``, class indices ``[B]``, and the paths or names of the videos."""
 
 
 def seed_of(*parts: object) -> int:
-    """A seed from some values, unlike for unlike values."""
+    """Return a seed that is computed from the values. Different values give different seeds."""
     text = "/".join(map(str, parts))
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
-def micro_batches_of_a_step(batch_size: int, micro_batch: int, processes: Processes) -> int:
-    """How many micro-batches each process adds up.
+@dataclass(frozen=True)
+class Batching:
+    """How videos are grouped and read: :class:`VideoBatches` and ``ShardBatches`` take it.
 
-    Raises:
-        UsageError: the processes can't share the batch evenly.
+    Attributes:
+        batch_size: number of videos in a step, in all processes together.
+        micro_batch: number of videos that a process reads and trains on at a time.
+        processes: the processes that train together. Default: this process alone.
+        seed: seed of the order of the videos.
+        num_workers: number of processes that read videos, for each process that trains.
+        pin: read into page-locked memory, for a GPU.
     """
-    for name, value in (("--batch-size", batch_size), ("--per-device-batch", micro_batch)):
-        if value < 1:
-            raise UsageError(f"{name} {value}: expected at least 1.")
-    if batch_size % processes.world_size:
-        raise UsageError(
-            f"--batch-size {batch_size} can't be shared evenly by {processes.world_size} "
-            f"processes; choose a multiple of {processes.world_size}, or another number of "
-            "processes."
-        )
-    return -(-batch_size // processes.world_size // micro_batch)
+
+    batch_size: int
+    micro_batch: int
+    processes: Processes = field(default_factory=Processes)
+    seed: int = 0
+    num_workers: int = 0
+    pin: bool = False
+
+    def micro_batches_per_step(self) -> int:
+        """Return the number of micro-batches of each process in a step.
+
+        Raises:
+            UsageError: a size is below 1, or the processes can't share the batch evenly.
+        """
+        sizes = (("--batch-size", self.batch_size), ("--per-device-batch", self.micro_batch))
+        for name, value in sizes:
+            if value < 1:
+                raise UsageError(f"{name} {value}: expected at least 1.")
+        world_size = self.processes.world_size
+        if self.batch_size % world_size:
+            raise UsageError(
+                f"--batch-size {self.batch_size} can't be shared evenly by {world_size} "
+                f"processes; choose a multiple of {world_size}, or another number of processes."
+            )
+        return -(-self.batch_size // world_size // self.micro_batch)
 
 
 class VideoBatches:
-    """What one process reads of a data set: all of a step's micro-batches, step after step.
+    """The micro-batches that one process reads from a data set, step after step.
 
-    The order comes from seed and epoch alone, and so does all that is random in a video, so that
-    neither the number of processes nor that of workers changes what a step sees.
+    The order of the videos depends on the seed and the epoch alone, and so does the augmentation.
+    The number of processes and the number of workers do not change the videos of a step.
 
     Args:
         dataset: the videos.
-        batch_size: videos of a step, in all processes together.
-        micro_batch: videos at a time.
-        processes: the processes.
-        seed: of the order.
-        num_workers: processes that read videos, for each process that trains.
-        pin: read into page-locked memory, for a GPU.
+        batching: how the videos are grouped and read.
 
     Attributes:
-        batch_size: videos of a step, all of them where there are fewer than were asked for.
-        steps: steps of an epoch; the videos that are left over are not seen in it.
-        accumulate: micro-batches of a step.
+        batch_size: number of videos in a step; all videos if there are fewer than
+            ``batching.batch_size``.
+        steps: number of steps in an epoch. The videos that do not fill a step are left out.
+        accumulate: number of micro-batches in a step.
 
     Raises:
         UsageError: the processes can't share the batch evenly.
     """
 
-    def __init__(
-        self,
-        dataset: VideoDataset,
-        *,
-        batch_size: int,
-        micro_batch: int,
-        processes: Processes | None = None,
-        seed: int = 0,
-        num_workers: int = 0,
-        pin: bool = False,
-    ) -> None:
-        processes = processes or Processes()
-        if processes.world_size > 1 and len(dataset) < batch_size:
+    def __init__(self, dataset: VideoDataset, batching: Batching) -> None:
+        processes = batching.processes
+        if processes.world_size > 1 and len(dataset) < batching.batch_size:
             raise UsageError(
-                f"{len(dataset)} videos don't fill one batch of {batch_size} for "
+                f"{len(dataset)} videos don't fill one batch of {batching.batch_size} for "
                 f"{processes.world_size} processes; use one process, or a smaller --batch-size."
             )
-        self.batch_size = batch_size = min(batch_size, len(dataset))
-        self.accumulate = micro_batches_of_a_step(batch_size, micro_batch, processes)
-        self.steps = len(dataset) // batch_size
+        self.batch_size = min(batching.batch_size, len(dataset))
+        self.accumulate = replace(batching, batch_size=self.batch_size).micro_batches_per_step()
+        self.steps = len(dataset) // self.batch_size
         self.dataset = dataset
-        self._order = _Order(len(dataset), batch_size, micro_batch, processes, seed)
+        self._order = _Order(len(dataset), self.batch_size, batching)
         self._loader = DataLoader(
-            _Named(dataset),
+            _NamedVideos(dataset),
             batch_sampler=self._order,
-            num_workers=num_workers,
-            persistent_workers=num_workers > 0,
-            pin_memory=pin,
-            worker_init_fn=outlive_the_signal,
-            generator=torch.Generator().manual_seed(seed),  # leaves the global one alone
+            num_workers=batching.num_workers,
+            persistent_workers=batching.num_workers > 0,
+            pin_memory=batching.pin,
+            worker_init_fn=ignore_sigterm,
+            # With its own generator the loader draws nothing from the global one.
+            generator=torch.Generator().manual_seed(batching.seed),
         )
         self._iterator: Iterator[Batch] = iter(())
 
     def set_epoch(self, epoch: int, first_step: int = 0) -> None:
-        """Say which epoch comes, and how many of its steps were done before."""
+        """Set the next epoch, and the number of its steps that were done in an earlier run."""
         self.dataset.set_epoch(epoch)
         self._order.epoch, self._order.first_step = epoch, first_step
 
     def __iter__(self) -> Iterator[Batch]:
-        self._iterator = iter(self._loader)
+        self._iterator = start_workers(self._loader)
         return self._iterator
 
     def close(self) -> None:
-        """End the workers; the batches can't be iterated any more."""
+        """End the worker processes. The batches can't be iterated afterwards."""
         end_workers(self._iterator)
 
 
 class _Order(Sampler[list[int]]):
-    """The indices of one process's micro-batches."""
+    """The indices of the videos in each micro-batch of one process."""
 
-    def __init__(
-        self, n: int, batch_size: int, micro_batch: int, processes: Processes, seed: int
-    ) -> None:
-        self.n, self.batch_size, self.micro_batch = n, batch_size, micro_batch
-        self.processes, self.seed = processes, seed
+    def __init__(self, n_videos: int, batch_size: int, batching: Batching) -> None:
+        self.n_videos, self.batch_size, self.batching = n_videos, batch_size, batching
         self.epoch = self.first_step = 0
 
     def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(seed_of(self.seed, self.epoch))
-        order = torch.randperm(self.n, generator=generator).tolist()
-        for step in range(self.first_step, self.n // self.batch_size):
-            own = self.processes.share(order[step * self.batch_size : (step + 1) * self.batch_size])
-            for start in range(0, len(own), self.micro_batch):
-                yield own[start : start + self.micro_batch]
+        size, batching = self.batch_size, self.batching
+        generator = torch.Generator().manual_seed(seed_of(batching.seed, self.epoch))
+        order = torch.randperm(self.n_videos, generator=generator).tolist()
+        for step in range(self.first_step, self.n_videos // size):
+            share = batching.processes.share(order[step * size : (step + 1) * size])
+            for start in range(0, len(share), batching.micro_batch):
+                yield share[start : start + batching.micro_batch]
 
 
-class _Named(Dataset[tuple[Tensor, int, str]]):
-    """A data set whose items bring the paths of their videos."""
+class _NamedVideos(Dataset[tuple[Tensor, int, str]]):
+    """A data set whose items hold the path of the video, too."""
 
     def __init__(self, dataset: VideoDataset) -> None:
         self.dataset = dataset
@@ -149,19 +156,22 @@ class _Named(Dataset[tuple[Tensor, int, str]]):
 def steps_of_run(
     loader: Iterable[Sequence[Any]], per_epoch: int, accumulate: int, first: int, total: int
 ) -> Iterator[tuple[int, list[Sequence[Any]]]]:
-    """The number of each step of a run, and its batches.
+    """Yield the number of each step of a run, from 0, with the micro-batches of the step.
 
     Args:
-        loader: iterated once an epoch.
-        per_epoch: steps of an epoch.
-        accumulate: batches of a step.
-        first: the steps that were done before.
-        total: of the run, which can end within an epoch.
+        loader: gives micro-batches; iterated once in each epoch. Its ``set_epoch(epoch,
+            first_step)`` is called before each epoch. Without that method the ``set_epoch(epoch)``
+            of its data set is called.
+        per_epoch: number of steps in an epoch.
+        accumulate: number of micro-batches in a step.
+        first: number of steps that were done in an earlier run.
+        total: number of steps of the run. The run can end within an epoch.
 
     Raises:
-        UsageError: the loader gives another number of batches, or can't begin within an epoch.
+        UsageError: the loader gives another number of micro-batches, or the run goes on within an
+            epoch and the loader has no ``set_epoch``.
     """
-    if first >= total:  # a finished run, which can have ended within an epoch
+    if first >= total:  # the run is finished; it can have ended within an epoch
         return
     for epoch in range(first // per_epoch, -(-total // per_epoch)):
         step, end = max(first, epoch * per_epoch), (epoch + 1) * per_epoch
@@ -179,29 +189,48 @@ def steps_of_run(
             )
 
 
-def _begin_epoch(loader: Any, epoch: int, skip: int) -> None:
-    """Fresh random starts and crops, without the steps that were done before."""
+def _begin_epoch(loader: Any, epoch: int, first_step: int) -> None:
     if hasattr(loader, "set_epoch"):
-        loader.set_epoch(epoch, skip)
+        loader.set_epoch(epoch, first_step)
         return
-    if skip:
-        raise UsageError("This loader can't begin within an epoch; it has no set_epoch().")
+    if first_step:
+        raise UsageError(
+            f"The run goes on at step {first_step} of an epoch, and the loader has no method "
+            "set_epoch(epoch, first_step); give the loader this method."
+        )
     set_epoch = getattr(getattr(loader, "dataset", None), "set_epoch", None)
     if set_epoch is not None:
         set_epoch(epoch)
 
 
-def outlive_the_signal(_: int) -> None:
-    """For workers: a signal to the whole job must not end them before the run has saved."""
+def ignore_sigterm(_worker: int) -> None:
+    """Ignore SIGTERM in a worker, so that the run can save before its workers end.
+
+    Schedulers send SIGTERM to all processes of a job. Pass this function to a ``DataLoader`` as
+    ``worker_init_fn``.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def end_workers(iterator: Iterator[Any]) -> None:
-    """End a loader's workers, which would outlive the signal that Python ends them by at its exit.
+def start_workers(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Return an iterator of a loader, and start its workers while SIGTERM is blocked.
 
-    A loader does so itself when it is collected, which an exception's traceback can put off.
+    A worker inherits the block, so a signal can't end it before :func:`ignore_sigterm` runs.
     """
-    shut_down = getattr(iterator, "_shutdown_workers", None)  # a loader without workers has none
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def end_workers(iterator: Iterator[Any]) -> None:
+    """End the workers of a ``DataLoader``, given the iterator of the loader.
+
+    Python ends workers by SIGTERM at its exit, and these workers ignore SIGTERM. A loader ends
+    its workers when it is collected, which the traceback of an exception can delay.
+    """
+    shut_down = getattr(iterator, "_shutdown_workers", None)  # absent in a loader without workers
     if shut_down is not None:
         shut_down()
 
@@ -209,27 +238,28 @@ def end_workers(iterator: Iterator[Any]) -> None:
 def class_warnings(
     labels: Sequence[int], names: Sequence[str], zero_shot: Sequence[str] = ()
 ) -> list[str]:
-    """What to look at in the classes before a run: those without videos, those not unseen.
+    """Return warnings about classes without videos, and about zero-shot classes in the training.
 
     Args:
         labels: class indices of the training videos.
-        names: the training classes.
-        zero_shot: class names that the model is to be tested on without having seen them.
+        names: names of the training classes.
+        zero_shot: names of the classes for zero-shot tests. The training must not have them.
     """
-    found = []
-    empty = [name for index, name in enumerate(names) if index not in set(labels)]
+    warnings = []
+    seen = set(labels)
+    empty = [name for index, name in enumerate(names) if index not in seen]
     if empty:
-        found.append(f"{len(empty)} of {len(names)} classes have no videos: {', '.join(empty)}.")
-    unseen = {_plain(name): name for name in zero_shot}
-    both = [unseen[_plain(name)] for name in names if _plain(name) in unseen]
-    if both:
-        found.append(
-            f"{len(both)} of {len(zero_shot)} zero-shot classes are trained on, so accuracy on "
-            f"them is not zero-shot: {', '.join(both)}."
+        warnings.append(f"{len(empty)} of {len(names)} classes have no videos: {', '.join(empty)}.")
+    tested = {_letters(name): name for name in zero_shot}
+    trained = [tested[_letters(name)] for name in names if _letters(name) in tested]
+    if trained:
+        warnings.append(
+            f"{len(trained)} of {len(zero_shot)} zero-shot classes are trained on, so accuracy on "
+            f"them is not zero-shot: {', '.join(trained)}."
         )
-    return found
+    return warnings
 
 
-def _plain(name: str) -> str:
-    """The letters and digits, so that ``Baby_Crawling`` and ``baby crawling`` are one class."""
+def _letters(name: str) -> str:
+    """Letters and digits in lower case: ``Baby_Crawling`` and ``baby crawling`` are one class."""
     return "".join(letter for letter in name.casefold() if letter.isalnum())

@@ -1,9 +1,11 @@
-"""The state of a training run in files, from which it goes on exactly where it was."""
+"""Checkpoints of a training run: a resumed run gives the same weights as a run without a stop."""
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import openvclip
-from openvclip.checkpoints import atomic_path
+from openvclip.checkpoints.atomic import atomic_path
 from openvclip.errors import CheckpointError
 from openvclip.processes import Processes
+from openvclip.weights.averaging import SWATracker
 from openvclip.weights.names import named_state
+from openvclip.weights.regularization import InterpolatedWeightRegularizer
 from openvclip.weights.shards import is_sharded, local, local_like, whole
 
 _PATTERN = "checkpoint-*.pt"
@@ -23,26 +26,37 @@ _PATTERN = "checkpoint-*.pt"
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Everything of a run that changes with its steps, but for the random number generators."""
+    """The objects whose state a checkpoint holds.
+
+    Attributes:
+        model: the model that is trained.
+        optimizer: its optimizer.
+        scaler: the scaler of the loss, which may be disabled.
+        iwr: the regulariser, for the state of its random numbers.
+        swa: the average of the weights; ``None`` if the method averages nothing.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    iwr: openvclip.InterpolatedWeightRegularizer
-    swa: openvclip.SWATracker | None
+    iwr: InterpolatedWeightRegularizer
+    swa: SWATracker | None
 
 
 class Checkpoints:
-    """The last checkpoints of a run, in a folder that all processes see.
+    """Saves and loads the checkpoints of a run.
 
-    A checkpoint holds whole tensors, so a run may go on with another number of processes.
+    A checkpoint holds whole tensors, so a run can be resumed with another number of processes.
+    A checkpoint also holds the state of the random number generators of each process.
 
     Args:
-        folder: made where it is missing.
-        settings: what the numbers of the run depend on; a run with others is refused.
-        every: steps between two checkpoints.
-        keep: how many stay.
-        processes: the processes of the run; the first writes.
+        folder: folder of the checkpoints, on a disk that all processes share. It is
+            created if it does not exist.
+        settings: settings that change the weights. A checkpoint with other settings raises an
+            error.
+        every: number of steps between two checkpoints.
+        keep: number of checkpoints that are kept.
+        processes: the processes of the run. The first process writes. Default: this process alone.
 
     Raises:
         CheckpointError: ``every`` or ``keep`` is below 1.
@@ -64,30 +78,48 @@ class Checkpoints:
         self.stop_requested = False
 
     def request_stop(self, *_: object) -> None:
-        """Let the run save and end after its present step; a handler for signals."""
+        """Ask the run to save and end after the present step. This is a handler for signals."""
         self.stop_requested = True
+
+    @contextmanager
+    def stop_on(self, number: signal.Signals) -> Iterator[None]:
+        """Return a context in which a signal calls :meth:`request_stop`.
+
+        Args:
+            number: the signal, such as ``signal.SIGTERM``.
+        """
+        handler = signal.signal(number, self.request_stop)
+        try:
+            yield
+        finally:
+            signal.signal(number, handler)
 
     @property
     def last_step(self) -> int:
-        """The step of the newest checkpoint; 0 where there is none."""
-        found = self._found()
-        return _step_of(found[-1]) if found else 0
+        """The step of the newest checkpoint; 0 if there is no checkpoint."""
+        paths = self._paths()
+        return _step_of(paths[-1]) if paths else 0
 
     def due(self, step: int, total: int) -> bool:
-        """Whether to save after this step."""
+        """Return whether a checkpoint is due after a step."""
         return step % self.every == 0 or step == total
 
     def resume(self, state: TrainingState) -> int:
-        """Load the newest checkpoint into ``state``; returns its step, 0 where there is none.
+        """Load the newest checkpoint into ``state``, and return its step.
+
+        Returns:
+            The number of steps that were done; 0 if there is no checkpoint.
 
         Raises:
-            CheckpointError: it can't be read, or is of a run with other settings, which are shown.
+            CheckpointError: the checkpoint can't be read, or has other settings. The text lists
+                the settings that differ.
         """
-        found = self._found()
-        self.processes.wait()  # or one process could see a checkpoint that another writes by then
-        if not found:
+        paths = self._paths()
+        # All processes list the folder before one of them can write the next checkpoint.
+        self.processes.wait()
+        if not paths:
             return 0
-        saved = _read(found[-1])
+        saved = _read(paths[-1])
         _require_same_settings(saved["settings"], self.settings, self.folder)
         _restore(state, saved)
         if self.processes.rank < len(saved["random"]):
@@ -95,14 +127,14 @@ class Checkpoints:
         return int(saved["step"])
 
     def save(self, state: TrainingState, step: int) -> None:
-        """Write a checkpoint, then remove the oldest.
+        """Write a checkpoint, then remove the oldest one. All processes call this.
 
         Raises:
-            CheckpointError: in all processes, if it can't be written; earlier ones are as they
-                were.
+            CheckpointError: the checkpoint can't be written. All processes raise this error, and
+                earlier checkpoints stay.
         """
         random = self.processes.gather(_random_state())
-        content = _gathered(
+        content = _whole_tensors(
             {
                 "settings": self.settings,
                 "step": step,
@@ -120,10 +152,10 @@ class Checkpoints:
         if problem:
             raise CheckpointError(problem)
         if self.processes.is_first:
-            for old in self._found()[: -self.keep]:
+            for old in self._paths()[: -self.keep]:
                 old.unlink()
 
-    def _found(self) -> list[Path]:
+    def _paths(self) -> list[Path]:
         return sorted(self.folder.glob(_PATTERN), key=_step_of)
 
 
@@ -132,16 +164,16 @@ def _step_of(path: Path) -> int:
 
 
 def _write(content: dict[str, Any], path: Path) -> str:
-    """What went wrong, or an empty text."""
+    """Write a checkpoint; return the text of the error, or an empty text."""
     try:
         with atomic_path(path) as temporary, temporary.open("wb") as file:
             torch.save(content, file)
     except (OSError, RuntimeError) as error:
-        # On a full disk PyTorch fails once more while it handles the system's error.
+        # On a full disk PyTorch raises another error while it handles the error of the system.
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
         return (
-            f"The checkpoint {path} can't be written: {reason}. Earlier ones are as they were; "
-            "make room, and the same command goes on from the last one."
+            f"The checkpoint {path} can't be written: {reason}. Earlier checkpoints stay. "
+            "Make room on the disk, and the same command resumes from the last checkpoint."
         )
     return ""
 
@@ -151,37 +183,38 @@ def _read(path: Path) -> dict[str, Any]:
         saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(
-            f"The checkpoint {path} can't be read: {error}. Remove it to go on from the one before."
+            f"The checkpoint {path} can't be read: {error}. Remove it to resume from the "
+            "checkpoint before it."
         ) from error
     return saved
 
 
-def _require_same_settings(there: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
-    names = [*now, *(name for name in there if name not in now)]
+def _require_same_settings(saved: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
+    names = [*now, *(name for name in saved if name not in now)]
     lines = [
-        f"  {name}: there {there.get(name)!r}, now {now.get(name)!r}"
+        f"  {name}: stored {saved.get(name)!r}, now {now.get(name)!r}"
         for name in names
-        if there.get(name) != now.get(name)
+        if saved.get(name) != now.get(name)
     ]
     if lines:
         raise CheckpointError(
             f"{folder} holds checkpoints of a run with other settings:\n"
             + "\n".join(lines)
-            + "\nGive these settings to go on with it, or another --out to begin a run."
+            + "\nGive the stored settings to resume, or another --out to start a run."
         )
 
 
-def _gathered(entry: Any) -> Any:
-    """The same nested content with whole tensors in place of sharded ones; all processes call it.
+def _whole_tensors(entry: Any) -> Any:
+    """Return nested content with whole tensors in place of sharded tensors.
 
-    Tensors that are sharded or on a GPU are copied to the CPU, one at a time.
+    All processes call this. One tensor at a time is copied to the CPU.
     """
     if isinstance(entry, Tensor):
         return whole(entry).cpu()
     if isinstance(entry, dict):
-        return {name: _gathered(value) for name, value in entry.items()}
+        return {name: _whole_tensors(value) for name, value in entry.items()}
     if isinstance(entry, (list, tuple)):
-        return type(entry)(_gathered(value) for value in entry)
+        return type(entry)(_whole_tensors(value) for value in entry)
     return entry
 
 
@@ -209,21 +242,26 @@ def _restore(state: TrainingState, saved: Mapping[str, Any]) -> None:
 
 
 def load_whole(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy whole tensors into a model's entries, whole or sharded."""
+    """Copy whole tensors into the entries of a model, which may be sharded.
+
+    Args:
+        model: the model, changed in place.
+        weights: a whole tensor for each entry, by name.
+    """
     with torch.no_grad():
         for name, value in named_state(model).items():
             local(value).copy_(local_like(weights[name], value))
 
 
 def _placed(value: Tensor, like: Tensor) -> Tensor:
-    """On the device of ``like``, and sharded where that is."""
+    """Move a tensor to the device of ``like``, and shard it if ``like`` is sharded."""
     moved = value.to(like.device)
     if not is_sharded(like):
         return moved
     from torch.distributed.tensor import distribute_tensor
 
-    there: Any = like
-    return distribute_tensor(moved, there.device_mesh, there.placements, src_data_rank=None)
+    sharded: Any = like
+    return distribute_tensor(moved, sharded.device_mesh, sharded.placements, src_data_rank=None)
 
 
 def _random_state() -> dict[str, Tensor]:

@@ -1,123 +1,152 @@
-"""What :mod:`examples.finetune` starts from: the original CLIP and the videos."""
+"""The inputs of a run: the original CLIP, and the training videos from files or from shards."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import torch
-
-import openvclip
-from openvclip.checkpoints import load_checkpoint
+from openvclip.checkpoints.api import load_checkpoint
 from openvclip.errors import UsageError
-from openvclip.models.labels import read_labels
-from openvclip.models.loading import load_model
-from openvclip.processes import Processes
-from openvclip.training.batches import VideoBatches, class_warnings
-from openvclip.training.methods import Tokenizer, is_expanded
-from openvclip.training.recipe import Recipe
-from openvclip.training.shards import ShardBatches, class_indices, find_shards, read_index
-from openvclip.training.validation import sampling_of
+from openvclip.models.loading import LoadedModel, load_model
+from openvclip.training.batches import Batching, VideoBatches
+from openvclip.training.shard_batches import ShardBatches
+from openvclip.training.shards import class_indices, find_shards, read_index
 from openvclip.video import VideoDataset
+from openvclip.video.sampling import Sampling
 from openvclip.video.transforms import Transform
 
 
-def build_model(args: argparse.Namespace, device: torch.device) -> tuple[Any, Tokenizer, Transform]:
-    """The original CLIP on its device, its tokenizer, and the pixels to train it on.
+def load_original(
+    model: str,
+    pretrained: str,
+    *,
+    hugging_face: str | None = None,
+    start_from: Path | None = None,
+) -> LoadedModel:
+    """Load the model that a run starts from, with the transform for training.
 
-    Its attention is expanded in time where the method asks for it, unless ``--frame-by-frame``.
-    With ``--start-from`` it has the weights of that file, which is then what the method takes for
-    the original.
+    The model is not expanded, and is on the CPU.
+
+    Args:
+        model: an open_clip model, or a JSON file with an open_clip model configuration.
+        pretrained: a tag of open_clip, or a file of weights.
+        hugging_face: name or folder of a CLIP of Hugging Face. It replaces ``model`` and
+            ``pretrained``.
+        start_from: a file of fine-tuned weights. They replace the pretrained weights, and the
+            method takes them for the original CLIP.
+
+    Raises:
+        ModelNameError: open_clip has no such model or no such weights.
+        CheckpointError, StateMismatchError: a file can't be read, or does not fit the model.
     """
-    if args.hf:
+    if hugging_face is not None:
         from openvclip.models.hugging_face import load
 
-        model, tokenizer, pixels = load(args.hf)
+        clip, tokenizer, transform = load(hugging_face)
+        loaded = LoadedModel(Path(hugging_face).name, clip, tokenizer, transform)
     else:
-        loaded = load_model(args.model, args.pretrained, expand=False, transform="train")
-        model, tokenizer, pixels = loaded.model, loaded.tokenizer, loaded.transform
-    if args.start_from is not None:
-        load_checkpoint(args.start_from, model)
-    if is_expanded(args.method) and not args.frame_by_frame:
-        openvclip.expand_temporal_attention(model)
-    pixels = pixels.with_(
-        name="train", hflip=args.flip, color_jitter=args.color_jitter, short_side=args.short_side
-    )
-    return model.to(device), tokenizer, pixels
+        loaded = load_model(model, pretrained, expand=False, transform="train")
+    if start_from is not None:
+        load_checkpoint(start_from, loaded.model)
+    return loaded
 
 
 @dataclass(frozen=True)
-class Videos:
-    """What is trained on.
+class TrainingVideos:
+    """The training videos.
 
     Attributes:
-        batches: of this process.
-        names: of the classes.
-        about: which videos these are, for the checkpoints and the model card.
-        warnings: what is strange about the classes.
+        batches: the micro-batches of this process.
+        names: names of the classes.
+        labels: class index of each video.
+        about: facts about the videos, for the checkpoints and the model card.
     """
 
     batches: VideoBatches | ShardBatches
     names: list[str]
+    labels: list[int]
     about: dict[str, Any]
-    warnings: list[str]
 
 
-def load_videos(
-    args: argparse.Namespace,
-    recipe: Recipe,
-    pixels: Transform,
-    processes: Processes,
-    device: torch.device,
-) -> Videos:
-    """The training videos, from annotated files or from shards.
+def videos_from_files(
+    annotations: Path,
+    folder: Path,
+    names: Sequence[str] | None,
+    transform: Transform,
+    sampling: Sampling,
+    batching: Batching,
+) -> TrainingVideos:
+    """Return the training videos of an annotation file.
+
+    Args:
+        annotations: lines of path and class, or the official lists of a data set.
+        folder: folder of the videos.
+        names: names of the classes. ``None``: the annotations have the names.
+        transform: transform from 8-bit frames to model input.
+        sampling: the frames that are read from each video.
+        batching: how the videos are grouped and read.
 
     Raises:
-        AnnotationError, ClassNamesError: a list, an index or the class names don't fit.
-        UsageError: the batch can't be shared by the processes.
+        AnnotationError, ClassNamesError: the annotations and the class names do not fit.
+        UsageError: the class names are missing, or the processes can't share the batch.
     """
-    sampling = sampling_of(args, args.sampler)
-    names = read_labels(args.classes) if args.classes is not None else None
-    reading: dict[str, Any] = {
-        "batch_size": recipe.batch_size,
-        "micro_batch": args.per_device_batch,
-        "processes": processes,
-        "seed": recipe.seed,
-        "num_workers": args.num_workers,
-        "pin": device.type == "cuda",
-    }
-    batches: VideoBatches | ShardBatches
-    about: dict[str, Any] = {}
-    if args.shards is not None:
-        names = names or []
-        found = class_indices(read_index(find_shards(args.shards), args.shard_index), names)
-        sizes = {shard: len(labels) for shard, labels in found.items()}
-        batches = ShardBatches(sizes, names, transform=pixels, sampling=sampling, **reading)
-        labels = [label for shard in found.values() for label in shard]
-        content: object = found
-        # Which videos a step sees depends on how many streams there are.
-        about |= {"processes": processes.world_size, "per_device_batch": args.per_device_batch}
-    else:
-        dataset = VideoDataset(
-            args.annotations,
-            args.videos,
-            class_names=names,
-            transform=pixels,
-            seed=recipe.seed,
-            sampling=sampling,
+    dataset = VideoDataset(
+        annotations,
+        folder,
+        class_names=names,
+        transform=transform,
+        seed=batching.seed,
+        sampling=sampling,
+    )
+    if dataset.class_names is None:
+        raise UsageError(
+            f"{annotations} numbers its classes: give their names with --classes FILE."
         )
-        if dataset.class_names is None:
-            raise UsageError(
-                f"{args.annotations} numbers its classes: give their names with --classes FILE."
-            )
-        names = dataset.class_names
-        batches = VideoBatches(dataset, **reading)
-        labels = [label for _, label in dataset.samples]
-        content = dataset.samples
-    digest = hashlib.blake2b(repr((content, names)).encode(), digest_size=4).hexdigest()
-    source = args.shards or str(args.annotations)
-    about |= {"source": source, "videos": len(labels), "classes": len(names), "digest": digest}
-    unseen = read_labels(args.zero_shot_classes) if args.zero_shot_classes is not None else []
-    return Videos(batches, names, about, class_warnings(labels, names, unseen))
+    labels = [label for _, label in dataset.samples]
+    about = _about(str(annotations), dataset.samples, labels, dataset.class_names)
+    return TrainingVideos(VideoBatches(dataset, batching), dataset.class_names, labels, about)
+
+
+def videos_from_shards(
+    pattern: str,
+    index: Path | None,
+    names: Sequence[str],
+    transform: Transform,
+    sampling: Sampling,
+    batching: Batching,
+) -> TrainingVideos:
+    """Return the training videos of WebDataset shards.
+
+    Args:
+        pattern: pattern of the shards, such as ``"k400-{0000..0999}.tar"``.
+        index: the index of the shards. ``None``: read the labels from the shards.
+        names: names of the classes.
+        transform: transform from 8-bit frames to model input.
+        sampling: the frames that are read from each video.
+        batching: how the videos are grouped and read.
+
+    Raises:
+        AnnotationError: a shard or the index can't be read, or a label is unknown.
+        UsageError: the processes or the workers can't share the shards.
+    """
+    classes = class_indices(read_index(find_shards(pattern), index), names)
+    sizes = {shard: len(labels) for shard, labels in classes.items()}
+    labels = [label for shard in classes.values() for label in shard]
+    # The videos of a step depend on the number of streams, and so on these numbers.
+    about = {
+        "processes": batching.processes.world_size,
+        "per_device_batch": batching.micro_batch,
+        **_about(pattern, classes, labels, names),
+    }
+    batches = ShardBatches(sizes, names, transform, sampling, batching)
+    return TrainingVideos(batches, list(names), labels, about)
+
+
+def _about(
+    source: str, content: object, labels: Sequence[int], names: Sequence[str]
+) -> dict[str, Any]:
+    digest = hashlib.blake2b(repr((content, list(names))).encode(), digest_size=4).hexdigest()
+    return {"source": source, "videos": len(labels), "classes": len(names), "digest": digest}

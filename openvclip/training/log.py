@@ -1,4 +1,4 @@
-"""What a run says of itself: ``metrics.jsonl``, TensorBoard, lines with the time that is left."""
+"""The log of a run: ``metrics.jsonl``, TensorBoard, and lines with the time that is left."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from openvclip.checkpoints import atomic_path
+from openvclip.checkpoints.atomic import atomic_path
 
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step.
+    """The numbers of one optimizer step.
 
     Attributes:
-        number: from 1.
-        loss: mean over the batch of all processes, at the weights themselves.
+        number: number of the step, from 1.
+        loss: loss at the weights themselves, the mean over the batch of all processes.
         lr: learning rate.
-        alpha: of the regulariser, or ``None`` where the second pass was left out.
+        alpha: alpha of the regulariser; ``None`` in a step without the regulariser.
         waiting: seconds in which this process waited for videos.
-        seconds: the whole step.
+        seconds: seconds of the whole step.
     """
 
     number: int
@@ -34,61 +34,63 @@ class Step:
 
 
 class LoaderWatch:
-    """Tells, once, that training waits for videos.
+    """Warns once if training waits for videos.
 
     Args:
-        steps: looked at together.
-        share: of the time in which waiting is worth a warning.
+        steps: number of steps that are looked at together.
+        share: share of the time, in [0, 1]. A larger share of waiting gives a warning.
     """
 
     def __init__(self, steps: int = 50, share: float = 0.2) -> None:
         self.steps, self.share = steps, share
         self._waiting = self._seconds = 0.0
-        self._seen, self._said = 0, False
+        self._n_steps, self._has_warned = 0, False
 
     def add(self, step: Step) -> str | None:
-        """Take a step into account; a warning where it is due."""
+        """Take a step into account, and return a warning if training waits for videos."""
         self._waiting += step.waiting
         self._seconds += step.seconds
-        self._seen += 1
-        if self._said or self._seen % self.steps:
+        self._n_steps += 1
+        if self._has_warned or self._n_steps % self.steps:
             return None
-        part = self._waiting / self._seconds if self._seconds else 0.0
+        share = self._waiting / self._seconds if self._seconds else 0.0
         self._waiting = self._seconds = 0.0
-        if part <= self.share:
+        if share <= self.share:
             return None
-        self._said = True
+        self._has_warned = True
         return (
-            f"The loader is the bottleneck: {part:.0%} of the last {self.steps} steps was waiting "
+            f"The loader is the bottleneck: {share:.0%} of the last {self.steps} steps was waiting "
             "for videos. More --num-workers help, or videos that are smaller or on a faster disk."
         )
 
 
 class RunLog:
-    """Writes what happens in a run.
+    """Writes the numbers of a run to ``metrics.jsonl`` and to TensorBoard, and prints them.
 
     Args:
-        folder: for ``metrics.jsonl`` and ``tensorboard/``; ``None`` in processes that only train.
-        total: steps of the run.
-        first: steps that were done before; later lines of an earlier run are dropped.
-        every: steps between two lines.
+        folder: folder of ``metrics.jsonl`` and ``tensorboard/``. ``None``: write and print
+            nothing, for all processes but the first.
+        total: number of steps of the run.
+        first: number of steps that were done in an earlier run. Lines of later steps are removed.
+        every: number of steps between two lines.
     """
 
     def __init__(self, folder: Path | None, total: int, *, first: int = 0, every: int = 10) -> None:
         self.total, self.every = total, every
         self._path, self._board = None, None
         self._watch = LoaderWatch()
-        self._pace: float | None = None
+        self._seconds_per_step: float | None = None
         if folder is not None:
             self._path = folder / "metrics.jsonl"
-            _drop_lines_after(first, self._path)
+            _remove_lines_after(first, self._path)
             self._board = _tensorboard(folder / "tensorboard", first)
 
     def step(self, step: Step) -> None:
-        """Take note of a step."""
+        """Write a step, if its line is due, and print the time that is left."""
         if self._path is None:
             return
-        self._pace = step.seconds if self._pace is None else 0.95 * self._pace + 0.05 * step.seconds
+        mean = step.seconds if self._seconds_per_step is None else self._seconds_per_step
+        self._seconds_per_step = 0.95 * mean + 0.05 * step.seconds
         warning = self._watch.add(step)
         if warning is not None:
             print(warning, file=sys.stderr, flush=True)
@@ -97,8 +99,8 @@ class RunLog:
         numbers = {"loss": step.loss, "lr": step.lr, "alpha": step.alpha}
         times = {"seconds": round(step.seconds, 4), "waiting": round(step.waiting, 4)}
         self.write(step.number, **numbers, **times)
-        if not sys.stderr.isatty():  # there the progress bar says this
-            left = timedelta(seconds=round(self._pace * (self.total - step.number)))
+        if not sys.stderr.isatty():  # on a terminal the progress bar shows this
+            left = timedelta(seconds=round(self._seconds_per_step * (self.total - step.number)))
             print(
                 f"step {step.number}/{self.total}, loss {step.loss:.4f}, lr {step.lr:.3g}, "
                 f"{step.seconds:.2f} s a step, {left} left",
@@ -106,8 +108,8 @@ class RunLog:
             )
 
     def write(self, step: int, **values: Any) -> None:
-        """Append a line of numbers, and give them to TensorBoard."""
-        if self._path is None:
+        """Append a line of numbers, if there are any, and give the numbers to TensorBoard."""
+        if self._path is None or not values:
             return
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
@@ -116,34 +118,34 @@ class RunLog:
                 if value is not None:
                     self._board.add_scalar(name, value, step)
 
-    def tells(self, step: int, name: str) -> bool:
-        """Whether there is a number of this name for a step; no in processes that only train."""
+    def has(self, step: int, name: str) -> bool:
+        """Return whether the log has a number of this name for a step. Without a folder: no."""
         if self._path is None:
             return False
         lines = map(json.loads, self._path.read_text(encoding="utf-8").splitlines())
         return any(line["step"] == step and name in line for line in lines)
 
     def close(self) -> None:
-        """Let TensorBoard write what it holds."""
+        """Write the numbers that TensorBoard still holds, and close its file."""
         if self._board is not None:
             self._board.close()
 
 
-def _drop_lines_after(first: int, path: Path) -> None:
-    old = path.read_text(encoding="utf-8") if path.exists() else ""
-    kept = []
-    for line in old.splitlines():
+def _remove_lines_after(step: int, path: Path) -> None:
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    lines = []
+    for line in text.splitlines():
         try:
-            if json.loads(line)["step"] <= first:
-                kept.append(line + "\n")
-        except ValueError:  # a process was killed while it wrote
+            if json.loads(line)["step"] <= step:
+                lines.append(line + "\n")
+        except ValueError:  # the line is cut off: a process was killed while it wrote the line
             continue
     with atomic_path(path) as temporary:
-        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.write_text("".join(lines), encoding="utf-8")
 
 
 def _tensorboard(folder: Path, first: int) -> Any:
-    """A writer, or ``None`` where TensorBoard is not installed."""
+    """Return a writer, or ``None`` if TensorBoard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

@@ -1,4 +1,4 @@
-"""What each method trains, with what optimizer, and the classifier that goes with it."""
+"""The parts of a method: trained parameters, optimizer, weight average and classifier."""
 
 from __future__ import annotations
 
@@ -9,20 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import openvclip
 from openvclip import prompting
 from openvclip.errors import UsageError
+from openvclip.models.classifier import ZeroShotClassifier
 from openvclip.prompting import VideoClassifier
-from openvclip.training.recipe import PROMPTED, VIFI, Recipe
+from openvclip.training.recipe import PROMPT_METHODS, VIFI_TOWERS, Recipe
+from openvclip.weights.averaging import SWATracker
 from openvclip.weights.shards import local, local_like
 
-Classifier = openvclip.ZeroShotClassifier | VideoClassifier
+Classifier = ZeroShotClassifier | VideoClassifier
 Tokenizer = Callable[[list[str]], Tensor]
 
 
 def is_expanded(method: str) -> bool:
-    """Whether frames attend to their neighbours; ViFi-CLIP and Vita-CLIP leave CLIP's attention."""
-    return method not in VIFI and method not in PROMPTED
+    """Return whether a method expands the temporal attention.
+
+    ViFi-CLIP and Vita-CLIP keep CLIP's attention within a frame.
+    """
+    return method not in VIFI_TOWERS and method not in PROMPT_METHODS
 
 
 def attach_prompts(
@@ -34,24 +38,24 @@ def attach_prompts(
     *,
     class_prompts: bool,
 ) -> None:
-    """Give the model the prompts that a method learns; other methods leave it as it is.
+    """Attach the prompts that a method learns, in place. Other methods do not change the model.
 
     Args:
-        model: where they go, in place.
+        model: an open_clip model.
         method: one of :data:`openvclip.training.recipe.METHODS`.
-        names: the training classes.
-        frames: of a clip.
-        numbers: ``vision_prompts``, ``text_prompts``, ``vision_depth`` and ``text_depth``, the
-            ones that differ from the method's own.
-        class_prompts: whether each class has text prompts of its own (Vita-CLIP).
+        names: names of the training classes.
+        frames: number of frames of a clip.
+        numbers: ``vision_prompts``, ``text_prompts``, ``vision_depth`` and ``text_depth``. Numbers
+            that are left out have the method's default.
+        class_prompts: learn text prompts for each class (Vita-CLIP).
     """
     if method == "bridge":
         prompting.attach_vifi(model, **numbers)
     elif method == "vita":
         renamed = {"vision_prompts": "global_prompts", "text_prompts": "text_prompts"}
-        own = {new: numbers[old] for old, new in renamed.items() if old in numbers}
+        sizes = {new: numbers[old] for old, new in renamed.items() if old in numbers}
         prompting.attach_vita(
-            model, frames=frames, class_names=list(names) if class_prompts else None, **own
+            model, frames=frames, class_names=list(names) if class_prompts else None, **sizes
         )
 
 
@@ -62,58 +66,61 @@ def make_classifier(
     method: str,
     template: str | None = None,
 ) -> Classifier:
-    """A classifier with the pooling and the texts of a method.
+    """Return a classifier with the pooling and the texts of a method.
 
     Args:
-        model: with the method's prompts, where it learns some.
-        tokenizer: the model's.
-        names: the classes.
+        model: an open_clip model, with prompts if the method learns prompts.
+        tokenizer: tokenizer of the model.
+        names: names of the classes.
         method: one of :data:`openvclip.training.recipe.METHODS`.
-        template: one text with ``{}`` in place of the method's own.
+        template: a text with ``{}`` for the class name. Default: the templates of the method.
     """
     if not is_expanded(method):
         return VideoClassifier(model, tokenizer, names, template)
     if template is not None:
-        return openvclip.ZeroShotClassifier(model, tokenizer, names, [template])
-    return openvclip.ZeroShotClassifier(model, tokenizer, names)
+        return ZeroShotClassifier(model, tokenizer, names, [template])
+    return ZeroShotClassifier(model, tokenizer, names)
 
 
 def choose_trained(model: nn.Module, method: str) -> None:
-    """Train the image tower and the logit scale, the text tower stays CLIP's.
+    """Set ``requires_grad`` of each parameter, in place.
 
-    ViFi-CLIP trains both towers or one of them; bridge and Vita-CLIP train the prompts alone.
+    Open-VCLIP and its variants train the image tower and the logit scale. ViFi-CLIP trains both
+    towers or one of them. Bridge and Vita-CLIP train the prompts alone.
 
     Raises:
-        PromptingError: the model lacks the prompts that are to be trained, or has some already.
+        PromptingError: the method learns prompts and the model has none, or the method learns no
+            prompts and the model has some.
     """
-    if method in PROMPTED:
-        prompting.parameters(model)  # attaching them froze the rest
+    if method in PROMPT_METHODS:
+        prompting.parameters(model)  # raises without prompts; attaching prompts froze the rest
         return
-    if method in VIFI:
-        prompting.fine_tune(model, VIFI[method])
+    if method in VIFI_TOWERS:
+        prompting.fine_tune(model, VIFI_TOWERS[method])
         return
-    image = ("visual.", "vision_model.", "visual_projection.")  # open_clip's, and Hugging Face's
+    # Names of open_clip, then names of Hugging Face.
+    image_tower = ("visual.", "vision_model.", "visual_projection.")
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(image) or name == "logit_scale")
+        parameter.requires_grad_(name.startswith(image_tower) or name == "logit_scale")
 
 
 @contextmanager
 def text_made_once(classifier: Classifier) -> Iterator[None]:
-    """A block in which features of texts that nothing changes are not made anew in each step."""
-    learns = isinstance(classifier, VideoClassifier) and classifier.text_features().requires_grad
-    with nullcontext() if learns else fixed_text(classifier):
+    """Return a context in which text features that training does not change are computed once."""
+    trained = isinstance(classifier, VideoClassifier) and classifier.text_features().requires_grad
+    with nullcontext() if trained else fixed_text(classifier):
         yield
 
 
 def fixed_text(classifier: Classifier) -> AbstractContextManager[None]:
-    """A block in which text features stay as they are, where the classifier makes them anew."""
+    """Return a context in which the text features of a classifier are computed once."""
     return classifier.fixed_text() if isinstance(classifier, VideoClassifier) else nullcontext()
 
 
 def make_optimizer(
     trained: list[nn.Parameter], recipe: Recipe, betas: tuple[float, float] = (0.9, 0.999)
 ) -> torch.optim.Optimizer:
-    """AdamW, with a weight decay of their own for parameters of less than two axes."""
+    """Return AdamW, with ``recipe.weight_decay_1d`` for parameters of fewer than two axes."""
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": recipe.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": recipe.weight_decay_1d},
@@ -121,13 +128,17 @@ def make_optimizer(
     return torch.optim.AdamW(groups, lr=recipe.lr, betas=betas)
 
 
-def make_tracker(
-    model: nn.Module, recipe: Recipe, steps_per_epoch: int, total: int
-) -> openvclip.SWATracker:
-    """The average of a run of ``total`` steps.
+def make_tracker(model: nn.Module, recipe: Recipe, steps_per_epoch: int, total: int) -> SWATracker:
+    """Return the tracker that averages the weights along a run.
+
+    Args:
+        model: the model that is trained.
+        recipe: the averaging begins after ``recipe.average_after`` epochs.
+        steps_per_epoch: number of steps in an epoch.
+        total: number of steps of the run.
 
     Raises:
-        UsageError: no model would enter it.
+        UsageError: the run ends before the first model enters the average.
     """
     every = max(1, steps_per_epoch // recipe.averages_per_epoch)
     start = recipe.average_after * steps_per_epoch
@@ -136,12 +147,18 @@ def make_tracker(
             f"No model would enter the average: {total // steps_per_epoch} epochs end before it "
             f"begins (--average-after {recipe.average_after}). Train longer or average earlier."
         )
-    return openvclip.SWATracker(model, start=start, every=every)
+    return SWATracker(model, start=start, every=every)
 
 
 @torch.no_grad()
-def add_distance_penalty(model: nn.Module, clip: dict[str, Tensor], weight: float) -> None:
-    """Add the gradient of ``weight`` times the squared L2 distance to CLIP (Table 5)."""
+def add_distance_penalty(model: nn.Module, clip: Mapping[str, Tensor], weight: float) -> None:
+    """Add the gradient of ``weight`` times the squared L2 distance to the original CLIP (Table 5).
+
+    Args:
+        model: the model, with gradients.
+        clip: state dict of the original CLIP.
+        weight: factor of the squared distance.
+    """
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             drift = local(parameter) - local_like(clip[name], parameter)

@@ -1,4 +1,4 @@
-"""The model card of a fine-tuned model: recipe, data, lambda, results, versions."""
+"""The model card of a run: files, data, recipe, results and versions in Markdown."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from openvclip.checkpoints import atomic_path
+from openvclip.checkpoints.atomic import atomic_path
 
 _PACKAGES = ("openvclip", "torch", "open_clip_torch", "transformers", "av", "webdataset", "numpy")
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What a card says.
+    """The contents of a model card.
 
     Attributes:
-        name: of the original model.
-        lam: weight of the original model in the final weights; ``None`` where the run learned
+        name: name of the original model.
+        lam: weight of the original model in the final weights; ``None`` if the run learned
             prompts.
-        settings: the recipe and how it was run, by name.
-        data: what was trained on, by name.
+        settings: settings of the run, by name.
+        data: facts about the training videos, by name.
         results: accuracies in [0, 1], by name; may be empty.
-        files: what the folder holds, with a few words on each.
+        files: description of each file in the folder, by name.
     """
 
     name: str
@@ -36,22 +36,22 @@ class ModelCard:
     files: Mapping[str, str]
 
     def text(self) -> str:
-        """The card in Markdown."""
+        """Return the card in Markdown."""
         parts = [
-            *self._head(),
+            *self._introduction(),
             _section("Files", self.files),
             _section("Data", self.data),
             _section("Recipe", self.settings),
         ]
         if self.results:
-            shown = {name: f"{100 * value:.1f} %" for name, value in self.results.items()}
-            parts.append(_section("Results", shown))
+            percent = {name: f"{100 * value:.1f} %" for name, value in self.results.items()}
+            parts.append(_section("Results", percent))
         else:
             parts.append("## Results\n\nNot evaluated in this run.")
         parts.append(_section("Versions", _versions()))
         return "\n\n".join(parts) + "\n"
 
-    def _head(self) -> list[str]:
+    def _introduction(self) -> list[str]:
         method = self.settings.get("method", "openvclip")
         if self.lam is None:
             start = self.settings.get("start_from")
@@ -59,12 +59,12 @@ class ModelCard:
             return [
                 f"# Prompts for {self.name}, learned on videos",
                 f"Prompts for a frozen `{self.name}` with {weights}, learned on videos with "
-                f"openvclip's method `{method}`. They are of use with these weights alone.",
+                f"openvclip's method `{method}`. The prompts work only with these weights.",
             ]
         return [
             f"# {self.name}, fine-tuned on videos",
             f"Weights of `{self.name}` after fine-tuning on videos with openvclip's method "
-            f"`{method}`, interpolated with the original ones: "
+            f"`{method}`, interpolated with the original weights: "
             f"`{self.lam:g} · original + {1 - self.lam:g} · fine-tuned` (λ = {self.lam:g} weighs "
             "the original).",
         ]
@@ -86,10 +86,10 @@ def _cell(value: Any) -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return versions

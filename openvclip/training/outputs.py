@@ -1,21 +1,23 @@
-"""What a run leaves: files of weights, or of prompts, and what they were measured to be worth."""
+"""The files of a finished run: weights or prompts, with the accuracy, and a model card."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-import openvclip
 from openvclip import prompting
-from openvclip.checkpoints import save_checkpoint
+from openvclip.checkpoints.api import save_checkpoint
 from openvclip.processes import Processes
 from openvclip.training.checkpoints import load_whole
 from openvclip.training.model_card import ModelCard
-from openvclip.training.recipe import PROMPTED, Recipe
+from openvclip.training.recipe import PROMPT_METHODS, Recipe
 from openvclip.training.validation import Validation
+from openvclip.weights.averaging import SWATracker
+from openvclip.weights.interpolation import interpolate
 from openvclip.weights.shards import full_state
 
 WEIGHTS = {
@@ -23,110 +25,128 @@ WEIGHTS = {
     "averaged": "the average of the weights along the run",
     "final": "interpolated with the original CLIP: the weights to use",
 }
-"""The files of weights."""
+"""The files of weights, and a description of each."""
 
 PROMPTS = {"prompts": "the prompts alone, for `openvclip.prompting.load`"}
-"""The file of a method that learns prompts."""
+"""The file of a method that learns prompts, and its description."""
+
+
+@dataclass(frozen=True)
+class RunOutputs:
+    """The results of a run, for :func:`write_outputs`.
+
+    Attributes:
+        model: the trained model, whole or sharded.
+        clip: state dict of the original CLIP.
+        swa: the average of the weights; ``None`` if the method averages nothing.
+        shapes: shape of each entry of the model before the model was sharded.
+        recipe: the recipe of the training.
+        validation: computes the accuracy of the weights that the model holds.
+        processes: the processes of the run. The first process writes.
+    """
+
+    model: nn.Module
+    clip: Mapping[str, Tensor]
+    swa: SWATracker | None
+    shapes: Mapping[str, Sequence[int]]
+    recipe: Recipe
+    validation: Validation
+    processes: Processes
+
+
+@dataclass(frozen=True)
+class RunDescription:
+    """The facts about a run that its model card shows.
+
+    Attributes:
+        name: name of the original model.
+        settings: settings of the run, by name.
+        data: facts about the training videos, by name.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    data: Mapping[str, Any]
+
+
+def write_outputs(folder: Path, outputs: RunOutputs, description: RunDescription) -> None:
+    """Write the weights or the prompts of a run and a model card. All processes call this.
+
+    The model holds the final weights afterwards.
+
+    Args:
+        folder: folder of the files.
+        outputs: the results of the run.
+        description: facts about the run, for the model card.
+    """
+    prompted = outputs.recipe.method in PROMPT_METHODS
+    lam = None if prompted else outputs.recipe.lam
+    if prompted:
+        files, results = write_prompts(folder, outputs)
+        message = f"Wrote {folder / 'prompts.safetensors'}: the prompts alone."
+    else:
+        files, results = write_weights(folder, outputs)
+        message = f"Wrote {folder / 'final.safetensors'}: lambda {lam} on the original CLIP."
+    if outputs.processes.is_first:
+        card = ModelCard(
+            description.name, lam, description.settings, description.data, results, files
+        )
+        card.write(folder / "README.md")
+        print(message)
 
 
 def final_weights(
-    model: nn.Module, clip: dict[str, Tensor], swa: openvclip.SWATracker | None, lam: float
+    model: nn.Module, clip: Mapping[str, Tensor], swa: SWATracker | None, lam: float
 ) -> dict[str, Tensor]:
-    """Equation 10: CLIP interpolated with the average, or with the last weights without one."""
-    theta = swa.averaged_state_dict() if swa is not None else model.state_dict()
-    return openvclip.interpolate(clip, full_state(theta), lam)
-
-
-def leave(
-    out: Path,
-    name: str,
-    recipe: Recipe,
-    model: nn.Module,
-    clip: dict[str, Tensor],
-    swa: openvclip.SWATracker | None,
-    shapes: Mapping[str, Sequence[int]],
-    validation: Validation,
-    processes: Processes,
-    settings: dict[str, Any],
-    data: dict[str, Any],
-) -> None:
-    """Write what the method gives, weights or prompts, and a model card; say what to use.
+    """Return the original CLIP interpolated with the average of the weights (Equation 10).
 
     Args:
-        out: folder of the files.
-        name: of the model, for the card.
-        recipe: how it was trained.
-        model: as training left it.
-        clip: the original CLIP.
-        swa: the average, where the method averages.
-        shapes: of the entries as the model had them before it was sharded.
-        validation: of the weights.
-        processes: the processes; all of them call this.
-        settings: for the card.
-        data: which videos, for the card.
+        model: the trained model. Its weights are used if there is no average.
+        clip: state dict of the original CLIP.
+        swa: the average of the weights.
+        lam: weight of ``clip``.
     """
-    prompted = recipe.method in PROMPTED
-    if prompted:
-        files, results = write_prompts(out, model, validation, processes)
-        said = f"Wrote {out / 'prompts.safetensors'}: the prompts alone."
-    else:
-        files, results = write_weights(
-            out, model, clip, swa, recipe.lam, shapes, validation, processes
-        )
-        said = f"Wrote {out / 'final.safetensors'}: lambda {recipe.lam} on the original CLIP."
-    if processes.is_first:
-        lam = None if prompted else recipe.lam
-        ModelCard(name, lam, settings, data, results, files).write(out / "README.md")
-        print(said)
+    theta = swa.averaged_state_dict() if swa is not None else model.state_dict()
+    return interpolate(clip, full_state(theta), lam)
 
 
-def write_weights(
-    out: Path,
-    model: nn.Module,
-    clip: dict[str, Tensor],
-    swa: openvclip.SWATracker | None,
-    lam: float,
-    shapes: Mapping[str, Sequence[int]],
-    validation: Validation,
-    processes: Processes,
-) -> tuple[dict[str, str], dict[str, float]]:
-    """Write the last, the average and the final weights; the model has the final ones afterwards.
+def write_weights(folder: Path, outputs: RunOutputs) -> tuple[dict[str, str], dict[str, float]]:
+    """Write the last, the averaged and the final weights. All processes call this.
 
-    Args:
-        out: folder of the files, which the first process writes; all of them call this.
-        model: as training left it, whole or sharded.
-        clip: the original CLIP.
-        swa: the average, where the method averages.
-        lam: weight of ``clip`` in the final weights.
-        shapes: of the entries as the model had them before it was sharded.
-        validation: of the last and of the final weights.
-        processes: the processes.
+    The model holds the final weights afterwards.
 
     Returns:
-        What the folder holds, and the accuracies by name.
+        The description of each file, and the accuracies by name.
     """
+    model, swa, lam = outputs.model, outputs.swa, outputs.recipe.lam
     states = {"finetuned": full_state(model.state_dict())}
     if swa is not None:
         states["averaged"] = full_state(swa.averaged_state_dict())
-    states["final"] = final_weights(model, clip, swa, lam)
-    # Before the model changes: the last weights are its own tensors.
-    for name, weights in states.items() if processes.is_first else ():
+    states["final"] = final_weights(model, outputs.clip, swa, lam)
+    # The last weights are the tensors of the model: they are written before the model changes.
+    for name, weights in states.items() if outputs.processes.is_first else ():
         save_checkpoint(
-            {key: value.reshape(shapes[key]) for key, value in weights.items()},
-            out / f"{name}.safetensors",
+            {key: value.reshape(outputs.shapes[key]) for key, value in weights.items()},
+            folder / f"{name}.safetensors",
             metadata={"lambda": str(lam)} if name == "final" else None,
         )
-    results = {f"{name}, last weights": value for name, value in validation.accuracy().items()}
+    results = _named(outputs.validation.accuracy(), "last weights")
     load_whole(model, states["final"])
-    results |= {f"{name}, final weights": v for name, v in validation.accuracy().items()}
+    results |= _named(outputs.validation.accuracy(), "final weights")
     return {f"`{name}.safetensors`": WEIGHTS[name] for name in states}, results
 
 
-def write_prompts(
-    out: Path, model: nn.Module, validation: Validation, processes: Processes
-) -> tuple[dict[str, str], dict[str, float]]:
-    """Write the prompts of a frozen model; arguments and results as :func:`write_weights`."""
-    results = {f"{name}, last prompts": value for name, value in validation.accuracy().items()}
-    if processes.is_first:
-        prompting.save(model, out / "prompts.safetensors")
+def write_prompts(folder: Path, outputs: RunOutputs) -> tuple[dict[str, str], dict[str, float]]:
+    """Write the prompts of a frozen model. All processes call this.
+
+    Returns:
+        The description of the file, and the accuracies by name.
+    """
+    results = _named(outputs.validation.accuracy(), "last prompts")
+    if outputs.processes.is_first:
+        prompting.save(outputs.model, folder / "prompts.safetensors")
     return {f"`{name}.safetensors`": text for name, text in PROMPTS.items()}, results
+
+
+def _named(accuracy: Mapping[str, float], what: str) -> dict[str, float]:
+    return {f"{name}, {what}": value for name, value in accuracy.items()}

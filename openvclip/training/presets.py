@@ -1,9 +1,9 @@
-"""The published recipes, as defaults of :mod:`examples.finetune` and :mod:`examples.accuracy`.
+"""The published recipes, as defaults of ``examples/finetune.py`` and ``examples/accuracy.py``.
 
-Source: the papers (Weng et al., ICML 2023; Rasheed et al. and Wasim et al., CVPR 2023). What they
-leave open is as the releases have it: a cosine that ends at a hundredth of the learning rate
-(ViFi-CLIP) or at zero (Vita-CLIP), 16 frames in supervised training, and a batch of 64 from base
-to novel.
+Source: the papers (Weng et al., ICML 2023; Rasheed et al. and Wasim et al., CVPR 2023). The papers
+do not give these numbers, which come from the releases: the cosine ends at a hundredth of the
+learning rate (ViFi-CLIP) or at zero (Vita-CLIP), supervised training has 16 frames, and base to
+novel has a batch of 64.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Preset:
-    """A recipe as values of flags, by name; flags that it does not name keep their defaults.
+    """A recipe as values of flags, by name. Other flags keep their defaults.
 
     Attributes:
-        about: what it is, in a few words.
-        training: flags of :mod:`examples.finetune`.
-        testing: flags of :mod:`examples.accuracy`.
+        about: a description of the recipe.
+        training: flags of ``examples/finetune.py``.
+        testing: flags of ``examples/accuracy.py``.
     """
 
     about: str
@@ -28,16 +28,16 @@ class Preset:
     testing: Mapping[str, Any]
 
     def text(self) -> str:
-        """The flags that it sets, as they are typed."""
+        """Return the flags for training as they are typed on a command line."""
         return " ".join(_flag(name, value) for name, value in self.training.items())
 
 
 def _flag(name: str, value: Any) -> str:
-    typed = "--" + name.replace("_", "-")
+    flag = "--" + name.replace("_", "-")
     if value is True:
-        return typed
-    shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-    return f'{typed} "{shown}"' if isinstance(value, str) and " " in value else f"{typed} {shown}"
+        return flag
+    text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return f'{flag} "{text}"' if isinstance(value, str) and " " in value else f"{flag} {text}"
 
 
 _VIFI_CLIPS = {"frames": 32, "sampler": "uniform", "short_side": 256}
@@ -68,22 +68,22 @@ def _bridge(about: str, *, lr: float, epochs: int, prompts: int, depth: int) -> 
 
 
 def _supervised() -> Preset:
-    trained = _vifi(
+    preset = _vifi(
         "ViFi-CLIP on all videos of a data set, tested on 4 x 3 views",
         lr=2.2e-5,
         epochs=30,
         batch_size=512,
         frames=16,
     )
-    # Of the three crops each is as high as the frame: the short side is the crop's.
+    # Each of the three crops is as high as the frame: the short side has the size of a crop.
     views = {"frames": 16, "short_side": None, "views": 4, "crops": 3}
-    return Preset(trained.about, trained.training, {**trained.testing, **views})
+    return Preset(preset.about, preset.training, {**preset.testing, **views})
 
 
 PRESETS: dict[str, Preset] = {
     "open-vclip": Preset("the paper's Open-VCLIP: the defaults", {}, {"views": 3}),
     "vifi-zero-shot": _vifi(
-        "ViFi-CLIP on Kinetics-400, for classes of other data sets",
+        "ViFi-CLIP on Kinetics-400, for the classes of other data sets",
         lr=8e-6,
         epochs=10,
         batch_size=256,
@@ -96,7 +96,7 @@ PRESETS: dict[str, Preset] = {
         "ViFi-CLIP on 16 videos of each base class", lr=2e-6, epochs=11, batch_size=64
     ),
     "bridge-few-shot": _bridge(
-        "prompts for a fine-tuned model, on few videos of each class",
+        "prompts for a fine-tuned model, on a few videos of each class",
         lr=8e-3,
         epochs=50,
         prompts=10,
@@ -110,7 +110,7 @@ PRESETS: dict[str, Preset] = {
         depth=9,
     ),
     "vita": Preset(
-        "Vita-CLIP: all its prompts for a frozen CLIP",
+        "Vita-CLIP: prompts for a frozen CLIP",
         {
             "method": "vita",
             "lr": 4e-4,
@@ -138,11 +138,11 @@ PRESETS: dict[str, Preset] = {
 
 
 def overview() -> str:
-    """What each preset sets, for the help."""
+    """Return the flags that each preset sets, for the help text."""
     lines = []
     for name, preset in PRESETS.items():
         lines += [f"  {name}: {preset.about}"]
         lines += [f"      {preset.text()}"] if preset.training else []
-    return "presets, and what they set; a flag that is given has the last word:\n" + "\n".join(
+    return "presets and the flags that they set; a flag on the command line wins:\n" + "\n".join(
         lines
     )

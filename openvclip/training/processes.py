@@ -1,4 +1,4 @@
-"""One process or many: the process group, the model wrapped for it, what is said and agreed on."""
+"""Training in one process or several: process group, device, model wrapper, joint errors."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from openvclip.errors import OpenVCLIPError, UnsupportedModelError, UsageError
 from openvclip.processes import Processes, local_rank
 
 _LOST = (
-    "Another process of this run is gone or does not answer, so all of them end; torchrun says "
-    "below which one was first. The same command goes on from the last checkpoint."
+    "Another process of this run is gone or does not answer, so all processes end; torchrun says "
+    "below which process failed first. The same command resumes from the last checkpoint."
 )
 
 
@@ -28,14 +28,15 @@ _LOST = (
 def training_processes(
     device: str | None, minutes: float
 ) -> Iterator[tuple[Processes, torch.device]]:
-    """The processes that ``torchrun`` started, or this one alone, and this one's device.
+    """Return a context with the processes of ``torchrun`` and the device of this process.
 
-    Errors that say themselves what is wrong end the process with their text, printed by one of
-    the processes that meet them.
+    Without ``torchrun`` this process is alone. In the context an :class:`OpenVCLIPError` or a
+    ``FloatingPointError`` ends the process with the text of the error and without a traceback.
+    If several processes raise the same error, one of them prints the text.
 
     Args:
-        device: such as ``"cuda"`` or ``"cpu"``; by default a GPU where there is one.
-        minutes: how long a process waits for the others before it takes them for lost.
+        device: such as ``"cuda"`` or ``"cpu"``. Default: a GPU if there is one, else the CPU.
+        minutes: time limit of a collective operation, after which a process counts as lost.
     """
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -55,59 +56,62 @@ def training_processes(
         if not _is_loss_of_a_process(error):
             raise
         _end(_LOST, processes)
-    except SystemExit:  # stopped by a signal, all of them after the same step
-        _leave(processes)
+    except SystemExit:  # a signal stopped all processes after the same step
+        _destroy_group(processes)
         raise
-    _leave(processes)
+    _destroy_group(processes)
 
 
-def _leave(processes: Processes) -> None:
+def _destroy_group(processes: Processes) -> None:
     if processes.world_size > 1:
         distributed.destroy_process_group()
 
 
 def _is_loss_of_a_process(error: RuntimeError) -> bool:
-    # Gloo's errors have no class of their own.
-    known = isinstance(error, distributed.DistError)
-    return known or (distributed.is_initialized() and "gloo" in str(error).lower())
+    # Gloo raises a plain RuntimeError.
+    has_class = isinstance(error, distributed.DistError)
+    return has_class or (distributed.is_initialized() and "gloo" in str(error).lower())
 
 
 def _end(text: str, processes: Processes) -> None:
-    if processes.world_size == 1 or _is_first_to_say(text):
+    if processes.world_size == 1 or _is_first_to_print(text):
         print(text, file=sys.stderr, flush=True)
     if processes.world_size == 1:
         raise SystemExit(1)
-    # Without clean-up: the threads of the process group can wait for a process that is gone.
+    # Exit without clean-up: threads of the process group can wait for a process that is gone.
     sys.stdout.flush()
     os._exit(1)
 
 
-def _is_first_to_say(text: str) -> bool:
-    """Whether no other process has said the same; torchrun's store outlives the processes."""
+def _is_first_to_print(text: str) -> bool:
+    """Return whether no other process printed the text. The store of torchrun counts the calls."""
     try:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        c10d: Any = distributed  # does not say that its stores are public
+        c10d: Any = distributed  # the stores are missing from its type annotations
         store = c10d.TCPStore(
             address, port, is_master=False, timeout=timedelta(seconds=5), wait_for_workers=False
         )
-        return bool(store.add(f"said/{hashlib.sha256(text.encode()).hexdigest()}", 1) == 1)
+        return bool(store.add(f"printed/{hashlib.sha256(text.encode()).hexdigest()}", 1) == 1)
     except (KeyError, RuntimeError):
         return True
 
 
 def agree(processes: Processes, losses: Tensor, stop: bool) -> tuple[list[float], bool]:
-    """The means of the processes' losses, and whether any of them is to stop.
+    """Return the means of the losses over the processes, and whether any process asks to stop.
 
-    This is where a step waits for its losses.
+    All processes call this once in a step. The call waits for the losses of the step.
+
+    Args:
+        processes: the processes that train together.
+        losses: losses of this process.
+        stop: whether this process asks to stop.
     """
     if processes.world_size == 1:
         return losses.tolist(), stop
-    all_of_it = torch.cat(
-        [losses.float() / processes.world_size, losses.new_full((1,), stop).float()]
-    )
-    distributed.all_reduce(all_of_it)
-    *means, wishes = all_of_it.tolist()
-    return means, wishes > 0
+    values = torch.cat([losses.float() / processes.world_size, losses.new_full((1,), stop).float()])
+    distributed.all_reduce(values)
+    *means, n_stop = values.tolist()
+    return means, n_stop > 0
 
 
 def loss_error(
@@ -117,42 +121,58 @@ def loss_error(
     losses: Tensor,
     processes: Processes,
 ) -> FloatingPointError:
-    """The error of a loss that is not finite, the same in all processes.
+    """Return the error for a loss that is not finite. All processes call this and get one text.
 
     Args:
-        values: the losses of the step, means over the processes.
-        step: its number, from 1.
-        batches: this process's, with the videos' names where they have them.
-        losses: of each of ``batches``.
+        values: losses of the step, means over the processes.
+        step: number of the step, from 1.
+        batches: micro-batches of this process. A third entry of a batch names its videos.
+        losses: loss of each of ``batches``.
         processes: the processes.
     """
     pairs = zip(batches, losses.tolist(), strict=True)
-    own = [
-        n for batch, loss in pairs if not math.isfinite(loss) for names in batch[2:] for n in names
-    ]
-    names = [name for part in processes.gather(own) for name in part]
+    names = _names_of([batch for batch, loss in pairs if not math.isfinite(loss)], processes)
     videos = f" Its videos: {', '.join(names)}." if names else ""
     value = next(value for value in values if not math.isfinite(value))
     return FloatingPointError(
-        f"The loss is {value} at step {step}; look at what was read, or lower --lr.{videos}"
+        f"The loss is {value} at step {step}, expected a finite number; look at the videos, or "
+        f"lower --lr.{videos}"
     )
 
 
 def gradient_error(
     norm: float, step: int, batches: list[Sequence[Any]], processes: Processes
 ) -> FloatingPointError:
-    """The error of a gradient that is not finite though the loss is, the same in all processes."""
-    own = [name for batch in batches for names in batch[2:] for name in names]
-    names = [name for part in processes.gather(own) for name in part]
+    """Return the error for a gradient that is not finite although the loss is finite.
+
+    All processes call this and get one text.
+
+    Args:
+        norm: norm of the gradient.
+        step: number of the step, from 1.
+        batches: micro-batches of this process. A third entry of a batch names its videos.
+        processes: the processes.
+    """
+    names = _names_of(batches, processes)
     videos = f" The step's videos: {', '.join(names)}." if names else ""
     return FloatingPointError(
-        f"The norm of the gradient is {norm} at step {step}, where the loss is finite; the weights "
-        f"are as before the step. Look at what was read, or lower --lr.{videos}"
+        f"The norm of the gradient is {norm} at step {step}, where the loss is finite; expected a "
+        "finite norm. The step did not change the weights. Look at the videos, or lower --lr."
+        f"{videos}"
     )
 
 
+def _names_of(batches: list[Sequence[Any]], processes: Processes) -> list[str]:
+    """The names of the videos in the batches of all processes."""
+    names = [name for batch in batches for names in batch[2:] for name in names]
+    return [name for part in processes.gather(names) for name in part]
+
+
 def give_scalars_an_axis(model: nn.Module) -> None:
-    """Make scalar parameters (the logit scale) vectors of one number: FSDP2 takes no scalars."""
+    """Replace scalar parameters (the logit scale) by vectors of length 1, in place, for FSDP2.
+
+    FSDP2 can't shard a scalar.
+    """
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.ndim == 0:
@@ -161,7 +181,12 @@ def give_scalars_an_axis(model: nn.Module) -> None:
 
 
 def save_memory(model: nn.Module) -> None:
-    """Switch activation checkpointing on, as open_clip and Hugging Face (5, before) call it."""
+    """Switch activation checkpointing on.
+
+    Raises:
+        UnsupportedModelError: the model has no activation checkpointing.
+    """
+    # The names in open_clip, in transformers 5 and in earlier versions of transformers.
     names = (
         "set_grad_checkpointing",
         "activation_checkpointing_enable",
@@ -169,7 +194,10 @@ def save_memory(model: nn.Module) -> None:
     )
     switch = next((getattr(model, name) for name in names if hasattr(model, name)), None)
     if switch is None:
-        raise UnsupportedModelError(f"{type(model).__name__} has no activation checkpointing.")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no activation checkpointing; expected one of the methods "
+            f"{', '.join(names)}. Leave --checkpointing out."
+        )
     switch()
 
 
@@ -181,14 +209,17 @@ def wrap(
     fsdp: bool,
     compiler: str | None,
 ) -> nn.Module:
-    """What to call in place of the classifier, so that gradients are those of the joint batch.
+    """Return the module to call for training, so that gradients are reduced over the processes.
 
     Args:
-        classifier: on its device. It is changed in place by ``fsdp`` and ``compiler``.
+        classifier: the classifier, on its device. ``fsdp`` and ``compiler`` change it in place.
         processes: the processes that train together.
-        device: where the classifier is.
-        fsdp: shard it (FSDP2) instead of keeping a copy in each process.
-        compiler: backend of ``torch.compile`` for each layer of the towers, or ``None``.
+        device: device of the classifier.
+        fsdp: shard the classifier (FSDP2). Otherwise each process has a copy (DDP).
+        compiler: backend of ``torch.compile`` for each layer of the towers. ``None``: not compiled.
+
+    Raises:
+        UsageError: ``fsdp`` with a single process.
     """
     if fsdp and processes.world_size == 1:
         raise UsageError("--fsdp shards the model among processes: start several with torchrun.")
@@ -210,7 +241,7 @@ def wrap(
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
-    """The members of lists of modules of one kind, inner lists first: the towers' layers."""
+    """The layers of the towers: members of lists of modules of one class, inner lists first."""
     lists: list[Any] = [m for m in model.modules() if isinstance(m, (nn.ModuleList, nn.Sequential))]
-    alike = [m for m in lists if len(m) > 1 and len({type(part) for part in m}) == 1]
-    return [layer for found in reversed(alike) for layer in found]
+    stacks = [m for m in lists if len(m) > 1 and len({type(part) for part in m}) == 1]
+    return [layer for stack in reversed(stacks) for layer in stack]

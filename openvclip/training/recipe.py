@@ -1,4 +1,7 @@
-"""The paper's recipe as numbers, and how it can be run."""
+"""The settings of a training run: :class:`Recipe` (what is trained) and :class:`Run` (how).
+
+``examples/finetune.py`` has a flag for each field that has a help text.
+"""
 
 from __future__ import annotations
 
@@ -8,53 +11,62 @@ from typing import Any, Literal
 
 import torch
 
-VIFI: dict[str, Literal["both", "image", "text"]] = {
+VIFI_TOWERS: dict[str, Literal["both", "image", "text"]] = {
     "vifi": "both",
     "vifi-image": "image",
     "vifi-text": "text",
 }
-"""ViFi-CLIP's fine-tuning, and what of CLIP it trains."""
+"""The methods of ViFi-CLIP's fine-tuning, and the towers that each of them trains."""
 
-PROMPTED = ("bridge", "vita")
+PROMPT_METHODS = ("bridge", "vita")
 """The methods that learn prompts for a frozen model."""
 
-METHODS = ("openvclip", "finetune", "l2", "iwr", "swa", *VIFI, *PROMPTED)
+METHODS = ("openvclip", "finetune", "l2", "iwr", "swa", *VIFI_TOWERS, *PROMPT_METHODS)
+"""The methods of training."""
 
 
-def _setting(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+def _setting(default: Any, text: str, **flag: Any) -> Any:
+    """A field with a help text; ``flag`` says how the command line reads it."""
+    return field(default=default, metadata={"help": text, **flag})
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train. Steps are optimizer steps; an epoch is one pass over the loader."""
+    """What is trained, and with which numbers. The defaults are the recipe of the paper.
+
+    A step is an optimizer step. An epoch is one pass over the training videos.
+
+    Raises:
+        ValueError: ``method`` is not one of :data:`METHODS`.
+    """
 
     method: str = _setting(
         "openvclip",
-        "openvclip = iwr + swa; finetune = neither; l2 = penalty on the distance to CLIP; vifi = "
-        "ViFi-CLIP's fine-tuning, text tower too, or of one tower; bridge = ViFi-CLIP's prompts "
-        "for a fine-tuned model; vita = Vita-CLIP's prompts",
+        "openvclip: iwr and swa; finetune: neither; l2: a penalty on the distance to CLIP; vifi: "
+        "ViFi-CLIP's fine-tuning of both towers, or of one tower; bridge: ViFi-CLIP's prompts "
+        "for a fine-tuned model; vita: Vita-CLIP's prompts",
+        choices=METHODS,
     )
-    epochs: int = _setting(22, "passes over the videos, the warm-up included")
+    epochs: int = _setting(22, "epochs, the warm-up included")
     warmup_epochs: int = _setting(2, "epochs of linear warm-up")
     lr: float = _setting(3.33e-6, "learning rate after the warm-up")
     warmup_start_lr: float = _setting(3.33e-8, "learning rate at the first step")
     end_lr: float = _setting(3.33e-8, "learning rate at the last step")
-    weight_decay: float = _setting(0.01, "AdamW's weight decay, for matrices")
-    weight_decay_1d: float = _setting(0.0, "the same for biases, norms and scales")
+    weight_decay: float = _setting(0.01, "weight decay of AdamW for matrices")
+    weight_decay_1d: float = _setting(0.0, "weight decay of AdamW for biases, norms and scales")
     clip_grad_norm: float = _setting(1.0, "largest norm of the gradient")
-    batch_size: int = _setting(64, "videos per step")
+    batch_size: int = _setting(64, "videos in a step, on all devices together")
     alpha_max: float = _setting(
-        0.6, "alpha of the regulariser is uniform in [0, alpha_max]; it weighs CLIP"
+        0.6, "alpha of the regulariser is uniform in [--alpha-min, --alpha-max]; it weighs CLIP"
     )
-    iwr_weight: float = _setting(0.5, "C of Equation 9")
+    iwr_weight: float = _setting(0.5, "C of Equation 9, the weight of the regulariser's loss")
     l2_weight: float = _setting(0.5, "factor of the squared distance to CLIP (method l2)")
     average_after: int = _setting(
         1,
-        "epochs before the averaging begins; the first model is that of an epoch later, so 1 is "
-        "the release's mean of the epochs 2 to 22, the first of which ends the warm-up",
+        "epochs before the averaging begins. The first averaged model is the model one epoch "
+        "later: 1 gives the mean of the models after epochs 2 to 22, as in the release",
     )
-    averages_per_epoch: int = _setting(1, "models of an epoch that enter the average")
+    averages_per_epoch: int = _setting(1, "models that enter the average in an epoch")
     lam: float = _setting(0.5, "weight of CLIP in the final interpolation")
     seed: int = _setting(0, "seed of the order of the videos, their augmentation and alpha")
 
@@ -64,50 +76,64 @@ class Recipe:
 
     @property
     def uses_iwr(self) -> bool:
-        """Whether the loss of interpolated weights is added."""
+        """Whether the method adds the loss at the interpolated weights."""
         return self.method in ("openvclip", "iwr")
 
     @property
     def uses_swa(self) -> bool:
-        """Whether weights are averaged."""
+        """Whether the method averages the weights."""
         return self.method in ("openvclip", "swa")
 
 
 @dataclass(frozen=True)
 class Run:
-    """How a recipe is run: variations of regulariser and optimizer, and what devices need.
+    """How a recipe is run: options of the regulariser and the optimizer, precision and memory.
 
     Attributes:
-        every: steps from one with the regulariser to the next.
+        every: the regulariser is used in every ``every``-th step.
         alpha_min: lower end of the interval of alpha.
-        betas: AdamW's.
-        steps: all steps of the run, in place of the recipe's epochs.
-        accumulate: batches of the loader that make a step.
-        amp: autocast to this dtype (bfloat16 or float16).
-        checkpointing: compute activations again instead of keeping them.
-        compiler: backend of ``torch.compile`` for the towers' layers.
-        fsdp: shard the model among the processes instead of copying it.
+        betas: betas of AdamW.
+        steps: number of steps of the run. Default: the epochs of the recipe.
+        accumulate: number of micro-batches of a process in a step.
+        amp: dtype of autocast, ``torch.bfloat16`` or ``torch.float16``. Default: no autocast.
+        checkpointing: recompute activations in the backward pass, which saves memory.
+        compiler: backend of ``torch.compile`` for the layers of the towers. Default: not compiled.
+        fsdp: shard the model among the processes (FSDP2). Default: each process has a copy (DDP).
     """
 
-    every: int = 1
-    alpha_min: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    steps: int | None = None
+    every: int = _setting(1, "use the regulariser in every N-th step", at_least=1, metavar="N")
+    alpha_min: float = _setting(0.0, "lower end of the interval of alpha")
+    betas: tuple[float, float] = _setting((0.9, 0.999), "betas of AdamW", nargs=2)
+    steps: int | None = _setting(
+        None, "steps of the run (default: as many as --epochs needs)", at_least=1
+    )
     accumulate: int = 1
     amp: torch.dtype | None = None
-    checkpointing: bool = False
+    checkpointing: bool = _setting(
+        False, "recompute activations in the backward pass, which saves memory"
+    )
     compiler: str | None = None
-    fsdp: bool = False
+    fsdp: bool = _setting(False, "shard the model among the processes (FSDP2)")
 
 
 def total_steps(recipe: Recipe, run: Run, steps_per_epoch: int) -> int:
-    """Optimizer steps of a whole run."""
+    """Return the number of steps of a whole run."""
     return recipe.epochs * steps_per_epoch if run.steps is None else run.steps
 
 
 def learning_rate(step: int, warmup: int, total: int, recipe: Recipe) -> float:
-    """Linear from ``warmup_start_lr`` to ``lr``, then half a cosine to ``end_lr``."""
+    """Return the learning rate of a step: a linear warm-up, then half a cosine.
+
+    The rate rises from ``recipe.warmup_start_lr`` to ``recipe.lr``, then falls to
+    ``recipe.end_lr``.
+
+    Args:
+        step: number of the step, from 0.
+        warmup: number of steps of the warm-up.
+        total: number of steps of the run.
+        recipe: the rates.
+    """
     if step < warmup:
         return recipe.warmup_start_lr + (recipe.lr - recipe.warmup_start_lr) * step / warmup
-    done = (step - warmup) / max(1, total - 1 - warmup)
-    return recipe.end_lr + (recipe.lr - recipe.end_lr) * 0.5 * (1 + math.cos(math.pi * done))
+    progress = (step - warmup) / max(1, total - 1 - warmup)
+    return recipe.end_lr + (recipe.lr - recipe.end_lr) * 0.5 * (1 + math.cos(math.pi * progress))

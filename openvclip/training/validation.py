@@ -1,50 +1,35 @@
-"""Accuracy on annotated videos, shared by the processes of a run."""
+"""Accuracy on annotated videos, computed by all processes of a run together."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from openvclip.evaluation import evaluate
+from openvclip.evaluation.accuracy import evaluate
 from openvclip.processes import Processes
-from openvclip.training.batches import outlive_the_signal
+from openvclip.training.batches import ignore_sigterm, start_workers
 from openvclip.training.methods import Classifier, fixed_text
 from openvclip.video import VideoDataset
-from openvclip.video.sampling import Sampler, Sampling
-from openvclip.video.transforms import Transform
+from openvclip.video.sampling import Sampler
 
-TESTED: dict[str, Sampler] = {"dense": "released", "uniform": "uniform"}
-"""For each way in which frames are taken in training, the one of testing."""
-
-
-def sampling_of(args: argparse.Namespace, sampler: Sampler, views: int = 1) -> Sampling:
-    """The frames that the options ask for."""
-    return Sampling(
-        num_frames=args.frames,
-        sampling_rate=args.sampling_rate,
-        target_fps=args.target_fps,
-        views=views,
-        sampler=sampler,
-        backend=args.backend,
-    )
+TEST_SAMPLERS: dict[str, Sampler] = {"dense": "released", "uniform": "uniform"}
+"""The sampler for tests that belongs to each sampler for training."""
 
 
 class SharedAccuracy:
-    """The accuracy of a classifier on a data set, of which each process reads a part.
+    """The accuracy of a classifier on a data set; each process reads a part of the videos.
 
     Args:
-        dataset: gives :class:`openvclip.video.VideoSample` (``details=True``).
+        dataset: gives :class:`openvclip.video.VideoSample` (made with ``details=True``).
         processes: the processes.
-        batch_size: videos at a time.
-        num_workers: processes that read videos, for each process.
-        amp: autocast to this dtype.
+        batch_size: number of videos that a process reads at a time.
+        num_workers: number of processes that read videos, for each process.
+        amp: dtype of autocast. Default: no autocast.
     """
 
     def __init__(
@@ -57,76 +42,68 @@ class SharedAccuracy:
         amp: torch.dtype | None,
     ) -> None:
         self.processes, self.amp = processes, amp
-        own = processes.share(list(range(len(dataset))))
-        self._count = len(own)
-        # As many batches in each process: sharded weights are put together by all at once.
-        own += [0] * (-(-len(dataset) // processes.world_size) - len(own))
+        share = processes.share(list(range(len(dataset))))
+        self._n_videos = len(share)
+        # All processes need the same number of batches: they gather sharded weights together.
+        share += [0] * (-(-len(dataset) // processes.world_size) - len(share))
         self._loader: DataLoader[Any] = DataLoader(
-            Subset(dataset, own),
+            Subset(dataset, share),
             batch_size=batch_size,
             num_workers=num_workers,
-            worker_init_fn=outlive_the_signal,
-            generator=torch.Generator(),  # leaves the global one alone
+            worker_init_fn=ignore_sigterm,
+            generator=torch.Generator(),  # with it the loader draws nothing from the global one
         )
 
     def of(self, classifier: nn.Module, description: str = "validation") -> dict[str, float]:
-        """``top1`` and ``top5`` in [0, 1] of the weights as they are."""
+        """Return the accuracies ``top1`` and ``top5`` in [0, 1]. All processes call this.
+
+        Args:
+            classifier: gives logits ``[B, K]`` for clips ``[B, T, C, H, W]``.
+            description: label of the progress bar.
+        """
         device = next(classifier.parameters()).device
         with torch.autocast(device.type, self.amp, enabled=self.amp is not None):
             progress = None if self.processes.is_first else False
-            found = evaluate(classifier, self._loader, progress=progress, description=description)
-        places = found.ranks[: self._count]
-        counts = [int((places < 1).sum()), int((places < 5).sum()), len(places)]
-        first, five, videos = map(sum, zip(*self.processes.gather(counts), strict=True))
-        return {"top1": first / videos, "top5": five / videos}
+            result = evaluate(
+                classifier, _Batches(self._loader), progress=progress, description=description
+            )
+        ranks = result.ranks[: self._n_videos]
+        counts = [int((ranks < 1).sum()), int((ranks < 5).sum()), len(ranks)]
+        top1, top5, videos = map(sum, zip(*self.processes.gather(counts), strict=True))
+        return {"top1": top1 / videos, "top5": top5 / videos}
+
+
+class _Batches:
+    """The batches of a loader whose workers ignore SIGTERM from their start."""
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        return start_workers(self._loader)
+
+    def __len__(self) -> int:
+        return len(self._loader)
 
 
 class Validation:
-    """Closed-set accuracy on the classes of the training, one view a video.
+    """The accuracy of a classifier during and after training.
 
     Args:
-        args: the command line.
-        classifier: of the training classes.
-        names: the training classes.
-        pixels: of the training; those of the validation have their size, mean and deviation.
-        amp: autocast to this dtype.
-        processes: the processes.
+        classifier: classifier of the training classes.
+        shared: computes the accuracy. ``None``: there are no validation videos.
+        sharded: the weights are sharded (FSDP2), and so the text features can't be computed
+            outside of a forward pass of the classifier.
     """
 
     def __init__(
-        self,
-        args: argparse.Namespace,
-        classifier: Classifier,
-        names: Sequence[str],
-        pixels: Transform,
-        amp: torch.dtype | None,
-        processes: Processes,
+        self, classifier: Classifier, shared: SharedAccuracy | None, *, sharded: bool = False
     ) -> None:
-        self.classifier = classifier
-        # Sharded text weights can't be used outside a forward pass of the whole.
-        self._text = nullcontext if args.fsdp else partial(fixed_text, classifier)
-        self._shared: SharedAccuracy | None = None
-        if args.val_annotations is None:
-            return
-        dataset = VideoDataset(
-            args.val_annotations,
-            args.val_videos or args.videos,
-            class_names=names,
-            transform=pixels.with_(name="released"),
-            sampling=sampling_of(args, TESTED[args.sampler]),
-            details=True,
-        )
-        self._shared = SharedAccuracy(
-            dataset,
-            processes,
-            batch_size=args.per_device_batch,
-            num_workers=args.num_workers,
-            amp=amp,
-        )
+        self.classifier, self._shared, self._sharded = classifier, shared, sharded
 
     def accuracy(self) -> dict[str, float]:
-        """``top1`` and ``top5`` in [0, 1] of the weights as they are; nothing without videos."""
+        """Return ``top1`` and ``top5`` in [0, 1] at the present weights; empty without videos."""
         if self._shared is None:
             return {}
-        with self._text():
+        with nullcontext() if self._sharded else fixed_text(self.classifier):
             return self._shared.of(self.classifier)

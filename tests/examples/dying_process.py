@@ -18,7 +18,7 @@ from examples import finetune
 from openvclip.training.log import RunLog, Step
 from openvclip.training.validation import Validation
 
-told, measured, validations = RunLog.step, Validation.accuracy, count(1)
+log_step, accuracy_of, validations = RunLog.step, Validation.accuracy, count(1)
 
 
 def die(where: str) -> None:
@@ -28,7 +28,7 @@ def die(where: str) -> None:
 
 
 def step(log: RunLog, done: Step) -> None:
-    told(log, done)
+    log_step(log, done)
     if done.number == 3:
         die("training")
 
@@ -36,7 +36,7 @@ def step(log: RunLog, done: Step) -> None:
 def accuracy(validation: Validation) -> dict[str, float]:
     if next(validations) == 2:
         die("validation")
-    return measured(validation)
+    return accuracy_of(validation)
 
 
 if __name__ == "__main__":

@@ -55,21 +55,27 @@ class Loader:
 def trained(
     processes: Processes, recipe: Recipe, run: Run, checkpoints: Checkpoints | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    given = classifier_of(recipe.method)
+    classifier = classifier_of(recipe.method)
     if run.fsdp:
-        give_scalars_an_axis(given.model)
+        give_scalars_an_axis(classifier.model)
     clip, swa = train(
-        given, Loader(processes), 2, recipe, run=run, processes=processes, checkpoints=checkpoints
+        classifier,
+        Loader(processes),
+        2,
+        recipe,
+        run=run,
+        processes=processes,
+        checkpoints=checkpoints,
     )
-    assert any(map(is_sharded, given.model.parameters())) == run.fsdp
+    assert any(map(is_sharded, classifier.model.parameters())) == run.fsdp
     average = full_state(swa.averaged_state_dict()) if swa is not None else {}
     if swa is not None:
-        final = final_weights(given.model, clip, swa, 0.25)
+        final = final_weights(classifier.model, clip, swa, 0.25)
         expected = {n: 0.25 * clip[n].double() + 0.75 * average[n].double() for n in clip}
         assert_close(final, expected)
-    last = {n: v.detach().clone() for n, v in full_state(given.model.state_dict()).items()}
-    load_whole(given.model, clip)
-    assert_close(full_state(given.model.state_dict()), clip)
+    last = {n: v.detach().clone() for n, v in full_state(classifier.model.state_dict()).items()}
+    load_whole(classifier.model, clip)
+    assert_close(full_state(classifier.model.state_dict()), clip)
     return last, average
 
 
@@ -101,8 +107,8 @@ def resume(processes: Processes, out: Path, run: Run) -> None:
     again = Checkpoints(folder, {"lr": 1}, every=10, processes=processes)
     assert again.last_step == 3
     processes.wait()
-    for one, other in zip(trained(processes, TINY, run, again), (last, average), strict=True):
-        assert all(torch.equal(one[name], value) for name, value in other.items())
+    for state, expected in zip(trained(processes, TINY, run, again), (last, average), strict=True):
+        assert all(torch.equal(state[name], value) for name, value in expected.items())
     if processes.is_first and not run.fsdp:
         (folder / "checkpoint-00000006.pt").unlink()
         alone = trained(Processes(), TINY, run, Checkpoints(folder, {"lr": 1}, every=10))

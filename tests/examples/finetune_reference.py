@@ -83,20 +83,28 @@ def is_trained(name: str, method: str) -> bool:
 
 def trained_by_hand(
     recipe: Recipe,
-    given: Batches,
+    epoch_batches: Batches,
     *,
     every: int = 1,
     low: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.999),
     steps: int | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Last weights, and the mean of those at the ends of the epochs after the first.
+    """Return the last weights, and the mean of the weights after each epoch but the first.
 
-    ``given`` are the batches of one epoch, each of one step.
+    Args:
+        recipe: the recipe.
+        epoch_batches: the batches of an epoch, one for each step.
+        every: the regulariser is used in every ``every``-th step.
+        low: lower end of the interval of alpha.
+        betas: betas of AdamW.
+        steps: number of steps. Default: the epochs of the recipe.
     """
-    shown = classifier_of(recipe.method)
-    model = shown.model
-    logits = (lambda v: vifi_logits(model, v)) if recipe.method.startswith("vifi") else shown
+    clip_classifier = classifier_of(recipe.method)
+    model = clip_classifier.model
+    logits = (
+        (lambda v: vifi_logits(model, v)) if recipe.method.startswith("vifi") else clip_classifier
+    )
     clip = {name: value.clone() for name, value in model.state_dict().items()}
     parameters = dict(model.named_parameters())
     names = [name for name in parameters if is_trained(name, recipe.method)]
@@ -111,10 +119,10 @@ def trained_by_hand(
         betas=betas,
     )
     alphas = torch.Generator().manual_seed(recipe.seed)
-    per_epoch, total = len(given), steps or len(given) * recipe.epochs
-    kept: list[dict[str, Tensor]] = []
+    per_epoch, total = len(epoch_batches), steps or len(epoch_batches) * recipe.epochs
+    snapshots: list[dict[str, Tensor]] = []
     for step in range(total):
-        video, label = given[step % per_epoch]
+        video, label = epoch_batches[step % per_epoch]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, per_epoch, total, recipe)
         loss = functional.cross_entropy(logits(video), label)
@@ -125,35 +133,35 @@ def trained_by_hand(
         if recipe.method in ("iwr", "openvclip") and step % every == 0:
             alpha = float(torch.rand((), generator=alphas, dtype=torch.float64))
             alpha = low + (recipe.alpha_max - low) * alpha
-            here = [p.detach().clone() for p in trained]
+            weights = [p.detach().clone() for p in trained]
             with torch.no_grad():
                 for n, p in zip(names, trained, strict=True):
                     p.copy_(alpha * clip[n] + (1 - alpha) * p)
-            there = torch.autograd.grad(functional.cross_entropy(logits(video), label), trained)
+            second = torch.autograd.grad(functional.cross_entropy(logits(video), label), trained)
             with torch.no_grad():
-                for p, old in zip(trained, here, strict=True):
+                for p, old in zip(trained, weights, strict=True):
                     p.copy_(old)
-            gradient = [a + recipe.iwr_weight * b for a, b in zip(gradient, there, strict=True)]
+            gradient = [a + recipe.iwr_weight * b for a, b in zip(gradient, second, strict=True)]
         norm = math.sqrt(sum(float(g.square().sum()) for g in gradient))
         for p, g in zip(trained, gradient, strict=True):
             p.grad = g * min(1.0, recipe.clip_grad_norm / (norm + 1e-6))
         optimizer.step()
         if (step + 1) % per_epoch == 0 and step + 1 > per_epoch:
-            kept.append({n: v.clone() for n, v in model.state_dict().items()})
-    mean = {n: torch.stack([k[n].double() for k in kept]).mean(0) for n in kept[0]}
+            snapshots.append({n: v.clone() for n, v in model.state_dict().items()})
+    mean = {n: torch.stack([k[n].double() for k in snapshots]).mean(0) for n in snapshots[0]}
     return {n: v.detach().clone() for n, v in model.state_dict().items()}, mean
 
 
-def assert_close(given: dict[str, Tensor], expected: dict[str, Tensor], method: str = "") -> None:
-    assert given.keys() == expected.keys()
-    for name, value in given.items():
-        one, other = value.double(), expected[name].reshape(value.shape).double()
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], method: str = "") -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in actual.items():
+        left, right = value.double(), expected[name].reshape(value.shape).double()
         if method.startswith(("vifi", "vita")) and name.endswith("in_proj_bias"):
             # Softmax takes no notice of the bias of keys: its gradient is rounding noise, which
             # AdamW makes as large as any other. (Zero keys outside a clip have no bias.)
-            one, other = (torch.cat([v.chunk(3)[0], v.chunk(3)[2]]) for v in (one, other))
+            left, right = (torch.cat([v.chunk(3)[0], v.chunk(3)[2]]) for v in (left, right))
         text = f"{method} {name}: " + "{}"
         # Where a gradient is near zero its rounding decides on the length of AdamW's first steps,
         # which are of 1e-2.
         close = 1e-4 if method == "vita" else 1e-5
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=close, msg=text.format)
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=close, msg=text.format)

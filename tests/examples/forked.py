@@ -1,6 +1,6 @@
-"""Processes that begin with PyTorch and the trainer imported: forks of one server, for all tests.
+"""Processes that start with PyTorch and the trainer imported: forks of one server, for all tests.
 
-A fresh interpreter takes seconds to import what a run of some steps then uses for one.
+A fresh interpreter needs seconds for these imports, and a run of a few steps needs one second.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _SERVER.set_forkserver_preload(["tests.examples.finetune_checks"])  # imports th
 def started(
     target: Callable[..., object], *arguments: Any, log: Path, **environment: str
 ) -> Iterator[BaseProcess]:
-    """A process of a session of its own, which is killed at the end of the block.
+    """Start a process in a new session; the process is killed at the end of the context.
 
     Args:
-        target: what it runs; a function of a module.
-        arguments: of ``target``.
-        log: file for what it prints.
-        environment: variables that it has beside those of this process.
+        target: a function of a module, which the process runs.
+        arguments: arguments of ``target``.
+        log: file for the output of the process.
+        environment: environment variables that are added to those of this process.
     """
     process = _SERVER.Process(target=_run, args=(target, arguments, str(log), environment))
     process.start()
@@ -49,7 +49,10 @@ def _run(
     log: str,
     environment: dict[str, str],
 ) -> None:
-    os.setsid()  # a signal to its group reaches it and its own workers alone
+    os.setsid()  # a signal to its group reaches this process and its workers alone
+    # A shell starts background jobs with SIGINT ignored, and processes inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     multiprocessing.set_start_method("fork", force=True)  # the platform's, for its own workers
     os.environ.update(environment)
     with open(log, "w") as file:
@@ -60,13 +63,13 @@ def _run(
 
 
 def rendezvous(rank: int, world: int, port: int) -> dict[str, str]:
-    """What ``torchrun`` tells a process of the others."""
-    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
-    return {"MASTER_ADDR": "localhost", **{name: str(value) for name, value in places.items()}}
+    """The environment variables that ``torchrun`` gives to a process."""
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
+    return {"MASTER_ADDR": "localhost", **{name: str(value) for name, value in variables.items()}}
 
 
 def free_port() -> int:
-    """A port that nothing listens on."""
+    """Return a free port."""
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         return int(listener.getsockname()[1])

@@ -12,13 +12,11 @@ from torch import nn
 from examples.finetune import parse_arguments, train
 from openvclip.errors import PromptingError, UnsupportedModelError, UsageError
 from openvclip.prompting import VideoClassifier
-from openvclip.training.batches import steps_of_run
-from openvclip.training.log import LoaderWatch, Step
-from openvclip.training.methods import make_optimizer
+from openvclip.training.log import Step
 from openvclip.training.options import recipe_of
 from openvclip.training.outputs import final_weights
 from openvclip.training.processes import save_memory
-from openvclip.training.recipe import METHODS, Recipe, Run, learning_rate
+from openvclip.training.recipe import METHODS, Recipe, Run
 from tests.examples.finetune_reference import (
     TINY,
     assert_close,
@@ -33,11 +31,11 @@ from tests.helpers import FACTS, snapshot
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_equals_algorithm_1_written_out(method: str) -> None:
     recipe = dataclasses.replace(TINY, method=method)
-    given = classifier_of(method)
-    before = snapshot(given.model)
-    clip, swa = train(given, batches(), 2, recipe)
+    learner = classifier_of(method)
+    before = snapshot(learner.model)
+    clip, swa = train(learner, batches(), 2, recipe)
     last, mean = trained_by_hand(recipe, batches())
-    assert_close(snapshot(given.model), last, method)
+    assert_close(snapshot(learner.model), last, method)
     assert all(torch.equal(clip[name], value) for name, value in before.items())
     assert (swa is not None) == (method in ("swa", "openvclip"))
     if swa is not None:
@@ -48,57 +46,36 @@ def test_each_method_equals_algorithm_1_written_out(method: str) -> None:
 @pytest.mark.parametrize("method", ["openvclip", "l2"])
 def test_added_up_batches_of_unlike_sizes_are_one_batch(method: str) -> None:
     recipe = dataclasses.replace(TINY, method=method)
-    (video, label), given = batches(1, 4)[0], classifier()
+    (video, label), learner = batches(1, 4)[0], classifier()
     parts = [(video[:3], label[:3]), (video[3:], label[3:])]
-    train(given, parts, 1, recipe, run=Run(accumulate=2))
-    assert_close(snapshot(given.model), trained_by_hand(recipe, [(video, label)])[0])
+    train(learner, parts, 1, recipe, run=Run(accumulate=2))
+    assert_close(snapshot(learner.model), trained_by_hand(recipe, [(video, label)])[0])
 
 
 def test_regularisation_at_every_second_step_and_a_narrow_interval() -> None:
-    given, steps = classifier(), list[Step]()
-    train(given, batches(3), 3, TINY, run=Run(every=2, alpha_min=0.5), on_step=steps.append)
-    assert_close(snapshot(given.model), trained_by_hand(TINY, batches(3), every=2, low=0.5)[0])
+    learner, steps = classifier(), list[Step]()
+    train(learner, batches(3), 3, TINY, run=Run(every=2, alpha_min=0.5), on_step=steps.append)
+    assert_close(snapshot(learner.model), trained_by_hand(TINY, batches(3), every=2, low=0.5)[0])
     assert [step.alpha is None for step in steps] == [False, True] * 4 + [False]
     assert all(0.5 <= step.alpha <= 0.6 for step in steps if step.alpha is not None)
 
 
 def test_fewer_steps_than_epochs_have_and_other_betas() -> None:
     run, steps = Run(betas=(0.5, 0.6), steps=7), list[Step]()
-    given, recipe = classifier(), dataclasses.replace(TINY, method="finetune", epochs=99)
-    train(given, batches(3), 3, recipe, run=run, on_step=steps.append)
+    learner, recipe = classifier(), dataclasses.replace(TINY, method="finetune", epochs=99)
+    train(learner, batches(3), 3, recipe, run=run, on_step=steps.append)
     expected = trained_by_hand(recipe, batches(3), betas=(0.5, 0.6), steps=7)[0]
-    assert_close(snapshot(given.model), expected)
+    assert_close(snapshot(learner.model), expected)
     assert [step.number for step in steps] == [1, 2, 3, 4, 5, 6, 7]
-
-
-def test_a_run_that_ended_within_an_epoch_has_no_more_steps() -> None:
-    loader = [("video", "label")] * 3
-    assert [step for step, _ in steps_of_run(loader, 3, 1, 3, 7)] == [3, 4, 5, 6]
-    assert list(steps_of_run(loader, 3, 1, 7, 7)) == []
-    assert list(steps_of_run(loader, 3, 1, 9, 9)) == []
-
-
-def test_the_rate_begins_and_ends_where_it_is_told_to() -> None:
-    recipe = dataclasses.replace(TINY, warmup_start_lr=0.5, lr=1.0, end_lr=0.25)
-    rates = [learning_rate(step, 2, 6, recipe) for step in range(6)]
-    assert rates == pytest.approx([0.5, 0.75, 1.0, 0.8125, 0.4375, 0.25])
-
-
-def test_weights_of_one_axis_decay_on_their_own() -> None:
-    recipe = dataclasses.replace(TINY, weight_decay=0.3, weight_decay_1d=0.1)
-    layer = nn.Linear(2, 2)
-    groups = make_optimizer(list(layer.parameters()), recipe).param_groups
-    found = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
-    assert (found[id(layer.weight)], found[id(layer.bias)]) == (0.3, 0.1)
 
 
 def test_texts_that_nothing_changes_are_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     def encoded(method: str) -> int:
-        given, calls = classifier_of(method), list[int]()
+        learner, calls = classifier_of(method), list[int]()
         made = VideoClassifier.text_features
         with monkeypatch.context() as patch:
             patch.setattr(VideoClassifier, "text_features", lambda s: calls.append(1) or made(s))
-            train(given, batches(), 2, dataclasses.replace(TINY, method=method))
+            train(learner, batches(), 2, dataclasses.replace(TINY, method=method))
         return len(calls)
 
     assert encoded("vifi-image") == 2  # once to see that nothing changes them
@@ -107,9 +84,9 @@ def test_texts_that_nothing_changes_are_encoded_once(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("method", ["bridge", "vita"])
 def test_prompts_are_trained_alone_and_have_to_be_there(method: str) -> None:
-    given = classifier_of(method)
-    clip, _ = train(given, batches(), 2, dataclasses.replace(TINY, method=method))
-    for name, value in given.model.state_dict().items():
+    learner = classifier_of(method)
+    clip, _ = train(learner, batches(), 2, dataclasses.replace(TINY, method=method))
+    for name, value in learner.model.state_dict().items():
         assert torch.equal(value, clip[name]) != name.startswith("openvclip_prompts."), name
     with pytest.raises(PromptingError, match="has no prompts"):
         train(classifier(), batches(), 2, dataclasses.replace(TINY, method=method))
@@ -119,46 +96,35 @@ def test_prompts_are_trained_alone_and_have_to_be_there(method: str) -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("run", [Run(checkpointing=True), Run(compiler="aot_eager")])
 def test_recomputed_and_compiled_layers_change_nothing(run: Run) -> None:
-    given = classifier()
-    train(given, batches(), 2, TINY, run=run)
-    assert_close(snapshot(given.model), trained_by_hand(TINY, batches())[0])
+    learner = classifier()
+    train(learner, batches(), 2, TINY, run=run)
+    assert_close(snapshot(learner.model), trained_by_hand(TINY, batches())[0])
 
 
 @pytest.mark.parametrize("amp", [torch.bfloat16, torch.float16])
 def test_half_precision_training_stays_near(amp: torch.dtype) -> None:
-    given, steps, exact = classifier(), list[Step](), list[Step]()
-    train(given, batches(), 2, TINY, run=Run(amp=amp), on_step=steps.append)
+    learner, steps, exact = classifier(), list[Step](), list[Step]()
+    train(learner, batches(), 2, TINY, run=Run(amp=amp), on_step=steps.append)
     train(classifier(), batches(), 2, TINY, on_step=exact.append)
-    assert all(bool(v.isfinite().all()) for v in given.model.state_dict().values())
+    assert all(bool(v.isfinite().all()) for v in learner.model.state_dict().values())
     assert steps[0].loss == pytest.approx(exact[0].loss, rel=0.05)
     assert steps[0].loss != exact[0].loss
 
 
 def test_only_the_image_tower_and_the_scale_are_trained() -> None:
-    given = classifier()
-    clip, _ = train(given, batches(), 2, TINY)
-    changed = {n for n, v in given.model.state_dict().items() if not torch.equal(v, clip[n])}
+    learner = classifier()
+    clip, _ = train(learner, batches(), 2, TINY)
+    changed = {n for n, v in learner.model.state_dict().items() if not torch.equal(v, clip[n])}
     assert "logit_scale" in changed
     assert all(name.startswith("visual.") or name == "logit_scale" for name in changed)
     assert len(changed) == 1 + sum(1 for n in clip if n.startswith("visual."))
 
 
-def test_learning_rate_has_the_recipes_landmarks() -> None:
-    recipe = Recipe()
-    rates = [learning_rate(step, 20, 220, recipe) for step in range(220)]
-    assert rates[0] == pytest.approx(3.33e-8)
-    assert max(rates) == rates[20] == pytest.approx(3.33e-6)
-    assert rates[-1] == pytest.approx(3.33e-8)
-    assert rates[10] == pytest.approx((3.33e-6 + 3.33e-8) / 2)
-    assert rates[:21] == sorted(rates[:21])
-    assert rates[20:] == sorted(rates[20:], reverse=True)
-
-
 def test_final_weights_interpolate_the_average_with_clip() -> None:
-    given = classifier()
-    clip, swa = train(given, batches(), 2, TINY)
+    learner = classifier()
+    clip, swa = train(learner, batches(), 2, TINY)
     assert swa is not None
-    final = final_weights(given.model, clip, swa, 0.25)
+    final = final_weights(learner.model, clip, swa, 0.25)
     for name, mean in swa.averaged_state_dict().items():
         expected = 0.25 * clip[name].double() + 0.75 * mean.double()
         torch.testing.assert_close(final[name].double(), expected, rtol=1e-5, atol=1e-6)
@@ -168,28 +134,28 @@ def test_final_weights_interpolate_the_average_with_clip() -> None:
 def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_videos(method: str) -> None:
     named = [(*batch, [f"{i}-a.mp4", f"{i}-b.mp4"]) for i, batch in enumerate(batches(4))]
     named[3][0][1, 0, 0, 0, 0] = float("nan")
-    given = classifier()
+    learner = classifier()
     with pytest.raises(FloatingPointError, match=r"at step 2.* Its videos: 3-a\.mp4, 3-b\.mp4"):
-        train(given, named, 2, dataclasses.replace(TINY, method=method), run=Run(accumulate=2))
-    assert all(bool(v.isfinite().all()) for v in given.model.state_dict().values())
+        train(learner, named, 2, dataclasses.replace(TINY, method=method), run=Run(accumulate=2))
+    assert all(bool(v.isfinite().all()) for v in learner.model.state_dict().values())
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run_before_the_step() -> None:
     named = [(*batch, [f"{i}-a.mp4", f"{i}-b.mp4"]) for i, batch in enumerate(batches(2))]
-    given, done = classifier(), list[Step]()
-    given.model.visual.proj.register_hook(lambda grad: grad * float("nan") if done else grad)
+    learner, done = classifier(), list[Step]()
+    learner.model.visual.proj.register_hook(lambda grad: grad * float("nan") if done else grad)
     before: dict[str, torch.Tensor] = {}
 
     def after(step: Step) -> None:
         done.append(step)
-        before.update(snapshot(given.model))
+        before.update(snapshot(learner.model))
 
     recipe = dataclasses.replace(TINY, method="finetune")
     text = r"norm of the gradient is nan at step 2, where the loss is finite.* 1-a\.mp4, 1-b\.mp4"
     with pytest.raises(FloatingPointError, match=text):
-        train(given, named, 2, recipe, on_step=after)
+        train(learner, named, 2, recipe, on_step=after)
     assert len(done) == 1
-    after_error = snapshot(given.model)
+    after_error = snapshot(learner.model)
     assert all(torch.equal(value, after_error[name]) for name, value in before.items())
 
 
@@ -204,15 +170,6 @@ def test_what_cannot_be_run_is_refused_with_its_reason() -> None:
         train(classifier(), batches(), 2, TINY, run=Run(fsdp=True))
     with pytest.raises(UnsupportedModelError, match="Linear has no activation checkpointing"):
         save_memory(nn.Linear(1, 1))
-
-
-def test_a_slow_loader_is_told_once_and_a_fast_one_never() -> None:
-    slow, fast = LoaderWatch(steps=4), LoaderWatch(steps=4)
-    told = [slow.add(Step(i, 0.0, 0.0, None, waiting=0.3, seconds=1.0)) for i in range(12)]
-    assert [i for i, text in enumerate(told) if text] == [3]
-    assert told[3] is not None
-    assert "30% of the last 4 steps was waiting" in told[3]
-    assert not any(fast.add(Step(i, 0.0, 0.0, None, 0.1, 1.0)) for i in range(12))
 
 
 def test_defaults_are_the_papers() -> None:
@@ -235,9 +192,9 @@ def test_defaults_are_the_papers() -> None:
     assert recipe.lam == paper["interpolation_lambda_weights_CLIP"]["ViT-B/16"]
     for encoder, lam in paper["interpolation_lambda_weights_CLIP"].items():
         model = encoder.replace("/", "-") + "-quickgelu"
-        given = ["--annotations", "a", "--videos", "b", "--out", "c", "--model", model]
-        assert recipe_of(parse_arguments(given)).lam == lam
-        assert recipe_of(parse_arguments([*given, "--lam", "0.3"])).lam == 0.3
+        arguments = ["--annotations", "a", "--videos", "b", "--out", "c", "--model", model]
+        assert recipe_of(parse_arguments(arguments)).lam == lam
+        assert recipe_of(parse_arguments([*arguments, "--lam", "0.3"])).lam == 0.3
     args = parse_arguments(["--annotations", "a", "--videos", "b", "--out", "c"])
     read = (args.frames, args.sampling_rate, args.target_fps)
     assert read == (paper["frames"], paper["sampling_rate"], paper["target_fps"])

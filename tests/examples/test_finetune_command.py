@@ -17,14 +17,8 @@ from examples import finetune
 from examples.finetune import Recipe
 from examples.shapes.model import WEIGHTS, create_model
 from openvclip.checkpoints import load_checkpoint
-from openvclip.errors import AnnotationError, UsageError, VideoError
-from openvclip.processes import Processes
-from openvclip.training import shards
-from openvclip.training.batches import VideoBatches, class_warnings
-from openvclip.training.shards import ShardBatches, class_indices, find_shards, read_index
-from openvclip.video import Sampling, VideoDataset, transforms
 from tests.examples.forked import started
-from tests.examples.tiny_videos import CLASSES, command, write_shards, write_videos
+from tests.examples.tiny_videos import command, write_shards, write_videos
 from tests.helpers import REPO
 
 
@@ -93,7 +87,7 @@ def test_frame_by_frame_leaves_the_attention_as_it_is(
     monkeypatch.undo()
     with pytest.raises(SystemExit):
         finetune.main(arguments)
-    assert "frame_by_frame: there True, now False" in capsys.readouterr().err
+    assert "frame_by_frame: stored True, now False" in capsys.readouterr().err
 
 
 def test_a_hugging_face_clip_keeps_its_names(world: Path) -> None:
@@ -147,7 +141,7 @@ def test_help_of_the_file_started_by_its_path(tmp_path: Path) -> None:
         assert process.exitcode == 0, text
     for field in dataclasses.fields(Recipe):
         assert f"--{field.name.replace('_', '-')}" in text
-    for group in ("model:", "recipe:", "devices and speed:", "output; the same command goes on"):
+    for group in ("model:", "recipe:", "devices and speed:", "output; the same command resumes"):
         assert f"\n{group}" in text
 
 
@@ -155,7 +149,7 @@ def _start_by_path(folder: str, arguments: list[str]) -> None:
     """``python .../examples/finetune.py`` in a folder from where ``examples`` is not found."""
     os.chdir(folder)
     script = REPO / "examples" / "finetune.py"
-    sys.path[:] = [str(script.parent), *(one for one in sys.path if one not in ("", str(REPO)))]
+    sys.path[:] = [str(script.parent), *(path for path in sys.path if path not in ("", str(REPO)))]
     for name in [name for name in sys.modules if name.partition(".")[0] == "examples"]:
         del sys.modules[name]
     assert importlib.util.find_spec("examples") is None
@@ -190,140 +184,3 @@ def test_bad_input_ends_with_one_line(world: Path, capsys: pytest.CaptureFixture
         finetune.main(arguments[:place] + arguments[place + 2 :])
     assert ended.value.code == 1
     assert "numbers its classes: give their names with --classes" in capsys.readouterr().err
-
-
-def test_class_warnings() -> None:
-    names = ["Baby Crawling", "archery", "yoga"]
-    assert class_warnings([0, 2, 0], names) == ["1 of 3 classes have no videos: archery."]
-    (text,) = class_warnings([0, 1, 2], names, ["baby_crawling", "juggling", "Yoga"])
-    assert text.startswith("2 of 3 zero-shot classes are trained on")
-    assert text.endswith("baby_crawling, Yoga.")
-    assert class_warnings([0, 1, 2], names, ["juggling"]) == []
-
-
-# --- the order of files ------------------------------------------------------------------------
-
-
-def _files(
-    processes: Processes, micro_batch: int, epoch: int = 0, first: int = 0
-) -> list[list[int]]:
-    dataset = VideoDataset([(f"{i}.mp4", i) for i in range(50)], transform=None)
-    found = VideoBatches(
-        dataset, batch_size=12, micro_batch=micro_batch, processes=processes, seed=4
-    )
-    found.set_epoch(epoch, first)
-    assert found.steps == 4
-    assert found.accumulate == -(-12 // processes.world_size // micro_batch)
-    return list(found._order)
-
-
-def test_a_step_sees_the_same_files_however_it_is_shared() -> None:
-    alone = _files(Processes(), 12)
-    assert len({index for batch in alone for index in batch}) == 48
-    for world_size, micro in ((1, 5), (2, 6), (3, 2), (4, 2)):
-        parts = [_files(Processes(rank, world_size), micro) for rank in range(world_size)]
-        per_step = -(-12 // world_size // micro)
-        for step, batch in enumerate(alone):
-            own = slice(step * per_step, (step + 1) * per_step)
-            seen = [index for part in parts for one in part[own] for index in one]
-            assert sorted(seen) == sorted(batch)
-    assert _files(Processes(), 12, first=3) == alone[3:]
-    assert _files(Processes(), 12, epoch=1) != alone
-
-
-# --- shards ------------------------------------------------------------------------------------
-
-
-def _batches(
-    pattern: str,
-    *,
-    num_workers: int = 0,
-    processes: Processes | None = None,
-    first: int = 0,
-    epoch: int = 0,
-) -> list[tuple[torch.Tensor, torch.Tensor, list[str]]]:
-    sizes = {shard: len(labels) for shard, labels in read_index(find_shards(pattern), None).items()}
-    found = ShardBatches(
-        sizes,
-        CLASSES,
-        batch_size=4,
-        micro_batch=2,
-        transform=transforms.build("train", 32),
-        sampling=Sampling(num_frames=2, sampling_rate=3, sampler="dense"),
-        num_workers=num_workers,
-        processes=processes,
-    )
-    found.set_epoch(epoch, first)
-    return list(found)
-
-
-def test_shards_in_one_order_for_any_number_of_workers(world: Path) -> None:
-    expected = _batches(_pattern(world))
-    names = [name for *_, batch in expected for name in batch]
-    assert len(names) == 8
-    for name, label in zip(names, torch.cat([label for _, label, _ in expected]), strict=True):
-        assert int(label) == int(name.rsplit("/", 1)[1]) % 2
-    for workers in (1, 2):
-        for first in (0, 1):
-            given = _batches(_pattern(world), num_workers=workers, first=first)
-            assert [batch[2] for batch in given] == [batch[2] for batch in expected[2 * first :]]
-            for one, other in zip(given, expected[2 * first :], strict=True):
-                assert torch.equal(one[0], other[0])
-    other = [batch[2] for batch in _batches(_pattern(world), epoch=1)]
-    assert other != [batch[2] for batch in expected]
-    parts = [_batches(_pattern(world), processes=Processes(rank, 2)) for rank in range(2)]
-    shards_of = [{n.rsplit("/", 1)[0] for *_, b in part for n in b} for part in parts]
-    assert not shards_of[0] & shards_of[1]
-
-
-def test_a_broken_video_in_a_shard_is_replaced_by_the_next(
-    world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    for index in range(5):
-        (tmp_path / f"{index}.mp4").write_bytes((world / f"{index}.mp4").read_bytes())
-    pattern = write_shards(tmp_path, 5, 1)
-    first, broken, third, fourth = (name for *_, names in _batches(pattern) for name in names)
-    (tmp_path / f"{broken.rsplit('/', 1)[1]}.mp4").write_bytes(b"no video")
-    found = _batches(write_shards(tmp_path, 5, 1))
-    assert [name for *_, names in found for name in names] == [first, third, third, fourth]
-    assert f"{broken}: " in caplog.text
-    for index in range(5):
-        (tmp_path / f"{index}.mp4").write_bytes(b"no video")
-    with pytest.raises(VideoError, match=r"part-000\.tar/"):
-        _batches(write_shards(tmp_path, 5, 1))
-
-
-def test_an_index_stands_for_the_shards(world: Path, tmp_path: Path) -> None:
-    index, told = tmp_path / "index.json", list[str]()
-    shards.main([_pattern(world), "--out", str(index)], told.append)
-    assert told == [f"4 shards with 9 videos in {index}."]
-    found = find_shards(_pattern(world))
-    assert read_index(found, index) == read_index(found, None)
-    labels = [
-        label for own in class_indices(read_index(found, index), CLASSES).values() for label in own
-    ]
-    assert sorted(labels) == [0] * 5 + [1] * 4
-    remote = ["https://example.org/a-000.tar"]
-    with pytest.raises(AnnotationError, match="need --shard-index FILE"):
-        read_index(remote, None)
-    with pytest.raises(AnnotationError, match=r"lacks 1 of 1 shards \(https://example"):
-        read_index(remote, index)
-    index.write_text("[1]")
-    with pytest.raises(AnnotationError, match="is no index of shards"):
-        read_index(found, index)
-
-
-def test_shards_that_do_not_fit(world: Path, tmp_path: Path) -> None:
-    with pytest.raises(AnnotationError, match=r"means 6 files, of which 2 don't exist .*004\.tar"):
-        find_shards(str(world / "part-{000..005}.tar"))
-    with pytest.raises(AnnotationError, match="more than once"):
-        find_shards(str(world / "part-{000,000}.tar"))
-    (tmp_path / "x.tar").write_bytes(b"no tar file")
-    with pytest.raises(AnnotationError, match="can't be read as a shard"):
-        read_index([str(tmp_path / "x.tar")], None)
-    with pytest.raises(AnnotationError, match="unknown class 'star sliding'"):
-        class_indices(read_index(find_shards(_pattern(world)), None), ["another"])
-    with pytest.raises(UsageError, match=r"make 4 streams a process; choose 1, 2, 4 workers"):
-        _batches(_pattern(world), num_workers=3)
-    with pytest.raises(UsageError, match="too few for 5 processes"):
-        _batches(_pattern(world), processes=Processes(0, 5))

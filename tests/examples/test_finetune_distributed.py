@@ -65,10 +65,10 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
             process.join(LIMIT)
     for rank in range(2):
         file = tmp_path / f"{rank}.json"
-        found = json.loads(file.read_text()) if file.exists() else {}
-        failed = {name: text for name, text in found.items() if text != "passed"}
+        results = json.loads(file.read_text()) if file.exists() else {}
+        failed = {name: text for name, text in results.items() if text != "passed"}
         assert not failed, f"process {rank}:\n" + "\n".join(failed.values())
-        assert len(found) == 15, (tmp_path / f"{rank}.log").read_text()
+        assert len(results) == 15, (tmp_path / f"{rank}.log").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -90,11 +90,11 @@ def lines_of(out: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def assert_same_weights(one: Path, other: Path) -> None:
+def assert_same_weights(first: Path, second: Path) -> None:
     for file in ("finetuned", "averaged", "final"):
-        given, expected = (load_checkpoint(out / f"{file}.safetensors") for out in (one, other))
-        assert given.keys() == expected.keys()
-        for name, value in given.items():
+        actual, expected = (load_checkpoint(out / f"{file}.safetensors") for out in (first, second))
+        assert actual.keys() == expected.keys()
+        for name, value in actual.items():
             torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-5)
 
 
@@ -113,10 +113,10 @@ def test_two_processes_leave_what_one_leaves(world: Path, tmp_path: Path, flags:
     with together(finetune.main, arguments, logs=tmp_path) as processes:
         for process in processes:
             process.join(LIMIT)
-    said = [(tmp_path / f"{rank}.log").read_text() for rank in range(2)]
-    assert [process.exitcode for process in processes] == [0, 0], "\n".join(said)
-    assert "4 videos a step (2 processes, 1 at a time, 2 times added up)" in said[0]
-    assert [text.count("Wrote") for text in said] == [1, 0]
+    outputs = [(tmp_path / f"{rank}.log").read_text() for rank in range(2)]
+    assert [process.exitcode for process in processes] == [0, 0], "\n".join(outputs)
+    assert "4 videos a step (2 processes, 1 at a time, 2 times added up)" in outputs[0]
+    assert [text.count("Wrote") for text in outputs] == [1, 0]
     assert_same_weights(out, expected)
     measured = [line for line in lines_of(out) if "val_top1" in line]
     assert measured == [line for line in lines_of(expected) if "val_top1" in line]
@@ -144,22 +144,8 @@ def test_a_process_that_dies_ends_all_with_one_message_and_the_run_goes_on(
     assert len(after) == 1, done.stderr
     assert "Traceback" not in before, before
     assert "4 videos a step (2 processes, 1 at a time, 2 times added up)" in done.stdout
-    found = sorted(path.name for path in out.glob("checkpoint*"))
-    assert found == [f"checkpoint-{step:08d}.pt" for step in saved]
+    names = sorted(path.name for path in out.glob("checkpoint*"))
+    assert names == [f"checkpoint-{step:08d}.pt" for step in saved]
     finetune.main(arguments)  # goes on alone
     assert [line["step"] for line in lines_of(out) if "loss" in line] == [1, 2, 3, 4, 5, 6]
     assert_same_weights(out, world / "alone")
-
-
-@pytest.mark.parametrize("text", ["--batch-size 3", "--batch-size 12"])
-def test_a_batch_that_processes_cannot_share_is_refused(tmp_path: Path, text: str) -> None:
-    from openvclip.errors import UsageError
-    from openvclip.processes import Processes
-    from openvclip.training.batches import VideoBatches
-    from openvclip.video import VideoDataset
-
-    dataset = VideoDataset([(f"{i}.mp4", 0) for i in range(9)], transform=None)
-    with pytest.raises(UsageError, match=r"can't be shared evenly by 2|9 videos don't fill one"):
-        VideoBatches(
-            dataset, batch_size=int(text.split()[1]), micro_batch=2, processes=Processes(0, 2)
-        )

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from examples import accuracy, finetune, lists
+from examples import accuracy, finetune
 from examples.shapes.model import WEIGHTS, create_model
 from openvclip import prompting
 from openvclip.checkpoints import load_checkpoint, save_checkpoint
 from openvclip.evaluation import score
 from openvclip.training.options import recipe_of, run_of
 from openvclip.training.presets import PRESETS
-from openvclip.training.recipe import PROMPTED, Recipe, Run
+from openvclip.training.recipe import PROMPT_METHODS, Recipe, Run
 from openvclip.video import Sampling, VideoDataset, read_clip, transforms
 from tests.examples.test_finetune_resume import terminated_at
 from tests.examples.tiny_videos import CLASSES, model_flags, write_videos
@@ -107,7 +107,7 @@ def test_presets_of_vifi_clip_are_the_facts(preset: str, part: str, facts: Any) 
 
 def test_multi_view_testing_is_the_facts(facts: Any) -> None:
     assert facts["vifi_clip"]["fully_supervised"]["eval_views"] == "16 frames, 4x3 views"
-    tested = ["--weights", "w", "--lists", "l", "--videos", "r"]
+    tested = ["--checkpoint", "w", "--annotations", "l", "--videos", "r"]
     args = accuracy.parse_arguments(["--preset", "vifi-supervised", *tested])
     assert (args.frames, args.views, args.crops, args.sampler) == (16, 4, 3, "uniform")
     assert args.short_side is None
@@ -176,11 +176,11 @@ def test_help_tells_what_each_preset_sets(capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(SystemExit):
         finetune.parse_arguments(["--preset", "vifi-zero-shot", "--help"])
     text = capsys.readouterr().out
-    told = text[text.index("presets, and what they set") :]
+    told = text[text.index("presets and the flags that they set") :]
     typed = told[told.index("vita:") :].split("\n")[1].split()
     assert _settings("open-vclip", *typed)[:2] == _settings("vita")[:2]
     assert all(f"\n  {name}: " in told for name in PRESETS)
-    assert "learning rate after the warm-up (8e-06)" in " ".join(text.split())
+    assert "learning rate after the warm-up (default: 8e-06)" in " ".join(text.split())
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -190,7 +190,7 @@ def test_each_preset_trains_and_leaves_what_it_is_for(preset: str, world: Path) 
     out, args = world / preset, finetune.parse_arguments(arguments)
     card = (out / "README.md").read_text()
     clip = create_model(WEIGHTS)[0]
-    if args.method not in PROMPTED:
+    if args.method not in PROMPT_METHODS:
         final = load_checkpoint(out / "final.safetensors", clip)
         if preset != "open-vclip":
             assert "λ = 0 weighs the original" in card
@@ -271,9 +271,15 @@ def test_four_by_three_views_of_base_and_novel_equal_a_slow_evaluation(
     accuracy.main(
         [
             *("--preset", "vifi-supervised", *model_flags(), "--frames", "3", "--num-workers", "0"),
-            *("--weights", str(world / "tuned.safetensors"), "--average", "probabilities"),
-            *("--lists", str(world / "base.csv"), str(world / "novel.csv"), "--videos", str(world)),
-            *("--short-side", "40", "--harmonic-mean", "--json", str(found), "--device", "cpu"),
+            *("--checkpoint", str(world / "tuned.safetensors"), "--average", "probabilities"),
+            *(
+                "--annotations",
+                str(world / "base.csv"),
+                str(world / "novel.csv"),
+                "--videos",
+                str(world),
+            ),
+            *("--short-side", "40", "--harmonic-mean", "--output", str(found), "--device", "cpu"),
         ]
     )
     results = json.loads(found.read_text())
@@ -295,17 +301,17 @@ def test_prompts_are_tested_on_other_classes(
     shared = ["--videos", str(world), "--num-workers", "0", "--device", "cpu", *model_flags()]
     common = [*shared, "--preset", "bridge-base-to-novel", "--frames", "3", "--short-side", "36"]
     prompts = ["--prompts", str(world / "shared" / "prompts.safetensors")]
-    accuracy.main([*common, *prompts, "--lists", str(world / "novel.csv")])
+    accuracy.main([*common, *prompts, "--annotations", str(world / "novel.csv")])
     assert "novel" in capsys.readouterr().out
     for text, wrong in (
-        ("needs --prompts", ["--lists", "a"]),
-        ("is of several lists", ["--lists", "a", *prompts, "--harmonic-mean"]),
+        ("needs --prompts", ["--annotations", "a"]),
+        ("needs several lists", ["--annotations", "a", *prompts, "--harmonic-mean"]),
     ):
         with pytest.raises(SystemExit):
             accuracy.parse_arguments([*common, *wrong])
         assert text in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        accuracy.main([*common, *prompts, "--lists", str(world / "train.csv")])
+        accuracy.main([*common, *prompts, "--annotations", str(world / "train.csv")])
     assert "numbers its classes" in capsys.readouterr().err
 
 
@@ -313,7 +319,14 @@ def _test_vita(world: Path, prompts: Path, *more: str) -> None:
     accuracy.main(
         [
             *("--preset", "vita", *model_flags(), "--prompts", str(prompts), "--frames", "3"),
-            *("--lists", str(world / "others.csv"), "--videos", str(world), "--num-workers", "0"),
+            *(
+                "--annotations",
+                str(world / "others.csv"),
+                "--videos",
+                str(world),
+                "--num-workers",
+                "0",
+            ),
             *("--device", "cpu", *more),
         ]
     )
@@ -351,45 +364,3 @@ def test_crops_are_views_of_a_data_set(world: Path) -> None:
         clips = read_clip(world / "0.mp4", num_frames=3, views=views, sampler="uniform")
         for number, clip in enumerate(clips):
             assert torch.equal(shown[0][3 * number : 3 * number + 3], transform(clip))
-
-
-# --- lists -------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(not SPLITS.exists(), reason="no ../shared/data")
-def test_lists_of_base_to_novel_hold_the_published_numbers(tmp_path: Path, facts: Any) -> None:
-    said = facts["vifi_clip"]["base_to_novel"]["videos"]
-    for data_set, counts in said.items():
-        out, told = tmp_path / data_set, list[str]()
-        where = ["--annotations", str(SPLITS), "--out", str(out)]
-        lists.main(["base-to-novel", data_set, *where, "--seed", "2"], told.append)
-        rows = {path.stem: _rows(path) for path in out.iterdir()}
-        assert len(rows["train"]) == counts["train_16_shot"]
-        assert len(rows["base"]) == counts["base_test"]
-        assert len(rows["novel"]) == counts["novel_test"]
-        classes = {name: {label for _, label in found} for name, found in rows.items()}
-        assert classes["train"] == classes["base"]
-        assert not classes["base"] & classes["novel"]
-        assert f"{out / 'train'}.csv: {len(rows['train'])} videos of" in told[0]
-        lists.main(["base-to-novel", data_set, *where, "--shots", "all"], told.append)
-        assert len(_rows(out / "train.csv")) == counts["base_train"]
-
-
-@pytest.mark.skipif(not SPLITS.exists(), reason="no ../shared/data")
-def test_lists_of_few_shots_are_read_as_they_were_written(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    where = ["--annotations", str(SPLITS), "--out", str(tmp_path)]
-    lists.main(["few-shot", "hmdb51", *where, "--shots", "2"])
-    dataset = VideoDataset(tmp_path / "train.csv", transform=None)
-    assert len(dataset) == 2 * 51
-    assert dataset.class_names is not None
-    assert all(
-        path.split("/")[0].replace("_", " ") == dataset.class_names[label]
-        for path, label in dataset.samples
-    )
-    with pytest.raises(SystemExit):
-        lists.main(["few-shot", "hmdb51", *where, "--shots", "71"])
-    assert "has only 70 training videos" in capsys.readouterr().err
-    lists.main(["protocol", "hmdb51-ep3", *where])
-    assert [len(_rows(tmp_path / f"hmdb51-ep3-{i}.csv")) for i in (1, 2, 3)] == [1530] * 3

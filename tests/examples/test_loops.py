@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from examples.loops import accelerate_loop, lightning_loop
-from examples.loops.tiny import classifier_and_clip, clips
+from examples.loops.accelerate_loop import classifier_and_clip, clips
 from openvclip import InterpolatedWeightRegularizer, ZeroShotClassifier
 from tests.helpers import assert_same_state, snapshot
 
@@ -73,6 +74,14 @@ def assert_close(given: Weights, expected: Weights) -> None:
     assert given.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(given[name], value, rtol=1e-7, atol=1e-9)
+
+
+def test_both_loops_have_the_same_model_and_clips() -> None:
+    for name in ("classifier_and_clip", "clips"):
+        sources = [
+            inspect.getsource(getattr(loop, name)) for loop in (accelerate_loop, lightning_loop)
+        ]
+        assert sources[0] == sources[1]
 
 
 # --- accelerate --------------------------------------------------------------------------------

@@ -65,9 +65,9 @@ def work(text: str) -> Work:
         tests.append(args.model)
         folders |= {str(args.checkpoint.parent)} if args.checkpoint else set()
     for words in commands(text, "examples/tradeoff.py"):
-        args = tradeoff.options.parse_arguments("", words)
+        args = tradeoff.parse_arguments(words)
         for line in args.lines:
-            tests += [args.model] * (len(args.lams) if line.path else 1)
+            tests += [args.model] * (len(args.lam) if line.path else 1)
             folders |= {str(line.path.parent)} if line.path else set()
     runs = set()
     for words in commands(PAGE, "examples/finetune.py"):

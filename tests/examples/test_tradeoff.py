@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
@@ -52,7 +53,7 @@ class World:
             *("--templates", str(self.folder / "templates.txt"), "--sampler", "uniform"),
             *("--frames", "4", "--views", "2", "--batch-size", "3", "--num-workers", "0"),
             *("--closed-set", *self.data("seen_test"), "label=seen"),
-            *("--zero-shot", *self.data("unseen"), "--lams", *map(str, LAMS)),
+            *("--zero-shot", *self.data("unseen"), "--lam", *map(str, LAMS)),
             *("--out", str(out), *more),
         ]
 
@@ -81,15 +82,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The files that are decoded, in turn."""
-    found = list[str]()
+    paths = list[str]()
     plain = dataset.read_clip
 
     def counted(path: Any, *args: Any, **kwargs: Any) -> Tensor:
-        found.append(str(path))
+        paths.append(str(path))
         return plain(path, *args, **kwargs)
 
     monkeypatch.setattr(dataset, "read_clip", counted)
-    return found
+    return paths
 
 
 original = functools.cache(create_model)
@@ -134,56 +135,97 @@ def slow_accuracies(
 
 
 def accuracies(out: Path) -> dict[tuple[str, str, float | None], tuple[float, float]]:
-    found = json.loads((out / "results.json").read_text())
+    results = json.loads((out / "results.json").read_text())
     return {
         (line, name, entry["lam"]): (entry["top1"]["mean"], entry["top5"]["mean"])
-        for line, row in found.items()
+        for line, row in results.items()
         for name, result in row.items()
         for entry in result["results"]
     }
 
 
+Points = dict[str, list[tuple[float, float]]]
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Points]:
+    """The points of each curve, by the label of the curve, for each figure that is saved."""
+    figures = list[Points]()
+    savefig = Figure.savefig
+
+    def recorded(figure: Figure, *args: Any, **kwargs: Any) -> None:
+        (axes,) = figure.axes
+        points = {}
+        for line in axes.lines:
+            # matplotlib names the lines without a label, the stars: "_child0" and so on.
+            label = "star" if line.get_label().startswith("_") else line.get_label()
+            points[label] = [tuple(point) for point in line.get_xydata().tolist()]
+        figures.append(points)
+        savefig(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", recorded)
+    return figures
+
+
+def expected_points(accuracy: dict[tuple[str, str, float | None], Any], world: World) -> Any:
+    """Closed-set and zero-shot accuracy in % of each curve, and of the star of curve "one"."""
+    lams: dict[str, tuple[float | None, ...]] = {"CLIP, frame by frame": (None,)}
+    lams |= dict.fromkeys(world.weights, LAMS)
+    points = {
+        line: [
+            tuple(pytest.approx(100 * accuracy[line, name, lam][0]) for name in ("seen", "unseen"))
+            for lam in of_line
+        ]
+        for line, of_line in lams.items()
+    }
+    return {**points, "star": [points["one"][LAMS.index(0.3)]]}
+
+
 def test_every_point_is_that_of_an_evaluation_on_its_own(
-    world: World, tmp_path: Path, decoded: list[str], capsys: pytest.CaptureFixture[str]
+    world: World,
+    tmp_path: Path,
+    decoded: list[str],
+    drawn: list[Points],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     one, two = (f"{name}={path}" for name, path in world.weights.items())
     flags = ["--curve", one, "--frame-curve", two, "--baseline", "--mark", "one=0.3"]
     tradeoff.main(world.arguments(tmp_path, *flags))
     assert len(decoded) == 3 * 2 * 8  # curves and the baseline, sets, videos: not lambdas
-    found = accuracies(tmp_path)
-    assert len(found) == 2 * (2 * len(LAMS) + 1)
-    for (line, name, lam), given in found.items():
+    points = accuracies(tmp_path)
+    assert len(points) == 2 * (2 * len(LAMS) + 1)
+    for (line, name, lam), measured in points.items():
         path, data = world.weights.get(line), "seen_test" if name == "seen" else name
         at = 1.0 if lam is None else lam
         expected = slow_accuracies(world, data, path, at, expand=line == "one")
-        assert given == pytest.approx(expected), (line, name, lam)
-    assert len(set(found.values())) > 4  # or equal numbers would say little
-    shown = capsys.readouterr().out
+        assert measured == pytest.approx(expected), (line, name, lam)
+    assert len(set(points.values())) > 4  # or equal numbers would say little
+    printed = capsys.readouterr().out
     table = (tmp_path / "table.md").read_text()
-    assert table in shown
+    assert table in printed
     cells = [line.split("|")[1:-1] for line in table.splitlines()]
     assert [cell.strip() for cell in cells[0]] == ["curve", "λ", "seen", "unseen"]
     rows = [[cell.strip() for cell in row] for row in cells[2:]]
     assert rows[0][:2] == ["CLIP, frame by frame", ""]
     assert rows[-2] == [
         *("one", "0.3"),
-        *(f"{100 * found['one', name, 0.3][0]:.1f}" for name in ("seen", "unseen")),
+        *(f"{100 * points['one', name, 0.3][0]:.1f}" for name in ("seen", "unseen")),
     ]
     assert (tmp_path / "tradeoff-unseen.png").read_bytes().startswith(b"\x89PNG")
+    assert drawn == [expected_points(points, world)]
     assert not list(tmp_path.glob("tradeoff-seen*"))
 
     decoded.clear()  # the same command again has nothing to do, another curve only its own
     before = (tmp_path / "tradeoff-unseen.png").read_bytes()
     tradeoff.main(world.arguments(tmp_path, *flags))
     assert decoded == []
-    assert accuracies(tmp_path) == found
+    assert accuracies(tmp_path) == points
     assert (tmp_path / "tradeoff-unseen.png").read_bytes() == before
     tradeoff.main(world.arguments(tmp_path, *flags, "--curve", two.replace("two", "more", 1)))
     assert len(decoded) == 2 * 8
-    with pytest.raises(
-        SystemExit, match=r"results of other settings:\n  lams: stored \[0\.0, 0\.3"
-    ):
-        tradeoff.main(world.arguments(tmp_path, *flags, "--lams", "0.5", "0.3"))
+    text = r"results of other settings:\n  lams: stored \[0\.0, 0\.3"
+    with pytest.raises(SystemExit, match=text):
+        tradeoff.main(world.arguments(tmp_path, *flags, "--lam", "0.5", "0.3"))
 
 
 def test_a_stopped_run_goes_on(
@@ -269,7 +311,7 @@ def test_what_does_not_fit_is_told_before_a_video_is_read(
 @pytest.mark.parametrize(
     ("more", "text"),
     [
-        (["--lams", "0.5", "1.2"], "--lams 1.2: expected weights of the original CLIP in [0, 1]"),
+        (["--lam", "0.5", "1.2"], "--lam 1.2: expected weights of the original CLIP in [0, 1]"),
         (["--curve", "path.safetensors"], "expected LABEL=FILE"),
         ([], "give --curve LABEL=FILE"),
         (["--curve", "a=b", "--mark", "a=0.55"], "--mark a=0.55: expected the label of a curve"),
@@ -310,7 +352,7 @@ def test_missing_matplotlib_is_told_at_once(
 def test_help_of_the_file_started_by_its_path(tmp_path: Path) -> None:
     script = [sys.executable, str(REPO / "examples" / "tradeoff.py"), "--help"]
     text = subprocess.run(script, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
-    for flag in ("--curve LABEL=FILE", "--zero-shot NAME=VALUE", "--lams", "--hf", "--views"):
+    for flag in ("--curve LABEL=FILE", "--zero-shot NAME=VALUE", "--lam", "--hf", "--views"):
         assert flag in text
 
 
@@ -336,10 +378,10 @@ def test_a_hugging_face_clip(world: World, tmp_path: Path) -> None:
     save_checkpoint(state, tmp_path / "same.safetensors")
     flags = ["--hf", str(tmp_path / "clip"), "--baseline", "--frame-curve"]
     tradeoff.main(world.arguments(tmp_path, *flags, f"same={tmp_path / 'same.safetensors'}"))
-    found = accuracies(tmp_path)
+    points = accuracies(tmp_path)
     for name in ("seen", "unseen"):  # all points between a model and itself are that model
-        assert {found["same", name, lam] for lam in LAMS} == {
-            found["CLIP, frame by frame", name, None]
+        assert {points["same", name, lam] for lam in LAMS} == {
+            points["CLIP, frame by frame", name, None]
         }
     del state["visual_projection.weight"]
     save_checkpoint(state, tmp_path / "less.safetensors")
