@@ -11,29 +11,25 @@ import pytest
 
 from examples import lists
 from openvclip.video import VideoDataset
-from tests.helpers import SHARED
+from tests.helpers import DATA, FACTS, needs_lists
 
-SPLITS = SHARED / "data"
 
 
 @pytest.fixture(scope="module")
 def facts() -> Any:
-    path = SHARED / "facts" / "facts.json"
-    if not path.exists():
-        pytest.skip("no ../shared/facts")
-    return json.loads(path.read_text())
+    return json.loads((FACTS / "facts.json").read_text())
 
 
 def _rows(path: Path) -> list[list[str]]:
     return list(csv.reader(path.read_text().splitlines()))
 
 
-@pytest.mark.skipif(not SPLITS.exists(), reason="no ../shared/data")
+@needs_lists
 def test_lists_of_base_to_novel_hold_the_published_numbers(tmp_path: Path, facts: Any) -> None:
     published = facts["vifi_clip"]["base_to_novel"]["videos"]
     for data_set, counts in published.items():
         out, messages = tmp_path / data_set, list[str]()
-        where = ["--annotations", str(SPLITS), "--out", str(out)]
+        where = ["--annotations", str(DATA), "--out", str(out)]
         lists.main(["base-to-novel", data_set, *where, "--seed", "2"], messages.append)
         rows = {path.stem: _rows(path) for path in out.iterdir()}
         assert len(rows["train"]) == counts["train_16_shot"]
@@ -49,11 +45,11 @@ def test_lists_of_base_to_novel_hold_the_published_numbers(tmp_path: Path, facts
         assert len(_rows(out / "train.csv")) == counts["base_train"]
 
 
-@pytest.mark.skipif(not SPLITS.exists(), reason="no ../shared/data")
+@needs_lists
 def test_lists_of_few_shots_are_read_as_they_were_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    where = ["--annotations", str(SPLITS), "--out", str(tmp_path)]
+    where = ["--annotations", str(DATA), "--out", str(tmp_path)]
     lists.main(["few-shot", "hmdb51", *where, "--shots", "2"])
     dataset = VideoDataset(tmp_path / "train.csv", transform=None)
     assert len(dataset) == 2 * 51
