@@ -14,7 +14,6 @@ from openvclip.video import VideoDataset
 from tests.helpers import DATA, FACTS, needs_lists
 
 
-
 @pytest.fixture(scope="module")
 def facts() -> Any:
     return json.loads((FACTS / "facts.json").read_text())
