@@ -6,8 +6,8 @@ r"""Write the annotation lists of a setting: the videos for training and the vid
     python lists.py protocol ucf101-ep3 ... --out lists/        # ucf101-ep3-1.csv, ...
 
 ``--shots all`` takes all training videos, for supervised training on UCF-101 and HMDB-51. A list
-has a line ``path,class name`` for each video. ``finetune.py --annotations``, ``accuracy.py
---lists`` and ``openvclip evaluate --annotations`` read such a list without ``--classes``.
+has a line ``path,class name`` for each video. ``finetune.py``, ``accuracy.py`` and
+``openvclip evaluate`` read such a list with ``--annotations`` and without ``--classes``.
 """
 
 from __future__ import annotations

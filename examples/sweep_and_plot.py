@@ -49,7 +49,7 @@ def accuracies(loaded: LoadedModel, annotations: Path, args: Namespace) -> dict[
     # The model holds the original CLIP here, and after the sweep again.
     classifier = openvclip.ZeroShotClassifier(model, loaded.tokenizer, names)
     clip, title = model.state_dict(), annotations.stem
-    results = sweep(classifier, clip, tuned, loader, lams=args.lams, description=title)
+    results = sweep(classifier, clip, tuned, loader, lams=args.lam, description=title)
     for failure in videos.failures:
         print(f"not read, counts as wrong: {failure.path}: {failure.reason}")
     return {lam: result.top1 for lam, result in results.items()}
@@ -61,11 +61,11 @@ def run(args: Namespace) -> None:
     loaded = load_model(args.model, args.pretrained, checkpoint=args.checkpoint, device=args.device)
     closed, zero = (accuracies(loaded, path, args) for path in (args.closed_set, args.zero_shot))
     print("λ     closed set  zero-shot")
-    for lam in args.lams:
+    for lam in args.lam:
         print(f"{lam:<5g} {100 * closed[lam]:<11.1f} {100 * zero[lam]:.1f}")
-    x, y = (np.array([[column[lam] for lam in args.lams]]) for column in (closed, zero))
-    star = args.lams.index(args.star) if args.star in args.lams else None
-    curve = Curve(args.checkpoint.stem, args.lams, x, y, star, highlighted=True)
+    x, y = (np.array([[column[lam] for lam in args.lam]]) for column in (closed, zero))
+    star = args.lam.index(args.star) if args.star in args.lam else None
+    curve = Curve(args.checkpoint.stem, args.lam, x, y, star, highlighted=True)
     tradeoff_figure([curve], args.out, title="Numbers are λ, the weight of the original CLIP")
     print(f"wrote {args.out}")
 
@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--videos", type=Path, required=True, help="folder of the videos")
     add("--out", type=Path, default=Path("tradeoff.png"), help="picture; default: %(default)s")
     lams = [*FIGURE_LAMBDAS, 1.0]
-    add("--lams", type=float, nargs="+", default=lams, help="default: %(default)s")
+    add("--lam", type=float, nargs="+", default=lams, help="default: %(default)s")
     add("--star", type=float, default=0.5, help="λ with a star; default: %(default)s")
     add("--model", default="ViT-B-16-quickgelu", help="default: %(default)s")
     add("--pretrained", default="openai", help="tag or file of CLIP's weights; default: openai")

@@ -494,7 +494,7 @@ def test_the_table_and_the_picture_have_the_accuracies_at_each_lambda(
     picture = tmp_path / "picture.png"
     options = ["--checkpoint", str(tuned[0]), "--videos", str(clips), "--out", str(picture)]
     options += ["--closed-set", str(clips / "closed.csv"), "--zero-shot", str(clips / "zero.csv")]
-    options += ["--lams", "0", "0.5", "1", "--views", "1", *model_flags(), *FRAMES]
+    options += ["--lam", "0", "0.5", "1", "--views", "1", *model_flags(), *FRAMES]
     sweep_and_plot.main(options)
     table = rows_of(capsys.readouterr().out)
     assert set(table) == {"0", "0.5", "1"}
