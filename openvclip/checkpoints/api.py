@@ -132,7 +132,7 @@ def load_checkpoint(
 
     Raises:
         CheckpointError: the file is missing, truncated or of another kind, or it holds no weights.
-        UnsafeCheckpointError: the file can't be read without running code that it names.
+        UnsafeCheckpointError: the file contains a pickle that could run arbitrary code.
         StateMismatchError: weights are left over or missing, or their shapes are not those of the
             model.
         UsageError: the model is on the meta device and has no memory for its weights.
@@ -226,8 +226,8 @@ def _load(
         path: the file.
         allowed: names that may be missing or unexpected.
         model: the model that the weights must fit. Default: the weights must fit open_clip's CLIP.
-        even_blocks: without a model, check also that the blocks of a file that keeps its names all
-            have the same entries.
+        even_blocks: also check files that keep their names: all blocks of a tower must have the
+            same entries. Without effect if ``model`` is given.
     """
     file = read_weights(path)
     plan = plan_of(file)

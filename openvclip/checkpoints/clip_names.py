@@ -76,7 +76,10 @@ def uneven_blocks(names: Collection[str]) -> tuple[str, ...]:
 
 
 def _block_names(names: Collection[str]) -> list[str]:
-    """Return the names of all entries in the blocks of a plain tower, up to the last block."""
+    """Return the names of all entries that the blocks of the towers should have.
+
+    The blocks of a tower are the blocks from 0 to the largest number in ``names``.
+    """
     return [
         f"{tower}.resblocks.{layer}.{part}"
         for tower, layers in _parts_of_blocks(names).items()
@@ -86,7 +89,7 @@ def _block_names(names: Collection[str]) -> list[str]:
 
 
 def _parts_of_blocks(names: Collection[str]) -> dict[str, dict[int, set[str]]]:
-    """Return the parts of each block: name of the tower to number of the block to parts."""
+    """Return the parts of each block, as ``{name of the tower: {number of the block: parts}}``."""
     towers: dict[str, dict[int, set[str]]] = {}
     for name in names:
         match = _BLOCK_NAME.fullmatch(name)

@@ -117,10 +117,10 @@ class Plan:
 
     Attributes:
         family: the family of the file.
-        targets: open_clip's names to the entries of the file that make up each entry.
+        targets: maps each name of open_clip to the entries of the file that it is made from.
         ignored: entries of the file that are known and are not weights.
         left_over: entries of the file that have no place in the result.
-        missing: open_clip's names that the layers of the file need and that the file lacks.
+        missing: names of open_clip that the layers of the file require, but that the file lacks.
     """
 
     family: Family

@@ -91,7 +91,7 @@ def read_weights(
 
     Raises:
         CheckpointError: the file is missing, truncated or of another kind, or it holds no weights.
-        UnsafeCheckpointError: the file can't be read without running code that it names.
+        UnsafeCheckpointError: the file contains a pickle that could run arbitrary code.
         StateMismatchError: two names differ only by the prefix of a wrapper.
     """
     file = Path(path)
@@ -218,12 +218,13 @@ def _read_torchscript(file: Path) -> Mapping[str, Any]:
 def _read_torch(file: Path, sizes_only: bool, mapped: bool) -> object:
     try:
         with warnings.catch_warnings():
-            # torch.load warns before it raises, for example of the pickle protocol.
+            # torch.load may warn first (of the pickle protocol, for example) and then raise.
             warnings.simplefilter("ignore")
             device = "meta" if sizes_only else "cpu"
             if mapped and zipfile.is_zipfile(file):
                 return torch.load(file, map_location=device, weights_only=True, mmap=True)
-            with file.open("rb") as opened:  # with a path, torch.load would use the file name
+            # torch.load reads a path *.safetensors as safetensors, whatever the file contains.
+            with file.open("rb") as opened:
                 return torch.load(opened, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         raise _unsafe_or_damaged(file, error) from error
@@ -242,9 +243,9 @@ def _unsafe_or_damaged(file: Path, error: Exception) -> CheckpointError:
     else:
         return _not_whole(file, "it is a pickle but no checkpoint of tensors and plain values")
     return UnsafeCheckpointError(
-        f"{file} can't be loaded without running code that it names: {reason}. Nothing was run. "
-        "If you trust its source, load it once with torch.load(path, weights_only=False), which "
-        "runs that code. Then save only the weights: "
+        f"Loading {file} could run arbitrary code: {reason}. Nothing was run. If you trust the "
+        "source of the file, load it once with torch.load(path, weights_only=False), which runs "
+        "such code. Then save only the weights: "
         "openvclip.save_checkpoint(loaded['state_dict'], 'weights.safetensors')."
     )
 

@@ -39,8 +39,8 @@ _LAYER = re.compile(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
 def is_hugging_face(names: Collection[str]) -> bool:
     """Return whether the names are those of Hugging Face's CLIP or of one of its towers.
 
-    SigLIP has no class embedding in its image tower, and its text tower has a head. BERT has other
-    names for the final layer norm.
+    The result is False for SigLIP and BERT. SigLIP has no class embedding in its image tower, and
+    its text tower has a head. BERT has other names for the final layer norm.
     """
     entries = frozenset(names)
     for prefix in ("vision_model.", ""):

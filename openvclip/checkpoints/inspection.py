@@ -1,4 +1,4 @@
-"""Inspect a file of weights: its family, its backbone, its sizes, and entries without a place."""
+"""Inspect a file of weights: its family, its backbone, its sizes, and entries that do not fit."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class CheckpointInfo:
         beside: the other top-level entries, such as the state of an optimizer.
         ignored: entries that are known and are not weights.
         left_over: entries that have no place in open_clip's ``CLIP``.
-        missing: open_clip's names that the layers of the file need and that the file lacks.
+        missing: names of open_clip that the layers of the file require, but that the file lacks.
         converted: whether entries are renamed or reshaped when the file is loaded.
         metadata: the texts in the header of a safetensors file.
     """
@@ -163,7 +163,7 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> CheckpointInfo:
 
     Raises:
         CheckpointError: the file is missing, truncated or of another kind, or it holds no weights.
-        UnsafeCheckpointError: the file can't be read without running code that it names.
+        UnsafeCheckpointError: the file contains a pickle that could run arbitrary code.
         StateMismatchError: two names differ only by the prefix of a wrapper.
     """
     file = read_weights(path, sizes_only=True)
@@ -176,7 +176,12 @@ def plan_of(file: WeightFile) -> Plan:
 
 
 def describe(file: WeightFile, plan: Plan) -> CheckpointInfo:
-    """Return the content of a file, with or without values, whose conversion is planned."""
+    """Return the content of a file.
+
+    Args:
+        file: the file, with or without the values of its tensors.
+        plan: the result of :func:`plan_of` for this file.
+    """
     dtypes = Counter(str(value.dtype).removeprefix("torch.") for value in file.weights.values())
     return CheckpointInfo(
         path=os.fspath(file.path),
@@ -196,7 +201,10 @@ def describe(file: WeightFile, plan: Plan) -> CheckpointInfo:
 
 
 def _converted_shapes(file: WeightFile, plan: Plan) -> dict[str, Shape]:
-    """Return the shapes under open_clip's names, without joined entries, which show no size."""
+    """Return the shapes of the converted entries, under open_clip's names.
+
+    Entries that join several entries of the file are left out. No size is read from them.
+    """
     shapes: dict[str, Shape] = {}
     for target, source in plan.targets.items():
         if len(source.names) == 1:

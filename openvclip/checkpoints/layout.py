@@ -125,8 +125,8 @@ def map_entries(opened: OpenFile) -> dict[str, Tensor]:
     """Return the entries of a safetensors file, mapped into memory.
 
     The values of an entry are read when they are first used. Writing to a tensor does not change
-    the file. ``opened.file`` may be closed, but the system keeps the file open while a tensor of it
-    exists.
+    the file. The tensors stay valid after ``opened.file`` is closed. The file stays mapped until
+    the last tensor is deleted.
 
     Raises:
         CheckpointError: the file can't be mapped.
@@ -231,7 +231,7 @@ def _parse_header(text: bytes, file_size: int) -> Header:
 
 def _parse_entry(name: str, fields: object) -> _Entry:
     if not isinstance(fields, dict) or not {"dtype", "shape", "data_offsets"} <= fields.keys():
-        raise LayoutError(f"{name!r} has no dtype, shape and data_offsets")
+        raise LayoutError(f"{name!r} lacks a dtype, a shape or data_offsets")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise LayoutError(f"{name!r} has the dtype {dtype}, which PyTorch does not support")
@@ -251,7 +251,7 @@ def _parse_entry(name: str, fields: object) -> _Entry:
         )
     try:
         return _Entry(torch.empty(shape, dtype=_DTYPES[dtype], device="meta"), begin, end)
-    except (RuntimeError, TypeError) as error:  # a size of 0, and another beyond 64 bits
+    except (RuntimeError, TypeError) as error:  # a size beyond 64 bits, beside a size of 0
         raise LayoutError(shape_error) from error
 
 

@@ -108,7 +108,8 @@ def _stack(entries: Mapping[str, Tensor], names: list[str]) -> Tensor:
     """
     if set(entries) != set(names) or len({value.shape for value in entries.values()}) > 1:
         raise StateMismatchError(
-            "Expected prompts of one shape for each of the first layers, without a gap.",
+            "The prompts of the layers do not fit together; expected prompts of the same shape in "
+            "consecutive layers.",
             missing=set(names) - set(entries),
             unexpected=set(entries) - set(names),
             mismatched=[

@@ -20,7 +20,7 @@ from openvclip.weights.names import listed
 INDEX_ENDING = ".safetensors.index.json"
 
 _LONGEST_INDEX = 100_000_000  # bytes
-_TOTAL_SIZE = "total_size"  # the name in the metadata of an index that describes the files
+_TOTAL_SIZE = "total_size"  # in the metadata of an index: the bytes of all weights
 
 
 def open_model(path: Path, stack: ExitStack) -> tuple[list[OpenFile], dict[str, str]]:
@@ -31,8 +31,9 @@ def open_model(path: Path, stack: ExitStack) -> tuple[list[OpenFile], dict[str, 
         stack: closes the files.
 
     Returns:
-        The open files and the metadata of the model. The metadata of a sharded model are those of
-        its shards and of its index. If two have the same name, the text of the index is returned.
+        The open files and the metadata of the model. The metadata of a sharded model are the texts
+        of its shards and of its index. If a shard and the index have a text of the same name, the
+        text of the index is returned.
 
     Raises:
         CheckpointError: a file is missing or incomplete, or the index and the shards disagree.
@@ -101,7 +102,7 @@ def _open_shards(index_path: Path, stack: ExitStack) -> tuple[list[OpenFile], di
         if missing := sorted(expected - actual):
             raise _index_error(index_path, f"{shard_name} does not hold {listed(missing)}")
         if unnamed := sorted(actual - expected):
-            reason = f"it does not name what {shard_name} holds: {listed(unnamed)}"
+            reason = f"it does not list these entries of {shard_name}: {listed(unnamed)}"
             raise _index_error(index_path, reason)
     return shards, {**metadata, **_index_metadata(index)}
 
@@ -114,7 +115,7 @@ def _weight_map(index: dict[str, Any]) -> dict[str, str]:
         # Only plain file names are accepted. A path could lead anywhere on the disk.
         if not isinstance(shard, str) or shard in ("", ".", "..") or set(shard) & set("/\\\0"):
             raise LayoutError(
-                f"it puts {name!r} into {str(shard)[:80]!r}, which is no file beside it"
+                f"it maps {name!r} to {str(shard)[:80]!r}; expected the name of a file beside it"
             )
     return weight_map
 

@@ -15,7 +15,7 @@ Convert a file of weights to safetensors under open_clip's names.
 These families are recognised from the content of the file: OpenAI's TorchScript
 archives and state dicts, open_clip's checkpoints, Hugging Face's CLIP, and the
 .pth files of Open-VCLIP and FROSTER. The content of the file is printed first,
-as by "openvclip inspect". No code that the file names is run.
+as by "openvclip inspect". No pickled code is run.
 """
 _EXAMPLES = """\
 examples:

@@ -10,7 +10,7 @@ from openvclip.cli.options.types import Commands
 _DESCRIPTION = """\
 Show the content of a file of weights: family, backbone, sizes and entries.
 
-The weights are not loaded. No code that the file names is run.
+The weights are not loaded. No pickled code is run.
 """
 
 

@@ -53,8 +53,8 @@ class VideoClassifier(nn.Module):
 
     Args:
         model: an open_clip model with or without prompts. It becomes a submodule.
-        tokenizer: function of a list of texts that returns token ids, as
-            ``open_clip.get_tokenizer`` returns it.
+        tokenizer: function that maps a list of texts to token ids, such as the result of
+            ``open_clip.get_tokenizer``.
         class_names: K different names.
         template: text with ``{}`` in place of the class name. ``"{}"`` is the class name alone.
             Default: the learned text prompts around ``"{}."`` if the model has text prompts,

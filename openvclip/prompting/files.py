@@ -33,10 +33,11 @@ _METHODS: dict[str, Callable[..., Any]] = {"vifi": attach_vifi, "vita": attach_v
 _TOWERS = ("vision", "text")
 
 _SAMPLE_SIZE, _SAMPLE_TOLERANCE = 32, 0.1
-"""Number of backbone values that a file stores, and the largest relative difference allowed.
+"""Number of backbone values that a file stores, and their tolerance.
 
-Rounding to half precision stays within the tolerance. The values of another pretraining differ
-completely.
+:func:`load` warns if the relative difference between these values and the values of the model is
+larger than the tolerance. Rounding to half precision stays within the tolerance. The values of
+another pretraining differ completely.
 """
 
 
@@ -70,9 +71,9 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
     """Attach the prompts of a file to a model, in place.
 
     Args:
-        model: a model without prompts that has the sizes of the model that the prompts were learned
-            with. Its image tower can be built by open_clip, timm or Hugging Face. If the prompts
-            were learned with an expanded model, expand ``model`` first.
+        model: a model without prompts. It must have the same sizes as the backbone of the prompts.
+            Its image tower can be built by open_clip, timm or Hugging Face. If the prompts were
+            learned with an expanded model, expand ``model`` first.
         path: a file that :func:`save` wrote.
 
     Returns:
@@ -160,8 +161,8 @@ def _compare_samples(file: list[float], model: list[float], path: str) -> None:
     a, b = torch.tensor(file), torch.tensor(model)
     if a.shape != b.shape or (a - b).norm() > _SAMPLE_TOLERANCE * b.norm():
         warnings.warn(
-            f"{path}: the prompts were learned with a backbone of the same sizes and other weights "
-            "than the model's. Load the weights of that backbone first.",
+            f"{path}: the prompts were learned with another backbone. It has the same sizes as the "
+            "model, but other weights. Load the weights of that backbone first.",
             PromptBackboneWarning,
             stacklevel=3,
         )

@@ -63,8 +63,9 @@ def load_released(state_dict: Mapping[str, Tensor], *, heads: int | None = None)
 
     The names and shapes of the entries determine the method, the sizes, and the kinds of prompts.
     The checkpoint of a fine-tuned ViFi-CLIP has no prompts. The result holds open_clip's tower with
-    QuickGELU, as both methods were trained with, and can be used like a model with attached
-    prompts. The bias of Vita-CLIP's patch embedding is added to the positional embedding.
+    QuickGELU, because both methods were trained with QuickGELU. The result can be used like a model
+    with attached prompts. The bias of Vita-CLIP's patch embedding is added to the positional
+    embedding.
 
     Args:
         state_dict: entries with their released names. The names can begin with ``visual.`` or
@@ -76,15 +77,16 @@ def load_released(state_dict: Mapping[str, Tensor], *, heads: int | None = None)
         A module in eval mode. Its ``encode_image(video)`` returns one feature per frame:
         ``[B, T, C, H, W]`` to ``[B, T, D]``. If the checkpoint has prompts, all other parameters
         are frozen. The time embedding and the local prompts of Vita-CLIP support clips of any
-        length: each frame gets the vector that is nearest in time. The release does the same for
-        the time embedding. For local and summary prompts, the release regroups the frames of clips
-        of another length. The regrouping is not reproduced.
+        length: each frame gets the vector that is nearest in time. The released code does the same
+        for the time embedding. For local and summary prompts, the released code splits the frames
+        of a batch into groups of the trained length, even if the clips have another length. This
+        function does not do so.
 
     Raises:
         WeightTypeError: if ``state_dict`` is not a mapping of names to tensors.
         CheckpointError: if the entries belong to neither method.
         StateMismatchError: if entries are missing, unexpected or of the wrong shape.
-        PromptOptionError: if ``heads`` does not divide the width, or if ``heads`` is needed because
+        PromptOptionError: if ``heads`` does not divide the width. With the default of ``heads``: if
             64 does not divide the width.
 
     Example:
@@ -113,14 +115,14 @@ def released_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     The result holds the weights of both towers (``visual.*`` and the text tower) and the prompts
     (``openvclip_prompts.*``). ViFi-CLIP's checkpoints do not contain ``token_embedding.weight``,
-    which stays the one of CLIP. Both releases store the tokenized class names beside the prompts.
-    These entries are left out.
+    because ViFi-CLIP does not train it. Take this entry from CLIP. Both releases store the
+    tokenized class names beside the prompts. These entries are left out.
 
     Args:
         state_dict: entries with their released names, see :func:`load_released`.
 
     Returns:
-        A state dict. Entries whose names alone change are not copied.
+        A state dict. Entries that are only renamed are not copied.
 
     Raises:
         WeightTypeError: see :func:`load_released`.
@@ -211,8 +213,9 @@ def _require_ranks(weights: Mapping[str, Tensor], ranks: Mapping[str, int]) -> N
 def _heads(width: int, heads: int | None) -> int:
     count = width // _HEAD_WIDTH if heads is None else heads
     if count < 1 or width % count or (heads is None and width % _HEAD_WIDTH):
-        reason = f", since {_HEAD_WIDTH} does not" if heads is None else ""
+        reason = f" The default, width / {_HEAD_WIDTH}, is no integer." if heads is None else ""
         raise PromptOptionError(
-            f"heads={heads}: the tower is {width} wide; expected a number that divides it{reason}."
+            f"heads={heads}: the tower is {width} wide; expected a number that divides the width."
+            f"{reason}"
         )
     return count

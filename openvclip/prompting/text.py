@@ -121,9 +121,9 @@ def prompted_layout(
     """Tokenize the texts ``"name."`` and insert places for prompts.
 
     Returns:
-        ``(tokens, places)``, both ``[K, L]``. ``tokens`` are token ids. At the places of prompts
-        they are the id of the first token of the text. ``places`` are the index of the prompt at
-        each place, and -1 at places without a prompt.
+        ``(tokens, places)``, both ``[K, L]``. ``tokens`` holds the token ids. At the place of a
+        prompt it holds the first token of the text, as a placeholder. ``places`` holds the index of
+        the prompt at each place, or -1 at a place without a prompt.
 
     Raises:
         PromptOptionError: if a class name and the prompts exceed the text context.
@@ -141,7 +141,7 @@ def prompted_layout(
         )
     _, start, name_lengths = read_texts(tower, tokenizer, list(class_names))
     n_before = {"end": count, "middle": count // 2, "front": 0}[prompts.name_at]
-    # Columns of the tokens (0 to length - 1) and, after them, of the prompts.
+    # Indices into the columns of `padded`: first the tokens (0 to length - 1), then the prompts.
     prompt_columns = range(length, length + count)
     columns = [
         [
@@ -199,7 +199,7 @@ def _is_prompt(places: Tensor) -> Tensor:
 
 
 def _spread(prompts: Tensor, places: Tensor) -> Tensor:
-    """Put prompts ``[n, W]`` or ``[K, n, W]`` at their places. Other places hold any prompt."""
+    """Put prompts ``[n, W]`` or ``[K, n, W]`` at their places. Other values are arbitrary."""
     return torch.take_along_dim(
         prompts.expand(len(places), -1, -1), places.clamp(min=0)[..., None], dim=1
     )

@@ -1,4 +1,4 @@
-"""The text towers of open_clip, seen as towers that text prompts can be attached to.
+"""Find the text tower of an open_clip model, and run its parts for text prompts.
 
 open_clip has two kinds of text towers: the ``CLIP`` itself, which holds the parts of a text tower
 as its own attributes, and ``TextTransformer``, the attribute ``text`` of the other models. The
@@ -19,7 +19,7 @@ Tokenizer = Callable[[list[str]], Tensor]
 
 
 def find_text_tower(model: nn.Module) -> Any:
-    """Return the text tower of an open_clip model, or None if the model has none of open_clip."""
+    """Return the text tower of a model, or None if it is not a text tower of open_clip."""
     from open_clip.transformer import TextTransformer
 
     tower = model if _is_clip(model) else getattr(model, "text", None)
@@ -95,9 +95,10 @@ def read_texts(tower: Any, tokenizer: Tokenizer, texts: list[str]) -> tuple[Tens
 def end_of_text(tower: Any, tokens: Tensor) -> Tensor:
     """Return the place of the end token of each text ``[n]``.
 
-    The end token is the token with the largest id, or the token whose id the tower stores. Texts
-    for a tower that is pooled at the last place can have no end token. For such a text the result
-    is the place of the first padding token, where the last token begins to repeat.
+    The end token is the token with the largest id, or the token whose id the tower stores. If a
+    tower is pooled at the last place, its texts may lack an end token. For a text without an end
+    token, the result is the place of the first padding token, where the last token begins to
+    repeat.
     """
     pool_type = _pool_type(tower)
     if pool_type == "last":

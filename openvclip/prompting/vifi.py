@@ -84,9 +84,10 @@ def attach_vifi(
     """Freeze a (fine-tuned) model and attach the prompts of ViFi-CLIP to both towers, in place.
 
     Each of the first ``depth`` layers of a tower has its own prompts. They replace the outputs of
-    the previous layer at the same places. Deeper layers keep the outputs for the last prompts.
-    Vision prompts stand after the patch tokens. Text prompts stand after the start token, or first
-    if texts have no start token (SigLIP). All classes share the text prompts.
+    the previous layer at the same places. Deeper layers get no new prompts: there, the outputs of
+    the previous layer stay at these places. Vision prompts stand after the patch tokens. Text
+    prompts stand after the start token, or first if texts have no start token (SigLIP). All classes
+    share the text prompts.
 
     The defaults are the base-to-novel setting. Few-shot training uses 10 prompts and depth 12 in
     both towers.

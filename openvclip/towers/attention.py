@@ -54,10 +54,13 @@ def temporal_attention(
 def _prefers_frame_by_frame(q: Tensor) -> bool:
     """Return whether to call one kernel for each frame instead of one kernel for all frames.
 
-    One kernel for all frames needs a copy of the keys and values in view of each frame. On a CPU
-    these copies cost more than the attention itself. On a GPU few large kernels are faster, and a
-    compiled graph should not contain a loop over frames. A user who turns the flash kernels off
-    with ``sdpa_kernel`` needs another kernel, for example one that can be differentiated twice.
+    One kernel for all frames needs copies: each frame gets the keys and values of its neighbours.
+    On a CPU these copies cost more than the attention itself. On a GPU few large kernels are
+    faster, and a compiled graph should not contain a loop over frames.
+
+    The loop over frames calls a flash kernel. If the user turned the flash kernels off with
+    ``sdpa_kernel``, the result is False. PyTorch then chooses another kernel, for example one that
+    can be differentiated twice.
     """
     if q.device.type != "cpu" or torch.compiler.is_compiling():
         return False
@@ -87,10 +90,10 @@ def _inside_mask(b: int, t: int, n: int, window: int, device: torch.device) -> T
 
 
 def _shifts(t: int, window: int) -> Iterator[tuple[int, int, int, int]]:
-    """Yield ``(slot, offset, first, last)`` for each position in view of a frame.
+    """Yield ``(slot, offset, first, last)`` for each offset from ``-window`` to ``window``.
 
-    The neighbour at ``frame + offset`` lies inside the clip for the frames ``first`` to
-    ``last - 1``.
+    ``slot`` counts the offsets from 0. The neighbour ``frame + offset`` lies inside the clip if
+    ``first <= frame < last``.
     """
     for slot, offset in enumerate(range(-window, window + 1)):
         first = min(max(0, -offset), t)

@@ -23,9 +23,10 @@ def attend_frame_by_frame(
     """Compute attention of each frame's queries over the keys of the frames in view (Equation 3).
 
     Keys and values are copied in two cases only: with the boundary ``"replicate"``, and if their
-    memory layout does not allow a view with frames and tokens on one axis. Zero keys are never
-    multiplied. Beside its results, the backward pass needs memory for one frame only. The gradient
-    of half-precision queries is summed in float32.
+    memory layout does not allow a view with frames and tokens on one axis. With the boundary
+    ``"zero"``, the zero keys outside the clip are not multiplied, because their scores are 0.
+    Beside its results, the backward pass needs memory for one frame only. The gradient of
+    half-precision queries is summed in float32.
 
     Args:
         q: queries ``[B, T, N, heads, d]`` on a CPU.
@@ -114,7 +115,7 @@ class _FrameByFrame(torch.autograd.Function):
 
 
 def _frames_in_view(frame: int, n_frames: int, view: FrameView) -> tuple[int, int]:
-    """Return the frames of the clip in view of ``frame``, as a range ``first, last + 1``."""
+    """Return ``(first, last)``: frames ``first`` to ``last - 1`` of the clip are in view."""
     return max(0, frame - view.window), min(n_frames, frame + view.window + 1)
 
 
@@ -142,9 +143,9 @@ def _with_repeated_ends(x: Tensor, frame: int, view: FrameView) -> Tensor:
 def _log_sums_for(log_sums: Tensor, key_frame: int, view: FrameView) -> Tensor:
     """Return the log-sum-exps ``[B, heads, queries]`` of the queries that attend to a frame.
 
-    With the boundary ``"replicate"`` a query can attend to the first or the last frame m times.
-    Keys of this frame then get m times the attention weight, which is the same as a sum of
-    exponentials that is smaller by the factor m.
+    With the boundary ``"replicate"`` a query can attend to the first or the last frame m times. The
+    keys of this frame then get m times the attention weight. Since ``m exp(score - log_sum)`` is
+    ``exp(score - (log_sum - log m))``, the function subtracts ``log m`` from the log-sum-exp.
     """
     n_frames, window = log_sums.shape[2], view.window
     first, last = _frames_in_view(key_frame, n_frames, view)

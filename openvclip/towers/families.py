@@ -12,8 +12,8 @@ one. To add a family:
 2. Write a function here that imports the file and returns ``FAMILY``, and add one
    :class:`RegistryEntry` to :data:`REGISTRY`.
 
-No other file names the families. A file is imported only if its library is in use, so importing
-:mod:`openvclip.towers` imports none of the libraries.
+Only this file lists the families. The file of a family is imported only if its library is in use,
+so importing :mod:`openvclip.towers` imports none of the libraries.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def is_library_model(model: nn.Module) -> bool:
 def _load_families() -> tuple[list[Family], list[str]]:
     """Return the families in use, and an error text for each library that can't be used.
 
-    A library that is too old for its family does not keep other families from working.
+    If a library is too old for its family, the other families still work.
     """
     families: list[Family] = []
     problems: list[str] = []

@@ -60,18 +60,19 @@ class Family:
     """The image towers of one library, and how they are expanded and prompted.
 
     Attributes:
-        towers: for each class of towers the class of an expanded tower.
-        attentions: for each class of attention modules the class in an expanded tower. Instances
-            have an attribute ``view``, see :class:`FrameView`.
-        prompted: for each class of towers, plain or expanded, the class of a tower with prompts.
-            Instances have an attribute ``vision_prompts``.
+        towers: maps each class of plain towers to its expanded class.
+        attentions: maps each class of plain attention modules to its expanded class. Instances of
+            an expanded class have an attribute ``view``, see :class:`FrameView`.
+        prompted: maps each class of towers, plain or expanded, to its class with prompts. Instances
+            of a class with prompts have an attribute ``vision_prompts``.
         layers: function that returns the attention modules of a tower in order. It raises
             :class:`UnsupportedModelError` if the layers are of an unknown class.
         expected: the supported classes of attention modules in words, for an error text.
-        require: function of a tower and a video that raises :class:`VideoShapeError` if the tower
-            can't encode the video (frame size, and dtype unless the tower converts the frames).
-        encoder: function that returns how a model is asked for features, or None if the model is
-            not of this family. The result is a function of the model and a tensor. It returns
+        require: function of a tower and a video. It raises :class:`VideoShapeError` if the tower
+            can't encode frames of this size or dtype. The dtype is not checked if the tower
+            converts the frames.
+        encoder: function that returns the :data:`Encoder` of a model, or None if the model is not
+            of this family. The encoder is a function of the model and a tensor. It returns features
             ``[n, D]`` for images, and ``[B, T, D]`` for videos if the model is expanded.
         facts: function that returns the sizes of a tower.
         pooling: classes of models that pool the tokens of their tower themselves. They would mix
@@ -153,11 +154,11 @@ class Family:
 
 
 def _original_class(classes: Classes, module: nn.Module) -> type[nn.Module]:
-    """Return the class that ``classes`` maps to the class of ``module``."""
+    """Return the key of ``classes`` whose value is the class of ``module``."""
     return next(plain for plain, changed in classes.items() if changed is type(module))
 
 
 def call(model: Any, pixels: Tensor) -> Tensor:
-    """Return ``model(pixels)``: the :data:`Encoder` of towers that return features."""
+    """Return ``model(pixels)``. An :data:`Encoder` for models whose output is the features."""
     features: Tensor = model(pixels)
     return features

@@ -35,7 +35,7 @@ class _FrameAttention:
 
     Videos always use PyTorch's ``scaled_dot_product_attention``, whatever the value of
     ``config._attn_implementation`` is. The other implementations compute the same function, but
-    support one sequence only.
+    support only tokens ``[n, N, D]``, without an axis of frames.
     """
 
     view: FrameView
@@ -131,7 +131,7 @@ def _video_outputs(
     if kwargs.get("output_attentions", getattr(tower.config, "output_attentions", False)):
         raise UsageError(
             "output_attentions is for images only. Attention over the frames of a video never "
-            "computes the matrix of attention weights. Turn it off for videos."
+            "computes the matrix of attention weights. Set output_attentions=False for videos."
         )
     _require_video(tower, video, bool(interpolate_pos_encoding))
     tokens = tower.embeddings(

@@ -37,7 +37,7 @@ class VisionPrompts(nn.Module):
         return tokens
 
     def after_layer(self, layer: int, tokens: Tensor) -> Tensor:
-        """Return the tokens of a layer's output that are passed on."""
+        """Return the output of a layer, without prompts that belong to this layer only."""
         return tokens
 
     def without_prompts(self, tokens: Tensor) -> Tensor:
@@ -46,10 +46,11 @@ class VisionPrompts(nn.Module):
 
 
 class PromptedTower(TemporalTower):
-    """Base of the towers with prompts, for towers that are not expanded.
+    """Base of the towers with prompts.
 
-    Each layer sees one frame at a time. An image is a clip of one frame. A subclass embeds the
-    patches, passes the tokens and its layers to :meth:`_through`, and pools the result.
+    Each layer processes one frame at a time. (:class:`PromptedExpandedTower` processes whole clips,
+    for expanded towers.) An image is a clip of one frame. A subclass embeds the patches, passes the
+    tokens and its layers to :meth:`_through`, and pools the result.
     """
 
     vision_prompts: VisionPrompts
@@ -91,7 +92,7 @@ class PromptedTower(TemporalTower):
 
 
 class PromptedExpandedTower(PromptedTower):
-    """Base of the towers with prompts, for expanded towers.
+    """Base of the expanded towers with prompts.
 
     The tokens of a frame attend to the prompts of the neighbouring frames too.
     """

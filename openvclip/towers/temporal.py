@@ -39,8 +39,8 @@ def expand_temporal_attention(
     For a video ``[B, T, C, H, W]`` the model returns one feature per frame:
     ``model.encode_image(video)`` is ``[B, T, D]``. With Hugging Face this is
     ``model.get_image_features(pixel_values=video).pooler_output``. :func:`encode_video` pools the
-    features of a clip. The number of frames is read from the tensor. Clips of different lengths,
-    and images and videos, can therefore be mixed without a setting. A single clip needs a batch
+    features of a clip. The number of frames is read from the tensor: the same model encodes images
+    and clips of any length, and no setting has to change between calls. A single clip needs a batch
     axis, because a tensor ``[T, C, H, W]`` is a batch of T images.
 
     Args:
@@ -191,8 +191,8 @@ def _encoder(model: nn.Module) -> Encoder:
             return encode
     raise UnsupportedModelError(
         f"{type(model).__name__} has no encode_image() and is not a Hugging Face CLIP or SigLIP "
-        "or a supported image tower. With DistributedDataParallel, wrap the classifier that holds "
-        "the model instead of the model."
+        "or a supported image tower. Pass a supported model. DistributedDataParallel must wrap a "
+        "classifier that holds the model, not the model itself."
     )
 
 

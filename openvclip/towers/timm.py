@@ -61,8 +61,8 @@ def _attend(
 ) -> Tensor:
     """Compute self-attention of tokens ``[B, T, N, D]`` with any attention of timm.
 
-    ``attn_mask`` and ``is_causal`` are unused. The blocks of timm always pass them, and the towers
-    reject other values than the defaults for videos.
+    ``attn_mask`` and ``is_causal`` are unused, but the blocks of timm always pass them. Both have
+    their default values, because the towers refuse videos with other values.
     """
     gate = getattr(attn, "gate", None)
     q, k, v = _projected(attn, x)
@@ -100,8 +100,8 @@ def _projected(attn: Any, x: Tensor) -> Sequence[Tensor]:
 def _rotated(attn: Any, x: Tensor, rope: Tensor) -> Tensor:
     """Apply the rotary embedding to the patch tokens of ``[B, T, N, heads, d]``.
 
-    timm's angles have the shape ``[N, 2 d]`` or ``[..., heads or 1, N, 2 d]``. The latter are the
-    angles of a layer, or of each frame if patches are dropped.
+    timm's angles have the shape ``[N, 2 d]`` or ``[..., heads or 1, N, 2 d]``. They have the second
+    shape if the angles differ between layers, or between frames because patches are dropped.
     """
     angles = rope.unsqueeze(-2) if rope.ndim == 2 else rope.transpose(-2, -3)
     prefix, patches = x[..., : attn.num_prefix_tokens, :, :], x[..., attn.num_prefix_tokens :, :, :]
@@ -231,7 +231,7 @@ class PromptedTemporalEva(PromptedExpandedTower, PromptedEva):
 def _run_eva_block(block: nn.Module, angles: Tensor | None, prefix: int, x: Tensor) -> Tensor:
     """Run a block that rotates the patch tokens, but not the prompts after them."""
     if angles is not None:
-        if angles.ndim == 5 and x.ndim == 3:  # angles of each frame, and frames as a batch
+        if angles.ndim == 5 and x.ndim == 3:  # angles [B, T, ...], but x [B * T, N, W]
             angles = angles.flatten(0, 1)
         angles = _with_zero_angles(angles, x.shape[-2] - prefix)
     out: Tensor = block(x, rope=angles)

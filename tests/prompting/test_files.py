@@ -111,7 +111,7 @@ def test_another_backbone(made: tuple[Any, Path], changes: dict[str, int], rows:
 
 
 def test_other_weights_of_the_same_sizes(made: tuple[Any, Path]) -> None:
-    with pytest.warns(PromptBackboneWarning, match="same sizes and other weights"):
+    with pytest.warns(PromptBackboneWarning, match="same sizes as the model, but other"):
         P.load(prompt_clip(seed=1), made[1])
     with warnings.catch_warnings():
         warnings.simplefilter("error")

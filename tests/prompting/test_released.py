@@ -276,7 +276,7 @@ def toy(layers: int = 2) -> State:
 def test_entries_that_do_not_fit() -> None:
     assert P.load_released(toy()).encode_image(torch.randn(1, 2, 3, 8, 8)).shape == (1, 2, 4)
     cases: list[tuple[State, str]] = [
-        ({"VPT_2": torch.zeros(1)}, r"one shape for each of the first layers"),
+        ({"VPT_2": torch.zeros(1)}, r"the same shape in consecutive layers"),
         ({f"{BLOCK}.1.VPT_shallow": torch.zeros(3, 64)}, r"expected \[2, 64\], given \[3, 64\]"),
         ({"ln_post.gain": torch.zeros(1)}, r"unexpected \(1\): ln_post\.gain"),
         ({"ln_post.weight": torch.zeros(3)}, r"shape of ln_post\.weight: expected \[64\]"),

@@ -183,7 +183,7 @@ def test_another_backbone(tmp_path: Path) -> None:
     P.save(vifi(make(KINDS["siglip"])), path)
     with pytest.raises(CheckpointError, match=r"(?s)another vision tower.*layers +2 +3"):
         P.load(make(vit(class_token=False, global_pool="map", num_classes=0, depth=3)), path)
-    with pytest.warns(PromptBackboneWarning, match="same sizes and other weights"):
+    with pytest.warns(PromptBackboneWarning, match="same sizes as the model, but other"):
         P.load(randomise(make(KINDS["siglip"]), seed=9), path)
 
 

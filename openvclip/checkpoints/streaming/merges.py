@@ -117,7 +117,7 @@ def interpolate_files(
         CheckpointError: an input is missing, incomplete or no file of weights (nothing is written
             then). Or an output can't be written, has another ending, or would replace a shard of an
             input.
-        UnsafeCheckpointError: an input can't be read without running code that it names.
+        UnsafeCheckpointError: an input contains a pickle that could run arbitrary code.
         LambdaError: an interpolation weight is not a finite number.
         UsageError: the number of outputs is not the number of interpolation weights.
 

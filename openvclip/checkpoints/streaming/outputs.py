@@ -67,15 +67,16 @@ def weight_output(
 
     After an exception, the files are removed. The header of each file is written last, into space
     at the beginning of the file, because the metadata hold hashes that are known only then. An
-    incomplete file therefore begins with zeros, and no reader accepts it. A kill around the moment
-    when the index gets its name can leave complete shards under their own names. The next write of
-    the index removes these shards.
+    incomplete file therefore begins with zeros, and no reader accepts it. A kill shortly before the
+    index is renamed can leave the new shards without an index. A kill shortly after the rename can
+    leave the older shards. The next write of the index removes these shards if this library wrote
+    them.
 
     Args:
         path: the file to write, or the index of a sharded model.
         sizes: the entries in the order in which they are written, on the meta device.
-        metadata: returns the texts for the headers, which include the provenance. Shards of this
-            library are recognised by it. Called at the beginning and at the end.
+        metadata: returns the texts for the headers. The texts include the provenance, which marks
+            the shards of this library. Called at the beginning and at the end.
         max_shard_size: bytes of the entries of a shard. A larger entry has a shard of its own.
             Default: 5 GB.
 

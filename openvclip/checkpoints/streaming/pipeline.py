@@ -91,7 +91,10 @@ def stream(
 
 @contextmanager
 def _fewer_torch_threads(busy: int) -> Iterator[None]:
-    """Leave ``busy`` cores to other threads, since PyTorch's threads spin after each operation."""
+    """Use ``busy`` fewer PyTorch threads, to keep cores free for other threads.
+
+    PyTorch's threads spin after each operation.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads - busy))
     try:
