@@ -221,9 +221,10 @@ def _read_torch(file: Path, sizes_only: bool, mapped: bool) -> object:
             # torch.load may warn first (of the pickle protocol, for example) and then raise.
             warnings.simplefilter("ignore")
             device = "meta" if sizes_only else "cpu"
-            if mapped and zipfile.is_zipfile(file):
-                return torch.load(file, map_location=device, weights_only=True, mmap=True)
             # torch.load reads a path *.safetensors as safetensors, whatever the file contains.
+            named_safetensors = file.suffix == ".safetensors"
+            if mapped and not named_safetensors and zipfile.is_zipfile(file):
+                return torch.load(file, map_location=device, weights_only=True, mmap=True)
             with file.open("rb") as opened:
                 return torch.load(opened, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:

@@ -167,6 +167,16 @@ def test_wrappers_names_are_taken_out(tmp_path: Path) -> None:
     same_entries(load_file(tmp_path / "out.safetensors"), expected)
 
 
+@pytest.mark.parametrize("ending", [".safetensors", ".pt", ""])
+def test_pytorch_files_are_merged_whatever_their_name(ending: str, tmp_path: Path) -> None:
+    a, b = tmp_path / f"a{ending}", tmp_path / f"b{ending}"
+    for path, seed in ((a, 0), (b, 1)):
+        torch.save(a_state(seed), path)
+    openvclip.interpolate_files(a, b, tmp_path / "out.safetensors", 0.5)
+    expected = openvclip.interpolate(a_state(0), a_state(1), 0.5)
+    same_entries(load_file(tmp_path / "out.safetensors"), expected)
+
+
 def test_a_real_model(tmp_path: Path) -> None:
     states = [dict(tiny_clip(seed).state_dict()) for seed in (0, 1)]
     a, b = files(tmp_path, *states)
