@@ -178,9 +178,10 @@ class ActivationWarning(UserWarning):
 
 
 class PromptBackboneWarning(UserWarning):
-    """Issued when a backbone has the right sizes for prompts, but other weights.
+    """Issued when prompts are loaded into a model with other weights than in their training.
 
-    The prompts were trained with the backbone that their file describes.
+    The file of the prompts describes the backbone with which the prompts were trained. The model
+    has the same sizes as this backbone, but other weights.
     """
 
 

@@ -64,7 +64,8 @@ def slerp(
         y, x = entries
         weight = weight_of[name]
         cosine = math.nan if weight in (0.0, 1.0) else _cosine(x, y)
-        # Not `> _PARALLEL`: the cosine of a zero tensor or a tensor with infinities is NaN.
+        # The cosine of a zero tensor or a tensor with infinities is NaN. Every comparison with NaN
+        # is false, so `not ... <= _PARALLEL` is true for NaN, but `> _PARALLEL` would be false.
         if not abs(cosine) <= _PARALLEL:
             result = torch.empty_like(y, memory_format=torch.contiguous_format)
             write_interpolated({name: result}, {name: x}, {name: y}, {name: weight})

@@ -133,8 +133,9 @@ def overwriting(live: list[Tensor], stash: list[Tensor] | None = None) -> Iterat
     with torch.no_grad():
         if stash is None:
             stash = [torch.empty_like(tensor) for tensor in live]
-        # Copies between a GPU and page-locked memory are asynchronous. The GPU runs them in the
-        # order of its stream, so they are done before and after all changes of the weights.
+        # Copies between a GPU and page-locked memory are asynchronous. The GPU runs all work in the
+        # order of its stream. The copy to the stash therefore ends before the weights change, and
+        # the copy back starts after the last change.
         asynchronous = all(tensor.is_pinned() for tensor in stash)
         foreach._foreach_copy_(stash, live, non_blocking=asynchronous)
     try:

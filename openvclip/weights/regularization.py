@@ -84,9 +84,9 @@ class InterpolatedWeightRegularizer:
             ``fully_shard`` wraps a larger module than ``model``, for example a classifier that
             holds the model.
         anchor: original weights by name, usually the state dict of the original CLIP. ``None``
-            copies the current weights of the trained parameters. Tensors that are already on the
-            device of the anchor, and that share no memory with the model, are kept without a copy:
-            do not change them. The anchor of a sharded model can hold whole or sharded tensors.
+            copies the current weights of the trained parameters. A passed tensor is kept without a
+            copy if it is already on ``anchor_device`` and shares no memory with the model: do not
+            change it after the call. For a sharded model, whole and sharded tensors are accepted.
         anchor_device: device of the anchor, and of the copy of the weights during
             :meth:`interpolated`. Default: the device of the parameters. Use ``"cpu"`` for a model
             that barely fits on its GPU: the copies use page-locked memory, one tensor of the
@@ -296,7 +296,8 @@ class InterpolatedWeightRegularizer:
                 facts,
                 backend_device(self.model.parameters()),
                 "Create the regulariser with the same seed, settings and anchor in each process, "
-                "load its state in all or none of them, and run the same number of blocks.",
+                "load its state in all or none of them, and call step() and interpolated() equally "
+                "often in each of them.",
             )
         self._agreed = True
 
