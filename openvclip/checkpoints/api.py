@@ -226,8 +226,9 @@ def _load(
         path: the file.
         allowed: names that may be missing or unexpected.
         model: the model that the weights must fit. Default: the weights must fit open_clip's CLIP.
-        even_blocks: also check files that keep their names: all blocks of a tower must have the
-            same entries. Without effect if ``model`` is given.
+        even_blocks: whether to check, for files that keep their names, that all blocks of a tower
+            have the same entries. Files that are converted are always checked. The argument has no
+            effect if ``model`` is given.
     """
     file = read_weights(path)
     plan = plan_of(file)

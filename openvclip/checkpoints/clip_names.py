@@ -43,10 +43,12 @@ def is_clip_name(name: str) -> bool:
 
 
 def missing_names(names: Collection[str], *, single_towers: bool) -> tuple[str, ...]:
-    """Return the names that a CLIP with these towers and layers must have and that are missing.
+    """Return the names that a CLIP must have, but that ``names`` lacks.
+
+    The function reads from ``names`` which towers the CLIP has, and how many layers.
 
     Args:
-        names: the names of the checkpoint's entries in open_clip.
+        names: the names of the checkpoint's entries, translated to open_clip's names.
         single_towers: whether the checkpoint may hold one tower alone, with or without its
             projection.
     """

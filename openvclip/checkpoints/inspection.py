@@ -21,7 +21,8 @@ class CheckpointInfo:
     Attributes:
         path: the path of the file.
         format: ``"safetensors"``, ``"PyTorch"`` or ``"TorchScript"``.
-        family: the family of released checkpoints whose names the entries have.
+        family: the family of released checkpoints, such as ``"OpenAI CLIP"``. The family is
+            recognised from the names of the entries and from the format.
         sizes: the sizes of the model. Each size is also an attribute of this object, for example
             ``info.backbone`` and ``info.image_size``.
         entries: the number of tensors in the file.

@@ -251,7 +251,8 @@ def _parse_entry(name: str, fields: object) -> _Entry:
         )
     try:
         return _Entry(torch.empty(shape, dtype=_DTYPES[dtype], device="meta"), begin, end)
-    except (RuntimeError, TypeError) as error:  # a size beyond 64 bits, beside a size of 0
+    except (RuntimeError, TypeError) as error:
+        # A shape with a size of 0 needs no bytes. Its other sizes can exceed 64 bits.
         raise LayoutError(shape_error) from error
 
 

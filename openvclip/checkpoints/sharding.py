@@ -73,7 +73,8 @@ def index_bytes(shards: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[st
     """Return the index of a sharded model.
 
     Args:
-        shards: the file name of each shard to its entries, with or without values.
+        shards: maps the file name of each shard to the entries of the shard. Only the names and
+            sizes of the entries are used.
         metadata: texts to store in the index.
     """
     total = sum(size.nbytes for sizes in shards.values() for size in sizes.values())

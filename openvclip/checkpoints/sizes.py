@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-# (width, layers, embedding) of the image towers that open_clip names: OpenAI's and LAION's.
+# Maps (width, layers, embedding) of an image tower to the size in open_clip's model names. The
+# table holds the towers of OpenAI and LAION.
 _TOWERS: dict[tuple[int | None, ...], str] = {
     (384, 12, 384): "S",
     (384, 12, 256): "S alt",

@@ -61,8 +61,9 @@ class VideoClassifier(nn.Module):
             otherwise :data:`PHOTO_TEMPLATE`.
 
     Raises:
-        ClassNamesError: if there are no names, if a name is empty or occurs twice, if the
-            class-specific prompts have no prompts for a name, or if the template has no ``{}``.
+        ClassNamesError: if there are no names, if a name is empty or occurs twice, if the text
+            prompts are class-specific and were learned without one of the names, or if the template
+            has no ``{}``.
         PromptOptionError: if a class name and the text prompts exceed the text context.
         UnsupportedModelError: if the model has no image tower, text tower or temperature.
     """

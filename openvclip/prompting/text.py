@@ -199,7 +199,10 @@ def _is_prompt(places: Tensor) -> Tensor:
 
 
 def _spread(prompts: Tensor, places: Tensor) -> Tensor:
-    """Put prompts ``[n, W]`` or ``[K, n, W]`` at their places. Other values are arbitrary."""
+    """Return ``[K, L, W]`` with the prompts ``[n, W]`` or ``[K, n, W]`` at their places.
+
+    The values at places without a prompt are arbitrary.
+    """
     return torch.take_along_dim(
         prompts.expand(len(places), -1, -1), places.clamp(min=0)[..., None], dim=1
     )

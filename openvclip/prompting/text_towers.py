@@ -96,9 +96,9 @@ def end_of_text(tower: Any, tokens: Tensor) -> Tensor:
     """Return the place of the end token of each text ``[n]``.
 
     The end token is the token with the largest id, or the token whose id the tower stores. If a
-    tower is pooled at the last place, its texts may lack an end token. For a text without an end
-    token, the result is the place of the first padding token, where the last token begins to
-    repeat.
+    tower is pooled at the last place, its texts may have no end token. For such a tower, the result
+    is the place of the first padding token. The padding is the run of equal tokens at the end of a
+    text.
     """
     pool_type = _pool_type(tower)
     if pool_type == "last":

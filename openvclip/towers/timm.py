@@ -21,7 +21,8 @@ from openvclip.towers.family import Encoder, Family, TemporalTower, TowerFacts, 
 from openvclip.towers.prompted import PromptedExpandedTower, PromptedTower
 from openvclip.towers.view import FrameView
 
-# Other blocks, such as parallel blocks, compute attention themselves.
+# The supported blocks. Their attention is one module, `attn`. Other blocks of timm, such as the
+# parallel blocks, compute attention in another way.
 _BLOCKS = (Block, ResPostBlock, EvaBlock, EvaBlockPostNorm)
 
 # --- expanded towers ---------------------------------------------------------------------------
@@ -100,8 +101,9 @@ def _projected(attn: Any, x: Tensor) -> Sequence[Tensor]:
 def _rotated(attn: Any, x: Tensor, rope: Tensor) -> Tensor:
     """Apply the rotary embedding to the patch tokens of ``[B, T, N, heads, d]``.
 
-    timm's angles have the shape ``[N, 2 d]`` or ``[..., heads or 1, N, 2 d]``. They have the second
-    shape if the angles differ between layers, or between frames because patches are dropped.
+    timm's angles have the shape ``[N, 2 d]`` or ``[..., heads or 1, N, 2 d]``. The second
+    shape occurs in two cases: each layer has its own angles, or each frame has its own angles,
+    because patches are dropped.
     """
     angles = rope.unsqueeze(-2) if rope.ndim == 2 else rope.transpose(-2, -3)
     prefix, patches = x[..., : attn.num_prefix_tokens, :, :], x[..., attn.num_prefix_tokens :, :, :]
@@ -132,7 +134,10 @@ class _FrameTower(TemporalTower):
         return tokens
 
     def forward_head(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the features ``[B, T, D]`` of tokens ``[B, T, N, D]``, or of images' tokens."""
+        """Return the features ``[B, T, D]`` of a video from its tokens ``[B, T, N, D]``.
+
+        For tokens ``[B, N, D]`` of images, the features are ``[B, D]``.
+        """
         flat = x.flatten(0, 1) if x.ndim == 4 else x
         out: Tensor = super().forward_head(flat, *args, **kwargs)  # type: ignore[misc]
         return out.unflatten(0, x.shape[:2]) if x.ndim == 4 else out

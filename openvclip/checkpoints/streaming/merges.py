@@ -214,7 +214,8 @@ def merge_files(
             name and shape. The tensors must not be used after ``merge`` returns.
         method: the name of the method in the metadata. Default: the name of the function.
         dtype: the dtype in which floating-point entries are stored. Default: the narrowest dtype
-            that holds the values of all files. ``merge`` must then return this dtype.
+            that holds the values of all files. Without ``dtype``, ``merge`` must return the entry
+            in this default dtype.
         max_shard_size: as in :func:`interpolate_files`.
         progress: as in :func:`interpolate_files`.
 
