@@ -4,14 +4,14 @@ r"""Fine-tune an image CLIP with IWR, average its weights, and interpolate with 
     python finetune_image_clip.py --hf openai/clip-vit-base-patch32 --captions captions.csv ...
 
 Each folder has a subfolder of images for each class, with the name of the class. The loss is the
-cross-entropy over the class names, or with ``--captions`` (lines ``path,caption``) CLIP's
-contrastive loss. Any other ``Dataset`` of ``(pixels [1, C, H, W], index into texts)`` serves too.
+cross-entropy over the class names. With ``--captions`` (lines ``path,caption``), the loss is CLIP's
+contrastive loss. ``fine_tune`` takes any data set of ``(pixels [1, C, H, W], index into texts)``.
 
-λ weighs the original CLIP. The script takes the λ with the highest accuracy on ``--validation``,
-and the largest λ of equal accuracies. For new classes, give validation images of new classes. The
-table has the fraction of images whose class gets the highest score, in [0, 1], at λ = 0 (the
-fine-tuned average), at the chosen λ, and at λ = 1 (the original CLIP). Report the test columns:
-the validation column chose λ, so it is too high at the chosen λ.
+λ weighs the original CLIP. The script chooses the λ with the highest accuracy on ``--validation``.
+If several λ have this accuracy, it chooses the largest. For new classes, give validation images of
+new classes. The table has the top-1 accuracy in [0, 1] at λ = 0 (the fine-tuned average), at the
+chosen λ, and at λ = 1 (the original CLIP). Report the test columns: the validation accuracy at the
+chosen λ is too high, because λ was chosen on the same images.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def fine_tune(
 
 @torch.no_grad()
 def accuracy(model: Any, tokenizer: Any, data: Any, args: Namespace) -> float:
-    """Return the accuracy; the text features are new, because λ may change the text tower."""
+    """Return the top-1 accuracy. Text features are recomputed: λ may change the text tower."""
     prompts = [f"a photo of a {name}." for name in data.classes]
     text, right = encode_texts(model.eval(), tokenizer, prompts), 0
     for pixels, label in DataLoader(data, args.batch_size, num_workers=args.num_workers):
@@ -125,7 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--images", type=Path, required=True, help="training images")
-    add("--validation", type=Path, required=True, help="images that choose λ")
+    add("--validation", type=Path, required=True, help="images on which λ is chosen")
     add("--test", type=Path, nargs="+", default=[], help="images that are only evaluated")
     add("--captions", type=Path, help="a CSV file; default: train with the class names")
     add("--out", type=Path, required=True, help="folder for the model")

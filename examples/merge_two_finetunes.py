@@ -6,13 +6,13 @@ r"""Merge two fine-tuned models of one CLIP with several methods, and compare th
 Each list has lines ``path,class name``; the paths are below ``--videos``. A list may hold images in
 place of videos. Give ``--frame-by-frame`` for models that were fine-tuned on images.
 
-The printed table has a row for each model and a column for each list. A number is the fraction of
-the files of a list whose class gets the highest score among the classes of the list, in [0, 1];
-``mean`` is the mean of the columns. ``CLIP`` is the original CLIP, and ``first`` and ``second`` are
-the fine-tuned models. A good merge comes close to ``first`` on the list of the first model and
-close to ``second`` on the list of the second. ``average, λ=0.5`` is half the original CLIP and half
-the average. All methods have the settings of their papers or the middle between the models; to
-tune the settings, use other files than those of the reported lists.
+The printed table has a row for each model and a column for each list. The numbers are top-1
+accuracies in [0, 1], among the classes of the list; ``mean`` is the mean of the columns. ``CLIP``
+is the original CLIP, and ``first`` and ``second`` are the fine-tuned models. A good merge comes
+close to ``first`` on the list of the first model and close to ``second`` on the list of the second
+model. ``average, λ=0.5`` is half the original CLIP and half the average. Each method has the
+settings of its paper, or gives both models the same weight. To tune the settings, use files that
+are not in the reported lists.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def run(args: Namespace) -> None:
     for row, merge in merges(clip, first, second).items():
         model.load_state_dict(merge())
         accuracies = []
-        for loader, names in lists:  # the merge may change the text tower: text features anew
+        for loader, names in lists:  # new text features: a merge may change the text tower
             classifier = openvclip.ZeroShotClassifier(model, loaded.tokenizer, names)
             accuracies.append(evaluate(classifier, loader, description=row).top1)
         cells = [*accuracies, sum(accuracies) / len(accuracies)]
@@ -126,9 +126,13 @@ def main(arguments: list[str] | None = None) -> None:
     add("--videos", type=Path, required=True, help="folder of the videos or images")
     add("--model", default="ViT-B-16-quickgelu", help="default: %(default)s")
     add("--pretrained", default="openai", help="weights of the CLIP; default: %(default)s")
-    add("--frame-by-frame", action="store_true", help="default: frames attend to their neighbours")
+    add(
+        "--frame-by-frame",
+        action="store_true",
+        help="apply CLIP to each frame alone; default: frames attend to their neighbours",
+    )
     add("--frames", type=int, default=8, help="frames of a clip; default: %(default)s")
-    add("--sampling-rate", type=int, default=16, help="distance of two frames; default: 16")
+    add("--sampling-rate", type=int, default=16, help="use every N-th frame at 30 fps; default: 16")
     add("--batch-size", type=int, default=16, help="files at a time; default: %(default)s")
     add("--num-workers", type=int, default=2, help="decoding processes; default: %(default)s")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")

@@ -1,4 +1,4 @@
-r"""Open-VCLIP in one file: a folder of videos in, a model that predicts out.
+r"""Open-VCLIP in one file: fine-tune a CLIP on a folder of videos, and save the model.
 
     python open_vclip.py --videos videos/ --out run/
 
@@ -6,14 +6,14 @@ r"""Open-VCLIP in one file: a folder of videos in, a model that predicts out.
 The script follows the paper:
 
 1. expand: each frame also attends to the two neighbouring frames;
-2. IWR: train with the loss of weights between CLIP and the fine-tuned model as a second loss;
+2. IWR: add a second loss, computed with weights between CLIP and the fine-tuned model;
 3. SWA: average the weights at the end of each epoch after the first tenth of the epochs;
 4. interpolate the average with the original CLIP, and save the result.
 
-A fifth of the videos of each class is held out of the training. The printed table has the fraction
-of these videos whose class gets the highest score, in [0, 1], at three weights λ of the original
-CLIP: 0 is the fine-tuned average, ``--lam`` is the saved model, and 1 is CLIP's weights in the
-expanded model. sweep_and_plot.py shows what the weights in averaged.safetensors have forgotten.
+A fifth of the videos of each class is held out of the training. The printed table has the top-1
+accuracy on these videos, in [0, 1], at three weights λ of the original CLIP: 0 is the fine-tuned
+average, ``--lam`` is the saved model, and 1 is CLIP's weights in the expanded model. To see the
+accuracy on classes without training videos, run sweep_and_plot.py with averaged.safetensors.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--lr", type=float, default=3.33e-6, help="largest learning rate; default: %(default)s")
     add("--lam", type=float, default=0.5, help="weight of the original CLIP; default: %(default)s")
     add("--frames", type=int, default=8, help="frames of a clip; default: %(default)s")
-    add("--sampling-rate", type=int, default=16, help="distance of two frames; default: 16")
+    add("--sampling-rate", type=int, default=16, help="use every N-th frame at 30 fps; default: 16")
     add("--num-workers", type=int, default=2, help="decoding processes; default: %(default)s")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     torch.manual_seed(0)

@@ -4,17 +4,19 @@ r"""Evaluate the interpolation of CLIP and a fine-tuned model at many λ, and dr
         --closed-set trained_classes.csv --zero-shot other_classes.csv --out tradeoff.png
 
 Each list has lines ``path,class name``; the paths are below ``--videos``. ``--closed-set`` lists
-videos of the classes that the model was fine-tuned on, ``--zero-shot`` videos of other classes.
-Use videos that were not trained on. The text features are those of the original CLIP, so the model
-must have been fine-tuned with a frozen text tower.
+videos of the classes that the model was fine-tuned on, ``--zero-shot`` lists videos of other
+classes. Use videos that are not in the training set. The text features are those of the original
+CLIP, so the model must have been fine-tuned with a frozen text tower.
 
-λ weighs the original CLIP. The printed table has a row for each λ; a number is the percentage of
-the videos of a list whose class gets the highest score among the classes of the list. λ = 0 is the
-fine-tuned model and λ = 1 is CLIP's weights in the expanded model. In the picture each point is
-one λ, closed-set accuracy to the right, zero-shot accuracy upwards: points further to the right
-and further up are better. Fine-tuning moves right and often down; a curve that bends upwards shows
-that some λ is better on other classes than both ends. The star is ``--star`` (default: 0.5, the
-paper's λ). Do not report the best point of such a curve: choose λ on other videos.
+λ weighs the original CLIP. The printed table has a row for each λ. The numbers are top-1 accuracies
+in %, among the classes of the list. λ = 0 is the fine-tuned model and λ = 1 is CLIP's weights in
+the expanded model.
+
+In the picture each point is one λ. The horizontal axis is the closed-set accuracy, and the vertical
+axis is the zero-shot accuracy, so points to the upper right are better. Fine-tuning raises the
+closed-set accuracy and often lowers the zero-shot accuracy. If the curve bends upwards, some λ is
+better on other classes than λ = 0 and λ = 1. The star is ``--star`` (default: 0.5, the paper's λ).
+Do not report the best point of such a curve: choose λ on other videos.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ def accuracies(loaded: LoadedModel, annotations: Path, args: Namespace) -> dict[
         samples, args.videos, transform=loaded.transform, sampling=sampling, details=True
     )
     loader = DataLoader[Any](videos, args.batch_size, num_workers=args.num_workers)
-    # The model holds the original CLIP here, and after the sweep again.
+    # The model has the weights of the original CLIP. After the sweep it has them again.
     classifier = openvclip.ZeroShotClassifier(model, loaded.tokenizer, names)
     clip, title = model.state_dict(), annotations.stem
     results = sweep(classifier, clip, tuned, loader, lams=args.lam, description=title)
@@ -85,7 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--model", default="ViT-B-16-quickgelu", help="default: %(default)s")
     add("--pretrained", default="openai", help="tag or file of CLIP's weights; default: openai")
     add("--frames", type=int, default=8, help="frames of a clip; default: %(default)s")
-    add("--sampling-rate", type=int, default=16, help="distance of two frames; default: 16")
+    add("--sampling-rate", type=int, default=16, help="use every N-th frame at 30 fps; default: 16")
     add("--views", type=int, default=3, help="clips of a video; default: %(default)s")
     add("--batch-size", type=int, default=8, help="videos at a time; default: %(default)s")
     add("--num-workers", type=int, default=2, help="decoding processes; default: %(default)s")

@@ -27,7 +27,8 @@ from openvclip.errors import UsageError
 if TYPE_CHECKING:
     from openvclip.evaluation import ProtocolEvaluation, RunOptions
 
-# Options that change neither the features nor the name of the results.
+# Options that do not change the name of the default folder for the results. (The type of the
+# device is added to the name separately.)
 _NOT_SETTINGS = {"run", "command", "out", "json", "per_class", "confusion", "num_workers", "device"}
 _NOT_SETTINGS |= {"leave_out_broken", "allow_missing_videos"}
 
@@ -78,8 +79,8 @@ def _add_crop_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         choices=(1, 3),
         default=1,
-        help="crops of each clip: 1 is the centre; 3 are the centre and both ends of the long side "
-        "(default: %(default)s)",
+        help="number of crops of each clip: 1 takes the centre, 3 takes the centre and both ends "
+        "of the long side (default: %(default)s)",
     )
     group.add_argument(
         "--short-side",

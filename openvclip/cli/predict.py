@@ -141,7 +141,10 @@ def _predict(options: argparse.Namespace) -> None:
 def _predict_video(
     options: argparse.Namespace, path: str, classifier: ZeroShotClassifier, transform: Transform
 ) -> dict[str, Any]:
-    """Predict the labels of a video, print them without ``--json``, and return them as JSON."""
+    """Predict the labels of a video and return them as JSON objects.
+
+    The labels are printed as text unless ``--json`` is given.
+    """
     from openvclip.models.prediction import predict
 
     prediction = predict(classifier, path, transform=transform, sampling=sampling_of(options))
@@ -159,7 +162,10 @@ def _predict_timeline(
     classifier: ZeroShotClassifier,
     transform: Transform,
 ) -> dict[str, Any]:
-    """Predict labels over time, draw them, print them without ``--json``, return them as JSON."""
+    """Predict labels over time, draw them, and return them as JSON objects.
+
+    The labels are printed as text unless ``--json`` is given.
+    """
     from openvclip.checkpoints.atomic import write_errors
     from openvclip.models.timeline import predict_timeline
 
@@ -205,7 +211,7 @@ def _labels(options: argparse.Namespace) -> list[str]:
 
 
 def _figure_paths(paths: list[str], options: argparse.Namespace) -> list[Path]:
-    """Return a different PNG file for each video. Videos in several folders can have one name."""
+    """Return a different PNG file for each video, also if two videos have the same name."""
     from openvclip.models.drawing import require_matplotlib
 
     if not options.timeline:

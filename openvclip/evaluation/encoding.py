@@ -1,4 +1,7 @@
-"""Encode many videos, each read once: resumable, shared among processes, and timed."""
+"""Compute the features of many videos and measure the time.
+
+Each video is read once. A stopped run can be continued, and several processes can share a run.
+"""
 
 from __future__ import annotations
 
@@ -50,17 +53,18 @@ def encode_videos(
 ) -> Timing:
     """Add a record with the features of each batch of videos to ``records``.
 
-    The values of a record are float32 ``[R, L, D]``: the features of the R videos of the batch that
-    could be read, for each of the L weights of ``mixture``. The errors of the record name the other
-    videos of the batch. Without a readable video nothing is encoded. The next run encodes a batch
-    with errors again.
+    The values of a record are the features of the R readable videos of the batch, float32
+    ``[R, L, D]``, where L is the number of state dicts that ``mixture`` sets. The errors of the
+    record name the unreadable videos of the batch. Without a readable video nothing is encoded. The
+    next run encodes a batch with errors again.
 
-    The feature of a video is :func:`openvclip.encode_video`, summed over the views. Its product
-    with a text feature is the logit of the text, summed over the views, up to the logit scale.
+    The feature of a video is the sum of :func:`openvclip.encode_video` over the views. The dot
+    product of this feature and a text feature is the logit of the text, summed over the views and
+    divided by the logit scale.
 
     The batches depend on the order of the data set only. They do not depend on the number of
-    processes, or on the records of earlier runs. So the features are bitwise those of a single
-    process that was never stopped.
+    processes, or on the records of earlier runs. So the features are bitwise equal to the features
+    of a single process that runs without a stop.
 
     Args:
         model: encodes clips. On exit the model has its original weights, bitwise.
@@ -112,7 +116,7 @@ def _encoded(
     amp: torch.dtype | None,
     clock: Clock,
 ) -> Record:
-    """Encode the readable videos of a batch with each of the weights."""
+    """Encode the readable videos of a batch once for each setter, which sets the weights."""
     first = next(model.parameters())
     errors = {index: reason for index, reason in enumerate(sample.error) if reason}
     video = _readable(sample.video, errors).to(first.device, first.dtype)

@@ -1,7 +1,7 @@
 """Results that are saved while they are computed, so that a stopped run can be continued.
 
-A folder holds ``settings.json`` and one file for each process of each run. Only that process
-appends to the file. Each record has a checksum: a record that a killed process wrote in part is
+A folder holds ``settings.json`` and one file for each process of each run. A process appends to
+its own file only. Each record has a checksum: a record that a killed process wrote in part is
 ignored.
 """
 
@@ -37,7 +37,7 @@ class Record:
     Attributes:
         key: the number of the piece.
         values: float32 tensor of any shape.
-        errors: the reasons for what failed, by index in the piece.
+        errors: the reason of each failure, by the index of the failed item in the piece.
     """
 
     key: int

@@ -41,8 +41,8 @@ class RunOptions(BatchOptions):
         amp: dtype for autocast while encoding. ``None`` encodes without autocast.
         progress: whether to show a progress bar. Default: only in a terminal.
         description: text in front of the progress bar.
-        leave_out_broken: whether to leave videos that can't be read out of the accuracies. Default:
-            such videos count as wrong.
+        leave_out_broken: whether the accuracies are computed without the videos that can't be read.
+            Default: such videos count as wrong.
         allow_missing: whether to treat missing videos as videos that can't be read. Default:
             missing videos are an error, which is raised before a video is encoded.
         settings: further settings of the run, as JSON objects, such as the name of the model. A run
@@ -151,7 +151,8 @@ def require_videos(paths: Sequence[str], root: str) -> None:
         root: the folder of the videos.
 
     Raises:
-        VideoNotFoundError: the folder or videos do not exist. One error counts all missing videos.
+        VideoNotFoundError: the folder or videos do not exist. The error states how many videos are
+            missing.
     """
     if not os.path.isdir(root):
         raise VideoNotFoundError(f"{root}: no such folder of videos.")
@@ -259,7 +260,10 @@ def _settings(
 
 
 def _model_settings(model: nn.Module) -> dict[str, Any]:
-    """Return what the features depend on in a model: attention, architecture and weights."""
+    """Return the settings of a model that its features depend on.
+
+    These are the temporal attention, a hash of the architecture and a hash of the weights.
+    """
     views = [getattr(module, "view", None) for module in model.modules()]
     windows = [f"{view.window} {view.boundary}" for view in views if isinstance(view, FrameView)]
     return {

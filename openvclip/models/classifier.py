@@ -145,8 +145,8 @@ def require_names(class_names: Sequence[str]) -> list[str]:
     invalid = [i for i, name in enumerate(names) if not (isinstance(name, str) and name.strip())]
     if invalid:
         raise ClassNamesError(
-            f"class_names[{invalid[0]}] is {names[invalid[0]]!r}; expected text "
-            f"({len(invalid)} such entries)."
+            f"class_names[{invalid[0]}] is {names[invalid[0]]!r}; expected a non-empty string. "
+            f"Number of invalid class names: {len(invalid)}."
         )
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
@@ -184,7 +184,7 @@ def _encode_texts(
 ) -> Tensor:
     """Return the L2-normalised features ``[len(texts), D]`` of texts.
 
-    More than four batches show a progress bar in a terminal.
+    For more than four batches, a progress bar is shown in a terminal.
     """
     from tqdm import tqdm
 

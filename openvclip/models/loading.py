@@ -77,12 +77,13 @@ def load_model(
             :func:`openvclip.video.transforms.build`.
         device: the device of the model and of the fine-tuned weights.
         allow_missing: names of weights that ``checkpoint`` may lack; see
-            :func:`openvclip.load_checkpoint`. The missing weights are those of the original CLIP.
+            :func:`openvclip.load_checkpoint`. Missing weights keep the values of the original CLIP.
         allow_unexpected: names of weights in ``checkpoint`` to ignore; see
             :func:`openvclip.load_checkpoint`.
 
     Raises:
-        ModelNameError: open_clip does not know the model, or has no such weights for it.
+        ModelNameError: ``name`` is not a model of open_clip; or ``pretrained`` is neither a file
+            nor a tag of open_clip for this model; or the weights can't be downloaded.
         CheckpointError, StateMismatchError: a file can't be read, or does not fit the model.
         UnsupportedModelError: the image tower can't be expanded.
     """
@@ -123,7 +124,7 @@ def fine_tuned(
         model: a model with the weights of the original CLIP, expanded or not.
         checkpoint: a file of fine-tuned weights for :func:`openvclip.load_checkpoint`.
         allow_missing: names of weights that the file may lack; see
-            :func:`openvclip.load_checkpoint`. The missing weights are those of ``model``.
+            :func:`openvclip.load_checkpoint`. Missing weights keep the values of ``model``.
         allow_unexpected: names of weights in the file to ignore; see
             :func:`openvclip.load_checkpoint`.
 
@@ -203,8 +204,8 @@ def _build(name: str, pretrained: str | os.PathLike[str] | None) -> Any:
             f"{tag_or_file!r} is neither a file of weights nor a tag of open_clip for {name}. "
             f"Tags: {tag_list}."
         )
-    # A file of weights does not store mean and standard deviation. All published weights of a
-    # model have the same ones, so those of its first tag are right.
+    # A file of weights does not store the mean and standard deviation of the pixels. They are equal
+    # for all published weights of a model, so take them from the first tag of the model.
     config = open_clip.get_pretrained_cfg(name, tags[0]) if tags else {}
     preprocess = {key: config[key] for key in ("mean", "std") if key in config}
     with _without_warnings():
@@ -227,7 +228,7 @@ def _download(name: str, tag: str) -> Any:
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Silence open_clip's warning that the model has random weights, which are replaced next."""
+    """Silence open_clip's warning about random weights. The caller loads the weights later."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

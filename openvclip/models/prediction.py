@@ -1,4 +1,4 @@
-"""Predict which label fits a video: one call from a file to probabilities."""
+"""Compute the probabilities of labels for a video file."""
 
 from __future__ import annotations
 

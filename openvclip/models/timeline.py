@@ -61,7 +61,10 @@ class Timeline:
         return [float(self.times[0, 0]), *inner, float(self.times[-1, 1])]
 
     def segments(self) -> list[Segment]:
-        """Return the most probable label over time. Neighbours with the same label are joined."""
+        """Return the most probable label over time.
+
+        Neighbouring windows with the same label form one segment.
+        """
         best = self.probabilities.argmax(dim=1).tolist()
         edges = self.edges()
         cuts = [i for i in range(1, len(best)) if best[i] != best[i - 1]]
@@ -85,8 +88,8 @@ class Timeline:
 
         Args:
             path: the file to write.
-            top: number of labels in the figure. The labels with the highest probability in any
-                window are drawn.
+            top: number of labels in the figure. Labels are ranked by their highest probability over
+                all windows.
 
         Raises:
             MissingDependencyError: matplotlib is not installed.
@@ -97,7 +100,11 @@ class Timeline:
         save_figure(figure, path)
 
     def _most_probable(self, top: int) -> list[int]:
-        """Return indices of labels, sorted by the window of their highest probability."""
+        """Return the indices of the labels to draw.
+
+        Labels are ranked by their highest probability over all windows, and the first ``top``
+        labels are taken. They are sorted by the window in which this probability occurs.
+        """
         highest, window = self.probabilities.max(dim=0)
         chosen = highest.topk(min(top, len(self.labels))).indices.tolist()
         return sorted(chosen, key=lambda index: int(window[index]))

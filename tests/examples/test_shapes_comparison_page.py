@@ -65,16 +65,16 @@ def test_sentences_by_hand() -> None:
     lines = " ".join(comparison_page.differences(numbers).split())
     # +50 and +54: the interval of two seeds is 12.7 standard errors of 2 points to each side
     assert (
-        "*Open-VCLIP* against *CLIP*: clearly more: closed set +52.0; "
-        "no clear difference: zero-shot −1.0." in lines
+        "*Open-VCLIP* compared with *CLIP*. Clearly higher: closed set +52.0. "
+        "Not clear: zero-shot −1.0." in lines
     )
     assert (
-        "*Open-VCLIP* against *FINE-TUNE, interpolated*: "
-        "no clear difference: closed set +22.0, zero-shot +0.0." in lines
+        "*Open-VCLIP* compared with *FINE-TUNE, interpolated*. "
+        "Not clear: closed set +22.0, zero-shot +0.0." in lines
     )
     best = comparison_page.best_rows(numbers)
-    assert "**closed set**: the highest mean is *Open-VCLIP*'s, 72.0" in best
-    assert "**base**: the highest mean is *CLIP*'s, 50.0" in best
+    assert "**closed set**: *Open-VCLIP* has the highest mean, 72.0" in best
+    assert "**base**: *CLIP* has the highest mean, 50.0" in best
 
 
 def test_partial_results_say_what_is_missing() -> None:

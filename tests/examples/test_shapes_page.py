@@ -185,7 +185,7 @@ def test_a_claim_as_a_sentence() -> None:
     values |= {"not clear": [-0.3, 0.035, 0.4], "not clear, one seed": [0.2]}
     for verdict, numbers in values.items():
         text = page.sentence(claim, Difference(np.array(numbers)))
-        assert text.startswith("At its tail VCLIP is better than CLIP on seen shapes: ")
+        assert text.startswith("At λ = 0 VCLIP is better than fine-tuned CLIP on seen shapes: ")
         assert f": **{verdict}** (" in text
 
 
@@ -211,7 +211,8 @@ def test_settings_are_judged_by_what_is_better_than_they_are() -> None:
     ) in text
     assert "C = 1 against the paper's C = 0.5, at λ = 0.5: −3.5 ± 0.5 points (worse)" in text
     best = (
-        "Clearly better than the paper's C = 0.5: on unseen shapes **{}**, on seen shapes **none**."
+        "Rows that are clearly better than the paper's C = 0.5: **{}** on unseen shapes, **none** "
+        "on seen shapes."
     )
     assert best.format("none") in text
     text = _joined(page.render(_of_c({"C = 0.25": not_clear, "C = 1": clear})))

@@ -167,7 +167,7 @@ def test_half_precision() -> None:
         ("juggling", "class_names is one string, 'juggling'; expected a list"),
         (["a", ""], r"class_names\[1\] is ''"),
         (["a", "  "], r"class_names\[1\]"),
-        (["a", 3], r"class_names\[1\] is 3; expected text \(1 such"),
+        (["a", 3], r"class_names\[1\] is 3; expected a non-empty string.*: 1\."),
         (["b", "a", "b", "a", "c"], "occur more than once: 'a', 'b'"),
     ],
 )

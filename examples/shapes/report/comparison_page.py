@@ -97,8 +97,8 @@ def page(results: Results, tuning: Results, timing: Results) -> str:
         *([best_rows(comparison), differences(comparison)] if seeds > 1 else []),
         "## Along λ",
         wrapped(
-            "The rows are the interpolated methods at each tried weight λ of CLIP. A cell is the "
-            "mean accuracy in %; * marks the chosen λ."
+            "The table has a row for each interpolated method and each λ, the weight of CLIP. A "
+            "cell is the mean accuracy in %; * marks the chosen λ."
         ),
         lambda_table(comparison),
         "## How it was done",
@@ -122,7 +122,7 @@ def _missing(comparison: Comparison) -> str:
         return ""
     return wrapped(
         f"**Not complete:** {finished} of {wanted} runs of {over(seeds).rpartition(' over ')[2]} "
-        "are finished. A number of fewer seeds is followed by the number of seeds."
+        "are finished. If a mean is over fewer seeds, the number of seeds follows in parentheses."
     )
 
 
@@ -151,7 +151,7 @@ def _what_learns(comparison: Comparison, timing: Results) -> str:
         count = "" if trained is None else " + ".join(f"{n:,}" for n in trained) or "0"
         time = "" if ratio is None else f"{ratio:.2f}"
         lines.append([name, describe(METHODS[name]), count, time])
-    return markdown_table(["method", "what learns", "parameters", "time of a step"], lines)
+    return markdown_table(["method", "trained parts", "parameters", "time of a step"], lines)
 
 
 def best_rows(comparison: Comparison) -> str:
@@ -171,9 +171,9 @@ def best_rows(comparison: Comparison) -> str:
             for row in means
             if row != best and not comparison.is_clear(best, row, quantity)
         ]
-        text = f"**{quantity.label}**: the highest mean is *{best.label}*'s, {means[best]:.1f}; "
-        text += f"not clearly below: {', '.join(near)}." if near else "all rows are clearly below."
-        lines.append(wrapped(text, "- "))
+        others = f"Not clearly lower: {', '.join(near)}" if near else "All others are clearly lower"
+        text = f"**{quantity.label}**: *{best.label}* has the highest mean, {means[best]:.1f}. "
+        lines.append(wrapped(f"{text}{others}.", "- "))
     return "\n".join(lines)
 
 
@@ -188,11 +188,10 @@ def differences(comparison: Comparison) -> str:
             if difference is not None:
                 points = f"{100 * difference.mean:+.1f}".replace("-", "−")
                 parts[difference.verdict].append(f"{quantity.label} {points}")
-        words = {"holds": "clearly more", "opposite": "clearly less"}
-        words["unclear"] = "no clear difference"
-        texts = [f"{words[v]}: {', '.join(columns)}" for v, columns in parts.items() if columns]
+        words = {"holds": "Clearly higher", "opposite": "Clearly lower", "unclear": "Not clear"}
+        texts = [f"{words[v]}: {', '.join(columns)}." for v, columns in parts.items() if columns]
         if texts:
-            lines.append(wrapped(f"*{a}* against *{b}*: {'; '.join(texts)}.", "- "))
+            lines.append(wrapped(f"*{a}* compared with *{b}*. {' '.join(texts)}", "- "))
     return "\n".join(lines)
 
 

@@ -22,8 +22,8 @@ INTRODUCTION = (
 )
 
 SHOTS = (
-    "Top-1 accuracy in % on new clips of the seen shapes. The column is the number of training "
-    "clips of each class."
+    "Top-1 accuracy in % on new clips of the seen shapes. The head of a column gives the number of "
+    "training clips of each class (shots)."
 )
 
 COMMANDS = """\
@@ -36,7 +36,7 @@ python -m examples.shapes.report.comparison_page comparison-out/results.json
 
 
 def over(seeds: int) -> str:
-    """Return what a number of a table is, by the number of seeds."""
+    """Describe the numbers of a table: their statistics and the number of seeds."""
     return "1 seed" if seeds == 1 else f"mean ± standard deviation over {seeds} seeds"
 
 
@@ -60,10 +60,10 @@ def about_times(timing: Results) -> str:
     return wrapped(
         f"The time of a step of 16 clips is relative to FINE-TUNE, whose step takes {seconds:.2f} "
         "s. The methods were measured in turns, with one thread, on this machine: "
-        f"{about['machine']} (torch {about['torch']}). The class names are encoded once if the "
-        "method learns nothing in the text tower, and in each step otherwise. *bridge and prompt* "
-        "has two numbers of parameters, one for each half of the steps; its time is the median "
-        "over both halves."
+        f"{about['machine']} (torch {about['torch']}). If a method trains the text tower or text "
+        "prompts, the class names are encoded in each step. Otherwise they are encoded once. "
+        "*bridge and prompt* has two numbers of parameters, one for each half of the steps; its "
+        "time is the median over both halves."
     )
 
 
@@ -73,7 +73,8 @@ def rule() -> str:
         "Differences are paired by seed: two methods see the same clips in the same order. A "
         "number is the mean difference over the seeds, in points of accuracy. A difference is "
         "clear if the 95 % confidence interval of its mean (Student's t) does not contain zero; "
-        "this needs two seeds or more. Of many differences a few are clear by chance."
+        "this needs two seeds or more. The page tests many differences, so a few of them are clear "
+        "by chance."
     )
 
 
@@ -87,8 +88,9 @@ def protocol(results: Results) -> str:
     prompts = results["settings"]["vifi_prompts"]
     items = (
         f"**Clips**: {clips['train']} for training and {clips['test']} in each test list, of 8 "
-        "frames. Each seed draws new clips. The seed also draws the shots: all methods get the "
-        "same shots, and a smaller number of shots is a part of a larger one.",
+        "frames. Each seed draws new clips. The seed also draws the shots (the training clips of "
+        "each class), and all methods get the same shots. The clips of fewer shots are a subset of "
+        "the clips of more shots.",
         f"**Base and novel** classes are halves of the {len(class_names('seen'))} seen classes, by "
         "the rule of ViFi-CLIP's lists: if all classes are equally frequent, the first half in "
         "alphabetical order is novel. Here the rule divides the shapes (base: "
@@ -100,8 +102,9 @@ def protocol(results: Results) -> str:
         f"IWR has C = {recipe['iwr_weight']:g} and α in (0, {recipe['alpha_max']:g}). SWA "
         "averages over the second half of the steps.",
         "**Prompts**: Vita-CLIP has 8 global prompts in each layer and 8 text prompts that all "
-        "classes share. Prompts for single classes could not serve unseen classes. A row with one "
-        'visual part of Vita-CLIP has the text "a photo of a ...". *bridge and prompt* trains as '
+        "classes share. Prompts of single classes could not be used for unseen classes. A row that "
+        "trains only one visual part of Vita-CLIP uses the text template "
+        '"a photo of a {}.". *bridge and prompt* trains as '
         f"ViFi-CLIP for half of the steps, then it learns {prompts['vision_prompts']} vision and "
         f"{prompts['text_prompts']} text prompts in each layer. In the paper the prompts follow a "
         "complete fine-tuning; here all methods have the same number of steps.",
@@ -110,10 +113,11 @@ def protocol(results: Results) -> str:
         "or learned text prompts. The methods with one template start from *CLIP, pooled as in "
         "ViFi-CLIP*.",
         "**λ** weighs CLIP. It is chosen for each method and setting by the best mean accuracy "
-        "over seeds on clips of the *development* shapes, on which no method is trained or "
-        "reported. This choice favours accuracy on new shapes, also in the closed set and with few "
-        "shots. The tables show FINE-TUNE and ViFi-CLIP at their last weights and interpolated. "
-        "They show methods with IWR and SWA only interpolated.",
+        "over seeds on clips of the *development* shapes. No method is trained on these shapes, "
+        "and the tables above report no accuracy on them. This choice favours accuracy on new "
+        "shapes, also in the closed set and with few shots. The tables show FINE-TUNE and "
+        "ViFi-CLIP at their last weights and interpolated. They show methods with IWR and SWA only "
+        "interpolated.",
         f"**Learning rates**: {rates}. The table below shows how each rate was chosen, for one "
         "method without interpolation. The rate is used for all methods of the same kind in all "
         "settings: Open-VCLIP has the learning rate of FINE-TUNE.",

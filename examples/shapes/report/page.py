@@ -74,8 +74,8 @@ def _summary(results: Results) -> str:
     count = Counter(difference.verdict for _, difference in outcomes)
     return (
         f"In short: this page judges {len(outcomes)} claims of the paper. {count['holds']} hold "
-        f"here, {count['unclear']} are not clear, and the opposite of "
-        f"{count['opposite'] or 'none'} holds."
+        f"here, {count['unclear']} are not clear, and the opposite holds for "
+        f"{count['opposite'] or 'none of them'}."
     )
 
 
@@ -109,7 +109,10 @@ def _seeds(study_table: Table) -> str:
 
 
 def _alternatives(section: Section, default: str, study_table: Table) -> Iterator[str]:
-    """Yield a sentence for each row but the default, and one that lists the better rows."""
+    """Yield sentences that compare the rows of a study with the default row.
+
+    There is one sentence for each other row. The last sentence lists the rows that are better.
+    """
     usual = study_table.row(default)
     others = [row for row in study_table.rows if row != usual]
     if usual is None or not others or not study_table.seeds:
@@ -127,8 +130,8 @@ def _alternatives(section: Section, default: str, study_table: Table) -> Iterato
         )
     unseen, seen = ("; ".join(labels) or "none" for labels in better.values())
     yield (
-        f"Clearly better than {section.called}: on unseen shapes **{unseen}**, on seen shapes "
-        f"**{seen}**."
+        f"Rows that are clearly better than {section.called}: **{unseen}** on unseen shapes, "
+        f"**{seen}** on seen shapes."
     )
 
 

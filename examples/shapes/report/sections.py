@@ -44,7 +44,7 @@ def _tail(label: str) -> Point:
 
 
 def _curves(better: str, worse: str, names: tuple[str, str]) -> Claim:
-    text = f"the curve of {names[0]} lies above that of {names[1]}"
+    text = f"the curve of {names[0]} lies above the curve of {names[1]}"
     return Claim(text, Point(better), Point(worse), "curve")
 
 
@@ -109,24 +109,24 @@ MAIN = Section(
 FIGURE_2 = Section(
     studies.TEMPORAL,
     "Attention over frames and interpolation (Figure 2)",
-    "The figure has three curves along λ: CLIP fine-tuned frame by frame, VCLIP, and Open-VCLIP. "
-    "VCLIP is fine-tuned with attention over the neighbouring frames; it is FINE-TUNE in the first "
-    "table. The tail of a curve is its point at λ = 0.",
+    "The figure has three curves along λ: fine-tuned CLIP, VCLIP, and Open-VCLIP. Fine-tuned CLIP "
+    "is trained frame by frame. VCLIP is trained with attention over the neighbouring frames; it "
+    "is FINE-TUNE in the first table.",
     (
         Claim(
-            "at its tail VCLIP is better than CLIP on seen shapes",
+            "at λ = 0 VCLIP is better than fine-tuned CLIP on seen shapes",
             _tail("FINE-TUNE"),
             _tail("CLIP, fine-tuned"),
             "seen_test",
         ),
         Claim(
-            "at its tail VCLIP is better than CLIP on unseen shapes",
+            "at λ = 0 VCLIP is better than fine-tuned CLIP on unseen shapes",
             _tail("FINE-TUNE"),
             _tail("CLIP, fine-tuned"),
         ),
-        _curves("FINE-TUNE", "CLIP, fine-tuned", ("VCLIP", "CLIP")),
+        _curves("FINE-TUNE", "CLIP, fine-tuned", ("VCLIP", "fine-tuned CLIP")),
         _curves("Open-VCLIP", "FINE-TUNE", ("Open-VCLIP", "VCLIP")),
-        _curves("Open-VCLIP", "CLIP, fine-tuned", ("Open-VCLIP", "CLIP")),
+        _curves("Open-VCLIP", "CLIP, fine-tuned", ("Open-VCLIP", "fine-tuned CLIP")),
     ),
     figure="shapes-figure2.png",
     curves={
@@ -140,21 +140,21 @@ FIGURE_2 = Section(
 FIGURE_3 = Section(
     studies.PARTS,
     "IWR and SWA (Figure 3)",
-    "The figure has four curves along λ: without IWR and SWA (FINE-TUNE), with one of the two, and "
-    "with both (Open-VCLIP). The first table has their rows.",
+    "The figure has four curves along λ: FINE-TUNE (*neither* IWR nor SWA), IWR alone, SWA alone, "
+    "and Open-VCLIP (*both*). The first table has a row for each of the four methods.",
     (
-        _curves("IWR", "FINE-TUNE", ("IWR alone", "neither")),
-        _curves("SWA", "FINE-TUNE", ("SWA alone", "neither")),
-        _curves("Open-VCLIP", "SWA", ("both", "SWA alone")),
-        _curves("Open-VCLIP", "IWR", ("both", "IWR alone")),
+        _curves("IWR", "FINE-TUNE", ("IWR alone", "FINE-TUNE")),
+        _curves("SWA", "FINE-TUNE", ("SWA alone", "FINE-TUNE")),
+        _curves("Open-VCLIP", "SWA", ("Open-VCLIP", "SWA alone")),
+        _curves("Open-VCLIP", "IWR", ("Open-VCLIP", "IWR alone")),
         Claim(
-            "at λ = 0.5 IWR is better than neither on seen shapes",
+            "at λ = 0.5 IWR alone is better than FINE-TUNE on seen shapes",
             Point("IWR"),
             Point("FINE-TUNE"),
             "seen_test",
         ),
         Claim(
-            "at λ = 0.5 IWR is better than neither on unseen shapes",
+            "at λ = 0.5 IWR alone is better than FINE-TUNE on unseen shapes",
             Point("IWR"),
             Point("FINE-TUNE"),
         ),
@@ -174,16 +174,16 @@ SECTIONS: tuple[Section, ...] = (
         "The image tower of the model above is *small*: 4 layers of width 96. *tiny* has 2 layers "
         "of width 64, and *wider* has 4 layers of width 128. All three models have the text tower "
         "of *small*. The accuracy on held-out stills is 75 % (tiny), 93 % (small) and 98 % "
-        "(wider). As in the paper, the sentences take fine-tuning at λ = 0 and Open-VCLIP at "
-        "λ = 0.5.",
+        "(wider). As in the paper, the sentences below the table judge fine-tuning at λ = 0 and "
+        "Open-VCLIP at λ = 0.5.",
         _sizes(),
     ),
     Section(
         studies.PENALTY,
         "L2 regularisation (Table 5)",
         "L2 is plain fine-tuning with a penalty in the loss: a weight times the squared distance "
-        "to CLIP. The sentences compare each row at the λ that is chosen on the development "
-        "shapes. The weight of the penalty is chosen on the development shapes too.",
+        "to CLIP. The sentences below the table compare each method at the λ that is chosen on the "
+        "development shapes. The weight of the penalty is chosen on the development shapes too.",
         (
             Claim(
                 "Open-VCLIP is better than L2 regularisation on seen shapes",
@@ -226,9 +226,10 @@ SECTIONS: tuple[Section, ...] = (
     Section(
         studies.BOUNDARY,
         "The neighbours of the first and the last frame",
-        "The first and the last frame of a clip lack a neighbour. The released code uses keys and "
-        "values of zero in its place. *mask* gives this place no weight in the attention. "
-        "*replicate* repeats the first or the last frame.",
+        "The first frame of a clip has no frame before it, and the last frame has no frame after "
+        "it. The released code (*zero*) replaces the keys and values of the missing frame by zero. "
+        "*mask* gives the missing frame no weight in the attention. *replicate* repeats the first "
+        "or the last frame.",
         default="zero",
         called="zero",
     ),
@@ -236,8 +237,8 @@ SECTIONS: tuple[Section, ...] = (
         studies.EVERY,
         "The regulariser in every step, or in some steps",
         "The paper regularises each step, which doubles the cost of a step. [The "
-        "benchmarks](benchmarks.md#a-regularised-step) show how much time a regularised step in "
-        "four saves.",
+        "benchmarks](benchmarks.md#a-regularised-step) show the time of a step if only every "
+        "fourth step is regularised.",
         default="every step",
         called="regularising each step",
     ),

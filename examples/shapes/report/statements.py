@@ -1,4 +1,4 @@
-"""Verdicts on claims: differences paired by seed, and a rule that says when one is clear."""
+"""Verdicts on claims: differences paired by seed, and the rule for a clear difference."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ class Point:
     """A row of a study at one lambda.
 
     Attributes:
-        label: the label of the row. If several rows have labels that begin with this text and a
-            comma, the row with the highest accuracy on the development shapes is meant.
+        label: the label of the row, or the part of the label before a comma. If several rows match,
+            the row with the highest accuracy on the development shapes is taken.
         lam: the lambda; ``None`` means the lambda that is chosen on the development shapes.
     """
 
@@ -117,8 +117,9 @@ def heights(table: Table, first: Row, second: Row) -> tuple[Numbers, Numbers]:
     """Return the mean heights of the curves of two rows, ``[seeds]`` each.
 
     A curve shows the unseen accuracy over the seen accuracy, with straight lines between the
-    lambdas. Its height at a seen accuracy is the highest unseen accuracy at this or a larger seen
-    accuracy. The mean is over the seen accuracies that both curves reach, for each seed.
+    lambdas. Its height at a seen accuracy x is the highest unseen accuracy on the part of the curve
+    where the seen accuracy is x or larger. For each seed, the mean is over all x that both curves
+    reach.
     """
     curves = [
         (table.accuracies(row, "seen_test"), table.accuracies(row, "unseen"))

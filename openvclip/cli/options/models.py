@@ -55,8 +55,9 @@ def add_model_options(parser: argparse.ArgumentParser, *, checkpoint: bool = Tru
         "--boundary",
         choices=get_args(Boundary),
         default="zero",
-        help="what frames attend to in place of frames outside the clip: zero vectors, nothing, or "
-        "the end frame again (default: %(default)s, as in the released code)",
+        help="treatment of frames outside the clip: zero uses zero vectors as their keys and "
+        "values, mask gives them no attention weight, replicate repeats the first or the last "
+        "frame (default: %(default)s, as in the released code)",
     )
     group.add_argument(
         "--templates",
