@@ -37,7 +37,7 @@ class VisionPrompts(nn.Module):
         return tokens
 
     def after_layer(self, layer: int, tokens: Tensor) -> Tensor:
-        """Return the output of a layer, without prompts that belong to this layer only."""
+        """Return the output tokens of a layer, without prompts that belong to this layer only."""
         return tokens
 
     def without_prompts(self, tokens: Tensor) -> Tensor:
