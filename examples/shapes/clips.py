@@ -182,7 +182,7 @@ def write_clip(
 
 
 def _claim(out: Path, settings: ClipSettings) -> None:
-    """Save the settings in the folder, or compare them with the settings in the folder."""
+    """Write the settings file. If the file exists, check that its settings are the same."""
     out.mkdir(parents=True, exist_ok=True)
     note = out / _SETTINGS_FILE
     if note.exists():

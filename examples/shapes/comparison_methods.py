@@ -38,7 +38,7 @@ Classifier = openvclip.ZeroShotClassifier | prompting.VideoClassifier
 
 
 class Run:
-    """A run: train a method in a setting, from the original CLIP on, and evaluate it.
+    """A run of the comparison: the training of the original CLIP with a method, and the evaluation.
 
     Args:
         method: the method.

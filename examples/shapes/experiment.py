@@ -109,7 +109,8 @@ def load_clips(
         on_decoded(len(video))
     if dataset.failures:
         raise RuntimeError(
-            f"Unreadable clips, delete {folder} to make them anew: {dataset.failures}"
+            f"Some clips cannot be read. Delete the folder {folder}, and run the command again. "
+            f"The command then draws the clips again. Failures: {dataset.failures}"
         )
     return TensorDataset(torch.cat(videos), torch.cat(class_indices))
 
@@ -282,7 +283,8 @@ def _train(
     def after_step(_: Step) -> None:
         nonlocal begun
         seconds.append(time.process_time() - begun)
-        # A tracker averages the weights that are trained. The trainer has now chosen these weights.
+        # A tracker averages the parameters that require gradients when the tracker is created. The
+        # trainer has set requires_grad before the first step.
         if not trackers:
             for averaging in task.averagings:
                 trackers[averaging.name] = averaging.tracker(model, len(loader))

@@ -36,7 +36,10 @@ def _box(left: float, top: float, right: float, bottom: float) -> Distance:
 
 
 def _polygon(points: Sequence[tuple[float, float]]) -> Distance:
-    """Exact distance to a simple polygon: to the nearest edge; ray casting gives the sign."""
+    """Return the function for the exact signed distance to a simple polygon.
+
+    The absolute value is the distance to the nearest edge. Ray casting gives the sign.
+    """
 
     def distance(x: Array, y: Array) -> Array:
         nearest = np.full(x.shape, np.inf)

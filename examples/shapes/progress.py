@@ -30,7 +30,8 @@ DRAWING = "drawing clips"
 MEASUREMENT = "measurement"
 """The name of the task that measures the speed of the machine; it comes before all other tasks."""
 
-# The mean speed of all phases counts in the speed of each phase like a report with this cost.
+# The speed of a phase is a weighted mean: the reports of the phase have the weight of their cost,
+# and the mean speed of all phases has this weight.
 _PRIOR = 1.0
 _HALF_LIFE = 20.0  # cost after which an old measurement counts half: the load of a machine changes
 _LINE_SECONDS = 12.0  # seconds between two lines if the output is not a terminal

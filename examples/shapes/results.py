@@ -64,9 +64,9 @@ def require_definitions(results: Results, runs: list[FineTune], path: Path) -> N
             saved = entries.get(run.name, {}).get("definition", run.definition())
             if saved != run.definition():
                 raise FileExistsError(
-                    f"{path} holds a run {run.name!r} of other settings: {saved}, now "
-                    f"{run.definition()}. Give another --out, or remove the folder "
-                    f"{path.parent}."
+                    f"{path} holds a run {run.name!r} of other settings. The settings in the file "
+                    f"are {saved}. The settings of this command are {run.definition()}. Give "
+                    f"another --out, or remove the folder {path.parent}."
                 )
 
 

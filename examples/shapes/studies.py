@@ -153,10 +153,10 @@ class Task:
 def plan(studies: Iterable[Study], seeds: int | None = None) -> list[Task]:
     """Return the tasks of the studies, each run once for each seed, the most useful tasks first.
 
-    The first group of tasks is the studies with the most seeds, but only with as many seeds as the
-    study with the fewest seeds has. The second group is all seeds of the other studies. The third
-    group is the remaining seeds of the first studies. Within a group the tasks of a study are
-    ordered by seed.
+    Let ``n`` be the number of seeds of the study with the fewest seeds. The first group of tasks
+    has the first ``n`` seeds of the studies with the most seeds. The second group has all seeds of
+    the other studies. The third group has the remaining seeds of the studies in the first group.
+    Within a group the tasks of a study are ordered by seed.
 
     Args:
         studies: the studies.

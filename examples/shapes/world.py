@@ -9,8 +9,8 @@ No action depends on the direction of time, for this reason: the expanded attent
 ``t - 1``, ``t`` and ``t + 1`` as one unordered set of keys (there is no temporal position
 embedding), and the frame features are averaged. Both operations give the same result for the
 reversed clip, so a clip and its reversal have the same video feature. No weights could distinguish
-"sliding to the left" from "sliding to the right". Every action is therefore symmetric: a reversed
-clip is an equally likely clip of the same class. The law is in
+"sliding to the left" from "sliding to the right". Every action is therefore symmetric: a clip and
+its reversal belong to the same class and are equally likely. The law is in
 :meth:`examples.shapes.motion.Motion.reversed`.
 """
 

@@ -44,7 +44,7 @@ CONTAINERS: dict[str, Container] = {
     "rtsp": _REFUSED,
     "data": _REFUSED,
 }
-"""The treatment of each format by FFmpeg's short name of the format."""
+"""The treatment of each format. The keys are FFmpeg's short names of the formats."""
 
 
 def container_of(names: str) -> Container:

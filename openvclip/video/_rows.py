@@ -53,8 +53,8 @@ class Table(NamedTuple):
 
     Attributes:
         rows: the rows.
-        dataset: ``"ucf101"`` or ``"hmdb51"`` for official lists, whose class names are the default.
-            ``None`` for other files.
+        dataset: ``"ucf101"`` or ``"hmdb51"`` for official lists, ``None`` for other files. The
+            official class names of this data set are the default of ``read_annotations``.
         guessed: true for lists of Kinetics, which contain no file names. The paths are then made
             from the identifiers and the times of the videos.
     """

@@ -1,7 +1,8 @@
 """Read the frames of a clip from a video file.
 
-A decoder must also decode the frames between the frames of a clip. These frames are not converted
-to RGB and not kept, so the memory does not grow with the length of the video.
+A clip consists of some frames of a video, but the decoder must also decode the frames between them.
+Only the frames of the clip are converted to RGB and kept, so the memory does not grow with the
+length of the video.
 """
 
 from __future__ import annotations

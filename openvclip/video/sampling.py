@@ -252,7 +252,7 @@ def _clip_length(info: StreamInfo, sampling: Sampling) -> float:
 
 
 def _timed(info: StreamInfo, sampling: Sampling, start: float) -> Window:
-    """Return the window that begins at frame ``start`` (a fraction), by time stamp."""
+    """Return a window of time stamps. It begins at frame ``start``, which can be fractional."""
     tick = (info.duration or 0) / max(info.frames or 0, 1)
     end = start + _span(info, sampling) - 1
     offsets = _spread(0.0, _clip_length(info, sampling) - 1, sampling.num_frames)

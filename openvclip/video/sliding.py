@@ -61,9 +61,9 @@ def sliding_windows(
     """Iterate over windows of equal length, from the beginning to the end of a video.
 
     The frames of a window are the frames displayed at T equally spaced times, the first of which is
-    the start of the window. If the video ends before the window, the last frame of the video is
-    repeated. All windows begin before the end of the video. The first window that reaches the end
-    of the video is the last window.
+    the start of the window. If a window extends beyond the end of the video, the last frame of the
+    video is used for the times after the end. All windows begin before the end of the video. The
+    first window that reaches the end of the video is the last window.
 
     Args:
         path: a video file.

@@ -181,8 +181,8 @@ def _short_side(option: int | Sequence[int] | None, size: int, name: str) -> tup
     whole = all(isinstance(end, int) and not isinstance(end, bool) for end in ends)
     if len(ends) != 2 or not whole or not size <= ends[0] <= ends[1]:
         raise VideoOptionError(
-            f"short_side={option!r}: expected pixels, at least the size of the crop ({size}), or "
-            "the two ends of a range."
+            f"short_side={option!r}: expected a whole number of pixels, or the two ends of a range "
+            f"in ascending order. Each number must be at least the size of the crop ({size})."
         )
     if ends[0] < ends[1] and name != "train":
         raise VideoOptionError(
@@ -264,7 +264,10 @@ def _fixed_short(spec: Transform) -> int:
 def _corners(
     spec: Transform, scaled: tuple[int, int], centre: Callable[[float], int]
 ) -> list[tuple[int, int]]:
-    """Return top and left of each crop: the centre, or both ends of the long side as well."""
+    """Return the top row and the left column of each crop.
+
+    A single crop is at the centre. Three crops are at the centre and at both ends of the long side.
+    """
     room = [side - spec.size for side in scaled]
     middle = (centre(room[0] / 2), centre(room[1] / 2))
     if spec.crops == 1:

@@ -219,7 +219,7 @@ def test_an_error_in_a_worker_is_one_clear_message(
     shutil.copytree(finished[0] / "clips", out / "clips")
     broken = next((out / "clips").rglob("train-*.mp4"))
     broken.write_bytes(b"")
-    with pytest.raises(SystemExit, match=r"seed 0 failed: RuntimeError: Unreadable clips"):
+    with pytest.raises(SystemExit, match=r"seed 0 failed: RuntimeError: Some clips cannot be read"):
         run.main(["--smoke", "--jobs", "1", "--out", str(out)])
     assert not active_children()
 
