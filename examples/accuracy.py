@@ -143,7 +143,7 @@ def accuracy(
         details=True,
     )
     if dataset.class_names is None:
-        raise UsageError(f"{path} numbers its classes; expected lines of path and class name.")
+        raise UsageError(f"{path} has class indices; expected lines of path and class name.")
     classifier = make_classifier(
         loaded.model, loaded.tokenizer, dataset.class_names, args.method, args.template
     )

@@ -1,4 +1,4 @@
-r"""Evaluate a checkpoint on the protocols of the paper, and print the paper's figures beside.
+r"""Evaluate a checkpoint on the protocols of the paper, and compare it with the paper.
 
     python evaluate.py --checkpoint run/averaged.safetensors --lam 0.5 \
         --ucf101 ucfTrainTestlist UCF-101 --hmdb51 testTrainMulti_7030_splits hmdb51 \
@@ -74,13 +74,13 @@ PUBLISHED: dict[tuple[str, str], dict[str, str]] = {
     (method, encoder): dict(zip(COLUMNS, values, strict=True))
     for method, encoder, *values in map(str.split, _ROWS.strip().splitlines())
 }
-"""The paper's figures as texts by method and encoder, then by column; ``"-"``: not in the paper."""
+"""The paper's accuracies by method and encoder, then by column; ``"-"``: not in the paper."""
 
 METHODS = tuple(dict.fromkeys(method for method, _ in PUBLISHED))
 
 
 def published(method: str, model: str, column: str) -> str:
-    """Return the paper's figure for an open_clip model; ``"-"`` if the paper has no figure.
+    """Return the paper's accuracy for an open_clip model; ``"-"`` if it is not in the paper.
 
     Args:
         method: one of :data:`METHODS`.
@@ -95,11 +95,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add_model_options(parser.add_argument_group("model"))
     parser.add_argument(
-        "--checkpoint", type=Path, metavar="FILE", help="fine-tuned weights, of any known family"
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="fine-tuned weights, in any supported format",
     )
     parser.add_argument("--lam", type=float, default=0.0, help="weight of the original CLIP")
     for name in DATA_SETS:
-        help_text = "official lists and folder of videos; of Kinetics the validation set"
+        help_text = "official lists and folder of videos (Kinetics: the validation set)"
         parser.add_argument(f"--{name}", nargs=2, metavar=("LISTS", "VIDEOS"), help=help_text)
     parser.add_argument(
         "--published",
@@ -133,7 +136,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def read_splits(data_set: str, lists: str, videos: str) -> list[Split]:
-    """Return the splits of all protocols of a data set; Kinetics-400 is the closed set."""
+    """Return the splits of all protocols of a data set; for Kinetics-400 the closed-set split."""
     if data_set == "kinetics400":
         names = class_names(data_set)
         samples = read_annotations(lists, names, root=videos).samples

@@ -8,11 +8,11 @@ The defaults are the paper's recipe for Kinetics-400 (Section 5.1.3 and the rele
 configuration). --batch-size counts the videos of all devices together. Each line of train.csv has
 the path and the class index of a video, each line of classes.txt the name of a class.
 
-The output folder holds finetuned.safetensors (the last weights), averaged.safetensors (their
-average, if the method averages) and final.safetensors (interpolated with the original CLIP: the
-weights to use), with a model card, README.md. A method that learns prompts writes
-prompts.safetensors in place of the weights. After a stop, by SIGTERM or by a crash, the same
-command resumes the run.
+The output folder holds finetuned.safetensors (the last weights), averaged.safetensors (the average
+of the weights along the run, if the method averages) and final.safetensors (interpolated with the
+original CLIP: the weights to use), with a model card, README.md. A method that learns prompts
+writes prompts.safetensors in place of the weights. After a stop, by SIGTERM or by a crash, the
+same command resumes the run.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ Batches = list[Sequence[Any]]  # the micro-batches of a step
 
 
 class Trainer:
-    """The model, its optimizer and its regulariser, and the step that they do together."""
+    """Holds the model, its optimizer and its regulariser, and does the training steps."""
 
     def __init__(
         self, classifier: Classifier, recipe: Recipe, run: Run, processes: Processes
@@ -87,7 +87,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         alpha, interpolated = None, torch.zeros((), device=self.device)
         if self.recipe.uses_iwr and (number - 1) % self.run.every == 0:
-            # This pass is first: its copy of the weights is freed before gradients are held.
+            # This pass runs first: its copy of the weights takes no memory in the plain pass.
             with self.iwr.interpolated() as alpha:
                 interpolated = self.add_gradients(batches, self.iwr.weight, reduce=False)
         losses = self.add_gradients(batches, 1.0, reduce=True)
@@ -108,7 +108,7 @@ class Trainer:
         return values[0], alpha, stop
 
     def add_gradients(self, batches: Batches, factor: float, *, reduce: bool) -> Tensor:
-        """Add the gradients of ``factor`` times the mean loss; return each batch's share of it."""
+        """Add gradients of ``factor`` times the mean loss; return each batch's part of the loss."""
         videos = sum(len(label) for _, label, *_ in batches)
         shares = []
         for number, (video, label, *_) in enumerate(batches, start=1):

@@ -1,4 +1,4 @@
-r"""Draw zero-shot over closed-set accuracy along lambda: Figures 2 and 3 for any checkpoints.
+r"""Plot zero-shot against closed-set accuracy along lambda (Figures 2 and 3), for any weights.
 
     python tradeoff.py --model ViT-B-16-quickgelu --pretrained openai \
         --curve "VCLIP=plain/finetuned.safetensors" --curve "Open-VCLIP=run/averaged.safetensors" \
@@ -91,7 +91,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument_group("curves and data sets").add_argument
     curve: Any = {"metavar": "LABEL=FILE", "action": "append", "default": []}
-    text = "fine-tuned weights with temporal attention, of any known family; repeatable"
+    text = "fine-tuned weights with temporal attention, in any supported format; repeatable"
     add("--curve", **curve, help=text)
     text = "fine-tuned weights without temporal attention; repeatable"
     add("--frame-curve", **curve, help=text)
@@ -101,7 +101,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--closed-set", **words, help=text)
     text = "videos of other classes; repeatable, each set gives a figure"
     add("--zero-shot", **words, action="append", help=text)
-    text = "weights of the original CLIP (default: those of the paper's figures)"
+    text = "values of lambda, the weight of CLIP (default: those of the paper's figures)"
     add("--lam", type=float, nargs="+", default=list(FIGURE_LAMBDAS), help=text)
     text = "draw this curve thick, with a star at the reported lambda; repeatable"
     add("--mark", metavar="LABEL=LAM", action="append", default=[], help=text)
@@ -229,7 +229,7 @@ def evaluate(
     data_set: tuple[argparse.Namespace, Sequence[Split]],
     args: argparse.Namespace,
 ) -> ProtocolEvaluation:
-    """Evaluate a curve on a data set, from the records of earlier runs where there are some."""
+    """Evaluate a curve on a data set. Records of earlier runs are reused."""
     options, splits = data_set
     device = next(clip.model.parameters()).device
     moved = None if tuned is None else {n: v.to(device) for n, v in tuned.items()}

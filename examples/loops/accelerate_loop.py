@@ -7,7 +7,7 @@ It needs ``pip install accelerate``. The model is a tiny CLIP with random weight
 random. The script prints the loss of each step, then the number of averaged models.
 
 The loop is the loop of accelerate's documentation with two additions: a backward pass within
-``iwr.interpolated()``, whose gradients are not reduced yet, and ``swa.update()``.
+``iwr.interpolated()``, which does not reduce its gradients, and ``swa.update()``.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ r"""Train Open-VCLIP in PyTorch Lightning: IWR in the training step, averaging a
 It needs ``pip install lightning``. The model is a tiny CLIP with random weights, the clips are
 random. The script prints the number of averaged models.
 
-Lightning's checkpoints hold the state of both, so ``fit(..., ckpt_path=...)`` resumes them.
+Lightning's checkpoints hold the regulariser and the average, so ``fit(..., ckpt_path=...)``
+resumes both.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ class WeightAveraging(lightning.Callback):  # type: ignore[misc]
     def on_train_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """Start to count at the step at which the run starts or resumes."""
+        """Store the step number at which the run starts or resumes."""
         self._steps = trainer.global_step
 
     def on_train_batch_end(
@@ -155,7 +156,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Train from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write a checkpoint there")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write last.ckpt to this folder")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="a checkpoint to resume from")
     parser.add_argument("--accelerator", default="auto", help="see lightning.Trainer")
     parser.add_argument("--precision", default="32-true", help="see lightning.Trainer")

@@ -30,7 +30,7 @@ def seed_of(*parts: object) -> int:
 
 @dataclass(frozen=True)
 class Batching:
-    """How videos are grouped and read: :class:`VideoBatches` and ``ShardBatches`` take it.
+    """Options for grouping and reading videos in :class:`VideoBatches` and ``ShardBatches``.
 
     Attributes:
         batch_size: number of videos in a step, in all processes together.
@@ -106,7 +106,7 @@ class VideoBatches:
             persistent_workers=batching.num_workers > 0,
             pin_memory=batching.pin,
             worker_init_fn=ignore_sigterm,
-            # With its own generator the loader draws nothing from the global one.
+            # The loader draws its seeds from this generator, not from PyTorch's global generator.
             generator=torch.Generator().manual_seed(batching.seed),
         )
         self._iterator: Iterator[Batch] = iter(())
@@ -168,8 +168,8 @@ def steps_of_run(
         total: number of steps of the run. The run can end within an epoch.
 
     Raises:
-        UsageError: the loader gives another number of micro-batches, or the run goes on within an
-            epoch and the loader has no ``set_epoch``.
+        UsageError: the loader does not give ``per_epoch`` steps in an epoch; or the run resumes
+            within an epoch, and the loader has no ``set_epoch(epoch, first_step)``.
     """
     if first >= total:  # the run is finished; it can have ended within an epoch
         return
@@ -195,7 +195,7 @@ def _begin_epoch(loader: Any, epoch: int, first_step: int) -> None:
         return
     if first_step:
         raise UsageError(
-            f"The run goes on at step {first_step} of an epoch, and the loader has no method "
+            f"The run resumes at step {first_step} of an epoch, and the loader has no method "
             "set_epoch(epoch, first_step); give the loader this method."
         )
     set_epoch = getattr(getattr(loader, "dataset", None), "set_epoch", None)
@@ -227,8 +227,9 @@ def start_workers(loader: DataLoader[Any]) -> Iterator[Any]:
 def end_workers(iterator: Iterator[Any]) -> None:
     """End the workers of a ``DataLoader``, given the iterator of the loader.
 
-    Python ends workers by SIGTERM at its exit, and these workers ignore SIGTERM. A loader ends
-    its workers when it is collected, which the traceback of an exception can delay.
+    At its exit Python sends SIGTERM to the workers, but these workers ignore SIGTERM. A loader
+    also ends its workers when the loader is garbage-collected, but the traceback of an exception
+    can keep a reference to the loader.
     """
     shut_down = getattr(iterator, "_shutdown_workers", None)  # absent in a loader without workers
     if shut_down is not None:
@@ -243,7 +244,8 @@ def class_warnings(
     Args:
         labels: class indices of the training videos.
         names: names of the training classes.
-        zero_shot: names of the classes for zero-shot tests. The training must not have them.
+        zero_shot: names of the classes for zero-shot tests. A warning lists the names
+            that are also training classes.
     """
     warnings = []
     seen = set(labels)

@@ -35,8 +35,8 @@ def load_original(
         pretrained: a tag of open_clip, or a file of weights.
         hugging_face: name or folder of a CLIP of Hugging Face. It replaces ``model`` and
             ``pretrained``.
-        start_from: a file of fine-tuned weights. They replace the pretrained weights, and the
-            method takes them for the original CLIP.
+        start_from: a file of fine-tuned weights. They replace the pretrained weights: the run
+            uses them as the weights of the original CLIP.
 
     Raises:
         ModelNameError: open_clip has no such model or no such weights.
@@ -103,7 +103,8 @@ def videos_from_files(
     )
     if dataset.class_names is None:
         raise UsageError(
-            f"{annotations} numbers its classes: give their names with --classes FILE."
+            f"{annotations} has class indices and no class names; give the names with "
+            "--classes FILE."
         )
     labels = [label for _, label in dataset.samples]
     about = _about(str(annotations), dataset.samples, labels, dataset.class_names)
@@ -135,7 +136,7 @@ def videos_from_shards(
     classes = class_indices(read_index(find_shards(pattern), index), names)
     sizes = {shard: len(labels) for shard, labels in classes.items()}
     labels = [label for shard in classes.values() for label in shard]
-    # The videos of a step depend on the number of streams, and so on these numbers.
+    # These two numbers change the streams and their micro-batches, and so the videos of a step.
     about = {
         "processes": batching.processes.world_size,
         "per_device_batch": batching.micro_batch,

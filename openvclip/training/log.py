@@ -37,8 +37,8 @@ class LoaderWatch:
     """Warns once if training waits for videos.
 
     Args:
-        steps: number of steps that are looked at together.
-        share: share of the time, in [0, 1]. A larger share of waiting gives a warning.
+        steps: number of steps over which the waiting time is summed up.
+        share: share of the time, in [0, 1]. Waiting for a larger share gives a warning.
     """
 
     def __init__(self, steps: int = 50, share: float = 0.2) -> None:
@@ -60,7 +60,7 @@ class LoaderWatch:
         self._has_warned = True
         return (
             f"The loader is the bottleneck: {share:.0%} of the last {self.steps} steps was waiting "
-            "for videos. More --num-workers help, or videos that are smaller or on a faster disk."
+            "for videos. Increase --num-workers, or use smaller videos or a faster disk."
         )
 
 
@@ -69,7 +69,7 @@ class RunLog:
 
     Args:
         folder: folder of ``metrics.jsonl`` and ``tensorboard/``. ``None``: write and print
-            nothing, for all processes but the first.
+            nothing, as in all processes except the first.
         total: number of steps of the run.
         first: number of steps that were done in an earlier run. Lines of later steps are removed.
         every: number of steps between two lines.
@@ -119,7 +119,7 @@ class RunLog:
                     self._board.add_scalar(name, value, step)
 
     def has(self, step: int, name: str) -> bool:
-        """Return whether the log has a number of this name for a step. Without a folder: no."""
+        """Return whether the log has a number of this name for a step; false without a folder."""
         if self._path is None:
             return False
         lines = map(json.loads, self._path.read_text(encoding="utf-8").splitlines())

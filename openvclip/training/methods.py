@@ -38,7 +38,7 @@ def attach_prompts(
     *,
     class_prompts: bool,
 ) -> None:
-    """Attach the prompts that a method learns, in place. Other methods do not change the model.
+    """Attach the prompts of ``bridge`` or ``vita``, in place. For other methods, do nothing.
 
     Args:
         model: an open_clip model.
@@ -106,7 +106,7 @@ def choose_trained(model: nn.Module, method: str) -> None:
 
 @contextmanager
 def text_made_once(classifier: Classifier) -> Iterator[None]:
-    """Return a context in which text features that training does not change are computed once."""
+    """Return a context that computes the text features once, if training does not change them."""
     trained = isinstance(classifier, VideoClassifier) and classifier.text_features().requires_grad
     with nullcontext() if trained else fixed_text(classifier):
         yield
@@ -144,8 +144,9 @@ def make_tracker(model: nn.Module, recipe: Recipe, steps_per_epoch: int, total: 
     start = recipe.average_after * steps_per_epoch
     if start + every > total:
         raise UsageError(
-            f"No model would enter the average: {total // steps_per_epoch} epochs end before it "
-            f"begins (--average-after {recipe.average_after}). Train longer or average earlier."
+            f"No model would enter the average: {total // steps_per_epoch} epochs of training "
+            f"end before the first averaged model (--average-after {recipe.average_after}). Train "
+            "longer or lower --average-after."
         )
     return SWATracker(model, start=start, every=every)
 

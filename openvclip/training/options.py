@@ -35,9 +35,9 @@ _LARGE_LAM = 0.6
 """Weight of CLIP for ViT-L/14 in the paper. Smaller models have the default of the recipe."""
 
 _PROMPT_NUMBERS = {
-    "vision_prompts": "prompts of a frame (default: 16, bridge) or global prompts of a layer "
-    "(default: 8, vita)",
-    "text_prompts": "prompts of a text (default: 16, bridge; 8, vita)",
+    "vision_prompts": "number of prompts in a frame (bridge; default: 16) or of global prompts in "
+    "a layer (vita; default: 8)",
+    "text_prompts": "number of prompts in a text (default: 16 for bridge, 8 for vita)",
     "vision_depth": "layers of the image tower that have prompts (default: 9, bridge)",
     "text_depth": "layers of the text tower that have prompts (default: 9, bridge)",
 }
@@ -147,7 +147,8 @@ def validation_videos(
     Args:
         args: the arguments.
         names: names of the training classes.
-        transform: transform for training. The validation has its size, mean and deviation.
+        transform: transform for training. The validation uses the same size, mean and
+            standard deviation.
     """
     if args.val_annotations is None:
         return None
@@ -194,7 +195,7 @@ def plan(
     parts = [f"{processes.world_size} processes" if processes.world_size > 1 else "one device"]
     parts += [f"{at_a_time} at a time"]
     if run.accumulate > 1:
-        parts += [f"{run.accumulate} times added up"]
+        parts += [f"{run.accumulate} accumulation steps"]
     return (
         f"{batch_size} videos a step ({', '.join(parts)}); learning rate {recipe.lr:g}, which is "
         "not scaled to the batch."
@@ -245,7 +246,7 @@ def _add_video_options(parser: argparse.ArgumentParser) -> None:
         "--zero-shot-classes",
         type=Path,
         metavar="FILE",
-        help="a class name on each line; a warning lists those that are trained on",
+        help="a class name on each line; a warning lists the names that are also training classes",
     )
     add_frame_options(group)
     group.add_argument(
@@ -338,7 +339,7 @@ def _add_device_options(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="inductor",
         metavar="BACKEND",
-        help="compile the layers with torch.compile; without BACKEND with inductor",
+        help="compile the layers with torch.compile (--compile without BACKEND uses inductor)",
     )
 
 
@@ -377,7 +378,7 @@ def _require_consistent(args: argparse.Namespace, fail: Callable[[str], object])
         fail("--method bridge needs --start-from, a file of fine-tuned weights")
     if args.method in PROMPT_METHODS and args.fsdp:
         fail(
-            f"--fsdp shards what is trained, and --method {args.method} trains only prompts: "
+            f"--fsdp can't be used with --method {args.method}, which trains only prompts: "
             "leave --fsdp out"
         )
     if args.num_workers < 0:

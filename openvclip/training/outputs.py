@@ -86,7 +86,7 @@ def write_outputs(folder: Path, outputs: RunOutputs, description: RunDescription
         message = f"Wrote {folder / 'prompts.safetensors'}: the prompts alone."
     else:
         files, results = write_weights(folder, outputs)
-        message = f"Wrote {folder / 'final.safetensors'}: lambda {lam} on the original CLIP."
+        message = f"Wrote {folder / 'final.safetensors'}: interpolated at lambda {lam}."
     if outputs.processes.is_first:
         card = ModelCard(
             description.name, lam, description.settings, description.data, results, files

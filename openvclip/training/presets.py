@@ -1,7 +1,7 @@
 """The published recipes, as defaults of ``examples/finetune.py`` and ``examples/accuracy.py``.
 
-Source: the papers (Weng et al., ICML 2023; Rasheed et al. and Wasim et al., CVPR 2023). The papers
-do not give these numbers, which come from the releases: the cosine ends at a hundredth of the
+Source: the papers (Weng et al., ICML 2023; Rasheed et al. and Wasim et al., CVPR 2023). Three
+settings are not in the papers and come from the releases: the cosine ends at a hundredth of the
 learning rate (ViFi-CLIP) or at zero (Vita-CLIP), supervised training has 16 frames, and base to
 novel has a batch of 64.
 """

@@ -19,8 +19,9 @@ from openvclip.errors import OpenVCLIPError, UnsupportedModelError, UsageError
 from openvclip.processes import Processes, local_rank
 
 _LOST = (
-    "Another process of this run is gone or does not answer, so all processes end; torchrun says "
-    "below which process failed first. The same command resumes from the last checkpoint."
+    "Another process of this run is gone or does not answer, so all processes end. The message of "
+    "torchrun below names the process that failed first. The same command resumes from the last "
+    "checkpoint."
 )
 
 
@@ -84,7 +85,7 @@ def _end(text: str, processes: Processes) -> None:
 
 
 def _is_first_to_print(text: str) -> bool:
-    """Return whether no other process printed the text. The store of torchrun counts the calls."""
+    """Return whether this process prints the text first; torchrun's store counts the calls."""
     try:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         c10d: Any = distributed  # the stores are missing from its type annotations
@@ -121,7 +122,9 @@ def loss_error(
     losses: Tensor,
     processes: Processes,
 ) -> FloatingPointError:
-    """Return the error for a loss that is not finite. All processes call this and get one text.
+    """Return the error for a loss that is not finite.
+
+    All processes call this and get the same text.
 
     Args:
         values: losses of the step, means over the processes.
@@ -145,7 +148,7 @@ def gradient_error(
 ) -> FloatingPointError:
     """Return the error for a gradient that is not finite although the loss is finite.
 
-    All processes call this and get one text.
+    All processes call this and get the same text.
 
     Args:
         norm: norm of the gradient.
@@ -209,7 +212,9 @@ def wrap(
     fsdp: bool,
     compiler: str | None,
 ) -> nn.Module:
-    """Return the module to call for training, so that gradients are reduced over the processes.
+    """Wrap a classifier for training in several processes, with DDP or FSDP2.
+
+    Call the returned module in the training loop. In a single process it is the classifier itself.
 
     Args:
         classifier: the classifier, on its device. ``fsdp`` and ``compiler`` change it in place.
@@ -222,7 +227,10 @@ def wrap(
         UsageError: ``fsdp`` with a single process.
     """
     if fsdp and processes.world_size == 1:
-        raise UsageError("--fsdp shards the model among processes: start several with torchrun.")
+        raise UsageError(
+            "--fsdp shards the model among several processes, and this run has one process: start "
+            "several processes with torchrun, or leave --fsdp out."
+        )
     if compiler is not None:
         for layer in _layers(classifier):
             layer.compile(backend=compiler)
@@ -241,7 +249,10 @@ def wrap(
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
-    """The layers of the towers: members of lists of modules of one class, inner lists first."""
+    """Return the layers of the towers, those of inner lists first.
+
+    Layers are the entries of a ``ModuleList`` or ``Sequential`` with several entries of one class.
+    """
     lists: list[Any] = [m for m in model.modules() if isinstance(m, (nn.ModuleList, nn.Sequential))]
     stacks = [m for m in lists if len(m) > 1 and len({type(part) for part in m}) == 1]
     return [layer for stack in reversed(stacks) for layer in stack]

@@ -26,7 +26,7 @@ METHODS = ("openvclip", "finetune", "l2", "iwr", "swa", *VIFI_TOWERS, *PROMPT_ME
 
 
 def _setting(default: Any, text: str, **flag: Any) -> Any:
-    """A field with a help text; ``flag`` says how the command line reads it."""
+    """Return a field with a help text. ``flag`` holds options of the command-line flag."""
     return field(default=default, metadata={"help": text, **flag})
 
 
@@ -57,14 +57,17 @@ class Recipe:
     clip_grad_norm: float = _setting(1.0, "largest norm of the gradient")
     batch_size: int = _setting(64, "videos in a step, on all devices together")
     alpha_max: float = _setting(
-        0.6, "alpha of the regulariser is uniform in [--alpha-min, --alpha-max]; it weighs CLIP"
+        0.6,
+        "upper end of the interval from which the regulariser draws alpha, the weight of CLIP, "
+        "uniformly",
     )
     iwr_weight: float = _setting(0.5, "C of Equation 9, the weight of the regulariser's loss")
     l2_weight: float = _setting(0.5, "factor of the squared distance to CLIP (method l2)")
     average_after: int = _setting(
         1,
-        "epochs before the averaging begins. The first averaged model is the model one epoch "
-        "later: 1 gives the mean of the models after epochs 2 to 22, as in the release",
+        "epochs before the averaging begins. With 1, the first averaged model is the model after "
+        "epoch 2, and the average is the mean of the models after epochs 2 to 22, as in the "
+        "release",
     )
     averages_per_epoch: int = _setting(1, "models that enter the average in an epoch")
     lam: float = _setting(0.5, "weight of CLIP in the final interpolation")

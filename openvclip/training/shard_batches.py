@@ -46,8 +46,9 @@ class ShardBatches:
 
     A process reads up to 16 streams side by side. Each stream has its own shards, in an order that
     depends on the seed and the epoch alone. The streams give one micro-batch each in turn, so the
-    number of workers does not change the videos of a step. A stream that ends before the epoch
-    starts again. A video that can't be read is replaced by the next video of the stream.
+    number of workers does not change the videos of a step. If the shards of a stream end
+    before the epoch does, the stream reads its shards again. A video that can't be read is replaced
+    by the next video of the stream.
 
     Args:
         index: number of videos in each shard, by path or address.
@@ -140,7 +141,7 @@ class _Samples:
         self.names, self.transform, self.sampling, self.seed = names, transform, sampling, seed
 
     def shuffled(self, shard: str, *position: int) -> Iterator[dict[str, Any]]:
-        """Yield the encoded samples of a shard, in an order given by seed and position alone."""
+        """Yield the encoded samples of a shard, in an order that seed and position determine."""
         wds = require_webdataset()
         order = random.Random(seed_of(self.seed, shard, *position))
         with wds.gopen(shard) as stream:  # the pipeline of webdataset leaves its files open
@@ -226,7 +227,7 @@ class _Streams(IterableDataset[Batch]):
             yield torch.stack(videos), torch.tensor(labels), list(names)
 
     def _decoded(self, stream: int, skip: int) -> Iterator[tuple[Tensor, int, str]]:
-        """Yield the decoded samples of a stream after the first ``skip``, without end."""
+        """Skip ``skip`` samples of a stream, then yield decoded samples endlessly."""
         broken = 0
         for sample, *position in self._encoded(stream, skip):
             try:

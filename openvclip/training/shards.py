@@ -3,8 +3,8 @@ r"""The files of WebDataset shards, and the index that holds the labels of each 
     python -m openvclip.training.shards "k400-{0000..0999}.tar" --out k400.json
 
 A shard is a tar file. Each sample in it is a video ``<key>.mp4`` and a file ``<key>.cls`` with the
-class, an index or a name. The command writes the index. From the index a run knows its number of
-steps, and resumes without reading the videos of the steps before. Shards on a disk can be used
+class, an index or a name. The command writes the index. The index tells a run its number of
+steps, and lets a resumed run skip the shards of earlier steps. Shards on a disk can be used
 without an index: a run then reads their labels at its start. Remote shards need an index.
 :class:`openvclip.training.shard_batches.ShardBatches` reads the videos.
 """
@@ -36,7 +36,7 @@ __all__ = [
 
 
 def find_shards(pattern: str) -> list[str]:
-    """Return the paths or addresses that a pattern stands for, in its order.
+    """Expand a pattern to the paths or addresses of shards, in the order of the pattern.
 
     Args:
         pattern: such as ``"k400-{0000..0999}.tar"``.
@@ -174,7 +174,7 @@ def _is_remote(shard: str) -> bool:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Split the name of a file into key and ending. In WebDataset an ending starts at any dot."""
+    """Split a path into key and ending. The ending starts at the first dot of the file name."""
     folder, name = os.path.split(name)
     key, dot, ending = name.partition(".")
     return os.path.join(folder, key), (dot + ending).lower()

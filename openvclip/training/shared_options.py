@@ -14,8 +14,8 @@ from openvclip.video.sampling import Sampler, Sampling
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Keeps the lines of a description, and adds "(default: ...)" to the help of each option.
 
-    An option without a default, a switch that is off, and a help text that explains the default
-    itself get no addition.
+    Nothing is added if the option has no default, if a switch is off by default, or if the help
+    text already has "default:".
     """
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
@@ -45,7 +45,7 @@ def add_preset_option(parser: argparse.ArgumentParser, arguments: list[str] | No
     options: Any = {
         "choices": PRESETS,
         "default": "open-vclip",
-        "help": "a published recipe: values for the flags that are not given",
+        "help": "a published recipe, which sets the defaults of other flags",
     }
     parser.add_argument("--preset", **options)
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -81,14 +81,14 @@ def add_frame_options(group: argparse._ArgumentGroup) -> None:
         "--target-fps",
         type=float,
         default=30.0,
-        help="frame rate in which --sampling-rate counts, frames per second",
+        help="frame rate for which --sampling-rate is given, in frames per second",
     )
     group.add_argument(
         "--short-side",
         type=positive,
         metavar="PIXELS",
-        help="short side of the frames before the crop (default: in training, drawn from the size "
-        "of the crop to 8/7 of it; in tests, the size of the crop)",
+        help="short side of the frames before the crop (default: in tests, the crop size; in "
+        "training, a random size from the crop size to 8/7 of the crop size)",
     )
     group.add_argument(
         "--backend", choices=("pyav", "torchcodec"), default="pyav", help="the decoder"
@@ -132,7 +132,7 @@ def amp_of(args: argparse.Namespace, device: torch.device) -> torch.dtype | None
 
 
 def sampling_of(args: argparse.Namespace, sampler: Sampler, views: int = 1) -> Sampling:
-    """Return the frames that the arguments ask for, with a sampler and a number of views."""
+    """Return the sampling options of the arguments, with a sampler and a number of views."""
     return Sampling(
         num_frames=args.frames,
         sampling_rate=args.sampling_rate,

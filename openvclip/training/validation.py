@@ -18,7 +18,7 @@ from openvclip.video import VideoDataset
 from openvclip.video.sampling import Sampler
 
 TEST_SAMPLERS: dict[str, Sampler] = {"dense": "released", "uniform": "uniform"}
-"""The sampler for tests that belongs to each sampler for training."""
+"""The sampler for tests, for each sampler for training."""
 
 
 class SharedAccuracy:
@@ -28,7 +28,7 @@ class SharedAccuracy:
         dataset: gives :class:`openvclip.video.VideoSample` (made with ``details=True``).
         processes: the processes.
         batch_size: number of videos that a process reads at a time.
-        num_workers: number of processes that read videos, for each process.
+        num_workers: number of worker processes that read videos, for each of ``processes``.
         amp: dtype of autocast. Default: no autocast.
     """
 
@@ -51,7 +51,8 @@ class SharedAccuracy:
             batch_size=batch_size,
             num_workers=num_workers,
             worker_init_fn=ignore_sigterm,
-            generator=torch.Generator(),  # with it the loader draws nothing from the global one
+            # The loader draws its seeds from this generator, not from PyTorch's global generator.
+            generator=torch.Generator(),
         )
 
     def of(self, classifier: nn.Module, description: str = "validation") -> dict[str, float]:

@@ -166,7 +166,7 @@ def test_what_cannot_be_run_is_refused_with_its_reason() -> None:
         train(classifier(), batches(), 2, dataclasses.replace(TINY, average_after=3))
     with pytest.raises(UsageError, match="gave 2 steps in an epoch, with 1 batches"):
         train(classifier(), batches(), 3, TINY)
-    with pytest.raises(UsageError, match="start several with torchrun"):
+    with pytest.raises(UsageError, match="start several processes with torchrun"):
         train(classifier(), batches(), 2, TINY, run=Run(fsdp=True))
     with pytest.raises(UnsupportedModelError, match="Linear has no activation checkpointing"):
         save_memory(nn.Linear(1, 1))

@@ -42,7 +42,7 @@ def test_a_run_leaves_weights_numbers_and_a_card(
     other = ["--zero-shot-classes", str(world / "unseen.txt"), "--lam", "0.25"]
     finetune.main(command(world, "run", *validated, *other))
     text, out = capsys.readouterr().out, world / "run"
-    assert "4 videos a step (one device, 2 at a time, 2 times added up)" in text
+    assert "4 videos a step (one device, 2 at a time, 2 accumulation steps)" in text
     assert "1 of 3 classes have no videos: cross turning." in text
     assert "1 of 2 zero-shot classes are trained on" in text
     assert "Heart_Resting" in text
@@ -183,4 +183,4 @@ def test_bad_input_ends_with_one_line(world: Path, capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit) as ended:
         finetune.main(arguments[:place] + arguments[place + 2 :])
     assert ended.value.code == 1
-    assert "numbers its classes: give their names with --classes" in capsys.readouterr().err
+    assert "class indices and no class names; give the names" in capsys.readouterr().err

@@ -115,7 +115,7 @@ def test_two_processes_leave_what_one_leaves(world: Path, tmp_path: Path, flags:
             process.join(LIMIT)
     outputs = [(tmp_path / f"{rank}.log").read_text() for rank in range(2)]
     assert [process.exitcode for process in processes] == [0, 0], "\n".join(outputs)
-    assert "4 videos a step (2 processes, 1 at a time, 2 times added up)" in outputs[0]
+    assert "4 videos a step (2 processes, 1 at a time, 2 accumulation steps)" in outputs[0]
     assert [text.count("Wrote") for text in outputs] == [1, 0]
     assert_same_weights(out, expected)
     measured = [line for line in lines_of(out) if "val_top1" in line]
@@ -143,7 +143,7 @@ def test_a_process_that_dies_ends_all_with_one_message_and_the_run_goes_on(
     before, *after = done.stderr.split("Another process of this run is gone")
     assert len(after) == 1, done.stderr
     assert "Traceback" not in before, before
-    assert "4 videos a step (2 processes, 1 at a time, 2 times added up)" in done.stdout
+    assert "4 videos a step (2 processes, 1 at a time, 2 accumulation steps)" in done.stdout
     names = sorted(path.name for path in out.glob("checkpoint*"))
     assert names == [f"checkpoint-{step:08d}.pt" for step in saved]
     finetune.main(arguments)  # goes on alone

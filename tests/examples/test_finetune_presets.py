@@ -165,7 +165,7 @@ def test_a_flag_has_the_last_word_wherever_it_stands(capsys: pytest.CaptureFixtu
         ("invalid choice: 'vifi'", ["--preset", "vifi"]),
         ("unrecognized arguments: --pres", ["--pres", "vita"]),
         ("--method bridge needs --start-from", ["--preset", "bridge-few-shot"]),
-        ("--fsdp shards what is trained", ["--preset", "vita", "--fsdp"]),
+        ("--fsdp can't be used with --method vita", ["--preset", "vita", "--fsdp"]),
     ):
         with pytest.raises(SystemExit):
             finetune.parse_arguments([*data, *wrong])
@@ -312,7 +312,7 @@ def test_prompts_are_tested_on_other_classes(
         assert text in capsys.readouterr().err
     with pytest.raises(SystemExit):
         accuracy.main([*common, *prompts, "--annotations", str(world / "train.csv")])
-    assert "numbers its classes" in capsys.readouterr().err
+    assert "has class indices" in capsys.readouterr().err
 
 
 def _test_vita(world: Path, prompts: Path, *more: str) -> None:
