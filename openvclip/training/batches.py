@@ -112,7 +112,12 @@ class VideoBatches:
         self._iterator: Iterator[Batch] = iter(())
 
     def set_epoch(self, epoch: int, first_step: int = 0) -> None:
-        """Set the next epoch, and the number of its steps that were done in an earlier run."""
+        """Set the next epoch.
+
+        Args:
+            epoch: the number of the epoch, from 0.
+            first_step: the number of its steps that were done in an earlier run.
+        """
         self.dataset.set_epoch(epoch)
         self._order.epoch, self._order.first_step = epoch, first_step
 

@@ -101,7 +101,12 @@ class Checkpoints:
         return _step_of(paths[-1]) if paths else 0
 
     def due(self, step: int, total: int) -> bool:
-        """Return whether a checkpoint is due after a step."""
+        """Return whether a checkpoint is due after a step.
+
+        Args:
+            step: the number of steps that are done.
+            total: the number of steps of the whole run.
+        """
         return step % self.every == 0 or step == total
 
     def resume(self, state: TrainingState) -> int:

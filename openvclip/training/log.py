@@ -108,7 +108,12 @@ class RunLog:
             )
 
     def write(self, step: int, **values: Any) -> None:
-        """Append a line of numbers, if there are any, and give the numbers to TensorBoard."""
+        """Append a line of numbers, if there are any, and give the numbers to TensorBoard.
+
+        Args:
+            step: the number of steps that are done.
+            values: numbers by name.
+        """
         if self._path is None or not values:
             return
         with self._path.open("a", encoding="utf-8") as file:

@@ -120,7 +120,16 @@ def fixed_text(classifier: Classifier) -> AbstractContextManager[None]:
 def make_optimizer(
     trained: list[nn.Parameter], recipe: Recipe, betas: tuple[float, float] = (0.9, 0.999)
 ) -> torch.optim.Optimizer:
-    """Return AdamW, with ``recipe.weight_decay_1d`` for parameters of fewer than two axes."""
+    """Return AdamW with two weight decays.
+
+    Parameters of fewer than two axes (biases, norms, scales) have ``recipe.weight_decay_1d``, all
+    other parameters ``recipe.weight_decay``.
+
+    Args:
+        trained: the parameters to train.
+        recipe: the recipe, which gives the learning rate and the weight decays.
+        betas: the betas of AdamW.
+    """
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": recipe.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": recipe.weight_decay_1d},

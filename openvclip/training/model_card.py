@@ -70,7 +70,7 @@ class ModelCard:
         ]
 
     def write(self, path: Path) -> None:
-        """Write the card, atomically."""
+        """Write the card to ``path``, atomically."""
         with atomic_path(path) as temporary:
             temporary.write_text(self.text(), encoding="utf-8")
 

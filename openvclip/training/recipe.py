@@ -120,7 +120,13 @@ class Run:
 
 
 def total_steps(recipe: Recipe, run: Run, steps_per_epoch: int) -> int:
-    """Return the number of steps of a whole run."""
+    """Return the number of steps of a whole run.
+
+    Args:
+        recipe: the recipe, which gives the number of epochs.
+        run: the options of the run. ``run.steps`` replaces the number of epochs.
+        steps_per_epoch: number of steps in an epoch.
+    """
     return recipe.epochs * steps_per_epoch if run.steps is None else run.steps
 
 
