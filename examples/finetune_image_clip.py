@@ -8,10 +8,10 @@ cross-entropy over the class names. With ``--captions`` (lines ``path,caption``)
 contrastive loss. ``fine_tune`` takes any data set of ``(pixels [1, C, H, W], index into texts)``.
 
 λ weighs the original CLIP. The script chooses the λ with the highest accuracy on ``--validation``.
-If several λ have this accuracy, it chooses the largest. For new classes, give validation images of
-new classes. The table has the top-1 accuracy in [0, 1] at λ = 0 (the fine-tuned average), at the
-chosen λ, and at λ = 1 (the original CLIP). Report the test columns: the validation accuracy at the
-chosen λ is too high, because λ was chosen on the same images.
+If several λ have this accuracy, it chooses the largest. To choose λ for classes without training
+images, give validation images of such classes. The table has the top-1 accuracy in [0, 1] at λ = 0
+(the fine-tuned average), at the chosen λ, and at λ = 1 (the original CLIP). Report the test
+columns: the validation accuracy is too high, because λ was chosen on these images.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--train-text", action="store_true", help="train the text tower; default: it is frozen")
     add("--epochs", type=int, default=10, help="passes over the images; default: %(default)s")
     add("--batch-size", type=int, default=64, help="images in a step; default: %(default)s")
-    add("--lr", type=float, default=1e-5, help="largest learning rate; default: %(default)s")
+    add("--lr", type=float, default=1e-5, help="learning rate; default: %(default)s")
     add("--num-workers", type=int, default=2, help="reading processes; default: %(default)s")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     torch.manual_seed(0)

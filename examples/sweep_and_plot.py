@@ -38,7 +38,7 @@ from openvclip.video import Sampling, VideoDataset, read_annotations
 
 
 def accuracies(loaded: LoadedModel, annotations: Path, args: Namespace) -> dict[float, float]:
-    """Return the accuracy on a list of videos by λ, in [0, 1]; each video is decoded once."""
+    """Return the accuracy in [0, 1] at each λ on a list of videos. Each video is decoded once."""
     samples, names = read_annotations(annotations, root=args.videos)
     if names is None:
         raise AnnotationError(f"{annotations}: got class numbers, expected lines path,class name.")

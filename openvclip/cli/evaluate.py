@@ -36,10 +36,10 @@ _DESCRIPTION = """\
 Compute the zero-shot accuracy of a model on published protocols, or on your
 own list of videos.
 
-Every video is decoded once and encoded once for each value of --lam, for all
-protocols and splits together. Results are saved while they are computed: the
-same command continues where it was stopped. Under torchrun, each process
-encodes a part of the videos.
+Every video is decoded once, and encoded once for each value of --lam. Several
+protocols and splits share these features. Results are saved while they are
+computed: the same command continues where it was stopped. Under torchrun, each
+process encodes a part of the videos.
 """
 _EXAMPLES = """\
 examples:

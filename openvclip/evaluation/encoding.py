@@ -54,9 +54,10 @@ def encode_videos(
     """Add a record with the features of each batch of videos to ``records``.
 
     The values of a record are the features of the R readable videos of the batch, float32
-    ``[R, L, D]``, where L is the number of state dicts that ``mixture`` sets. The errors of the
-    record name the unreadable videos of the batch. Without a readable video nothing is encoded. The
-    next run encodes a batch with errors again.
+    ``[R, L, D]``. L is the number of interpolation weights of ``mixture``, or 1 if the model is
+    encoded with its own weights. The errors of the record name the unreadable videos of the batch.
+    If no video of the batch can be read, the values are an empty tensor. If a record has errors,
+    the next run encodes the batch again.
 
     The feature of a video is the sum of :func:`openvclip.encode_video` over the views. The dot
     product of this feature and a text feature is the logit of the text, summed over the views and
@@ -116,7 +117,7 @@ def _encoded(
     amp: torch.dtype | None,
     clock: Clock,
 ) -> Record:
-    """Encode the readable videos of a batch once for each setter, which sets the weights."""
+    """Set the weights with each setter, and encode the readable videos of the batch."""
     first = next(model.parameters())
     errors = {index: reason for index, reason in enumerate(sample.error) if reason}
     video = _readable(sample.video, errors).to(first.device, first.dtype)

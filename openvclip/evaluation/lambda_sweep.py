@@ -70,6 +70,9 @@ def sweep(
 
 
 def _not_shared(live: dict[str, Tensor], state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copy the tensors that share memory with live weights, which will be overwritten."""
+    """Return a state dict with copies of the tensors that share memory with the live weights.
+
+    The sweep overwrites the live weights, but not the copies.
+    """
     live_memory = {memory_of(value) for value in live.values()}
     return {n: v.clone() if memory_of(v) in live_memory else v for n, v in state.items()}

@@ -78,9 +78,10 @@ def predict(
         sampling: the frames to read. Default: the 3 views of 8 frames of the paper.
 
     Returns:
-        The softmax of the logits, averaged over the views. (An evaluation sums the logits over the
-        views. The order of the labels is the same, but the sum would make every probability close
-        to 0 or 1.)
+        The labels and their probabilities. The logits are averaged over the views, and the
+        probabilities are the softmax of the averaged logits. (An evaluation sums the logits over
+        the views. The order of the labels is the same, but the sum would make every probability
+        close to 0 or 1.)
 
     Raises:
         VideoError: the video can't be read.

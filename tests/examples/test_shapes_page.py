@@ -206,10 +206,11 @@ def test_settings_are_judged_by_what_is_better_than_they_are() -> None:
     clear, not_clear, worse = [0.03, 0.035, 0.04], [-0.1, 0.1, 0.3], [-0.03, -0.035, -0.04]
     text = _joined(page.render(_of_c({"C = 0.25": not_clear, "C = 1": worse})))
     assert (
-        "C = 0.25 against the paper's C = 0.5, at λ = 0.5: +10.0 ± 20.0 points (not clear) on "
-        "unseen and +0.0 ± 0.0 points (not clear) on seen shapes."
+        "*C = 0.25* compared with the paper's C = 0.5, at λ = 0.5: +10.0 ± 20.0 points (not clear) "
+        "on unseen and +0.0 ± 0.0 points (not clear) on seen shapes."
     ) in text
-    assert "C = 1 against the paper's C = 0.5, at λ = 0.5: −3.5 ± 0.5 points (worse)" in text
+    drop = "*C = 1* compared with the paper's C = 0.5, at λ = 0.5: −3.5 ± 0.5 points (worse)"
+    assert drop in text
     best = (
         "Rows that are clearly better than the paper's C = 0.5: **{}** on unseen shapes, **none** "
         "on seen shapes."

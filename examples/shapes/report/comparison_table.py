@@ -90,7 +90,7 @@ class Comparison:
     def chosen_lambda(self, method: str, setting: str) -> float:
         """Return the lambda with the best mean accuracy on the development shapes.
 
-        Of equal means it returns the first in the order of the results file.
+        If several lambdas have this mean, the first of them in the results file is returned.
         """
         runs = self.runs(method, setting).values()
         by_lambda = [run["accuracy"]["development"] for run in runs]

@@ -102,22 +102,23 @@ def protocol(results: Results) -> str:
         f"IWR has C = {recipe['iwr_weight']:g} and α in (0, {recipe['alpha_max']:g}). SWA "
         "averages over the second half of the steps.",
         "**Prompts**: Vita-CLIP has 8 global prompts in each layer and 8 text prompts that all "
-        "classes share. Prompts of single classes could not be used for unseen classes. A row that "
-        "trains only one visual part of Vita-CLIP uses the text template "
+        "classes share. (Class-specific text prompts exist for the training classes only, so they "
+        "could not be used for unseen classes.) A row that trains only one visual part of "
+        "Vita-CLIP uses the text template "
         '"a photo of a {}.". *bridge and prompt* trains as '
         f"ViFi-CLIP for half of the steps, then it learns {prompts['vision_prompts']} vision and "
         f"{prompts['text_prompts']} text prompts in each layer. In the paper the prompts follow a "
         "complete fine-tuning; here all methods have the same number of steps.",
         f"**Pooling and text**: CLIP, FINE-TUNE and Open-VCLIP use the mean of unit features and "
         f"{len(TEMPLATES)} templates. All other methods normalise this mean, and use one template "
-        "or learned text prompts. The methods with one template start from *CLIP, pooled as in "
-        "ViFi-CLIP*.",
+        "or learned text prompts. The row *CLIP, pooled as in ViFi-CLIP* is the original CLIP with "
+        "the pooling and the template of the methods with one template.",
         "**λ** weighs CLIP. It is chosen for each method and setting by the best mean accuracy "
         "over seeds on clips of the *development* shapes. No method is trained on these shapes, "
         "and the tables above report no accuracy on them. This choice favours accuracy on new "
-        "shapes, also in the closed set and with few shots. The tables show FINE-TUNE and "
-        "ViFi-CLIP at their last weights and interpolated. They show methods with IWR and SWA only "
-        "interpolated.",
+        "shapes, also in the closed set and with few shots. FINE-TUNE and ViFi-CLIP have two rows "
+        "in the tables above: one row for the last weights, and one row for the interpolated "
+        "weights. The methods with IWR and SWA have a row for the interpolated weights only.",
         f"**Learning rates**: {rates}. The table below shows how each rate was chosen, for one "
         "method without interpolation. The rate is used for all methods of the same kind in all "
         "settings: Open-VCLIP has the learning rate of FINE-TUNE.",

@@ -125,7 +125,7 @@ def _alternatives(section: Section, default: str, study_table: Table) -> Iterato
             changes.append(f"{change} points ({_CHANGES[change.verdict]})")
             labels += [row.label] if change.verdict == "holds" else []
         yield (
-            f"{row.label} against {section.called}, at λ = 0.5: {changes[0]} on unseen and "
+            f"*{row.label}* compared with {section.called}, at λ = 0.5: {changes[0]} on unseen and "
             f"{changes[1]} on seen shapes."
         )
     unseen, seen = ("; ".join(labels) or "none" for labels in better.values())

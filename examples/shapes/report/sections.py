@@ -221,7 +221,7 @@ SECTIONS: tuple[Section, ...] = (
         "averages once an epoch. The experiment here begins after 10 of 20 epochs and averages "
         "four times an epoch. All averages of a seed come from one run.",
         default="after 10, cycle 1/4",
-        called="after 10, cycle 1/4",
+        called="*after 10, cycle 1/4*",
     ),
     Section(
         studies.BOUNDARY,
@@ -231,7 +231,7 @@ SECTIONS: tuple[Section, ...] = (
         "*mask* gives the missing frame no weight in the attention. *replicate* repeats the first "
         "or the last frame.",
         default="zero",
-        called="zero",
+        called="*zero*",
     ),
     Section(
         studies.EVERY,

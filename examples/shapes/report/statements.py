@@ -116,10 +116,10 @@ def _values(table: Table, row: Row, lam: float | None, name: str) -> Numbers:
 def heights(table: Table, first: Row, second: Row) -> tuple[Numbers, Numbers]:
     """Return the mean heights of the curves of two rows, ``[seeds]`` each.
 
-    A curve shows the unseen accuracy over the seen accuracy, with straight lines between the
-    lambdas. Its height at a seen accuracy x is the highest unseen accuracy on the part of the curve
-    where the seen accuracy is x or larger. For each seed, the mean is over all x that both curves
-    reach.
+    A curve shows the accuracy on unseen shapes over the accuracy on seen shapes, with straight
+    lines between the lambdas. Take the part of a curve where the accuracy on seen shapes is at
+    least x. The height of the curve at x is the highest accuracy on unseen shapes on this part. For
+    each seed, the mean height is taken over all x that both curves reach.
     """
     curves = [
         (table.accuracies(row, "seen_test"), table.accuracies(row, "unseen"))

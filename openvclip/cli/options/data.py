@@ -62,7 +62,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
 def splits_of(options: argparse.Namespace) -> list[Split]:
     """Return the splits that the options name.
 
-    Unless ``--allow-missing-videos`` is given, all videos of the splits exist.
+    All videos of the splits must exist, unless ``--allow-missing-videos`` is given.
 
     Raises:
         UsageError: options contradict each other, or the class names are missing.
