@@ -134,6 +134,10 @@ class Checkpoints:
     def save(self, state: TrainingState, step: int) -> None:
         """Write a checkpoint, then remove the oldest one. All processes call this.
 
+        Args:
+            state: what the checkpoint holds.
+            step: the number of steps that are done.
+
         Raises:
             CheckpointError: the checkpoint can't be written. All processes raise this error, and
                 earlier checkpoints stay.
