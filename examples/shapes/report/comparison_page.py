@@ -230,7 +230,8 @@ def _tuned(tuning: Results) -> str:
     text = (
         "The table has the learning rates that were tried, on clips of another seed. The accuracy "
         f"in % is that of the weights after {steps} steps of training on the seen shapes, without "
-        "interpolation. * marks the highest mean of the two columns; this rate is used."
+        "interpolation. * marks the chosen rate of a kind. The mean of its two accuracies is the "
+        "highest."
     )
     header = ["kind", "learning rate", "seen shapes", "development shapes"]
     *first, last = (f"[`{name}`](assets/{name})" for name in FILES.values())

@@ -112,16 +112,18 @@ def protocol(results: Results) -> str:
         f"**Pooling and text**: CLIP, FINE-TUNE and Open-VCLIP use the mean of unit features and "
         f"{len(TEMPLATES)} templates. All other methods normalise this mean, and use one template "
         "or learned text prompts. The row *CLIP, pooled as in ViFi-CLIP* is the original CLIP with "
-        "the pooling and the template of the methods with one template.",
+        "the normalised mean and one template.",
         "**λ** weighs CLIP. It is chosen for each method and setting by the best mean accuracy "
         "over seeds on clips of the *development* shapes. No method is trained on these shapes, "
-        "and the tables above report no accuracy on them. This choice favours accuracy on new "
-        "shapes, also in the closed set and with few shots. FINE-TUNE and ViFi-CLIP have two rows "
-        "in the tables above: one row for the last weights, and one row for the interpolated "
-        "weights. The methods with IWR and SWA have a row for the interpolated weights only.",
-        f"**Learning rates**: {rates}. The table below shows how each rate was chosen, for one "
-        "method without interpolation. The rate is used for all methods of the same kind in all "
-        "settings: Open-VCLIP has the learning rate of FINE-TUNE.",
+        "and the tables above report no accuracy on them. So the chosen λ suits new shapes. The "
+        "closed set and the few-shot tests have trained shapes, for which another λ can be better. "
+        "FINE-TUNE and ViFi-CLIP have two rows in the tables above: one row for the last weights, "
+        "and one row for the interpolated weights. The methods with IWR and SWA have a row for the "
+        "interpolated weights only.",
+        f"**Learning rates**: {rates}. The methods are of four kinds, and each kind has one "
+        "learning rate for all settings. For example, Open-VCLIP and FINE-TUNE have the same "
+        "learning rate. The rate of a kind was chosen with one method of this kind, without "
+        "interpolation. The table below shows the accuracies of the rates that were tried.",
         f"**Machines and versions**: {origins(results)}.",
     )
     return "\n".join(wrapped(item, "- ") for item in items)
