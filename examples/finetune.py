@@ -147,8 +147,8 @@ def train(
         processes: the processes that train together. Each process has its own loader.
         checkpoints: resume from the last checkpoint, and save checkpoints.
         on_step: called after each step.
-        on_epoch: called with the number of steps after each epoch, and at the start of a run
-            that resumes at the end of an epoch.
+        on_epoch: called after each epoch, with the number of steps that are done. If the run
+            resumes at the end of an epoch, it is also called at the start.
 
     Returns:
         The state dict of the original CLIP, and the average if the method averages.

@@ -232,9 +232,9 @@ def start_workers(loader: DataLoader[Any]) -> Iterator[Any]:
 def end_workers(iterator: Iterator[Any]) -> None:
     """End the workers of a ``DataLoader``, given the iterator of the loader.
 
-    At its exit Python sends SIGTERM to the workers, but these workers ignore SIGTERM. A loader
-    also ends its workers when the loader is garbage-collected, but the traceback of an exception
-    can keep a reference to the loader.
+    Call this before Python exits. Python sends SIGTERM to the workers at its exit, but these
+    workers ignore SIGTERM. The garbage collection of a loader also ends its workers, but the
+    traceback of an exception can keep a reference to the loader and delay the collection.
     """
     shut_down = getattr(iterator, "_shutdown_workers", None)  # absent in a loader without workers
     if shut_down is not None:

@@ -249,9 +249,10 @@ def wrap(
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
-    """Return the layers of the towers, those of inner lists first.
+    """Return the layers of the towers. Layers of inner lists come before layers of outer lists.
 
-    Layers are the entries of a ``ModuleList`` or ``Sequential`` with several entries of one class.
+    Layers are the entries of a ``ModuleList`` or ``Sequential``, if the list has at least two
+    entries and all entries have the same class.
     """
     lists: list[Any] = [m for m in model.modules() if isinstance(m, (nn.ModuleList, nn.Sequential))]
     stacks = [m for m in lists if len(m) > 1 and len({type(part) for part in m}) == 1]

@@ -18,7 +18,7 @@ from openvclip.video import VideoDataset
 from openvclip.video.sampling import Sampler
 
 TEST_SAMPLERS: dict[str, Sampler] = {"dense": "released", "uniform": "uniform"}
-"""The sampler for tests, for each sampler for training."""
+"""Maps the name of each training sampler to the name of the sampler for tests."""
 
 
 class SharedAccuracy:
