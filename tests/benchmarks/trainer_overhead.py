@@ -58,7 +58,7 @@ class Clock:
 
 
 def shares(videos: int, steps: int) -> list[float]:
-    """The part of each step but the first that is the trainer's own, of one epoch."""
+    """Return the overhead of the trainer in each step of one epoch, without the first step."""
     torch.manual_seed(0)
     model = open_clip.create_model(MODEL)
     openvclip.expand_temporal_attention(model)
@@ -67,13 +67,13 @@ def shares(videos: int, steps: int) -> list[float]:
     classifier = openvclip.ZeroShotClassifier(model, tokenizer, names, ["{}"])
     batch = (torch.randn(videos, 8, 3, 224, 224), torch.arange(videos) % len(names))
     recipe = Recipe(epochs=1, warmup_epochs=0, average_after=0)
-    clock, found, ends = Clock(), list[float](), list[float]()
+    clock, overheads, ends = Clock(), list[float](), list[float]()
 
     def note(step: Step) -> None:
         log.step(step)
         ends.append(time.perf_counter())
         if step.number > 1:  # the first makes the optimizer's state
-            found.append(1 - (clock.seconds + step.waiting) / (ends[-1] - ends[-2]))
+            overheads.append(1 - (clock.seconds + step.waiting) / (ends[-1] - ends[-2]))
         clock.seconds = 0.0
 
     optimizer = torch.optim.AdamW
@@ -86,7 +86,7 @@ def shares(videos: int, steps: int) -> list[float]:
         log = RunLog(Path(folder), steps, every=1)
         train(classifier, [batch] * steps, steps, recipe, on_step=note)
         log.close()
-    return found
+    return overheads
 
 
 def main() -> None:
@@ -97,10 +97,10 @@ def main() -> None:
     parser.add_argument("--videos", type=int, default=4, help="clips of 8 frames in a step")
     parser.add_argument("--steps", type=int, default=6, help="steps of the epoch, at least 3")
     args = parser.parse_args()
-    *found, last = shares(args.videos, args.steps)
+    *overheads, last = shares(args.videos, args.steps)
     print(f"{machine()}; {MODEL}, {args.videos} clips of 8 frames a step\n")
-    print(f"the trainer's own part of a step: {statistics.median(found):.1%} (median of ", end="")
-    print(", ".join(f"{share:.1%}" for share in found) + f"), at an epoch's end {last:.1%}")
+    print(f"the trainer's own part of a step: {statistics.median(overheads):.1%} (median of ", end="")
+    print(", ".join(f"{share:.1%}" for share in overheads) + f"), at an epoch's end {last:.1%}")
 
 
 if __name__ == "__main__":
