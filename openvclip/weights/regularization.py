@@ -27,6 +27,7 @@ from openvclip.weights.regularization_input import (
 )
 from openvclip.weights.shards import (
     backend_device,
+    clip_gradients,
     local,
     no_sync,
     process_groups,
@@ -208,7 +209,7 @@ class InterpolatedWeightRegularizer:
             if scaler is not None:
                 scaler.unscale_(optimizer)
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+            clip_gradients(parameters, max_grad_norm)
         if scaler is None:
             optimizer.step()
         else:
