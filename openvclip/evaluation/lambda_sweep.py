@@ -62,7 +62,7 @@ def sweep(
         return logits
 
     variants: list[Callable[[Tensor], Tensor]] = [partial(logits_at, lam) for lam in lams]
-    with overwriting([value.detach() for value in live.values()]):
+    with overwriting(list(live.values())):
         evaluations = evaluate_each(
             variants, classifier, loader, progress=progress, description=description
         )

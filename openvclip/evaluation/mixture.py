@@ -13,6 +13,7 @@ from openvclip.errors import UsageError
 from openvclip.weights.interpolation import interpolate_into
 from openvclip.weights.names import named_state
 from openvclip.weights.numerics import overwriting
+from openvclip.weights.shards import local
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +66,7 @@ class Mixture:
         def setter(lam: float) -> Callable[[], None]:
             return lambda: interpolate_into(model, original, tuned, lam)
 
-        with overwriting([value.detach() for value in live.values()], list(original.values())):
+        with overwriting(list(live.values()), [local(value) for value in original.values()]):
             setters = [setter(lam) for lam in self.lams]
             if len(setters) == 1:
                 setters[0]()  # once for the whole run, not once for each batch

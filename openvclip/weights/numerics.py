@@ -124,20 +124,32 @@ def lerp_(live: list[Tensor], towards: list[Tensor], weight: float) -> None:
 def overwriting(live: list[Tensor], stash: list[Tensor] | None = None) -> Iterator[None]:
     """Restore the values of ``live`` bitwise after the block, which may overwrite them.
 
+    Each process keeps and restores its own shards. The memory of the weights can change inside the
+    block. For example, in PyTorch 2.7 and 2.8 the first forward pass under ``fully_shard`` moves
+    uneven shards to padded memory. The local parts of ``live`` are therefore taken again after the
+    block. Code inside the block must also call :func:`openvclip.weights.shards.local` at each
+    write.
+
+    Autograd's version counters record the writes to the weights, so autograd refuses a backward
+    pass through weights that were overwritten.
+
     Args:
-        live: detached views of a model's weights. Autograd's version counters record the writes
-            to them, so autograd refuses a backward pass through weights that were overwritten.
-        stash: tensors in which the values are kept during the block, one for each tensor of
-            ``live``, on any device. Default: new tensors.
+        live: parameters and buffers of a model, plain or sharded. Pass the tensors of the model,
+            neither their local parts nor detached views: a view does not follow the weights to
+            other memory.
+        stash: plain tensors in which the local parts are kept during the block, one for each tensor
+            of ``live``, on any device. Default: new tensors.
     """
     with torch.no_grad():
+        parts = [local(tensor) for tensor in live]
         if stash is None:
-            stash = [torch.empty_like(tensor) for tensor in live]
+            stash = [torch.empty_like(part) for part in parts]
         # Copies between a GPU and page-locked memory are asynchronous. The GPU runs all work in the
         # order of its stream. The copy to the stash therefore ends before the weights change, and
         # the copy back starts after the last change.
         asynchronous = all(tensor.is_pinned() for tensor in stash)
-        foreach._foreach_copy_(stash, live, non_blocking=asynchronous)
+        foreach._foreach_copy_(stash, parts, non_blocking=asynchronous)
+        del parts  # memory that the block replaces must be freed
     try:
         # Inside an autocast region PyTorch caches half-precision copies of the weights. The cached
         # copies must not be used for other values of the weights.
@@ -145,5 +157,6 @@ def overwriting(live: list[Tensor], stash: list[Tensor] | None = None) -> Iterat
         yield
     finally:
         with torch.no_grad():
-            foreach._foreach_copy_(live, stash, non_blocking=asynchronous)
+            parts = [local(tensor) for tensor in live]
+            foreach._foreach_copy_(parts, stash, non_blocking=asynchronous)
         torch.clear_autocast_cache()

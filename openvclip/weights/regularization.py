@@ -27,6 +27,7 @@ from openvclip.weights.regularization_input import (
 )
 from openvclip.weights.shards import (
     backend_device,
+    clip_gradients,
     local,
     no_sync,
     process_groups,
@@ -208,7 +209,7 @@ class InterpolatedWeightRegularizer:
             if scaler is not None:
                 scaler.unscale_(optimizer)
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+            clip_gradients(parameters, max_grad_norm)
         if scaler is None:
             optimizer.step()
         else:
@@ -240,14 +241,16 @@ class InterpolatedWeightRegularizer:
         self._inside = True
         try:
             with overwriting(list(live.values()), self._stash_for(live)):
-                lerp_(list(live.values()), [self._anchor[name] for name in live], alpha)
+                parts = [local(parameter) for parameter in live.values()]
+                lerp_(parts, [self._anchor[name] for name in live], alpha)
+                del parts  # the forward pass can replace the memory of the shards
                 yield alpha
         finally:
             self._inside = False
             self._reshard()  # frees gathered copies of the interpolated weights
 
-    def _interpolated_weights(self) -> dict[str, Tensor]:
-        """Return the detached weights that have an anchor; move each anchor to its device."""
+    def _interpolated_weights(self) -> dict[str, nn.Parameter]:
+        """Return the live parameters that have an anchor; move each anchor to its device."""
         trained = trained_parameters(self.model)
         unknown = [n for n in trained if n not in self._anchor and n not in self._unanchored]
         if unknown:
@@ -256,18 +259,18 @@ class InterpolatedWeightRegularizer:
                 f"regulariser was created ({listed(unknown)}). Create the regulariser after the "
                 "last change of requires_grad, with the original weights as anchor."
             )
-        live = {name: local(p) for name, p in trained.items() if name in self._anchor}
-        for name, tensor in live.items():  # the model may be on another device by now
-            anchor = self._anchor[name]
-            if anchor.shape != tensor.shape:
+        live = {name: p for name, p in trained.items() if name in self._anchor}
+        for name, parameter in live.items():  # the model may be on another device by now
+            anchor, part = self._anchor[name], local(parameter)
+            if anchor.shape != part.shape:
                 raise UsageError(
-                    f"This process holds {name} with shape {list(tensor.shape)}, but its anchor "
+                    f"This process holds {name} with shape {list(part.shape)}, but its anchor "
                     f"with shape {list(anchor.shape)}. Create the regulariser after fully_shard()."
                 )
-            self._anchor[name] = to_anchor_device(anchor, self.anchor_device, tensor, copy=False)
+            self._anchor[name] = to_anchor_device(anchor, self.anchor_device, part, copy=False)
         return live
 
-    def _stash_for(self, live: dict[str, Tensor]) -> list[Tensor] | None:
+    def _stash_for(self, live: dict[str, nn.Parameter]) -> list[Tensor] | None:
         """Return buffers on ``anchor_device`` for a copy of the weights; None if it is not set.
 
         Page-locked memory is slow to allocate, so these tensors are kept for the next block.
@@ -276,10 +279,10 @@ class InterpolatedWeightRegularizer:
         """
         if self.anchor_device is None:
             return None
-        for name, tensor in live.items():
+        for name, parameter in live.items():
             stash = self._stash.get(name)
-            if stash is None or stash.dtype != tensor.dtype:
-                self._stash[name] = empty_stash(tensor, self.anchor_device)
+            if stash is None or stash.dtype != parameter.dtype:
+                self._stash[name] = empty_stash(local(parameter), self.anchor_device)
         return [self._stash[name] for name in live]
 
     def _require_agreement(self) -> None:

@@ -107,6 +107,23 @@ def _data_parallel(modules: Iterable[nn.Module]) -> list[DistributedDataParallel
     return [part for part in parts.values() if isinstance(part, DistributedDataParallel)]
 
 
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
+    """Scale all gradients by one factor, so that their joint norm is at most ``max_norm``.
+
+    The result is that of ``torch.nn.utils.clip_grad_norm_``. For sharded gradients the norm is
+    reduced over the processes first. PyTorch 2.7 and 2.8 add the epsilon of the factor to the norm
+    of each process instead.
+    """
+    parameters = list(parameters)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm: Any = nn.utils.get_total_norm(gradients)
+    if is_sharded(norm):
+        from torch.distributed.tensor import Replicate
+
+        norm = norm.redistribute(placements=[Replicate()] * norm.device_mesh.ndim)
+    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+
+
 def process_groups(modules: Iterable[nn.Module]) -> list[Any]:
     """Return the process groups that train the modules, in the same order in each process."""
     modules = list(modules)

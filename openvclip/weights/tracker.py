@@ -177,7 +177,7 @@ class WeightTracker(ABC):
         return is_due
 
     def _add_model(self, model: nn.Module) -> None:
-        averaged, carried = self._live(model)
+        averaged, carried = (_detached(entries) for entries in self._live(model))
         broken = non_finite_names(averaged) if self.check_finite else []
         if broken:
             raise NonFiniteWeightsError(
@@ -193,7 +193,7 @@ class WeightTracker(ABC):
         self._n_averaged += 1
 
     def _live(self, model: nn.Module) -> tuple[Entries, Entries]:
-        """Return the detached entries to average and all other entries, in the tracker's order."""
+        """Return the live entries to average and all other entries, in the tracker's order."""
         state, self._aliases = _split_aliases(model)
         require_match(
             self._expected,
@@ -212,7 +212,7 @@ class WeightTracker(ABC):
                 f"was created ({listed(late)}). Create the tracker after the last change of "
                 "requires_grad."
             )
-        carried = {name: state[name].detach() for name in self._expected}
+        carried = {name: state[name] for name in self._expected}
         averaged = {
             name: carried.pop(name) for name in list(carried) if name in self._averaged_names
         }
@@ -267,7 +267,7 @@ class WeightTracker(ABC):
         self._require_models()
         averaged, carried = self._live(model)
         try:
-            with overwriting([local(value) for value in (*averaged.values(), *carried.values())]):
+            with overwriting([*averaged.values(), *carried.values()]):
                 with torch.no_grad():
                     _copy(averaged, self._mean())
                     _copy(carried, self._carried)
@@ -351,6 +351,10 @@ class WeightTracker(ABC):
 def shards(entries: Mapping[str, Tensor]) -> list[Tensor]:
     """Return the parts of the entries that this process holds."""
     return [local(value) for value in entries.values()]
+
+
+def _detached(entries: Entries) -> Entries:
+    return {name: value.detach() for name, value in entries.items()}
 
 
 def _names_to_average(model: nn.Module) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,36 @@ def fsdp_block_holds_the_interpolated_weights_whatever_stays_gathered(out: Path)
             pass
         after = [local(p) for p in model.parameters()]
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@check
+def fsdp_restores_shards_whose_memory_the_first_forward_pass_replaces(out: Path) -> None:
+    """PyTorch 2.7 and 2.8 replace the memory of uneven shards. Here every shard moves."""
+    x, theta = batch(0)[0], Net(0)(batch(0)[0])
+    for use in (regularised_with, averaged_with):
+        model = sharded()
+        with use(model):
+            for parameter in model.parameters():
+                if isinstance(parameter, DTensor):
+                    parameter._local_tensor = parameter._local_tensor.clone()
+            assert not torch.allclose(model(x), theta)  # the first forward pass
+        assert_close(full(model.state_dict()), snapshot(Net(0)))
+        torch.testing.assert_close(model(x), theta, rtol=1e-12, atol=1e-12)
+
+
+def regularised_with(model: Net) -> AbstractContextManager[Any]:
+    return regulariser(model).interpolated()
+
+
+def averaged_with(model: Net) -> AbstractContextManager[Any]:
+    swa = SWATracker(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0)
+        swa.update(model)
+        for parameter in model.parameters():
+            parameter.div_(3.0)
+    return swa.applied(model)
 
 
 @check
