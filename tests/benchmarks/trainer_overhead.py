@@ -99,7 +99,7 @@ def main() -> None:
     args = parser.parse_args()
     *overheads, last = shares(args.videos, args.steps)
     print(f"{machine()}; {MODEL}, {args.videos} clips of 8 frames a step\n")
-    print(f"the trainer's own part of a step: {statistics.median(overheads):.1%} (median of ", end="")
+    print(f"overhead of the trainer in a step: {statistics.median(overheads):.1%} (of ", end="")
     print(", ".join(f"{share:.1%}" for share in overheads) + f"), at an epoch's end {last:.1%}")
 
 
