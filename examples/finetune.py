@@ -27,7 +27,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
@@ -43,7 +43,7 @@ from openvclip.training.log import RunLog, Step
 from openvclip.training.methods import Classifier
 from openvclip.training.recipe import Recipe, Run, learning_rate, total_steps
 from openvclip.training.validation import SharedAccuracy, Validation
-from openvclip.weights.shards import no_sync, whole
+from openvclip.weights.shards import clip_gradients, no_sync
 
 Batches = list[Sequence[Any]]  # the micro-batches of a step
 
@@ -100,7 +100,7 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         if self.recipe.method == "l2":
             methods.add_distance_penalty(self.model, self.clip, self.recipe.l2_weight)
-        norm = whole(nn.utils.clip_grad_norm_(self.trained, self.recipe.clip_grad_norm)).item()
+        norm = clip_gradients(self.trained, self.recipe.clip_grad_norm).item()
         if not math.isfinite(norm) and not self.scaler.is_enabled():  # a scaler skips the step
             raise distributed.gradient_error(norm, number, batches, self.processes)
         self.scaler.step(self.optimizer)

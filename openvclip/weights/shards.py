@@ -107,12 +107,15 @@ def _data_parallel(modules: Iterable[nn.Module]) -> list[DistributedDataParallel
     return [part for part in parts.values() if isinstance(part, DistributedDataParallel)]
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scale all gradients by one factor, so that their joint norm is at most ``max_norm``.
 
     The result is that of ``torch.nn.utils.clip_grad_norm_``. For sharded gradients the norm is
     reduced over the processes first. PyTorch 2.7 and 2.8 add the epsilon of the factor to the norm
     of each process instead.
+
+    Returns:
+        The joint norm before the scaling, the same in all processes.
     """
     parameters = list(parameters)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -122,6 +125,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
 
         norm = norm.redistribute(placements=[Replicate()] * norm.device_mesh.ndim)
     nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return whole(norm)
 
 
 def process_groups(modules: Iterable[nn.Module]) -> list[Any]:
