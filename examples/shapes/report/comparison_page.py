@@ -171,7 +171,8 @@ def best_rows(comparison: Comparison) -> str:
             for row in means
             if row != best and not comparison.is_clear(best, row, quantity)
         ]
-        others = f"Not clearly lower: {', '.join(near)}" if near else "All others are clearly lower"
+        unclear = f"The difference to these methods is not clear: {'; '.join(near)}"
+        others = unclear if near else "All others are clearly lower"
         text = f"**{quantity.label}**: *{best.label}* has the highest mean, {means[best]:.1f}. "
         lines.append(wrapped(f"{text}{others}.", "- "))
     return "\n".join(lines)
