@@ -75,11 +75,17 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of ``SLOW``."""
+    """Mark the tests of ``SLOW``, and run their files first.
+
+    Each process takes one file after the other. With the long files first, the processes end at
+    about the same time.
+    """
     for item in items:
         file, function = item.path.name, item.name.partition("[")[0]
         if not SLOW.isdisjoint({file, f"{file}::{function}"}):
             item.add_marker(pytest.mark.slow)
+    slow_files = {name.partition("::")[0] for name in SLOW}
+    items.sort(key=lambda item: item.path.name not in slow_files)
 
 
 @pytest.fixture(autouse=True)
