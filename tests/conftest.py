@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -13,43 +15,64 @@ SLOW = frozenset(
     {
         "test_distributed.py",
         "test_finetune_distributed.py",
+        "test_finetune_presets.py",
         "test_finetune_resume.py",
         "test_leaks.py",
+        "test_quickstart.py",
         "test_real_clips.py",
         "test_real_footage.py",
+        "test_resume.py",
         "test_shapes_comparison.py",
         "test_shapes_pretrain.py",
         "test_shapes_run.py",
+        "test_standalone.py",
         "test_tradeoff.py",
+        "test_averaging.py::test_ten_thousand_updates_of_a_bf16_model_equal_the_float64_mean",
         "test_checking.py::test_a_crash_costs_one_file",
         "test_checking.py::test_ctrl_c_leaves_what_was_found",
         "test_checking.py::test_processes_that_do_not_start",
         "test_checking.py::test_the_command",
         "test_checking.py::test_the_command_on_lists",
         "test_checking.py::test_the_command_on_real_clips",
+        "test_checkpoints.py::test_full_disk_leaves_the_old_file",
+        "test_cli.py::test_the_module_runs_as_the_command",
         "test_docs.py::test_code_of_a_page_runs_in_order",
         "test_ema.py::test_sharded_models_are_averaged_in_their_shards",
         "test_evaluate.py::test_a_killed_run_goes_on_where_it_stopped",
         "test_evaluate.py::test_two_processes_equal_one_bitwise",
         "test_evaluate.py::test_two_protocols_in_one_pass",
+        "test_families.py::test_importing_the_rooms_imports_no_library",
+        "test_figures.py::test_figure_is_drawn",
         "test_finetune.py::test_recomputed_and_compiled_layers_change_nothing",
+        "test_finetune_command.py::test_a_run_leaves_weights_numbers_and_a_card",
+        "test_finetune_command.py::test_help_of_the_file_started_by_its_path",
         "test_fuzz.py::test_damaged_files",
         "test_hf.py::test_compiled_in_one_graph",
         "test_loops.py::test_the_accelerate_loop_equals_one_by_hand",
         "test_loops.py::test_the_lightning_loop_equals_one_by_hand",
         "test_package.py::test_importing_openvclip_costs_little_beyond_torch",
         "test_package.py::test_rooms_load_on_first_use",
+        "test_package.py::test_the_examples_in_docstrings_run",
         "test_prediction.py::test_every_real_clip_gets_an_answer",
         "test_project.py::test_a_test_that_hangs_is_ended",
         "test_protocols.py::test_few_shots",
+        "test_public.py::test_importing_the_room_adds_no_optional_dependency",
+        "test_public.py::test_the_index_command_starts_without_a_warning",
         "test_regularization_loops.py::test_a_step_holds_the_copy_of_the_weights_or_the_first_gradients_but_not_both",
         "test_runner.py::test_every_split_at_every_lambda_equals_its_own_slow_evaluation",
+        "test_shapes_progress.py::test_the_bar_advances_in_every_phase_of_a_run",
+        "test_shapes_studies.py::test_a_worker_that_dies_ends_the_work",
         "test_shapes_studies.py::test_work_comes_back_whole_from_workers_of_one_thread",
         "test_shapes_world.py::test_the_command_writes_the_data_set_with_two_processes",
+        "test_standalone_examples.py::test_an_example_runs_in_an_empty_folder",
+        "test_standalone_examples.py::test_lambda_is_chosen_on_the_validation_images",
+        "test_standalone_examples.py::test_merges_are_evaluated_on_videos_and_on_images",
+        "test_standalone_examples.py::test_the_saved_model_is_the_interpolation_and_keeps_the_text_tower",
         "test_streaming_faults.py::test_a_full_disk_and_ctrl_c_leave_the_older_files",
         "test_streaming_faults.py::test_a_kill_at_any_moment_leaves_the_older_model_or_the_new_one",
         "test_streaming_faults.py::test_shards_that_a_kill_left_are_removed_by_the_next_write",
         "test_streaming_files.py::test_memory_does_not_grow_with_the_files",
+        "test_temporal_hf.py::test_a_compiled_vision_model",
         "test_temporal_hf.py::test_compiled_in_one_graph",
         "test_temporal_hf.py::test_transformers_is_imported_only_where_its_models_are",
         "test_temporal_timm.py::test_compiled_in_one_graph",
@@ -57,8 +80,10 @@ SLOW = frozenset(
         "test_temporal_training.py::test_batch_sizes_need_one_more_graph_by_default",
         "test_temporal_training.py::test_compiled_before_the_expansion",
         "test_temporal_training.py::test_compiled_in_one_graph",
+        "test_temporal_training.py::test_dropout_of_the_shares_keeps_their_mean",
         "test_temporal_training.py::test_encode_video_is_compiled_in_one_graph",
         "test_temporal_training.py::test_images_and_videos_through_one_compiled_tower",
+        "test_text.py::test_compiled_in_one_graph",
         "test_timm.py::test_compiled_in_one_graph",
         "test_vision.py::test_compiled_in_one_graph",
     }
@@ -72,6 +97,15 @@ settings.load_profile("openvclip")
 
 # The models are tiny: threads that wait for each other on shared cores cost more than they bring.
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Return one process more than the machine has cores, at most 4.
+
+    Some tests wait for their child processes. The additional process uses these times.
+    """
+    return min(4, 1 + (os.cpu_count() or 1))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

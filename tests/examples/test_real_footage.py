@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 import openvclip
 from openvclip.evaluation import evaluate
-from openvclip.video import VideoDataset, transforms
+from openvclip.video import Sampling, VideoDataset, transforms
 from tests.helpers import CLIPS, needs_clips
 
 
@@ -26,7 +26,14 @@ def test_all_clips_run_through_an_expanded_vit_b_32() -> None:
     openvclip.expand_temporal_attention(model)
     tokenizer = open_clip.get_tokenizer("ViT-B-32-quickgelu")
     classifier = openvclip.ZeroShotClassifier(model, tokenizer, names, ["a video of {}."])
-    dataset = VideoDataset(samples, CLIPS, transform=transforms.build("released"), details=True)
+    # Three frames, so that there are frames with one and with two neighbours.
+    dataset = VideoDataset(
+        samples,
+        CLIPS,
+        transform=transforms.build("released"),
+        sampling=Sampling(num_frames=3),
+        details=True,
+    )
     result = evaluate(classifier, DataLoader(dataset, batch_size=4), progress=False)
     assert dataset.failures == []
     assert result.n_clips == 73
