@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -97,15 +95,6 @@ settings.load_profile("openvclip")
 
 # The models are tiny: threads that wait for each other on shared cores cost more than they bring.
 torch.set_num_threads(1)
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
-    """Return one process more than the machine has cores, at most 4.
-
-    Some tests wait for their child processes. The additional process uses these times.
-    """
-    return min(4, 1 + (os.cpu_count() or 1))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
