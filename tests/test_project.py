@@ -76,7 +76,7 @@ def imported_packages(folder: Path) -> set[str]:
 
 
 def test_every_import_is_declared() -> None:
-    """A package is declared by the project that imports it, whoever else requires it, too."""
+    """The project declares every package that it imports, also if a dependency requires it too."""
     modules = {"open_clip_torch": "open_clip"}
     project = settings()["project"]
     core = {REQUIREMENT.fullmatch(text)[1] for text in project["dependencies"]}  # type: ignore[index]
