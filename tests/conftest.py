@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -58,7 +60,6 @@ SLOW = frozenset(
         "test_public.py::test_the_index_command_starts_without_a_warning",
         "test_regularization_loops.py::test_a_step_holds_the_copy_of_the_weights_or_the_first_gradients_but_not_both",
         "test_runner.py::test_every_split_at_every_lambda_equals_its_own_slow_evaluation",
-        "test_shapes_progress.py::test_the_bar_advances_in_every_phase_of_a_run",
         "test_shapes_studies.py::test_a_worker_that_dies_ends_the_work",
         "test_shapes_studies.py::test_work_comes_back_whole_from_workers_of_one_thread",
         "test_shapes_world.py::test_the_command_writes_the_data_set_with_two_processes",
@@ -95,6 +96,7 @@ settings.load_profile("openvclip")
 
 # The models are tiny: threads that wait for each other on shared cores cost more than they bring.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

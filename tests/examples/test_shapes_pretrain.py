@@ -134,12 +134,12 @@ def test_a_repeated_pair_costs_nothing_that_a_perfect_model_could_avoid(pretrain
 
 
 def test_the_script_learns_in_a_smaller_world_from_nothing():
-    """3 shapes and 4 actions, an eighth of the steps and a quarter of the stills: above chance.
+    """3 shapes and 4 actions, an eighth of the steps and an eighth of the stills: above chance.
 
     Chance is 1/3, 1/4 and 1/12; its standard deviation over 1024 stills is at most 0.015.
     """
     model, tokenizer = pretrain(
-        steps=300, batch_size=64, lr=1e-3, seed=1, shapes=3, actions=4, progress=False
+        steps=300, batch_size=32, lr=1e-3, seed=1, shapes=3, actions=4, progress=False
     )
     accuracy = still_accuracy(model, tokenizer, count=1024, shapes=3, actions=4)
     assert accuracy["shape"] > 1 / 3 + 0.1

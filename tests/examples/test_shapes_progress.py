@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import pytest
 
 from examples.shapes.experiment import phase_costs
@@ -20,8 +17,7 @@ from examples.shapes.progress import (
     Reporter,
     duration,
 )
-from examples.shapes.run import run_studies
-from examples.shapes.settings import FULL, SMOKE
+from examples.shapes.settings import FULL
 from examples.shapes.studies import QUICK, plan
 
 
@@ -191,34 +187,3 @@ def test_the_time_to_go_falls_between_two_reports() -> None:
 )
 def test_durations_are_readable(seconds: float, text: str) -> None:
     assert duration(seconds) == text
-
-
-def test_the_bar_advances_in_every_phase_of_a_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pytest.importorskip("av")
-    advanced: dict[Phase, float] = {}
-    totals: list[tuple[float, float]] = []
-
-    class Watched(Progress):
-        def add(self, advance: Advance) -> None:
-            before = self.estimator.done
-            super().add(advance)
-            gained = self.estimator.done - before
-            advanced[advance.phase] = advanced.get(advance.phase, 0.0) + gained
-
-        def __exit__(self, *error: object) -> None:
-            totals.append((self.estimator.done, self.estimator.total))
-            super().__exit__(*error)
-
-    monkeypatch.setattr("examples.shapes.run.Progress", Watched)
-    run_studies(SMOKE, [QUICK], tmp_path, None, 2)
-    assert set(advanced) == set(PHASES)
-    assert all(gained > 0 for gained in advanced.values())
-    # The reports alone make nearly the whole run: what finished tasks add is little.
-    ((done, total),) = totals
-    assert done == pytest.approx(total)
-    assert sum(advanced.values()) > 0.9 * total
-    assert re.search(
-        r"^3 of 3: openvclip, seed 0, \d+ s; about 0 s to go$", capsys.readouterr().out, re.M
-    )

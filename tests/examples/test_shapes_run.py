@@ -9,15 +9,18 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
 from multiprocessing import active_children
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 
 from examples.shapes import predict, results, run
+from examples.shapes.progress import PHASES, Advance, Phase, Progress
 from examples.shapes.results import Table
 from examples.shapes.studies import (
     AVERAGE,
@@ -158,17 +161,49 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, An
     return out, _found(out)
 
 
+class Watched(Progress):
+    """A progress bar that adds up what each phase gains, and keeps the sums at the end."""
+
+    advanced: ClassVar[dict[Phase, float]] = {}
+    done = total = 0.0
+
+    def add(self, advance: Advance) -> None:
+        before = self.estimator.done
+        super().add(advance)
+        gained = self.estimator.done - before
+        Watched.advanced[advance.phase] = Watched.advanced.get(advance.phase, 0.0) + gained
+
+    def __exit__(self, *error: object) -> None:
+        Watched.done, Watched.total = self.estimator.done, self.estimator.total
+        super().__exit__(*error)
+
+
 @pytest.fixture(scope="module")
 def finished(
     killed: tuple[Path, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, str]:
-    """The folder of a complete run with two processes, and its output."""
+    """The folder of a complete run with two worker processes, and its output.
+
+    The run draws some clips itself and finds the others.
+    """
     out = tmp_path_factory.mktemp("finished") / "out"
     shutil.copytree(killed[0] / "clips", out / "clips")
-    process = _started(out, jobs=2)
-    output, errors = process.communicate(timeout=400)
-    assert process.returncode == 0, errors
-    return out, output
+    for path in sorted(out.rglob("train-*.mp4"))[:8]:
+        path.unlink()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as output:
+        patch.setattr(run, "Progress", Watched)
+        run.main(["--smoke", "--jobs", "2", "--out", str(out)])
+    return out, output.getvalue()
+
+
+def test_the_bar_advances_in_every_phase_of_a_run(finished: tuple[Path, str]) -> None:
+    assert set(Watched.advanced) == set(PHASES)
+    assert all(gained > 0 for gained in Watched.advanced.values())
+    # The reports alone make nearly the whole run: what finished tasks add is little.
+    assert Watched.done == pytest.approx(Watched.total)
+    assert sum(Watched.advanced.values()) > 0.9 * Watched.total
+    last_run = r"^3 of 3: openvclip, seed 0, \d+ s; about 0 s to go$"
+    assert re.search(last_run, finished[1], re.MULTILINE)
 
 
 def test_the_run_leaves_what_it_names(finished: tuple[Path, str]) -> None:

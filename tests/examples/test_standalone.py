@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -59,8 +60,13 @@ for script in sys.argv[1:]:
         os.dup2(output, 1)
         os.dup2(output, 2)
         sys.path[0], sys.argv = folder, [name, "--help"]
-        runpy.run_path(script, run_name="__main__")
-        os._exit(3)  # argparse ends the script before
+        status = 3  # of a script that does not end at its arguments
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else 1
+        sys.stdout.flush()
+        os._exit(status)  # without the second that the end of an interpreter with torch takes
     print(script, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
@@ -68,8 +74,9 @@ for script in sys.argv[1:]:
 @pytest.fixture(scope="module")
 def help_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for each script, with the folder ``work`` and the file ``output``."""
-    pytest.importorskip("accelerate")
-    pytest.importorskip("lightning")
+    for library in ("accelerate", "lightning"):
+        if find_spec(library) is None:
+            pytest.skip(f"{library} is not installed")
     root = tmp_path_factory.mktemp("help")
     copies = []
     for script in SCRIPTS:
