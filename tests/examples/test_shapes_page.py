@@ -1,4 +1,4 @@
-"""The page of the shapes world: its text for made-up results, and the published page."""
+"""The page of the shapes world: its text for made-up results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from examples.shapes.report.statements import _WIDTHS, Claim, Difference, Point,
 from examples.shapes.results import Table
 from examples.shapes.settings import FULL
 from examples.shapes.studies import STUDIES, Row, Study, plan
-from tests.helpers import REPO
+from tests.examples.page_text import joined, section_of
 
 LISTS = ("seen_test", "development", "unseen")
 LAMBDAS = ("0", "0.5", "0.8")
@@ -204,7 +204,7 @@ def _of_c(shifts: dict[str, list[float]]) -> results.Results:
 
 def test_settings_are_judged_by_what_is_better_than_they_are() -> None:
     clear, not_clear, worse = [0.03, 0.035, 0.04], [-0.1, 0.1, 0.3], [-0.03, -0.035, -0.04]
-    text = _joined(page.render(_of_c({"C = 0.25": not_clear, "C = 1": worse})))
+    text = joined(page.render(_of_c({"C = 0.25": not_clear, "C = 1": worse})))
     assert (
         "*C = 0.25* compared with the paper's C = 0.5, at λ = 0.5: +10.0 ± 20.0 points (not clear) "
         "on unseen and +0.0 ± 0.0 points (not clear) on seen shapes."
@@ -216,16 +216,8 @@ def test_settings_are_judged_by_what_is_better_than_they_are() -> None:
         "on seen shapes."
     )
     assert best.format("none") in text
-    text = _joined(page.render(_of_c({"C = 0.25": not_clear, "C = 1": clear})))
+    text = joined(page.render(_of_c({"C = 0.25": not_clear, "C = 1": clear})))
     assert best.format("C = 1") in text
-
-
-def _joined(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _section_of(text: str, title: str) -> str:
-    return text.split(f"## {title}\n")[1].split("\n## ")[0]
 
 
 @settings(max_examples=12, deadline=None)
@@ -239,7 +231,7 @@ def test_the_page_is_right_for_any_part_of_the_results(data: st.DataObject) -> N
         del part["seeds"][seed][name]
     text = page.render(part)
     for section in SECTIONS:
-        body = _section_of(text, section.title).replace("\n", " ")
+        body = section_of(text, section.title).replace("\n", " ")
         seeds_of = {
             row.label: {
                 seed
@@ -287,144 +279,6 @@ def test_publishing_writes_all_that_shows_the_results(tmp_path: Any) -> None:
     assert (tmp_path / "docs" / "shapes.md").read_text() == page.render(noise)
     named = {section.figure for section in SECTIONS if section.figure} | {page.TRADEOFF}
     assert {path.name for path in assets.glob("*.png")} == named
-
-
-# What is published
-
-
-@pytest.fixture(scope="module")
-def published() -> results.Results:
-    content: results.Results = json.loads((REPO / page.RESULTS).read_text())
-    return content
-
-
-def test_the_published_page_is_that_of_the_published_results(published: results.Results) -> None:
-    assert (REPO / page.PAGE).read_text() == page.render(published)
-    for section in SECTIONS:
-        if section.figure and Table(section.study, published).seeds:
-            assert (REPO / page.RESULTS.parent / section.figure).is_file()
-
-
-def test_the_readme_has_the_table_of_the_published_results(published: results.Results) -> None:
-    text = (REPO / "README.md").read_text()
-    assert page.with_table(text, published) == text
-    below = text.split("<!-- table: shapes -->\n")[1].split("\n\n")[0]
-    assert below in (REPO / "docs" / "shapes.md").read_text()
-
-
-# The published page against the results file, read without the code that writes the page
-
-PUBLISHED_ROWS = {
-    "The methods": {
-        "CLIP": ("clip", "last"),
-        "FINE-TUNE": ("finetune", "last"),
-        "L2": ("l2 0.01", "last"),
-        "IWR": ("openvclip", "last"),
-        "SWA": ("finetune", "average"),
-        "Open-VCLIP": ("openvclip", "average"),
-    },
-    "Attention over frames and interpolation (Figure 2)": {
-        "CLIP": ("clip", "last"),
-        "CLIP, fine-tuned": ("frames alone", "last"),
-        "FINE-TUNE": ("finetune", "last"),
-        "Open-VCLIP": ("openvclip", "average"),
-    },
-    "Three sizes of backbone (Table 4)": {
-        f"{label}, {size}": (run_ if size == "small" else f"{run_} {size}", end)
-        for size in ("tiny", "small", "wider")
-        for label, run_, end in (
-            ("CLIP", "clip", "last"),
-            ("FINE-TUNE", "finetune", "last"),
-            ("Open-VCLIP", "openvclip", "average"),
-        )
-    },
-    "L2 regularisation (Table 5)": {
-        **{f"L2, {weight}": (f"l2 {weight}", "last") for weight in ("0.001", "0.01", "0.1")},
-        "Open-VCLIP": ("openvclip", "average"),
-    },
-    "The weight C of the regulariser": {
-        "C = 0.25": ("openvclip C 0.25", "average"),
-        "C = 0.5": ("openvclip", "average"),
-        "C = 1": ("openvclip C 1", "average"),
-    },
-}
-
-
-def _accuracies(
-    published: results.Results, run_: str, end: str, name: str, seeds: int
-) -> dict[str, Any]:
-    """Accuracies in % by lambda, ``[seeds]`` each."""
-    entries = [published["seeds"][str(seed)][run_]["rows"][end][name] for seed in range(seeds)]
-    return {lam: 100 * np.array([entry[lam] for entry in entries]) for lam in entries[0]}
-
-
-def _cell(values: Any) -> str:
-    return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
-
-
-@pytest.mark.parametrize("title", PUBLISHED_ROWS)
-def test_a_published_table_has_the_means_of_the_results_file(
-    title: str, published: results.Results
-) -> None:
-    body = _section_of((REPO / "docs" / "shapes.md").read_text(), title)
-    lines = [line for line in body.splitlines() if line.startswith("|")][2:]
-    table = {}
-    for line in lines:
-        label, *cells = (cell.strip() for cell in line.strip("|").split("|"))
-        table[label] = cells
-    assert list(table) == list(PUBLISHED_ROWS[title])
-    seeds = int(body.split(" seeds.")[0].split()[-1])
-    for label, (run_, end) in PUBLISHED_ROWS[title].items():
-        seen, development, unseen = (
-            _accuracies(published, run_, end, name, seeds)
-            for name in ("seen_test", "development", "unseen")
-        )
-        chosen = max(development, key=lambda lam: development[lam].mean())
-        last = [_cell(seen[chosen]), _cell(unseen[chosen])]
-        if run_.startswith("clip"):
-            assert table[label] == ["", "", "", "", "", *last]
-            continue
-        first = [_cell(column[lam]) for lam in ("0", "0.5") for column in (seen, unseen)]
-        assert table[label][:7] == [*first, chosen, *last]
-
-
-def test_published_verdicts_follow_from_the_results_file(published: results.Results) -> None:
-    """Of the claims about the methods; 2.776 standard errors are the interval of five seeds."""
-    text = _joined((REPO / "docs" / "shapes.md").read_text())
-    unseen = [
-        _accuracies(published, run_, end, "unseen", 5)
-        for run_, end in (("openvclip", "average"), ("clip", "last"), ("finetune", "last"))
-    ]
-    seen = [
-        _accuracies(published, run_, end, "seen_test", 5)["0.5"]
-        for run_, end in (("openvclip", "average"), ("finetune", "last"))
-    ]
-    claims = {
-        "Open-VCLIP (λ = 0.5) is better than CLIP on unseen shapes": unseen[0]["0.5"]
-        - unseen[1]["1"],
-        "Open-VCLIP (λ = 0.5) is better than fine-tuning (λ = 0) on unseen shapes": unseen[0]["0.5"]
-        - unseen[2]["0"],
-        "Open-VCLIP is better than fine-tuning on unseen shapes, both at λ = 0.5": unseen[0]["0.5"]
-        - unseen[2]["0.5"],
-        "Open-VCLIP is better than fine-tuning on seen shapes, both at λ = 0.5": seen[0] - seen[1],
-    }
-    for claim, difference in claims.items():
-        half = 2.776 * difference.std(ddof=1) / math.sqrt(5)
-        verdict = "not clear" if abs(difference.mean()) <= half else "holds"
-        points = f"{difference.mean():+.1f} ± {difference.std(ddof=1):.1f}"
-        assert f"{claim}: **{verdict}** ({points} points)." in text
-    judged = {verdict: text.count(f": **{verdict}** (") for verdict in ("holds", "not clear")}
-    assert f"This page judges {sum(judged.values())} claims".lower() in text.lower()
-    assert f"{judged['holds']} hold here, {judged['not clear']} are not clear" in text
-    assert ": **the opposite holds** (" not in text
-
-
-def test_published_results_are_of_the_present_settings(published: results.Results) -> None:
-    assert published["settings"] == json.loads(json.dumps(run.recorded(FULL)))
-    runs = {task.run.name: task.run for task in plan(STUDIES)}
-    for entries in published["seeds"].values():
-        for name, entry in entries.items():
-            assert entry["definition"] == json.loads(json.dumps(runs[name].definition()))
 
 
 def test_the_study_table_has_the_seconds_of_a_step() -> None:
