@@ -85,13 +85,28 @@ def interpolate(
         ``theta_b``'s entry, without a graph, and shares no memory with the inputs. With ``out``,
         the tensors are those of ``out``. At ``lam=0`` and ``lam=1`` the entries equal those of
         ``theta_b`` and ``theta_a`` bitwise. Integer and boolean entries come from ``theta_b`` for
-        every ``lam``. Half precision is computed in float32 and rounded once.
+        every ``lam``. Half precision and float8 are computed in float32 and rounded once. Extra
+        state of modules (``get_extra_state``) is copied from ``theta_b`` and comes last. Entries
+        that are sharded in ``theta_b`` stay sharded.
+
+    **Adapters.** Factors of LoRA may differ in one factor of each product only. The update
+    ``B A`` is linear in ``B`` if ``A`` is the same in both models, so the result is then exact. For
+    the original CLIP in this form, take the state dict of the tuned model with zeros for
+    ``lora_B``. In all other cases merge the adapters into the base model first.
+
+    **Shared memory.** The two models may share the memory of some entries, for example of frozen
+    weights. If they share the memory of all floating-point entries, an error is raised, because
+    ``model.state_dict()`` does not copy. One tensor object that is passed in both models is
+    accepted.
 
     Raises:
         StateMismatchError: names or shapes differ. The error lists all differences.
-        WeightTypeError: an argument is not a mapping from names to tensors.
+        WeightTypeError: an argument is not a mapping from names to tensors; or an entry is sparse,
+            on the meta device, quantised (unless it is equal in both models), or a factor of an
+            adapter that can't be interpolated by itself.
         LambdaError: a weight is not a finite number.
-        UsageError: both ``dtype`` and ``out`` are given; two entries of ``out`` share memory; an
+        UsageError: ``theta_a`` and ``theta_b`` share the memory of all their weights; both
+            ``dtype`` and ``out`` are given; two entries of ``out`` share memory; an
             entry of ``out`` shares memory with an input; or an entry of ``out`` is an integer
             where ``theta_b`` has a floating-point number, or the reverse.
 
@@ -128,7 +143,10 @@ def interpolate_into(
     Use this for sweeps over ``lam``. The result is written directly into the tensors of the model.
     No memory of the size of the model is allocated if dtypes and devices agree. The parameters
     stay the same objects. ``theta_a`` and ``theta_b`` must not share memory with the model, or the
-    next interpolation would start from this result.
+    next interpolation would start from this result. Only entries that are equal in both may share
+    memory, for example frozen weights. The modules get the extra state of ``theta_b``. A model
+    under ``fully_shard`` takes whole and sharded state dicts, and every process must call this
+    function.
 
     Args:
         model: the model whose parameters and buffers are overwritten.
@@ -138,6 +156,8 @@ def interpolate_into(
 
     Raises:
         StateMismatchError: names or shapes of ``theta_a``, ``theta_b`` and the model differ.
+        UsageError: an entry of ``theta_a`` or ``theta_b`` would be overwritten, or the state dict
+            of the model holds copies of its weights.
         LambdaError, WeightTypeError: as in :func:`interpolate`.
     """
     reshard(model)
