@@ -1,0 +1,124 @@
+"""Factors of adapters (LoRA and its kind), which can't be averaged one by one.
+
+LoRA changes a weight ``W`` to ``W + s B A``. The mean of two such weights has the update
+``s (B1 A1 + B2 A2) / 2``. The means of the factors give ``s (B1 + B2) (A1 + A2) / 4`` instead. The
+two agree if only one of the factors differs: the product is linear in ``B`` if ``A`` is the same
+everywhere.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from openvclip.errors import WeightTypeError
+from openvclip.weights.names import listed
+
+# Factors of a product: the weight is linear in each of them if all others stay the same.
+_PRODUCT = (
+    r"lora_(?:embedding_)?[ABE]|lora_[ab]|lora_(?:up|down|mid)"
+    r"|lora(?:_linear_layer|_layer)?\.(?:up|down|mid|A|B)|gralora_[AB](?:_general)?"
+    r"|hira_(?:embedding_)?[AB]|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)"
+    r"|p?vera_(?:[AB]|lambda_[bd])|randlora_(?:A|B|lambda|gamma)"
+)
+# Parts of other adapters: norms, rotations and scales, in which the weight is not linear.
+_OTHER = (
+    r"lora_magnitude_vector|dora_scale|delora_(?:A|B|lambda)|glora_[A-E]|oft_(?:embedding_)?[rR]"
+    r"|oft_(?:blocks|diag)|boft_[Rs]|psoft_R|hra_u|ia3_l|road_(?:theta|alpha)|(?:miss|bone)_block"
+    r"|vblora_(?:logits_[AB]|vector_bank)|unilora_theta_d"
+)
+_FACTOR = re.compile(
+    rf"^(?P<layer>(?:.*?[._])??)(?:(?P<product>{_PRODUCT})|(?:{_OTHER}))(?P<rest>(?:\..*)?)$"
+)
+# These words are ordinary names. They are parts of an adapter only beside its factors.
+_COMPANIONS = ("alpha", "magnitude")
+
+
+class Factor(NamedTuple):
+    """What the name of a factor says.
+
+    Attributes:
+        layer: the adapter and the layer that the factor belongs to. All factors of a product have
+            the same ``layer``.
+        in_product: whether the weight is linear in this factor, if all other factors of the layer
+            stay the same.
+    """
+
+    layer: tuple[str, str]
+    in_product: bool
+
+
+def factor_of(name: str) -> Factor | None:
+    """Return what a name says if an entry of this name is a factor of an adapter, else None."""
+    match = _FACTOR.match(name)
+    if match is None:
+        return None
+    adapter = match["rest"].removesuffix(".weight")
+    return Factor((match["layer"], adapter), match["product"] is not None)
+
+
+def factor_names(names: Iterable[str]) -> list[str]:
+    """Return the names of factors of adapters, in their order.
+
+    The names of peft, loralib, diffusers, kohya and LyCORIS are known: ``lora_A``, ``lora_down``,
+    ``hada_w1_a``, ``lokr_w1``, ``oft_r``, ``ia3_l``, ``vera_lambda_b`` and others.
+    """
+    return [name for name in names if factor_of(name) is not None]
+
+
+def mixed_factors(names: Iterable[str], changes: Callable[[str], bool]) -> list[str]:
+    """Return the factors for which a mean of the factors is not the mean of the models.
+
+    A product is averaged exactly if at most one of its factors differs between the models. Other
+    adapters are averaged exactly only if no factor differs.
+
+    Args:
+        names: names of all entries.
+        changes: function from the name of an entry to whether its values differ between the
+            models. It is called only for parts of adapters.
+    """
+    names = list(names)
+    layers: dict[tuple[str, str], list[tuple[str, bool]]] = {}
+    for name in names:
+        factor = factor_of(name)
+        if factor is not None:
+            layers.setdefault(factor.layer, []).append((name, factor.in_product))
+    known = set(names)
+    mixed = []
+    for layer, parts in layers.items():
+        parts += [(n, n.endswith("alpha")) for n in _companions(layer) if n in known]
+        different = [name for name, _ in parts if changes(name)]
+        if len(different) > 1 or (different and not all(linear for _, linear in parts)):
+            mixed.extend(different)
+    return mixed
+
+
+def _companions(layer: tuple[str, str]) -> list[str]:
+    prefix, adapter = layer
+    return [f"{prefix}{word}{adapter}" for word in _COMPANIONS]
+
+
+def refuse_factors(
+    names: Iterable[str], what: str, action: str = "interpolate", otherwise: str = ""
+) -> None:
+    """Raise an error if there are factors that would be averaged one by one.
+
+    Args:
+        names: the factors, from :func:`factor_names` or :func:`mixed_factors`. No error is raised
+            if there are none.
+        what: name of the argument or the file, for the error text.
+        action: what to do after the adapter is merged, for the error text.
+        otherwise: another way to do it, as the end of the error text.
+
+    Raises:
+        WeightTypeError: there are factors.
+    """
+    factors = list(names)
+    if factors:
+        raise WeightTypeError(
+            f"{what} holds {len(factors)} factors of an adapter ({listed(factors)}). Merge the "
+            "adapter into the base model first (merge_and_unload() in peft), then "
+            f"{action}. The factors can't be averaged one by one: the product of two means is not "
+            f"the mean of the products.{' ' + otherwise if otherwise else ''}"
+        )
