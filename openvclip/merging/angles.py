@@ -10,8 +10,14 @@ import torch
 from torch import Tensor
 
 from openvclip.errors import MergeError
-from openvclip.merging.entries import combined, contiguous_copy, difference, matched
+from openvclip.merging.entries import (
+    combined,
+    contiguous_copy,
+    difference,
+    matched,
+)
 from openvclip.weights.interpolation import Lambda, weights_of, write_interpolated
+from openvclip.weights.names import is_extra_state
 
 _PARALLEL = 0.9995  # |cosine| above which slerp is linear, as in mergekit
 _CHUNK = 1 << 20  # elements that are copied to float64 at a time
@@ -58,7 +64,7 @@ def slerp(
         ExtrapolationWarning: a weight lies outside [0, 1].
     """
     a, b = matched(theta_a, [theta_b], "theta_a", "theta_b")
-    weight_of = weights_of(lam, b)
+    weight_of = weights_of(lam, {n: value for n, value in b.items() if not is_extra_state(n)})
 
     def combine(name: str, entries: list[Tensor]) -> Tensor:
         y, x = entries

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
 
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor
 
 from openvclip.errors import MergeError
+from openvclip.weights.averageable import require_combinable
 from openvclip.weights.interpolation import Lambda, as_number
-from openvclip.weights.names import canonical_state, require_match
+from openvclip.weights.names import canonical_model, is_extra_state, require_match
 from openvclip.weights.numerics import common_dtype, compute_dtype, is_interpolable
 
 Combine = Callable[[str, list[Tensor]], Tensor]
@@ -30,6 +32,8 @@ def matched(
     others: Sequence[Mapping[str, Tensor]],
     what: str = "base",
     what_others: str = "tuned[{}]",
+    *,
+    vectors: bool = False,
 ) -> list[dict[str, Tensor]]:
     """Return all models under canonical names, ``base`` first.
 
@@ -38,22 +42,35 @@ def matched(
         others: state dicts of one or more other models.
         what: name of ``base`` in error texts.
         what_others: name of each other model in error texts; ``{}`` is its position.
+        vectors: whether ``others`` are task vectors. The checks for models are then left out.
+
+    Returns:
+        Weights and extra state. No copies are made.
 
     Raises:
         MergeError: ``others`` is empty, or a single state dict instead of a sequence.
         StateMismatchError: another model has other names or shapes than ``base``.
-        WeightTypeError: a model is not a mapping from names to tensors.
+        WeightTypeError: a model is not a mapping from names to tensors, or an entry can't be
+            merged: see :func:`openvclip.weights.averageable.require_combinable`.
+        UsageError: two models share the memory of all their weights.
     """
     if not isinstance(others, Sequence) or not others:
         received = "none" if isinstance(others, Sequence) else f"one {type(others).__name__}"
         raise MergeError(f"Expected a list of one or more state dicts to merge, got {received}.")
-    states = [canonical_state(base, what)]
+    entries, extra_state = canonical_model(base, what)
+    states, extra_states, names = [entries], [extra_state], [what]
     for position, other in enumerate(others):
-        name = what_others.format(position)
-        states.append(canonical_state(other, name))
-        summary = f"{name} and {what} do not fit together: expected the names and shapes of {what}."
+        names.append(what_others.format(position))
+        entries, extra_state = canonical_model(other, names[-1])
+        states.append(entries)
+        extra_states.append(extra_state)
+        summary = (
+            f"{names[-1]} and {what} do not fit together: expected the names and shapes of {what}."
+        )
         require_match(states[0], states[-1], summary, _HINT)
-    return states
+    if not vectors:
+        require_combinable(states, names, "merge")
+    return [state | extra for state, extra in zip(states, extra_states, strict=True)]
 
 
 @torch.no_grad()
@@ -76,20 +93,22 @@ def combined(
         narrow: whether the default dtype may be half precision.
 
     Returns:
-        A new dict in the order of the first state. Integer and boolean entries are copied from the
-        first state.
+        A new dict in the order of the first state. Integer and boolean entries and extra state are
+        copied from the first state.
     """
     result = {}
     for name, first in states[0].items():
-        if not is_interpolable(first):
+        if is_extra_state(name):
+            result[name] = copy.deepcopy(first)
+        elif not is_interpolable(first):
             result[name] = contiguous_copy(first)
-            continue
-        entries = [state[name].detach() for state in states]
-        common = functools.reduce(common_dtype, (entry.dtype for entry in entries))
-        merged = combine(name, [_real(entry, first.device, common) for entry in entries])
-        merged = torch.view_as_complex(merged) if common.is_complex else merged
-        default = common if narrow else compute_dtype(common)
-        result[name] = merged.to(default if dtype is None else dtype).contiguous()
+        else:
+            entries = [state[name].detach() for state in states]
+            common = functools.reduce(common_dtype, (entry.dtype for entry in entries))
+            merged = combine(name, [_real(entry, first.device, common) for entry in entries])
+            merged = torch.view_as_complex(merged) if common.is_complex else merged
+            default = common if narrow else compute_dtype(common)
+            result[name] = merged.to(default if dtype is None else dtype).contiguous()
     return result
 
 
@@ -105,8 +124,12 @@ def _real(entry: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 def interpolable_entries(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the floating-point and complex entries of a state dict."""
-    return {name: value for name, value in state.items() if is_interpolable(value)}
+    """Return the floating-point and complex entries of a state dict, without extra state."""
+    return {
+        name: value
+        for name, value in state.items()
+        if not is_extra_state(name) and is_interpolable(value)
+    }
 
 
 def difference(tuned: Tensor, base: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -16,8 +17,9 @@ from openvclip.merging.entries import (
     matched,
     scale_of,
 )
+from openvclip.weights.averageable import require_addable
 from openvclip.weights.interpolation import Lambda
-from openvclip.weights.names import canonical_state
+from openvclip.weights.names import canonical_model
 
 
 def task_vector(
@@ -80,13 +82,15 @@ def apply_task_vectors(
         LambdaError: a scale is not a finite number.
         StateMismatchError, WeightTypeError: as in :func:`openvclip.interpolate`.
     """
-    base_entries = canonical_state(base, "base")
+    base_entries, extra_state = canonical_model(base, "base")
     states = matched(
         interpolable_entries(base_entries),
         vectors,
         "the floating-point entries of base",
         "vectors[{}]",
+        vectors=True,
     )
+    require_addable(base_entries, states[1:])
     scales = list(scale) if isinstance(scale, Sequence) else [scale] * len(vectors)
     if len(scales) != len(vectors):
         raise MergeError(
@@ -101,7 +105,8 @@ def apply_task_vectors(
         return result
 
     changed = combined(states, combine, None)
-    return {
+    result = {
         name: changed[name].to(dtype or value.dtype) if name in changed else contiguous_copy(value)
         for name, value in base_entries.items()
     }
+    return {**result, **copy.deepcopy(extra_state)}

@@ -20,19 +20,18 @@ _PRODUCT = (
     r"lora_(?:embedding_)?[ABE]|lora_[ab]|lora_(?:up|down|mid)"
     r"|lora(?:_linear_layer|_layer)?\.(?:up|down|mid|A|B)|gralora_[AB](?:_general)?"
     r"|hira_(?:embedding_)?[AB]|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)"
-    r"|p?vera_(?:[AB]|lambda_[bd])|randlora_(?:A|B|lambda|gamma)"
+    r"|ia3_l|p?vera_(?:[AB]|lambda_[bd])|randlora_(?:A|B|lambda|gamma)"
 )
 # Parts of other adapters: norms, rotations and scales, in which the weight is not linear.
 _OTHER = (
     r"lora_magnitude_vector|dora_scale|delora_(?:A|B|lambda)|glora_[A-E]|oft_(?:embedding_)?[rR]"
-    r"|oft_(?:blocks|diag)|boft_[Rs]|psoft_R|hra_u|ia3_l|road_(?:theta|alpha)|(?:miss|bone)_block"
+    r"|oft_(?:blocks|diag)|boft_[Rs]|psoft_R|hra_u|road_(?:theta|alpha)|(?:miss|bone)_block"
     r"|vblora_(?:logits_[AB]|vector_bank)|unilora_theta_d"
 )
 _FACTOR = re.compile(
     rf"^(?P<layer>(?:.*?[._])??)(?:(?P<product>{_PRODUCT})|(?:{_OTHER}))(?P<rest>(?:\..*)?)$"
 )
-# These words are ordinary names. They are parts of an adapter only beside its factors.
-_COMPANIONS = ("alpha", "magnitude")
+_SCALED_BY_IA3 = ("base_layer.weight", "base_layer.bias", "weight", "bias")
 
 
 class Factor(NamedTuple):
@@ -70,33 +69,42 @@ def factor_names(names: Iterable[str]) -> list[str]:
 def mixed_factors(names: Iterable[str], changes: Callable[[str], bool]) -> list[str]:
     """Return the factors for which a mean of the factors is not the mean of the models.
 
-    A product is averaged exactly if at most one of its factors differs between the models. Other
-    adapters are averaged exactly only if no factor differs.
+    A product is averaged exactly if at most one of its factors differs between the models. Adapters
+    with norms and rotations (DoRA, OFT) are averaged exactly only if nothing differs.
 
     Args:
         names: names of all entries.
         changes: function from the name of an entry to whether its values differ between the
             models. It is called only for parts of adapters.
     """
-    names = list(names)
-    layers: dict[tuple[str, str], list[tuple[str, bool]]] = {}
-    for name in names:
-        factor = factor_of(name)
-        if factor is not None:
-            layers.setdefault(factor.layer, []).append((name, factor.in_product))
-    known = set(names)
     mixed = []
-    for layer, parts in layers.items():
-        parts += [(n, n.endswith("alpha")) for n in _companions(layer) if n in known]
-        different = [name for name, _ in parts if changes(name)]
-        if len(different) > 1 or (different and not all(linear for _, linear in parts)):
+    for parts in factors_by_layer(names).values():
+        different = [name for name in parts if changes(name)]
+        if len(different) > 1 or (different and not all(parts.values())):
             mixed.extend(different)
     return mixed
 
 
-def _companions(layer: tuple[str, str]) -> list[str]:
-    prefix, adapter = layer
-    return [f"{prefix}{word}{adapter}" for word in _COMPANIONS]
+def factors_by_layer(names: Iterable[str]) -> dict[tuple[str, str], dict[str, bool]]:
+    """Return the factors of each layer, and whether the weight is linear in each of them.
+
+    The entries beside the factors that belong to the product are included: the ``alpha`` of kohya,
+    and the weight that the scales of IA3 multiply.
+    """
+    names = list(names)
+    layers: dict[tuple[str, str], dict[str, bool]] = {}
+    for name in names:
+        factor = factor_of(name)
+        if factor is not None:
+            layers.setdefault(factor.layer, {})[name] = factor.in_product
+    if layers:
+        known = set(names)
+        for (prefix, adapter), parts in layers.items():
+            others = {f"{prefix}alpha{adapter}": True, f"{prefix}magnitude{adapter}": False}
+            if any("ia3_l" in name for name in parts):
+                others |= {prefix + weight: True for weight in _SCALED_BY_IA3}
+            parts.update({name: linear for name, linear in others.items() if name in known})
+    return layers
 
 
 def refuse_factors(

@@ -8,9 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from openvclip.errors import StateMismatchError, UsageError
-from openvclip.weights.names import canonical_state, mismatches, named_parameters, named_state
+from openvclip.weights.adapters import factors_by_layer, mixed_factors, refuse_factors
+from openvclip.weights.kinds import require_averageable, require_values
+from openvclip.weights.memory import require_no_overlap, without_ties
+from openvclip.weights.names import (
+    canonical_model,
+    listed,
+    live_model,
+    mismatches,
+    named_parameters,
+    state_names,
+)
 from openvclip.weights.numerics import common_dtype, memory_of
-from openvclip.weights.shards import is_sharded, local, local_like
+from openvclip.weights.shards import is_sharded, local, local_like, whole
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -44,14 +54,15 @@ def take_anchor(
             "No parameter of the model requires gradients, so there is nothing to regularise. "
             "Set requires_grad before you create the regulariser."
         )
-    live = named_state(model)
-    originals = live if anchor is None else _matching_anchor(live, trained, anchor, missing)
-    in_use = {memory_of(value) for value in live.values()}
-    return {
-        name: _anchor_of(parameter, originals[name], in_use, device)
-        for name, parameter in trained.items()
-        if name in originals
-    }
+    require_values(trained, "The trained parameters")
+    live = live_model(model)[0]
+    own = {**trained, **{name: value for name, value in live.items() if name not in trained}}
+    require_no_overlap(without_ties(own), trained)
+    originals = own if anchor is None else _matching_anchor(live, trained, anchor, missing)
+    anchored = [name for name in trained if name in originals]
+    _require_exact_factors(own, trained, originals)
+    in_use = {memory_of(value) for value in own.values()}
+    return {name: _anchor_of(trained[name], originals[name], in_use, device) for name in anchored}
 
 
 def _matching_anchor(
@@ -60,12 +71,17 @@ def _matching_anchor(
     anchor: Mapping[str, Tensor],
     missing: str,
 ) -> dict[str, Tensor]:
-    originals = canonical_state(anchor, "anchor", like=live)
+    originals, _ = canonical_model(anchor, "anchor", like=live)
+    names = state_names(trained, live)
+    for name, other in names.items():  # a state-dict hook can give parameters other names
+        if name not in originals and other is not None and other in originals:
+            originals[name] = originals[other]
     missing_names = trained.keys() - originals.keys()
-    unexpected = originals.keys() - live.keys()
-    mismatched = [entry for entry in mismatches(live, originals) if entry[0] in trained]
+    unexpected = originals.keys() - live.keys() - trained.keys()
+    mismatched = list(mismatches(trained, originals))
     refuses_missing = missing == "error" or missing_names == trained.keys()
     if unexpected or mismatched or (missing_names and refuses_missing):
+        hidden = [name for name in missing_names if names[name] is None]
         raise StateMismatchError(
             "The anchor does not match the model: the trained parameters define the expected "
             "names and shapes.",
@@ -73,9 +89,50 @@ def _matching_anchor(
             unexpected=unexpected,
             mismatched=mismatched,
             hint="Pass the state dict of the original model under the names of the trained model. "
-            "missing='skip' trains the missing parameters without regularisation.",
+            "missing='skip' trains the missing parameters without regularisation."
+            + (_HIDDEN.format(listed(sorted(hidden))) if hidden else ""),
+        )
+    used = {name: originals[name] for name in trained if name in originals}
+    require_averageable(used, "anchor")
+    lost = [n for n, v in used.items() if v.is_complex() and not trained[n].is_complex()]
+    if lost:
+        raise UsageError(
+            f"The anchor is complex in {len(lost)} entries ({listed(lost)}), but the parameters "
+            "are real. Pass the state dict of the original model."
         )
     return originals
+
+
+_HIDDEN = (
+    " The state dict of the model does not hold {}: a state-dict hook hides or copies them. Pass "
+    "their original values under the names of model.named_parameters()."
+)
+
+_ANCHOR_OF_LORA = (
+    "Or pass zeros for lora_B as their only anchor, with missing='skip': alpha then scales the "
+    "update of the adapter exactly."
+)
+
+
+def _require_exact_factors(
+    own: Mapping[str, Tensor], trained: Mapping[str, Tensor], originals: Mapping[str, Tensor]
+) -> None:
+    """Raise an error if the interpolation of factors is not an interpolation of the weights.
+
+    The update of LoRA is ``B A``. If only ``B`` has an anchor, the interpolated update is
+    ``(alpha B0 + (1 - alpha) B) A``, which is linear in alpha. At ``alpha = 1`` the update is
+    ``B0 A``. This is the update of the original model if ``A`` is frozen, or if ``B0`` is zero.
+    """
+    anchored = {name for name in trained if name in originals}
+    refused = mixed_factors(own, anchored.__contains__)
+    for parts in factors_by_layer(own).values():
+        moving = [name for name in parts if name in trained]
+        for name in anchored.intersection(parts):
+            if len(moving) > 1 and bool(whole(originals[name]).any()):
+                refused.append(name)
+    refuse_factors(
+        dict.fromkeys(refused), "The trained model", "train and regularise it", _ANCHOR_OF_LORA
+    )
 
 
 def _anchor_of(

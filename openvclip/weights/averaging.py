@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from openvclip.errors import UsageError
-from openvclip.weights.numerics import foreach, lerp_
+from openvclip.weights.numerics import computable, foreach, lerp_
 from openvclip.weights.tracker import Entries, WeightTracker, shards
 
 _BLOCK = 128  # models in one partial sum
@@ -79,7 +79,7 @@ class SWATracker(WeightTracker):
         live = shards(weights)
         if self._device is not None:
             live = [value.to(self._device) for value in live]
-        foreach._foreach_add_(shards(self._sums), live)
+        foreach._foreach_add_(shards(self._sums), [computable(value) for value in live])
 
     def _end_block(self) -> None:
         if self._earlier:
@@ -241,7 +241,7 @@ class LAWATracker(WeightTracker):
         first, *others = self._models[: self.n_averaged]
         mean = self._wide_copy(first)
         for other in others:
-            foreach._foreach_add_(shards(mean), shards(other))
+            foreach._foreach_add_(shards(mean), [computable(value) for value in shards(other)])
         foreach._foreach_div_(shards(mean), float(self.n_averaged))
         return mean
 

@@ -18,7 +18,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, distributed
 
-from openvclip.weights.names import canonical_state
+from openvclip.weights.kinds import kind_of, refuse, require_values
+from openvclip.weights.names import canonical_model
 from openvclip.weights.numerics import bytes_of
 from openvclip.weights.shards import backend_device, is_sharded, mesh_groups, own_slices, whole
 
@@ -64,8 +65,9 @@ def weights_hash(state: Mapping[str, Tensor]) -> str:
     """Return a hash of all names, dtypes, shapes and values of a state dict.
 
     The hash depends on the weights alone. It does not depend on the order of the entries, on their
-    devices, on the prefixes of wrappers, or on the file in which the weights are stored. It equals
-    the ``weights_hash`` in the recipe of a merged file (see :func:`openvclip.interpolate_files`).
+    devices, on the prefixes of wrappers, on extra state that is not a tensor, or on the file in
+    which the weights are stored. It equals the ``weights_hash`` in the recipe of a merged file (see
+    :func:`openvclip.interpolate_files`).
 
     Args:
         state: mapping from names to tensors. Sharded entries are gathered, so every process must
@@ -75,10 +77,14 @@ def weights_hash(state: Mapping[str, Tensor]) -> str:
         64 hexadecimal digits: see :class:`WeightsHash` for the definition.
 
     Raises:
-        WeightTypeError: ``state`` is not a mapping from names to tensors.
+        WeightTypeError: ``state`` is not a mapping from names to tensors, or an entry is sparse,
+            on the meta device, or of a quantised dtype.
         StateMismatchError: two names have the same canonical form.
     """
-    entries = canonical_state(state)
+    entries, extra_state = canonical_model(state)
+    entries |= {name: value for name, value in extra_state.items() if isinstance(value, Tensor)}
+    require_values(entries, "state")
+    refuse("quantized", [n for n, v in entries.items() if kind_of(v) == "quantized"], "state")
     hashed = WeightsHash(entries)
     for name, value in entries.items():
         plain = whole(value).resolve_conj().resolve_neg()
@@ -102,7 +108,7 @@ def fingerprint(values: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) 
         32 hexadecimal digits.
     """
     names = sorted(values)
-    samples = [_samples(values[name], parameters[name]).cpu().double() for name in names]
+    samples = [_samples(values[name], parameters[name]) for name in names]
     joined = torch.cat(samples)
     for group in mesh_groups(parameters.values()):
         joined = joined.to(backend_device(parameters.values()))
@@ -116,19 +122,28 @@ def fingerprint(values: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) 
 
 
 def _samples(value: Tensor, parameter: Tensor) -> Tensor:
-    """Return the sampled values, with ``-inf`` for values that other processes hold.
+    """Return the sampled values in float64 on the CPU. Each complex value gives two of them.
 
-    All other numbers are larger than ``-inf``, so a maximum over the processes restores them.
+    The samples that other processes hold are ``-inf``. All other numbers are larger than ``-inf``,
+    so a maximum over the processes restores them.
     """
     numel = parameter.numel()
     index = torch.arange(0, numel, max(1, numel // _SAMPLES), device=value.device)[:_SAMPLES]
     if not is_sharded(parameter):
-        return value.reshape(-1)[index]
+        return _as_doubles(value.reshape(-1)[index]).reshape(-1)
     coordinates = torch.stack(torch.unravel_index(index, parameter.shape))
     start = coordinates.new_tensor([part.start for part in own_slices(parameter)])
     local_coordinates = coordinates - start[:, None]
     size = local_coordinates.new_tensor(value.shape)[:, None]
     is_local = ((local_coordinates >= 0) & (local_coordinates < size)).all(dim=0)
-    samples = value.new_full(index.shape, -torch.inf)
-    samples[is_local] = value[tuple(local_coordinates[:, is_local])]
-    return samples
+    own = _as_doubles(value[tuple(local_coordinates[:, is_local])])
+    samples = own.new_full((len(index), *own.shape[1:]), -torch.inf)
+    samples[is_local.cpu()] = own
+    return samples.reshape(-1)
+
+
+def _as_doubles(values: Tensor) -> Tensor:
+    values = values.detach().cpu()
+    if values.is_complex():
+        return torch.view_as_real(values.resolve_conj().to(torch.complex128))
+    return values.double()

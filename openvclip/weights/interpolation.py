@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -11,15 +12,26 @@ import torch
 from torch import Tensor, nn
 
 from openvclip.errors import ExtrapolationWarning, LambdaError, UsageError
-from openvclip.weights.names import canonical_state, listed, named_state, require_match
+from openvclip.weights.averageable import require_combinable, require_separate_from
+from openvclip.weights.kinds import require_values
+from openvclip.weights.names import (
+    canonical_model,
+    listed,
+    live_model,
+    require_live,
+    require_match,
+    set_extra_state,
+)
 from openvclip.weights.numerics import (
     all_finite,
     common_dtype,
     compute_dtype,
     finite_probe,
+    has_kernels,
     is_interpolable,
     memory_of,
 )
+from openvclip.weights.shards import is_sharded, local, local_like, reshard
 
 Lambda = SupportsFloat | Callable[[str], SupportsFloat]
 """An interpolation weight: a number, or a function from the name of an entry to its number.
@@ -92,16 +104,17 @@ def interpolate(
         >>> interpolate(clip, tuned, 0.25)["w"]
         tensor([0.7500, 0.7500])
     """
-    a = canonical_state(theta_a, "theta_a")
-    b = canonical_state(theta_b, "theta_b")
+    a, _ = canonical_model(theta_a, "theta_a")
+    b, extra_state = canonical_model(theta_b, "theta_b")
     require_match(a, b, _MISMATCH, _HINT)
+    require_combinable([a, b], ["theta_a", "theta_b"])
     weight_of = weights_of(lam, b)
     if out is None:
         result = {name: _empty_for(a[name], b[name], dtype) for name in b}
     else:
         result = _reusable(out, a, b, dtype)
-    write_interpolated(result, a, b, weight_of)
-    return result
+    _write_parts(result, a, b, weight_of)
+    return {**result, **copy.deepcopy(extra_state)}
 
 
 @torch.no_grad()
@@ -125,9 +138,11 @@ def interpolate_into(
         StateMismatchError: names or shapes of ``theta_a``, ``theta_b`` and the model differ.
         LambdaError, WeightTypeError: as in :func:`interpolate`.
     """
-    live = named_state(model)
-    a = canonical_state(theta_a, "theta_a", like=live)
-    b = canonical_state(theta_b, "theta_b", like=live)
+    reshard(model)
+    live, _ = live_model(model)
+    require_live(model, live)
+    a, _ = canonical_model(theta_a, "theta_a", like=live)
+    b, extra_state = canonical_model(theta_b, "theta_b", like=live)
     require_match(a, b, _MISMATCH, _HINT)
     require_match(
         live,
@@ -135,7 +150,26 @@ def interpolate_into(
         "The state dicts do not fit the model: the model defines the expected names and shapes.",
         _HINT,
     )
-    write_interpolated(live, a, b, weights_of(lam, b))
+    require_combinable([a, b], ["theta_a", "theta_b"])
+    require_values(live, "The model")
+    _require_no_complex_loss(live, a, b, "the model")
+    require_separate_from(live, a, b)
+    _write_parts(live, a, b, weights_of(lam, b))
+    set_extra_state(model, extra_state)
+
+
+def _write_parts(
+    targets: Mapping[str, Tensor],
+    a: Mapping[str, Tensor],
+    b: Mapping[str, Tensor],
+    weight_of: Mapping[str, float],
+) -> None:
+    """Interpolate whole and sharded tensors: each process computes its own parts."""
+    if any(is_sharded(value) for state in (targets, a, b) for value in state.values()):
+        a = {name: local_like(a[name], target) for name, target in targets.items()}
+        b = {name: local_like(b[name], target) for name, target in targets.items()}
+        targets = {name: local(target) for name, target in targets.items()}
+    write_interpolated(targets, a, b, weight_of)
 
 
 def weights_of(lam: Lambda, names: Mapping[str, Tensor]) -> dict[str, float]:
@@ -176,6 +210,8 @@ def _empty_for(a: Tensor, b: Tensor, dtype: torch.dtype | None) -> Tensor:
         dtype = b.dtype
     elif dtype is None:
         dtype = common_dtype(a.dtype, b.dtype)
+    if is_sharded(b):
+        return torch.empty_like(b, dtype=dtype, requires_grad=False)
     return torch.empty(b.shape, dtype=dtype, device=b.device)
 
 
@@ -191,7 +227,7 @@ def _reusable(
             f"dtype={dtype} and out were both given, but the entries of out keep their dtypes. "
             "Pass only one of the two."
         )
-    entries = canonical_state(out, "out")
+    entries, _ = canonical_model(out, "out")
     require_match(
         b,
         entries,
@@ -206,7 +242,24 @@ def _reusable(
             f"the reverse ({listed(other_kind)}). Pass the result of an earlier call for models "
             "of this architecture."
         )
+    _require_no_complex_loss(entries, a, b, "out")
     return {name: entries[name] for name in b}
+
+
+def _require_no_complex_loss(
+    targets: Mapping[str, Tensor], a: Mapping[str, Tensor], b: Mapping[str, Tensor], what: str
+) -> None:
+    lost = [
+        name
+        for name, target in targets.items()
+        if (a[name].is_complex() or b[name].is_complex()) and not target.is_complex()
+    ]
+    if lost:
+        raise UsageError(
+            f"{len(lost)} entries of {what} are real, but complex in theta_a or theta_b "
+            f"({listed(lost)}). Pass models of one architecture: a real entry can't hold the "
+            "imaginary part."
+        )
 
 
 def _require_own_memory(
@@ -252,7 +305,7 @@ def write_interpolated(
             target.copy_(y)
         elif lam == 1.0:
             target.copy_(x)
-        elif x.dtype == y.dtype == target.dtype and x.device == y.device == target.device:
+        elif _can_write_directly(target, x, y):
             same_kind.append((target, x, y, lam))
         else:
             wide_dtype = compute_dtype(common_dtype(x.dtype, y.dtype))
@@ -263,9 +316,13 @@ def write_interpolated(
     _lerp(same_kind)
 
 
+def _can_write_directly(target: Tensor, x: Tensor, y: Tensor) -> bool:
+    same = x.dtype == y.dtype == target.dtype and x.device == y.device == target.device
+    return same and has_kernels(target.dtype)
+
+
 _Lerp = tuple[Tensor, Tensor, Tensor, float]
 """``(out, a, b, lam)``, where all tensors have the same dtype and device."""
-
 
 _PIECE = 2**19  # elements
 

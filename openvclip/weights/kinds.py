@@ -7,7 +7,7 @@ this module recognise all other entries and raise errors that say what to do.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal, TypeAlias, cast
 
 import torch
@@ -139,20 +139,26 @@ def _is_quantized(name: str, value: Tensor, entries: Mapping[str, Tensor]) -> bo
     is_float8 = is_float8_dtype(dtype)
     if dtype == torch.bool or dtype.is_complex or (dtype.is_floating_point and not is_float8):
         return False
-    module, _, part = name.rpartition(".")
+    part = name.rpartition(".")[2]
     if part in _QUANTIZED_PARTS:
         return True
     is_weight = _WEIGHT.search(part) is not None
     if not (is_weight or is_float8 or dtype in _BYTES) or _NO_WEIGHT.search(part):
         return False
-    prefix = f"{module}." if module else ""
-    scales = [prefix + pattern.format(part) for pattern in _SCALES_OF]
-    if is_weight or value.ndim > 1:
-        scales += [prefix + scale for scale in _MODULE_SCALES]
-    if any(_is_scale(entries.get(scale), dtype) for scale in scales if scale != name):
+    if scales_of(name, entries):
         return True
     # A matrix of bytes under the name of a weight has scales under another name.
     return is_weight and dtype in _BYTES and value.ndim > 1
+
+
+def scales_of(name: str, entries: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the scales of a quantised entry, as far as they have usual names."""
+    value, (module, _, part) = entries[name], name.rpartition(".")
+    prefix = f"{module}." if module else ""
+    scales = [prefix + pattern.format(part) for pattern in _SCALES_OF]
+    if value.ndim > 1 or _WEIGHT.search(part):
+        scales += [prefix + scale for scale in _MODULE_SCALES]
+    return [s for s in scales if s != name and _is_scale(entries.get(s), value.dtype)]
 
 
 def _is_scale(scale: Tensor | None, dtype: torch.dtype) -> bool:
@@ -163,27 +169,19 @@ def _is_scale(scale: Tensor | None, dtype: torch.dtype) -> bool:
 # --- errors --------------------------------------------------------------------------------------
 
 
-def require_averageable(
-    entries: Mapping[str, Tensor],
-    what: str,
-    *,
-    is_same: Callable[[str], bool] | None = None,
-) -> None:
+def require_averageable(entries: Mapping[str, Tensor], what: str) -> None:
     """Raise an error if arithmetic on the entries would fail or give wrong weights.
 
     Args:
         entries: all entries of a state dict.
         what: name of the argument or the file, for the error text.
-        is_same: function from the name of a quantised entry to whether all models have the same
-            values of this entry, and of its scales. Such entries are accepted. Default: no.
 
     Raises:
         WeightTypeError: an entry is sparse, quantised, without values, or of a class that computes
             its values itself.
     """
     require_values(entries, what)
-    names = quantized_names(entries)
-    refuse("quantized", [name for name in names if not (is_same and is_same(name))], what)
+    refuse("quantized", quantized_names(entries), what)
 
 
 def require_values(entries: Mapping[str, Tensor], what: str) -> None:

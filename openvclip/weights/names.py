@@ -7,12 +7,15 @@ names, which are the names without these parts. Entries are never matched by pos
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import cast
+import copy
+import itertools
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 from torch import Tensor, nn
 
-from openvclip.errors import StateMismatchError, WeightTypeError
+from openvclip.errors import StateMismatchError, UsageError, WeightTypeError
+from openvclip.weights.memory import tied_names, view_of
 from openvclip.weights.shards import reshard
 
 # Any submodule can be wrapped, so these parts can occur at any position of a name.
@@ -69,6 +72,44 @@ def canonical_state(
         WeightTypeError: ``state`` is not a mapping from names to tensors.
         StateMismatchError: two names have the same canonical form.
     """
+    require_mapping(state, what)
+    _require_tensors(state, what)
+    prefix = _module_prefix(like) if like is not None else ""
+    return {prefix + name: state[raw] for name, raw in canonical_names(state).items()}
+
+
+def canonical_model(
+    state: Mapping[str, Any], what: str = "state", *, like: Mapping[str, Tensor] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the weights of a state dict and its extra state, both under canonical names.
+
+    Extra state is what ``torch.nn.Module.get_extra_state`` returns: tensors, bytes or other
+    objects. Extra state belongs to one model, so no arithmetic is done on it. Nothing is copied.
+
+    Args:
+        state: mapping from names to tensors, and to objects for extra state.
+        what: name of the argument, for the error text.
+        like: as in :func:`canonical_state`.
+
+    Raises:
+        WeightTypeError: ``state`` is not a mapping from names to tensors.
+        StateMismatchError: two names have the same canonical form.
+    """
+    require_mapping(state, what)
+    _require_tensors({n: v for n, v in state.items() if not is_extra_state(n)}, what)
+    prefix = _module_prefix(like) if like is not None else ""
+    entries = {prefix + name: state[raw] for name, raw in canonical_names(state).items()}
+    extra = {name: entries.pop(name) for name in list(entries) if is_extra_state(name)}
+    return entries, extra
+
+
+def is_extra_state(name: str) -> bool:
+    """Return whether a name of a state dict is that of the extra state of a module."""
+    return isinstance(name, str) and name.rpartition(".")[2] == "_extra_state"
+
+
+def require_mapping(state: object, what: str) -> None:
+    """Raise a :class:`WeightTypeError` if ``state`` is not a mapping."""
     if isinstance(state, nn.Module):
         raise WeightTypeError(
             f"{what}: expected a state dict, got a {type(state).__name__}; pass its .state_dict()."
@@ -77,6 +118,9 @@ def canonical_state(
         raise WeightTypeError(
             f"{what}: expected a mapping of names to tensors, got {type(state).__name__}."
         )
+
+
+def _require_tensors(state: Mapping[str, object], what: str) -> None:
     non_tensors = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if non_tensors:
         first = non_tensors[0]
@@ -85,8 +129,6 @@ def canonical_state(
             f"{type(state[first]).__name__} ({len(non_tensors)} such entries). If this is a "
             "training checkpoint, pass its weights, for example ckpt['state_dict']."
         )
-    prefix = _module_prefix(like) if like is not None else ""
-    return {prefix + name: state[raw] for name, raw in canonical_names(state).items()}
 
 
 def _module_prefix(live: Mapping[str, Tensor]) -> str:
@@ -116,20 +158,106 @@ def unwrap(model: nn.Module) -> nn.Module:
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the live parameters of a model under canonical names.
 
-    A shared parameter appears once, under its first name. Under ``fully_shard`` the parameters are
-    the shards that the optimizer updates.
+    A shared parameter appears once, under its first name. Two parameters that are the same values
+    in memory appear once too, under the first name that requires gradients. Under ``fully_shard``
+    the parameters are the shards that the optimizer updates.
     """
     plain_model = unwrap(model)
     reshard(plain_model)
-    return {_without_wrappers(name): value for name, value in plain_model.named_parameters()}
+    parameters = dict(plain_model.named_parameters())
+    ties = tied_names(parameters)
+    return {_without_wrappers(n): value for n, value in parameters.items() if n not in ties}
 
 
 def named_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the live parameters and buffers of a model's state dict under canonical names."""
+    """Return the live parameters and buffers of a model's state dict under canonical names.
+
+    Extra state that is a tensor is included. :func:`live_model` leaves it out.
+    """
     state = unwrap(model).state_dict(keep_vars=True)
     return {
         _without_wrappers(name): value for name, value in state.items() if isinstance(value, Tensor)
     }
+
+
+def live_model(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the live entries of a model's state dict, and its extra state.
+
+    The names are canonical. A state-dict hook can rename entries, hide them or replace them by
+    copies: see :func:`state_names`.
+    """
+    state = unwrap(model).state_dict(keep_vars=True)
+    entries = {_without_wrappers(name): value for name, value in state.items()}
+    extra = {name: entries.pop(name) for name in list(entries) if is_extra_state(name)}
+    return {name: value for name, value in entries.items() if isinstance(value, Tensor)}, extra
+
+
+def require_live(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Raise an error if an entry of the state dict is a copy of the model's weights.
+
+    Raises:
+        UsageError: a state-dict hook replaces weights by copies, so a write to the state dict does
+            not change the model.
+    """
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    own = {id(value) for value in tensors}
+    strangers = {name: value for name, value in state.items() if id(value) not in own}
+    if strangers:
+        views = {view_of(value) for value in itertools.chain(model.parameters(), model.buffers())}
+        copies = [name for name, value in strangers.items() if view_of(value) not in views]
+        if copies:
+            raise UsageError(
+                f"The state dict of the model holds {len(copies)} copies ({listed(copies)}), which "
+                "a state-dict hook makes. Remove the hook first: a write to a copy does not change "
+                "the model."
+            )
+
+
+def set_extra_state(model: nn.Module, extra_state: Mapping[str, Any]) -> None:
+    """Give each extra state to the module that it belongs to, as ``load_state_dict`` does.
+
+    Args:
+        model: a model with or without wrappers.
+        extra_state: from :func:`canonical_model`. The modules get copies. Extra state of modules
+            that the model lacks is ignored.
+    """
+    if extra_state:
+        modules = {_without_wrappers(name): m for name, m in unwrap(model).named_modules()}
+        for name, value in extra_state.items():
+            module = modules.get(name.rpartition(".")[0])
+            if module is not None and has_extra_state(module):
+                module.set_extra_state(copy.deepcopy(value))
+
+
+def has_extra_state(module: nn.Module) -> bool:
+    """Return whether the module accepts extra state."""
+    return type(module).set_extra_state is not nn.Module.set_extra_state
+
+
+def state_names(
+    parameters: Mapping[str, Tensor], state: Mapping[str, Tensor]
+) -> dict[str, str | None]:
+    """Return the name in the state dict of each parameter.
+
+    State-dict hooks can give parameters other names, hide them or replace them by copies. The
+    result is None for hidden and copied parameters.
+
+    Args:
+        parameters: from :func:`named_parameters`.
+        state: live entries of the same model, from :func:`live_model`.
+    """
+    names: dict[str, str | None] = {}
+    by_view: dict[Hashable, str] | None = None
+    for name, parameter in parameters.items():
+        if state.get(name) is parameter:  # the usual case
+            names[name] = name
+            continue
+        if by_view is None:
+            by_view = {}
+            for other, value in state.items():
+                by_view.setdefault(view_of(value), other)
+        names[name] = by_view.get(view_of(parameter))
+    return names
 
 
 def mismatches(

@@ -1,6 +1,6 @@
 """Arithmetic on weights: dtypes, finite values, interpolation in place, temporary values.
 
-Half-precision values are computed in float32 and rounded once.
+Values of 8 and 16 bits are computed in float32 and rounded once.
 """
 
 from __future__ import annotations
@@ -38,8 +38,20 @@ def bytes_of(flat: Tensor) -> memoryview:
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype for arithmetic on weights of ``dtype``: at least float32."""
+    """Return the dtype for arithmetic on weights of ``dtype``: at least float32 or complex64."""
+    if dtype == torch.complex32:
+        return torch.complex64
     return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
+
+
+def has_kernels(dtype: torch.dtype) -> bool:
+    """Return whether PyTorch computes with this dtype itself. It only stores float8 values."""
+    return dtype.itemsize > 1 and dtype != torch.complex32
+
+
+def computable(tensor: Tensor) -> Tensor:
+    """Return the tensor, or a copy in a wider dtype if PyTorch does not compute with its dtype."""
+    return tensor if has_kernels(tensor.dtype) else tensor.to(compute_dtype(tensor.dtype))
 
 
 def common_dtype(a: torch.dtype, b: torch.dtype) -> torch.dtype:
@@ -60,7 +72,7 @@ def non_finite_names(state: Mapping[str, Tensor]) -> list[str]:
     parts = {name: local(value) for name, value in state.items() if is_interpolable(value)}
     if not any_process([not all_finite(_probes(list(parts.values())))], state.values())[0]:
         return []
-    broken = [not bool(torch.isfinite(part).all()) for part in parts.values()]
+    broken = [not bool(torch.isfinite(computable(part)).all()) for part in parts.values()]
     broken = any_process(broken, state.values())
     return [name for name, is_broken in zip(parts, broken, strict=True) if is_broken]
 
@@ -70,6 +82,7 @@ def finite_probe(tensor: Tensor) -> Tensor:
 
     The scalar can also overflow for finite values. If the scalar is not finite, check each value.
     """
+    tensor = computable(tensor)
     if tensor.is_complex():
         return tensor.sum().abs()
     if tensor.dtype != compute_dtype(tensor.dtype) and tensor.numel():
@@ -93,7 +106,7 @@ def _probes(tensors: list[Tensor]) -> list[Tensor]:
     """Return one probe per tensor. On a GPU, tensors of one dtype share a few kernels."""
     if all(tensor.device.type == "cpu" or not tensor.numel() for tensor in tensors):
         return [finite_probe(tensor) for tensor in tensors]
-    return list(foreach._foreach_norm([t for t in tensors if t.numel()], float("inf")))
+    return list(foreach._foreach_norm([computable(t) for t in tensors if t.numel()], float("inf")))
 
 
 @torch.no_grad()
@@ -106,11 +119,13 @@ def lerp_(live: list[Tensor], towards: list[Tensor], weight: float) -> None:
         weight: weight of ``towards``.
     """
     pairs = list(zip(live, towards, strict=True))
-    if all((a.device, a.dtype) == (b.device, b.dtype) for a, b in pairs):
+    same = all((a.device, a.dtype) == (b.device, b.dtype) for a, b in pairs)
+    if same and all(has_kernels(target.dtype) for target in live):
         foreach._foreach_lerp_(live, towards, weight)  # computes half precision in float32
         return
     for target, source in pairs:
         wide_dtype = common_dtype(target.dtype, source.dtype)
+        wide_dtype = wide_dtype if has_kernels(wide_dtype) else compute_dtype(wide_dtype)
         # Only one wide copy exists at a time. The allocator reuses its memory safely, because all
         # kernels run on one stream.
         wide = source.to(target.device, non_blocking=source.is_pinned()).to(wide_dtype)

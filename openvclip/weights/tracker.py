@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,16 +17,17 @@ from openvclip.errors import (
     StateMismatchError,
     UsageError,
 )
-from openvclip.weights.names import listed, named_parameters, named_state, require_match
+from openvclip.weights.kinds import require_values
+from openvclip.weights.names import listed, live_model, require_match
 from openvclip.weights.numerics import (
     common_dtype,
     compute_dtype,
     foreach,
-    is_interpolable,
     non_finite_names,
     overwriting,
 )
 from openvclip.weights.shards import local, reshard
+from openvclip.weights.tracked import averaged_names, require_trackable, tracked_model
 
 Entries: TypeAlias = dict[str, Tensor]
 """Tensors by canonical name. Under ``fully_shard`` the tensors are ``DTensor``."""
@@ -73,8 +75,10 @@ class WeightTracker(ABC):
         device: device of the average. Default: the device of each parameter.
 
     Raises:
-        UsageError: ``start`` or ``every`` is out of range.
-        WeightTypeError: ``model`` is not a module.
+        UsageError: ``start`` or ``every`` is out of range, or the state dict of the model does not
+            hold a trained parameter.
+        WeightTypeError: ``model`` is not a module, or a mean of its entries would not be a mean of
+            models (factors of LoRA, quantised weights).
     """
 
     _settings: ClassVar[tuple[str, ...]] = ("start", "every")
@@ -102,8 +106,9 @@ class WeightTracker(ABC):
         self._device = None if device is None else torch.device(device)
         self._steps = 0
         self._n_averaged = 0
-        self._averaged_names = frozenset(_names_to_average(model))
-        state, self._aliases = _split_aliases(model)
+        state, self._aliases, self._extra_state = tracked_model(model)
+        self._averaged_names = averaged_names(model, state)
+        require_trackable(model, state, self._averaged_names)
         # The expected names, shapes and dtypes as meta tensors, which need no memory.
         self._expected = {
             name: torch.empty(value.shape, dtype=value.dtype, device="meta")
@@ -190,11 +195,13 @@ class WeightTracker(ABC):
             _copy(self._carried, carried)
         else:
             self._carried = {name: value.clone() for name, value in carried.items()}
+        if self._extra_state:
+            self._extra_state = copy.deepcopy(live_model(model)[1])
         self._n_averaged += 1
 
     def _live(self, model: nn.Module) -> tuple[Entries, Entries]:
         """Return the live entries to average and all other entries, in the tracker's order."""
-        state, self._aliases = _split_aliases(model)
+        state, self._aliases, _ = tracked_model(model)
         require_match(
             self._expected,
             state,
@@ -212,6 +219,7 @@ class WeightTracker(ABC):
                 f"was created ({listed(late)}). Create the tracker after the last change of "
                 "requires_grad."
             )
+        require_values({n: value for n, value in state.items() if value.is_meta}, "The model")
         carried = {name: state[name] for name in self._expected}
         averaged = {
             name: carried.pop(name) for name in list(carried) if name in self._averaged_names
@@ -232,8 +240,9 @@ class WeightTracker(ABC):
 
         Returns:
             New tensors. Averaged entries have ``dtype`` or a wider dtype. All other entries have
-            the values and the dtype of the last averaged step. Under ``fully_shard`` the entries
-            are shards, as in ``model.state_dict()``.
+            the values and the dtype of the last averaged step. Extra state (``get_extra_state``)
+            is that of the last averaged step and comes last. Under ``fully_shard`` the entries are
+            shards, as in ``model.state_dict()``.
 
         Raises:
             EmptyAverageError: no model was added yet.
@@ -245,7 +254,7 @@ class WeightTracker(ABC):
             for name in self._expected
         }
         state.update({alias: state[name].clone() for alias, name in self._aliases.items()})
-        return state
+        return {**state, **copy.deepcopy(self._extra_state)}
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -296,6 +305,7 @@ class WeightTracker(ABC):
             **{name: dict(entries) for name, entries in self._tensors().items()},
             "carried": dict(self._carried),
             "aliases": dict(self._aliases),
+            **({"extra_state": dict(self._extra_state)} if self._extra_state else {}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -321,6 +331,7 @@ class WeightTracker(ABC):
             entries.clear()
             entries.update(self._copied_in_order(state[name]))
         self._aliases = dict(state["aliases"])
+        self._extra_state = copy.deepcopy(state.get("extra_state", {}))
 
     def _copied_in_order(self, saved: Mapping[str, Tensor]) -> Entries:
         # The foreach operations rely on the model's order. A file can have another order.
@@ -355,27 +366,6 @@ def shards(entries: Mapping[str, Tensor]) -> list[Tensor]:
 
 def _detached(entries: Entries) -> Entries:
     return {name: value.detach() for name, value in entries.items()}
-
-
-def _names_to_average(model: nn.Module) -> list[str]:
-    parameters = named_parameters(model)
-    trained = [name for name, value in parameters.items() if value.requires_grad]
-    return trained or [name for name, value in parameters.items() if is_interpolable(value)]
-
-
-def _split_aliases(model: nn.Module) -> tuple[Entries, dict[str, str]]:
-    """Return the state dict without duplicates of tied tensors, and ``{removed name: kept
-    name}``."""
-    first_names: dict[int, str] = {}
-    state: Entries = {}
-    aliases: dict[str, str] = {}
-    for name, value in named_state(model).items():
-        if id(value) in first_names:
-            aliases[name] = first_names[id(value)]
-        else:
-            first_names[id(value)] = name
-            state[name] = value
-    return state, aliases
 
 
 @torch.no_grad()

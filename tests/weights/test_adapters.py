@@ -53,7 +53,9 @@ def test_factors_are_recognised_and_ordinary_names_are_not() -> None:
         (("up.alpha",), ()),
         (("dora.lora_B.weight",), ("dora.lora_B.weight",)),  # divided by a norm
         (("tune.lora_b.weight",), ("tune.lora_b.weight",)),
-        (("x.ia3_l",), ("x.ia3_l",)),
+        (("x.ia3_l",), ()),
+        (("x.base_layer.weight",), ()),
+        (("x.ia3_l", "x.base_layer.weight"), ("x.ia3_l", "x.base_layer.weight")),
         (("h.hada_w1_a",), ()),
         (("h.hada_w1_a", "h.hada_w2_b"), ("h.hada_w1_a", "h.hada_w2_b")),
         (("q.weight", "q.bias"), ()),
@@ -64,7 +66,15 @@ def test_a_product_may_differ_in_one_factor(
 ) -> None:
     names = [
         *(f"{layer}.lora_{part}.weight" for layer in ("q", "k", "dora") for part in "AB"),
-        *("up.lora_up.weight", "up.lora_down.weight", "up.alpha", "x.ia3_l", "q.weight", "q.bias"),
+        *(
+            "up.lora_up.weight",
+            "up.lora_down.weight",
+            "up.alpha",
+            "x.ia3_l",
+            "x.base_layer.weight",
+            "q.weight",
+            "q.bias",
+        ),
         *("tune.lora_a.weight", "tune.lora_b.weight", "tune.magnitude"),
         "dora.lora_magnitude_vector",
         *(f"h.hada_{part}" for part in ("w1_a", "w1_b", "w2_a", "w2_b")),
