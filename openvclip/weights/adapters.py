@@ -108,7 +108,7 @@ def factors_by_layer(names: Iterable[str]) -> dict[tuple[str, str], dict[str, bo
 
 
 def refuse_factors(
-    names: Iterable[str], what: str, action: str = "interpolate", otherwise: str = ""
+    names: Iterable[str], what: str, action: str = "interpolate", advice: str = ""
 ) -> None:
     """Raise an error if there are factors that would be averaged one by one.
 
@@ -117,16 +117,19 @@ def refuse_factors(
             if there are none.
         what: name of the argument or the file, for the error text.
         action: what to do after the adapter is merged, for the error text.
-        otherwise: another way to do it, as the end of the error text.
+        advice: sentences that replace the advice to merge the adapter first.
 
     Raises:
         WeightTypeError: there are factors.
     """
     factors = list(names)
     if factors:
+        merge = (
+            "Merge the adapter into the base model first (merge_and_unload() in peft), then "
+            f"{action}."
+        )
         raise WeightTypeError(
-            f"{what} holds {len(factors)} factors of an adapter ({listed(factors)}). Merge the "
-            "adapter into the base model first (merge_and_unload() in peft), then "
-            f"{action}. The factors can't be averaged one by one: the product of two means is not "
-            f"the mean of the products.{' ' + otherwise if otherwise else ''}"
+            f"{what} holds {len(factors)} factors of an adapter ({listed(factors)}). "
+            f"{advice or merge} The factors can't be averaged one by one: the product of two means "
+            "is not the mean of the products."
         )

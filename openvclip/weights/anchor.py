@@ -108,9 +108,10 @@ _HIDDEN = (
     "their original values under the names of model.named_parameters()."
 )
 
-_ANCHOR_OF_LORA = (
-    "Or pass zeros for lora_B as their only anchor, with missing='skip': alpha then scales the "
-    "update of the adapter exactly."
+_ZEROS_FOR_B = (
+    "Pass zeros for lora_B as the only anchor of each adapter, and missing='skip': alpha then "
+    "scales the update of the adapter exactly. Or merge the adapter into the base model first "
+    "(merge_and_unload() in peft), and train the merged weights."
 )
 
 
@@ -130,9 +131,7 @@ def _require_exact_factors(
         for name in anchored.intersection(parts):
             if len(moving) > 1 and bool(whole(originals[name]).any()):
                 refused.append(name)
-    refuse_factors(
-        dict.fromkeys(refused), "The trained model", "train and regularise it", _ANCHOR_OF_LORA
-    )
+    refuse_factors(dict.fromkeys(refused), "The anchor", advice=_ZEROS_FOR_B)
 
 
 def _anchor_of(

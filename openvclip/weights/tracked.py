@@ -14,9 +14,10 @@ from openvclip.weights.memory import require_no_overlap, tied_names
 from openvclip.weights.names import listed, live_model, named_parameters, state_names
 from openvclip.weights.numerics import is_interpolable
 
-_ONE_FACTOR = (
-    "Or train one factor of each adapter only, for example with lora_A frozen: the average of "
-    "lora_B is then exact."
+_ADVICE = (
+    "Train one factor of each adapter only, for example with lora_A frozen: the average of lora_B "
+    "is then exact. Or save the steps, merge the adapter of each of them into the base model "
+    "(merge_and_unload() in peft), and use openvclip.average_files."
 )
 
 
@@ -85,5 +86,5 @@ def require_trackable(
     require_values(own, "The model")
     if not any(value.requires_grad for value in state.values()):
         refuse("quantized", quantized_names(state), "The model")
-    refuse_factors(mixed_factors(state, averaged.__contains__), "The model", "average", _ONE_FACTOR)
+    refuse_factors(mixed_factors(state, averaged.__contains__), "The model", advice=_ADVICE)
     require_no_overlap(state, averaged, unless_both=True)

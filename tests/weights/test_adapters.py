@@ -82,9 +82,10 @@ def test_a_product_may_differ_in_one_factor(
     assert mixed_factors(names, lambda name: name in different) == list(mixed)
 
 
-def test_the_error_says_how_it_is_right() -> None:
+def test_the_error_says_what_to_do() -> None:
     refuse_factors([], "theta_a")
     with pytest.raises(WeightTypeError, match="theta_a holds 2 factors") as error:
-        refuse_factors(["q.lora_A", "q.lora_B"], "theta_a", otherwise="Or else.")
+        refuse_factors(["q.lora_A", "q.lora_B"], "theta_a")
     assert "merge_and_unload() in peft), then interpolate." in str(error.value)
-    assert str(error.value).endswith("is not the mean of the products. Or else.")
+    with pytest.raises(WeightTypeError, match=r"Freeze A\. The factors can't be averaged"):
+        refuse_factors(["q.lora_A", "q.lora_B"], "theta_a", advice="Freeze A.")
