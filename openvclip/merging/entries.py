@@ -12,6 +12,7 @@ from torch import Tensor
 from openvclip.errors import MergeError
 from openvclip.weights.averageable import require_combinable
 from openvclip.weights.interpolation import Lambda, as_number
+from openvclip.weights.kinds import require_values
 from openvclip.weights.names import canonical_model, is_extra_state, require_match
 from openvclip.weights.numerics import common_dtype, compute_dtype, is_interpolable
 
@@ -58,10 +59,12 @@ def matched(
         received = "none" if isinstance(others, Sequence) else f"one {type(others).__name__}"
         raise MergeError(f"Expected a list of one or more state dicts to merge, got {received}.")
     entries, extra_state = canonical_model(base, what)
+    require_values(entries, what)
     states, extra_states, names = [entries], [extra_state], [what]
     for position, other in enumerate(others):
         names.append(what_others.format(position))
         entries, extra_state = canonical_model(other, names[-1])
+        require_values(entries, names[-1])
         states.append(entries)
         extra_states.append(extra_state)
         summary = (

@@ -22,7 +22,6 @@ def require_combinable(
 ) -> None:
     """Raise an error if combining the entries of the models one by one would give wrong weights.
 
-    * An entry may not be sparse, on the meta device, or of a class that computes its values itself.
     * Factors of adapters (LoRA) may differ in one factor of each product only. The combination is
       then exact, because the product is linear in this factor.
     * Quantised weights must be equal in all models, with their scales.
@@ -31,7 +30,8 @@ def require_combinable(
       before and after training. One object that is passed twice is accepted.
 
     Args:
-        states: models with the same canonical names, without extra state.
+        states: models with the same canonical names, without extra state, whose entries
+            :func:`openvclip.weights.kinds.require_values` accepts.
         what: names of the models in error texts.
         action: what is done with the models, for the error texts.
 
@@ -39,14 +39,14 @@ def require_combinable(
         WeightTypeError: an entry can't be combined.
         UsageError: two models share the memory of all their entries.
     """
-    for state, name in zip(states, what, strict=True):
-        require_values(state, name)
     first, *others = states
 
     def changed(name: str) -> bool:
         return any(not is_same(first[name], other[name]) for other in others)
 
-    names = {name: i for i, state in enumerate(states) for name in quantized_names(state)}
+    names: dict[str, int] = {}
+    for i, state in enumerate(states):
+        names |= {name: i for name in quantized_names(state) if name not in names}
     for name, position in names.items():
         scales = [s for s in scales_of(name, states[position]) if s in first]
         packed = kind_of(states[position][name]) == "quantized"

@@ -106,6 +106,8 @@ def interpolate(
     """
     a, _ = canonical_model(theta_a, "theta_a")
     b, extra_state = canonical_model(theta_b, "theta_b")
+    require_values(a, "theta_a")
+    require_values(b, "theta_b")
     require_match(a, b, _MISMATCH, _HINT)
     require_combinable([a, b], ["theta_a", "theta_b"])
     weight_of = weights_of(lam, b)
@@ -143,6 +145,8 @@ def interpolate_into(
     require_live(model, live)
     a, _ = canonical_model(theta_a, "theta_a", like=live)
     b, extra_state = canonical_model(theta_b, "theta_b", like=live)
+    for state, what in ((a, "theta_a"), (b, "theta_b"), (live, "The model")):
+        require_values(state, what)
     require_match(a, b, _MISMATCH, _HINT)
     require_match(
         live,
@@ -151,7 +155,6 @@ def interpolate_into(
         _HINT,
     )
     require_combinable([a, b], ["theta_a", "theta_b"])
-    require_values(live, "The model")
     _require_no_complex_loss(live, a, b, "the model")
     require_separate_from(live, a, b)
     _write_parts(live, a, b, weights_of(lam, b))

@@ -6,6 +6,7 @@ from collections.abc import Hashable, Iterable, Mapping
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from openvclip.errors import UsageError
 from openvclip.weights.numerics import memory_of
@@ -82,7 +83,9 @@ def require_no_overlap(
 
 
 def _has_address(part: Tensor) -> bool:
-    return bool(part.numel()) and not part.is_meta and part.layout == torch.strided
+    if isinstance(part, (UninitializedParameter, UninitializedBuffer)) or part.is_meta:
+        return False
+    return part.layout == torch.strided and part.numel() > 0
 
 
 def _range(view: Tensor) -> tuple[int, int]:

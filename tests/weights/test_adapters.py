@@ -2,9 +2,32 @@
 
 from __future__ import annotations
 
-import pytest
+from collections.abc import Callable, Mapping
 
+import pytest
+import torch
+from torch import Tensor, nn
+
+from openvclip import (
+    EMATracker,
+    InterpolatedWeightRegularizer,
+    LAWATracker,
+    SWATracker,
+    interpolate,
+    interpolate_into,
+)
 from openvclip.errors import WeightTypeError
+from openvclip.merging import (
+    apply_task_vectors,
+    average,
+    dare,
+    greedy_soup,
+    lines,
+    model_stock,
+    slerp,
+    task_vector,
+    ties,
+)
 from openvclip.weights.adapters import factor_names, mixed_factors, refuse_factors
 
 LAYER = "base_model.model.visual.blocks.0.attn"
@@ -89,3 +112,128 @@ def test_the_error_says_what_to_do() -> None:
     assert "merge_and_unload() in peft), then interpolate." in str(error.value)
     with pytest.raises(WeightTypeError, match=r"Freeze A\. The factors can't be averaged"):
         refuse_factors(["q.lora_A", "q.lora_B"], "theta_a", advice="Freeze A.")
+
+
+# --- what is refused, and what is exact ----------------------------------------------------------
+
+
+class LoRA(nn.Module):
+    """A frozen weight with an update ``B A``, as peft names them."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.base_layer = nn.Linear(6, 5, bias=False).requires_grad_(False)
+        self.base_layer.weight.data.copy_(torch.arange(30.0).reshape(5, 6) / 30)
+        self.lora_A = nn.ParameterDict({"default": torch.randn(2, 6, generator=generator)})
+        self.lora_B = nn.ParameterDict({"default": torch.randn(5, 2, generator=generator)})
+
+    def merged(self) -> Tensor:
+        update = self.lora_B["default"].double() @ self.lora_A["default"].double()
+        return (self.base_layer.weight + update).detach()
+
+
+def copied(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def same_a(model: LoRA, other: LoRA) -> LoRA:
+    other.lora_A["default"].data.copy_(model.lora_A["default"])
+    return other
+
+
+A, B = "lora_A.default", "lora_B.default"
+State = Mapping[str, Tensor]
+METHODS: dict[str, Callable[[State, State], object]] = {
+    "interpolate": lambda a, b: interpolate(a, b, 0.5),
+    "interpolate_into": lambda a, b: interpolate_into(LoRA(0), a, b, 0.5),
+    "slerp": lambda a, b: slerp(a, b, 0.5),
+    "task_vector": task_vector,
+    "apply_task_vectors": lambda a, b: apply_task_vectors(
+        a, [{name: b[name] - a[name] for name in a}]
+    ),
+    "dare": dare,
+    "lines": lambda a, b: lines(a, b, alpha=0.1, beta=0.9, blocks=2),
+    "ties": lambda a, b: ties(a, [b]),
+    "model_stock": lambda a, b: model_stock(a, [b, dict(b)]),
+    "average": lambda a, b: average([a, b]),
+    "greedy_soup": lambda a, b: greedy_soup([a, b], lambda _: 1.0),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_factors_are_not_combined_one_by_one(method: str) -> None:
+    # Report 13 (peft#1155)
+    with pytest.raises(WeightTypeError, match=r"2 factors of an adapter .*merge_and_unload"):
+        METHODS[method](copied(LoRA(1)), copied(LoRA(2)))
+    METHODS[method](copied(LoRA(1)), copied(same_a(LoRA(1), LoRA(2))))
+
+
+@pytest.mark.parametrize("lam", [0.25, 0.5])
+def test_one_factor_is_combined_exactly(lam: float) -> None:
+    first = LoRA(1)
+    second = same_a(first, LoRA(2))
+    exact = lam * first.merged() + (1 - lam) * second.merged()
+    result = LoRA(3)
+    result.load_state_dict(interpolate(copied(first), copied(second), lam))
+    torch.testing.assert_close(result.merged(), exact, rtol=1e-5, atol=1e-5)
+    # The original CLIP in the form of the adapter: the same A, and zeros for B.
+    clip = {name: torch.zeros_like(v) if name == B else v for name, v in copied(first).items()}
+    result.load_state_dict(interpolate(clip, copied(first), lam))
+    exact = lam * first.base_layer.weight.double() + (1 - lam) * first.merged()
+    torch.testing.assert_close(result.merged(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tracker", [SWATracker, EMATracker, LAWATracker])
+def test_trackers_refuse_factors_that_are_trained_together(tracker: type[SWATracker]) -> None:
+    # Report 39
+    with pytest.raises(WeightTypeError, match=r"Train one factor of each adapter only.*lora_A fr"):
+        tracker(LoRA(0))
+    model = LoRA(0)
+    model.lora_A.requires_grad_(False)
+    tracker(model).update(model)
+
+
+def test_the_average_of_one_factor_is_exact() -> None:
+    model = LoRA(0)
+    model.lora_A.requires_grad_(False)
+    swa, merged = SWATracker(model), []
+    for seed in (1, 2, 3):
+        model.lora_B["default"].data.copy_(LoRA(seed).lora_B["default"])
+        swa.update(model)
+        merged.append(model.merged())
+    model.load_state_dict(swa.averaged_state_dict())
+    torch.testing.assert_close(model.merged(), torch.stack(merged).mean(0), rtol=1e-5, atol=1e-5)
+
+
+def test_the_regulariser_accepts_what_is_exact() -> None:
+    # Report 39
+    model = LoRA(1)
+    original = model.base_layer.weight.double()
+    start = copied(model)
+    zeros = {B: torch.zeros(5, 2)}
+    wrong: list[tuple[State | None, str]] = [
+        (None, "error"),  # the current factors
+        (start, "error"),
+        ({**start, **zeros}, "error"),  # also moves A
+        ({B: torch.ones(5, 2)}, "skip"),  # the original B with another A
+        ({A: start[A]}, "skip"),
+    ]
+    for anchor, missing in wrong:
+        with pytest.raises(WeightTypeError, match="Pass zeros for lora_B as the only anchor"):
+            InterpolatedWeightRegularizer(model, anchor=anchor, missing=missing)  # type: ignore[arg-type]
+    for name in (B, A):  # either factor scales the product
+        anchor = {name: torch.zeros_like(start[name])}
+        iwr = InterpolatedWeightRegularizer(
+            model, anchor=anchor, missing="skip", interval=(0.25, 0.25)
+        )
+        exact = 0.25 * original + 0.75 * model.merged()
+        with iwr.interpolated():
+            torch.testing.assert_close(model.merged(), exact, rtol=1e-5, atol=1e-5)
+    model.lora_A.requires_grad_(False)
+    iwr = InterpolatedWeightRegularizer(model, interval=(0.25, 0.25))  # A is frozen
+    before = model.merged()
+    model.lora_B["default"].data.add_(1.0)
+    exact = 0.25 * before + 0.75 * model.merged()
+    with iwr.interpolated():
+        torch.testing.assert_close(model.merged(), exact, rtol=1e-5, atol=1e-5)

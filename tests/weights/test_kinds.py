@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from openvclip import InterpolatedWeightRegularizer, SWATracker, interpolate, interpolate_into
 from openvclip.errors import WeightTypeError
+from openvclip.merging import apply_task_vectors, average, slerp, task_vector
+from openvclip.weights import weights_hash
 from openvclip.weights.kinds import (
     kind_of,
     quantized_names,
@@ -135,3 +138,130 @@ def test_quantised_weights_are_recognised(
 def test_other_integers_and_float8_are_legal(entries: dict[str, Tensor]) -> None:
     assert quantized_names(entries) == []
     require_averageable(entries, "theta_a")
+
+
+# --- what the functions do with them -------------------------------------------------------------
+
+
+def quantized(seed: int) -> dict[str, Tensor]:
+    """Whole numbers and one scale for each row, as exports in 8 bits have them."""
+    weight = torch.randn(4, 8, generator=torch.Generator().manual_seed(seed))
+    rows = weight.abs().amax(dim=1, keepdim=True) / 127
+    whole_numbers = (weight / rows).round().to(torch.int8)
+    return {"fc.weight": whole_numbers, "fc.scale": rows, "head.weight": weight.clone()}
+
+
+def test_quantised_weights_are_refused() -> None:
+    # Report 14 (peft#638)
+    a, b = quantized(1), quantized(2)
+    message = r"theta_a: 1 entries \(fc.weight\) are quantised. Dequantise all models first"
+    for lam in (0.0, 0.5):
+        with pytest.raises(WeightTypeError, match=message):
+            interpolate(a, b, lam)
+    for merge in (lambda: average([a, b]), lambda: task_vector(a, b), lambda: slerp(a, b, 0.3)):
+        with pytest.raises(WeightTypeError, match="are quantised"):
+            merge()
+    vector = {"fc.scale": torch.ones(4, 1), "head.weight": torch.ones(4, 8)}
+    with pytest.raises(WeightTypeError, match=r"base: 1 entries .* are quantised"):
+        apply_task_vectors(a, [vector])
+    # The scales differ, or one of the models is not quantised.
+    other_scale = {**a, "fc.scale": a["fc.scale"] * 2}
+    for pair in ((a, other_scale), (a, {**b, "fc.weight": torch.randn(4, 8)})):
+        with pytest.raises(WeightTypeError, match="are quantised"):
+            interpolate(*pair, 0.5)
+
+
+def test_frozen_quantised_weights_are_accepted() -> None:
+    """A frozen part in 8 bits that both models have, beside a part that was trained."""
+    a = quantized(1)
+    b = {name: value.clone() for name, value in a.items()}
+    b["head.weight"] = a["head.weight"] + 2
+    result = interpolate(a, b, 0.5)
+    torch.testing.assert_close(result["head.weight"], a["head.weight"] + 1)
+    assert torch.equal(result["fc.weight"], a["fc.weight"])
+    assert torch.equal(result["fc.scale"], a["fc.scale"])
+    average([a, b])
+    vector = {"fc.scale": torch.zeros(4, 1), "head.weight": torch.ones(4, 8)}
+    apply_task_vectors(a, [vector])
+
+
+class Quantized(nn.Module):
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        state = quantized(seed)
+        self.fc, self.head = nn.Module(), nn.Module()
+        self.fc.weight = nn.Parameter(state["fc.weight"], requires_grad=False)
+        self.fc.register_buffer("scale", state["fc.scale"])
+        self.head.weight = nn.Parameter(state["head.weight"])
+
+
+def test_trackers_of_quantised_models() -> None:
+    model = Quantized(1)
+    swa = SWATracker(model)  # the frozen part keeps its values
+    swa.update(model)
+    InterpolatedWeightRegularizer(model)
+    with pytest.raises(WeightTypeError, match=r"The model: 1 entries \(fc.weight\) are quantised"):
+        SWATracker(model.requires_grad_(False))
+
+
+def test_weights_without_values() -> None:
+    # Report 24 (llm-compressor#1432)
+    model = nn.Sequential(nn.Linear(2, 2)).to("meta")
+    with pytest.raises(WeightTypeError, match=r"The trained parameters: 2 entries .*remove_hook"):
+        InterpolatedWeightRegularizer(model)
+    swa = SWATracker(model)  # the model can get its values before the first average
+    with pytest.raises(WeightTypeError, match=r"The model: 2 entries .*on the meta device"):
+        swa.update(model)
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data.fill_(1.0)
+    swa.update(model)
+    state = {name: value.to("meta") for name, value in model.state_dict().items()}
+    for target in (model, nn.Sequential(nn.Linear(2, 2)).to("meta")):
+        with pytest.raises(WeightTypeError, match="on the meta device"):
+            interpolate_into(target, state, dict(state), 0.5)
+
+
+def test_offloaded_weights_are_refused_before_the_training() -> None:
+    # Report 24 (llm-compressor#1432)
+    accelerate = pytest.importorskip("accelerate")
+    model = nn.Sequential(nn.Linear(2, 2))
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    accelerate.cpu_offload(model, execution_device="cpu")
+    with pytest.raises(WeightTypeError, match=r"recurse=True\)") as error:
+        SWATracker(model)
+    assert "remove_hook_from_module" in str(error.value)
+    accelerate.hooks.remove_hook_from_module(model, recurse=True)  # what the error advises
+    swa = SWATracker(model)
+    swa.update(model)
+    for name, value in swa.averaged_state_dict().items():
+        assert torch.equal(value, expected[name])
+
+
+@pytest.mark.parametrize("kind", ["sparse", "quantized", "subclass", "meta", "uninitialized"])
+def test_values_that_can_not_be_averaged_are_refused_everywhere(kind: str) -> None:
+    # Report 27
+    value = KINDS[kind][0]
+    with pytest.raises(WeightTypeError, match="theta_b: 1 entries"):
+        interpolate({"w": ROWS}, {"w": value}, 0.5)
+    with pytest.raises(WeightTypeError, match="theta_a: 1 entries"):
+        interpolate({"w": value}, {"w": value}, 1.0)
+    with pytest.raises(WeightTypeError, match=r"models\[1\]: 1 entries"):
+        average([{"w": ROWS}, {"w": value}])
+    with pytest.raises(WeightTypeError, match="state: 1 entries"):
+        weights_hash({"w": value})
+
+
+def test_a_sparse_parameter_and_a_lazy_layer() -> None:
+    sparse, lazy = nn.Module(), nn.Sequential(nn.LazyLinear(2))
+    sparse.w = nn.Parameter(ROWS.to_sparse())
+    with pytest.raises(WeightTypeError, match=r"not dense.*to_dense"):
+        InterpolatedWeightRegularizer(sparse)
+    with pytest.raises(WeightTypeError, match=r"not dense.*to_dense"):
+        SWATracker(sparse)
+    for create in (InterpolatedWeightRegularizer, SWATracker):
+        with pytest.raises(WeightTypeError, match="Run one forward pass first"):
+            create(lazy)
+    anchor = {"0.weight": ROWS.to_sparse(), "0.bias": torch.ones(2)}
+    with pytest.raises(WeightTypeError, match="anchor: 1 entries"):
+        InterpolatedWeightRegularizer(nn.Sequential(nn.Linear(3, 2)), anchor=anchor)
