@@ -3,8 +3,14 @@
 All methods follow the rules of :func:`openvclip.interpolate`. Entries are matched by their
 canonical names. The result is new memory without a graph. Half precision is computed in float32
 and rounded once. Integer and boolean entries are copied from the first state dict that is passed
-to a function; :func:`slerp` copies them from ``theta_b``, as ``interpolate`` does. A complex number
-counts as a pair of real numbers.
+to a function; :func:`slerp` copies them from ``theta_b``, as ``interpolate`` does. Extra state of
+modules (``get_extra_state``) is copied from the same state dict. A complex number counts as a pair
+of real numbers. Sharded entries are gathered one at a time, and the result is sharded like the
+first state dict.
+
+Quantised, sparse and offloaded weights raise a ``WeightTypeError``. So do factors of adapters such
+as LoRA, unless only one factor of each product differs between the models: merge the adapter into
+the base model first.
 
 All methods except ``ties(trim="model")`` and ``greedy_soup`` use one entry at a time. They return
 the same result for state dicts of one entry each, so :func:`openvclip.merge_files` can apply them

@@ -15,6 +15,7 @@ from openvclip.weights.interpolation import Lambda, as_number
 from openvclip.weights.kinds import require_values
 from openvclip.weights.names import canonical_model, is_extra_state, require_match
 from openvclip.weights.numerics import common_dtype, compute_dtype, is_interpolable
+from openvclip.weights.shards import sharded_like, whole
 
 Combine = Callable[[str, list[Tensor]], Tensor]
 """A function from the name of an entry and its real tensors, one per model, to the merged tensor.
@@ -97,7 +98,8 @@ def combined(
 
     Returns:
         A new dict in the order of the first state. Integer and boolean entries and extra state are
-        copied from the first state.
+        copied from the first state. An entry is sharded if it is sharded in the first state.
+        Sharded entries are gathered one at a time, so every process must call this function.
     """
     result = {}
     for name, first in states[0].items():
@@ -106,12 +108,13 @@ def combined(
         elif not is_interpolable(first):
             result[name] = contiguous_copy(first)
         else:
-            entries = [state[name].detach() for state in states]
+            entries = [whole(state[name]) for state in states]
             common = functools.reduce(common_dtype, (entry.dtype for entry in entries))
             merged = combine(name, [_real(entry, first.device, common) for entry in entries])
             merged = torch.view_as_complex(merged) if common.is_complex else merged
             default = common if narrow else compute_dtype(common)
-            result[name] = merged.to(default if dtype is None else dtype).contiguous()
+            merged = merged.to(default if dtype is None else dtype).contiguous()
+            result[name] = sharded_like(merged, first)
     return result
 
 

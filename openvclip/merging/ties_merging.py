@@ -20,6 +20,7 @@ from openvclip.merging.entries import (
 )
 from openvclip.merging.task_arithmetic import task_vector
 from openvclip.weights.interpolation import Lambda
+from openvclip.weights.shards import whole
 
 
 def ties(
@@ -102,8 +103,8 @@ def _bounds_of_models(states: list[dict[str, Tensor]], density: float) -> list[f
     base, *ends = [interpolable_entries(state) for state in states]
     bounds = []
     for end in ends:
-        vector = task_vector(base, end)
-        real = [torch.view_as_real(v) if v.is_complex() else v for v in vector.values()]
+        vector = [whole(value) for value in task_vector(base, end).values()]
+        real = [torch.view_as_real(v) if v.is_complex() else v for v in vector]
         bounds.append(_smallest_kept(real, density))
     return bounds
 

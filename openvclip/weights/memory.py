@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +21,14 @@ def view_of(tensor: Tensor) -> Hashable:
     parameters of one memory out of a tied parameter.
     """
     part = local(tensor) if is_sharded(tensor) else tensor
-    if not _has_address(part):
+    if _has_address(part):
+        return part.device, part.data_ptr(), part.dtype, part.shape, part.stride()
+    if _is_uninitialized(part) or part.layout != torch.strided:
         return id(tensor)
-    return part.device, part.data_ptr(), part.dtype, part.shape, part.stride()
+    # Empty tensors have no address. A process can hold an empty shard of a tie, and must find the
+    # same ties as all other processes.
+    storage: Any = part.untyped_storage()
+    return part.device, storage._cdata, part.dtype, part.shape
 
 
 def tied_names(entries: Mapping[str, Tensor]) -> dict[str, str]:
@@ -83,9 +89,13 @@ def require_no_overlap(
 
 
 def _has_address(part: Tensor) -> bool:
-    if isinstance(part, (UninitializedParameter, UninitializedBuffer)) or part.is_meta:
+    if _is_uninitialized(part) or part.is_meta or part.layout != torch.strided:
         return False
-    return part.layout == torch.strided and part.numel() > 0
+    return part.numel() > 0
+
+
+def _is_uninitialized(part: Tensor) -> bool:
+    return isinstance(part, (UninitializedParameter, UninitializedBuffer))
 
 
 def _range(view: Tensor) -> tuple[int, int]:

@@ -73,6 +73,16 @@ def local_like(value: Tensor, like: Tensor) -> Tensor:
     return local(source.redistribute(target.device_mesh, target.placements))
 
 
+@torch.no_grad()
+def sharded_like(value: Tensor, like: Tensor) -> Tensor:
+    """Return a whole tensor with the sharding of ``like``, or unchanged if ``like`` is plain."""
+    if not is_sharded(like):
+        return value
+    sharded = torch.empty_like(like, dtype=value.dtype, requires_grad=False)
+    local(sharded).copy_(value[own_slices(like)])
+    return sharded
+
+
 def reshard(model: nn.Module) -> None:
     """Free the gathered parameters that ``fully_shard`` keeps between two passes.
 

@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from tests.distributed import data_parallel, resuming, sharded
+from tests.distributed import data_parallel, resuming, sharded, state_dicts
 from tests.distributed.training import CHECKS, WORLD
 
 
 def main() -> None:
-    files = {data_parallel.__name__, resuming.__name__, sharded.__name__}
+    modules = (data_parallel, resuming, sharded, state_dicts)
+    files = {module.__name__ for module in modules}
     assert files == {check.__module__ for check in CHECKS.values()}
     out, rank = Path(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(1)

@@ -19,7 +19,7 @@ from tests.helpers import REPO
 
 NAMES = [
     node.name
-    for file in ("data_parallel.py", "sharded.py", "resuming.py")
+    for file in ("data_parallel.py", "sharded.py", "resuming.py", "state_dicts.py")
     for node in ast.parse((REPO / "tests" / "distributed" / file).read_text()).body
     if isinstance(node, ast.FunctionDef) and node.decorator_list
 ]

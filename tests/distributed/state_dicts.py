@@ -1,0 +1,93 @@
+"""State dicts of models under fully_shard (FSDP2): interpolation and merges, in two processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from openvclip import interpolate, interpolate_into
+from openvclip.errors import UsageError
+from openvclip.merging import (
+    apply_task_vectors,
+    average,
+    dare,
+    lines,
+    model_stock,
+    slerp,
+    task_vector,
+    ties,
+)
+from tests.distributed.sharded import full, sharded
+from tests.distributed.training import Net, assert_close, batch, check, snapshot
+
+
+@check
+def fsdp_models_take_whole_state_dicts(out: Path) -> None:
+    # Report 23 (pytorch#136336)
+    clip, tuned = snapshot(Net(0)), snapshot(Net(1))
+    expected = {name: 0.25 * clip[name] + 0.75 * tuned[name] for name in clip}
+    sharded_clip, sharded_tuned = sharded(0).state_dict(), sharded(1).state_dict()
+    for a, b in ((clip, tuned), (sharded_clip, sharded_tuned), (sharded_clip, tuned)):
+        model = sharded(2)
+        with torch.no_grad():
+            model(batch(0)[0])  # leaves gathered weights, which must not be used again
+        interpolate_into(model, a, b, 0.25)
+        assert_close(full(model.state_dict()), expected)
+        x = batch(0)[0]
+        reference = Net(0)
+        reference.load_state_dict(expected)
+        torch.testing.assert_close(model(x), reference(x))
+        plain = Net(2)
+        interpolate_into(plain, a, b, 0.25)
+        assert_close(plain.state_dict(), expected)
+
+
+@check
+def fsdp_state_dicts_are_interpolated_and_stay_sharded(out: Path) -> None:
+    # Report 23 (pytorch#136336)
+    clip, tuned = snapshot(Net(0)), snapshot(Net(1))
+    sharded_clip, sharded_tuned = sharded(0).state_dict(), sharded(1).state_dict()
+    for lam in (0.0, 0.25, 1.0):
+        expected = {name: lam * clip[name] + (1 - lam) * tuned[name] for name in clip}
+        results = [
+            interpolate(sharded_clip, sharded_tuned, lam),
+            interpolate(clip, sharded_tuned, lam),
+        ]
+        results.append(interpolate(clip, sharded_tuned, lam, out=dict(results[0])))
+        for result in results:
+            for name, value in result.items():
+                assert isinstance(value, DTensor) == isinstance(sharded_tuned[name], DTensor)
+            assert_close(full(result), expected)
+        assert_close(interpolate(sharded_clip, tuned, lam), expected)
+    model = sharded(0)
+    with pytest.raises(UsageError, match="share the memory of all their weights"):
+        interpolate(model.state_dict(), model.state_dict(), 0.5)
+
+
+@check
+def merges_of_sharded_state_dicts(out: Path) -> None:
+    clip, tuned = snapshot(Net(0)), snapshot(Net(1))
+    sharded_clip, sharded_tuned = sharded(0).state_dict(), sharded(1).state_dict()
+    methods: list[Callable[[Any, Any], Any]] = [
+        lambda a, b: average([a, b]),
+        lambda a, b: apply_task_vectors(a, [task_vector(a, b)], 0.5),
+        lambda a, b: lines(a, b, alpha=0.3, beta=0.7, blocks=2),
+        lambda a, b: slerp(b, a, 0.3),
+        lambda a, b: model_stock(a, [b, dict(b)]),
+        lambda a, b: ties(a, [b], density=0.5),
+        lambda a, b: dare(a, b, drop=0.5),
+    ]
+    methods.append(lambda a, b: ties(a, [b], trim="model"))
+    for method in methods:
+        expected = method(clip, tuned)
+        for a, b in ((sharded_clip, sharded_tuned), (sharded_clip, tuned)):
+            result = method(a, b)
+            assert_close(full(result), expected)
+            name = "body.0.weight" if "body.0.weight" in result else "weight"
+            assert isinstance(result[name], DTensor)
+        assert_close(method(clip, sharded_tuned), expected)
