@@ -201,7 +201,7 @@ def load_checkpoint(
     live, _ = live_model(model)
     require_live(model, live)
     loaded = _load(path, allowed, live)
-    weights = copy_into(loaded.weights, live, loaded.info)
+    weights = copy_into(loaded.weights, live, loaded.info, loaded.quantized)
     set_extra_state(model, loaded.extra_state)
     _check_activation(model, loaded.info)
     return {**weights, **loaded.extra_state}
@@ -251,6 +251,7 @@ class _Loaded:
 
     weights: dict[str, Tensor]
     extra_state: dict[str, Any]
+    quantized: list[str]
     info: CheckpointInfo
 
 
@@ -290,7 +291,9 @@ def _load(
         _require_whole(info, missing, left_over)
     prefix = plan.prefix
     extra = {n.removeprefix(prefix): v for n, v in file.extra.items() if n.startswith(prefix)}
-    return _Loaded(weights, extra, info)
+    in_file = set(info.quantized)
+    quantized = [n for n, source in plan.targets.items() if in_file.intersection(source.names)]
+    return _Loaded(weights, extra, quantized, info)
 
 
 def _require_whole(info: CheckpointInfo, missing: list[str], left_over: list[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 
@@ -21,7 +21,7 @@ from openvclip.checkpoints.sharding import index_of_shard
 from openvclip.checkpoints.sizes import Sizes, model_sizes
 from openvclip.errors import NonFiniteWeightsError, StateMismatchError, UsageError, WeightTypeError
 from openvclip.weights.adapters import factor_names
-from openvclip.weights.kinds import quantized_names, require_values
+from openvclip.weights.kinds import kind_of, refuse, require_values
 from openvclip.weights.names import listed, mismatches
 from openvclip.weights.numerics import non_finite_names
 from openvclip.weights.shards import local, local_like, whole
@@ -124,7 +124,10 @@ def require_fit(
 
     Raises:
         StateMismatchError: names or shapes differ.
+        WeightTypeError: the model is lazy and has no shapes yet.
     """
+    lazy = [name for name, value in live.items() if kind_of(value) == "uninitialized"]
+    refuse("uninitialized", lazy, "The model")
     for name in ("logit_scale", "logit_bias"):  # of shape [] in some versions, [1] in others
         if name in live and name in state and live[name].numel() == state[name].numel() == 1:
             state[name] = state[name].reshape(live[name].shape)
@@ -134,24 +137,32 @@ def require_fit(
     if missing or unexpected or mismatched:
         raise StateMismatchError(
             f"{info.path} does not fit the model.{_shard_text(info, missing)}"
+            f"{_adapter_text(unexpected)}{_submodule_text(state, live)}"
             f"{_sizes_table(info.sizes, model_sizes(live))}",
             missing=missing,
             unexpected=unexpected,
             mismatched=mismatched,
-            hint=_adapter_hint(unexpected)
-            or hint(missing, unexpected, mismatched=bool(mismatched)),
+            hint=hint(missing, unexpected, mismatched=bool(mismatched)),
         )
 
 
-def _adapter_hint(unexpected: list[str]) -> str:
-    factors = factor_names(unexpected)
-    if not factors:
+def _adapter_text(unexpected: list[str]) -> str:
+    if not factor_names(unexpected):
         return ""
     return (
-        f"The file holds {len(factors)} factors of an adapter ({listed(factors)}). Merge the "
-        "adapter into its base model first (merge_and_unload() in peft), and save the merged model "
-        "with openvclip.save_checkpoint."
+        " It holds factors of an adapter. Merge the adapter into its base model first "
+        "(merge_and_unload() in peft), and save the merged model with openvclip.save_checkpoint."
     )
+
+
+def _submodule_text(state: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> str:
+    """Return the text for a model that has the entries of the file in a submodule."""
+    first = max(state, key=len, default="")
+    prefixes = [name.removesuffix(first) for name in live if name.endswith(f".{first}")]
+    inner = [p for p in prefixes if all(f"{p}{name}" in live for name in state)]
+    if not first or len(inner) != 1:
+        return ""
+    return f" Pass the submodule that the file is for: model.{inner[0].rstrip('.')}."
 
 
 def _shard_text(info: CheckpointInfo, missing: list[str]) -> str:
@@ -192,7 +203,10 @@ def _hint_patterns(names: list[str]) -> list[str]:
 
 
 def copy_into(
-    state: Mapping[str, Tensor], live: Mapping[str, Tensor], info: CheckpointInfo
+    state: Mapping[str, Tensor],
+    live: Mapping[str, Tensor],
+    info: CheckpointInfo,
+    quantized: Collection[str],
 ) -> dict[str, Tensor]:
     """Copy the entries that a model has into the model, and return these entries.
 
@@ -203,6 +217,7 @@ def copy_into(
         state: the entries of a file, under the names of the model.
         live: the entries of the model.
         info: the content of the file, for error texts.
+        quantized: the names of quantised entries.
 
     Raises:
         UsageError: the model is on the meta device.
@@ -218,7 +233,7 @@ def copy_into(
             "weights, call accelerate.hooks.remove_hook_from_module(model, recurse=True) first."
         )
     require_values(state, info.path)
-    _require_kinds(state, live, info)
+    _require_kinds(state, live, info, quantized)
     _require_finite(state, live, info)
     with torch.no_grad():
         for name, value in state.items():
@@ -227,10 +242,12 @@ def copy_into(
 
 
 def _require_kinds(
-    state: Mapping[str, Tensor], live: Mapping[str, Tensor], info: CheckpointInfo
+    state: Mapping[str, Tensor],
+    live: Mapping[str, Tensor],
+    info: CheckpointInfo,
+    quantized: Collection[str],
 ) -> None:
     """Check that the copy of each entry into the model means the same numbers."""
-    quantized = set(quantized_names(state))
     whole = [
         name
         for name, value in state.items()

@@ -6,7 +6,7 @@ file gives its weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from openvclip.checkpoints.sharding import is_index, shard_names_in
@@ -36,15 +36,22 @@ def advice_for_folder(folder: Path) -> str:
     Raises:
         OSError: the folder can't be read.
     """
-    for place in (folder, *_subfolders(folder)):
+    for advice in _advice_in_order(folder):
+        if advice:
+            return advice
+    return ""
+
+
+def _advice_in_order(folder: Path) -> Iterator[str]:
+    """Yield the advice for each kind of folder, best first. Most of it is empty."""
+    for recognise in _KINDS:
+        yield recognise(folder)
+    yield _give(_whole_files(folder, sorted(folder.iterdir())))
+    for subfolder in _subfolders(folder):
         for recognise in _KINDS:
-            advice = recognise(place)
-            if advice:
-                return advice
-    candidates = _files_of_weights(folder)
-    if not candidates:
-        return ""
-    return f"Give the file of weights in it ({listed(candidates)})."
+            yield recognise(subfolder)
+    yield _give(_whole_files(folder, sorted(folder.glob("*/*"))))
+    yield _give(_whole_files(folder, sorted(folder.glob("snapshots/*/*"))))  # Hugging Face's cache
 
 
 def advice_for_part(file: Path) -> str:
@@ -61,7 +68,11 @@ def advice_for_part(file: Path) -> str:
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    return sorted(entry for entry in folder.iterdir() if entry.is_dir())
+    return sorted(
+        entry
+        for entry in folder.iterdir()
+        if entry.is_dir() and not entry.name.startswith(_NOT_WEIGHTS)
+    )
 
 
 # --- kinds of folders ----------------------------------------------------------------------------
@@ -157,27 +168,18 @@ _KINDS = (
 # --- files of weights ----------------------------------------------------------------------------
 
 
-def _files_of_weights(folder: Path) -> list[str]:
-    """Return the names of the files that can hold whole weights, relative to the folder.
+def _give(names: list[str]) -> str:
+    return f"Give the file of weights in it ({listed(names)})." if names else ""
 
-    Files in the folder come first. Subfolders are searched only if the folder itself has none.
-    """
-    searches: tuple[Callable[[], Iterator[Path]], ...] = (
-        folder.iterdir,
-        lambda: folder.glob("*/*"),
-        lambda: folder.glob("snapshots/*/*"),  # the cache of Hugging Face
-    )
-    for search in searches:
-        files = sorted(path for path in search() if path.is_file())
-        indexes = [path for path in files if path.name.endswith(".index.json") and is_index(path)]
-        shards = {index.with_name(name) for index in indexes for name in shard_names_in(index)}
-        whole = [
-            path
-            for path in files
-            if path.suffix in _ENDINGS
-            and path not in shards
-            and not path.name.startswith(_NOT_WEIGHTS)
-        ]
-        if indexes or whole:
-            return [path.relative_to(folder).as_posix() for path in (*indexes, *whole)]
-    return []
+
+def _whole_files(folder: Path, paths: list[Path]) -> list[str]:
+    """Return the files that can hold whole weights, indexes first, relative to the folder."""
+    files = [path for path in paths if path.is_file()]
+    indexes = [path for path in files if path.name.endswith(".index.json") and is_index(path)]
+    shards = {index.with_name(name) for index in indexes for name in shard_names_in(index)}
+    whole = [
+        path
+        for path in files
+        if path.suffix in _ENDINGS and path not in shards and not path.name.startswith(_NOT_WEIGHTS)
+    ]
+    return [path.relative_to(folder).as_posix() for path in (*indexes, *whole)]

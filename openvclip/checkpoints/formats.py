@@ -27,7 +27,8 @@ from openvclip.checkpoints.folders import advice_for_part
 from openvclip.checkpoints.layout import map_entries, read_errors
 from openvclip.checkpoints.sharding import is_index, open_model, read_index
 from openvclip.errors import CheckpointError, UnsafeCheckpointError
-from openvclip.weights.names import canonical_names, is_extra_state
+from openvclip.weights.names import canonical_names, is_extra_state, listed
+from openvclip.weights.shards import is_sharded
 
 # Names under which training code stores the weights, beside optimizers and counters.
 _WEIGHT_KEYS = ("model_state", "state_dict", "model_state_dict", "model")
@@ -217,6 +218,8 @@ def _load(file: Path, device: str, mapped: bool) -> object:
 
 def _unsafe_or_damaged(file: Path, error: Exception) -> CheckpointError:
     text = str(error)
+    if _SHARDED_CLASSES.search(text):
+        return _sharded(file)
     needed = re.search(r"GLOBAL (\S+) was not an allowed global", text)
     detail = text.partition("WeightsUnpickler error: ")[2].splitlines()[:1]
     if needed:
@@ -229,7 +232,20 @@ def _unsafe_or_damaged(file: Path, error: Exception) -> CheckpointError:
         f"Loading {file} could run arbitrary code: {reason}. Nothing was run. If you trust the "
         "source of the file, load it once with torch.load(path, weights_only=False), which runs "
         "such code. Then save only the weights: "
-        "openvclip.save_checkpoint(loaded['state_dict'], 'weights.safetensors')."
+        "openvclip.save_checkpoint(loaded['state_dict'], 'weights.safetensors'), or "
+        "loaded.state_dict() if the file holds a whole module."
+        f"{_advice_for_part(file)}"
+    )
+
+
+_SHARDED_CLASSES = re.compile(r"torch\.distributed\.\S*(tensor|mesh)", re.IGNORECASE)
+
+
+def _sharded(file: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{file} holds the parts of one process (DTensor or ShardedTensor), which are not whole "
+        "weights. Save whole weights in the training: every process calls "
+        "openvclip.save_checkpoint(model.state_dict(), path), which gathers the parts."
     )
 
 
@@ -309,11 +325,18 @@ def _entries(content: Mapping[Any, object], file: Path) -> dict[str, object]:
         for name, value in content.items()
         if isinstance(value, Tensor) or is_extra_state(str(name))
     }
+    if any(isinstance(value, Tensor) and is_sharded(value) for value in entries.values()):
+        raise _sharded(file)
     others = [
         f"{name} ({type(value).__name__})"
         for name, value in content.items()
         if str(name) not in entries and str(name) not in SETTINGS
     ]
+    if any("_packed_params" in name for name in others):
+        raise CheckpointError(
+            f"{file} holds the packed weights of quantised modules ({listed(others)}). Quantise "
+            "after merging: give the file that the model was quantised from."
+        )
     if others:
         raise CheckpointError(
             f"{file}: {len(others)} entries among the weights are no tensors: "

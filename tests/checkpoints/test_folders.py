@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import tarfile
 import warnings
 from collections.abc import Callable
@@ -13,10 +14,12 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.fsdp import fully_shard
 
 import openvclip
+from openvclip.checkpoints import formats
 from openvclip.errors import CheckpointError
 from tests.checkpoints.test_conversion import clip_state, prefixed, same_entries
 from tests.helpers import tiny_clip
@@ -92,6 +95,14 @@ FOLDERS: dict[str, tuple[list[str], str]] = {
         ["pytorch_model.bin", "optimizer.bin", "sampler.bin", "custom_checkpoint_0.pkl"],
         "Give the file of weights in it (pytorch_model.bin).",
     ),
+    "accelerate, sharded": (
+        ["optimizer_0/.metadata", "pytorch_model_fsdp_0/.metadata", "random_states_0.pkl"],
+        "w/pytorch_model_fsdp_0 weights.pt`",
+    ),
+    "accelerate, whole": (
+        ["optimizer_0/.metadata", "pytorch_model_fsdp.bin"],
+        "Give the file of weights in it (pytorch_model_fsdp.bin).",
+    ),
     "trainer": (["checkpoint-500/model.safetensors"], "in it (checkpoint-500/model.safetensors)."),
     "cache": (["snapshots/1a/model.safetensors"], "in it (snapshots/1a/model.safetensors)."),
     "peft": (["adapter_config.json", "adapter_model.safetensors"], "merge_and_unload()"),
@@ -121,6 +132,29 @@ def test_a_file_of_the_parts_of_one_process(tmp_path: Path) -> None:
     openvclip.load_checkpoint(tmp_path / names[0])
     save_file({"w": torch.zeros(1)}, tmp_path / names[1])
     assert "the parts of one process" in refusal(tmp_path / names[0])
+
+
+# Report 27: a file of the parts of one process held DTensors, which nothing could use.
+def test_parts_of_one_process_are_not_whole_weights(tmp_path: Path) -> None:
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = fully_shard(torch.nn.Linear(2, 2))
+        torch.save(model.state_dict(), tmp_path / "w")
+        assert "every process calls openvclip.save_checkpoint" in refusal(tmp_path / "w")
+        # Report 23 (pytorch#136336): a model under fully_shard takes the weights of a file.
+        plain = torch.nn.Linear(2, 2)
+        openvclip.save_checkpoint(plain.state_dict(), tmp_path / "plain")
+        openvclip.load_checkpoint(tmp_path / "plain", model)
+        openvclip.save_checkpoint(model.state_dict(), tmp_path / "again")
+    finally:
+        distributed.destroy_process_group()
+    same_entries(openvclip.load_checkpoint(tmp_path / "again"), dict(plain.state_dict()))
+
+
+def test_what_unpickling_says_of_sharded_tensors_is_translated() -> None:
+    """The text of torch.load if the module of DTensor was not imported."""
+    error = pickle.UnpicklingError("``torch.distributed.tensor`` must be imported to load DTensors")
+    assert "parts of one process" in str(formats._unsafe_or_damaged(Path("w"), error))
 
 
 OTHER_FILES = {

@@ -131,6 +131,13 @@ def test_a_model_that_has_the_prefix_itself_keeps_it(tmp_path: Path) -> None:
         same_entries(dict(other.state_dict()), dict(module.state_dict()))
 
 
+def test_a_file_for_a_submodule_names_the_submodule(tmp_path: Path) -> None:
+    openvclip.save_checkpoint(clip_state(), tmp_path / "w")
+    module = nn.ModuleDict({"clip": tiny_clip(), "head": nn.Linear(8, 2)})
+    with pytest.raises(StateMismatchError, match=r"Pass the submodule .* model\.clip\."):
+        openvclip.load_checkpoint(tmp_path / "w", module)
+
+
 def test_what_stands_beside_the_prefix_is_left_over(tmp_path: Path) -> None:
     state = clip_state()
     for prefix in ("model.", "clip."):

@@ -14,6 +14,7 @@ from torch import nn
 
 import openvclip
 from openvclip.errors import (
+    CheckpointError,
     NonFiniteWeightsError,
     OpenVCLIPError,
     WeightTypeError,
@@ -166,6 +167,28 @@ def test_a_quantised_model_takes_its_own_weights(tmp_path: Path) -> None:
     openvclip.save_checkpoint(model.state_dict(), tmp_path / "w")
     openvclip.load_checkpoint(tmp_path / "w", other)
     same_entries(dict(other.state_dict()), dict(model.state_dict()))
+
+
+def test_scales_that_are_left_out_do_not_make_weights_of_float8(tmp_path: Path) -> None:
+    state = {**clip_state(), "visual.proj": special("float8")}
+    torch.save(state, tmp_path / "w")
+    openvclip.load_checkpoint(tmp_path / "w", tiny_clip())  # without scales these are weights
+    torch.save({**state, "visual.proj_scale": torch.tensor(3.0)}, tmp_path / "w")
+    with pytest.raises(WeightTypeError, match=r"\(visual\.proj\)"):
+        openvclip.load_checkpoint(tmp_path / "w", tiny_clip(), allow_unexpected="*_scale")
+
+
+def test_packed_weights_of_quantised_modules_are_named(tmp_path: Path) -> None:
+    packed = {"0.scale": torch.ones(1), "0._packed_params._packed_params": (torch.ones(2), None)}
+    torch.save(packed, tmp_path / "w")
+    with pytest.raises(CheckpointError, match="packed weights of quantised modules"):
+        openvclip.load_checkpoint(tmp_path / "w")
+
+
+def test_a_lazy_model_has_no_shapes(tmp_path: Path) -> None:
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "w")
+    with pytest.raises(WeightTypeError, match="Run one forward pass first"):
+        openvclip.load_checkpoint(tmp_path / "w", nn.LazyLinear(2))
 
 
 def special(kind: str) -> torch.Tensor:
