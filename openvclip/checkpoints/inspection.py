@@ -13,6 +13,7 @@ from openvclip.checkpoints.formats import WeightFile, read_weights
 from openvclip.checkpoints.sizes import Shape, Sizes, sizes_of
 from openvclip.weights.adapters import factor_names
 from openvclip.weights.kinds import quantized_names
+from openvclip.weights.names import listed
 
 _LISTED_NAMES = 12
 
@@ -173,7 +174,7 @@ def _sizes_text(**sizes: int | None) -> str:
 def _several_text(prefixes: tuple[str, ...]) -> str:
     if not prefixes:
         return ""
-    return f"{len(prefixes)} CLIPs, under the prefixes {_names_text(prefixes)}"
+    return f"{len(prefixes)} CLIPs, under the prefixes {listed([repr(p) for p in prefixes])}"
 
 
 def _names_text(names: tuple[str, ...], remark: str = "") -> str:
