@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
+import re
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,10 +71,32 @@ def decode(
 
 
 def load_safely(content: Any, **options: Any) -> object:
-    """Call ``torch.load`` for tensors, plain values and buffers of bytes."""
-    with torch.serialization.safe_globals([io.BytesIO, bytes]):
+    """Call ``torch.load`` for tensors, plain values, bytes and buffers of bytes.
+
+    Args:
+        content: a path or an open file.
+        options: arguments of ``torch.load``.
+    """
+    try:
         loaded: object = torch.load(content, weights_only=True, **options)
+        return loaded
+    except pickle.UnpicklingError as error:
+        if not _BYTES_ARE_REFUSED.search(str(error)):
+            raise
+    if hasattr(content, "seek"):
+        content.seek(0)
+    # The list of safe classes is one for all threads, and it may hold the classes already.
+    with _LOCK:
+        classes = [
+            c for c in (io.BytesIO, bytes) if c not in torch.serialization.get_safe_globals()
+        ]
+        with torch.serialization.safe_globals(classes):
+            loaded = torch.load(content, weights_only=True, **options)
     return loaded
+
+
+_BYTES_ARE_REFUSED = re.compile(r"GLOBAL (\w+\.)?(BytesIO|bytes)\b")
+_LOCK = threading.Lock()
 
 
 def _listed_objects(text: str) -> list[str]:

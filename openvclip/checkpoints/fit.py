@@ -134,6 +134,9 @@ def require_fit(
     missing = allowed.not_missing(live.keys() - state.keys())
     unexpected = [*allowed.not_unexpected(state.keys() - live.keys()), *left_over]
     mismatched = list(mismatches(live, state))
+    nothing_fits = bool(live) and not live.keys() & state.keys()
+    if nothing_fits:  # patterns such as "*" allow less than this
+        missing, unexpected = list(live), [*state, *left_over]
     if missing or unexpected or mismatched:
         raise StateMismatchError(
             f"{info.path} does not fit the model.{_shard_text(info, missing)}"
@@ -142,7 +145,9 @@ def require_fit(
             missing=missing,
             unexpected=unexpected,
             mismatched=mismatched,
-            hint=hint(missing, unexpected, mismatched=bool(mismatched)),
+            hint="No entry of the file has a name of the model."
+            if nothing_fits
+            else hint(missing, unexpected, mismatched=bool(mismatched)),
         )
 
 
@@ -316,5 +321,8 @@ def _overflows(value: Tensor, dtype: torch.dtype) -> bool:
     largest = torch.finfo(dtype).max
     if torch.finfo(value.dtype).max <= largest:
         return False
-    finite = value[value.isfinite()]
+    low, high = torch.aminmax(value)
+    if max(-float(low), float(high)) <= largest:
+        return False
+    finite = value[value.isfinite()]  # without the infinities of masks
     return bool(finite.numel()) and float(finite.abs().max()) > largest

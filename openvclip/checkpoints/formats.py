@@ -183,9 +183,8 @@ def _read_torchscript(file: Path) -> Mapping[str, Any]:
 def _calls_gelu(file: Path) -> bool:
     """Return whether the code of a TorchScript archive calls GELU. The code is not run."""
     with zipfile.ZipFile(file) as archive:
-        return any(
-            b"gelu(" in archive.read(name) for name in archive.namelist() if name.endswith(".py")
-        )
+        sources = [name for name in archive.namelist() if name.endswith(".py")]
+        return any(b"torch.gelu(" in archive.read(name) for name in sources)
 
 
 def _read_torch(file: Path, sizes_only: bool, mapped: bool) -> object:

@@ -124,6 +124,16 @@ def test_merged_files_have_the_extra_state_of_the_last_file(
     assert all(weights_hash(state) in recipe for state in plain)
 
 
+def test_the_safe_classes_of_the_user_stay(tmp_path: Path) -> None:
+    before = torch.serialization.get_safe_globals()
+    torch.save(Scaled(VALUES["buffer"]).state_dict(), tmp_path / "w")
+    openvclip.load_checkpoint(tmp_path / "w", Scaled(None))
+    assert torch.serialization.get_safe_globals() == before
+    with torch.serialization.safe_globals([io.BytesIO]):
+        openvclip.load_checkpoint(tmp_path / "w", Scaled(None))
+        assert io.BytesIO in torch.serialization.get_safe_globals()
+
+
 def test_extra_state_that_needs_code_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"_extra_state holds a Linear"):
         openvclip.save_checkpoint(Scaled(nn.Linear(1, 1)).state_dict(), tmp_path / "w")

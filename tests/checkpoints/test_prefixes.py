@@ -138,6 +138,15 @@ def test_a_file_for_a_submodule_names_the_submodule(tmp_path: Path) -> None:
         openvclip.load_checkpoint(tmp_path / "w", module)
 
 
+def test_a_file_without_any_entry_of_the_model_is_not_loaded(tmp_path: Path) -> None:
+    save_file({"other.w": torch.zeros(1)}, tmp_path / "w")
+    for missing in ((), "*"):
+        with pytest.raises(StateMismatchError, match="No entry of the file has a name of the"):
+            openvclip.load_checkpoint(
+                tmp_path / "w", tiny_clip(), allow_missing=missing, allow_unexpected="*"
+            )
+
+
 def test_what_stands_beside_the_prefix_is_left_over(tmp_path: Path) -> None:
     state = clip_state()
     for prefix in ("model.", "clip."):
