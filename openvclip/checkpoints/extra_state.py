@@ -87,9 +87,8 @@ def load_safely(content: Any, **options: Any) -> object:
         content.seek(0)
     # The list of safe classes is one for all threads, and it may hold the classes already.
     with _LOCK:
-        classes = [
-            c for c in (io.BytesIO, bytes) if c not in torch.serialization.get_safe_globals()
-        ]
+        known = torch.serialization.get_safe_globals()
+        classes: list[Any] = [kind for kind in (io.BytesIO, bytes) if kind not in known]
         with torch.serialization.safe_globals(classes):
             loaded = torch.load(content, weights_only=True, **options)
     return loaded

@@ -92,9 +92,15 @@ def test_extra_state_passes_through_files(tmp_path: Path, value: str, kind: str)
     same_entries({name: loaded[name] for name in expected}, expected)
 
 
-@pytest.mark.parametrize("first", ["torch", "safetensors"])
-@pytest.mark.parametrize("last", ["torch", "safetensors"])
-@pytest.mark.parametrize("value", ["dict", "tensor", "floats"])
+@pytest.mark.parametrize(
+    ("first", "last", "value"),
+    [
+        ("torch", "safetensors", "dict"),
+        ("safetensors", "torch", "dict"),
+        ("safetensors", "safetensors", "floats"),
+        ("torch", "torch", "tensor"),
+    ],
+)
 def test_merged_files_have_the_extra_state_of_the_last_file(
     tmp_path: Path, first: str, last: str, value: str
 ) -> None:

@@ -41,9 +41,14 @@ def refused(file: Path, model: nn.Module, error: type[OpenVCLIPError]) -> str:
 
 
 # Report 12 (openai/CLIP#222): NaN in a checkpoint gave an accuracy of 0.0 and exit status 0.
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("name", ["logit_scale", "visual.conv1.weight", "token_embedding.weight"])
-@pytest.mark.parametrize("save", [torch.save, save_file])
+@pytest.mark.parametrize(
+    ("value", "name", "save"),
+    [
+        (torch.nan, "logit_scale", torch.save),
+        (torch.inf, "visual.conv1.weight", save_file),
+        (-torch.inf, "token_embedding.weight", torch.save),
+    ],
+)
 def test_an_entry_that_is_not_finite_is_named(
     tmp_path: Path, value: float, name: str, save: Any
 ) -> None:
