@@ -63,7 +63,7 @@ def decode(
     decoded: dict[str, object] = dict(entries)
     if EXTRA_STATE_KEY not in metadata:
         return decoded, dict(metadata)
-    for name in _listed_objects(metadata[EXTRA_STATE_KEY]):
+    for name in names_of_objects(metadata):
         value = entries.get(name)
         if value is not None and not value.is_meta:
             decoded[name] = _from_bytes(name, value, path)
@@ -98,9 +98,10 @@ _BYTES_ARE_REFUSED = re.compile(r"GLOBAL (\w+\.)?(BytesIO|bytes)\b")
 _LOCK = threading.Lock()
 
 
-def _listed_objects(text: str) -> list[str]:
+def names_of_objects(metadata: Mapping[str, str]) -> list[str]:
+    """Return the names of the entries that hold the bytes of objects."""
     try:
-        names = json.loads(text)
+        names = json.loads(metadata.get(EXTRA_STATE_KEY, "[]"))
     except (ValueError, RecursionError):
         return []
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []

@@ -10,7 +10,7 @@ checkpoints of ViFi-CLIP and Vita-CLIP hold prompts as well and are not in the t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -188,15 +188,32 @@ def plan_conversion(
         family = replace(family, ignored=(*family.ignored, "attn_mask"))
     if family.name == FAMILIES[-1].name:
         prefixes = _prefixes_of_clips(entries)
-        wanted = [
-            prefix
-            for prefix in prefixes
-            if not all(left_out(name) for name in entries if name.startswith(prefix))
-        ]
-        if len(prefixes) == 1 or len(wanted) == 1:
-            return plan_under_prefix(names, (wanted or prefixes)[0])
+        prefix = chosen_prefix(prefixes, entries, left_out)
+        if prefix is not None:
+            return plan_under_prefix(names, prefix)
         return replace(_plan_of_family(family, names), prefixes=tuple(prefixes))
     return _plan_of_family(family, names)
+
+
+def chosen_prefix(
+    prefixes: Sequence[str], names: Collection[str], left_out: Callable[[str], bool]
+) -> str | None:
+    """Return the prefix of the model to load, or ``None`` if there is no or more than one choice.
+
+    Args:
+        prefixes: the prefixes of all models in a file.
+        names: the names of all entries.
+        left_out: returns whether an entry may be left out. A model is left out if all its entries
+            may be left out.
+    """
+    if len(prefixes) == 1:
+        return prefixes[0]
+    wanted = [
+        prefix
+        for prefix in prefixes
+        if not all(left_out(name) for name in names if name.startswith(prefix))
+    ]
+    return wanted[0] if len(wanted) == 1 else None
 
 
 def plan_under_prefix(names: Collection[str], prefix: str, *, as_named: bool = False) -> Plan:

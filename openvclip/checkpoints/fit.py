@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from openvclip.checkpoints.families import (
     Plan,
+    chosen_prefix,
     plan_as_named,
     plan_under_prefix,
     require_one_model,
@@ -90,17 +91,10 @@ def plan_for_model(
     ends = [name for name in names if name.endswith(f".{first}")]
     prefixes = [name.removesuffix(first) for name in ends]
     prefixes = [p for p in prefixes if all(f"{p}{name}" in names for name in needed)]
-    if len(prefixes) > 1:
-        wanted = [
-            prefix
-            for prefix in prefixes
-            if not all(allowed.left_out(name) for name in names if name.startswith(prefix))
-        ]
-        if len(wanted) != 1:
-            require_one_model(replace(plan, prefixes=tuple(sorted(prefixes))), str(file.path))
-        prefixes = wanted
-    if prefixes:
-        return plan_under_prefix(names, prefixes[0], as_named=True)
+    prefix = chosen_prefix(prefixes, names, allowed.left_out)
+    if prefix is not None:
+        return plan_under_prefix(names, prefix, as_named=True)
+    plan = replace(plan, prefixes=tuple(sorted(prefixes)) or plan.prefixes)
     require_one_model(plan, str(file.path))
     return plan
 

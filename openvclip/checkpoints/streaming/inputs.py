@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from openvclip.checkpoints.extra_state import EXTRA_STATE_KEY, encode
+from openvclip.checkpoints.extra_state import EXTRA_STATE_KEY, encode, names_of_objects
 from openvclip.checkpoints.file_kinds import SAFETENSORS, kind_of
 from openvclip.checkpoints.formats import read_weights
 from openvclip.checkpoints.layout import fill, map_entries, read_errors
@@ -45,6 +45,15 @@ class WeightInput(ABC):
     @abstractmethod
     def mapped(self) -> dict[str, Tensor]:
         """Return all weights, mapped into memory. Values are read when they are first used."""
+
+    def _set_own_extra_state(self, extra: dict[str, Tensor]) -> None:
+        # The hash is that of openvclip.weights.weights_hash: with tensors, without objects.
+        objects = set(names_of_objects(self.metadata))
+        tensors = {name: value for name, value in extra.items() if name not in objects}
+        self.extra_state = extra
+        self._hash = WeightsHash({**self.sizes, **tensors})
+        for name, value in tensors.items():
+            self._hash.update(name, value.contiguous().reshape(-1))
 
     def take_extra_state(self, other: WeightInput) -> None:
         """Give the extra state of another model, which is not merged, instead of one's own."""
@@ -154,7 +163,7 @@ class _SafetensorsInput(WeightInput):
         self._opened, self._file_names = files, names
         if any(map(is_extra_state, names)):
             values = self._map()
-            self.extra_state = {name: values[name] for name in names if is_extra_state(name)}
+            self._set_own_extra_state({n: values[n] for n in names if is_extra_state(n)})
 
     def _map(self) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
@@ -181,7 +190,7 @@ class _MappedInput(WeightInput):
         encoded, texts = encode(file.extra)
         sizes = {name: _size_of(value) for name, value in file.weights.items()}
         super().__init__(path, list(file.files), sizes, {**file.metadata, **texts})
-        self.extra_state = encoded
+        self._set_own_extra_state(encoded)
         self._weights = file.weights
         self._flat = {name: value.reshape(-1) for name, value in self._weights.items()}
 
