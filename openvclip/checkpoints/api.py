@@ -5,14 +5,23 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
-from fnmatch import fnmatchcase
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from openvclip.checkpoints.atomic import atomic_path, write_errors
-from openvclip.checkpoints.families import convert
+from openvclip.checkpoints.extra_state import encode
+from openvclip.checkpoints.families import convert, plan_as_named, require_one_model
+from openvclip.checkpoints.fit import (
+    Allowed,
+    allowed_patterns,
+    copy_into,
+    hint,
+    plan_for_model,
+    require_fit,
+)
 from openvclip.checkpoints.formats import read_weights
 from openvclip.checkpoints.inspection import (
     CheckpointInfo,
@@ -20,10 +29,17 @@ from openvclip.checkpoints.inspection import (
     inspect_checkpoint,
     plan_of,
 )
-from openvclip.checkpoints.sizes import Sizes, model_sizes
-from openvclip.errors import ActivationWarning, CheckpointError, StateMismatchError, UsageError
-from openvclip.weights.names import canonical_state, mismatches, named_state
-from openvclip.weights.shards import any_process, mesh_groups, whole
+from openvclip.checkpoints.layout import require_storable
+from openvclip.errors import ActivationWarning, CheckpointError, StateMismatchError
+from openvclip.weights.kinds import refuse, require_values
+from openvclip.weights.names import (
+    canonical_model,
+    live_model,
+    require_live,
+    set_extra_state,
+    unwrap,
+)
+from openvclip.weights.shards import any_process, mesh_groups, reshard, whole
 
 __all__ = [
     "CheckpointInfo",
@@ -44,6 +60,9 @@ def save_checkpoint(
 ) -> None:
     """Save a state dict as a safetensors file, atomically, under canonical names.
 
+    The extra state of modules (``get_extra_state``) is stored too: tensors as they are, other
+    objects as bytes that :func:`load_checkpoint` turns into the same objects.
+
     Sharded entries (``DTensor``, of a model under ``fully_shard``) are gathered one after the
     other. Every process that holds a part must call this function. The first process writes the
     file. All processes return when the file is complete.
@@ -56,17 +75,24 @@ def save_checkpoint(
         metadata: texts to store in the header of the file. Default: none.
 
     Raises:
-        WeightTypeError, StateMismatchError: ``state`` is not a state dict.
-        CheckpointError: the file could not be written. An existing file is then unchanged.
+        WeightTypeError: ``state`` is not a state dict, or holds sparse entries, entries without
+            values (on the meta device) or quantised tensors.
+        StateMismatchError: two names have the same canonical form.
+        CheckpointError: the file could not be written, or safetensors files can't hold a dtype or
+            an extra state. An existing file is then unchanged.
     """
-    entries = canonical_state(state, "state")
+    entries, extra_state = canonical_model(state, "state")
+    _require_storable(entries, dtype)
+    encoded, texts = encode(extra_state)
+    entries |= encoded
+    metadata = {**(metadata or {}), **texts}
     groups = mesh_groups(entries.values())
     is_writer = all(group.rank() == 0 for group in groups)
     stored: dict[str, Tensor] = {}
     for name, value in entries.items():
         gathered = whole(value)  # every process takes part
         if is_writer:
-            stored[name] = _to_store(gathered, dtype)
+            stored[name] = _to_store(gathered, None if name in encoded else dtype)
     failure = None
     try:
         if is_writer:
@@ -79,6 +105,13 @@ def save_checkpoint(
         )
     if failure is not None:
         raise failure
+
+
+def _require_storable(entries: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
+    require_values(entries, "state")
+    refuse("quantized", [name for name, v in entries.items() if v.is_quantized], "state")
+    for name, value in entries.items():
+        require_storable(_stored_dtype(value, dtype), name)
 
 
 def _write(
@@ -94,9 +127,15 @@ def _write(
 
 
 def _to_store(value: Tensor, dtype: torch.dtype | None) -> Tensor:
-    stored_dtype = dtype if dtype is not None and value.is_floating_point() else value.dtype
     # A copy, since safetensors refuses entries that share memory (tied weights, views).
-    return value.to("cpu", stored_dtype, copy=True, memory_format=torch.contiguous_format)
+    copied = value.to(
+        "cpu", _stored_dtype(value, dtype), copy=True, memory_format=torch.contiguous_format
+    )
+    return copied.resolve_conj().resolve_neg()
+
+
+def _stored_dtype(value: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    return dtype if dtype is not None and value.is_floating_point() else value.dtype
 
 
 def load_checkpoint(
@@ -115,38 +154,57 @@ def load_checkpoint(
     transposed. A state dict of open_clip, of openvclip or of an unknown model keeps its names.
     :func:`inspect_checkpoint` shows the content of a file without loading it.
 
+    **Prefixes.** If all names of a CLIP start with a prefix, such as ``model.`` of a Lightning
+    module or ``student.``, the prefix is removed. With ``model``, the names are those of the model:
+    a prefix that the model has itself is kept. If a file holds several models, choose one with
+    ``allow_unexpected``: ``"teacher.*"`` leaves the teacher out. The counter of
+    ``torch.optim.swa_utils.AveragedModel`` is left out.
+
     Args:
-        path: a safetensors, PyTorch or TorchScript file, or the index of a sharded safetensors
-            model.
-        model: a model with open_clip's names, expanded or not, to load the weights into. The
-            weights are converted to the dtypes and devices of the model. If an entry does not fit,
-            the model is unchanged. The activation is not a weight: the weights of OpenAI,
-            Open-VCLIP and FROSTER need a model whose name ends in ``-quickgelu``.
+        path: a safetensors, PyTorch or TorchScript file, or the index of a sharded model, whose
+            shards are safetensors or PyTorch files.
+        model: a model with the names of the file or with open_clip's names, expanded or not, to
+            load the weights into. The weights are converted to the dtypes and devices of the model.
+            If an entry does not fit, the model is unchanged. Under ``fully_shard`` every process
+            must call this function, and loads its part. The activation is not a weight: the weights
+            of OpenAI, Open-VCLIP and FROSTER need a model whose name ends in ``-quickgelu``.
         allow_missing: names that may be missing from the file, as patterns of :mod:`fnmatch` such
             as ``"transformer.*"``. Default: none.
         allow_unexpected: names of entries that are left out if they have no place in the result,
             as patterns, for example ``("projector_*", "raw_model.*")`` for FROSTER. Default: none.
 
     Returns:
-        The entries of the file, in the dtypes of the file.
+        The entries of the file, in the dtypes of the file. The extra state of modules
+        (``get_extra_state``) is among them, as the object that was saved.
 
     Raises:
-        CheckpointError: the file is missing, truncated or of another kind, or it holds no weights.
+        CheckpointError: the file is missing, truncated or of another kind, it holds no weights, or
+            it holds several models.
         UnsafeCheckpointError: the file contains a pickle that could run arbitrary code.
         StateMismatchError: weights are left over or missing, or their shapes are not those of the
             model.
+        WeightTypeError: the model has floating-point weights where the file has quantised, sparse
+            or complex weights, or the file holds factors of an adapter such as LoRA.
+        NonFiniteWeightsError: with ``model``, an entry holds NaN or infinity. The infinities of
+            attention masks are accepted. Without ``model``, values are not checked.
         UsageError: the model is on the meta device and has no memory for its weights.
 
     Warns:
-        ActivationWarning: the weights were trained with QuickGELU, and the model has GELU.
+        ActivationWarning: the weights are known to be trained with QuickGELU, and the model has
+            GELU.
     """
-    allowed = _Allowed(_patterns(allow_missing), _patterns(allow_unexpected))
+    allowed = allowed_patterns(allow_missing, allow_unexpected)
     if model is None:
-        return _load(path, allowed)[0]
-    state, info = _load(path, allowed, model)
-    state = _copy_into(model, state, info)
-    _check_activation(model, info)
-    return state
+        loaded = _load(path, allowed)
+        return {**loaded.weights, **loaded.extra_state}
+    reshard(unwrap(model))
+    live, _ = live_model(model)
+    require_live(model, live)
+    loaded = _load(path, allowed, live)
+    weights = copy_into(loaded.weights, live, loaded.info, loaded.quantized)
+    set_extra_state(model, loaded.extra_state)
+    _check_activation(model, loaded.info)
+    return {**weights, **loaded.extra_state}
 
 
 def convert_checkpoint(
@@ -179,146 +237,74 @@ def convert_checkpoint(
             not be written.
         UnsafeCheckpointError, StateMismatchError: see :func:`load_checkpoint`.
     """
-    allowed = _Allowed(_patterns(allow_missing), _patterns(allow_unexpected))
-    state, info = _load(source, allowed, even_blocks=True)
-    metadata = {**info.metadata, "source_family": info.source_family}
+    allowed = allowed_patterns(allow_missing, allow_unexpected)
+    loaded = _load(source, allowed, even_blocks=True)
+    metadata = {**loaded.info.metadata, "source_family": loaded.info.source_family}
+    state = {**loaded.weights, **loaded.extra_state}
     save_checkpoint(state, target, dtype=dtype, metadata=metadata)
-    return info
-
-
-# --- names and shapes ----------------------------------------------------------------------------
+    return loaded.info
 
 
 @dataclass(frozen=True)
-class _Allowed:
-    """Patterns for the names that may be missing, and for the names that may be unexpected."""
+class _Loaded:
+    """The content of a file under the names of a model or of open_clip."""
 
-    missing: tuple[str, ...]
-    unexpected: tuple[str, ...]
-
-    def not_missing(self, names: Iterable[str]) -> list[str]:
-        """Return the names that must not be missing."""
-        return [name for name in names if not _matches(name, self.missing)]
-
-    def not_unexpected(self, names: Iterable[str]) -> list[str]:
-        """Return the names that must not be unexpected."""
-        return [name for name in names if not _matches(name, self.unexpected)]
-
-
-def _patterns(patterns: str | Iterable[str]) -> tuple[str, ...]:
-    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
-
-
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+    weights: dict[str, Tensor]
+    extra_state: dict[str, Any]
+    quantized: list[str]
+    info: CheckpointInfo
 
 
 def _load(
     path: str | os.PathLike[str],
-    allowed: _Allowed,
-    model: nn.Module | None = None,
+    allowed: Allowed,
+    live: Mapping[str, Tensor] | None = None,
     *,
     even_blocks: bool = False,
-) -> tuple[dict[str, Tensor], CheckpointInfo]:
-    """Read and convert a file, and check all names and shapes before the model is changed.
+) -> _Loaded:
+    """Read and convert a file, and check all names and shapes.
 
     Args:
         path: the file.
         allowed: names that may be missing or unexpected.
-        model: the model that the weights must fit. Default: the weights must fit open_clip's CLIP.
+        live: the entries of the model that the weights must fit. Default: the weights must fit
+            open_clip's CLIP.
         even_blocks: whether to check, for files that keep their names, that all blocks of a tower
             have the same entries. Files that are converted are always checked. The argument has no
-            effect if ``model`` is given.
+            effect if ``live`` is given.
     """
     file = read_weights(path)
-    plan = plan_of(file)
+    plan = plan_of(file, left_out=allowed.left_out)
     info = describe(file, plan)
-    state = convert(plan, file.weights)
+    if live is not None:
+        plan = plan_for_model(file, plan, live, allowed)
+    elif even_blocks:
+        require_one_model(plan, info.path)
+    elif plan.prefix not in ("", "model.") and allowed.not_unexpected(plan.left_over):
+        plan = plan_as_named(plan, file.weights)  # a model of its own, of which a CLIP is a part
+    weights = convert(plan, file.weights)
     left_over = allowed.not_unexpected(plan.left_over)
-    if model is not None:
-        _require_fit(state, left_over, named_state(model), info, allowed)
-        return state, info
-    missing = allowed.not_missing(plan.missing if info.converted or even_blocks else ())
+    if live is not None:
+        require_fit(weights, left_over, live, info, allowed)
+    else:
+        missing = allowed.not_missing(plan.missing if plan.converted or even_blocks else ())
+        _require_whole(info, missing, left_over)
+    prefix = plan.prefix
+    extra = {n.removeprefix(prefix): v for n, v in file.extra.items() if n.startswith(prefix)}
+    in_file = set(info.quantized)
+    quantized = [n for n, source in plan.targets.items() if in_file.intersection(source.names)]
+    return _Loaded(weights, extra, quantized, info)
+
+
+def _require_whole(info: CheckpointInfo, missing: list[str], left_over: list[str]) -> None:
     if left_over or missing:
         raise StateMismatchError(
             f"{info.path}: the entries of this {info.family} checkpoint are not exactly those of "
             "open_clip's CLIP.",
             missing=missing,
             unexpected=left_over,
-            hint=_hint(missing, left_over),
+            hint=hint(missing, left_over),
         )
-    return state, info
-
-
-def _require_fit(
-    state: dict[str, Tensor],
-    left_over: list[str],
-    live: Mapping[str, Tensor],
-    info: CheckpointInfo,
-    allowed: _Allowed,
-) -> None:
-    for name in ("logit_scale", "logit_bias"):  # of shape [] in some versions, [1] in others
-        if name in live and name in state and live[name].numel() == state[name].numel() == 1:
-            state[name] = state[name].reshape(live[name].shape)
-    missing = allowed.not_missing(live.keys() - state.keys())
-    unexpected = [*allowed.not_unexpected(state.keys() - live.keys()), *left_over]
-    mismatched = list(mismatches(live, state))
-    if missing or unexpected or mismatched:
-        raise StateMismatchError(
-            f"{info.path} does not fit the model.{_sizes_table(info.sizes, model_sizes(live))}",
-            missing=missing,
-            unexpected=unexpected,
-            mismatched=mismatched,
-            hint=_hint(missing, unexpected, mismatched=bool(mismatched)),
-        )
-
-
-def _sizes_table(file: Sizes, model: Sizes) -> str:
-    """Return a table of the sizes in which a file and a model differ, or an empty text."""
-    rows = [
-        (size.name.replace("_", " "), getattr(file, size.name), getattr(model, size.name))
-        for size in fields(Sizes)
-    ]
-    different = [(title, str(a or "-"), str(b or "-")) for title, a, b in rows if a != b]
-    if not different:
-        return ""
-    table = [("", "file", "model"), *different]
-    return "".join(f"\n  {title:<16}{a:<20}{b}".rstrip() for title, a, b in table)
-
-
-def _hint(missing: list[str], unexpected: list[str], *, mismatched: bool = False) -> str:
-    if mismatched:
-        return "Build the model that the file is for, or give a file that is for this model."
-    hints = []
-    if missing:
-        hints.append(f"allow_missing={_hint_patterns(missing)} to accept that these are missing")
-    if unexpected:
-        hints.append(f"allow_unexpected={_hint_patterns(unexpected)} to leave these entries out")
-    return f"If this is intended, give {' and '.join(hints)}."
-
-
-def _hint_patterns(names: list[str]) -> list[str]:
-    return sorted({f"{name.partition('.')[0]}.*" if "." in name else name for name in names})
-
-
-# --- into a model --------------------------------------------------------------------------------
-
-
-def _copy_into(
-    model: nn.Module, state: Mapping[str, Tensor], info: CheckpointInfo
-) -> dict[str, Tensor]:
-    """Copy the entries that the model has into the model, and return these entries."""
-    live = named_state(model)
-    state = {name: value for name, value in state.items() if name in live}
-    if any(live[name].is_meta for name in state):
-        raise UsageError(
-            f"{info.path} can't be loaded: the model is on the meta device and has no memory for "
-            "its weights. Call model.to_empty(device=...) first."
-        )
-    with torch.no_grad():
-        for name, value in state.items():
-            live[name].copy_(value)
-    return state
 
 
 def _check_activation(model: nn.Module, info: CheckpointInfo) -> None:

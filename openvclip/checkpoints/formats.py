@@ -14,43 +14,27 @@ import warnings
 import zipfile
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from openvclip.checkpoints.layout import map_entries
-from openvclip.checkpoints.sharding import is_index, open_model
+from openvclip.checkpoints.extra_state import decode, load_safely
+from openvclip.checkpoints.file_kinds import SAFETENSORS, TORCHSCRIPT, kind_of, not_whole
+from openvclip.checkpoints.folders import advice_for_part
+from openvclip.checkpoints.layout import map_entries, read_errors
+from openvclip.checkpoints.sharding import is_index, open_model, read_index
 from openvclip.errors import CheckpointError, UnsafeCheckpointError
-from openvclip.weights.names import canonical_state, listed
-
-SAFETENSORS, TORCH, TORCHSCRIPT = "safetensors", "PyTorch", "TorchScript"
+from openvclip.weights.names import canonical_names, is_extra_state, listed
+from openvclip.weights.shards import is_sharded
 
 # Names under which training code stores the weights, beside optimizers and counters.
 _WEIGHT_KEYS = ("model_state", "state_dict", "model_state_dict", "model")
 
 # Integers that OpenAI's files hold among the weights. They describe the model.
 SETTINGS = frozenset({"input_resolution", "context_length", "vocab_size"})
-
-# Other kinds of files that users give by mistake, by their first bytes.
-_OTHER_KINDS = (
-    (b"\x89PNG", "a PNG image"),
-    (b"\xff\xd8\xff", "a JPEG image"),
-    (b"GIF8", "a GIF image"),
-    (b"RIFF", "an AVI, WAV or WebP file"),
-    (b"\x1a\x45\xdf\xa3", "a Matroska or WebM video"),
-    (b"\x89HDF", "an HDF5 file"),
-    (b"\x93NUMPY", "a NumPy array"),
-    (b"GGUF", "a GGUF file"),
-    (b"%PDF", "a PDF"),
-    (b"\x1f\x8b", "a gzip archive; unpack it first"),
-    (b"BZh", "a bzip2 archive; unpack it first"),
-    (b"\xfd7zXZ", "an xz archive; unpack it first"),
-    (b"7z\xbc\xaf", "a 7z archive; unpack it first"),
-    (b"version https://git-lfs", "a Git LFS pointer, not the file itself; run `git lfs pull`"),
-)
 
 
 @dataclass(frozen=True)
@@ -64,14 +48,20 @@ class WeightFile:
         key: the top-level entry that holds the weights, or ``""`` if the file has no such entry.
         beside: the other top-level entries, such as the state of an optimizer.
         metadata: the texts in the header of a safetensors file.
+        extra: the extra state of modules (``get_extra_state``), by name. It is no weight.
+        gelu: whether the code of a TorchScript archive calls GELU.
+        files: the files that hold the weights: the file itself, or the shards of an index.
     """
 
     path: Path
     format: str
     weights: dict[str, Tensor]
-    key: str
-    beside: tuple[str, ...]
-    metadata: dict[str, str]
+    key: str = ""
+    beside: tuple[str, ...] = ()
+    metadata: dict[str, str] = field(default_factory=dict)
+    extra: dict[str, object] = field(default_factory=dict)
+    gelu: bool = False
+    files: tuple[Path, ...] = ()
 
 
 def read_weights(
@@ -97,109 +87,84 @@ def read_weights(
     file = Path(path)
     kind = kind_of(file)
     if kind == SAFETENSORS:
-        weights, metadata = _read_safetensors(file, sizes_only)
-        return WeightFile(file, kind, canonical_state(weights, str(file)), "", (), metadata)
+        found, files = _read_safetensors(file, sizes_only)
+        return _weight_file(file, kind, found, files)
+    with read_errors(file):
+        is_sharded = is_index(file)
+    if is_sharded:
+        return _read_shards(file, sizes_only, mapped)
+    return _weight_file(file, kind, _read_found(file, kind, sizes_only, mapped), (file,))
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The entries of a file under the names in the file, and what stands beside them."""
+
+    entries: dict[str, object]
+    key: str = ""
+    beside: tuple[str, ...] = ()
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+def _weight_file(file: Path, kind: str, found: _Found, files: tuple[Path, ...]) -> WeightFile:
+    weights: dict[str, Tensor] = {}
+    extra: dict[str, object] = {}
+    for name, file_name in canonical_names(found.entries).items():
+        value = found.entries[file_name]
+        if isinstance(value, Tensor) and not is_extra_state(name):
+            weights[name] = value
+        else:
+            extra[name] = value
+    gelu = kind == TORCHSCRIPT and _calls_gelu(file)
+    return WeightFile(
+        file, kind, weights, found.key, found.beside, found.metadata, extra, gelu, files
+    )
+
+
+def _read_found(file: Path, kind: str, sizes_only: bool, mapped: bool) -> _Found:
+    """Read a file that is not a safetensors file."""
     if kind == TORCHSCRIPT:
         content: object = _read_torchscript(file)
     else:
         content = _read_torch(file, sizes_only, mapped)
-    weights, key, beside = _find_weights(content, file)
+    found = _find_weights(content, file)
     if sizes_only:  # a TorchScript archive is always read with its values
-        weights = {name: value.to("meta") for name, value in weights.items()}
-    return WeightFile(file, kind, canonical_state(weights, str(file)), key, beside, {})
+        for name, value in found.entries.items():
+            if isinstance(value, Tensor) and not value.is_meta:
+                found.entries[name] = torch.empty(value.shape, dtype=value.dtype, device="meta")
+    return found
 
 
-# --- the kind of a file ------------------------------------------------------------------------
-
-
-def kind_of(file: Path) -> str:
-    """Return ``SAFETENSORS``, ``TORCH`` or ``TORCHSCRIPT``.
-
-    The index of a sharded model is ``SAFETENSORS`` as well.
-
-    Raises:
-        CheckpointError: there is no such file, or it is of another kind.
-    """
-    try:
-        if file.is_dir():
-            raise CheckpointError(
-                f"There is no file {file}: it is a folder. Give the file of weights"
-                f"{_candidates_text(file)}."
-            )
-        if not file.is_file():
-            raise CheckpointError(
-                f"There is no file {file}; expected a file of weights "
-                "(.safetensors, .pt, .pth, .bin)."
-            )
-        with file.open("rb") as opened:
-            head = opened.read(512)
-        has_index = is_index(file)
-    except OSError as error:
-        raise CheckpointError(f"Can't read {file}: {error}.") from error
-    if head[:4] == b"PK\x03\x04":
-        return _kind_of_zip(file)
-    if (head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32) or has_index:
-        return SAFETENSORS
-    if len(head) > 1 and head[0] == 0x80 and head[1] <= pickle.HIGHEST_PROTOCOL:
-        return TORCH  # the format of torch.save before PyTorch 1.6
-    raise _not_whole(file, _description(head))
-
-
-def _candidates_text(folder: Path) -> str:
-    endings = (".safetensors", ".pt", ".pth", ".bin")
-    candidates = sorted(entry.name for entry in folder.iterdir() if entry.suffix in endings)
-    return f" in it ({listed(candidates)})" if candidates else ""
-
-
-def _kind_of_zip(file: Path) -> str:
-    try:
-        with zipfile.ZipFile(file) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise _not_whole(file, f"the archive is cut off or damaged ({error})") from error
-    last_parts = {name.rpartition("/")[2] for name in names}
-    if "constants.pkl" in last_parts:
-        return TORCHSCRIPT
-    if "data.pkl" in last_parts:
-        return TORCH
-    raise _not_whole(file, f"it is a zip archive of other things ({listed(names) or 'nothing'})")
-
-
-def _not_whole(file: Path, reason: str) -> CheckpointError:
-    return CheckpointError(
-        f"{file} ({file.stat().st_size} bytes) is not a whole safetensors file, PyTorch "
-        f"checkpoint or TorchScript archive: {reason}. Check the path, or copy or download it "
-        "again."
-    )
-
-
-def _description(head: bytes) -> str:
-    if not head:
-        return "it is empty"
-    for first_bytes, description in _OTHER_KINDS:
-        if head.startswith(first_bytes):
-            return f"it is {description}"
-    if head[4:8] == b"ftyp":
-        return "it is an MP4 or QuickTime video"
-    text = head.decode("utf-8", errors="ignore")
-    cut_off = len(head) - len(text.encode())  # bytes of a letter that continues after the head
-    if cut_off < 4 and all(letter.isprintable() or letter in "\r\n\t" for letter in text):
-        if text.lstrip()[:1] == "<":
-            return "it is a web page or XML, perhaps because a download failed"
-        return f"it is a text that begins with {text.strip()[:40]!r}"
-    return f"it begins with the bytes {head[:8].hex(' ')}, which none of these formats does"
+def _read_shards(index_path: Path, sizes_only: bool, mapped: bool) -> WeightFile:
+    """Read a sharded model whose shards are not all safetensors files."""
+    with read_errors(index_path):
+        index = read_index(index_path)
+    entries: dict[str, object] = {}
+    kinds = set()
+    for shard in index.shards:
+        kind = kind_of(shard)
+        kinds.add(kind)
+        if kind == SAFETENSORS:
+            part = _read_safetensors(shard, sizes_only)[0]
+        else:
+            part = _read_found(shard, kind, sizes_only, mapped)
+        index.require_listed(shard, part.entries)
+        entries.update(part.entries)
+    found = _Found(entries, metadata=index.metadata)
+    return _weight_file(index_path, " and ".join(sorted(kinds)), found, tuple(index.shards))
 
 
 # --- reading -----------------------------------------------------------------------------------
 
 
-def _read_safetensors(file: Path, sizes_only: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_safetensors(file: Path, sizes_only: bool) -> tuple[_Found, tuple[Path, ...]]:
     with ExitStack() as stack:
         shards, metadata = open_model(file, stack)
         weights: dict[str, Tensor] = {}
         for shard in shards:
             weights.update(shard.header.sizes if sizes_only else map_entries(shard))
-    return weights, metadata
+    entries, texts = decode(weights, metadata, str(file))
+    return _Found(entries, metadata=texts), tuple(shard.path for shard in shards)
 
 
 def _read_torchscript(file: Path) -> Mapping[str, Any]:
@@ -210,31 +175,50 @@ def _read_torchscript(file: Path) -> Mapping[str, Any]:
             archive = torch.jit.load(os.fspath(file), map_location="cpu")
         return {name: value.detach() for name, value in archive.state_dict().items()}
     except Exception as error:  # a damaged archive raises errors of many kinds
-        raise _not_whole(
+        raise not_whole(
             file, f"the TorchScript archive can't be read ({_summary(error)})"
         ) from error
 
 
+def _calls_gelu(file: Path) -> bool:
+    """Return whether the code of a TorchScript archive calls GELU. The code is not run."""
+    with zipfile.ZipFile(file) as archive:
+        sources = [name for name in archive.namelist() if name.endswith(".py")]
+        return any(b"torch.gelu(" in archive.read(name) for name in sources)
+
+
 def _read_torch(file: Path, sizes_only: bool, mapped: bool) -> object:
+    if not sizes_only:
+        return _load(file, "cpu", mapped)
+    try:
+        return _load(file, "meta", mapped=False)
+    except UnsafeCheckpointError:
+        raise
+    except CheckpointError:  # sparse and quantised tensors have no meta device
+        return _load(file, "cpu", mapped=True)
+
+
+def _load(file: Path, device: str, mapped: bool) -> object:
     try:
         with warnings.catch_warnings():
             # torch.load may warn first (of the pickle protocol, for example) and then raise.
             warnings.simplefilter("ignore")
-            device = "meta" if sizes_only else "cpu"
             # torch.load reads a path *.safetensors as safetensors, whatever the file contains.
             named_safetensors = file.suffix == ".safetensors"
             if mapped and not named_safetensors and zipfile.is_zipfile(file):
-                return torch.load(file, map_location=device, weights_only=True, mmap=True)
+                return load_safely(file, map_location=device, mmap=True)
             with file.open("rb") as opened:
-                return torch.load(opened, map_location=device, weights_only=True)
+                return load_safely(opened, map_location=device)
     except pickle.UnpicklingError as error:
         raise _unsafe_or_damaged(file, error) from error
     except Exception as error:  # a damaged file raises errors of many kinds
-        raise _not_whole(file, f"it can't be read to its end ({_summary(error)})") from error
+        raise not_whole(file, f"it can't be read to its end ({_summary(error)})") from error
 
 
 def _unsafe_or_damaged(file: Path, error: Exception) -> CheckpointError:
     text = str(error)
+    if _SHARDED_CLASSES.search(text):
+        return _sharded(file)
     needed = re.search(r"GLOBAL (\S+) was not an allowed global", text)
     detail = text.partition("WeightsUnpickler error: ")[2].splitlines()[:1]
     if needed:
@@ -242,12 +226,25 @@ def _unsafe_or_damaged(file: Path, error: Exception) -> CheckpointError:
     elif re.search(r"(?i)unsupported (class|global|nested)|unrecognized function|blocklist", text):
         reason = detail[0] if detail else _summary(error)
     else:
-        return _not_whole(file, "it is a pickle but no checkpoint of tensors and plain values")
+        return not_whole(file, "it is a pickle but no checkpoint of tensors and plain values")
     return UnsafeCheckpointError(
         f"Loading {file} could run arbitrary code: {reason}. Nothing was run. If you trust the "
         "source of the file, load it once with torch.load(path, weights_only=False), which runs "
         "such code. Then save only the weights: "
-        "openvclip.save_checkpoint(loaded['state_dict'], 'weights.safetensors')."
+        "openvclip.save_checkpoint(loaded['state_dict'], 'weights.safetensors'), or "
+        "loaded.state_dict() if the file holds a whole module."
+        f"{_advice_for_part(file)}"
+    )
+
+
+_SHARDED_CLASSES = re.compile(r"torch\.distributed\.\S*(tensor|mesh)", re.IGNORECASE)
+
+
+def _sharded(file: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{file} holds the parts of one process (DTensor or ShardedTensor), which are not whole "
+        "weights. Save whole weights in the training: every process calls "
+        "openvclip.save_checkpoint(model.state_dict(), path), which gathers the parts."
     )
 
 
@@ -260,18 +257,39 @@ def _summary(error: Exception) -> str:
 # --- finding the weights -------------------------------------------------------------------------
 
 
-def _find_weights(content: object, file: Path) -> tuple[dict[str, Tensor], str, tuple[str, ...]]:
+def _find_weights(content: object, file: Path) -> _Found:
     if not isinstance(content, Mapping):
         raise CheckpointError(
             f"{file} holds a {type(content).__name__}; expected a mapping of names to tensors."
+            f"{_advice_for_part(file)}"
         )
+    if "ds_version" in content:
+        return _find_deepspeed(content, file)
+    app = content.get("app")  # the usual top-level entry of torch.distributed.checkpoint
+    if isinstance(app, Mapping) and not _has_weights(content):
+        return _find_weights(app, file)
     keys = [key for key in _WEIGHT_KEYS if _has_weights(content.get(key))]
     if len(keys) == 1:
         beside = tuple(str(key) for key in content if key != keys[0])
-        return _tensors(content[keys[0]], file), keys[0], beside
+        return _Found(_entries(content[keys[0]], file), keys[0], beside)
     if keys or not _has_weights(content):
         raise _no_weights(content, keys, file)
-    return _tensors(content, file), "", ()
+    return _Found(_entries(content, file))
+
+
+def _find_deepspeed(content: Mapping[Any, object], file: Path) -> _Found:
+    """Return the weights of a file of DeepSpeed, which holds whole weights up to ZeRO stage 2."""
+    weights = content.get("module")
+    is_whole = content.get("mp_world_size", 1) == 1 and _has_weights(weights)
+    if is_whole and isinstance(weights, Mapping):
+        shapes = [value.numel() for value in weights.values() if isinstance(value, Tensor)]
+        if all(shapes):  # stage 3 leaves empty tensors
+            beside = tuple(str(key) for key in content if key != "module")
+            return _Found(_entries(weights, file), "module", beside)
+    raise CheckpointError(
+        f"{file} holds a part of a checkpoint of DeepSpeed. Join the parts with the script "
+        f"zero_to_fp32.py, which DeepSpeed writes beside its checkpoints.{_advice_for_part(file)}"
+    )
 
 
 def _has_weights(value: object) -> bool:
@@ -281,24 +299,47 @@ def _has_weights(value: object) -> bool:
 def _no_weights(content: Mapping[Any, object], keys: list[str], file: Path) -> CheckpointError:
     entries = ", ".join(f"{key!r}: {type(value).__name__}" for key, value in content.items())
     problem = f"weights under each of {keys}" if keys else "no weights"
+    if content.keys() == {"state", "param_groups"}:
+        problem = "the state of an optimizer and no weights"
     return CheckpointError(
         f"{file} holds {problem}; expected names mapped to tensors, at the top level or under one "
         f"of {', '.join(map(repr, _WEIGHT_KEYS))}. Its entries are {entries[:600]}. Load the file "
         "yourself and save the weights with openvclip.save_checkpoint."
+        f"{_advice_for_part(file)}"
     )
 
 
-def _tensors(entries: Mapping[Any, object], file: Path) -> dict[str, Tensor]:
-    tensors = {str(name): value for name, value in entries.items() if isinstance(value, Tensor)}
+def _advice_for_part(file: Path) -> str:
+    try:
+        advice = advice_for_part(file)
+    except OSError:
+        return ""
+    return f" {advice}" if advice else ""
+
+
+def _entries(content: Mapping[Any, object], file: Path) -> dict[str, object]:
+    """Return the tensors and the extra state of modules."""
+    entries = {
+        str(name): value
+        for name, value in content.items()
+        if isinstance(value, Tensor) or is_extra_state(str(name))
+    }
+    if any(isinstance(value, Tensor) and is_sharded(value) for value in entries.values()):
+        raise _sharded(file)
     others = [
         f"{name} ({type(value).__name__})"
-        for name, value in entries.items()
-        if not isinstance(value, Tensor) and str(name) not in SETTINGS
+        for name, value in content.items()
+        if str(name) not in entries and str(name) not in SETTINGS
     ]
+    if any("_packed_params" in name for name in others):
+        raise CheckpointError(
+            f"{file} holds the packed weights of quantised modules ({listed(others)}). Quantise "
+            "after merging: give the file that the model was quantised from."
+        )
     if others:
         raise CheckpointError(
             f"{file}: {len(others)} entries among the weights are no tensors: "
             f"{', '.join(others[:20])}. Remove these entries and save the other entries with "
             "openvclip.save_checkpoint."
         )
-    return tensors
+    return entries

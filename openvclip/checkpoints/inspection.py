@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from openvclip.checkpoints.families import Plan, has_quick_gelu, plan_conversion
-from openvclip.checkpoints.formats import TORCHSCRIPT, WeightFile, read_weights
+from openvclip.checkpoints.families import FAMILIES, Origin, Plan, has_quick_gelu, plan_conversion
+from openvclip.checkpoints.file_kinds import TORCHSCRIPT
+from openvclip.checkpoints.formats import WeightFile, read_weights
 from openvclip.checkpoints.sizes import Shape, Sizes, sizes_of
+from openvclip.weights.adapters import factor_names
+from openvclip.weights.kinds import quantized_names
+from openvclip.weights.names import listed
 
 _LISTED_NAMES = 12
 
@@ -34,6 +38,11 @@ class CheckpointInfo:
         missing: names of open_clip that the layers of the file require, but that the file lacks.
         converted: whether entries are renamed or reshaped when the file is loaded.
         metadata: the texts in the header of a safetensors file.
+        prefix: the text before the names of the CLIP, such as ``"model."`` of a Lightning module.
+        prefixes: the prefixes of the CLIPs in a file that holds several CLIPs.
+        extra_state: the names of the extra state of modules (``get_extra_state``).
+        factors: the entries that are factors of an adapter, such as LoRA.
+        quantized: the entries that are quantised.
     """
 
     path: str = ""
@@ -49,22 +58,33 @@ class CheckpointInfo:
     missing: tuple[str, ...] = ()
     converted: bool = False
     metadata: Mapping[str, str] = field(default_factory=dict)
+    prefix: str = ""
+    prefixes: tuple[str, ...] = ()
+    extra_state: tuple[str, ...] = ()
+    factors: tuple[str, ...] = ()
+    quantized: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         sizes = self.sizes
         key = f" under {self.key!r}" if self.key else ""
+        prefix = f" with the prefix {self.prefix!r}" if self.prefix else ""
         unchanged = "" if self.converted else " (names unchanged)"
         dtypes = ", ".join(f"{count} {dtype}" for dtype, count in self.dtypes.items())
         rows = [
             ("file", f"{self.path} ({self.format})"),
-            ("family", f"{self.family}{key}{unchanged}"),
+            ("family", f"{self.family}{key}{prefix}{unchanged}"),
+            ("several", _several_text(self.prefixes)),
             ("backbone", self._backbone_text()),
+            ("activation", self._activation_text()),
             ("image tower", _sizes_text(patch=sizes.patch_size, resolution=sizes.image_size,
                                         width=sizes.vision_width, layers=sizes.vision_layers)),
             ("text tower", _sizes_text(width=sizes.text_width, layers=sizes.text_layers,
                                        context=sizes.context_length, vocabulary=sizes.vocab_size)),
             ("embedding", _sizes_text(length=sizes.embed_dim)),
             ("entries", f"{self.entries} ({dtypes})"),
+            ("factors", _names_text(self.factors, " (merge the adapter into its base model)")),
+            ("quantised", _names_text(self.quantized, " (dequantise the model first)")),
+            ("extra state", _names_text(self.extra_state)),
             ("metadata", ", ".join(f"{name}={text}" for name, text in self.metadata.items())),
             ("beside", _names_text(self.beside)),
             ("ignored", _names_text(self.ignored)),
@@ -82,6 +102,12 @@ class CheckpointInfo:
     def quick_gelu(self) -> bool:
         """Whether the weights are known to have been trained with QuickGELU."""
         return has_quick_gelu(self.source_family)
+
+    def _activation_text(self) -> str:
+        is_clip = self.family != FAMILIES[-1].name
+        if self.quick_gelu or not is_clip:
+            return ""
+        return "unknown: GELU or QuickGELU, which no weight shows"
 
     def _backbone_text(self) -> str:
         if self.backbone is None:
@@ -145,12 +171,18 @@ def _sizes_text(**sizes: int | None) -> str:
     return ", ".join(f"{name} {size}" for name, size in sizes.items() if size is not None)
 
 
-def _names_text(names: tuple[str, ...]) -> str:
+def _several_text(prefixes: tuple[str, ...]) -> str:
+    if not prefixes:
+        return ""
+    return f"{len(prefixes)} CLIPs, under the prefixes {listed([repr(p) for p in prefixes])}"
+
+
+def _names_text(names: tuple[str, ...], remark: str = "") -> str:
     if not names:
         return ""
     more = len(names) - _LISTED_NAMES
     text = ", ".join(names[:_LISTED_NAMES]) + (f" and {more} more" if more > 0 else "")
-    return f"{len(names)}: {text}"
+    return f"{len(names)}{remark}: {text}"
 
 
 def inspect_checkpoint(path: str | os.PathLike[str]) -> CheckpointInfo:
@@ -171,9 +203,16 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> CheckpointInfo:
     return describe(file, plan_of(file))
 
 
-def plan_of(file: WeightFile) -> Plan:
-    """Return the plan that converts a file to open_clip's names."""
-    return plan_conversion(file.weights, torchscript=file.format == TORCHSCRIPT)
+def plan_of(file: WeightFile, *, left_out: Callable[[str], bool] = lambda name: False) -> Plan:
+    """Return the plan that converts a file to open_clip's names.
+
+    Args:
+        file: the file.
+        left_out: see :func:`~openvclip.checkpoints.families.plan_conversion`.
+    """
+    torchscript = file.format == TORCHSCRIPT
+    origin = Origin(torchscript, file.key, file.beside, file.gelu)
+    return plan_conversion(file.weights, origin, left_out=left_out)
 
 
 def describe(file: WeightFile, plan: Plan) -> CheckpointInfo:
@@ -196,8 +235,13 @@ def describe(file: WeightFile, plan: Plan) -> CheckpointInfo:
         ignored=plan.ignored,
         left_over=plan.left_over,
         missing=plan.missing,
-        converted=plan.family.converted,
+        converted=plan.converted,
         metadata=file.metadata,
+        prefix=plan.prefix,
+        prefixes=plan.prefixes,
+        extra_state=tuple(file.extra),
+        factors=tuple(factor_names(file.weights)),
+        quantized=tuple(quantized_names(file.weights)),
     )
 
 

@@ -34,6 +34,8 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
     "C64": torch.complex64,
     "I64": torch.int64,
     "I32": torch.int32,
@@ -325,12 +327,20 @@ def header_bytes(sizes: Mapping[str, Tensor], metadata: Mapping[str, str]) -> by
     return len(text).to_bytes(8, "little") + text
 
 
-def require_storable(dtype: torch.dtype) -> None:
+def require_storable(dtype: torch.dtype, name: str = "") -> None:
     """Check that safetensors files can store ``dtype``.
+
+    Args:
+        dtype: the dtype of an entry.
+        name: the name of the entry, for the error text.
 
     Raises:
         CheckpointError: safetensors files can't store ``dtype``.
     """
     if dtype not in _CODES:
         names = ", ".join(str(known).removeprefix("torch.") for known in _CODES)
-        raise CheckpointError(f"dtype={dtype}: safetensors files hold {names}.")
+        entry = f"{name} has the " if name else ""
+        raise CheckpointError(
+            f"{entry}dtype={dtype}: safetensors files hold {names}. Convert the entry to one of "
+            "these dtypes first."
+        )

@@ -1,13 +1,15 @@
-"""Sharded models: several safetensors files, and an index.
+"""Sharded models: several files, the shards, and an index.
 
-The index is JSON. Its ``weight_map`` maps the name of each entry to the file that holds the entry.
+The shards are safetensors files or PyTorch files. The index is JSON. Its ``weight_map`` maps the
+name of each entry to the file that holds the entry.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,13 @@ def shard_names_in(index: Path) -> set[str]:
         return set()
 
 
+def index_of_shard(shard: Path | str) -> Path | None:
+    """Return the index beside a shard that lists the shard, or ``None``."""
+    path = Path(shard)
+    indexes = sorted(path.parent.glob("*.index.json"))
+    return next((index for index in indexes if path.name in shard_names_in(index)), None)
+
+
 def index_bytes(shards: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, str]) -> bytes:
     """Return the index of a sharded model.
 
@@ -83,29 +92,69 @@ def index_bytes(shards: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[st
     return (json.dumps(index, indent=2) + "\n").encode()
 
 
-def _open_shards(index_path: Path, stack: ExitStack) -> tuple[list[OpenFile], dict[str, str]]:
+@dataclass(frozen=True)
+class Index:
+    """The index of a sharded model.
+
+    Attributes:
+        path: the path of the index.
+        shards: maps the path of each shard to the names that the index gives for it.
+        metadata: the texts of the index.
+    """
+
+    path: Path
+    shards: dict[Path, set[str]]
+    metadata: dict[str, str]
+
+    def require_listed(self, shard: Path, names: Collection[str]) -> None:
+        """Check that a shard holds exactly the entries that the index gives for it.
+
+        Args:
+            shard: the path of the shard.
+            names: the names of the entries in the shard.
+
+        Raises:
+            CheckpointError: the names differ.
+        """
+        expected, actual = self.shards[shard], set(names)
+        if missing := sorted(expected - actual):
+            raise _index_error(self.path, f"{shard.name} does not hold {listed(missing)}")
+        if unnamed := sorted(actual - expected):
+            reason = f"it does not list these entries of {shard.name}: {listed(unnamed)}"
+            raise _index_error(self.path, reason)
+
+
+def read_index(path: Path) -> Index:
+    """Read the index of a sharded model, and check that all shards exist.
+
+    Raises:
+        CheckpointError: the index is invalid, or a shard is missing.
+        OSError: the index can't be read.
+    """
     try:
-        index = json_object(index_path.read_bytes(), "the index")
+        index = json_object(path.read_bytes(), "the index")
         weight_map = _weight_map(index)
     except LayoutError as error:
-        raise _index_error(index_path, str(error)) from error
+        raise _index_error(path, str(error)) from error
+    shards: dict[Path, set[str]] = {}
+    for shard_name in sorted(set(weight_map.values())):
+        shard = path.with_name(shard_name)
+        if not shard.is_file():
+            raise _index_error(path, f"there is no file {shard_name} beside it")
+        shards[shard] = {name for name, holder in weight_map.items() if holder == shard_name}
+    return Index(path, shards, _index_metadata(index))
+
+
+def _open_shards(index_path: Path, stack: ExitStack) -> tuple[list[OpenFile], dict[str, str]]:
+    index = read_index(index_path)
     shards: list[OpenFile] = []
     metadata: dict[str, str] = {}
-    for shard_name in sorted(set(weight_map.values())):
-        path = index_path.with_name(shard_name)
-        if not path.is_file():
-            raise _index_error(index_path, f"there is no file {shard_name} beside it")
+    for path in index.shards:
         shard = open_file(path, stack)
         shards.append(shard)
         metadata.update(shard.header.metadata)
-        expected = {name for name, holder in weight_map.items() if holder == shard_name}
-        actual = shard.header.sizes.keys()
-        if missing := sorted(expected - actual):
-            raise _index_error(index_path, f"{shard_name} does not hold {listed(missing)}")
-        if unnamed := sorted(actual - expected):
-            reason = f"it does not list these entries of {shard_name}: {listed(unnamed)}"
-            raise _index_error(index_path, reason)
-    return shards, {**metadata, **_index_metadata(index)}
+        index.require_listed(path, shard.header.sizes)
+    return shards, {**metadata, **index.metadata}
 
 
 def _weight_map(index: dict[str, Any]) -> dict[str, str]:

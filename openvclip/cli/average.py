@@ -14,6 +14,7 @@ Write the uniform mean of files of weights, such as the checkpoints of a run.
 Sums are computed in float64. Integers come from the last file. Safetensors
 files are not loaded: the command needs less than 100 MB of memory for dozens of
 models of any size. A PyTorch file (.pth) can take memory of its size.
+Quantised weights and factors of adapters (LoRA) are refused.
 """
 _EXAMPLES = """\
 examples:

@@ -14,14 +14,17 @@ Convert a file of weights to safetensors under open_clip's names.
 
 These families are recognised from the content of the file: OpenAI's TorchScript
 archives and state dicts, open_clip's checkpoints, Hugging Face's CLIP, and the
-.pth files of Open-VCLIP and FROSTER. The content of the file is printed first,
-as by "openvclip inspect". No pickled code is run.
+.pth files of Open-VCLIP and FROSTER. The prefix of a module around a CLIP, such
+as "model." in a checkpoint of Lightning, is removed. The content of the file is
+printed first, as by "openvclip inspect". No pickled code is run.
 """
 _EXAMPLES = """\
 examples:
   openvclip convert swa_2_22.pth -o open-vclip-b16.safetensors
   openvclip convert froster.pth -o froster.safetensors \\
       --allow-unexpected 'projector_*' --allow-unexpected 'raw_model.*'
+  openvclip convert last.ckpt -o student.safetensors \\
+      --allow-unexpected 'teacher.*'
 """
 
 

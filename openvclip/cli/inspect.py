@@ -8,7 +8,8 @@ from pathlib import Path
 from openvclip.cli.options.types import Commands
 
 _DESCRIPTION = """\
-Show the content of a file of weights: family, backbone, sizes and entries.
+Show the content of a file of weights: family, backbone, sizes, activation and
+entries. The activation is shown only if the file shows it.
 
 The weights are not loaded. No pickled code is run.
 """

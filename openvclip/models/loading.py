@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from openvclip.checkpoints.api import load_checkpoint
-from openvclip.checkpoints.formats import kind_of
-from openvclip.errors import ModelNameError
+from openvclip.checkpoints.file_kinds import kind_of
+from openvclip.errors import ModelNameError, NonFiniteWeightsError
 from openvclip.models.preprocess import transform_for
 from openvclip.towers.temporal import expand_temporal_attention
 from openvclip.towers.view import Boundary
 from openvclip.video.transforms import Transform
-from openvclip.weights.names import named_state
+from openvclip.weights.names import listed, named_parameters, named_state
+from openvclip.weights.numerics import non_finite_names
 
 _SCHEMAS = ("local-dir:", "hf-hub:")
 
@@ -85,6 +86,7 @@ def load_model(
         ModelNameError: ``name`` is not a model of open_clip; or ``pretrained`` is neither a file
             nor a tag of open_clip for this model; or the weights can't be downloaded.
         CheckpointError, StateMismatchError: a file can't be read, or does not fit the model.
+        NonFiniteWeightsError: a weight is NaN or infinite. The error names the file.
         UnsupportedModelError: the image tower can't be expanded.
     """
     import open_clip
@@ -130,6 +132,7 @@ def fine_tuned(
 
     Raises:
         CheckpointError, StateMismatchError: the file can't be read, or does not fit the model.
+        NonFiniteWeightsError: a weight is NaN or infinite.
     """
     original = {n: v.detach().clone() for n, v in named_state(model).items()}
     load_checkpoint(
@@ -188,7 +191,9 @@ def _build(name: str, pretrained: str | os.PathLike[str] | None) -> Any:
     import open_clip
 
     if brings_weights(name):
-        return open_clip.create_model(name)
+        model = open_clip.create_model(name)
+        _require_finite(model, name)
+        return model
     tags = open_clip.list_pretrained_tags_by_model(name)
     tag_list = ", ".join(tags) or "(open_clip has none)"
     if pretrained is None:
@@ -199,7 +204,9 @@ def _build(name: str, pretrained: str | os.PathLike[str] | None) -> Any:
     tag_or_file = os.fspath(pretrained)
     if tag_or_file in tags:
         return _download(name, tag_or_file)
-    if not Path(tag_or_file).is_file():
+    if Path(tag_or_file).exists():
+        kind_of(Path(tag_or_file))  # raises before the model is built
+    else:
         raise ModelNameError(
             f"{tag_or_file!r} is neither a file of weights nor a tag of open_clip for {name}. "
             f"Tags: {tag_list}."
@@ -218,12 +225,25 @@ def _download(name: str, tag: str) -> Any:
     import open_clip
 
     try:
-        return open_clip.create_model(name, pretrained=tag)
+        model = open_clip.create_model(name, pretrained=tag)
     except (RuntimeError, OSError) as error:
         raise ModelNameError(
             f"The weights {tag!r} of {name} can't be downloaded: {str(error).rstrip('.')}. Without "
             "a network connection, give a file of weights instead of a tag."
         ) from error
+    _require_finite(model, tag)
+    return model
+
+
+def _require_finite(model: nn.Module, source: str) -> None:
+    """Check that no parameter is NaN or infinite. Buffers may hold the -inf of attention masks."""
+    names = non_finite_names(named_parameters(model))
+    if names:
+        raise NonFiniteWeightsError(
+            f"The weights of {source} hold NaN or infinity in {len(names)} entries "
+            f"({listed(names)}), so the model would compute NaN. Download or copy them again, or "
+            "give another file."
+        )
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from openvclip.errors import StateMismatchError, UsageError, WeightTypeError
 from openvclip.weights.memory import tied_names, view_of
@@ -34,12 +35,14 @@ def canonical_names(names: Iterable[str]) -> dict[str, str]:
     The parts that ``torch.compile``, FSDP and activation checkpointing add are removed at any
     position. A leading ``module.`` is removed, repeatedly, only if all names have it. Data
     parallelism wraps the whole model. If only some names start with ``module.``, then ``module`` is
-    a submodule of the model, and the names are kept.
+    a submodule of the model, and the names are kept. The counter ``n_averaged`` of
+    ``torch.optim.swa_utils.AveragedModel`` beside names that all start with ``module.`` is left
+    out.
 
     Raises:
         StateMismatchError: two names have the same canonical form.
     """
-    raw_names = list(names)
+    raw_names = _without_counter(list(names))
     short_names = [_without_wrappers(name) for name in raw_names]
     while short_names and all(name.startswith("module.") for name in short_names):
         short_names = [name.removeprefix("module.") for name in short_names]
@@ -53,6 +56,17 @@ def canonical_names(names: Iterable[str]) -> dict[str, str]:
             hint="Keep one entry for each weight, under the name of the model without wrappers.",
         )
     return canonical
+
+
+def _without_counter(names: list[str]) -> list[str]:
+    """Leave out the counter of ``AveragedModel``, which is not part of the averaged model."""
+    counters = [name for name in names if name.rpartition(".")[2] == "n_averaged"]
+    if len(counters) != 1 or len(names) == 1:
+        return names
+    prefix = _without_wrappers(counters[0]).removesuffix("n_averaged")
+    others = [name for name in names if name != counters[0]]
+    under_module = all(_without_wrappers(name).startswith(f"{prefix}module.") for name in others)
+    return others if under_module and set(prefix.split(".")) <= {"module", ""} else names
 
 
 def canonical_state(
@@ -138,8 +152,13 @@ def _module_prefix(live: Mapping[str, Tensor]) -> str:
     return prefix
 
 
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the model inside the wrappers of data parallelism and ``torch.compile``.
+
+    ``torch.optim.swa_utils.AveragedModel`` is such a wrapper too.
 
     Raises:
         WeightTypeError: ``model`` is not a module.
@@ -147,7 +166,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise WeightTypeError(f"Expected a torch.nn.Module, got {type(model).__name__}.")
     while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        if isinstance(model, _WRAPPERS):
             model = model.module
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = cast(nn.Module, model._orig_mod)

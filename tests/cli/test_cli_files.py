@@ -12,7 +12,7 @@ from torch import Tensor
 import openvclip
 from openvclip.weights.lambdas import visual_only
 from tests.cli.test_cli import Captured, failure, help_text, run
-from tests.helpers import assert_same_state
+from tests.helpers import assert_same_state, tiny_clip
 
 
 def state(seed: int) -> dict[str, Tensor]:
@@ -150,3 +150,37 @@ def test_help_gives_defaults_and_says_what_happens_to_an_existing_file(
     text = " ".join(help_text(capsys, command).split())
     assert "replace OUT if it exists (default: keep it and end with an error)" in text
     assert "(default: the dtype of each entry)" in text
+
+
+# Report 05 (open_clip#771): what is unknown is said, and not stored.
+def test_inspect_and_convert_say_what_is_known(tmp_path: Path, capsys: Captured) -> None:
+    file, out = tmp_path / "last.ckpt", tmp_path / "out.safetensors"
+    model = tiny_clip()
+    both = {f"{p}.{n}": v for p in ("student", "teacher") for n, v in model.state_dict().items()}
+    torch.save({"state_dict": both, "pytorch-lightning_version": "2.6.6"}, file)
+    assert run("inspect", file) == 0
+    assert "2 CLIPs, under the prefixes 'student.', 'teacher.'" in capsys.readouterr().out
+    assert "allow_unexpected=['teacher.*']" in failure(capsys, "convert", file, "-o", out)
+    assert run("convert", file, "-o", out, "--allow-unexpected", "teacher.*") == 0
+    assert run("inspect", out) == 0
+    printed = capsys.readouterr().out
+    assert "source_family=open_clip CLIP" in printed
+    assert "activation   unknown" in printed
+    assert "QuickGELU" not in printed.replace("GELU or QuickGELU", "")
+    assert_same_state(load_file(out), dict(sorted(model.state_dict().items())))
+
+
+# Reports 13 and 14: factors of adapters and quantised weights are refused by the commands.
+def test_what_can_not_be_merged_entry_by_entry_is_refused(tmp_path: Path, capsys: Captured) -> None:
+    files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    out = tmp_path / "out.safetensors"
+    names = (("fc.lora_A.weight", "fc.lora_B.weight"), ("fc.weight", "fc.SCB"))
+    advice = ("merge_and_unload", "Dequantise")
+    for pair_of_names, expected in zip(names, advice, strict=True):
+        for seed, file in enumerate(files, start=1):
+            dtype = torch.int8 if "SCB" in pair_of_names[1] else torch.float32
+            values = {n: torch.full((2, 2), seed, dtype=dtype) for n in pair_of_names[:1]}
+            save_file({**values, pair_of_names[1]: torch.full((2, 2), float(seed))}, file)
+        for call in (("average", *files), ("interpolate", *files, "--lam", 0.5)):
+            assert expected in failure(capsys, *call, "-o", out)
+    assert not out.exists()

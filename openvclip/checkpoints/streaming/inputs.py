@@ -10,11 +10,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from openvclip.checkpoints.formats import SAFETENSORS, kind_of, read_weights
-from openvclip.checkpoints.layout import fill, read_errors
+from openvclip.checkpoints.extra_state import EXTRA_STATE_KEY, encode, names_of_objects
+from openvclip.checkpoints.file_kinds import SAFETENSORS, kind_of
+from openvclip.checkpoints.formats import read_weights
+from openvclip.checkpoints.layout import fill, map_entries, read_errors
 from openvclip.checkpoints.sharding import open_model
+from openvclip.weights.adapters import factor_names
+from openvclip.weights.averageable import require_combinable
 from openvclip.weights.hashing import WeightsHash
-from openvclip.weights.names import canonical_names, require_match
+from openvclip.weights.kinds import quantized_names, require_values
+from openvclip.weights.names import canonical_names, is_extra_state, require_match
 from openvclip.weights.numerics import bytes_of
 
 
@@ -26,13 +31,38 @@ class WeightInput(ABC):
         files: the files that hold the weights, without the index.
         sizes: canonical names to tensors on the meta device, in the order of the files.
         metadata: the texts that the files hold beside the weights.
+        extra_state: the extra state of modules, as safetensors files store it.
     """
 
     def __init__(
         self, path: Path, files: list[Path], sizes: dict[str, Tensor], metadata: dict[str, str]
     ) -> None:
-        self.path, self.files, self.sizes, self.metadata = path, files, sizes, metadata
-        self._hash = WeightsHash(sizes)
+        self.path, self.files, self.metadata = path, files, metadata
+        self.sizes = {name: size for name, size in sizes.items() if not is_extra_state(name)}
+        self.extra_state: dict[str, Tensor] = {}
+        self._hash = WeightsHash(self.sizes)
+
+    @abstractmethod
+    def mapped(self) -> dict[str, Tensor]:
+        """Return all weights, mapped into memory. Values are read when they are first used."""
+
+    def _set_own_extra_state(self, extra: dict[str, Tensor]) -> None:
+        # The hash is that of openvclip.weights.weights_hash: with tensors, without objects.
+        objects = set(names_of_objects(self.metadata))
+        tensors = {name: value for name, value in extra.items() if name not in objects}
+        self.extra_state = extra
+        self._hash = WeightsHash({**self.sizes, **tensors})
+        for name, value in tensors.items():
+            self._hash.update(name, value.contiguous().reshape(-1))
+
+    def take_extra_state(self, other: WeightInput) -> None:
+        """Give the extra state of another model, which is not merged, instead of one's own."""
+        extra = {name: _size_of(value) for name, value in other.extra_state.items()}
+        self.sizes = {**self.sizes, **extra}  # a new dict: the hash is of the weights alone
+        self.extra_state = dict(other.extra_state)
+        texts = {EXTRA_STATE_KEY: other.metadata.get(EXTRA_STATE_KEY)}
+        known = {**self.metadata, **texts}
+        self.metadata = {key: text for key, text in known.items() if text is not None}
 
     def read(self, name: str, start: int, into: Tensor) -> None:
         """Fill ``into`` with consecutive elements of an entry, in memory order.
@@ -44,6 +74,9 @@ class WeightInput(ABC):
             start: index of the first element to read.
             into: tensor of one dimension and of the dtype of the entry.
         """
+        if name in self.extra_state:
+            into.copy_(self.extra_state[name].reshape(-1)[start : start + len(into)])
+            return
         self._fill(name, start, into)
         self._hash.update(name, into)
 
@@ -58,8 +91,15 @@ class WeightInput(ABC):
         return self._hash.hexdigest()
 
 
+def _size_of(value: Tensor) -> Tensor:
+    # torch.empty_like on the meta device would import sympy, which takes half a second.
+    return torch.empty(value.shape, dtype=value.dtype, device="meta")
+
+
 def open_inputs(paths: list[Path], stack: ExitStack) -> list[WeightInput]:
     """Open models whose names and shapes are the same.
+
+    The extra state of modules is not merged. All inputs give the extra state of the last model.
 
     Args:
         paths: the files of the models.
@@ -68,6 +108,7 @@ def open_inputs(paths: list[Path], stack: ExitStack) -> list[WeightInput]:
     Raises:
         CheckpointError, UnsafeCheckpointError: a file is missing, incomplete or of another kind.
         StateMismatchError: the names or shapes of a model differ from those of the first model.
+        WeightTypeError: the entries can't be merged one by one.
     """
     inputs: list[WeightInput] = []
     for path in paths:
@@ -83,7 +124,21 @@ def open_inputs(paths: list[Path], stack: ExitStack) -> list[WeightInput]:
             "All files must come from the same architecture. `openvclip convert` renames the "
             "entries of released checkpoints, so that different families have the same names.",
         )
+    _require_mergeable(inputs)
+    for source in inputs:
+        source.take_extra_state(inputs[-1])
     return inputs
+
+
+def _require_mergeable(inputs: list[WeightInput]) -> None:
+    """Check that the merge of the entries, one by one, is the merge of the models.
+
+    Values are read only if there are quantised weights or factors of adapters.
+    """
+    special = any(quantized_names(source.sizes) for source in inputs)
+    if special or factor_names(inputs[0].sizes):
+        states = [source.mapped() for source in inputs]
+        require_combinable(states, [str(source.path) for source in inputs], "merge the files")
 
 
 class _SafetensorsInput(WeightInput):
@@ -105,6 +160,19 @@ class _SafetensorsInput(WeightInput):
             metadata,
         )
         self._places = {name: places[file_name] for name, file_name in names.items()}
+        self._opened, self._file_names = files, names
+        if any(map(is_extra_state, names)):
+            values = self._map()
+            self._set_own_extra_state({n: values[n] for n in names if is_extra_state(n)})
+
+    def _map(self) -> dict[str, Tensor]:
+        values: dict[str, Tensor] = {}
+        for opened in self._opened:
+            values.update(map_entries(opened))
+        return {name: values[file_name] for name, file_name in self._file_names.items()}
+
+    def mapped(self) -> dict[str, Tensor]:
+        return {name: value for name, value in self._map().items() if name in self.sizes}
 
     def _fill(self, name: str, start: int, into: Tensor) -> None:
         file, begin = self._places[name]
@@ -118,12 +186,16 @@ class _MappedInput(WeightInput):
 
     def __init__(self, path: Path) -> None:
         file = read_weights(path, mapped=True)
-        sizes = {
-            name: torch.empty(value.shape, dtype=value.dtype, device="meta")
-            for name, value in file.weights.items()
-        }
-        super().__init__(path, [path], sizes, file.metadata)
-        self._flat = {name: value.reshape(-1) for name, value in file.weights.items()}
+        require_values(file.weights, str(path))
+        encoded, texts = encode(file.extra)
+        sizes = {name: _size_of(value) for name, value in file.weights.items()}
+        super().__init__(path, list(file.files), sizes, {**file.metadata, **texts})
+        self._set_own_extra_state(encoded)
+        self._weights = file.weights
+        self._flat = {name: value.reshape(-1) for name, value in self._weights.items()}
+
+    def mapped(self) -> dict[str, Tensor]:
+        return self._weights
 
     def _fill(self, name: str, start: int, into: Tensor) -> None:
         into.copy_(self._flat[name][start : start + len(into)])

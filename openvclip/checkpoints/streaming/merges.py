@@ -27,7 +27,7 @@ from openvclip.errors import (
     WeightTypeError,
 )
 from openvclip.weights.interpolation import Lambda, weights_of, write_interpolated
-from openvclip.weights.names import listed
+from openvclip.weights.names import is_extra_state, listed
 from openvclip.weights.numerics import common_dtype, is_interpolable
 
 StrPath: TypeAlias = str | os.PathLike[str]
@@ -128,8 +128,9 @@ def interpolate_files(
     with ExitStack() as stack:
         inputs = open_inputs([Path(a), Path(b)], stack)
         weights = []
+        names = {n: size for n, size in inputs[1].sizes.items() if not is_extra_state(n)}
         for one_lam in lams:
-            weights.append(weights_of(one_lam, inputs[1].sizes))
+            weights.append(weights_of(one_lam, names))
 
         def compute(name: str, values: list[Tensor], results: list[Tensor]) -> None:
             for weight_of, result in zip(weights, results, strict=True):
@@ -269,7 +270,7 @@ def _write(
             inputs,
             outputs,
             sizes,
-            compute,
+            functools.partial(_compute_weights, compute),
             whole=options.whole_entries,
             progress=options.progress,
         )
@@ -277,12 +278,23 @@ def _write(
             provenance.add_hashes()
 
 
+def _compute_weights(
+    compute: Compute, name: str, values: list[Tensor], results: list[Tensor]
+) -> None:
+    """Compute a part of the weights, or copy a part of the extra state."""
+    if not is_extra_state(name):
+        compute(name, values, results)
+        return
+    for result in results:
+        result.copy_(values[-1])
+
+
 def _result_sizes(inputs: list[WeightInput], dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Return the entries of the result on the meta device."""
     sizes = {}
     for name, size in inputs[-1].sizes.items():
         result_dtype = size.dtype
-        if is_interpolable(size):
+        if is_interpolable(size) and not is_extra_state(name):
             dtypes = (source.sizes[name].dtype for source in inputs)
             result_dtype = functools.reduce(common_dtype, dtypes) if dtype is None else dtype
         # torch.empty_like on the meta device would import sympy, which takes half a second.
