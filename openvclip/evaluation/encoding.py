@@ -18,9 +18,11 @@ from openvclip.evaluation.mixture import Mixture
 from openvclip.evaluation.records import Record, Records
 from openvclip.evaluation.timing import Clock, Timing, joined_timing
 from openvclip.models.classifier import evaluation_mode
+from openvclip.models.finite import require_finite
 from openvclip.processes import Processes
 from openvclip.towers.temporal import encode_video
 from openvclip.video import VideoDataset, VideoSample
+from openvclip.weights.names import named_state
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,7 @@ def _encoded(
         with _autocast(first.device, amp):
             features.append(_summed_over_views(model, video).float().cpu())
         clock.lap("encode")
+        require_finite(features[-1], lambda: named_state(model), "The features of videos")
     values = torch.stack(features, dim=1) if features else torch.empty(0)
     return Record(key, values, errors)
 

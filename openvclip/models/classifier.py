@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import product
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from openvclip.errors import ClassNamesError, UnsupportedModelError
+from openvclip.errors import ClassNamesError, TextFeaturesWarning, UnsupportedModelError
 from openvclip.models.finite import require_finite
 from openvclip.models.labels import warn_of_equal_labels
 from openvclip.models.text_weights import TextMark, text_state
@@ -62,10 +63,38 @@ class TextClassifier(nn.Module):
         """Context manager in which the classifier uses these text features ``[K, D]``."""
         raise NotImplementedError
 
+    def text_is_current(self, *, quick: bool = False) -> bool:
+        """Return whether the text features belong to the present weights of the model.
+
+        Args:
+            quick: see :meth:`openvclip.models.text_weights.TextMark.fits`.
+        """
+        return True
+
 
 def text_classifiers(module: nn.Module) -> list[TextClassifier]:
     """Return the text classifiers in a module, the module itself included."""
     return [part for part in module.modules() if isinstance(part, TextClassifier)]
+
+
+def warn_of_other_text(module: nn.Module, *, quick: bool = False) -> None:
+    """Warn if text features in a module belong to other weights than the model has now.
+
+    Args:
+        module: a classifier, or a module that holds some.
+        quick: see :meth:`openvclip.models.text_weights.TextMark.fits`.
+
+    Warns:
+        TextFeaturesWarning: text weights changed after the class names were encoded.
+    """
+    if not all(part.text_is_current(quick=quick) for part in text_classifiers(module)):
+        warnings.warn(
+            "The text weights of the model changed after the class names were encoded, so the text "
+            "features belong to other weights. Call classifier.refresh_text(), or create the "
+            "classifier after the weights are loaded.",
+            TextFeaturesWarning,
+            stacklevel=3,
+        )
 
 
 class ZeroShotClassifier(TextClassifier):
@@ -157,11 +186,7 @@ class ZeroShotClassifier(TextClassifier):
         self._mark = TextMark(self.model)
 
     def text_is_current(self, *, quick: bool = False) -> bool:
-        """Return whether the text features belong to the present weights of the model.
-
-        Args:
-            quick: see :meth:`openvclip.models.text_weights.TextMark.fits`.
-        """
+        """Return whether the text features belong to the present weights; see the base class."""
         return self._mark.fits(self.model, quick=quick)
 
     def present_text(self) -> Tensor:
@@ -253,7 +278,7 @@ class _ClassTexts:
                 for tokens in tqdm(self._tokens, desc="text features", disable=hidden)
             ]
         mean = torch.cat(encoded).unflatten(0, (self._n_classes, -1)).mean(dim=1)
-        require_finite(mean, text_state(model), "The text features")
+        require_finite(mean, lambda: text_state(model), "The text features")
         return functional.normalize(mean, dim=-1)
 
 

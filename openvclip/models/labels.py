@@ -54,8 +54,8 @@ def read_labels(path: str | os.PathLike[str]) -> list[str]:
     return lines
 
 
-def warn_of_equal_labels(labels: Sequence[str], rows: Tensor) -> None:
-    """Warn if the text tower can't tell some labels apart.
+def warn_of_equal_labels(labels: Sequence[str], rows: Tensor) -> bool:
+    """Warn if the text tower can't tell some labels apart, and return whether it warned.
 
     This happens if labels differ only beyond the length of a text, or only in case or white space
     that the tokenizer ignores.
@@ -86,6 +86,7 @@ def warn_of_equal_labels(labels: Sequence[str], rows: Tensor) -> None:
             LabelWarning,
             stacklevel=3,
         )
+    return bool(groups)
 
 
 def warn_of_single_label(labels: Sequence[str]) -> None:

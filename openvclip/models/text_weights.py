@@ -79,6 +79,20 @@ def require_text_source(text: str) -> None:
         raise UsageError(f"text={text!r}: expected {names}.")
 
 
+def require_whole_text(state: Mapping[str, Tensor]) -> None:
+    """Raise :class:`UsageError` if text weights are sharded: they can't encode class names.
+
+    Args:
+        state: live entries of a model under canonical names.
+    """
+    if any(is_sharded(state[name]) for name in text_names(state)):
+        raise UsageError(
+            "The text weights are sharded, so the class names can't be encoded outside of a "
+            "forward pass of the whole classifier. Evaluate a model that is not sharded; "
+            "openvclip.save_checkpoint gathers the weights in a file."
+        )
+
+
 class TextMark:
     """Remembers the text weights of a model, to notice later that they changed.
 

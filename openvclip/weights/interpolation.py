@@ -136,6 +136,8 @@ def interpolate_into(
         _HINT,
     )
     write_interpolated(live, a, b, weights_of(lam, b))
+    # Within autocast, PyTorch would go on with half-precision copies of the weights before.
+    torch.clear_autocast_cache()
 
 
 def weights_of(lam: Lambda, names: Mapping[str, Tensor]) -> dict[str, float]:

@@ -119,15 +119,17 @@ def test_a_checkpoint_between_clip_and_itself(world: World, capsys: Captured) ->
     clip = openvclip.expand_temporal_attention(create_model()[0])
     tuned = load_checkpoint(world.tuned)
     texts = clip.state_dict()
-    for flags, lam in (([], 0.0), (["--lam", 0.3], 0.3)):
-        assert command(world, *arguments, *flags) == 0
+    cases = [([], 0.0, "own"), (["--lam", 0.3], 0.3, "own"), (["--lam", 0.3], 0.3, "original")]
+    for flags, lam, text in cases:
+        assert command(world, *arguments, *flags, "--text", text) == 0
         (prediction,) = json.loads(capsys.readouterr().out)
         mixed = openvclip.expand_temporal_attention(create_model()[0])
-        # The text tower is that of the original CLIP at every lambda.
+        # Report 36: the text tower is that of the evaluated weights, unless the caller asks for
+        # the original CLIP.
         mixed.load_state_dict(
             {
                 n: lam * texts[n] + (1 - lam) * tuned[n]
-                if n.startswith("visual.") or n == "logit_scale"
+                if n.startswith("visual.") or n == "logit_scale" or text == "own"
                 else texts[n]
                 for n in texts
             }
