@@ -22,13 +22,11 @@ from openvclip.models.classifier import (
 )
 from openvclip.models.finite import require_finite
 from openvclip.models.labels import warn_of_single_label
-from openvclip.models.preprocess import transform_for
+from openvclip.models.preprocess import is_image_file, read_image, transform_for
 from openvclip.video.decoding import read_clip
 from openvclip.video.sampling import PAPER_SAMPLING, Sampling
 from openvclip.video.transforms import Transform
 from openvclip.weights.names import named_state, unwrap
-
-_IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
 
 @dataclass(frozen=True)
@@ -118,8 +116,8 @@ def predict(
     require_file(video)
     classifier = classifier_for(model, labels, tokenizer, templates)
     transform = transform or transform_for(classifier.model)
-    is_image = os.path.splitext(os.fspath(video))[1].lower() in _IMAGES
-    clips = read_clip(video, **vars(Sampling(1, views=1) if is_image else sampling))
+    is_image = is_image_file(video)
+    clips = read_image(video)[None, None] if is_image else read_clip(video, **vars(sampling))
     views = transform(clips).flatten(0, -5)  # several crops of a view become several views
     logits = logits_of(classifier, views[:, 0] if is_image else views).mean(dim=0)
     return Prediction(os.fspath(video), classifier.class_names, logits.softmax(dim=-1).cpu())
