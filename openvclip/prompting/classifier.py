@@ -35,7 +35,7 @@ def mean_pooled_features(model: nn.Module, video: Tensor) -> Tensor:
 
     The frame features are averaged before the normalisation, so a frame with a longer feature
     vector has more weight. In contrast, :func:`openvclip.encode_video` normalises each frame
-    feature first, so all frames have the same weight, and does not normalise the mean.
+    feature first, so all frames have the same weight, and normalises the mean on request only.
 
     Args:
         model: an open_clip model with or without prompts, or another model that

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -15,10 +16,19 @@ import openvclip
 from examples.shapes.model import create_model
 from examples.shapes.world import TEMPLATES
 from openvclip.checkpoints import load_checkpoint
-from openvclip.errors import EvaluationError, RecordsError, UsageError, VideoNotFoundError
+from openvclip.errors import (
+    EvaluationError,
+    LabelWarning,
+    NonFiniteWeightsError,
+    RecordsError,
+    UsageError,
+    VideoNotFoundError,
+)
 from openvclip.evaluation import (
     Mixture,
     ProtocolEvaluation,
+    Record,
+    Records,
     RunOptions,
     Sampling,
     as_json,
@@ -280,3 +290,47 @@ def test_wrong_use_is_told(world: World) -> None:
         run(world, splits=two)
     with pytest.raises(VideoNotFoundError, match="no such folder of videos"):
         run(world, videos=world.folder / "absent")
+
+
+def test_weights_that_are_not_finite_leave_no_record(world: World, tmp_path: Path) -> None:
+    # Report 12 (openai/CLIP#222): the accuracy was 0.0, and the exit code 0.
+    tuned = load_checkpoint(world.tuned)
+    tuned["visual.ln_post.bias"][3] = float("nan")
+    options: dict[str, Any] = {"splits": world.splits()[:1], "out": tmp_path}
+    mixture = Mixture(tuned, (1.0, 0.5))
+    with pytest.raises(NonFiniteWeightsError, match=r"1 entries .*: visual\.ln_post\.bias\."):
+        run(world, mixture=mixture, **options)
+    assert not list(tmp_path.glob("*.records"))
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    with Records(tmp_path, settings) as records:  # as an earlier version wrote them
+        records.add(Record(0, torch.full((3, 2, 32), float("nan"))))
+    with pytest.raises(NonFiniteWeightsError, match=r"visual\.ln_post\.bias"):
+        run(world, mixture=mixture, **options)
+
+
+def test_texts_can_come_from_a_cache(world: World) -> None:
+    calls: list[tuple[list[str], int]] = []
+
+    def cached(model: Any, tokenizer: Any, names: list[str], templates: Any) -> Tensor:
+        calls.append((names, len(templates)))
+        return openvclip.models.class_features(model, tokenizer, names, templates)
+
+    split = world.splits()[0]
+    mixture = Mixture(load_checkpoint(world.tuned), (0.0, 0.5))
+    result = run(world, splits=[split], mixture=mixture, encode_texts=cached)
+    assert calls == [(split.class_names, len(TEMPLATES))] * 2
+    assert result.top(5, 0.5) == run(world, splits=[split], mixture=mixture).top(5, 0.5)
+
+
+def test_class_names_that_are_equal_within_a_split(world: World) -> None:
+    # Report 15 (torchmetrics#2883).
+    first = world.splits()[0]
+    samples = [(path, i) for path, i in world.samples if i == 3]
+    apart = first._replace(
+        name="apart", class_names=["a", "b", "c", "SQUARE RESTING", "x"], samples=samples
+    )
+    run(world, splits=[first, apart])  # equal class names in different splits are no problem
+    names = ["star", "b", "c", "STAR", "x"]
+    with pytest.warns(LabelWarning, match="2 labels .* 'star' = 'STAR'") as caught:
+        run(world, splits=[first, apart._replace(class_names=names)])
+    assert len(caught) == 1
