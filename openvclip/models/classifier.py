@@ -186,7 +186,11 @@ class ZeroShotClassifier(TextClassifier):
         self._mark = TextMark(self.model)
 
     def text_is_current(self, *, quick: bool = False) -> bool:
-        """Return whether the text features belong to the present weights; see the base class."""
+        """Return whether the text features belong to the present weights of the model.
+
+        Args:
+            quick: see :meth:`openvclip.models.text_weights.TextMark.fits`.
+        """
         return self._mark.fits(self.model, quick=quick)
 
     def present_text(self) -> Tensor:

@@ -303,7 +303,7 @@ def test_weights_that_are_not_finite_leave_no_record(world: World, tmp_path: Pat
     assert not list(tmp_path.glob("*.records"))
     settings = json.loads((tmp_path / "settings.json").read_text())
     with Records(tmp_path, settings) as records:  # as an earlier version wrote them
-        records.add(Record(0, torch.full((3, 2, 32), float("nan"))))
+        records.add(Record(0, torch.full((3, 2, 64), float("nan"))))
     with pytest.raises(NonFiniteWeightsError, match=r"visual\.ln_post\.bias"):
         run(world, mixture=mixture, **options)
 

@@ -220,8 +220,6 @@ def test_images_are_encoded_as_by_plain_clip(boundary: Any) -> None:
     }.items():
         with pytest.raises(VideoShapeError, match=text):
             encode_images(model, wrong)
-    with pytest.raises(VideoShapeError, match=r"Encode images \[B, C, H, W\] with encode_images"):
-        encode_video(model, images)
 
 
 def test_encode_video_is_the_mean_of_normalised_frames() -> None:
@@ -361,7 +359,7 @@ def test_a_model_of_ones_own_may_change_the_frames_before_its_tower() -> None:
 
 def test_images_given_to_encode_video() -> None:
     for model in (tiny_clip(), expand_temporal_attention(tiny_clip())):
-        with pytest.raises(VideoShapeError, match=r"video\[:, None\]"):
+        with pytest.raises(VideoShapeError, match=r"encode_images\(model, images\)"):
             encode_video(model, images(2))
 
 
