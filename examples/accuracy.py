@@ -5,8 +5,9 @@ r"""Compute the accuracy of a fine-tuned or prompted CLIP on lists of videos.
     torchrun --nproc-per-node 8 accuracy.py ...
 
 Each list has its own classes. Use this script for what ``openvclip evaluate`` does not know: the
-texts, the pooling and the prompts of ViFi-CLIP and Vita-CLIP. Give the --preset of the training: it sets the method, the frames and the views of the
-test. The script prints a table with top-1 and top-5 accuracy in % for each list.
+texts, the pooling and the prompts of ViFi-CLIP and Vita-CLIP. Give the --preset of the training: it
+sets the method, the frames and the views of the test. The script prints a table with top-1 and
+top-5 accuracy in % for each list.
 """
 
 from __future__ import annotations

@@ -68,7 +68,9 @@ def read_image(path: str | os.PathLike[str]) -> Tensor:
         import numpy as np
         from PIL import Image, ImageOps
     except ImportError as error:
-        raise MissingDependencyError("Images are read with Pillow: pip install pillow.") from error
+        raise MissingDependencyError(
+            'Images are read with Pillow: pip install "openvclip[video]".'
+        ) from error
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
