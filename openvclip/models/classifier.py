@@ -64,10 +64,10 @@ class TextClassifier(nn.Module):
         raise NotImplementedError
 
     def text_is_current(self, *, quick: bool = False) -> bool:
-        """Return whether the text features belong to the present weights of the model.
+        """Return whether the text features can belong to the present weights of the model.
 
         Args:
-            quick: see :meth:`openvclip.models.text_weights.TextMark.fits`.
+            quick: see :meth:`openvclip.models.text_weights.TextMark.differs`.
         """
         return True
 
@@ -82,7 +82,7 @@ def warn_of_other_text(module: nn.Module, *, quick: bool = False) -> None:
 
     Args:
         module: a classifier, or a module that holds some.
-        quick: see :meth:`openvclip.models.text_weights.TextMark.fits`.
+        quick: see :meth:`openvclip.models.text_weights.TextMark.differs`.
 
     Warns:
         TextFeaturesWarning: text weights changed after the class names were encoded.
@@ -186,19 +186,20 @@ class ZeroShotClassifier(TextClassifier):
         self._mark = TextMark(self.model)
 
     def text_is_current(self, *, quick: bool = False) -> bool:
-        """Return whether the text features belong to the present weights of the model.
+        """Return whether the text features can belong to the present weights of the model.
 
         Args:
-            quick: see :meth:`openvclip.models.text_weights.TextMark.fits`.
+            quick: see :meth:`openvclip.models.text_weights.TextMark.differs`.
         """
-        return self._mark.fits(self.model, quick=quick)
+        return not self._mark.differs(self.model, quick=quick)
 
     def present_text(self) -> Tensor:
         """Return the text features ``[K, D]`` at the present weights of the model.
 
         They are encoded only if the text weights changed since they were encoded last.
         """
-        return self.text_features if self.text_is_current() else self._texts.features(self.model)
+        fits = self._mark.fits(self.model)
+        return self.text_features if fits else self._texts.features(self.model)
 
     @contextmanager
     def using_text(self, features: Tensor) -> Iterator[None]:

@@ -101,19 +101,30 @@ class TextMark:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._places, self._hash = _places(model), _hash(model)
+        self._places, self._dtypes, self._hash = _places(model), _dtypes(model), _hash(model)
 
-    def fits(self, model: nn.Module, *, quick: bool = False) -> bool:
-        """Return whether the text weights of ``model`` have the remembered values.
+    def fits(self, model: nn.Module) -> bool:
+        """Return whether the text weights of ``model`` surely have the remembered values."""
+        return self._hash is not None and _hash(model) == self._hash
+
+    def differs(self, model: nn.Module, *, quick: bool = False) -> bool:
+        """Return whether the text weights of ``model`` surely have other values.
+
+        Weights that were converted to another dtype may be the remembered weights.
 
         Args:
             model: a CLIP model.
             quick: whether to read the values only if PyTorch has recorded a write to the weights.
                 PyTorch records no writes through ``parameter.data``.
         """
-        if quick and _places(model) == self._places:
-            return True
-        return _hash(model) == self._hash
+        if (quick and _places(model) == self._places) or _dtypes(model) != self._dtypes:
+            return False
+        present = _hash(model)
+        return None not in (present, self._hash) and present != self._hash
+
+
+def _dtypes(model: nn.Module) -> set[torch.dtype]:
+    return {value.dtype for value in text_state(model).values()}
 
 
 def _places(model: nn.Module) -> list[tuple[int, int]]:

@@ -223,6 +223,13 @@ def test_text_features_of_other_weights_are_noticed() -> None:
     twin.model.text_projection.data *= 2
     assert not twin.text_is_current()
     assert classifier.text_is_current()
+    evaluate(classifier.double(), [(v.double(), y) for v, y in batches()])  # the same weights
+    original, tuned = ends(model, text=False)
+    lams = {"lams": [0.5], "progress": False}
+    wide = sweep(classifier, original, tuned, [(v.double(), y) for v, y in batches()], **lams)  # type: ignore[arg-type]
+    again = ZeroShotClassifier(model, tiny_tokenizer, NAMES, TEMPLATES)
+    same = sweep(again, original, tuned, [(v.double(), y) for v, y in batches()], **lams)  # type: ignore[arg-type]
+    assert torch.equal(wide[0.5].ranks, same[0.5].ranks)
 
 
 def test_features_from_a_cache_are_taken_as_they_are() -> None:
