@@ -35,7 +35,7 @@ def require_finite(values: Tensor, weights: Callable[[], Mapping[str, Tensor]], 
     names = non_finite_names({name: local(value) for name, value in weights().items()})
     if names:
         raise NonFiniteWeightsError(
-            f"{what} are NaN or infinite, because {len(names)} entries of the weights are: "
+            f"{what} are NaN or infinite, and so are entries of the weights ({len(names)}): "
             f"{listed(names)}. Use another file of weights, or an earlier checkpoint of the run."
         )
     if not bool(torch.isneginf(values).logical_or(torch.isfinite(values)).all()):

@@ -76,7 +76,7 @@ def test_logits_that_are_not_finite_are_an_error(value: float) -> None:
     broken = Lookup(2)
     broken.scale.data.fill_(value)
     batch = (_clips(torch.tensor([[1.0, 2.0]])), torch.tensor([1]))
-    with pytest.raises(NonFiniteWeightsError, match="1 entries of the weights are: scale"):
+    with pytest.raises(NonFiniteWeightsError, match=r"entries of the weights \(1\): scale"):
         evaluate(broken, [batch], progress=False)
     # A clip that could not be read gives no error, and neither does a class that is ruled out.
     sample = VideoSample(_clips(torch.tensor([[value, 0.0]])), *(torch.tensor([0]),) * 2, ["gone"])

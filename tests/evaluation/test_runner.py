@@ -298,7 +298,7 @@ def test_weights_that_are_not_finite_leave_no_record(world: World, tmp_path: Pat
     tuned["visual.ln_post.bias"][3] = float("nan")
     options: dict[str, Any] = {"splits": world.splits()[:1], "out": tmp_path}
     mixture = Mixture(tuned, (1.0, 0.5))
-    with pytest.raises(NonFiniteWeightsError, match=r"1 entries .*: visual\.ln_post\.bias\."):
+    with pytest.raises(NonFiniteWeightsError, match=r"weights \(1\): visual\.ln_post\.bias\."):
         run(world, mixture=mixture, **options)
     assert not list(tmp_path.glob("*.records"))
     settings = json.loads((tmp_path / "settings.json").read_text())
@@ -317,9 +317,8 @@ def test_texts_can_come_from_a_cache(world: World) -> None:
 
     split = world.splits()[0]
     mixture = Mixture(load_checkpoint(world.tuned), (0.0, 0.5))
-    result = run(world, splits=[split], mixture=mixture, encode_texts=cached)
+    run(world, splits=[split], mixture=mixture, encode_texts=cached)
     assert calls == [(split.class_names, len(TEMPLATES))] * 2
-    assert result.top(5, 0.5) == run(world, splits=[split], mixture=mixture).top(5, 0.5)
 
 
 def test_class_names_that_are_equal_within_a_split(world: World) -> None:

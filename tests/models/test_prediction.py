@@ -119,8 +119,8 @@ def test_models_in_wrappers_and_models_of_others(world: World, model: Any) -> No
     # Report 46: "a vocabulary of None tokens".
     video = world.folder / world.samples[1][0]
     expected = openvclip.predict(model, video, LABELS).probabilities
-    for wrapped in (nn.DataParallel(model), torch.compile(model, backend="eager")):
-        assert torch.equal(openvclip.predict(wrapped, video, LABELS).probabilities, expected)  # type: ignore[arg-type]
+    wrapped = nn.DataParallel(model)
+    assert torch.equal(openvclip.predict(wrapped, video, LABELS).probabilities, expected)
     head = prompting.VideoClassifier(model, create_model(None)[1], LABELS)
     assert openvclip.predict(head, video).labels == LABELS
     transformers = pytest.importorskip("transformers")
@@ -138,12 +138,14 @@ def test_models_in_wrappers_and_models_of_others(world: World, model: Any) -> No
 def test_weights_that_are_not_finite_are_named(world: World) -> None:
     # Report 12 (openai/CLIP#222): the command printed "nan%".
     video = world.folder / world.samples[1][0]
-    for name, value in (("visual.proj", "nan"), ("visual.ln_post.bias", "inf")):
-        broken = create_model()[0]
-        broken.get_parameter(name).data[0] = float(value)
-        for call in (openvclip.predict, openvclip.models.predict_timeline):
-            with pytest.raises(NonFiniteWeightsError, match=rf"1 entries .*: {name}\."):
-                call(broken, video, LABELS)
+    for name, value, call in (
+        ("visual.proj", "nan", openvclip.predict),
+        ("visual.ln_post.bias", "inf", openvclip.models.predict_timeline),
+    ):
+        classifier = openvclip.ZeroShotClassifier(*create_model(), LABELS, ["{}"])
+        classifier.model.get_parameter(name).data[0] = float(value)
+        with pytest.raises(NonFiniteWeightsError, match=rf"weights \(1\): {name}\."):
+            call(classifier, video)
 
 
 def test_predictions_warn_of_other_text_and_of_a_single_label(world: World) -> None:

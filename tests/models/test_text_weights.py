@@ -123,8 +123,9 @@ def by_hand(make: Callable[[], Any], weights: dict[str, Tensor]) -> list[int]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "trained"), [*((kind, True) for kind in KINDS), ("open_clip", False)]
+)
 def test_a_sweep_encodes_the_texts_with_the_weights_of_each_lambda(
     kind: str, trained: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,7 +288,7 @@ def test_a_text_tower_with_nan_is_named() -> None:
     # Report 12 (openai/CLIP#222).
     model = tiny_clip()
     model.ln_final.bias.data[1] = float("nan")
-    with pytest.raises(NonFiniteWeightsError, match=r"The text features .* 1 .*: ln_final\.bias"):
+    with pytest.raises(NonFiniteWeightsError, match=r"The text features .* \(1\): ln_final\.bias"):
         ZeroShotClassifier(model, tiny_tokenizer, NAMES)
     head = P.VideoClassifier(model, tiny_tokenizer, NAMES)
     with pytest.raises(NonFiniteWeightsError, match=r"ln_final\.bias"):
