@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from examples.shapes.model import create_model
@@ -61,6 +61,7 @@ def test_learned_prompts_around_equal_names() -> None:
         prompting.VideoClassifier(model, blind, ["ab", "cd", "AB"])
 
 
+@settings(max_examples=40)
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=40), st.integers(0, 99))
 def test_groups_equal_a_comparison_of_all_pairs(kinds: list[int], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
