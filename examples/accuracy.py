@@ -4,10 +4,10 @@ r"""Compute the accuracy of a fine-tuned or prompted CLIP on lists of videos.
         --annotations lists/base.csv lists/novel.csv --videos hmdb51 --harmonic-mean
     torchrun --nproc-per-node 8 accuracy.py ...
 
-Each list has its own classes. Use this script for models that ``openvclip evaluate`` does not
-take: models with a trained text tower, with prompts, or with the pooling of ViFi-CLIP and
-Vita-CLIP. Give the --preset of the training: it sets the method, the frames and the views of the
-test. The script prints a table with top-1 and top-5 accuracy in % for each list.
+Each list has its own classes. Use this script for what ``openvclip evaluate`` does not know: the
+texts, the pooling and the prompts of ViFi-CLIP and Vita-CLIP. Give the --preset of the training: it
+sets the method, the frames and the views of the test. The script prints a table with top-1 and
+top-5 accuracy in % for each list.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import torch
 
@@ -34,6 +35,7 @@ from openvclip.evaluation import (
     mean_and_std,
 )
 from openvclip.models.loading import load_model
+from openvclip.models.text_weights import TextSource
 from openvclip.processes import Processes, joined_processes, local_rank
 from openvclip.training.shared_options import HelpFormatter, add_model_options
 from openvclip.video import class_names, protocols, read_annotations
@@ -101,6 +103,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="fine-tuned weights, in any supported format",
     )
     parser.add_argument("--lam", type=float, default=0.0, help="weight of the original CLIP")
+    help_text = "weights that encode the class names: those that are evaluated, or the original's"
+    parser.add_argument("--text", choices=get_args(TextSource), default="own", help=help_text)
     for name in DATA_SETS:
         help_text = "official lists and folder of videos (Kinetics: the validation set)"
         parser.add_argument(f"--{name}", nargs=2, metavar=("LISTS", "VIDEOS"), help=help_text)
@@ -183,7 +187,7 @@ def _evaluate(args: argparse.Namespace, processes: Processes) -> None:
             clip.tokenizer,
             splits[name],
             videos,
-            mixture=Mixture(clip.tuned, [args.lam] if clip.tuned is not None else ()),
+            mixture=Mixture(clip.tuned, [args.lam] if clip.tuned is not None else (), args.text),
             transform=clip.transform,
             out=args.out / name,
             run=RunOptions(

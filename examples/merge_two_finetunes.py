@@ -4,7 +4,8 @@ r"""Merge two fine-tuned models of one CLIP with several methods, and compare th
         --videos videos/ --lists sports.csv music.csv --model ViT-B-16-quickgelu
 
 Each list has lines ``path,class name``; the paths are below ``--videos``. A list may hold images in
-place of videos. Give ``--frame-by-frame`` for models that were fine-tuned on images.
+place of videos. Plain CLIP encodes images. Give ``--frame-by-frame`` if models that were fine-tuned
+on images get videos.
 
 The printed table has a row for each model and a column for each list. The numbers are top-1
 accuracies in [0, 1], among the classes of the list; ``mean`` is the mean of the columns. ``CLIP``
@@ -40,7 +41,7 @@ State = dict[str, Tensor]
 
 
 class Images(Dataset[tuple[Tensor, int]]):
-    """Pairs ``(clip [1, C, H, W], class index)``: an image is a clip of one frame."""
+    """Pairs ``(image [C, H, W], class index)``: a batch of images is predicted by plain CLIP."""
 
     def __init__(self, samples: list[tuple[str, int]], root: Path, transform: Transform) -> None:
         self.samples, self.root, self.transform = samples, root, transform
@@ -50,7 +51,7 @@ class Images(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, label = self.samples[index]
-        return self.transform(pil_to_tensor(default_loader(self.root / path))[None]), label
+        return self.transform(pil_to_tensor(default_loader(self.root / path))[None])[0], label
 
 
 def merges(clip: State, first: State, second: State) -> dict[str, Callable[[], State]]:

@@ -5,8 +5,8 @@ r"""Evaluate the interpolation of CLIP and a fine-tuned model at many λ, and dr
 
 Each list has lines ``path,class name``; the paths are below ``--videos``. ``--closed-set`` lists
 videos of the classes that the model was fine-tuned on, ``--zero-shot`` lists videos of other
-classes. Use videos that are not in the training set. The text features are those of the original
-CLIP, so the model must have been fine-tuned with a frozen text tower.
+classes. Use videos that are not in the training set. If fine-tuning changed the text tower, the
+class names are encoded again at each λ; ``--text original`` keeps the text tower of CLIP.
 
 λ weighs the original CLIP. The printed table has a row for each λ. The numbers are top-1 accuracies
 in %, among the classes of the list. λ = 0 is the fine-tuned model and λ = 1 is CLIP's weights in
@@ -51,7 +51,9 @@ def accuracies(loaded: LoadedModel, annotations: Path, args: Namespace) -> dict[
     # The model has the weights of the original CLIP. After the sweep it has them again.
     classifier = openvclip.ZeroShotClassifier(model, loaded.tokenizer, names)
     clip, title = model.state_dict(), annotations.stem
-    results = sweep(classifier, clip, tuned, loader, lams=args.lam, description=title)
+    results = sweep(
+        classifier, clip, tuned, loader, lams=args.lam, text=args.text, description=title
+    )
     for failure in videos.failures:
         print(f"not read, counts as wrong: {failure.path}: {failure.reason}")
     return {lam: result.top1 for lam, result in results.items()}
@@ -86,6 +88,8 @@ def main(arguments: list[str] | None = None) -> None:
     add("--star", type=float, default=0.5, help="λ with a star; default: %(default)s")
     add("--model", default="ViT-B-16-quickgelu", help="default: %(default)s")
     add("--pretrained", default="openai", help="tag or file of CLIP's weights; default: openai")
+    text = "weights that encode the class names; default: %(default)s, those at each λ"
+    add("--text", choices=("own", "original"), default="own", help=text)
     add("--frames", type=int, default=8, help="frames of a clip; default: %(default)s")
     add("--sampling-rate", type=int, default=16, help="use every N-th frame at 30 fps; default: 16")
     add("--views", type=int, default=3, help="clips of a video; default: %(default)s")

@@ -241,7 +241,7 @@ def evaluate(
             clip.tokenizer,
             splits,
             options.videos,
-            mixture=Mixture(moved, args.lam if tuned is not None else ()),
+            mixture=Mixture(moved, args.lam if tuned is not None else (), args.text),
             transform=clip.transform,
             sampling=models.sampling_of(args),
             templates=models.templates_of(args),

@@ -82,7 +82,7 @@ class ExtrapolationWarning(UserWarning):
 
 
 class NonFiniteWeightsError(OpenVCLIPError, ValueError):
-    """Raised when weights that hold NaN or infinity are given to an average."""
+    """Raised when weights hold NaN or infinity: in an average, or if logits are not finite."""
 
 
 class EmptyAverageError(OpenVCLIPError, RuntimeError):
@@ -175,6 +175,14 @@ class UnsafeCheckpointError(CheckpointError):
 
 class ActivationWarning(UserWarning):
     """Issued when weights trained with QuickGELU are loaded into a model that uses GELU."""
+
+
+class LabelWarning(UserWarning):
+    """Issued when labels can't be told apart by the text tower, or when there is only one label."""
+
+
+class TextFeaturesWarning(UserWarning):
+    """Issued when a classifier has text features of other weights than its model has now."""
 
 
 class PromptBackboneWarning(UserWarning):

@@ -37,6 +37,7 @@ FOUNDATION = {"errors", "processes"}
 
 # Installed with extras, or slow to import: a module of these names is imported inside functions.
 IMPORTED_ON_USE = {
+    "PIL",
     "accelerate",
     "av",
     "lightning",

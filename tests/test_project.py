@@ -80,7 +80,7 @@ def test_every_import_is_declared() -> None:
     modules = {"open_clip_torch": "open_clip"}
     project = settings()["project"]
     core = {REQUIREMENT.fullmatch(text)[1] for text in project["dependencies"]}  # type: ignore[index]
-    optional = {"av", "torchcodec", "transformers", "matplotlib", "webdataset"}
+    optional = {"av", "PIL", "torchcodec", "transformers", "matplotlib", "webdataset"}
     foreign = imported_packages(REPO / "openvclip") - sys.stdlib_module_names - {"openvclip"}
     assert foreign - optional <= {modules.get(name, name) for name in core}
 

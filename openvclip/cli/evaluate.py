@@ -140,7 +140,7 @@ def _evaluate(options: argparse.Namespace) -> None:
             loaded.tokenizer,
             splits,
             options.videos,
-            mixture=Mixture(loaded.tuned, options.lam),
+            mixture=Mixture(loaded.tuned, options.lam, options.text),
             sampling=sampling_of(options),
             transform=transform,
             templates=templates_of(options),
@@ -176,6 +176,8 @@ def _run_options(options: argparse.Namespace, title: str, model_name: str) -> Ru
 def _default_folder(options: argparse.Namespace) -> Path:
     """Return a folder whose name depends on the settings. Other settings give another folder."""
     settings = {k: str(v) for k, v in sorted(vars(options).items()) if k not in _NOT_SETTINGS}
+    if options.text == "own":
+        del settings["text"]  # the folder is the same as before there was this option
     settings["device"] = device_of(options).type
     digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=4).hexdigest()
     title = "+".join(options.protocol) or options.annotations.stem

@@ -116,7 +116,7 @@ def _predict(options: argparse.Namespace) -> None:
     labels, paths = _labels(options), _paths(options.videos)
     figures = _figure_paths(paths, options)
     classifier, transform = _classifier(options, labels)
-    amp, device = amp_of(options), classifier.text_features.device.type
+    amp, device = amp_of(options), next(classifier.parameters()).device.type
     entries, unreadable = [], 0
     for path, figure in zip(paths, figures, strict=True):
         try:
@@ -264,16 +264,21 @@ def _files_of(argument: str) -> list[str]:
 def _classifier(
     options: argparse.Namespace, labels: list[str]
 ) -> tuple[ZeroShotClassifier, Transform]:
-    """Return a classifier with the weights that the options describe, and its transform.
-
-    The text features are those of the original CLIP.
-    """
-    from openvclip.models.classifier import ZeroShotClassifier
+    """Return a classifier with the weights that the options describe, and its transform."""
+    from openvclip.evaluation.mixture import Mixture
+    from openvclip.models.classifier import ZeroShotClassifier, class_features
     from openvclip.weights.interpolation import interpolate_into
 
     loaded = load(options)
-    classifier = ZeroShotClassifier(loaded.model, loaded.tokenizer, labels, templates_of(options))
+    model, templates = loaded.model, templates_of(options)
+    lams = [] if loaded.tuned is None else [options.lam or 0.0]
+    (features,) = Mixture(loaded.tuned, lams, options.text).text_features(
+        model, lambda: class_features(model, loaded.tokenizer, labels, templates)
+    )
     if loaded.tuned is not None:
-        original = {name: value.clone() for name, value in loaded.model.state_dict().items()}
-        interpolate_into(loaded.model, original, loaded.tuned, options.lam or 0.0)
+        original = {name: value.clone() for name, value in model.state_dict().items()}
+        interpolate_into(model, original, loaded.tuned, options.lam or 0.0)
+    classifier = ZeroShotClassifier(
+        model, loaded.tokenizer, labels, templates, text_features=features
+    )
     return classifier, loaded.transform

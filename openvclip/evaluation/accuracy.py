@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from openvclip.errors import VideoShapeError
-from openvclip.models.classifier import evaluation_mode
+from openvclip.models.classifier import evaluation_mode, warn_of_other_text
+from openvclip.models.finite import require_finite
 from openvclip.video import VideoSample
+from openvclip.weights.names import named_state
 
 NO_RANK = torch.iinfo(torch.int64).max
 """The rank of a clip without a prediction: the clip could not be read, or a logit is NaN."""
@@ -80,19 +82,29 @@ def evaluate(
     """Run a classifier over a data set in eval mode and without gradients.
 
     Args:
-        classifier: returns logits ``[B, K]`` for clips ``[B, T, C, H, W]``. Videos are moved to the
-            device of the classifier.
+        classifier: returns logits ``[B, K]`` for clips ``[B, T, C, H, W]`` or images
+            ``[B, C, H, W]``. Videos are moved to the device of the classifier.
         loader: yields batches ``(video, label)``, or batches of
             :class:`openvclip.video.VideoSample`. A video batch is ``[B, T, C, H, W]``, or
             ``[B, V, T, C, H, W]`` with V views of each clip. The logits of the views are summed, as
-            in the paper. ``label`` is the class index, int64 ``[B]``. Clips of a ``VideoSample``
+            in the paper. A batch of 4 dimensions holds images ``[B, C, H, W]``, so one clip needs
+            its batch axis. ``label`` is the class index, int64 ``[B]``. Clips of a ``VideoSample``
             that could not be read count as wrong.
         progress: whether to show a progress bar. Default: only in a terminal.
         description: text in front of the progress bar.
 
     Raises:
-        VideoShapeError: a video batch has neither 5 nor 6 dimensions.
+        VideoShapeError: a video batch does not have 4 to 6 dimensions, or its number of clips or
+            images differs from the number of labels.
+        NonFiniteWeightsError: logits are NaN or infinite, because weights are. The error names the
+            entries.
+        EvaluationError: logits are NaN or infinite, and all weights are finite.
+
+    Warns:
+        TextFeaturesWarning: a :class:`openvclip.ZeroShotClassifier` has text features of other
+            weights than its model has now.
     """
+    warn_of_other_text(classifier)
     (evaluation,) = evaluate_each(
         [lambda video: classifier(video)],
         classifier,
@@ -124,7 +136,8 @@ def evaluate_each(
         The evaluation of each function.
 
     Raises:
-        VideoShapeError: a video batch has neither 5 nor 6 dimensions.
+        VideoShapeError, NonFiniteWeightsError, EvaluationError: see
+            :func:`openvclip.evaluation.evaluate`.
     """
     from tqdm import tqdm
 
@@ -137,8 +150,11 @@ def evaluate_each(
             on_device = video.to(device, non_blocking=True)
             for logits_of, evaluations in zip(variants, parts, strict=True):
                 logits = _summed_over_views(logits_of, on_device).cpu()
-                if isinstance(batch, VideoSample):
-                    logits[[bool(error) for error in batch.error]] = float("nan")
+                _require_a_row_each(logits, video, label)
+                broken = [bool(e) for e in batch.error] if isinstance(batch, VideoSample) else []
+                logits[broken] = 0.0
+                require_finite(logits, lambda: _weights_of(classifier), "The logits")
+                logits[broken] = float("nan")
                 evaluations.append(score(logits, label))
     return [_concatenated(evaluations) for evaluations in parts]
 
@@ -165,12 +181,31 @@ def _summed_over_views(logits_of: Callable[[Tensor], Tensor], video: Tensor) -> 
     if video.ndim == 6:
         logits = logits_of(video.flatten(0, 1))
         return logits.unflatten(0, video.shape[:2]).sum(dim=1)  # type: ignore[no-any-return]
-    if video.ndim != 5:
+    if video.ndim not in (4, 5):
         raise VideoShapeError(
             f"The loader returned a video batch of shape {list(video.shape)}; expected "
-            "[B, T, C, H, W], or [B, V, T, C, H, W] with V views of each clip."
+            "[B, T, C, H, W], [B, V, T, C, H, W] with V views of each clip, or images "
+            "[B, C, H, W]."
         )
     return logits_of(video)
+
+
+def _require_a_row_each(logits: Tensor, video: Tensor, label: Tensor) -> None:
+    """Check that there are as many rows of logits as labels."""
+    if len(logits) != len(label):
+        hint = ""
+        if video.ndim == 4:
+            hint = " A tensor of 4 dimensions is a batch of images [B, C, H, W]: use video[None] "
+            hint += "for one clip [T, C, H, W]."
+        raise VideoShapeError(
+            f"A batch of shape {list(video.shape)} gave {len(logits)} rows of logits, and the "
+            f"loader returned {len(label)} labels with it; expected one label a row.{hint}"
+        )
+
+
+def _weights_of(classifier: nn.Module) -> dict[str, Tensor]:
+    model = getattr(classifier, "model", None)
+    return named_state(model if isinstance(model, nn.Module) else classifier)
 
 
 def _concatenated(parts: list[Evaluation]) -> Evaluation:

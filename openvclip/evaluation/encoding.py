@@ -18,9 +18,11 @@ from openvclip.evaluation.mixture import Mixture
 from openvclip.evaluation.records import Record, Records
 from openvclip.evaluation.timing import Clock, Timing, joined_timing
 from openvclip.models.classifier import evaluation_mode
+from openvclip.models.finite import require_finite
 from openvclip.processes import Processes
 from openvclip.towers.temporal import encode_video
 from openvclip.video import VideoDataset, VideoSample
+from openvclip.weights.names import named_state
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ def encode_videos(
 
     The feature of a video is the sum of :func:`openvclip.encode_video` over the views. The dot
     product of this feature and a text feature is the logit of the text, summed over the views and
-    divided by the logit scale.
+    divided by the logit scale. The length of the feature is not 1: normalise the feature before you
+    store it for a search.
 
     The batches depend on the order of the data set only. They do not depend on the number of
     processes, or on the records of earlier runs. So the features are bitwise equal to the features
@@ -80,6 +83,11 @@ def encode_videos(
 
     Returns:
         The time that all processes spent in this run.
+
+    Raises:
+        NonFiniteWeightsError: features are NaN or infinite, because weights are. The error names
+            the entries.
+        EvaluationError: features are NaN or infinite, and all weights are finite.
     """
     mixture, options = mixture or Mixture(), options or BatchOptions()
     processes = processes or Processes()
@@ -129,6 +137,7 @@ def _encoded(
         with _autocast(first.device, amp):
             features.append(_summed_over_views(model, video).float().cpu())
         clock.lap("encode")
+        require_finite(features[-1], lambda: named_state(model), "The features of videos")
     values = torch.stack(features, dim=1) if features else torch.empty(0)
     return Record(key, values, errors)
 

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from openvclip.evaluation.accuracy import Evaluation, evaluate_each
+from openvclip.models.classifier import TextClassifier, text_classifiers
+from openvclip.models.text_weights import (
+    TextSource,
+    require_text_source,
+    require_whole_text,
+    same_text,
+)
 from openvclip.weights.interpolation import interpolate_into
 from openvclip.weights.names import canonical_state, named_state
 from openvclip.weights.numerics import memory_of, overwriting
@@ -24,6 +32,7 @@ def sweep(
     loader: Iterable[Sequence[Any]],
     *,
     lams: Sequence[float] = FIGURE_LAMBDAS,
+    text: TextSource = "own",
     progress: bool | None = None,
     description: str = "sweep",
 ) -> dict[float, Evaluation]:
@@ -32,15 +41,21 @@ def sweep(
     The weights of ``classifier.model`` are set to each interpolation in turn. On exit, also after
     an exception, the model has its original weights, bitwise.
 
+    The text features are those of each interpolation. If both ends have the same text weights, the
+    class names are encoded at most once, otherwise once for each ``lam``.
+
     Args:
         classifier: a :class:`openvclip.ZeroShotClassifier`, a
             :class:`openvclip.prompting.VideoClassifier`, or another module that returns logits and
-            holds the CLIP model in the attribute ``model``.
+            holds the CLIP model in the attribute ``model``. Another module has to compute its text
+            features itself, or to hold one of these two classifiers.
         theta_a: state dict of the original CLIP.
         theta_b: state dict of the fine-tuned model. ``theta_a`` or ``theta_b`` may be the
             ``state_dict()`` of ``classifier.model``; its tensors are copied.
         loader: see :func:`openvclip.evaluation.evaluate`.
         lams: interpolation weights of ``theta_a``.
+        text: the weights that encode the class names. ``"own"``: those of each interpolation.
+            ``"original"``: those of ``theta_a`` for every ``lam``.
         progress: whether to show a progress bar. Default: only in a terminal.
         description: text in front of the progress bar.
 
@@ -49,24 +64,52 @@ def sweep(
 
     Raises:
         StateMismatchError: a state dict does not fit the model.
-        VideoShapeError: a video batch has neither 5 nor 6 dimensions.
+        VideoShapeError, NonFiniteWeightsError, EvaluationError: see
+            :func:`openvclip.evaluation.evaluate`.
+        UsageError: ``text`` is unknown; or the text weights are sharded and differ.
     """
+    require_text_source(text)
     model = cast(nn.Module, classifier.model)
     live = named_state(model)
     theta_a = _not_shared(live, canonical_state(theta_a, "theta_a", like=live))
     theta_b = _not_shared(live, canonical_state(theta_b, "theta_b", like=live))
 
-    def logits_at(lam: float, video: Tensor) -> Tensor:
+    def set_weights(lam: float) -> None:
         interpolate_into(model, theta_a, theta_b, lam)
-        logits: Tensor = classifier(video)
+
+    def logits_at(lam: float, features: list[Tensor], video: Tensor) -> Tensor:
+        set_weights(lam)
+        with ExitStack() as stack:
+            for part, text_features in zip(parts, features, strict=True):
+                stack.enter_context(part.using_text(text_features))
+            logits: Tensor = classifier(video)
         return logits
 
-    variants: list[Callable[[Tensor], Tensor]] = [partial(logits_at, lam) for lam in lams]
+    parts = text_classifiers(classifier)
+    fixed = text == "original" or same_text(theta_a, theta_b)
+    if parts and not fixed:
+        require_whole_text(live)
     with overwriting(list(live.values())):
+        features = _features_at([1.0] if fixed else lams, parts, set_weights)
+        pairs = zip(lams, features * len(lams) if fixed else features, strict=True)
+        variants: list[Callable[[Tensor], Tensor]] = [
+            partial(logits_at, lam, rows) for lam, rows in pairs
+        ]
         evaluations = evaluate_each(
             variants, classifier, loader, progress=progress, description=description
         )
     return dict(zip(lams, evaluations, strict=True))
+
+
+def _features_at(
+    lams: Sequence[float], parts: list[TextClassifier], set_weights: Callable[[float], None]
+) -> list[list[Tensor]]:
+    """Return the text features of each classifier at each lambda."""
+    features = []
+    for lam in lams if parts else ():
+        set_weights(lam)
+        features.append([part.present_text() for part in parts])
+    return features or [[] for _ in lams]
 
 
 def _not_shared(live: dict[str, Tensor], state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from openvclip.errors import UsageError
+from openvclip.models.text_weights import TextSource, require_text_source, same_text
 from openvclip.weights.interpolation import interpolate_into
-from openvclip.weights.names import named_state
+from openvclip.weights.names import canonical_state, named_state
 from openvclip.weights.numerics import overwriting
 from openvclip.weights.shards import local
 
@@ -28,15 +29,19 @@ class Mixture:
         tuned: state dict of the fine-tuned model, or ``None``.
         lams: interpolation weights of the original CLIP. 0 is the fine-tuned model. Default:
             ``(0.0,)`` with ``tuned``, ``()`` without ``tuned``.
+        text: the weights that encode the class names. ``"own"``: those of each interpolation.
+            ``"original"``: those of the original CLIP at every ``lam``. Default: ``"own"``.
 
     Raises:
-        UsageError: ``lams`` is given without ``tuned``.
+        UsageError: ``lams`` is given without ``tuned``, or ``text`` is unknown.
     """
 
     tuned: Mapping[str, Tensor] | None = None
     lams: Sequence[float] = ()
+    text: TextSource = "own"
 
     def __post_init__(self) -> None:
+        require_text_source(self.text)
         if self.tuned is None and len(self.lams):
             raise UsageError(
                 f"lams={list(self.lams)} without tuned; expected tuned, the state dict of the "
@@ -72,3 +77,27 @@ class Mixture:
                 setters[0]()  # once for the whole run, not once for each batch
                 setters = [lambda: None]
             yield setters
+
+    def text_features(self, model: nn.Module, encode: Callable[[], Tensor]) -> list[Tensor]:
+        """Return the text features at each ``lam``, or one set of features for ``Mixture()``.
+
+        The class names are encoded once if both ends have the same text weights, or if ``text`` is
+        ``"original"``. On exit the model has its original weights, bitwise.
+
+        Args:
+            model: a model with the weights of the original CLIP.
+            encode: returns the text features ``[K, D]`` at the present weights of ``model``.
+        """
+        live = named_state(model)
+        if (
+            self.tuned is None
+            or self.text == "original"
+            or same_text(live, canonical_state(self.tuned, "tuned", like=live))
+        ):
+            return [encode()] * max(1, len(self.lams))
+        features = []
+        with self.setters(model) as setters:
+            for set_weights in setters:
+                set_weights()
+                features.append(encode())
+        return features

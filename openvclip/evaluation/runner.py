@@ -19,7 +19,9 @@ from openvclip.evaluation.encoding import BatchOptions, batches_of, encode_video
 from openvclip.evaluation.mixture import Mixture
 from openvclip.evaluation.records import Records
 from openvclip.evaluation.results import ProtocolEvaluation, SplitScore
-from openvclip.models.classifier import VIDEO_TEMPLATES, ZeroShotClassifier
+from openvclip.models.classifier import VIDEO_TEMPLATES, class_features
+from openvclip.models.finite import require_finite
+from openvclip.models.labels import warn_of_equal_labels
 from openvclip.models.preprocess import transform_for
 from openvclip.processes import Processes, joined_processes
 from openvclip.towers.view import FrameView
@@ -28,7 +30,7 @@ from openvclip.video.protocols import Split
 from openvclip.video.sampling import PAPER_SAMPLING, Sampling
 from openvclip.video.transforms import Transform
 from openvclip.weights.hashing import weights_hash
-from openvclip.weights.names import listed
+from openvclip.weights.names import listed, named_state
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,16 @@ class RunOptions(BatchOptions):
             missing videos are an error, which is raised before a video is encoded.
         settings: further settings of the run, as JSON objects, such as the name of the model. A run
             with different settings can't continue in the same folder.
+        encode_texts: function of model, tokenizer, class names and templates that returns the text
+            features at the present weights of the model, such as a cache around the default,
+            :func:`openvclip.models.class_features`.
     """
 
     description: str = "evaluate"
     leave_out_broken: bool = False
     allow_missing: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
+    encode_texts: Callable[..., Tensor] = class_features
 
 
 def evaluate_protocol(
@@ -80,16 +86,18 @@ def evaluate_protocol(
     result.
 
     Args:
-        model: an open_clip model, expanded or not, with the weights of the original CLIP. The text
-            features are computed with these weights. On exit the model has its original weights,
-            bitwise.
+        model: an open_clip model, expanded or not, with the weights of the original CLIP. On exit
+            the model has its original weights, bitwise.
         tokenizer: a function from a list of texts to token ids, such as the result of
             ``open_clip.get_tokenizer``.
         splits: the splits of :func:`openvclip.video.protocols.load`, splits of several protocols in
             one list, or other splits.
         videos: the folder of the videos. The paths of the splits are relative to this folder.
         mixture: the weights to evaluate. ``Mixture(tuned, lams)`` interpolates between the weights
-            of ``model`` and of a fine-tuned model. Default: the weights of ``model``.
+            of ``model`` and of a fine-tuned model. The text features are those of each
+            interpolation: the class names are encoded once for each λ if the text weights of both
+            models differ, otherwise once. ``Mixture(tuned, lams, text="original")`` takes the text
+            features of ``model`` at every λ. Default: the weights of ``model``.
         sampling: the frames to read. Default: the 3 views of 8 frames of the paper.
         transform: a transform from 8-bit frames to the input of the model. Default: the transform
             of the released evaluation, at the image size of the model.
@@ -108,6 +116,8 @@ def evaluate_protocol(
         UsageError: there are several processes, and ``out`` is ``None``.
         ClassNamesError: the class names or templates are not valid.
         StateMismatchError: the fine-tuned weights do not fit the model.
+        NonFiniteWeightsError: features are NaN or infinite, because weights are. The error names
+            the entries.
         VideoOptionError: the videos can't be read with this ``sampling``.
     """
     mixture, run = mixture or Mixture(), run or RunOptions()
@@ -123,24 +133,29 @@ def evaluate_protocol(
     with joined_processes() as processes:
         _require_folder(processes, out)
         with Records(None if out is None else Path(out), settings, processes.rank) as records:
-            texts = ZeroShotClassifier(model, tokenizer, names, templates).text_features
+            texts = mixture.text_features(
+                model, lambda: run.encode_texts(model, tokenizer, names, templates)
+            )
+            _warn_of_equal_labels(splits, names, texts[0])
             timing = encode_videos(
                 model, dataset, records, mixture=mixture, options=run, processes=processes
             )
     weights: list[float | None] = [*mixture.lams] or [None]
-    shape = (len(paths), len(weights), texts.shape[1])
+    shape = (len(paths), len(weights), texts[0].shape[1])
     features, errors = _features_of(records, shape, run.batch_size)
-    rows = dict(zip(names, texts.float().cpu(), strict=True))
+    _require_finite(features, errors, model, mixture)
+    rows = [dict(zip(names, text.float().cpu(), strict=True)) for text in texts]
     left_out = errors if run.leave_out_broken else ()
     scores = {
         lam: [
-            _scored(split, indices, features[:, i], left_out, rows)
+            _scored(split, indices, features[:, i], left_out, rows[i])
             for split, indices in zip(splits, split_indices, strict=True)
         ]
         for i, lam in enumerate(weights)
     }
     failures = [Failure(index, dataset.path(index), why) for index, why in sorted(errors.items())]
-    return ProtocolEvaluation(scores, failures, timing, settings)
+    # The features of the videos do not depend on the texts, so a run with other texts reuses them.
+    return ProtocolEvaluation(scores, failures, timing, {**settings, "text": mixture.text})
 
 
 def require_videos(paths: Sequence[str], root: str) -> None:
@@ -209,6 +224,27 @@ def _features_of(
         if readable:
             features[readable] = record.values
     return features, errors
+
+
+def _require_finite(
+    features: Tensor, errors: Container[int], model: nn.Module, mixture: Mixture
+) -> None:
+    """Raise if the features of a readable video are NaN or infinite."""
+    readable = [index for index in range(len(features)) if index not in errors]
+    require_finite(
+        features[readable],
+        lambda: {**named_state(model), **(mixture.tuned or {})},
+        "The features of videos",
+    )
+
+
+def _warn_of_equal_labels(splits: Sequence[Split], names: list[str], texts: Tensor) -> None:
+    """Warn once if a split has class names that the text tower can't tell apart."""
+    row_of = {name: index for index, name in enumerate(names)}
+    for class_names in dict.fromkeys(tuple(split.class_names) for split in splits):
+        rows = [row_of[name] for name in class_names]
+        if warn_of_equal_labels(class_names, texts[rows]):
+            return
 
 
 def _scored(

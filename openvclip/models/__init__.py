@@ -1,6 +1,6 @@
 """CLIP models for videos: loading, preprocessing, zero-shot classification and prediction."""
 
-from openvclip.models.classifier import VIDEO_TEMPLATES, ZeroShotClassifier
+from openvclip.models.classifier import VIDEO_TEMPLATES, ZeroShotClassifier, class_features
 from openvclip.models.labels import read_labels
 from openvclip.models.loading import LoadedModel, fine_tuned, load_model
 from openvclip.models.prediction import Prediction, predict
@@ -14,6 +14,7 @@ __all__ = [
     "Segment",
     "Timeline",
     "ZeroShotClassifier",
+    "class_features",
     "fine_tuned",
     "load_model",
     "predict",

@@ -1,9 +1,10 @@
-"""Zero-shot classification of videos: text templates and :class:`ZeroShotClassifier`."""
+"""Zero-shot classification of images and videos: templates, text features, classifier."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import product
 from typing import Any, cast
 
@@ -11,8 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from openvclip.errors import ClassNamesError, UnsupportedModelError
-from openvclip.towers.temporal import encode_video
+from openvclip.errors import ClassNamesError, TextFeaturesWarning, UnsupportedModelError
+from openvclip.models.finite import require_finite
+from openvclip.models.labels import warn_of_equal_labels
+from openvclip.models.text_weights import TextMark, text_state
+from openvclip.towers.temporal import encode_images, encode_video
+
+Tokenizer = Callable[[list[str]], Tensor]
+"""Function from n texts to token ids ``[n, L]``, such as the result of open_clip.get_tokenizer."""
+
+Template = str | Callable[[str], str]
+"""A string in which the class name replaces ``{}``, or a function from a class name to a text."""
 
 _NOUNS = ("photo", "video", "example", "demonstration")
 _FORMS = (
@@ -31,13 +41,72 @@ VIDEO_TEMPLATES: tuple[str, ...] = tuple(
 """The 28 text templates of the released code. The class name replaces ``{}``."""
 
 
-class ZeroShotClassifier(nn.Module):
-    """A video classifier that compares videos with the text features of class names.
+class TextClassifier(nn.Module):
+    """Base of the classifiers that compare images or videos with texts of class names.
 
-    The text features are computed once, when the classifier is created, without gradients. For
-    each class, the feature of each template is L2-normalised, the features are averaged over the
-    templates, and the mean is L2-normalised. Create the classifier while ``model`` holds the text
-    tower of the original CLIP. (Fine-tuning leaves the text tower frozen.)
+    Attributes:
+        class_names: K different class names.
+        model: the CLIP model.
+    """
+
+    class_names: list[str]
+    model: nn.Module
+
+    def present_text(self) -> Tensor:
+        """Return the text features ``[K, D]`` at the present weights of the model.
+
+        The features have unit length and no graph.
+        """
+        raise NotImplementedError
+
+    def using_text(self, features: Tensor) -> AbstractContextManager[None]:
+        """Context manager in which the classifier uses these text features ``[K, D]``."""
+        raise NotImplementedError
+
+    def text_is_current(self, *, quick: bool = False) -> bool:
+        """Return whether the text features can belong to the present weights of the model.
+
+        Args:
+            quick: see :meth:`openvclip.models.text_weights.TextMark.differs`.
+        """
+        return True
+
+
+def text_classifiers(module: nn.Module) -> list[TextClassifier]:
+    """Return the text classifiers in a module, the module itself included."""
+    return [part for part in module.modules() if isinstance(part, TextClassifier)]
+
+
+def warn_of_other_text(module: nn.Module, *, quick: bool = False) -> None:
+    """Warn if text features in a module belong to other weights than the model has now.
+
+    Args:
+        module: a classifier, or a module that holds some.
+        quick: see :meth:`openvclip.models.text_weights.TextMark.differs`.
+
+    Warns:
+        TextFeaturesWarning: text weights changed after the class names were encoded.
+    """
+    if not all(part.text_is_current(quick=quick) for part in text_classifiers(module)):
+        warnings.warn(
+            "The text weights of the model changed after the class names were encoded, so the text "
+            "features belong to other weights. Call classifier.refresh_text(), or create the "
+            "classifier after the weights are loaded.",
+            TextFeaturesWarning,
+            stacklevel=3,
+        )
+
+
+class ZeroShotClassifier(TextClassifier):
+    """A classifier that compares images or videos with the text features of class names.
+
+    The text features are computed once, when the classifier is created, without gradients, from
+    the weights that ``model`` has then. For each class, the feature of each template is
+    L2-normalised, the features are averaged over the templates, and the mean is L2-normalised.
+
+    The text features stay if the weights of ``model`` change later. If the text tower is trained,
+    call :meth:`refresh_text` afterwards. :func:`openvclip.evaluation.sweep` does this for each
+    interpolation; ``evaluate`` and ``predict`` warn about features of other weights.
 
     Args:
         model: an open_clip model with ``encode_image``, ``encode_text`` and ``logit_scale``. The
@@ -48,6 +117,8 @@ class ZeroShotClassifier(nn.Module):
         templates: strings in which the class name replaces ``{}``, or functions from a class name
             to a text.
         batch_size: number of texts to encode at a time.
+        text_features: the result of :func:`class_features` for the same arguments, if it was
+            computed before. Default: it is computed.
 
     Attributes:
         text_features: ``[K, D]``, unit length. A buffer that is not part of the state dict.
@@ -57,6 +128,11 @@ class ZeroShotClassifier(nn.Module):
             ``templates`` is empty, or holds a template without ``{}``.
         UnsupportedModelError: the model lacks ``encode_image``, ``encode_text`` or
             ``logit_scale``.
+        NonFiniteWeightsError: the text features are not finite. The error names the entries of the
+            model that are not finite.
+
+    Warns:
+        LabelWarning: the text tower can't tell some class names apart.
     """
 
     text_features: Tensor
@@ -64,32 +140,30 @@ class ZeroShotClassifier(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        tokenizer: Callable[[list[str]], Tensor],
+        tokenizer: Tokenizer,
         class_names: Sequence[str],
-        templates: Sequence[str | Callable[[str], str]] = VIDEO_TEMPLATES,
+        templates: Sequence[Template] = VIDEO_TEMPLATES,
         *,
         batch_size: int = 256,
+        text_features: Tensor | None = None,
     ) -> None:
         super().__init__()
         require_clip(model)
         self.class_names = require_names(class_names)
         self.model = model
-        if isinstance(templates, str):
-            raise ClassNamesError(f"templates is one string, {templates!r}; expected a list.")
-        texts = [fill_template(form, name) for name in self.class_names for form in templates]
-        if not texts:
-            raise ClassNamesError(
-                "templates is empty; expected at least one template, such as '{}'."
-            )
-        features = _encode_texts(model, tokenizer, texts, batch_size)
-        mean = features.unflatten(0, (len(self.class_names), -1)).mean(dim=1)
-        self.register_buffer("text_features", functional.normalize(mean, dim=-1), persistent=False)
+        self._texts = _ClassTexts(tokenizer, self.class_names, templates, batch_size)
+        features = self._texts.features(model) if text_features is None else text_features
+        warn_of_equal_labels(self.class_names, features)
+        self.register_buffer("text_features", features, persistent=False)
+        self._mark = TextMark(model)
 
     def forward(self, video: Tensor) -> Tensor:
         """Return the logits of videos: the logit scale times the mean cosine over the frames.
 
         Args:
-            video: clips ``[B, T, C, H, W]``.
+            video: clips ``[B, T, C, H, W]``, or images ``[B, C, H, W]``. For images the logits are
+                those of plain CLIP, also if the model is expanded. So one clip needs its batch
+                axis: a tensor ``[T, C, H, W]`` is read as T images.
 
         Returns:
             Logits ``[B, K]``.
@@ -98,10 +172,119 @@ class ZeroShotClassifier(nn.Module):
             VideoShapeError: ``video`` has a wrong rank, dtype, number of channels or frame size,
                 or no frames.
         """
-        pooled = encode_video(self.model, video)
+        if isinstance(video, Tensor) and video.ndim == 4:
+            pooled = functional.normalize(encode_images(self.model, video), dim=-1)
+        else:
+            pooled = encode_video(self.model, video)
         scale = cast(Any, self.model).logit_scale.exp()
         logits: Tensor = scale * pooled @ self.text_features.to(pooled.dtype).T
         return logits
+
+    def refresh_text(self) -> None:
+        """Compute the text features again, from the present weights of the model."""
+        self.text_features = self._texts.features(self.model)
+        self._mark = TextMark(self.model)
+
+    def text_is_current(self, *, quick: bool = False) -> bool:
+        """Return whether the text features can belong to the present weights of the model.
+
+        Args:
+            quick: see :meth:`openvclip.models.text_weights.TextMark.differs`.
+        """
+        return not self._mark.differs(self.model, quick=quick)
+
+    def present_text(self) -> Tensor:
+        """Return the text features ``[K, D]`` at the present weights of the model.
+
+        They are encoded only if the text weights changed since they were encoded last.
+        """
+        fits = self._mark.fits(self.model)
+        return self.text_features if fits else self._texts.features(self.model)
+
+    @contextmanager
+    def using_text(self, features: Tensor) -> Iterator[None]:
+        """Context manager in which the classifier uses these text features ``[K, D]``."""
+        before = self.text_features
+        self.text_features = features
+        try:
+            yield
+        finally:
+            self.text_features = before
+
+
+def class_features(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    class_names: Sequence[str],
+    templates: Sequence[Template] = VIDEO_TEMPLATES,
+    *,
+    batch_size: int = 256,
+) -> Tensor:
+    """Return the text features of class names at the present weights of a model.
+
+    For each class, the feature of each template is L2-normalised, the features are averaged over
+    the templates, and the mean is L2-normalised. All text features of openvclip that are not
+    learned prompts come from this computation.
+
+    Args:
+        model: see :class:`ZeroShotClassifier`.
+        tokenizer: see :class:`ZeroShotClassifier`.
+        class_names: K different class names.
+        templates: see :class:`ZeroShotClassifier`.
+        batch_size: number of texts to encode at a time.
+
+    Returns:
+        Tensor ``[K, D]`` on the device of the model, without a graph.
+
+    Raises:
+        ClassNamesError, UnsupportedModelError, NonFiniteWeightsError: see
+            :class:`ZeroShotClassifier`.
+    """
+    require_clip(model)
+    names = require_names(class_names)
+    return _ClassTexts(tokenizer, names, templates, batch_size).features(model)
+
+
+class _ClassTexts:
+    """The token ids of the texts of class names, in batches on the CPU."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        class_names: list[str],
+        templates: Sequence[Template],
+        batch_size: int,
+    ) -> None:
+        if isinstance(templates, str):
+            raise ClassNamesError(f"templates is one string, {templates!r}; expected a list.")
+        texts = [fill_template(form, name) for name in class_names for form in templates]
+        if not texts:
+            raise ClassNamesError(
+                "templates is empty; expected at least one template, such as '{}'."
+            )
+        self._n_classes = len(class_names)
+        starts = range(0, len(texts), batch_size)
+        self._tokens = [tokenizer(texts[i : i + batch_size]) for i in starts]
+
+    @torch.no_grad()
+    def features(self, model: nn.Module) -> Tensor:
+        """Return the text features ``[K, D]`` at the present weights.
+
+        For more than four batches, a progress bar is shown in a terminal.
+        """
+        from tqdm import tqdm
+
+        clip = cast(Any, model)
+        device = clip.logit_scale.device
+        hidden = None if len(self._tokens) > 4 else True
+        with evaluation_mode(model):
+            encoded = [
+                functional.normalize(clip.encode_text(tokens.to(device)), dim=-1)
+                for tokens in tqdm(self._tokens, desc="text features", disable=hidden)
+            ]
+        mean = torch.cat(encoded).unflatten(0, (self._n_classes, -1)).mean(dim=1)
+        require_finite(mean, lambda: text_state(model), "The text features")
+        return functional.normalize(mean, dim=-1)
 
 
 @contextmanager
@@ -157,7 +340,7 @@ def require_names(class_names: Sequence[str]) -> list[str]:
     return names
 
 
-def fill_template(template: str | Callable[[str], str], name: str) -> str:
+def fill_template(template: Template, name: str) -> str:
     """Return the text of a class name in a template.
 
     Args:
@@ -173,30 +356,3 @@ def fill_template(template: str | Callable[[str], str], name: str) -> str:
     if "{}" not in template:
         raise ClassNamesError(f"Template {template!r} has no {{}} for the class name.")
     return template.replace("{}", name)
-
-
-@torch.no_grad()
-def _encode_texts(
-    model: nn.Module,
-    tokenizer: Callable[[list[str]], Tensor],
-    texts: list[str],
-    batch_size: int,
-) -> Tensor:
-    """Return the L2-normalised features ``[len(texts), D]`` of texts.
-
-    For more than four batches, a progress bar is shown in a terminal.
-    """
-    from tqdm import tqdm
-
-    clip = cast(Any, model)
-    device = clip.logit_scale.device
-    with evaluation_mode(model):
-        starts = range(0, len(texts), batch_size)
-        bar = tqdm(starts, desc="text features", disable=None if len(starts) > 4 else True)
-        features = [
-            functional.normalize(
-                clip.encode_text(tokenizer(texts[i : i + batch_size]).to(device)), dim=-1
-            )
-            for i in bar
-        ]
-    return torch.cat(features)

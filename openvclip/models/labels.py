@@ -1,11 +1,20 @@
-"""Read files with one text on each line: labels, class names or templates."""
+"""Labels: reading files with one text on each line, and labels that can't be told apart."""
 
 from __future__ import annotations
 
+import itertools
 import os
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
-from openvclip.errors import ClassNamesError
+import torch
+from torch import Tensor
+
+from openvclip.errors import ClassNamesError, LabelWarning
+
+_TOLERANCE = 1e-6  # in a text feature of unit length; logits differ by a hundred times as much
+_MOST_NAMES = 10
 
 
 def read_labels(path: str | os.PathLike[str]) -> list[str]:
@@ -43,3 +52,72 @@ def read_labels(path: str | os.PathLike[str]) -> list[str]:
                 "class needs a different name."
             )
     return lines
+
+
+def warn_of_equal_labels(labels: Sequence[str], rows: Tensor) -> bool:
+    """Warn if the text tower can't tell some labels apart, and return whether it warned.
+
+    This happens if labels differ only beyond the length of a text, or only in case or white space
+    that the tokenizer ignores.
+
+    Args:
+        labels: K labels.
+        rows: what the text tower computes or reads for each label: features of unit length
+            ``[K, D]``, or token ids ``[K, L]``.
+
+    Warns:
+        LabelWarning: rows of some labels are equal. The warning names at most ten labels.
+    """
+    groups = _equal_rows(rows.detach().cpu().double())
+    if groups:
+        names = [index for group in groups for index in group]
+        shown, text = 0, []
+        for group in groups:
+            chosen = group[: _MOST_NAMES - shown]
+            if len(chosen) > 1:
+                text.append(" = ".join(_short(labels[index]) for index in chosen))
+                shown += len(chosen)
+        more = f", and {len(names) - shown} more" if len(names) > shown else ""
+        warnings.warn(
+            f"{len(names)} labels get the same probabilities as another label, because the text "
+            f"tower can't tell them apart: {'; '.join(text)}{more}. Texts may be cut off at the "
+            "end, and case and white space may be ignored. Make these labels shorter, or write "
+            "what differs first.",
+            LabelWarning,
+            stacklevel=3,
+        )
+    return bool(groups)
+
+
+def warn_of_single_label(labels: Sequence[str]) -> None:
+    """Warn if there is only one label to choose from.
+
+    Warns:
+        LabelWarning: there is one label.
+    """
+    if len(labels) == 1:
+        warnings.warn(
+            f"{_short(labels[0])} is the only label, so its probability is 100 % for every video. "
+            "Give the other labels that are possible, such as 'something else'.",
+            LabelWarning,
+            stacklevel=3,
+        )
+
+
+def _equal_rows(rows: Tensor) -> list[list[int]]:
+    """Return the groups of rows ``[K, D]`` that are equal up to rounding, as sorted indices.
+
+    Equal rows have equal projections on a line. So only neighbours along the line are compared.
+    """
+    line = torch.linspace(1, 50, rows.shape[1], dtype=rows.dtype).sin()
+    order = (rows @ line).argsort().tolist()
+    groups = [order[:1]]
+    for before, index in itertools.pairwise(order):
+        if (rows[index] - rows[before]).abs().max() > _TOLERANCE:
+            groups.append([])
+        groups[-1].append(index)
+    return sorted(sorted(group) for group in groups if len(group) > 1)
+
+
+def _short(label: str) -> str:
+    return repr(label if len(label) <= 60 else f"{label[:25]} ... {label[-25:]}")

@@ -11,11 +11,22 @@ from torch import Tensor, nn
 
 from openvclip.checkpoints.sizes import CLIP_VOCABULARY
 from openvclip.errors import UsageError
-from openvclip.models.classifier import VIDEO_TEMPLATES, ZeroShotClassifier, evaluation_mode
-from openvclip.models.preprocess import transform_for
+from openvclip.models.classifier import (
+    VIDEO_TEMPLATES,
+    Template,
+    TextClassifier,
+    ZeroShotClassifier,
+    evaluation_mode,
+    require_clip,
+    warn_of_other_text,
+)
+from openvclip.models.finite import require_finite
+from openvclip.models.labels import warn_of_single_label
+from openvclip.models.preprocess import is_image_file, read_image, transform_for
 from openvclip.video.decoding import read_clip
 from openvclip.video.sampling import PAPER_SAMPLING, Sampling
 from openvclip.video.transforms import Transform
+from openvclip.weights.names import named_state, unwrap
 
 
 @dataclass(frozen=True)
@@ -57,24 +68,27 @@ def predict(
     *,
     tokenizer: Callable[[list[str]], Tensor] | None = None,
     transform: Transform | None = None,
-    templates: Sequence[str] = VIDEO_TEMPLATES,
+    templates: Sequence[Template] = VIDEO_TEMPLATES,
     sampling: Sampling = PAPER_SAMPLING,
 ) -> Prediction:
-    """Compute the probabilities of labels for a video.
+    """Compute the probabilities of labels for a video or an image.
 
-    To predict many videos, create a :class:`ZeroShotClassifier` and pass it as ``model``. The text
-    features of the labels are then computed once.
+    The text features of the labels are those of ``model`` itself, also if its text tower is
+    fine-tuned. To predict many videos, create a :class:`ZeroShotClassifier` and pass it as
+    ``model``. The text features of the labels are then computed once.
 
     Args:
-        model: an open_clip model, expanded or not; or a :class:`ZeroShotClassifier`, whose class
+        model: an open_clip model, expanded or not; or a classifier
+            (:class:`ZeroShotClassifier`, :class:`openvclip.prompting.VideoClassifier`), whose class
             names are the labels.
-        video: the video file.
-        labels: K different labels. ``None`` if ``model`` is a :class:`ZeroShotClassifier`.
+        video: the video file. A file with the extension of an image format (``.jpg``, ``.png``) is
+            read as an image, and predicted as by plain CLIP.
+        labels: K different labels. ``None`` if ``model`` is a classifier.
         tokenizer: a function from a list of texts to token ids. Default: the tokenizer of the
             original CLIP, if the model has the vocabulary of the original CLIP.
         transform: a transform from 8-bit frames to the input of the model. Default: the transform
             of the released evaluation, at the image size of the model.
-        templates: strings in which the label replaces ``{}``.
+        templates: strings in which the label replaces ``{}``, or functions from a label to a text.
         sampling: the frames to read. Default: the 3 views of 8 frames of the paper.
 
     Returns:
@@ -88,15 +102,24 @@ def predict(
         VideoOptionError: the video can't be read with this ``sampling``.
         ClassNamesError: ``labels`` is empty, or holds an empty or repeated label.
         UsageError: ``labels`` is given for a classifier with other class names, or is ``None`` for
-            an open_clip model; or the tokenizer of the model is not known.
+            an open_clip model; or the tokenizer of the model is not known; or ``video`` is a
+            tensor.
         UnsupportedModelError: ``model`` is not an open_clip model.
+        NonFiniteWeightsError: the logits are NaN or infinite, because weights are. The error names
+            the entries.
+        EvaluationError: the logits are NaN or infinite, and all weights are finite.
+
+    Warns:
+        LabelWarning: the text tower can't tell some labels apart, or there is only one label.
+        TextFeaturesWarning: the text weights of the model changed after the classifier was created.
     """
+    require_file(video)
     classifier = classifier_for(model, labels, tokenizer, templates)
     transform = transform or transform_for(classifier.model)
-    clips = read_clip(video, **vars(sampling))
-    device = classifier.text_features.device
+    is_image = is_image_file(video)
+    clips = read_image(video)[None, None] if is_image else read_clip(video, **vars(sampling))
     views = transform(clips).flatten(0, -5)  # several crops of a view become several views
-    logits = logits_of(classifier, views.to(device)).mean(dim=0)
+    logits = logits_of(classifier, views[:, 0] if is_image else views).mean(dim=0)
     return Prediction(os.fspath(video), classifier.class_names, logits.softmax(dim=-1).cpu())
 
 
@@ -104,9 +127,11 @@ def classifier_for(
     model: nn.Module,
     labels: Sequence[str] | None,
     tokenizer: Callable[[list[str]], Tensor] | None,
-    templates: Sequence[str],
-) -> ZeroShotClassifier:
+    templates: Sequence[Template],
+) -> TextClassifier:
     """Return ``model`` if it is a classifier, or create a classifier of the labels.
+
+    Data parallelism around ``model`` is removed.
 
     Args:
         model: see :func:`openvclip.predict`.
@@ -118,25 +143,58 @@ def classifier_for(
         UsageError: ``labels`` is given for a classifier with other class names, or is ``None`` for
             an open_clip model; or the tokenizer of the model is not known.
         ClassNamesError: ``labels`` is empty, or holds an empty or repeated label.
+        UnsupportedModelError: ``model`` is not an open_clip model.
+
+    Warns:
+        LabelWarning, TextFeaturesWarning: see :func:`openvclip.predict`.
     """
-    if isinstance(model, ZeroShotClassifier):
+    classifier = _classifier_for(unwrap(model), labels, tokenizer, templates)
+    warn_of_single_label(classifier.class_names)
+    warn_of_other_text(classifier, quick=True)
+    return classifier
+
+
+def _classifier_for(
+    model: nn.Module,
+    labels: Sequence[str] | None,
+    tokenizer: Callable[[list[str]], Tensor] | None,
+    templates: Sequence[Template],
+) -> TextClassifier:
+    if isinstance(model, TextClassifier):
         if labels is not None and list(labels) != model.class_names:
             raise UsageError(
                 f"labels differ from the {len(model.class_names)} class names of the classifier. "
                 "Leave labels out, or pass classifier.model."
             )
         return model
+    require_clip(model)
     if labels is None:
         raise UsageError("labels is None; expected a list of labels to choose from.")
     return ZeroShotClassifier(model, tokenizer or _clip_tokenizer(model), labels, templates)
 
 
 @torch.no_grad()
-def logits_of(classifier: ZeroShotClassifier, clips: Tensor) -> Tensor:
-    """Return the float32 logits ``[B, K]`` of clips ``[B, T, C, H, W]`` in eval mode."""
+def logits_of(classifier: TextClassifier, clips: Tensor) -> Tensor:
+    """Return the float32 logits ``[B, K]`` of clips ``[B, T, C, H, W]`` in eval mode.
+
+    Raises:
+        NonFiniteWeightsError, EvaluationError: see :func:`openvclip.predict`.
+    """
+    first = next(classifier.parameters())
     with evaluation_mode(classifier):
-        logits: Tensor = classifier(clips.to(next(classifier.parameters()).dtype))
+        logits: Tensor = classifier(clips.to(first.device, first.dtype))
+    require_finite(logits, lambda: named_state(classifier.model), "The logits")
     return logits.float()
+
+
+def require_file(video: object) -> None:
+    """Raise :class:`UsageError` if ``video`` is not the path of a file."""
+    if not isinstance(video, (str, os.PathLike)):
+        raise UsageError(
+            f"video is a {type(video).__name__}; expected the path of a file. For a tensor, create "
+            "a ZeroShotClassifier and call it: it returns the logits of clips [B, T, C, H, W] or "
+            "images [B, C, H, W]."
+        )
 
 
 def _clip_tokenizer(model: nn.Module) -> Callable[[list[str]], Tensor]:
@@ -146,7 +204,12 @@ def _clip_tokenizer(model: nn.Module) -> Callable[[list[str]], Tensor]:
     text_tower = getattr(model, "text", model)
     vocabulary = getattr(text_tower, "vocab_size", None)
     length = getattr(text_tower, "context_length", None)
-    if vocabulary != CLIP_VOCABULARY or length is None:
+    if vocabulary is None or length is None:
+        raise UsageError(
+            f"The tokenizer of {type(model).__name__} is not known. Give tokenizer=, a function "
+            "from a list of texts to token ids [n, L]."
+        )
+    if vocabulary != CLIP_VOCABULARY:
         raise UsageError(
             f"{type(model).__name__} has a vocabulary of {vocabulary} tokens; CLIP's tokenizer has "
             f"{CLIP_VOCABULARY}. Give tokenizer=open_clip.get_tokenizer(name)."

@@ -1,13 +1,22 @@
-"""The preprocessing of a model: image size, channel mean and channel standard deviation."""
+"""The preprocessing of a model: image size, channel mean and deviation; reading an image."""
 
 from __future__ import annotations
 
+import os
 from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from openvclip.errors import UnsupportedModelError
+from openvclip.errors import (
+    MissingDependencyError,
+    UnsupportedModelError,
+    VideoError,
+    VideoNotFoundError,
+)
 from openvclip.video.transforms import CLIP_MEAN, CLIP_STD, Transform, build
+
+_IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
 
 def transform_for(model: nn.Module, transform: str = "released") -> Transform:
@@ -34,3 +43,42 @@ def transform_for(model: nn.Module, transform: str = "released") -> Transform:
         mean=getattr(visual, "image_mean", None) or CLIP_MEAN,
         std=getattr(visual, "image_std", None) or CLIP_STD,
     )
+
+
+def is_image_file(path: str | os.PathLike[str]) -> bool:
+    """Return whether the extension of a file is that of an image format."""
+    return os.path.splitext(os.fspath(path))[1].lower() in _IMAGES
+
+
+def read_image(path: str | os.PathLike[str]) -> Tensor:
+    """Read an image file with Pillow, upright as its EXIF orientation says.
+
+    Args:
+        path: the file. Grey images become RGB, and the alpha channel is dropped.
+
+    Returns:
+        uint8 ``[C, H, W]``, RGB.
+
+    Raises:
+        VideoNotFoundError: the file does not exist.
+        VideoError: the file is not an image, or is damaged.
+        MissingDependencyError: Pillow is not installed.
+    """
+    try:
+        import numpy as np
+        from PIL import Image, ImageOps
+    except ImportError as error:
+        raise MissingDependencyError(
+            'Images are read with Pillow: pip install "openvclip[video]".'
+        ) from error
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would cut at 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            pixels = np.array(image.convert("RGB"))
+    except FileNotFoundError as error:
+        raise VideoNotFoundError(f"{os.fspath(path)}: no such file.") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise VideoError(f"{os.fspath(path)}: can't be read as an image ({error}).") from error
+    return torch.from_numpy(pixels).movedim(-1, 0)

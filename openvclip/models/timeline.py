@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from openvclip.models.classifier import VIDEO_TEMPLATES
+from openvclip.models.classifier import VIDEO_TEMPLATES, Template
 from openvclip.models.drawing import new_figure, save_figure
-from openvclip.models.prediction import classifier_for, logits_of
+from openvclip.models.prediction import classifier_for, logits_of, require_file
 from openvclip.models.preprocess import transform_for
 from openvclip.video.sliding import sliding_windows
 from openvclip.video.transforms import Transform
@@ -117,7 +117,7 @@ def predict_timeline(
     *,
     tokenizer: Callable[[list[str]], Tensor] | None = None,
     transform: Transform | None = None,
-    templates: Sequence[str] = VIDEO_TEMPLATES,
+    templates: Sequence[Template] = VIDEO_TEMPLATES,
     num_frames: int = 8,
     seconds: float = 128 / 30,
     step: float | None = None,
@@ -143,11 +143,15 @@ def predict_timeline(
         progress: whether to show a progress bar. Default: only in a terminal.
 
     Raises:
-        VideoError, VideoOptionError, ClassNamesError, UsageError, UnsupportedModelError: see
-            :func:`openvclip.predict`.
+        VideoError, VideoOptionError, ClassNamesError, UsageError, UnsupportedModelError,
+            NonFiniteWeightsError, EvaluationError: see :func:`openvclip.predict`.
+
+    Warns:
+        LabelWarning, TextFeaturesWarning: see :func:`openvclip.predict`.
     """
     from tqdm import tqdm
 
+    require_file(video)
     classifier = classifier_for(model, labels, tokenizer, templates)
     windows = sliding_windows(
         video,
@@ -156,13 +160,12 @@ def predict_timeline(
         seconds=seconds,
         step=step,
     )
-    device = classifier.text_features.device
     times: list[tuple[float, float]] = []
     rows: list[Tensor] = []
     batch: list[Tensor] = []
 
     def encode_batch() -> None:
-        logits = logits_of(classifier, torch.stack(batch).to(device))
+        logits = logits_of(classifier, torch.stack(batch))
         rows.append(logits.softmax(dim=-1).cpu())
         batch.clear()
 

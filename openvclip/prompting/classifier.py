@@ -11,11 +11,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from openvclip.errors import ClassNamesError, PromptingError
-from openvclip.models.classifier import fill_template, require_clip, require_names
+from openvclip.models.classifier import (
+    TextClassifier,
+    evaluation_mode,
+    fill_template,
+    require_clip,
+    require_names,
+)
+from openvclip.models.finite import require_finite
+from openvclip.models.labels import warn_of_equal_labels
+from openvclip.models.text_weights import text_state
 from openvclip.prompting.attach import has_prompts, prompts_of
 from openvclip.prompting.text import TextPrompts, encode_prompted, prompted_layout
 from openvclip.prompting.text_towers import Tokenizer
-from openvclip.towers.temporal import encode_frames
+from openvclip.towers.temporal import encode_frames, encode_images
 
 PHOTO_TEMPLATE = "a photo of a {}."
 """The template that ViFi-CLIP fine-tunes with."""
@@ -26,7 +35,7 @@ def mean_pooled_features(model: nn.Module, video: Tensor) -> Tensor:
 
     The frame features are averaged before the normalisation, so a frame with a longer feature
     vector has more weight. In contrast, :func:`openvclip.encode_video` normalises each frame
-    feature first, so all frames have the same weight, and does not normalise the mean.
+    feature first, so all frames have the same weight, and normalises the mean on request only.
 
     Args:
         model: an open_clip model with or without prompts, or another model that
@@ -43,7 +52,7 @@ def mean_pooled_features(model: nn.Module, video: Tensor) -> Tensor:
     return functional.normalize(encode_frames(model, video).mean(dim=1), dim=-1)
 
 
-class VideoClassifier(nn.Module):
+class VideoClassifier(TextClassifier):
     """A CLIP and a list of class names as a classifier with a trainable text side.
 
     Each forward pass encodes the class names again. Gradients therefore reach the text tower or the
@@ -66,6 +75,9 @@ class VideoClassifier(nn.Module):
             has no ``{}``.
         PromptOptionError: if a class name and the text prompts exceed the text context.
         UnsupportedModelError: if the model has no image tower, text tower or temperature.
+
+    Warns:
+        LabelWarning: the token ids of some class names are equal.
     """
 
     tokens: Tensor
@@ -97,12 +109,14 @@ class VideoClassifier(nn.Module):
             )
         texts = [fill_template(template, name) for name in self.class_names]
         self._register("tokens", tokenizer(texts))
+        warn_of_equal_labels(self.class_names, self.tokens)
 
     def forward(self, video: Tensor) -> Tensor:
         """Return the logits of clips: temperature times cosine similarity.
 
         Args:
-            video: normalised frames ``[B, T, C, H, W]``, floating point.
+            video: normalised frames ``[B, T, C, H, W]``, floating point; or images
+                ``[B, C, H, W]``, see :meth:`openvclip.ZeroShotClassifier.forward`.
 
         Returns:
             Tensor ``[B, K]``.
@@ -111,7 +125,10 @@ class VideoClassifier(nn.Module):
             VideoShapeError: if the video has the wrong rank, dtype, number of channels, frame size
                 or number of frames.
         """
-        features = mean_pooled_features(self.model, video)
+        if isinstance(video, Tensor) and video.ndim == 4:
+            features = functional.normalize(encode_images(self.model, video), dim=-1)
+        else:
+            features = mean_pooled_features(self.model, video)
         text = self.text_features() if self._fixed is None else self._fixed
         scale = cast(Any, self.model).logit_scale.exp()
         logits: Tensor = scale * features @ text.to(features.dtype).T
@@ -142,7 +159,21 @@ class VideoClassifier(nn.Module):
         """Encode the class names once, without gradients, and use the features within the block."""
         with torch.no_grad():
             fixed = self.text_features()
-        previous, self._fixed = self._fixed, fixed
+        with self.using_text(fixed):
+            yield
+
+    @torch.no_grad()
+    def present_text(self) -> Tensor:
+        """Return the text features ``[K, D]`` at the present weights of the model, in eval mode."""
+        with evaluation_mode(self.model):
+            features = self.text_features()
+        require_finite(features, lambda: text_state(self.model), "The text features")
+        return features
+
+    @contextmanager
+    def using_text(self, features: Tensor) -> Iterator[None]:
+        """Context manager in which the classifier uses these text features ``[K, D]``."""
+        previous, self._fixed = self._fixed, features
         try:
             yield
         finally:
@@ -154,6 +185,8 @@ class VideoClassifier(nn.Module):
         self._register("tokens", tokens)
         self._register("places", places)
         self._register("rows", None if rows is None else torch.tensor(rows))
+        if rows is None:
+            warn_of_equal_labels(self.class_names, torch.cat([tokens, places], dim=1))
 
     def _register(self, name: str, value: Tensor | None) -> None:
         device = cast(Any, self.model).logit_scale.device

@@ -12,6 +12,7 @@ from openvclip.towers.family import Family, TowerFacts
 from openvclip.towers.prompted import VisionPrompts
 from openvclip.towers.temporal import (
     encode_frames,
+    encode_images,
     encode_video,
     expand_temporal_attention,
     is_expanded,
@@ -26,6 +27,7 @@ __all__ = [
     "TowerFacts",
     "VisionPrompts",
     "encode_frames",
+    "encode_images",
     "encode_video",
     "expand_temporal_attention",
     "is_expanded",

@@ -29,8 +29,9 @@ def require_video(
     if video.ndim != 5:
         raise VideoShapeError(
             f"Got a tensor of shape {shape}; expected a video [B, T, C, H, W] (clips, frames, "
-            "channels, height, width). Add the missing axis with video[None] (one clip) or "
-            "video[:, None] (one frame a clip)."
+            "channels, height, width). Use video[None] for one clip [T, C, H, W]. Encode images "
+            "[B, C, H, W] with encode_images(model, images), or give them to a classifier: plain "
+            "CLIP. As clips of one frame, images can have other features."
         )
     if not video.is_floating_point():
         raise VideoShapeError(
@@ -57,6 +58,25 @@ def require_video(
             f"Got frames of {shape[3]} x {shape[4]} pixels (H x W); the model takes "
             f"{frame_size[0]} x {frame_size[1]}. Resize and crop the frames first."
         )
+
+
+def require_images(images: Tensor) -> None:
+    """Raise :class:`VideoShapeError` unless ``images`` is a float tensor ``[B, 3, H, W]``."""
+    if not isinstance(images, Tensor) or images.ndim != 4:
+        shape = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise VideoShapeError(
+            f"Got {shape}; expected images [B, C, H, W] (images, channels, height, width). Add the "
+            "missing axis with image[None] for one image."
+        )
+    shape = list(images.shape)
+    if shape[1] != 3:
+        hint = "permute them: images.permute(0, 3, 1, 2)" if shape[3] == 3 else "expected RGB"
+        raise VideoShapeError(
+            f"Got images of shape {shape} with {shape[1]} channels on axis 1; expected "
+            f"[B, 3, H, W] ({hint})."
+        )
+    if shape[0] == 0 or not images.is_floating_point():
+        require_video(images[:, None])  # the errors of a video say what is wrong
 
 
 def _require_autocast(video: Tensor, weight: Tensor) -> None:

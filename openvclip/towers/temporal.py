@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from openvclip.errors import ExpansionError, ExpansionOptionError, UnsupportedModelError
-from openvclip.towers.checks import require_video
+from openvclip.towers.checks import require_images, require_video
 from openvclip.towers.families import families_in_use, find_tower, is_library_model
 from openvclip.towers.family import Encoder, TemporalTower
 from openvclip.towers.view import Boundary, FrameView, require_window
@@ -116,17 +116,20 @@ def is_expanded(model: nn.Module) -> bool:
     return any(isinstance(module, TemporalTower) for module in model.modules())
 
 
-def encode_video(model: nn.Module, video: Tensor) -> Tensor:
+def encode_video(model: nn.Module, video: Tensor, *, normalize: bool = False) -> Tensor:
     """Return one feature per clip: the mean of its L2-normalised frame features.
 
-    The mean is not normalised again. The dot product with a normalised text feature is therefore
-    the mean over frames of the cosine similarities, as in the paper, without the temperature.
+    By default, the mean is not normalised again. The dot product with a normalised text feature is
+    therefore the mean over frames of the cosine similarities, as in the paper, without the
+    temperature. The mean of different unit vectors is shorter than 1. To store features, or to
+    compare clips with each other, set ``normalize=True``: vectors of unit length.
 
     Args:
         model: an open_clip model, a Hugging Face ``CLIPModel``, ``SiglipModel`` or vision model, or
             the image tower of such a model. A model that is not expanded encodes each frame
             independently, which is the frame-by-frame baseline of Table 4.
         video: normalised frames ``[B, T, C, H, W]``, floating point.
+        normalize: whether the feature of a clip has unit length. Default: False.
 
     Returns:
         Tensor ``[B, D]``.
@@ -137,7 +140,8 @@ def encode_video(model: nn.Module, video: Tensor) -> Tensor:
         UnsupportedModelError: if the model is of an unknown kind, or does not return a single
             feature for each frame.
     """
-    return functional.normalize(encode_frames(model, video), dim=-1).mean(dim=1)
+    mean = functional.normalize(encode_frames(model, video), dim=-1).mean(dim=1)
+    return functional.normalize(mean, dim=-1) if normalize else mean
 
 
 def encode_frames(model: nn.Module, video: Tensor) -> Tensor:
@@ -167,6 +171,29 @@ def encode_frames(model: nn.Module, video: Tensor) -> Tensor:
             "expected a model whose tower pools its tokens."
         )
     return features if expanded else features.unflatten(0, video.shape[:2])
+
+
+def encode_images(model: nn.Module, images: Tensor) -> Tensor:
+    """Return one feature per image, not normalised: plain CLIP, also if the model is expanded.
+
+    An image differs from a clip of one frame. With ``boundary="zero"`` or prompts, the frame of a
+    clip also attends to tokens outside of the frame.
+
+    Args:
+        model: a model that :func:`encode_video` supports.
+        images: normalised images ``[B, C, H, W]``, floating point.
+
+    Returns:
+        Tensor ``[B, D]``.
+
+    Raises:
+        VideoShapeError: if the images have the wrong rank, dtype, number of channels or size.
+        UnsupportedModelError: see :func:`encode_video`.
+    """
+    require_images(images)
+    if not torch.compiler.is_compiling():
+        _require_video_of_tower(model, images[:, None])
+    return _encoder(model)(model, images)
 
 
 def _require_video_of_tower(model: nn.Module, video: Tensor) -> None:

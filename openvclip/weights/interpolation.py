@@ -178,6 +178,8 @@ def interpolate_into(
     _require_no_complex_loss(live, a, b, "the model")
     require_separate_from(live, a, b)
     _write_parts(live, a, b, weights_of(lam, b))
+    # Within autocast, PyTorch would go on with half-precision copies of the weights before.
+    torch.clear_autocast_cache()
     set_extra_state(model, extra_state)
 
 

@@ -18,6 +18,8 @@ from examples.shapes.model import create_model
 from examples.shapes.world import class_names as world_names
 from openvclip import cli
 from openvclip.checkpoints import load_checkpoint
+from openvclip.cli import evaluate
+from openvclip.cli.main import build_parser
 from openvclip.evaluation.records import Records
 from openvclip.video import class_names, read_clip, transforms
 from openvclip.video.protocols import Split, class_name, load
@@ -161,6 +163,15 @@ def failure(capsys: Captured, arguments: list[str]) -> str:
     printed = capsys.readouterr()
     assert printed.err.startswith("openvclip evaluate: error: ")
     return printed.err
+
+
+def test_the_texts_of_the_original_have_a_folder_of_their_own(world: World) -> None:
+    # Report 36: results with other text features are other results.
+    def folder(*more: str) -> Path:
+        arguments = [*flags(world, Path("out")), "--checkpoint", str(world.tuned), *more]
+        return evaluate._default_folder(build_parser().parse_args(arguments))
+
+    assert folder() == folder("--text", "own") != folder("--text", "original")
 
 
 def test_other_settings_in_the_same_folder(world: World, finished: Path, capsys: Captured) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from openvclip.errors import VideoShapeError
+from openvclip.errors import EvaluationError, NonFiniteWeightsError, VideoShapeError
 from openvclip.evaluation import NO_RANK, evaluate, score
 from openvclip.video import VideoSample
 
@@ -61,10 +61,28 @@ def test_ties_and_nan_count_against_the_classifier() -> None:
     nan = float("nan")
     logits = torch.tensor([[0.0, 0.0], [nan, nan], [nan, 1.0], [2.0, 1.0]])
     labels = torch.tensor([0, 0, 1, 0])
-    result = evaluate(Lookup(2), [(_clips(logits), labels)], progress=False)
+    result = score(logits, labels)
     assert result.ranks.tolist() == [1, NO_RANK, NO_RANK, 0]
     assert result.top1 == 0.25
     assert result.predictions.tolist()[1:] == [-1, -1, 0]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_an_error(value: float) -> None:
+    # Report 12 (openai/CLIP#222): the accuracy was 0.0, without a word.
+    batch = (_clips(torch.tensor([[1.0, 2.0], [value, 0.0]])), torch.tensor([1, 0]))
+    with pytest.raises(EvaluationError, match="although all weights are finite"):
+        evaluate(Lookup(2), [batch], progress=False)
+    broken = Lookup(2)
+    broken.scale.data.fill_(value)
+    batch = (_clips(torch.tensor([[1.0, 2.0]])), torch.tensor([1]))
+    with pytest.raises(NonFiniteWeightsError, match=r"entries of the weights \(1\): scale"):
+        evaluate(broken, [batch], progress=False)
+    # A clip that could not be read gives no error, and neither does a class that is ruled out.
+    sample = VideoSample(_clips(torch.tensor([[value, 0.0]])), *(torch.tensor([0]),) * 2, ["gone"])
+    assert evaluate(Lookup(2), [sample], progress=False).predictions.tolist() == [-1]
+    ruled_out = (_clips(torch.tensor([[float("-inf"), 0.0]])), torch.tensor([1]))
+    assert evaluate(Lookup(2), [ruled_out], progress=False).top1 == 1
 
 
 def test_clips_that_could_not_be_read_count_as_wrong() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -15,10 +16,19 @@ import openvclip
 from examples.shapes.model import create_model
 from examples.shapes.world import TEMPLATES
 from openvclip.checkpoints import load_checkpoint
-from openvclip.errors import EvaluationError, RecordsError, UsageError, VideoNotFoundError
+from openvclip.errors import (
+    EvaluationError,
+    LabelWarning,
+    NonFiniteWeightsError,
+    RecordsError,
+    UsageError,
+    VideoNotFoundError,
+)
 from openvclip.evaluation import (
     Mixture,
     ProtocolEvaluation,
+    Record,
+    Records,
     RunOptions,
     Sampling,
     as_json,
@@ -68,9 +78,9 @@ def run(
 def slow_logits(world: World, split: Split, theta: dict[str, Tensor] | None) -> Tensor:
     """Encode frame by frame and sum in float64, as in the paper."""
     model, tokenizer = expanded()
-    classifier = openvclip.ZeroShotClassifier(model, tokenizer, split.class_names, TEMPLATES)
     if theta is not None:
-        model.load_state_dict(theta)
+        model.load_state_dict(theta)  # the class names are encoded by the same weights: report 36
+    classifier = openvclip.ZeroShotClassifier(model, tokenizer, split.class_names, TEMPLATES)
     to_input = transforms.build("released", 32)
     rows = []
     for path, _ in split.samples:
@@ -124,20 +134,25 @@ def test_a_video_is_read_once_for_all_splits_and_lambdas(
     assert result.timing.clips == len(world.samples)
 
 
-def test_text_features_and_weights_stay_those_of_the_original(world: World) -> None:
+def test_the_original_encodes_the_texts_on_request(world: World) -> None:
+    # Report 36: the released protocol of Open-VCLIP, where both ends have the same text tower.
     model, tokenizer = expanded()
     before = snapshot(model)
     arguments = (model, tokenizer, world.splits(), world.folder)
     settings = {"sampling": SAMPLING, "templates": TEMPLATES, "run": RunOptions(num_workers=0)}
     tuned = load_checkpoint(world.tuned)
-    spoiled = {n: v if n.startswith("visual.") else torch.zeros_like(v) for n, v in tuned.items()}
+    spoiled = {n: v if n.startswith("visual.") else 0.5 * v for n, v in tuned.items()}
+    frozen = {n: v if n.startswith("visual.") else before[n] for n, v in tuned.items()}
+    cases = [(tuned, "original"), (spoiled, "original"), (frozen, "own"), (spoiled, "own")]
     results = [
-        evaluate_protocol(*arguments, mixture=Mixture(state), **settings)
-        for state in (tuned, spoiled)
+        evaluate_protocol(*arguments, mixture=Mixture(state, text=text), **settings)  # type: ignore[arg-type]
+        for state, text in cases
     ]
     assert_same_state(model.state_dict(), before)
     ranks = [result.scores[0.0][2].evaluation.ranks.tolist() for result in results]
-    assert ranks[0] == ranks[1]  # the text tower of the checkpoint is not used
+    assert ranks[0] == ranks[1] == ranks[2]  # the text tower of the checkpoint is not used
+    assert ranks[3] != ranks[0]
+    assert [result.settings["text"] for result in results] == [text for _, text in cases]
 
 
 def test_broken_videos_are_wrong_or_left_out_and_listed(world: World, tmp_path: Path) -> None:
@@ -275,3 +290,46 @@ def test_wrong_use_is_told(world: World) -> None:
         run(world, splits=two)
     with pytest.raises(VideoNotFoundError, match="no such folder of videos"):
         run(world, videos=world.folder / "absent")
+
+
+def test_weights_that_are_not_finite_leave_no_record(world: World, tmp_path: Path) -> None:
+    # Report 12 (openai/CLIP#222): the accuracy was 0.0, and the exit code 0.
+    tuned = load_checkpoint(world.tuned)
+    tuned["visual.ln_post.bias"][3] = float("nan")
+    options: dict[str, Any] = {"splits": world.splits()[:1], "out": tmp_path}
+    mixture = Mixture(tuned, (1.0, 0.5))
+    with pytest.raises(NonFiniteWeightsError, match=r"weights \(1\): visual\.ln_post\.bias\."):
+        run(world, mixture=mixture, **options)
+    assert not list(tmp_path.glob("*.records"))
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    with Records(tmp_path, settings) as records:  # as an earlier version wrote them
+        records.add(Record(0, torch.full((3, 2, 64), float("nan"))))
+    with pytest.raises(NonFiniteWeightsError, match=r"visual\.ln_post\.bias"):
+        run(world, mixture=mixture, **options)
+
+
+def test_texts_can_come_from_a_cache(world: World) -> None:
+    calls: list[tuple[list[str], int]] = []
+
+    def cached(model: Any, tokenizer: Any, names: list[str], templates: Any) -> Tensor:
+        calls.append((names, len(templates)))
+        return openvclip.models.class_features(model, tokenizer, names, templates)
+
+    split = world.splits()[0]
+    mixture = Mixture(load_checkpoint(world.tuned), (0.0, 0.5))
+    run(world, splits=[split], mixture=mixture, encode_texts=cached)
+    assert calls == [(split.class_names, len(TEMPLATES))] * 2
+
+
+def test_class_names_that_are_equal_within_a_split(world: World) -> None:
+    # Report 15 (torchmetrics#2883).
+    first = world.splits()[0]
+    samples = [(path, i) for path, i in world.samples if i == 3]
+    apart = first._replace(
+        name="apart", class_names=["a", "b", "c", "SQUARE RESTING", "x"], samples=samples
+    )
+    run(world, splits=[first, apart])  # equal class names in different splits are no problem
+    names = ["star", "b", "c", "STAR", "x"]
+    with pytest.warns(LabelWarning, match="2 labels .* 'star' = 'STAR'") as caught:
+        run(world, splits=[first, apart._replace(class_names=names)])
+    assert len(caught) == 1

@@ -196,4 +196,4 @@ def test_models_and_videos_that_do_not_fit() -> None:
         ZeroShotClassifier(nn.DataParallel(tiny_clip()), tiny_tokenizer, NAMES)
     classifier = ZeroShotClassifier(tiny_clip(), tiny_tokenizer, NAMES)
     with pytest.raises(VideoShapeError):
-        classifier(random_video(1, 2)[0])
+        classifier(random_video(1, 2)[0, 0])  # 4 dimensions are images

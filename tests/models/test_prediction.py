@@ -8,13 +8,24 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import openvclip
 from examples.shapes.model import create_model
 from examples.shapes.world import TEMPLATES
-from openvclip import cli
+from openvclip import cli, prompting
 from openvclip.checkpoints import load_checkpoint
-from openvclip.errors import ClassNamesError, UsageError, VideoNotFoundError
+from openvclip.errors import (
+    ClassNamesError,
+    LabelWarning,
+    NonFiniteWeightsError,
+    TextFeaturesWarning,
+    UnsupportedModelError,
+    UsageError,
+    VideoError,
+    VideoNotFoundError,
+)
+from openvclip.models.preprocess import read_image
 from openvclip.video import class_names, read_clip, transforms
 from tests.helpers import SHARED, tiny_clip
 from tests.world import World
@@ -74,6 +85,82 @@ def test_wrong_use(world: World, model: Any) -> None:
         openvclip.predict(model, "absent.mp4", ["a", "b"])
 
 
+@torch.no_grad()
+def test_an_image_is_predicted_by_plain_clip(world: World, model: Any, tmp_path: Path) -> None:
+    # Report 47: expanded models too. Report 42: not as a clip of one frame.
+    from PIL import Image
+
+    pixels = read_clip(world.folder / world.samples[1][0])[0, 3]  # uint8 [C, H, W]
+    path = tmp_path / "frame.PNG"
+    Image.fromarray(pixels.movedim(0, -1).numpy()).save(path)
+    classifier = openvclip.ZeroShotClassifier(model, create_model(None)[1], LABELS, TEMPLATES)
+    plain, image = create_model()[0], transforms.build("released", 32)(pixels[None])
+    feature = torch.nn.functional.normalize(plain.encode_image(image), dim=-1)
+    expected = (plain.logit_scale.exp() * feature @ classifier.text_features.T).softmax(dim=-1)[0]
+    assert torch.equal(openvclip.predict(classifier, path).probabilities, expected)
+    sideways = Image.fromarray(pixels.rot90(1, (1, 2)).movedim(0, -1).numpy())
+    orientation = Image.Exif()
+    orientation[0x0112] = 6  # a viewer turns the image by 90 degrees clockwise
+    sideways.save(tmp_path / "phone.jpg", exif=orientation, quality=100, subsampling=0)
+    assert (read_image(tmp_path / "phone.jpg").int() - pixels).abs().float().mean() < 3
+    ramp = torch.arange(64).view(8, 8) * 1040  # 16 bits a pixel
+    Image.fromarray(ramp.numpy().astype("uint16")).save(tmp_path / "deep.png")
+    assert torch.equal(read_image(tmp_path / "deep.png").int(), (ramp // 256).int().expand(3, 8, 8))
+    (tmp_path / "text.jpg").write_text("text")
+    with pytest.raises(VideoError, match=r"text\.jpg: can't be read as an image"):
+        openvclip.predict(classifier, tmp_path / "text.jpg")
+    with pytest.raises(VideoNotFoundError, match=r"none\.jpg: no such file"):
+        openvclip.predict(classifier, tmp_path / "none.jpg")
+    with pytest.raises(UsageError, match="video is a Tensor; expected the path of a file"):
+        openvclip.predict(classifier, image)  # type: ignore[arg-type]
+
+
+def test_models_in_wrappers_and_models_of_others(world: World, model: Any) -> None:
+    # Report 46: "a vocabulary of None tokens".
+    video = world.folder / world.samples[1][0]
+    expected = openvclip.predict(model, video, LABELS).probabilities
+    wrapped = nn.DataParallel(model)
+    assert torch.equal(openvclip.predict(wrapped, video, LABELS).probabilities, expected)
+    head = prompting.VideoClassifier(model, create_model(None)[1], LABELS)
+    assert openvclip.predict(head, video).labels == LABELS
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 1}
+    config = transformers.CLIPConfig(text_config={**sizes, "vocab_size": 9}, vision_config=sizes)
+    with pytest.raises(UnsupportedModelError, match="CLIPModel lacks encode_image"):
+        openvclip.predict(transformers.CLIPModel(config), video, LABELS)
+    from openvclip.models.hugging_face import HuggingFaceCLIP
+
+    with pytest.raises(UsageError, match="The tokenizer of HuggingFaceCLIP is not known"):
+        openvclip.predict(HuggingFaceCLIP(config), video, LABELS)
+
+
+def test_weights_that_are_not_finite_are_named(world: World) -> None:
+    # Report 12 (openai/CLIP#222): the command printed "nan%".
+    video = world.folder / world.samples[1][0]
+    for name, value, call in (
+        ("visual.proj", "nan", openvclip.predict),
+        ("visual.ln_post.bias", "inf", openvclip.models.predict_timeline),
+    ):
+        classifier = openvclip.ZeroShotClassifier(*create_model(), LABELS, ["{}"])
+        classifier.model.get_parameter(name).data[0] = float(value)
+        with pytest.raises(NonFiniteWeightsError, match=rf"weights \(1\): {name}\."):
+            call(classifier, video)
+
+
+def test_predictions_warn_of_other_text_and_of_a_single_label(world: World) -> None:
+    # Reports 36 and 45.
+    video = world.folder / world.samples[1][0]
+    classifier = openvclip.ZeroShotClassifier(*create_model(), LABELS, ["{}"])
+    with torch.no_grad():
+        classifier.model.ln_final.bias += 1  # type: ignore[union-attr,operator]
+    for call in (openvclip.predict, openvclip.models.predict_timeline):
+        with pytest.warns(TextFeaturesWarning):
+            call(classifier, video)
+        with pytest.warns(LabelWarning, match=r"'a' is the only label, .* 100 % for every video"):
+            call(classifier.model, video, ["a"])
+
+
 # --- the command -------------------------------------------------------------------------------
 
 
@@ -119,15 +206,17 @@ def test_a_checkpoint_between_clip_and_itself(world: World, capsys: Captured) ->
     clip = openvclip.expand_temporal_attention(create_model()[0])
     tuned = load_checkpoint(world.tuned)
     texts = clip.state_dict()
-    for flags, lam in (([], 0.0), (["--lam", 0.3], 0.3)):
-        assert command(world, *arguments, *flags) == 0
+    cases = [([], 0.0, "own"), (["--lam", 0.3], 0.3, "own"), (["--lam", 0.3], 0.3, "original")]
+    for flags, lam, text in cases:
+        assert command(world, *arguments, *flags, "--text", text) == 0
         (prediction,) = json.loads(capsys.readouterr().out)
         mixed = openvclip.expand_temporal_attention(create_model()[0])
-        # The text tower is that of the original CLIP at every lambda.
+        # Report 36: the text tower is that of the evaluated weights, unless the caller asks for
+        # the original CLIP.
         mixed.load_state_dict(
             {
                 n: lam * texts[n] + (1 - lam) * tuned[n]
-                if n.startswith("visual.") or n == "logit_scale"
+                if n.startswith("visual.") or n == "logit_scale" or text == "own"
                 else texts[n]
                 for n in texts
             }

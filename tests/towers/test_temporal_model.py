@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from openvclip import encode_video, expand_temporal_attention, restore_spatial_attention
 from openvclip.errors import ExpansionError, UnsupportedModelError, VideoShapeError
+from openvclip.towers import encode_images
 from tests.helpers import (
     TEXT,
     TINY_PIXELS,
@@ -187,6 +188,40 @@ def test_a_frame_reaches_as_far_as_its_layers_and_windows(
 # --- encode_video ------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("expanded", [False, True])
+def test_encode_video_gives_unit_vectors_on_request(expanded: bool) -> None:
+    # Report 44: with cosines, the mean of unit vectors ranks as the classifier does not.
+    model, video = tiny_clip(), random_video(3, 4)
+    if expanded:
+        expand_temporal_attention(model)
+    mean = encode_video(model, video)
+    assert (mean.norm(dim=-1) < 0.999).all()
+    unit = encode_video(model, video, normalize=True)
+    for row, expected in zip(unit.double(), mean.double(), strict=True):
+        torch.testing.assert_close(row, expected / expected.norm(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("boundary", ["zero", "replicate"])
+def test_images_are_encoded_as_by_plain_clip(boundary: Any) -> None:
+    # Report 42: the features of clips of one frame differ with boundary="zero".
+    model, images = tiny_clip(), random_video(3, 1)[:, 0]
+    expected = model.encode_image(images)
+    expand_temporal_attention(model, boundary=boundary)
+    assert same_bits(encode_images(model, images), expected)
+    assert same_bits(encode_images(model.visual, images), expected)
+    for wrong, text in {
+        images[0]: r"Got \[3, 8, 8\]; expected images .* image\[None\]",
+        images[:0]: "without clips",
+        images.permute(0, 2, 3, 1): r"permute them: images\.permute\(0, 3, 1, 2\)",
+        images[:, :1]: "with 1 channels on axis 1",
+        images[..., :6]: "8 x 6 pixels",
+        images.double(): "dtype float64",
+        (images * 9).int(): "dtype int32",
+    }.items():
+        with pytest.raises(VideoShapeError, match=text):
+            encode_images(model, wrong)
+
+
 def test_encode_video_is_the_mean_of_normalised_frames() -> None:
     model = expand_temporal_attention(tiny_clip())
     video = random_video(2, 4)
@@ -324,7 +359,7 @@ def test_a_model_of_ones_own_may_change_the_frames_before_its_tower() -> None:
 
 def test_images_given_to_encode_video() -> None:
     for model in (tiny_clip(), expand_temporal_attention(tiny_clip())):
-        with pytest.raises(VideoShapeError, match=r"video\[:, None\]"):
+        with pytest.raises(VideoShapeError, match=r"encode_images\(model, images\)"):
             encode_video(model, images(2))
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, get_args
 
 from openvclip.cli.options.types import add_allow_options
 from openvclip.errors import UsageError
+from openvclip.models.text_weights import TextSource
 from openvclip.towers.view import Boundary
 from openvclip.video.sampling import BACKENDS
 
@@ -65,6 +66,14 @@ def add_model_options(parser: argparse.ArgumentParser, *, checkpoint: bool = Tru
         metavar="FILE",
         help="file with one template on each line, with {} for the class name (default: the 28 "
         "templates of the released code)",
+    )
+    group.add_argument(
+        "--text",
+        choices=get_args(TextSource),
+        default="own",
+        help="weights that encode the class names: own are the weights that are evaluated, "
+        "original are those of the original CLIP. If fine-tuning left the text tower as it was, "
+        "both are equal (default: %(default)s)",
     )
     group.add_argument(
         "--device", help="device, such as cuda or cpu (default: cuda if available, else cpu)"
