@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from openvclip.errors import AnnotationError
+from openvclip.errors import AnnotationError, listed
 from openvclip.video.names import class_name, class_names
 
 __all__ = ["Row", "Table", "read_table"]
@@ -97,7 +97,7 @@ def _read_folder(path: str, names: Sequence[str] | None, split: int) -> Table:
         if present and absent:
             raise AnnotationError(
                 f"{path}: {len(absent)} of the {len(files)} files of split {split} are missing: "
-                f"{', '.join(absent[:5])}{', ...' if len(absent) > 5 else ''}. Unpack them again."
+                f"{listed(absent, 5)}. Unpack them again."
             )
         if present:
             return Table(
