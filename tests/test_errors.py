@@ -128,7 +128,7 @@ def test_unknown_names_say_what_is_close() -> None:
         load_model("ViT-B-16", "openia")
     with pytest.raises(ModelNameError, match="ViT-B-16-quickgelu with the weights openai"):
         load_model("ViT-B-16", "openai/clip-vit-base-patch16")
-    with pytest.raises(ProtocolError, match=r"did you mean ucf101-ep1, "):
+    with pytest.raises(ProtocolError, match=r"did you mean ucf101-ep1\?"):
         protocols.load("UCF101_EP1", annotations="lists")
     with pytest.raises(VideoOptionError, match=r"did you mean kinetics400\?"):
         class_names("kinetics-400")

@@ -113,21 +113,21 @@ def _write_checks(
     """Write the checks; return the number of files by status, and whether Ctrl-C was pressed."""
     import csv
 
-    from tqdm import tqdm
-
+    from openvclip.commands.progress import progress_bar
     from openvclip.video import VideoCheck
 
     counts: Counter[str] = Counter()
     writer = csv.writer(table)
     writer.writerow(VideoCheck._fields)
+    bar = progress_bar(checks, total=total, desc="check-videos", unit=" files")
     try:
-        for check in tqdm(checks, total=total, desc="check-videos", unit=" files"):
+        for check in bar:
             writer.writerow(check)
             table.flush()
             counts[check.status] += 1
             if check.status != "ok":
                 reason = check.reason.encode("utf-8", "backslashreplace").decode()
-                tqdm.write(f"{check.status}: {reason}")
+                bar.write(f"{check.status}: {reason}")
     except KeyboardInterrupt:
         return counts, True
     return counts, False

@@ -126,8 +126,8 @@ def _first_split(dataset: str, annotations: str | os.PathLike[str]) -> tuple[Spl
     if dataset not in _FIRST_SPLIT:
         known = ", ".join(map(repr, _FIRST_SPLIT))
         raise ProtocolError(
-            f"dataset={dataset!r} has no few-shot splits{did_you_mean(dataset, _FIRST_SPLIT)}: "
-            f"choose one of {known}."
+            f"dataset={dataset!r} has no few-shot splits: choose one of {known}"
+            f"{did_you_mean(dataset, _FIRST_SPLIT)}."
         )
     path = DATA_SETS[dataset].find(dataset, annotations)
     train, test = (

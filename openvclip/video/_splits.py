@@ -77,8 +77,8 @@ class OfficialLists:
         searched = [os.path.join(start, folder) for folder in self.folders]
         raise ProtocolError(
             f"annotations={start!r} holds no official lists of {dataset}{near_path(start)}: "
-            f"looked for {', '.join(self.files)} in {', '.join(searched)}. Give the folder into which you "
-            "unpacked the official annotations."
+            f"looked for {', '.join(self.files)} in {', '.join(searched)}. Give the folder into "
+            "which you unpacked the official annotations."
         )
 
 

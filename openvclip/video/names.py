@@ -31,8 +31,8 @@ def class_names(dataset: str) -> list[str]:
     known = _tables()
     if dataset not in known:
         raise VideoOptionError(
-            f"dataset={dataset!r} is not known{did_you_mean(dataset, known)}: choose one of "
-            f"{', '.join(map(repr, known))}."
+            f"dataset={dataset!r} is not known: choose one of {', '.join(map(repr, known))}"
+            f"{did_you_mean(dataset, known)}."
         )
     return list(known[dataset])
 

@@ -173,7 +173,7 @@ def published_videos(name: str) -> list[int]:
 def _protocol(name: str) -> _Protocol:
     if name not in _PROTOCOLS:
         raise ProtocolError(
-            f"protocol {name!r} is not known{did_you_mean(name, PROTOCOLS)}: choose one of "
-            f"{', '.join(map(repr, PROTOCOLS))}."
+            f"protocol {name!r} is not known: choose one of {', '.join(map(repr, PROTOCOLS))}"
+            f"{did_you_mean(name, PROTOCOLS)}."
         )
     return _PROTOCOLS[name]

@@ -1,0 +1,140 @@
+"""The standard streams of a command: any encoding, closed pipes, and no streams at all."""
+
+from __future__ import annotations
+
+import codecs
+import functools
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import ParamSpec, TypeVar
+
+from openvclip.commands.progress import progress_lines
+
+__all__ = ["CLOSED_PIPE", "command", "standard_streams"]
+
+CLOSED_PIPE = 141
+"""The exit status that shells report for a process that a closed pipe ended."""
+
+_UNWRITABLE = 2  # the exit status after an error
+_HANDLER = "openvclip.readable"
+# Symbols of the commands' own texts, in letters that every encoding has.
+_LETTERS = {"λ": "lambda", "±": "+-", "×": "x", "→": "->", "…": "...", "–": "-", "—": "-"}
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+@contextmanager
+def standard_streams() -> Iterator[None]:
+    """Context manager for the body of a command, which prints to the standard streams.
+
+    * A character that the encoding of a stream lacks is replaced: λ by ``lambda``, ± by ``+-``,
+      other characters by their number, such as ``\\\\u6253``. Without this, Python raises
+      ``UnicodeEncodeError``.
+    * If the reader of standard output or standard error is gone (``| head -1``), the command ends
+      without a text, with the status 141.
+    * If standard output can't be written, for example because the disk is full, the command ends
+      with an error and the status 2.
+    * A stream that the process lacks (``>&-``, ``pythonw``) is replaced by an empty one.
+    * In place of a progress bar, lines are written to standard error if it is not a terminal.
+
+    On exit, the streams have their former error handlers.
+
+    Raises:
+        SystemExit: standard output can't be written.
+    """
+    with _replaced_if_absent(), _readable(sys.stdout), _readable(sys.stderr), progress_lines():
+        try:
+            try:
+                yield
+            finally:
+                _flush()
+        except BrokenPipeError:
+            _silence()
+            raise SystemExit(CLOSED_PIPE) from None
+
+
+def command(main: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Decorator for the function ``main`` of a command: see :func:`standard_streams`."""
+
+    @functools.wraps(main)
+    def wrapped(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        with standard_streams():
+            return main(*args, **kwargs)
+
+    return wrapped
+
+
+def _flush() -> None:
+    """Write the buffered output now. At the exit of the interpreter an error gives a traceback."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _silence()
+        print(f"error: standard output can't be written ({error.strerror}).", file=sys.stderr)
+        raise SystemExit(_UNWRITABLE) from error
+    except ValueError:  # the stream is closed
+        return
+    sys.stderr.flush()
+
+
+def _silence() -> None:
+    """Send what is left in the buffers to the null device."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            try:
+                os.dup2(null, stream.fileno())
+            except (OSError, ValueError):  # the stream has no file
+                pass
+            finally:
+                os.close(null)
+
+
+@contextmanager
+def _readable(stream: object) -> Iterator[None]:
+    """Replace the characters that the encoding of a stream lacks."""
+    if not isinstance(stream, io.TextIOWrapper):
+        yield
+        return
+    before = stream.errors
+    stream.reconfigure(errors=_HANDLER)
+    try:
+        yield
+    finally:
+        if not stream.closed:
+            stream.reconfigure(errors=before)
+
+
+@contextmanager
+def _replaced_if_absent() -> Iterator[None]:
+    """Replace the standard streams that are ``None``."""
+    absent = [name for name in ("stdin", "stdout", "stderr") if getattr(sys, name) is None]
+    with ExitStack() as stack:
+        for name in absent:
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, stack.enter_context(open(os.devnull, mode, encoding="utf-8")))
+            stack.callback(setattr, sys, name, None)
+        yield
+
+
+def _replace(error: UnicodeError) -> tuple[str | bytes, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    unknown = error.object[error.start : error.end]
+    parts = (_LETTERS.get(letter) or _escaped(letter) for letter in unknown)
+    return "".join(parts), error.end
+
+
+def _escaped(letter: str) -> str:
+    return letter.encode("ascii", "backslashreplace").decode("ascii")
+
+
+codecs.register_error(_HANDLER, _replace)
