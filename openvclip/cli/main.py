@@ -15,6 +15,7 @@ from openvclip.cli import (
     interpolate,
     predict,
 )
+from openvclip.commands.parsing import Parser
 from openvclip.commands.streams import CLOSED_PIPE, standard_streams
 from openvclip.errors import OpenVCLIPError
 
@@ -57,7 +58,7 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command ``openvclip`` with all subcommands."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="openvclip",
         description="Convert, merge and evaluate CLIP weights, and use them on videos.",
     )

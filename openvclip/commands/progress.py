@@ -65,9 +65,9 @@ def progress_bar(
             """Do nothing: a line stays."""
 
         def close(self) -> None:
-            if not self.disable:
-                self.disable = True
-                self._decr_instances(self)
+            self.leave = False
+            self.delay = float("inf")  # the base class erases nothing and writes no last line
+            super().close()
 
     pace = {"mininterval": INTERVAL, "delay": INTERVAL, "miniters": 1}
     return Lines(iterable, disable=False, **pace, **options)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import functools
 import io
 import os
+import select
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import ParamSpec, TypeVar
+from contextlib import ExitStack, contextmanager, suppress
+from typing import NoReturn, ParamSpec, TextIO, TypeVar
 
 from openvclip.commands.progress import progress_lines
 
@@ -48,13 +50,16 @@ def standard_streams() -> Iterator[None]:
     """
     with _replaced_if_absent(), _readable(sys.stdout), _readable(sys.stderr), progress_lines():
         try:
-            try:
-                yield
-            finally:
-                _flush()
-        except BrokenPipeError:
-            _silence()
-            raise SystemExit(CLOSED_PIPE) from None
+            yield
+            _flush()
+        except SystemExit:
+            _flush()
+            raise
+        except OSError as error:
+            broken = [stream for stream in (sys.stdout, sys.stderr) if _is_broken(stream)]
+            if (not broken and error.errno != errno.ENOSPC) or error.filename is not None:
+                raise
+            _end(error)
 
 
 def command(main: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
@@ -70,32 +75,45 @@ def command(main: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
 
 def _flush() -> None:
     """Write the buffered output now. At the exit of the interpreter an error gives a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if not stream.closed:
+                stream.flush()
+        except OSError as error:
+            _end(error)
+
+
+def _end(error: OSError) -> NoReturn:
+    """End the command, because a standard stream can't be written."""
+    _silence()
+    if isinstance(error, BrokenPipeError):
+        raise SystemExit(CLOSED_PIPE) from None
+    print(f"error: the output can't be written ({error.strerror}).", file=sys.stderr)
+    raise SystemExit(_UNWRITABLE) from error
+
+
+def _is_broken(stream: TextIO) -> bool:
+    """Return whether the buffered output of a stream can't be written, or its reader is gone."""
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        _silence()
-        print(f"error: standard output can't be written ({error.strerror}).", file=sys.stderr)
-        raise SystemExit(_UNWRITABLE) from error
-    except ValueError:  # the stream is closed
-        return
-    sys.stderr.flush()
+        stream.flush()
+        number = stream.fileno()
+    except (OSError, ValueError) as error:
+        return isinstance(error, OSError) and error.errno is not None
+    if not hasattr(select, "poll"):  # Windows
+        return False
+    poll = select.poll()
+    poll.register(number, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def _silence() -> None:
     """Send what is left in the buffers to the null device."""
     for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (OSError, ValueError):
+        if not stream.closed and _is_broken(stream):
             null = os.open(os.devnull, os.O_WRONLY)
-            try:
+            with suppress(OSError, ValueError):  # the stream has no file
                 os.dup2(null, stream.fileno())
-            except (OSError, ValueError):  # the stream has no file
-                pass
-            finally:
-                os.close(null)
+            os.close(null)
 
 
 @contextmanager
