@@ -254,7 +254,7 @@ def test_errors_of_the_command(world: World, tmp_path: Path, capsys: Captured) -
         "absent.mp4: no such file": [tmp_path / "absent.mp4", "--labels", "a", "b"],
         "twice.txt, line 2: 'a' is on line 1": [video, "--labels-file", tmp_path / "twice.txt"],
         "blank.txt: holds no names": [video, "--labels-file", tmp_path / "blank.txt"],
-        "none.txt: can't be read": [video, "--labels-file", tmp_path / "none.txt"],
+        "none.txt: no such file": [video, "--labels-file", tmp_path / "none.txt"],
         "more than once: 'a'": [video, "--labels", "a", "a"],
         "dataset='imagenet' is not known": [video, "--dataset", "imagenet"],
         "give --checkpoint too": [video, "--labels", "a", "b", "--lam", "0.5"],
