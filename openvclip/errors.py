@@ -84,9 +84,12 @@ def near_path(path: str | os.PathLike[str]) -> str:
         name = parts.pop()
         if not os.path.exists(os.path.join(existing, name)):
             try:
-                near = near_matches(name, os.listdir(existing or os.curdir), 1)
+                names = os.listdir(existing or os.curdir)
             except OSError:
-                near = []
+                names = []
+            # Files of other numbers are other files.
+            numbers = re.findall(r"\d+", name)
+            near = near_matches(name, (n for n in names if re.findall(r"\d+", n) == numbers), 1)
             if not near:
                 return ""
             (name,) = near

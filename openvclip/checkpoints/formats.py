@@ -23,7 +23,7 @@ from torch import Tensor
 
 from openvclip.checkpoints.layout import map_entries
 from openvclip.checkpoints.sharding import is_index, open_model
-from openvclip.errors import CheckpointError, UnsafeCheckpointError
+from openvclip.errors import CheckpointError, UnsafeCheckpointError, near_path
 from openvclip.weights.names import canonical_state, listed
 
 SAFETENSORS, TORCH, TORCHSCRIPT = "safetensors", "PyTorch", "TorchScript"
@@ -128,7 +128,7 @@ def kind_of(file: Path) -> str:
             )
         if not file.is_file():
             raise CheckpointError(
-                f"There is no file {file}; expected a file of weights "
+                f"There is no file {file}{near_path(file)}; expected a file of weights "
                 "(.safetensors, .pt, .pth, .bin)."
             )
         with file.open("rb") as opened:

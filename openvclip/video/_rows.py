@@ -314,7 +314,7 @@ def _split_spaces(line: str, names: Sequence[str] | None) -> list[str]:
     match = _PATH_FIRST.fullmatch(line)
     if match is not None:
         label = match["label"]
-        if all(word.isdigit() for word in label.split()):
+        if " " in label and all(word.isdigit() for word in label.split()):
             raise csv.Error("several numbers after the path; expected a path and a label")
         return [match["path"], label]
     endings = [name for name in names or () if line.endswith(" " + name)]
