@@ -18,7 +18,7 @@ are not in the reported lists.
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ from torchvision.transforms.functional import pil_to_tensor  # type: ignore[impo
 
 import openvclip
 from openvclip import merging
+from openvclip.commands.parsing import Parser, refuse_unused
+from openvclip.commands.streams import command
 from openvclip.errors import AnnotationError
 from openvclip.evaluation import evaluate
 from openvclip.models.loading import fine_tuned, load_model
@@ -80,6 +82,11 @@ def merges(clip: State, first: State, second: State) -> dict[str, Callable[[], S
     }
 
 
+def is_of_images(samples: list[tuple[str, int]]) -> bool:
+    """Return whether a list holds images, not videos."""
+    return Path(samples[0][0]).suffix.lower() in (".jpg", ".jpeg", ".png")
+
+
 def read_list(
     path: Path, transform: Transform, args: Namespace
 ) -> tuple[DataLoader[Any], list[str]]:
@@ -88,7 +95,7 @@ def read_list(
     if names is None:
         raise AnnotationError(f"{path}: got class numbers, expected lines path,class name.")
     data: Dataset[Any]
-    if Path(samples[0][0]).suffix.lower() in (".jpg", ".jpeg", ".png"):
+    if is_of_images(samples):
         data = Images(samples, args.videos, transform)
     else:
         sampling = Sampling(args.frames, args.sampling_rate)
@@ -105,6 +112,9 @@ def run(args: Namespace) -> None:
     model = loaded.model
     clip = {name: value.clone() for name, value in model.state_dict().items()}
     first, second = (fine_tuned(model, path) for path in (args.first, args.second))
+    if all(is_of_images(read_annotations(path, root=args.videos).samples) for path in args.lists):
+        reason = "on images"
+        refuse_unused(args.given, {"frames": reason, "sampling_rate": reason})
     lists = [read_list(path, loaded.transform, args) for path in args.lists]
     print(f"{'model':<16}" + "".join(f"{path.stem[:11]:<12}" for path in args.lists) + "mean")
     for row, merge in merges(clip, first, second).items():
@@ -117,9 +127,10 @@ def run(args: Namespace) -> None:
         print(f"{row:<16}" + "".join(f"{cell:<12.3f}" for cell in cells), flush=True)
 
 
+@command
 def main(arguments: list[str] | None = None) -> None:
     """Read the command line."""
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--first", type=Path, required=True, help="weights of the first fine-tuned model")
     add("--second", type=Path, required=True, help="weights of the second fine-tuned model")
