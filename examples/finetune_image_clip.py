@@ -27,9 +27,7 @@ from torchvision.datasets.folder import ImageFolder, default_loader  # type: ign
 from torchvision.transforms.functional import pil_to_tensor  # type: ignore[import-untyped]
 
 import openvclip
-from openvclip.commands.parsing import Parser, refuse_unused
-from openvclip.commands.progress import progress_bar
-from openvclip.commands.streams import command
+from openvclip.commands import Parser, command, progress_bar, refuse_unused
 from openvclip.models.loading import load_model
 from openvclip.video import read_annotations
 
@@ -93,6 +91,7 @@ def run(args: Namespace) -> None:
     if args.hf:
         from openvclip.models.hugging_face import load
 
+        refuse_unused(args.given, dict.fromkeys(("model", "pretrained"), "with --hf"))
         model, tokenizer, transform = load(args.hf)
     else:
         loaded = load_model(args.model, args.pretrained)
@@ -142,13 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--num-workers", type=int, default=2, help="reading processes; default: %(default)s")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     torch.manual_seed(0)
-    args = parser.parse_args(arguments)
-    in_place = "with --hf, which replaces it" if args.hf else ""
-    try:
-        refuse_unused(args.given, {"model": in_place, "pretrained": in_place})
-        run(args)
-    except (openvclip.OpenVCLIPError, OSError) as error:
-        raise SystemExit(f"finetune_image_clip.py: error: {error}") from error
+    run(parser.parse_args(arguments))
 
 
 if __name__ == "__main__":

@@ -31,8 +31,7 @@ from torchvision.transforms.functional import pil_to_tensor  # type: ignore[impo
 
 import openvclip
 from openvclip import merging
-from openvclip.commands.parsing import Parser, refuse_unused
-from openvclip.commands.streams import command
+from openvclip.commands import Parser, command, refuse_unused
 from openvclip.errors import AnnotationError
 from openvclip.evaluation import evaluate
 from openvclip.models.loading import fine_tuned, load_model
@@ -82,11 +81,6 @@ def merges(clip: State, first: State, second: State) -> dict[str, Callable[[], S
     }
 
 
-def is_of_images(samples: list[tuple[str, int]]) -> bool:
-    """Return whether a list holds images, not videos."""
-    return Path(samples[0][0]).suffix.lower() in (".jpg", ".jpeg", ".png")
-
-
 def read_list(
     path: Path, transform: Transform, args: Namespace
 ) -> tuple[DataLoader[Any], list[str]]:
@@ -95,7 +89,7 @@ def read_list(
     if names is None:
         raise AnnotationError(f"{path}: got class numbers, expected lines path,class name.")
     data: Dataset[Any]
-    if is_of_images(samples):
+    if Path(samples[0][0]).suffix.lower() in (".jpg", ".jpeg", ".png"):
         data = Images(samples, args.videos, transform)
     else:
         sampling = Sampling(args.frames, args.sampling_rate)
@@ -112,10 +106,9 @@ def run(args: Namespace) -> None:
     model = loaded.model
     clip = {name: value.clone() for name, value in model.state_dict().items()}
     first, second = (fine_tuned(model, path) for path in (args.first, args.second))
-    if all(is_of_images(read_annotations(path, root=args.videos).samples) for path in args.lists):
-        reason = "on images"
-        refuse_unused(args.given, {"frames": reason, "sampling_rate": reason})
     lists = [read_list(path, loaded.transform, args) for path in args.lists]
+    if all(isinstance(loader.dataset, Images) for loader, _ in lists):
+        refuse_unused(args.given, dict.fromkeys(("frames", "sampling_rate"), "on images"))
     print(f"{'model':<16}" + "".join(f"{path.stem[:11]:<12}" for path in args.lists) + "mean")
     for row, merge in merges(clip, first, second).items():
         model.load_state_dict(merge())
@@ -148,10 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--batch-size", type=int, default=16, help="files at a time; default: %(default)s")
     add("--num-workers", type=int, default=2, help="decoding processes; default: %(default)s")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    try:
-        run(parser.parse_args(arguments))
-    except openvclip.OpenVCLIPError as error:
-        raise SystemExit(f"merge_two_finetunes.py: error: {error}") from error
+    run(parser.parse_args(arguments))
 
 
 if __name__ == "__main__":

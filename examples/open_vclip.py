@@ -30,9 +30,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader
 
 import openvclip
-from openvclip.commands.parsing import Parser
-from openvclip.commands.progress import progress_bar
-from openvclip.commands.streams import command
+from openvclip.commands import Parser, command, progress_bar
 from openvclip.errors import AnnotationError
 from openvclip.evaluation import sweep
 from openvclip.models.loading import load_model
@@ -142,10 +140,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--num-workers", type=int, default=2, help="decoding processes; default: %(default)s")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     torch.manual_seed(0)
-    try:
-        run(parser.parse_args(arguments))
-    except openvclip.OpenVCLIPError as error:
-        raise SystemExit(f"open_vclip.py: error: {error}") from error
+    run(parser.parse_args(arguments))
 
 
 if __name__ == "__main__":

@@ -30,8 +30,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import openvclip
-from openvclip.commands.parsing import Parser
-from openvclip.commands.streams import command
+from openvclip.commands import Parser, command
 from openvclip.errors import AnnotationError
 from openvclip.evaluation import FIGURE_LAMBDAS, Curve, sweep, tradeoff_figure
 from openvclip.models.drawing import require_matplotlib
@@ -102,10 +101,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if "star" in args.given and args.star not in args.lam:
         parser.error(f"--star {args.star:g}: expected one of the values of --lam")
-    try:
-        run(args)
-    except openvclip.OpenVCLIPError as error:
-        raise SystemExit(f"sweep_and_plot.py: error: {error}") from error
+    run(args)
 
 
 if __name__ == "__main__":

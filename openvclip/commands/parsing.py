@@ -23,7 +23,12 @@ class Parser(argparse.ArgumentParser):
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
-        """Read a command line; see ``argparse``."""
+        """Read a command line.
+
+        Args:
+            args: the words. Default: those of the process.
+            namespace: see ``argparse``.
+        """
         self._words = list(sys.argv[1:] if args is None else args)
         parsed = super().parse_args(self._words, namespace)
         with _without_defaults(self):
@@ -34,13 +39,22 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        """Read the known parts of a command line; see ``argparse``."""
+        """Read the known parts of a command line.
+
+        Args:
+            args: the words. Default: those of the process.
+            namespace: see ``argparse``.
+        """
         # The parser of a subcommand starts here.
         self._words = list(sys.argv[1:] if args is None else args)
         return super().parse_known_args(self._words, namespace)
 
     def error(self, message: str) -> NoReturn:
-        """End with the status 2; name the flags that are close to unknown flags."""
+        """End with the status 2; name the flags that are close to unknown flags.
+
+        Args:
+            message: what is wrong.
+        """
         known = list(_flags(self, self._words))
         hints = []
         for word in self._words:
@@ -74,7 +88,11 @@ def unused_option(given: Collection[str], reasons: Mapping[str, str]) -> str:
 
 
 def refuse_unused(given: Collection[str], reasons: Mapping[str, str]) -> None:
-    """Check that no option is given without an effect; see :func:`unused_option`.
+    """Check that no option is given without an effect.
+
+    Args:
+        given: see :func:`unused_option`.
+        reasons: see :func:`unused_option`.
 
     Raises:
         UsageError: an option has no effect.

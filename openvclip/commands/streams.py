@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import errno
 import functools
+import inspect
 import io
 import os
 import select
@@ -14,6 +15,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import NoReturn, ParamSpec, TextIO, TypeVar
 
 from openvclip.commands.progress import progress_lines
+from openvclip.errors import OpenVCLIPError
 
 __all__ = ["CLOSED_PIPE", "command", "standard_streams"]
 
@@ -63,12 +65,21 @@ def standard_streams() -> Iterator[None]:
 
 
 def command(main: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """Decorator for the function ``main`` of a command: see :func:`standard_streams`."""
+    """Decorator for the function ``main`` of a script: see :func:`standard_streams`.
+
+    An error of openvclip or of a file ends the script with one text, ``script.py: error: ...``.
+    """
 
     @functools.wraps(main)
     def wrapped(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         with standard_streams():
-            return main(*args, **kwargs)
+            try:
+                return main(*args, **kwargs)
+            except (OpenVCLIPError, OSError) as error:
+                if isinstance(error, OSError) and error.errno and error.filename is None:
+                    raise  # not about a file
+                script = os.path.basename(inspect.getfile(main))
+                raise SystemExit(f"{script}: error: {error}") from error
 
     return wrapped
 
