@@ -34,6 +34,7 @@ LIMIT = 256 << 20
 are removed first."""
 
 _ENTRY = "text_features"
+_MARK = "openvclip"  # the key and the hash of the features: the file is whole, and no other's
 _ABANDONED = 24 * 3600.0  # seconds; a temporary file of this age belongs to a process that died
 
 _folder: ContextVar[Path | None] = ContextVar("folder", default=None)
@@ -184,9 +185,9 @@ def _read(path: Path, key: str) -> Tensor | None:
     try:
         data = path.read_bytes()
         length = int.from_bytes(data[:8], "little")
-        about = json.loads(data[8 : 8 + length])["__metadata__"]
+        mark = json.loads(data[8 : 8 + length])["__metadata__"][_MARK]
         features: Tensor = load(data)[_ENTRY]
-        if about["key"] != key or about["digest"] != _digest(features):
+        if mark != f"{key} {_digest(features)}":
             return None
     except (OSError, SafetensorError, ValueError, LookupError, TypeError):
         return None
@@ -198,7 +199,7 @@ def _read(path: Path, key: str) -> Tensor | None:
 def _write(path: Path, key: str, features: Tensor) -> None:
     """Write features; do nothing if the folder can't be written."""
     stored = features.detach().cpu().contiguous()
-    data = save({_ENTRY: stored}, {"key": key, "digest": _digest(stored)})
+    data = save({_ENTRY: stored}, {_MARK: f"{key} {_digest(stored)}"})
     with suppress(OSError):
         with atomic_path(path) as temporary:
             temporary.write_bytes(data)
