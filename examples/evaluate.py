@@ -137,6 +137,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         parser.error(f"give a data set: {', '.join(f'--{name}' for name in DATA_SETS)}")
     if not 0 <= args.lam <= 1 or (args.lam and args.checkpoint is None):
         parser.error(f"--lam {args.lam:g}: expected a weight in [0, 1], with --checkpoint")
+    if "text" in args.given and args.checkpoint is None:
+        parser.error("--text has no effect without --checkpoint: there are no other weights")
     if "pretrained" in args.given and brings_weights(args.model):
         parser.error(f"--pretrained has no effect with {args.model}, which has weights already")
     args.published = args.published or ("Open-VCLIP" if args.checkpoint else "CLIP")

@@ -143,7 +143,7 @@ def cli_split(name: str, samples: list[tuple[str, int]]) -> Any:
 
 
 FRAME_BY_FRAME = {"window", "boundary"}
-OF_THE_FILE = {"allow_missing", "allow_unexpected"}
+OF_THE_FILE = {"allow_missing", "allow_unexpected", "text"}
 PREDICT = "predict v.mp4 --labels a b"
 LIST = "evaluate --videos . --out out --annotations list.csv"
 TUNED = "--checkpoint w.safetensors"
