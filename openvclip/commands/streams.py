@@ -97,7 +97,9 @@ def _flush() -> None:
 def _end(error: OSError) -> NoReturn:
     """End the command, because a standard stream can't be written."""
     _silence()
-    if isinstance(error, BrokenPipeError):
+    # Windows reports a closed pipe as an invalid argument.
+    closed_on_windows = sys.platform == "win32" and error.errno == errno.EINVAL
+    if isinstance(error, BrokenPipeError) or closed_on_windows:
         raise SystemExit(CLOSED_PIPE) from None
     print(f"error: the output can't be written ({error.strerror}).", file=sys.stderr)
     raise SystemExit(_UNWRITABLE) from error

@@ -67,8 +67,10 @@ def read_labels(path: str | os.PathLike[str]) -> list[str]:
 def _names_of_columns(file: str, lines: list[Line]) -> list[Line]:
     """Return the column of the names, without a header."""
     is_table = Path(file).suffix.lower() in (".csv", ".tsv")
-    separator = "\t" if any("\t" in line.text for line in lines) else ","
-    if separator == "," and not is_table and not all(_is_quoted(line.text) for line in lines):
+    first = lines[0].text
+    has_tabs = any("\t" in line.text for line in lines)
+    separator = "\t" if has_tabs else ";" if ";" in first and "," not in first else ","
+    if separator != "\t" and not is_table and not all(_is_quoted(line.text) for line in lines):
         return lines[1:] if lines[0].text.lower() in _TITLES else lines
     read = csv.reader([line.text or '""' for line in lines], delimiter=separator)
     rows = [[field.strip() for field in row] for row in read]

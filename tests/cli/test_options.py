@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import runpy
 import sys
 from collections.abc import Iterator
@@ -99,13 +100,19 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@functools.cache
+def models() -> tuple[Any, dict[str, Any]]:
+    """A model, whose weights the commands change, and the weights of another."""
+    return tiny_clip(), snapshot(tiny_clip(1))
+
+
 @pytest.fixture(autouse=True)
 def _light(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Small models in place of loading, and no decoding of videos."""
 
     def load_model(name: str, pretrained: object, **options: Any) -> LoadedModel:
-        model = tiny_clip()
-        tuned = None if options["checkpoint"] is None else snapshot(tiny_clip(1))
+        model, state = models()
+        tuned = None if options["checkpoint"] is None else state
         return LoadedModel(name, model, tiny_tokenizer, transforms.build("released", 8), tuned)
 
     def predict(classifier: Any, video: str, **_: Any) -> Prediction:

@@ -347,6 +347,7 @@ def test_other_encodings_name_the_line(tmp_path):
         ("label\nplaying guitar\nriding a bike\narchery\n", "a.csv"),
         ("Label\nplaying guitar\nriding a bike\narchery\n", "a.txt"),
         ("id,name\n0,playing guitar\n1,riding a bike\n2,archery\n", "kinetics_400_labels.csv"),
+        ("id;name\n0;playing guitar\n1;riding a bike\n2;archery\n", "a.csv"),
         ("name,id\nplaying guitar,0\nriding a bike,1\narchery,2\n", "a.csv"),
         ("0,playing guitar\n1,riding a bike\n2,archery\n", "a.csv"),
         ("1, playing guitar\n2, riding a bike\n3, archery\n", "a.txt"),
@@ -367,6 +368,7 @@ def test_files_of_labels(text, name, tmp_path):
     [
         ("throw, fast\nrun\n", "a.csv", ["throw, fast", "run"]),
         ("throw, fast\nrun, slowly\n", "a.txt", ["throw, fast", "run, slowly"]),
+        ("throw; fast\nrun\n", "a.csv", ["throw; fast", "run"]),
         ("100 m\n200 m\n", "a.txt", ["100 m", "200 m"]),
         ("#selfie\nrun\n", "a.txt", ["#selfie", "run"]),
         ("1\n2\n3\n", "a.txt", ["1", "2", "3"]),
