@@ -24,6 +24,8 @@ from torch import nn
 import openvclip
 from openvclip import prompting
 from openvclip.checkpoints import atomic_path, load_checkpoint
+from openvclip.commands.parsing import Parser, unused_option
+from openvclip.commands.streams import command
 from openvclip.errors import UsageError
 from openvclip.evaluation import markdown_table
 from openvclip.models.loading import LoadedModel, load_model
@@ -40,9 +42,7 @@ HARMONIC_MEAN = "harmonic mean"
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=options.HelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, formatter_class=options.HelpFormatter, allow_abbrev=False)
     preset = options.add_preset_option(parser, arguments)
     model = parser.add_argument_group("model")
     options.add_model_options(model)
@@ -63,6 +63,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--method {args.method} needs --prompts, the file that finetune.py wrote")
     if args.harmonic_mean and len(args.annotations) < 2:
         parser.error("--harmonic-mean needs several lists, such as base.csv novel.csv")
+    one_view = "on one view" if args.views == args.crops == 1 else ""
+    unused = {"average": one_view, **options.unused_frame_options(args)}
+    problem = unused_option(args.given, unused)
+    if problem:
+        parser.error(problem)
     return args
 
 
@@ -170,6 +175,7 @@ def as_table(results: Mapping[str, Mapping[str, float]]) -> str:
     return markdown_table(["list", "top-1", "top-5"], rows)
 
 
+@command
 def main(arguments: list[str] | None = None) -> None:
     """Test on each list, and print the accuracies."""
     args = parse_arguments(arguments)

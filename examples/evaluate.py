@@ -24,6 +24,8 @@ from typing import get_args
 import torch
 
 from openvclip.checkpoints import atomic_path, write_errors
+from openvclip.commands.parsing import Parser
+from openvclip.commands.streams import command
 from openvclip.errors import OpenVCLIPError
 from openvclip.evaluation import (
     Mixture,
@@ -34,7 +36,7 @@ from openvclip.evaluation import (
     markdown_table,
     mean_and_std,
 )
-from openvclip.models.loading import load_model
+from openvclip.models.loading import brings_weights, load_model
 from openvclip.models.text_weights import TextSource
 from openvclip.processes import Processes, joined_processes, local_rank
 from openvclip.training.shared_options import HelpFormatter, add_model_options
@@ -94,7 +96,7 @@ def published(method: str, model: str, column: str) -> str:
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=HelpFormatter)
     add_model_options(parser.add_argument_group("model"))
     parser.add_argument(
         "--checkpoint",
@@ -135,6 +137,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         parser.error(f"give a data set: {', '.join(f'--{name}' for name in DATA_SETS)}")
     if not 0 <= args.lam <= 1 or (args.lam and args.checkpoint is None):
         parser.error(f"--lam {args.lam:g}: expected a weight in [0, 1], with --checkpoint")
+    if "text" in args.given and args.checkpoint is None:
+        parser.error("--text has no effect without --checkpoint: there are no other weights")
+    if "pretrained" in args.given and brings_weights(args.model):
+        parser.error(f"--pretrained has no effect with {args.model}, which has weights already")
     args.published = args.published or ("Open-VCLIP" if args.checkpoint else "CLIP")
     return args
 
@@ -166,6 +172,7 @@ def table(results: Sequence[ProtocolEvaluation], method: str, model: str) -> str
     return markdown_table(["protocol", "videos", "here", f"paper, {method}"], rows)
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> None:
     """Evaluate on each data set, and print the table."""
     args = parse_arguments(arguments)

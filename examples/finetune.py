@@ -29,9 +29,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from tqdm import tqdm
 
 import openvclip
+from openvclip.commands.progress import progress_bar
+from openvclip.commands.streams import command
 from openvclip.models.labels import read_labels
 from openvclip.models.loading import LoadedModel
 from openvclip.processes import Processes
@@ -169,7 +170,8 @@ def train(
     # Sharded text weights can't be used outside of a forward pass of the whole classifier.
     text = nullcontext() if run.fsdp else methods.text_made_once(classifier)
     hide_bar = None if processes.is_first else True
-    with text, tqdm(total=total, initial=first, desc=recipe.method, disable=hide_bar) as bar:
+    title = recipe.method
+    with text, progress_bar(total=total, initial=first, desc=title, disable=hide_bar) as bar:
         if on_epoch is not None and first and first % steps_per_epoch == 0:
             on_epoch(first)  # a killed run may have ended before this call
         started = time.perf_counter()
@@ -282,6 +284,7 @@ def fine_tune(args: argparse.Namespace, processes: Processes, device: torch.devi
     outputs.write_outputs(args.out, results, about)
 
 
+@command
 def main(arguments: list[str] | None = None) -> None:
     """Train from the command line."""
     args = parse_arguments(arguments)

@@ -16,7 +16,7 @@ columns: the validation accuracy is too high, because λ was chosen on these ima
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,9 @@ from torch.nn.functional import cross_entropy, normalize
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import ImageFolder, default_loader  # type: ignore[import-untyped]
 from torchvision.transforms.functional import pil_to_tensor  # type: ignore[import-untyped]
-from tqdm import tqdm
 
 import openvclip
+from openvclip.commands import Parser, command, progress_bar, refuse_unused
 from openvclip.models.loading import load_model
 from openvclip.video import read_annotations
 
@@ -68,7 +68,7 @@ def fine_tune(
         return (cross_entropy(logits, matches) + cross_entropy(logits.T, matches)) / 2
 
     batches = (batch for _ in range(args.epochs) for batch in loader)
-    for batch in (bar := tqdm(batches, "train", args.epochs * len(loader), disable=None)):
+    for batch in (bar := progress_bar(batches, desc="train", total=args.epochs * len(loader))):
         pixels, label = batch[0].flatten(0, 1).to(args.device), batch[1].to(args.device)
         bar.set_postfix(loss=f"{iwr.step(loss, max_grad_norm=1.0):.3f}", refresh=False)
         swa.update(model)
@@ -91,6 +91,7 @@ def run(args: Namespace) -> None:
     if args.hf:
         from openvclip.models.hugging_face import load
 
+        refuse_unused(args.given, dict.fromkeys(("model", "pretrained"), "with --hf"))
         model, tokenizer, transform = load(args.hf)
     else:
         loaded = load_model(args.model, args.pretrained)
@@ -104,7 +105,7 @@ def run(args: Namespace) -> None:
         data.samples = [(str(args.images / path), index) for path, index in samples]
     clip, average = fine_tune(model.to(args.device), tokenizer, data, texts, args)
     scores = []
-    for lam in tqdm([step / 10 for step in range(11)], desc="choose λ", disable=None):
+    for lam in progress_bar([step / 10 for step in range(11)], desc="choose λ"):
         openvclip.interpolate_into(model, clip, average, lam)
         scores.append((accuracy(model, tokenizer, folders[0], args), lam))
     chosen = max(scores)[1]
@@ -120,9 +121,10 @@ def run(args: Namespace) -> None:
         openvclip.save_checkpoint(model.state_dict(), args.out / "model.safetensors")
 
 
+@command
 def main(arguments: list[str] | None = None) -> None:
     """Read the command line."""
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--images", type=Path, required=True, help="training images")
     add("--validation", type=Path, required=True, help="images on which λ is chosen")
@@ -139,10 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--num-workers", type=int, default=2, help="reading processes; default: %(default)s")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     torch.manual_seed(0)
-    try:
-        run(parser.parse_args(arguments))
-    except (openvclip.OpenVCLIPError, OSError) as error:
-        raise SystemExit(f"finetune_image_clip.py: error: {error}") from error
+    run(parser.parse_args(arguments))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from openvclip.checkpoints import atomic_path
+from openvclip.commands.parsing import Parser, unused_option
+from openvclip.commands.streams import command
 from openvclip.errors import OpenVCLIPError
 from openvclip.video import protocols
 from openvclip.video.protocols import Split
@@ -28,7 +30,7 @@ SETTINGS = ("base-to-novel", "few-shot", "protocol")
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="lists.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -49,7 +51,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         type=_shots,
         default=16,
         metavar="N|all",
-        help="training videos of each class; ignored for a protocol (default: %(default)s)",
+        help="training videos of each class; not for a protocol (default: %(default)s)",
     )
     parser.add_argument(
         "--seed",
@@ -58,7 +60,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="seed that draws the training videos (default: %(default)s)",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write the lists to")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    drawn = "for a protocol, whose videos are not drawn" if args.setting == "protocol" else ""
+    problem = unused_option(args.given, {"shots": drawn, "seed": drawn})
+    if problem:
+        parser.error(problem)
+    return args
 
 
 def _shots(text: str) -> int | None:
@@ -87,6 +94,7 @@ def write_list(split: Split, path: Path) -> None:
         rows.writerows((video, split.class_names[index]) for video, index in split.samples)
 
 
+@command
 def main(arguments: list[str] | None = None, tell: Callable[[str], object] = print) -> None:
     """Write the lists."""
     args = parse_arguments(arguments)

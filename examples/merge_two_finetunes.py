@@ -18,7 +18,7 @@ are not in the reported lists.
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from torchvision.transforms.functional import pil_to_tensor  # type: ignore[impo
 
 import openvclip
 from openvclip import merging
+from openvclip.commands import Parser, command, refuse_unused
 from openvclip.errors import AnnotationError
 from openvclip.evaluation import evaluate
 from openvclip.models.loading import fine_tuned, load_model
@@ -106,6 +107,8 @@ def run(args: Namespace) -> None:
     clip = {name: value.clone() for name, value in model.state_dict().items()}
     first, second = (fine_tuned(model, path) for path in (args.first, args.second))
     lists = [read_list(path, loaded.transform, args) for path in args.lists]
+    if all(isinstance(loader.dataset, Images) for loader, _ in lists):
+        refuse_unused(args.given, dict.fromkeys(("frames", "sampling_rate"), "on images"))
     print(f"{'model':<16}" + "".join(f"{path.stem[:11]:<12}" for path in args.lists) + "mean")
     for row, merge in merges(clip, first, second).items():
         model.load_state_dict(merge())
@@ -117,9 +120,10 @@ def run(args: Namespace) -> None:
         print(f"{row:<16}" + "".join(f"{cell:<12.3f}" for cell in cells), flush=True)
 
 
+@command
 def main(arguments: list[str] | None = None) -> None:
     """Read the command line."""
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--first", type=Path, required=True, help="weights of the first fine-tuned model")
     add("--second", type=Path, required=True, help="weights of the second fine-tuned model")
@@ -137,10 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--batch-size", type=int, default=16, help="files at a time; default: %(default)s")
     add("--num-workers", type=int, default=2, help="decoding processes; default: %(default)s")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    try:
-        run(parser.parse_args(arguments))
-    except openvclip.OpenVCLIPError as error:
-        raise SystemExit(f"merge_two_finetunes.py: error: {error}") from error
+    run(parser.parse_args(arguments))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ accuracy on classes without training videos, run sweep_and_plot.py with averaged
 from __future__ import annotations
 
 import shlex
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace, RawDescriptionHelpFormatter
 from collections import Counter
 from pathlib import Path
 
@@ -28,9 +28,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 import openvclip
+from openvclip.commands import Parser, command, progress_bar
 from openvclip.errors import AnnotationError
 from openvclip.evaluation import sweep
 from openvclip.models.loading import load_model
@@ -82,7 +82,7 @@ def fine_tune(
     def loss() -> Tensor:  # of the current batch; each step computes it at two sets of weights
         return cross_entropy(classifier(video), label)
 
-    with tqdm(total=total, desc="train", disable=None) as bar:
+    with progress_bar(total=total, desc="train", disable=None) as bar:
         for epoch in range(args.epochs):
             data.set_epoch(epoch)
             for batch in loader:
@@ -121,9 +121,10 @@ def run(args: Namespace) -> None:
     print(f"\nTry the model:\n{shlex.join(map(str, command))}")
 
 
+@command
 def main(arguments: list[str] | None = None) -> None:
     """Read the command line."""
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--videos", type=Path, required=True, help="folder of the videos")
     add("--annotations", type=Path, help="CSV file; default: each subfolder is a class")
@@ -139,10 +140,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--num-workers", type=int, default=2, help="decoding processes; default: %(default)s")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     torch.manual_seed(0)
-    try:
-        run(parser.parse_args(arguments))
-    except openvclip.OpenVCLIPError as error:
-        raise SystemExit(f"open_vclip.py: error: {error}") from error
+    run(parser.parse_args(arguments))
 
 
 if __name__ == "__main__":

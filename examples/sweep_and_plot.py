@@ -21,7 +21,7 @@ Do not report the best point of such a curve: choose λ on other videos.
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import openvclip
+from openvclip.commands import Parser, command
 from openvclip.errors import AnnotationError
 from openvclip.evaluation import FIGURE_LAMBDAS, Curve, sweep, tradeoff_figure
 from openvclip.models.drawing import require_matplotlib
@@ -74,9 +75,10 @@ def run(args: Namespace) -> None:
     print(f"wrote {args.out}")
 
 
+@command
 def main(arguments: list[str] | None = None) -> None:
     """Read the command line."""
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, help="the fine-tuned weights, not interpolated")
     add("--closed-set", type=Path, required=True, help="CSV file of videos of trained classes")
@@ -96,10 +98,10 @@ def main(arguments: list[str] | None = None) -> None:
     add("--batch-size", type=int, default=8, help="videos at a time; default: %(default)s")
     add("--num-workers", type=int, default=2, help="decoding processes; default: %(default)s")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    try:
-        run(parser.parse_args(arguments))
-    except openvclip.OpenVCLIPError as error:
-        raise SystemExit(f"sweep_and_plot.py: error: {error}") from error
+    args = parser.parse_args(arguments)
+    if "star" in args.given and args.star not in args.lam:
+        parser.error(f"--star {args.star:g}: expected one of the values of --lam")
+    run(args)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,8 @@ from openvclip import expand_temporal_attention, restore_spatial_attention
 from openvclip.checkpoints import atomic_path, write_errors
 from openvclip.checkpoints.formats import read_weights
 from openvclip.cli.options import data, models
+from openvclip.commands.parsing import Parser, unused_option
+from openvclip.commands.streams import command
 from openvclip.errors import OpenVCLIPError, UsageError
 from openvclip.evaluation import (
     FIGURE_LAMBDAS,
@@ -49,7 +51,7 @@ from openvclip.evaluation import (
     tradeoff_figure,
 )
 from openvclip.models.drawing import require_matplotlib
-from openvclip.models.loading import LoadedModel, fine_tuned
+from openvclip.models.loading import LoadedModel, brings_weights, fine_tuned
 from openvclip.processes import Processes, joined_processes
 from openvclip.training.inputs import load_original
 from openvclip.training.shared_options import HelpFormatter
@@ -88,7 +90,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         The arguments with ``lines`` (a :class:`Line` for each curve), and with the options of each
         data set in ``closed_set`` and ``zero_shot``.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument_group("curves and data sets").add_argument
     curve: Any = {"metavar": "LABEL=FILE", "action": "append", "default": []}
     text = "fine-tuned weights with temporal attention, in any supported format; repeatable"
@@ -120,9 +122,26 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     args.lines = _lines(args, parser.error)
     args.closed_set = _data_set(args.closed_set, f"{parser.prog} --closed-set")
     args.zero_shot = [_data_set(words, f"{parser.prog} --zero-shot") for words in args.zero_shot]
+    problem = unused_option(args.given, _unused(args))
+    if problem:
+        parser.error(problem)
     for group in (args.lines, [args.closed_set, *args.zero_shot]):
         _require_distinct([entry.label for entry in group], parser.error)
     return args
+
+
+def _unused(args: argparse.Namespace) -> dict[str, str]:
+    """Return why options have no effect."""
+    in_place = "with --hf, which replaces it" if args.hf else ""
+    names = "with --hf, whose names must fit" if args.hf else ""
+    unused = models.unused_model_options(
+        has_checkpoint=True,
+        is_expanded=bool(args.curve),
+        brings_weights=brings_weights(args.model),
+    )
+    unused |= {"allow_missing": names, "allow_unexpected": names, "model": in_place}
+    unused["pretrained"] = in_place or unused["pretrained"]
+    return {**unused, **models.unused_frame_options(args)}
 
 
 def _lines(args: argparse.Namespace, fail: Fail) -> list[Line]:
@@ -153,7 +172,7 @@ def _pair(text: str, flag: str, expected: str, fail: Fail) -> tuple[str, str]:
 def _data_set(words: Sequence[str], prog: str) -> argparse.Namespace:
     """Read words ``name=value`` as the options ``--name value`` of ``openvclip evaluate``."""
     usage = "%(prog)s [protocol=NAME] annotations=PATH videos=FOLDER [classes=FILE] [label=TEXT]"
-    parser = argparse.ArgumentParser(prog, usage, add_help=False, allow_abbrev=False)
+    parser = Parser(prog, usage, add_help=False, allow_abbrev=False)
     data.add_data_options(parser)
     parser.add_argument("--split", type=int)
     parser.add_argument("--label")
@@ -347,6 +366,7 @@ def run(args: argparse.Namespace, processes: Processes) -> None:
         report(results, lines, args.out)
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run from the command line."""
     args = parse_arguments(arguments)

@@ -20,11 +20,12 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
     "processes": {"errors"},
-    "weights": {"processes"},
+    "commands": {"errors"},
+    "weights": {"processes", "commands"},
     "merging": {"weights"},
     "checkpoints": {"weights"},
-    "video": {"processes"},
-    "towers": {"processes"},
+    "video": {"processes", "commands"},
+    "towers": {"processes", "commands"},
     "models": {"towers", "video", "checkpoints"},
     "prompting": {"models"},
     "evaluation": {"models"},
@@ -33,7 +34,7 @@ ARROWS: dict[str, set[str]] = {
     "__main__": {"cli"},
 }
 WEIGHT_SPACE = {"weights", "merging", "checkpoints"}
-FOUNDATION = {"errors", "processes"}
+FOUNDATION = {"errors", "processes", "commands"}
 
 # Installed with extras, or slow to import: a module of these names is imported inside functions.
 IMPORTED_ON_USE = {

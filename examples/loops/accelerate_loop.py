@@ -12,7 +12,6 @@ The loop is the loop of accelerate's documentation with two additions: a backwar
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable
 
 import open_clip
@@ -23,6 +22,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import openvclip
+from openvclip.commands.parsing import Parser
+from openvclip.commands.streams import command
 from openvclip.training.shared_options import HelpFormatter
 
 CLASSES = ("juggling balls", "playing drums", "surfing water")
@@ -90,9 +91,10 @@ def train(
     return swa
 
 
+@command
 def main(arguments: list[str] | None = None) -> None:
     """Train from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--epochs", type=int, default=1, help="passes over the clips")
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches in a step")
     parser.add_argument(

@@ -11,7 +11,6 @@ resumes both.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import openvclip
+from openvclip.commands.parsing import Parser
+from openvclip.commands.streams import command
 from openvclip.training.shared_options import HelpFormatter
 
 CLASSES = ("juggling balls", "playing drums", "surfing water")
@@ -152,9 +153,10 @@ class WeightAveraging(lightning.Callback):  # type: ignore[misc]
             self.tracker.load_state_dict(state_dict)
 
 
+@command
 def main(arguments: list[str] | None = None) -> None:
     """Train from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write last.ckpt to this folder")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="a checkpoint to resume from")

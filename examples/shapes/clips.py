@@ -28,6 +28,8 @@ from examples.shapes.drawing import draw_video
 from examples.shapes.raster import IMAGE_SIZE
 from examples.shapes.world import COLOURS, Split, class_names
 from openvclip.checkpoints import atomic_path
+from openvclip.commands.parsing import Parser
+from openvclip.commands.streams import command
 
 __all__ = [
     "CLIP_SIZE",
@@ -186,7 +188,7 @@ def _claim(out: Path, settings: ClipSettings) -> None:
     out.mkdir(parents=True, exist_ok=True)
     note = out / _SETTINGS_FILE
     if note.exists():
-        saved = json.loads(note.read_text())
+        saved = json.loads(note.read_text(encoding="utf-8"))
         if saved != asdict(settings):
             raise FileExistsError(
                 f"{out} holds clips made with {saved}, but the settings of this call are "
@@ -194,7 +196,7 @@ def _claim(out: Path, settings: ClipSettings) -> None:
             )
         return
     with atomic_path(note) as partial:
-        partial.write_text(json.dumps(asdict(settings), indent=2) + "\n")
+        partial.write_text(json.dumps(asdict(settings), indent=2) + "\n", encoding="utf-8")
 
 
 def _plan(out: Path, name: str, settings: ClipSettings) -> Iterator[_Clip]:
@@ -232,7 +234,7 @@ def _write_batch(clips: list[_Clip], settings: ClipSettings) -> tuple[int, float
 
 
 def _write_list(path: Path, clips: list[_Clip]) -> Path:
-    with atomic_path(path) as partial, partial.open("w", newline="") as file:
+    with atomic_path(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerows(
             (clip.path.relative_to(path.parent).as_posix(), clip.class_index) for clip in clips
@@ -240,11 +242,10 @@ def _write_list(path: Path, clips: list[_Clip]) -> Path:
     return path
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
     """Write the data set and print the paths of its lists."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder to write to")
     defaults = ClipSettings()
     for name, default in asdict(defaults).items():

@@ -42,6 +42,8 @@ from examples.shapes.experiment import clips_folder, load_clips
 from examples.shapes.results import Results, count_run, load_results, save_results
 from examples.shapes.run import environment
 from examples.shapes.schedule import Report, side_by_side
+from openvclip.commands.parsing import Parser, unused_option
+from openvclip.commands.streams import command
 
 
 @dataclass(frozen=True)
@@ -227,7 +229,7 @@ def recorded(sizes: Sizes, **more: Any) -> dict[str, Any]:
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m examples.shapes.comparison",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -249,12 +251,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--time", action="store_true", help="only measure the time of a training step (about 1 min)"
     )
     args = parser.parse_args(arguments)
+    part = "with --tune" if args.tune else "with --time" if args.time else ""
+    problem = unused_option(args.given, {"seeds": part, "jobs": "with --time" if args.time else ""})
+    if problem:
+        parser.error(problem)
     for name in ("seeds", "jobs"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: expected at least 1.")
     return args
 
 
+@command
 def main(arguments: list[str] | None = None) -> None:
     """Run the comparison, or the missing part of it."""
     args = parse_arguments(arguments)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -11,6 +10,8 @@ import openvclip
 from examples.shapes.experiment import FRAMES, make_classifier
 from examples.shapes.model import MEAN, STD, create_model
 from examples.shapes.raster import IMAGE_SIZE
+from openvclip.commands.parsing import Parser
+from openvclip.commands.streams import command
 from openvclip.models.classifier import evaluation_mode
 from openvclip.video import read_clip, transforms
 
@@ -38,9 +39,10 @@ def predict(weights: Path, clip: Path, top: int = 5) -> list[tuple[str, float]]:
     return list(zip(names, values.tolist(), strict=True))
 
 
+@command
 def main(arguments: list[str] | None = None) -> None:
     """Print the prediction."""
-    parser = argparse.ArgumentParser(prog="python -m examples.shapes.predict", description=__doc__)
+    parser = Parser(prog="python -m examples.shapes.predict", description=__doc__)
     parser.add_argument(
         "weights",
         type=Path,

@@ -34,6 +34,8 @@ from examples.shapes.model import (
 )
 from examples.shapes.world import ACTIONS, COLOURS, SHAPES, TEMPLATES, still_caption
 from openvclip.checkpoints import save_checkpoint
+from openvclip.commands.parsing import Parser
+from openvclip.commands.streams import command
 
 if TYPE_CHECKING:
     from open_clip import CLIP
@@ -261,11 +263,10 @@ def _pace(step: int, steps: int, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
     """Pretrain, print the accuracy on held-out stills, and write the weights."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--out",
         type=Path,

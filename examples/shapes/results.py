@@ -33,7 +33,7 @@ Numbers = NDArray[np.float64]
 def save_results(results: Results, path: Path) -> None:
     """Write the results file atomically: a crash leaves the complete old file or new file."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(results, indent=1) + "\n")
+        temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 def load_results(path: Path, settings: dict[str, Any]) -> Results:
@@ -44,7 +44,7 @@ def load_results(path: Path, settings: dict[str, Any]) -> Results:
     """
     if not path.exists():
         return {"settings": settings, "environments": [], "seeds": {}}
-    results: Results = json.loads(path.read_text())
+    results: Results = json.loads(path.read_text(encoding="utf-8"))
     if results.get("settings") != settings:
         raise FileExistsError(
             f"{path} holds results of other settings. Give another --out, or remove the folder "

@@ -50,6 +50,8 @@ from examples.shapes.schedule import Report, side_by_side
 from examples.shapes.settings import FULL, SMOKE
 from examples.shapes.studies import AVERAGE, MAIN, OPEN_VCLIP, QUICK, STUDIES, Study, Task, plan
 from openvclip.checkpoints import load_checkpoint, save_checkpoint
+from openvclip.commands.parsing import Parser, unused_option
+from openvclip.commands.streams import command
 
 AVERAGED = "openvclip-averaged.safetensors"
 FINAL = "openvclip-shapes.safetensors"
@@ -61,7 +63,7 @@ FULL_TIME = (
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m examples.shapes",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -91,6 +93,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="number of processes with one thread each (default: one for each core)",
     )
     args = parser.parse_args(arguments)
+    problem = unused_option(args.given, {"full": "with --only" if args.only else ""})
+    if problem:
+        parser.error(problem)
     for name in ("seeds", "jobs"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -98,6 +103,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+@command
 def main(arguments: list[str] | None = None) -> None:
     """Run the experiment, then write and print its results."""
     args = parse_arguments(arguments)
@@ -201,7 +207,7 @@ def _perform(settings: Settings, out: Path, task: Task, report: Report) -> repor
 def _report(results: reporting.Results, studies: list[Study], out: Path, seconds: float) -> None:
     main_table = reporting.Table(MAIN, results)
     tables = [reporting.table(results, study) for study in studies]
-    (out / "table.md").write_text("\n\n".join(tables) + "\n")
+    (out / "table.md").write_text("\n\n".join(tables) + "\n", encoding="utf-8")
     for study, table in zip(studies, tables, strict=True):
         print(f"\n{study.name}: top-1 accuracy in %, {_seeds(study, results)}:\n\n{table}")
     print("\nλ weighs the original CLIP; it is chosen on clips of 8 further shapes (development).")
@@ -253,7 +259,7 @@ def environment() -> dict[str, str]:
 
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
 

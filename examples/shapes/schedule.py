@@ -110,7 +110,7 @@ def _begin_worker(reports: SimpleQueue[Any], log: Path) -> None:
         signal.SIGINT, signal.SIG_IGN
     )  # Ctrl-C reaches all processes; the parent process ends this process
     # A file is no terminal, so the worker processes show no progress bars.
-    sys.stderr = (log / f"worker-{os.getpid()}.log").open("w", buffering=1)
+    sys.stderr = (log / f"worker-{os.getpid()}.log").open("w", 1, "utf-8", "backslashreplace")
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from openvclip.checkpoints.folders import advice_for_folder, advice_for_part
 from openvclip.checkpoints.sharding import is_index, shard_names_in
-from openvclip.errors import CheckpointError
+from openvclip.errors import CheckpointError, near_path
 from openvclip.weights.names import listed
 
 SAFETENSORS, TORCH, TORCHSCRIPT = "safetensors", "PyTorch", "TorchScript"
@@ -92,7 +92,8 @@ def _require_file(file: Path) -> None:
         raise CheckpointError(f"There is no file {file}: it is a folder. {advice}")
     if not file.is_file():
         raise CheckpointError(
-            f"There is no file {file}; expected a file of weights (.safetensors, .pt, .pth, .bin)."
+            f"There is no file {file}{near_path(file)}; expected a file of weights "
+            "(.safetensors, .pt, .pth, .bin)."
         )
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from openvclip.cli.options.types import Commands
-from openvclip.errors import AnnotationError, VideoNotFoundError, VideoOptionError
+from openvclip.commands.parsing import refuse_unused
+from openvclip.errors import AnnotationError, VideoNotFoundError, VideoOptionError, near_path
 
 if TYPE_CHECKING:
     from openvclip.video import VideoCheck
@@ -92,6 +93,10 @@ def _check(options: argparse.Namespace) -> int:
         raise VideoOptionError(f"{output} exists; give --overwrite to replace it.")
     if not output.parent.is_dir():
         raise VideoOptionError(f"{output}: there is no folder {output.parent}; make it first.")
+    listed = [source for source in options.sources if _is_list(source)]
+    if not listed:
+        reason = "without an annotation file: the paths of videos and folders are complete"
+        refuse_unused(options.given, {"videos": reason})
     files = list(
         dict.fromkeys(path for source in options.sources for path in _files(source, options.videos))
     )
@@ -113,21 +118,21 @@ def _write_checks(
     """Write the checks; return the number of files by status, and whether Ctrl-C was pressed."""
     import csv
 
-    from tqdm import tqdm
-
+    from openvclip.commands.progress import progress_bar
     from openvclip.video import VideoCheck
 
     counts: Counter[str] = Counter()
     writer = csv.writer(table)
     writer.writerow(VideoCheck._fields)
+    bar = progress_bar(checks, total=total, desc="check-videos", unit=" files", disable=False)
     try:
-        for check in tqdm(checks, total=total, desc="check-videos", unit=" files"):
+        for check in bar:
             writer.writerow(check)
             table.flush()
             counts[check.status] += 1
             if check.status != "ok":
                 reason = check.reason.encode("utf-8", "backslashreplace").decode()
-                tqdm.write(f"{check.status}: {reason}")
+                bar.write(f"{check.status}: {reason}")
     except KeyboardInterrupt:
         return counts, True
     return counts, False
@@ -139,25 +144,36 @@ def _opened(output: Path) -> Iterator[TextIO]:
         # File names can contain bytes that are not UTF-8. These bytes are written unchanged.
         with output.open("w", newline="", encoding="utf-8", errors="surrogateescape") as table:
             yield table
+    except BrokenPipeError:  # of standard output
+        raise
     except OSError as error:
         raise VideoOptionError(
             f"{output}: can't be written ({error.strerror}). Check free space and permissions."
         ) from error
 
 
-def _files(source: Path, root: Path) -> list[str]:
-    """Return the paths of the videos that a command-line argument names."""
-    from openvclip.video.annotations import read_annotations
+def _is_list(source: Path) -> bool:
+    """Return whether a command-line argument names a list of videos, or a folder of lists."""
     from openvclip.video.files import VIDEO_SUFFIXES, find_videos
 
     if not source.exists():
-        raise VideoNotFoundError(f"{source}: no such file or folder.")
+        raise VideoNotFoundError(f"{source}: no such file or folder{near_path(source)}.")
+    if not source.is_dir():
+        return source.suffix.lower() not in VIDEO_SUFFIXES
+    if find_videos(source):
+        return False
+    if not any(source.glob("*.txt")):
+        raise AnnotationError(f"{source}: holds neither videos nor lists of them.")
+    return True
+
+
+def _files(source: Path, root: Path) -> list[str]:
+    """Return the paths of the videos that a command-line argument names."""
+    from openvclip.video.annotations import read_annotations
+    from openvclip.video.files import find_videos
+
+    if _is_list(source):
+        return [os.path.join(root, path) for path, _ in read_annotations(source, root=root).samples]
     if source.is_dir():
-        videos = find_videos(source)
-        if videos:
-            return [os.path.join(source, path) for path in videos]
-        if not any(source.glob("*.txt")):
-            raise AnnotationError(f"{source}: holds neither videos nor lists of them.")
-    elif source.suffix.lower() in VIDEO_SUFFIXES:
-        return [os.fspath(source)]
-    return [os.path.join(root, path) for path, _ in read_annotations(source, root=root).samples]
+        return [os.path.join(source, path) for path in find_videos(source)]
+    return [os.fspath(source)]

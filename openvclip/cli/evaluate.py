@@ -15,9 +15,10 @@ from openvclip.cli.options.models import (
     add_lam_option,
     add_model_options,
     amp_of,
+    cache_of,
     device_of,
     load,
-    require_checkpoint,
+    require_effects,
     sampling_of,
     templates_of,
 )
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 # Options that do not change the name of the default folder for the results. (The type of the
 # device is added to the name separately.)
 _NOT_SETTINGS = {"run", "command", "out", "json", "per_class", "confusion", "num_workers", "device"}
-_NOT_SETTINGS |= {"leave_out_broken", "allow_missing_videos"}
+_NOT_SETTINGS |= {"leave_out_broken", "allow_missing_videos", "no_cache", "given"}
 
 _DESCRIPTION = """\
 Compute the zero-shot accuracy of a model on published protocols, or on your
@@ -131,7 +132,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     title = ", ".join(options.protocol) or options.annotations.name
     folder = options.out or _default_folder(options)
     transform = loaded.transform.with_(short_side=options.short_side, crops=options.crops)
-    with joined_processes() as processes:
+    with cache_of(options), joined_processes() as processes:
         if processes.is_first and not options.json:
             n_videos = len({path for split in splits for path, _ in split.samples})
             print(f"{title}: {_plural(len(splits), 'split')}, {_plural(n_videos, 'video')}")
@@ -152,7 +153,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    require_checkpoint(options)
+    require_effects(options)
     for name, least in (("batch_size", 1), ("num_workers", 0)):
         if getattr(options, name) < least:
             flag = name.replace("_", "-")

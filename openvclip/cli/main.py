@@ -15,6 +15,8 @@ from openvclip.cli import (
     interpolate,
     predict,
 )
+from openvclip.commands.parsing import Parser
+from openvclip.commands.streams import CLOSED_PIPE, standard_streams
 from openvclip.errors import OpenVCLIPError
 
 # A new subcommand is a module with a function add(commands), imported above and listed here.
@@ -30,8 +32,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0 for success, 1 if a check found problems, 2 after an error, 130 after
-        Ctrl-C.
+        Ctrl-C, 141 if the reader of the output is gone.
     """
+    try:
+        with standard_streams():
+            return _run(arguments)
+    except SystemExit as stopped:
+        if stopped.code == CLOSED_PIPE:
+            return CLOSED_PIPE
+        raise
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     options = build_parser().parse_args(arguments)
     try:
         status: int | None = options.run(options)
@@ -46,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command ``openvclip`` with all subcommands."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="openvclip",
         description="Convert, merge and evaluate CLIP weights, and use them on videos.",
     )

@@ -16,13 +16,16 @@ from openvclip.cli.options.models import (
     add_lam_option,
     add_model_options,
     amp_of,
+    cache_of,
     load,
-    require_checkpoint,
+    require_effects,
     sampling_of,
     templates_of,
 )
 from openvclip.cli.options.types import Commands
-from openvclip.errors import UsageError, VideoError, VideoNotFoundError
+from openvclip.commands.parsing import refuse_unused
+from openvclip.commands.progress import progress_bar
+from openvclip.errors import UsageError, VideoError, VideoNotFoundError, near_path
 
 if TYPE_CHECKING:
     from openvclip.models.classifier import ZeroShotClassifier
@@ -45,6 +48,7 @@ examples:
   openvclip predict clips/ --dataset kinetics400 --checkpoint swa.pth --lam 0.5
   openvclip predict match.mkv --labels-file actions.txt --timeline
 """
+_TOP = 5  # labels of a video that are printed
 
 
 def add(commands: Commands) -> None:
@@ -70,7 +74,10 @@ def add(commands: Commands) -> None:
         "kinetics600-2, kinetics600-3, ucf101 or hmdb51",
     )
     parser.add_argument(
-        "--top", type=int, default=5, help="number of labels to print (default: %(default)s)"
+        "--top",
+        type=int,
+        metavar="N",
+        help="number of labels to print, or with --timeline to draw (default: 5, or 6 to draw)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON (default: plain text)")
     _add_timeline_options(parser)
@@ -108,34 +115,74 @@ def _add_timeline_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _predict(options: argparse.Namespace) -> None:
-    import torch
-
-    require_checkpoint(options)
-    if options.top < 1:
-        raise UsageError(f"--top {options.top}: expected at least 1.")
+    _require_effects(options)
     labels, paths = _labels(options), _paths(options.videos)
     figures = _figure_paths(paths, options)
-    classifier, transform = _classifier(options, labels)
-    amp, device = amp_of(options), next(classifier.parameters()).device.type
-    entries, unreadable = [], 0
-    for path, figure in zip(paths, figures, strict=True):
-        try:
-            with torch.autocast(device, amp, enabled=amp is not None):
-                if options.timeline:
-                    entry = _predict_timeline(options, path, figure, classifier, transform)
-                else:
-                    entry = _predict_video(options, path, classifier, transform)
-        except VideoError as error:
-            if len(paths) == 1:
-                raise
-            print(error, file=sys.stderr)
-            unreadable += 1
-            continue
-        entries.append(entry)
+    with cache_of(options):
+        classifier, transform = _classifier(options, labels)
+    entries: list[dict[str, Any]] = []
+    # In a terminal, the printed labels show the progress.
+    hidden = True if len(paths) == 1 or (sys.stdout.isatty() and not options.json) else None
+    with progress_bar(total=len(paths), desc="predict", disable=hidden) as bar:
+        for path, figure in zip(paths, figures, strict=True):
+            try:
+                entries.append(_predict_file(options, path, figure, classifier, transform))
+            except VideoError as error:
+                entries.append({"path": path, "error": str(error)})
+                if len(paths) > 1:
+                    bar.write(str(error), file=sys.stderr)
+            bar.update()
     if options.json:
         print(json.dumps(entries, indent=1))
-    if unreadable:
-        raise VideoError(f"{unreadable} of {len(paths)} videos can't be read; see above.")
+    errors = [entry["error"] for entry in entries if "error" in entry]
+    if errors and len(paths) == 1:
+        raise VideoError(errors[0])
+    if errors:
+        raise VideoError(f"{len(errors)} of {len(paths)} videos can't be read; see above.")
+
+
+def _require_effects(options: argparse.Namespace) -> None:
+    """Check that each option that is given has an effect.
+
+    Raises:
+        UsageError: an option has no effect, or is out of range.
+    """
+    require_effects(options)
+    if options.top is not None and options.top < 1:
+        raise UsageError(f"--top {options.top}: expected at least 1.")
+    if not options.timeline:
+        for name in ("seconds", "step", "out"):
+            if name in options.given:
+                raise UsageError(f"--{name} is for --timeline: give --timeline too.")
+        return
+    windows = "with --timeline: the windows choose the frames"
+    refuse_unused(
+        options.given,
+        {
+            "views": windows,
+            "sampler": windows,
+            "sampling_rate": "with --seconds" if "seconds" in options.given else "",
+            "backend": "with --timeline: PyAV reads the windows"
+            if options.backend != "pyav"
+            else "",
+        },
+    )
+
+
+def _predict_file(
+    options: argparse.Namespace,
+    path: str,
+    figure: Path,
+    classifier: ZeroShotClassifier,
+    transform: Transform,
+) -> dict[str, Any]:
+    import torch
+
+    amp = amp_of(options)
+    with torch.autocast(next(classifier.parameters()).device.type, amp, enabled=amp is not None):
+        if options.timeline:
+            return _predict_timeline(options, path, figure, classifier, transform)
+        return _predict_video(options, path, classifier, transform)
 
 
 def _predict_video(
@@ -148,7 +195,7 @@ def _predict_video(
     from openvclip.models.prediction import predict
 
     prediction = predict(classifier, path, transform=transform, sampling=sampling_of(options))
-    top = prediction.top(options.top)
+    top = prediction.top(options.top or _TOP)
     if not options.json:
         rows = [f"{probability:6.1%}  {label}" for label, probability in top]
         print("\n".join([path, *rows]), flush=True)
@@ -178,11 +225,12 @@ def _predict_timeline(
         seconds=clip_length if options.seconds is None else options.seconds,
         step=options.step,
     )
+    drawn = {} if options.top is None else {"top": options.top}
     with write_errors(figure):
-        timeline.figure(figure)
+        timeline.figure(figure, **drawn)
     if not options.json:
         print(f"{timeline}\nwrote {figure}", flush=True)
-    return {**_timeline_as_json(timeline, options.top), "figure": str(figure)}
+    return {**_timeline_as_json(timeline, options.top or _TOP), "figure": str(figure)}
 
 
 def _timeline_as_json(timeline: Timeline, top: int) -> dict[str, Any]:
@@ -215,9 +263,6 @@ def _figure_paths(paths: list[str], options: argparse.Namespace) -> list[Path]:
     from openvclip.models.drawing import require_matplotlib
 
     if not options.timeline:
-        names = [name for name in ("seconds", "step", "out") if getattr(options, name) is not None]
-        if names:
-            raise UsageError(f"--{names[0]} is for --timeline: give --timeline too.")
         return [Path()] * len(paths)
     require_matplotlib()  # before hours of video are decoded
     folder: Path = options.out or Path()
@@ -258,7 +303,9 @@ def _files_of(argument: str) -> list[str]:
         if not files:
             raise VideoNotFoundError(f"{argument}: no file matches this pattern.")
         return sorted(files)
-    raise VideoNotFoundError(f"{argument}: no such file; expected a file, folder or pattern.")
+    raise VideoNotFoundError(
+        f"{argument}: no such file{near_path(argument)}; expected a file, folder or pattern."
+    )
 
 
 def _classifier(

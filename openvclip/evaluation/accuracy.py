@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from openvclip.commands.progress import progress_bar
 from openvclip.errors import VideoShapeError
 from openvclip.models.classifier import evaluation_mode, warn_of_other_text
 from openvclip.models.finite import require_finite
@@ -139,11 +140,9 @@ def evaluate_each(
         VideoShapeError, NonFiniteWeightsError, EvaluationError: see
             :func:`openvclip.evaluation.evaluate`.
     """
-    from tqdm import tqdm
-
     device = next(classifier.parameters()).device
     parts: list[list[Evaluation]] = [[] for _ in variants]
-    bar = tqdm(loader, desc=description, disable=None if progress is None else not progress)
+    bar = progress_bar(loader, desc=description, disable=None if progress is None else not progress)
     with evaluation_mode(classifier), torch.no_grad():
         for batch in bar:
             video, label = batch[:2]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from openvclip.commands.progress import progress_bar
 from openvclip.evaluation.mixture import Mixture
 from openvclip.evaluation.records import Record, Records
 from openvclip.evaluation.timing import Clock, Timing, joined_timing
@@ -172,10 +173,8 @@ def _summed_over_views(model: nn.Module, video: Tensor) -> Tensor:
 
 def _bar(total: int, remaining: int, processes: Processes, options: BatchOptions) -> Any:
     """Return a progress bar that counts the videos of all processes and of earlier runs."""
-    from tqdm import tqdm
-
     hidden = None if options.progress is None else not options.progress
-    return tqdm(
+    return progress_bar(
         total=total,
         initial=total - remaining,
         desc=options.description,

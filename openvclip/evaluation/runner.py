@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openvclip.errors import EvaluationError, UsageError, VideoNotFoundError
+from openvclip.errors import EvaluationError, UsageError, VideoNotFoundError, near_path
 from openvclip.evaluation.accuracy import score
 from openvclip.evaluation.encoding import BatchOptions, batches_of, encode_videos
 from openvclip.evaluation.mixture import Mixture
@@ -170,12 +170,13 @@ def require_videos(paths: Sequence[str], root: str) -> None:
             missing.
     """
     if not os.path.isdir(root):
-        raise VideoNotFoundError(f"{root}: no such folder of videos.")
+        raise VideoNotFoundError(f"{root}: no such folder of videos{near_path(root)}.")
     missing = [path for path in paths if not os.path.isfile(os.path.join(root, path))]
     if missing:
         raise VideoNotFoundError(
-            f"{len(missing)} of {len(paths)} videos are not in {root} ({listed(missing)}). Check "
-            "that the paths start from this folder, or allow missing videos."
+            f"{len(missing)} of {len(paths)} videos are not in {root} ({listed(missing)})"
+            f"{near_path(os.path.join(root, missing[0]))}. Check that the paths start from this "
+            "folder, or allow missing videos."
         )
 
 

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from openvclip.commands.progress import progress_bar
 from openvclip.errors import ClassNamesError, TextFeaturesWarning, UnsupportedModelError
 from openvclip.models.finite import require_finite
 from openvclip.models.labels import warn_of_equal_labels
+from openvclip.models.text_cache import cached_features
 from openvclip.models.text_weights import TextMark, text_state
 from openvclip.towers.temporal import encode_images, encode_video
 
@@ -270,17 +272,19 @@ class _ClassTexts:
     def features(self, model: nn.Module) -> Tensor:
         """Return the text features ``[K, D]`` at the present weights.
 
-        For more than four batches, a progress bar is shown in a terminal.
+        For more than four batches, a progress bar is shown in a terminal. Within
+        :func:`openvclip.models.text_cache.text_cache`, the features are kept on the disk.
         """
-        from tqdm import tqdm
+        return cached_features(model, self._tokens, lambda: self._encoded(model))
 
+    def _encoded(self, model: nn.Module) -> Tensor:
         clip = cast(Any, model)
         device = clip.logit_scale.device
         hidden = None if len(self._tokens) > 4 else True
         with evaluation_mode(model):
             encoded = [
                 functional.normalize(clip.encode_text(tokens.to(device)), dim=-1)
-                for tokens in tqdm(self._tokens, desc="text features", disable=hidden)
+                for tokens in progress_bar(self._tokens, desc="text features", disable=hidden)
             ]
         mean = torch.cat(encoded).unflatten(0, (self._n_classes, -1)).mean(dim=1)
         require_finite(mean, lambda: text_state(model), "The text features")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -16,12 +15,13 @@ from torch import Tensor, nn
 
 from openvclip.checkpoints.api import load_checkpoint
 from openvclip.checkpoints.file_kinds import kind_of
-from openvclip.errors import ModelNameError, NonFiniteWeightsError
+from openvclip.errors import ModelNameError, NonFiniteWeightsError, listed, near_path
+from openvclip.models.model_names import unknown_model, unknown_weights
 from openvclip.models.preprocess import transform_for
 from openvclip.towers.temporal import expand_temporal_attention
 from openvclip.towers.view import Boundary
 from openvclip.video.transforms import Transform
-from openvclip.weights.names import listed, named_parameters, named_state
+from openvclip.weights.names import named_parameters, named_state
 from openvclip.weights.numerics import non_finite_names
 
 _SCHEMAS = ("local-dir:", "hf-hub:")
@@ -157,12 +157,7 @@ def _registered_name(name: str) -> str:
     if Path(name).suffix == ".json":
         return _register(Path(name), name)
     if name not in open_clip.list_models():
-        similar = difflib.get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.4)
-        hint = f" (did you mean {', '.join(similar)}?)" if similar else ""
-        raise ModelNameError(
-            f"open_clip has no model {name!r}{hint}. Expected one of open_clip.list_models(), or a "
-            "JSON file with an open_clip model configuration."
-        )
+        raise unknown_model(name)
     return name
 
 
@@ -171,7 +166,9 @@ def _register(path: Path, name: str) -> str:
     import open_clip
 
     if not path.is_file():
-        raise ModelNameError(f"{name}: no such file; expected an open_clip model configuration.")
+        raise ModelNameError(
+            f"{name}: no such file{near_path(path)}; expected an open_clip model configuration."
+        )
     try:
         open_clip.add_model_config(path)
     except ValueError as error:
@@ -195,7 +192,7 @@ def _build(name: str, pretrained: str | os.PathLike[str] | None) -> Any:
         _require_finite(model, name)
         return model
     tags = open_clip.list_pretrained_tags_by_model(name)
-    tag_list = ", ".join(tags) or "(open_clip has none)"
+    tag_list = listed(tags, 10) or "(open_clip has none)"
     if pretrained is None:
         raise ModelNameError(
             f"pretrained is None: {name} has no weights yet. Give a file of weights, or a tag of "
@@ -207,10 +204,7 @@ def _build(name: str, pretrained: str | os.PathLike[str] | None) -> Any:
     if Path(tag_or_file).exists():
         kind_of(Path(tag_or_file))  # raises before the model is built
     else:
-        raise ModelNameError(
-            f"{tag_or_file!r} is neither a file of weights nor a tag of open_clip for {name}. "
-            f"Tags: {tag_list}."
-        )
+        raise unknown_weights(tag_or_file, name, tags)
     # A file of weights does not store the mean and standard deviation of the pixels. They are equal
     # for all published weights of a model, so take them from the first tag of the model.
     config = open_clip.get_pretrained_cfg(name, tags[0]) if tags else {}

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from openvclip.commands.progress import progress_bar
 from openvclip.models.classifier import VIDEO_TEMPLATES, Template
 from openvclip.models.drawing import new_figure, save_figure
 from openvclip.models.prediction import classifier_for, logits_of, require_file
@@ -149,8 +150,6 @@ def predict_timeline(
     Warns:
         LabelWarning, TextFeaturesWarning: see :func:`openvclip.predict`.
     """
-    from tqdm import tqdm
-
     require_file(video)
     classifier = classifier_for(model, labels, tokenizer, templates)
     windows = sliding_windows(
@@ -170,7 +169,7 @@ def predict_timeline(
         batch.clear()
 
     disable = None if progress is None else not progress
-    for window in tqdm(windows, desc="timeline", unit="window", disable=disable):
+    for window in progress_bar(windows, desc="timeline", unit="window", disable=disable):
         times.append((window.start, window.end))
         batch.append(window.clip)
         if len(batch) == batch_size:

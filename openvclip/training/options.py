@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from openvclip.commands.parsing import Parser
 from openvclip.models.labels import read_labels
 from openvclip.processes import Processes
 from openvclip.training.batches import Batching
+from openvclip.training.consistency import require_consistent
 from openvclip.training.inputs import TrainingVideos, videos_from_files, videos_from_shards
 from openvclip.training.presets import overview
 from openvclip.training.recipe import PROMPT_METHODS, Recipe, Run
@@ -50,7 +52,7 @@ def parse_arguments(description: str, arguments: list[str] | None = None) -> arg
         description: the first part of the help text.
         arguments: the words of the command line. Default: those of the process.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=description,
         epilog=overview(),
         formatter_class=HelpFormatter,
@@ -67,7 +69,7 @@ def parse_arguments(description: str, arguments: list[str] | None = None) -> arg
     _add_output_options(parser)
     parser.set_defaults(**preset.training)
     args = parser.parse_args(arguments)
-    _require_consistent(args, parser.error)
+    require_consistent(args, parser.error)
     return args
 
 
@@ -362,24 +364,3 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
         metavar="STEPS",
         help="steps between two lines of the log",
     )
-
-
-def _require_consistent(args: argparse.Namespace, fail: Callable[[str], object]) -> None:
-    """Call ``fail`` with a text if options contradict each other or an option is missing."""
-    if (args.annotations is None) == (args.shards is None):
-        fail("give --annotations (with --videos), or --shards")
-    if args.annotations is not None and args.videos is None:
-        fail("--annotations needs --videos, the folder of the videos")
-    if args.shards is not None and args.classes is None:
-        fail("--shards needs --classes, a file with a class name on each line")
-    if args.val_annotations is not None and args.val_videos is None and args.videos is None:
-        fail("--val-annotations needs --val-videos, the folder of the validation videos")
-    if args.method == "bridge" and args.start_from is None:
-        fail("--method bridge needs --start-from, a file of fine-tuned weights")
-    if args.method in PROMPT_METHODS and args.fsdp:
-        fail(
-            f"--fsdp can't be used with --method {args.method}, which trains only prompts: "
-            "leave --fsdp out"
-        )
-    if args.num_workers < 0:
-        fail(f"--num-workers {args.num_workers}: expected at least 0")

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from openvclip.checkpoints.atomic import atomic_path
+from openvclip.commands.parsing import Parser
+from openvclip.commands.streams import command
 from openvclip.errors import AnnotationError, MissingDependencyError
 from openvclip.video.files import VIDEO_SUFFIXES
 from openvclip.weights.names import listed
@@ -207,11 +209,10 @@ def _read_labels(shard: str) -> list[str]:
     return [labels[key] for key in videos]
 
 
+@command
 def main(arguments: list[str] | None = None, tell: Callable[[str], None] = print) -> None:
     """Write the index of shards from the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", metavar="PATTERN", help='such as "k400-{0000..0999}.tar"')
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the index (JSON)")
     args = parser.parse_args(arguments)

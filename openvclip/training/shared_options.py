@@ -95,6 +95,14 @@ def add_frame_options(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def unused_frame_options(args: argparse.Namespace) -> dict[str, str]:
+    """Return why options of frames have no effect, for ``openvclip.commands.parsing``."""
+    whole = "with --sampler uniform: its frames span the whole video"
+    return dict.fromkeys(
+        ("sampling_rate", "target_fps"), whole if args.sampler == "uniform" else ""
+    )
+
+
 def add_template_option(group: argparse._ArgumentGroup) -> None:
     """Add the option for the text of a class."""
     group.add_argument(

@@ -7,7 +7,7 @@ import random
 from collections import Counter
 from typing import NamedTuple
 
-from openvclip.errors import ProtocolError
+from openvclip.errors import ProtocolError, did_you_mean
 from openvclip.video._splits import DATA_SETS, Split, find_videos_of, read_split, wrong_count
 
 __all__ = ["BaseToNovel", "FewShot", "base_to_novel", "few_shot"]
@@ -125,7 +125,10 @@ def _first_split(dataset: str, annotations: str | os.PathLike[str]) -> tuple[Spl
     """Read the training list and the test list of split 1, which must be complete."""
     if dataset not in _FIRST_SPLIT:
         known = ", ".join(map(repr, _FIRST_SPLIT))
-        raise ProtocolError(f"dataset={dataset!r} has no few-shot splits: choose one of {known}.")
+        raise ProtocolError(
+            f"dataset={dataset!r} has no few-shot splits: choose one of {known}"
+            f"{did_you_mean(dataset, _FIRST_SPLIT)}."
+        )
     path = DATA_SETS[dataset].find(dataset, annotations)
     train, test = (
         read_split(f"{dataset} {subset} list 1", path, subset=subset)

@@ -10,9 +10,12 @@ import csv
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
-from openvclip.errors import AnnotationError
+from openvclip.errors import AnnotationError, listed
+from openvclip.video.files import VIDEO_SUFFIXES
+from openvclip.video.lists import Line, read_lines
 from openvclip.video.names import class_name, class_names
 
 __all__ = ["Row", "Table", "read_table"]
@@ -64,22 +67,22 @@ class Table(NamedTuple):
     guessed: bool = False
 
 
-_Lines = list[tuple[int, str]]
+_Lines = list[Line]
 
 
 def read_table(path: str, names: Sequence[str] | None, split: int) -> Table:
     """Read an annotation file or a folder of official lists."""
     if os.path.isdir(path):
         return _read_folder(path, names, split)
-    lines = [(number, line) for number, line in enumerate(_read_lines(path), 1) if line.strip()]
+    lines = [line for line in read_lines(path, "a list of path,label") if line.text]
     if not lines:
         return Table([])
-    first = lines[0][1].strip()
+    first = lines[0].text
     if _is_ucf(first):
         return Table(list(_ucf_rows(path, lines, names)), "ucf101")
     if _HMDB_FILE.fullmatch(os.path.basename(path)) and _HMDB.fullmatch(first):
         return Table(list(_hmdb_rows(path, lines, names)), "hmdb51")
-    if set(_KINETICS) <= set(_split_commas(first, None)):
+    if set(_KINETICS) <= set(_split_commas(first)):
         return Table(list(_kinetics_rows(path, lines)), guessed=True)
     return Table(list(_plain_rows(path, lines, names)))
 
@@ -97,7 +100,7 @@ def _read_folder(path: str, names: Sequence[str] | None, split: int) -> Table:
         if present and absent:
             raise AnnotationError(
                 f"{path}: {len(absent)} of the {len(files)} files of split {split} are missing: "
-                f"{', '.join(absent[:5])}{', ...' if len(absent) > 5 else ''}. Unpack them again."
+                f"{listed(absent, 5)}. Unpack them again."
             )
         if present:
             return Table(
@@ -110,19 +113,9 @@ def _read_folder(path: str, names: Sequence[str] | None, split: int) -> Table:
     )
 
 
-def _read_lines(path: str) -> list[str]:
-    try:
-        with open(path, encoding="utf-8-sig", newline=None) as file:
-            return file.read().split("\n")
-    except FileNotFoundError as error:
-        raise AnnotationError(f"{path}: no such file; expected a list of path,label.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise AnnotationError(f"{path}: cannot be read as UTF-8 text ({error}).") from error
-
-
 def _too_few(path: str, number: int, line: str, expected: str) -> AnnotationError:
     return AnnotationError(
-        f"{path}, line {number}: {line.strip()!r} has too few fields; expected {expected}."
+        f"{path}, line {number}: {line!r} has too few fields; expected {expected}."
     )
 
 
@@ -146,15 +139,15 @@ def _is_ucf(line: str) -> bool:
 
 def _ucf_rows(path: str, lines: _Lines, names: Sequence[str] | None) -> Iterator[Row]:
     for number, line in lines:
-        match = _UCF.fullmatch(line.strip())
+        match = _UCF.fullmatch(line)
         if not match:
             raise _too_few(path, number, line, "Class/v_Class_g01_c01.avi as in UCF-101's lists")
         official = _ucf_index(match["folder"])
         if match["index"] not in (None, str(official)) and official:
             raise AnnotationError(
                 f"{path}, line {number}: class index {match['index']} of {match['path']!r}; "
-                f"expected {official} as in UCF-101's official lists. Line {lines[0][0]} has the "
-                "format of these lists. Correct the index, or write the lines as path,label."
+                f"expected {official} as in UCF-101's official lists. Line {lines[0].number} "
+                "has the format of these lists. Correct the index, or write lines of path,label."
             )
         subset = "train" if match["index"] else "test"
         label = _folder_label("ucf101", match["folder"], names)
@@ -169,7 +162,7 @@ def _hmdb_rows(path: str, lines: _Lines, names: Sequence[str] | None) -> Iterato
     assert file is not None
     folder = file["folder"]
     for number, line in lines:
-        match = _HMDB.fullmatch(line.strip())
+        match = _HMDB.fullmatch(line)
         if not match:
             raise _too_few(path, number, line, "name.avi and 0, 1 or 2 as in HMDB-51's lists")
         label = _folder_label("hmdb51", folder, names)
@@ -184,9 +177,9 @@ def _folder_label(dataset: str, folder: str, names: Sequence[str] | None) -> str
 
 
 def _kinetics_rows(path: str, lines: _Lines) -> Iterator[Row]:
-    header = _split_commas(lines[0][1], None)
+    header = _split_commas(lines[0].text)
     for number, line in lines[1:]:
-        row = dict(zip(header, _fields(path, number, line, _split_commas, None), strict=False))
+        row = dict(zip(header, _fields(path, number, line, _split_commas), strict=False))
         if not all(row.get(column) for column in _KINETICS):
             raise _too_few(path, number, line, ", ".join(_KINETICS))
         times = [row[column] for column in ("time_start", "time_end")]
@@ -203,39 +196,127 @@ def _kinetics_rows(path: str, lines: _Lines) -> Iterator[Row]:
 
 # --- path,label --------------------------------------------------------------------------------
 
-_Splitter = Callable[[str, Sequence[str] | None], list[str]]
+_PATH_COLUMNS = (
+    *("path", "video_path", "file_path", "filepath", "filename", "file_name", "file", "video"),
+    *("video_name", "clip", "clip_path", "image", "image_path", "name"),
+)
+_LABEL_COLUMNS = (
+    *("label", "class_name", "classname", "label_name", "class", "labels", "category", "action"),
+    *("target", "caption", "text", "tag", "class_id", "label_id", "class_index"),
+)
+_FILE_SUFFIXES = VIDEO_SUFFIXES | {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+_PATH_FIRST = re.compile(
+    rf"(?P<path>\S.*(?:{'|'.join(map(re.escape, sorted(_FILE_SUFFIXES)))}))\s+(?P<label>\S.*)",
+    re.IGNORECASE,
+)
+_Splitter = Callable[[str], list[str]]
 
 
 def _plain_rows(path: str, lines: _Lines, names: Sequence[str] | None) -> Iterator[Row]:
-    split: _Splitter = _split_commas if "," in lines[0][1] else _split_spaces
-    columns = (0, 1)
-    for position, (number, line) in enumerate(lines):
-        fields = _fields(path, number, line, split, names)
-        if position == 0 and {"path", "label"} <= set(fields):
-            columns = (fields.index("path"), fields.index("label"))
-            continue
-        if len(fields) <= max(columns) or not all(fields[column] for column in columns):
-            raise _too_few(path, number, line, "a path and a label")
-        yield Row(path, number, fields[columns[0]], fields[columns[1]])
+    split = _splitter(lines[0].text, names)
+    rows = [(line, _fields(path, line.number, line.text, split)) for line in lines]
+    columns = _header(rows[0][1], names)
+    if columns is not None:
+        rows, width = rows[1:], 1 + max(columns)
+    else:
+        columns, width = (0, 1), 2
+        rows = [(line, _two_fields(line, fields, names)) for line, fields in rows]
+        _require_plain_rows(path, rows)
+    for line, fields in rows:
+        if len(fields) < width or not all(fields[column] for column in columns):
+            raise _too_few(path, line.number, line.text, "a path and a label")
+        yield Row(path, line.number, fields[columns[0]], fields[columns[1]])
 
 
-def _fields(
-    path: str, number: int, line: str, split: _Splitter, names: Sequence[str] | None
-) -> list[str]:
+def _splitter(first: str, names: Sequence[str] | None) -> _Splitter:
+    """Return the function that splits lines, chosen by the separator in the first line."""
+    spaces = partial(_split_spaces, names=names)
+    if "\t" in first:
+        return lambda line: _split(line, "\t") if "\t" in line else spaces(line)
+    for separator in (",", ";"):
+        if separator in first:
+            return partial(_split, separator=separator)
+    return spaces
+
+
+def _header(fields: list[str], names: Sequence[str] | None) -> tuple[int, int] | None:
+    """Return the columns of path and label if the first line is a header, else ``None``."""
+    titles = [re.sub(r"[\s-]+", "_", field.casefold()) for field in fields]
+    paths = [titles.index(title) for title in _PATH_COLUMNS if title in titles]
+    labels = [titles.index(title) for title in _LABEL_COLUMNS if title in titles]
+    if not paths or not labels or ("path" not in titles and fields[labels[0]] in (names or ())):
+        return None
+    return paths[0], labels[0]
+
+
+def _two_fields(line: Line, fields: list[str], names: Sequence[str] | None) -> list[str]:
+    """Return the path and the label of a line that has more separators, if the label is known."""
+    if "\t" in line.text:
+        fields = [field for field in fields if field]  # tabs that align columns
+    for separator in (",", ";"):
+        path, _, rest = line.text.partition(separator)
+        if len(fields) > 2 and rest.strip() in (names or ()):
+            return [path.strip(), rest.strip()]
+    return fields
+
+
+def _require_plain_rows(path: str, rows: list[tuple[Line, list[str]]]) -> None:
+    """Check lines without a header.
+
+    Raises:
+        AnnotationError: the first line is a header with unknown titles, the label stands before
+            the path, or a label has a separator that is not in quotes.
+    """
+    (first, fields), others = rows[0], rows[1:]
+    if len(fields) > 1 and _is_file(fields[1]) and not _is_file(fields[0]):
+        raise AnnotationError(
+            f"{path}, line {first.number}: {first.text!r} has the label before the path. Write "
+            "path,label in each line, or a first line label,path."
+        )
+    if others and not _is_file(fields[0]) and all(_is_file(other[0]) for _, other in others):
+        raise AnnotationError(
+            f"{path}, line {first.number}: {first.text!r} looks like a header with unknown titles. "
+            "Name the columns path and label, or remove the line."
+        )
+    if len({len(row) for _, row in rows if len(row) > 1}) > 1:
+        line, _ = max(rows, key=lambda row: len(row[1]))
+        raise AnnotationError(
+            f"{path}, line {line.number}: {line.text!r} has more fields than other lines. Put a "
+            "path or a label with a separator in double quotes."
+        )
+
+
+def _is_file(field: str) -> bool:
+    return os.path.splitext(field)[1].lower() in _FILE_SUFFIXES
+
+
+def _fields(path: str, number: int, line: str, split: _Splitter) -> list[str]:
     try:
-        return split(line, names)
+        return split(line)
     except csv.Error as error:
         raise AnnotationError(f"{path}, line {number}: {error} in {line!r}.") from error
 
 
-def _split_commas(line: str, names: Sequence[str] | None) -> list[str]:
-    return [field.strip() for field in next(csv.reader([line], skipinitialspace=True))]
+def _split(line: str, separator: str) -> list[str]:
+    reader = csv.reader([line], delimiter=separator, skipinitialspace=True)
+    return [field.strip() for field in next(reader)]
+
+
+def _split_commas(line: str) -> list[str]:
+    return _split(line, ",")
 
 
 def _split_spaces(line: str, names: Sequence[str] | None) -> list[str]:
-    line = line.strip()
-    if line.split() == ["path", "label"]:
-        return ["path", "label"]
+    words = line.split()
+    if len(words) == 2:
+        return words
+    # The label is what follows the extension of the path: a label can have several words.
+    match = _PATH_FIRST.fullmatch(line)
+    if match is not None:
+        label = match["label"]
+        if " " in label and all(word.isdigit() for word in label.split()):
+            raise csv.Error("several numbers after the path; expected a path and a label")
+        return [match["path"], label]
     endings = [name for name in names or () if line.endswith(" " + name)]
     if endings:
         label = max(endings, key=len)

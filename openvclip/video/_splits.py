@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
 
-from openvclip.errors import ProtocolError
+from openvclip.errors import ProtocolError, near_path
 from openvclip.video.annotations import locate_videos, read_annotations
 
 __all__ = ["DATA_SETS", "OfficialLists", "Split", "find_videos_of", "read_split", "wrong_count"]
@@ -76,9 +76,9 @@ class OfficialLists:
                     return path if self.single else os.path.dirname(path)
         searched = [os.path.join(start, folder) for folder in self.folders]
         raise ProtocolError(
-            f"annotations={start!r} holds no official lists of {dataset}: looked for "
-            f"{', '.join(self.files)} in {', '.join(searched)}. Give the folder into which you "
-            "unpacked the official annotations."
+            f"annotations={start!r} holds no official lists of {dataset}{near_path(start)}: "
+            f"looked for {', '.join(self.files)} in {', '.join(searched)}. Give the folder into "
+            "which you unpacked the official annotations."
         )
 
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from openvclip.errors import AnnotationError
+from openvclip.errors import AnnotationError, did_you_mean
 from openvclip.video._rows import Row, Table, read_table
 from openvclip.video.files import find_videos
 from openvclip.video.names import class_names as official_names
@@ -40,11 +40,12 @@ def read_annotations(
 
     The format is recognised from the first line that is not blank:
 
-    - ``path,label`` or ``path label``: one video on each line. A header ``path,label,...`` can name
-      the columns; other columns are ignored. In comma-separated files, a path or class name that
-      contains a comma is put in double quotes. In space-separated files, the label is the longest
-      class name that ends the line, or else the last word. A label is a class name; if no class has
-      this name, the label is a class index from 0.
+    - ``path,label`` or ``path label``: one video on each line. The separator is a tab, a comma, a
+      semicolon or white space. A header such as ``path,label,...`` or ``filename,class`` can name
+      the columns; other columns are ignored. A path or class name that contains the separator is
+      put in double quotes. In space-separated files, the label is what follows the extension of the
+      path; without an extension it is the longest class name that ends the line, or else the last
+      word. A label is a class name; if no class has this name, the label is a class index from 0.
     - UCF-101: ``trainlist01.txt`` and ``testlist01.txt``, or the folder that contains them. The
       folder of a video gives its class. Paths are relative to ``UCF-101/``.
     - HMDB-51: ``brush_hair_test_split1.txt``, or the folder that contains the files of all classes.
@@ -54,7 +55,8 @@ def read_annotations(
       for each time. If ``root`` is given, :func:`locate_videos` searches for this name in ``root``.
 
     Args:
-        path: a UTF-8 text file, or a folder of official lists.
+        path: a UTF-8 text file, or a folder of official lists. Lines that begin with ``# `` are
+            comments.
         class_names: the class names in the order of their class indices. Default for UCF-101 and
             HMDB-51: the official class names. Default for other files: no class names if all labels
             are class indices; otherwise the labels, sorted by name.
@@ -150,8 +152,8 @@ def _class_index(row: Row, lookup: dict[str, int], names: Sequence[str] | None) 
         return lookup[row.label]
     if not _is_index(row.label):
         raise AnnotationError(
-            f"{row.location}: unknown class {row.label!r}; expected one of the {len(lookup)} "
-            "class names, or a class index."
+            f"{row.location}: unknown class {row.label!r}{did_you_mean(row.label, lookup)}; "
+            f"expected one of the {len(lookup)} class names, or a class index."
         )
     index = int(row.label)
     if names is not None and index >= len(names):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from openvclip.errors import VideoError, VideoNotFoundError
+from openvclip.errors import VideoError, VideoNotFoundError, near_path
 
 __all__ = ["VIDEO_SUFFIXES", "find_videos"]
 
@@ -35,7 +35,7 @@ def find_videos(folder: str | os.PathLike[str]) -> list[str]:
     """
     root = os.fspath(folder)
     if not os.path.isdir(root):
-        raise VideoNotFoundError(f"{root}: no such folder of videos.")
+        raise VideoNotFoundError(f"{root}: no such folder of videos{near_path(root)}.")
     videos: list[str] = []
     visited: set[str] = set()
     for current, subfolders, files in os.walk(root, onerror=_refuse, followlinks=True):

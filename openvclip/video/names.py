@@ -11,7 +11,7 @@ import json
 import re
 from importlib import resources
 
-from openvclip.errors import VideoOptionError
+from openvclip.errors import VideoOptionError, did_you_mean
 
 __all__ = ["class_name", "class_names"]
 
@@ -31,7 +31,8 @@ def class_names(dataset: str) -> list[str]:
     known = _tables()
     if dataset not in known:
         raise VideoOptionError(
-            f"dataset={dataset!r} is not known: choose one of {', '.join(map(repr, known))}."
+            f"dataset={dataset!r} is not known: choose one of {', '.join(map(repr, known))}"
+            f"{did_you_mean(dataset, known)}."
         )
     return list(known[dataset])
 

@@ -18,7 +18,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from openvclip.errors import ProtocolError
+from openvclip.errors import ProtocolError, did_you_mean
 from openvclip.video._few_shot import BaseToNovel, FewShot, base_to_novel, few_shot
 from openvclip.video._splits import DATA_SETS, Split, find_videos_of, read_split, wrong_count
 from openvclip.video.names import class_name, class_names
@@ -173,6 +173,7 @@ def published_videos(name: str) -> list[int]:
 def _protocol(name: str) -> _Protocol:
     if name not in _PROTOCOLS:
         raise ProtocolError(
-            f"protocol {name!r} is not known: choose one of {', '.join(map(repr, PROTOCOLS))}."
+            f"protocol {name!r} is not known: choose one of {', '.join(map(repr, PROTOCOLS))}"
+            f"{did_you_mean(name, PROTOCOLS)}."
         )
     return _PROTOCOLS[name]

@@ -9,15 +9,26 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from openvclip.errors import StateMismatchError, UsageError, WeightTypeError
+from openvclip.errors import StateMismatchError, UsageError, WeightTypeError, listed
 from openvclip.weights.memory import tied_names, view_of
 from openvclip.weights.shards import reshard
+
+__all__ = [
+    "canonical_names",
+    "canonical_state",
+    "listed",
+    "mismatches",
+    "named_parameters",
+    "named_state",
+    "require_match",
+    "unwrap",
+]
 
 # Any submodule can be wrapped, so these parts can occur at any position of a name.
 _WRAPPER_PARTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -297,7 +308,7 @@ def require_match(
         expected: entries under canonical names.
         given: entries under canonical names.
         what: first line of the error text.
-        hint: last line of the error text.
+        hint: second line of the error text: what to do.
     """
     missing = expected.keys() - given.keys()
     unexpected = given.keys() - expected.keys()
@@ -306,8 +317,3 @@ def require_match(
         raise StateMismatchError(
             what, missing=missing, unexpected=unexpected, mismatched=mismatched, hint=hint
         )
-
-
-def listed(names: Sequence[str]) -> str:
-    """Return the first three names as text for an error message, with ``...`` if more follow."""
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

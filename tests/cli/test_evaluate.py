@@ -195,6 +195,9 @@ def test_bad_input_is_told_before_anything_is_encoded(
     (tmp_path / "short.csv").write_text("a.mp4,0\nb.mp4\n")
     (tmp_path / "other.csv").write_text("a.mp4,0\n\nb.mp4,flying\n")
     (tmp_path / "gone.csv").write_text("".join(f"{i}.mp4,{i}\n" for i in range(7)))
+    first = Path(world.samples[0][0])
+    renamed = first.with_name(first.name.upper()).with_suffix(first.suffix)
+    (tmp_path / "case.csv").write_text(f"{renamed},0\n")
     (tmp_path / "twice.txt").write_text("run\nswim\nrun\n")
     (tmp_path / "gap.txt").write_text("run\n\nswim\n\n")
     (tmp_path / "weights.pth").write_bytes(b"PK\x03\x04 cut off")
@@ -208,6 +211,10 @@ def test_bad_input_is_told_before_anything_is_encoded(
             "--annotations", tmp_path / "other.csv"
         ),
         "7 of 7 videos are not in": changed("--annotations", tmp_path / "gone.csv"),
+        # Report 33: a folder whose name differs in case from the official one.
+        f"did you mean {world.folder / world.samples[0][0]}?)": changed(
+            "--annotations", tmp_path / "case.csv"
+        ),
         "0.mp4, 1.mp4, 2.mp4, ...": changed("--annotations", tmp_path / "gone.csv"),
         "twice.txt, line 3: 'run' is on line 1 already": changed(
             "--classes", tmp_path / "twice.txt"

@@ -49,10 +49,12 @@ def _tiny(folder: Path, preset: str, *more: str) -> list[str]:
     data = ("--annotations", str(folder / "train.csv"), "--videos", str(folder))
     return [
         *("--preset", preset, *model_flags(), *data, "--out", str(folder / preset)),
-        *("--classes", str(folder / "classes.txt"), "--frames", "3", "--sampling-rate", "3"),
+        *("--classes", str(folder / "classes.txt"), "--frames", "3"),
+        *(("--sampling-rate", "3") if preset in ("open-vclip", "vita") else ()),
         *("--batch-size", "4", "--per-device-batch", "4", "--num-workers", "0", "--device", "cpu"),
         *(("--short-side", "36") if preset.startswith(("vifi", "bridge")) else ()),
-        *("--text-prompts", "1", *ONE_EPOCH[preset], *bridge, *more),
+        *(("--text-prompts", "1") if preset.startswith(("bridge", "vita")) else ()),
+        *(*ONE_EPOCH[preset], *bridge, *more),
     ]
 
 

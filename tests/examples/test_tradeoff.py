@@ -49,7 +49,8 @@ class World:
 
     def arguments(self, out: Path, *more: str) -> list[str]:
         return [
-            *("--model", str(MODEL), "--pretrained", str(WEIGHTS), "--device", "cpu"),
+            *(() if "--hf" in more else ("--model", str(MODEL), "--pretrained", str(WEIGHTS))),
+            *("--device", "cpu"),
             *("--templates", str(self.folder / "templates.txt"), "--sampler", "uniform"),
             *("--frames", "4", "--views", "2", "--batch-size", "3", "--num-workers", "0"),
             *("--closed-set", *self.data("seen_test"), "label=seen"),

@@ -47,9 +47,9 @@ def command(folder: Path, out: str, *more: str, files: bool = True) -> list[str]
     """Arguments of a run of 6 steps in 3 epochs: 2 videos at a time, 4 in a step."""
     data = ["--annotations", f"{folder / 'train.csv'}", "--videos", f"{folder}"] if files else []
     return [
-        *(*model_flags(), "--device", "cpu", *data),
+        *(*(() if "--hf" in more else model_flags()), "--device", "cpu", *data),
         *("--classes", f"{folder / 'classes.txt'}", "--out", f"{folder / out}"),
-        *("--num-workers", "0", "--epochs", "3", "--warmup-epochs", "1", "--average-after", "1"),
+        *("--num-workers", "0", "--epochs", "3", "--warmup-epochs", "1"),
         *("--batch-size", "4", "--per-device-batch", "2", "--frames", "3", "--sampling-rate", "3"),
         *("--lr", "1e-3", "--log-every", "1"),
         *more,

@@ -243,6 +243,26 @@ def test_one_broken_video_does_not_stop_the_others(
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_broken_videos_are_in_the_json(world: World, tmp_path: Path, capsys: Captured) -> None:
+    """Report 49: failed files were not in the JSON."""
+    video = world.folder / world.samples[0][0]
+    (tmp_path / "a.mp4").write_bytes(video.read_bytes())
+    (tmp_path / "b.mp4").write_bytes(b"text")
+    flags = ["--labels", *LABELS, "--views", 1, "--json"]
+    assert command(world, tmp_path, *flags) == 2
+    printed = capsys.readouterr()
+    good, bad = json.loads(printed.out)
+    assert good["path"] == str(tmp_path / "a.mp4")
+    assert len(good["labels"]) == 3
+    assert bad["path"] == str(tmp_path / "b.mp4")
+    assert bad["error"] in printed.err
+    assert bad.keys() == {"path", "error"}
+    assert command(world, tmp_path / "b.mp4", *flags) == 2
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == [bad]
+    assert printed.err == f"openvclip predict: error: {bad['error']}\n"
+
+
 def test_errors_of_the_command(world: World, tmp_path: Path, capsys: Captured) -> None:
     video = world.folder / world.samples[0][0]
     (tmp_path / "empty").mkdir()
@@ -252,9 +272,10 @@ def test_errors_of_the_command(world: World, tmp_path: Path, capsys: Captured) -
         "no video files in this folder": [tmp_path / "empty", "--labels", "a", "b"],
         "no file matches this pattern": [tmp_path / "*.avi", "--labels", "a", "b"],
         "absent.mp4: no such file": [tmp_path / "absent.mp4", "--labels", "a", "b"],
+        f"(did you mean {tmp_path / 'empty'}?)": [tmp_path / "Empty", "--labels", "a", "b"],
         "twice.txt, line 2: 'a' is on line 1": [video, "--labels-file", tmp_path / "twice.txt"],
         "blank.txt: holds no names": [video, "--labels-file", tmp_path / "blank.txt"],
-        "none.txt: can't be read": [video, "--labels-file", tmp_path / "none.txt"],
+        "none.txt: no such file": [video, "--labels-file", tmp_path / "none.txt"],
         "more than once: 'a'": [video, "--labels", "a", "a"],
         "dataset='imagenet' is not known": [video, "--dataset", "imagenet"],
         "give --checkpoint too": [video, "--labels", "a", "b", "--lam", "0.5"],

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from openvclip.errors import AnnotationError, VideoError, VideoNotFoundError
+from openvclip.errors import AnnotationError, ClassNamesError, VideoError, VideoNotFoundError
+from openvclip.models.labels import read_labels
 from openvclip.video import (
     VideoDataset,
     class_names,
@@ -252,3 +253,144 @@ def test_a_folder_that_cant_be_listed_is_an_error(open_folder):
     (open_folder / "class" / "part").chmod(0)
     with unprivileged(), pytest.raises(VideoError, match=r"class/part: can't be listed \(Permiss"):
         find_videos(open_folder)
+
+
+# --- lists as people write them -------------------------------------------------------------------
+
+WORDS = ["playing guitar", "riding a bike", "archery"]
+TWO = [("clips/a 1.mp4", 0), ("b.avi", 1)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        # Report 32 (mmaction2#2659): tabs, and labels of several words.
+        "clips/a 1.mp4\tplaying guitar\nb.avi\triding a bike\n",
+        "clips/a 1.mp4\t\tplaying guitar\t\r\nb.avi\triding a bike  \r\n",
+        "clips/a 1.mp4 playing guitar\nb.avi   riding a bike\n",
+        "clips/a 1.mp4;playing guitar\nb.avi; riding a bike\n",
+        "clips/a 1.mp4,playing guitar\rb.avi,riding a bike\r",
+        "\ufeff# made by hand\n\n#\nclips/a 1.mp4, playing guitar \n\n# end\nb.avi,riding a bike",
+        '"clips/a 1.mp4"\t"playing guitar"\n"b.avi"\t"riding a bike"\n',
+        '"clips/a 1.mp4","playing guitar"\n"b.avi","riding a bike"\n',
+        # Report 45: a CSV header taken for a label.
+        "Video Path,Class Name\nclips/a 1.mp4,playing guitar\nb.avi,riding a bike\n",
+        ",filename,label\n0,clips/a 1.mp4,playing guitar\n1,b.avi,riding a bike\n",
+        "label\tfile\tfps\nplaying guitar\tclips/a 1.mp4\t25\nriding a bike\tb.avi\t30\n",
+        "video;action\nclips/a 1.mp4;playing guitar\nb.avi;riding a bike\n",
+        "filename class\nclips/a 1.mp4 playing guitar\nb.avi riding a bike\n",
+    ],
+)
+@pytest.mark.parametrize("names", [None, WORDS])
+def test_separators_headers_and_labels_of_several_words(text, names, tmp_path):
+    path = tmp_path / "list.csv"
+    path.write_bytes(text.encode("utf-8"))
+    annotations = read_annotations(path, names)
+    assert annotations.samples == TWO
+    assert annotations.class_names == (names or WORDS[:2])
+
+
+@pytest.mark.parametrize(
+    ("text", "names", "samples"),
+    [
+        ("a.mp4,throw, fast\nb.mp4,run", ["run", "throw, fast"], [("a.mp4", 1), ("b.mp4", 0)]),
+        ("clip,action\n", ["action", "run"], [("clip", 0)]),  # a class of this name
+        ("x.mp4 bow", ["shoot bow", "bow"], [("x.mp4", 1)]),
+        ("a 3\nb 0", None, [("a", 3), ("b", 0)]),
+        ("A.MP4 x.mp4 bow", ["bow"], [("A.MP4 x.mp4", 0)]),
+    ],
+)
+def test_lists_at_the_edges(text, names, samples, tmp_path):
+    assert read_annotations(write(tmp_path, text), names).samples == samples
+
+
+@pytest.mark.parametrize(
+    ("text", "names", "message"),
+    [
+        ("clip_id,activity\na.mp4,run\nb.mp4,jump\n", None, "line 1: .* looks like a header"),
+        ("run,a.mp4\njump,b.mp4\n", None, "line 1: 'run,a.mp4' has the label before the path"),
+        ("a.mp4,run\nb.mp4,throw, fast\n", None, "line 2: .* more fields .* double quotes"),
+        ("a.mp4 shoot bow\n", ["bow"], "unknown class 'shoot bow'"),
+        ("a.mp4,HandStandPushups\n", ["Handstand Pushups"], "did you mean 'Handstand Pushups'"),
+        ("a.mp4 120 5\nb.mp4 90 3\n", None, "line 1: several numbers after the path"),
+    ],
+)
+def test_lists_that_are_not_clear_are_errors(text, names, message, tmp_path):
+    with pytest.raises(AnnotationError, match=message):
+        read_annotations(write(tmp_path, text), names)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_utf16_is_named(encoding, tmp_path):
+    (tmp_path / "list.txt").write_bytes("a.mp4\trun\n".encode(encoding))
+    with pytest.raises(AnnotationError, match=r"list\.txt: is UTF-16 text. Save it as UTF-8"):
+        read_annotations(tmp_path / "list.txt")
+    with pytest.raises(ClassNamesError, match=r"list\.txt: is UTF-16 text. Save it as UTF-8"):
+        read_labels(tmp_path / "list.txt")
+
+
+def test_other_encodings_name_the_line(tmp_path):
+    (tmp_path / "list.txt").write_bytes("a.mp4,run\nb.mp4,café\n".encode("cp1252"))
+    with pytest.raises(AnnotationError, match=r"list\.txt, line 2: is not UTF-8 text .* 0xe9"):
+        read_annotations(tmp_path / "list.txt")
+    with pytest.raises(AnnotationError, match=r"lists\.txt: no such file \(did you mean .*/list"):
+        read_annotations(tmp_path / "lists.txt")
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("playing guitar\nriding a bike\narchery\n", "a.txt"),
+        ("\ufeffplaying guitar \r\n riding a bike\t\r\narchery\r\n\r\n", "a.txt"),
+        ("playing guitar\rriding a bike\rarchery", "a.txt"),
+        ("# classes\nplaying guitar\nriding a bike\n# last\narchery\n", "a.txt"),
+        ("label\nplaying guitar\nriding a bike\narchery\n", "a.csv"),
+        ("Label\nplaying guitar\nriding a bike\narchery\n", "a.txt"),
+        ("id,name\n0,playing guitar\n1,riding a bike\n2,archery\n", "kinetics_400_labels.csv"),
+        ("id;name\n0;playing guitar\n1;riding a bike\n2;archery\n", "a.csv"),
+        ("name,id\nplaying guitar,0\nriding a bike,1\narchery,2\n", "a.csv"),
+        ("0,playing guitar\n1,riding a bike\n2,archery\n", "a.csv"),
+        ("1, playing guitar\n2, riding a bike\n3, archery\n", "a.txt"),
+        ("0\tplaying guitar\n1\triding a bike\n2\tarchery\n", "a.txt"),
+        ("playing guitar\t1\nriding a bike\t2\narchery\t3\n", "a.txt"),
+        ('"playing guitar"\n"riding a bike"\n"archery"\n', "a.txt"),
+    ],
+)
+def test_files_of_labels(text, name, tmp_path):
+    """Report 45: a CSV header taken for a label."""
+    path = tmp_path / name
+    path.write_bytes(text.encode("utf-8"))
+    assert read_labels(path) == WORDS
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "labels"),
+    [
+        ("throw, fast\nrun\n", "a.csv", ["throw, fast", "run"]),
+        ("throw, fast\nrun, slowly\n", "a.txt", ["throw, fast", "run, slowly"]),
+        ("throw; fast\nrun\n", "a.csv", ["throw; fast", "run"]),
+        ("100 m\n200 m\n", "a.txt", ["100 m", "200 m"]),
+        ("#selfie\nrun\n", "a.txt", ["#selfie", "run"]),
+        ("1\n2\n3\n", "a.txt", ["1", "2", "3"]),
+        ("a photo of {}, moving.\na video of {}.\n", "t.txt", None),
+    ],
+)
+def test_labels_are_kept_as_they_are(text, name, labels, tmp_path):
+    path = write(tmp_path, text, name)
+    assert read_labels(path) == (labels or text.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("1 ApplyEyeMakeup\n2 Archery\n", "begins with its number .*'1 ApplyEyeMakeup'"),
+        ("run\t0.3\njump\t0.5\n", "has several columns"),
+        ("id\tname\n3\trun\n1\tjump\n", "does not count the lines"),
+        ("label\n", "holds no names"),
+        ("a\n\nb\n", "line 2: is blank"),
+        ("0,a\n1,b\n2,a\n", "line 3: 'a' is on line 1 already"),
+    ],
+)
+def test_files_of_labels_that_are_not_clear_are_errors(text, message, tmp_path):
+    with pytest.raises(ClassNamesError, match=message):
+        read_labels(write(tmp_path, text, "a.txt"))

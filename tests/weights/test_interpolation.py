@@ -217,11 +217,11 @@ def test_mismatch_is_one_error_with_everything() -> None:
         interpolate(a, b, 0.5)
     assert str(caught.value) == (
         "theta_a and theta_b do not fit together: theta_a defines the expected names and shapes.\n"
+        "Both state dicts must come from the same architecture. Prefixes of wrappers (module., "
+        "_orig_mod.) are already removed from the names.\n"
         "  missing (2): also, gone\n"
         "  unexpected (1): new\n"
-        "  shape of x.weight: expected [2, 3], given [3, 2]\n"
-        "Both state dicts must come from the same architecture. Prefixes of wrappers (module., "
-        "_orig_mod.) are already removed from the names."
+        "  shape of x.weight: expected [2, 3], given [3, 2]"
     )
     assert caught.value.missing == ["also", "gone"]
     assert caught.value.unexpected == ["new"]

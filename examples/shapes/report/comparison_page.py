@@ -30,6 +30,8 @@ from examples.shapes.report.comparison_words import (
 from examples.shapes.report.statements import Verdict
 from examples.shapes.results import Results, save_results, wrapped
 from openvclip.checkpoints import atomic_path
+from openvclip.commands.parsing import Parser
+from openvclip.commands.streams import command
 from openvclip.evaluation import Curve, markdown_table, mean_and_std, tradeoff_figure
 
 DOCS = Path(__file__).resolve().parents[3] / "docs"
@@ -267,9 +269,10 @@ def draw(results: Results, path: Path) -> None:
     )
 
 
+@command
 def main(arguments: list[str] | None = None) -> None:
     """Write the page, the figure, and the copies of the results."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m examples.shapes.report.comparison_page",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -284,13 +287,15 @@ def main(arguments: list[str] | None = None) -> None:
     assets = args.docs / "assets"
     assets.mkdir(parents=True, exist_ok=True)
     stems = [args.results.stem.replace("results", name) for name in FILES]
-    contents = [json.loads(args.results.with_stem(stem).read_text()) for stem in stems]
+    contents = [
+        json.loads(args.results.with_stem(stem).read_text(encoding="utf-8")) for stem in stems
+    ]
     for name, content in zip(FILES.values(), contents, strict=True):
         save_results(content, assets / name)
     results, tuning, timing = contents
     draw(results, assets / FIGURE)
     with atomic_path(args.docs / "comparison.md") as partial:
-        partial.write_text(page(results, tuning, timing))
+        partial.write_text(page(results, tuning, timing), encoding="utf-8")
     print(f"wrote {args.docs / 'comparison.md'}")
 
 

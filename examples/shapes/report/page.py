@@ -26,6 +26,8 @@ from examples.shapes.results import (
     wrapped,
 )
 from examples.shapes.studies import MAIN
+from openvclip.commands.parsing import Parser
+from openvclip.commands.streams import command
 
 ROOT = Path(__file__).parents[3]
 PAGE, README = Path("docs") / "shapes.md", Path("README.md")
@@ -43,7 +45,7 @@ _CHANGES: dict[Verdict, str] = {"holds": "better", "opposite": "worse", "unclear
 
 def render(results: Results) -> str:
     """Return the text of the page."""
-    template = Template(Path(__file__).with_name("page_template.md").read_text())
+    template = Template(Path(__file__).with_name("page_template.md").read_text(encoding="utf-8"))
     return template.substitute(
         test=results["settings"]["clips"]["test"],
         summary=wrapped(_summary(results)),
@@ -171,15 +173,16 @@ def publish(results: Results, root: Path = ROOT) -> list[Path]:
     """Write the results file, the figures and the pages; return the paths of the texts."""
     save_results(results, root / RESULTS)
     figures(results, root / RESULTS.parent)
-    (root / PAGE).write_text(render(results))
+    (root / PAGE).write_text(render(results), encoding="utf-8")
     readme = root / README
-    readme.write_text(with_table(readme.read_text(), results))
+    readme.write_text(with_table(readme.read_text(encoding="utf-8"), results))
     return [root / PAGE, readme, root / RESULTS]
 
 
+@command
 def main(arguments: list[str] | None = None) -> None:
     """Write the page from the results."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m examples.shapes.report.page",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -189,7 +192,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     args = parser.parse_args(arguments)
     try:
-        results: Results = json.loads(args.results.read_text())
+        results: Results = json.loads(args.results.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise SystemExit(f"{args.results}: {error}") from error
     for path in publish(results):

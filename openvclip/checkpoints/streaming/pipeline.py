@@ -13,6 +13,7 @@ from torch import Tensor
 
 from openvclip.checkpoints.streaming.inputs import WeightInput
 from openvclip.checkpoints.streaming.outputs import WeightOutput
+from openvclip.commands.progress import progress_bar
 
 Compute = Callable[[str, list[Tensor], list[Tensor]], None]
 """Computes one part of an entry: ``compute(name, values, results)``.
@@ -58,15 +59,14 @@ def stream(
         whole: whether each entry is a single part. Default: ``False``.
         progress: whether to show a progress bar. Default: only on a terminal.
     """
-    from tqdm import tqdm
-
     reader_count = min(len(inputs), _READERS)
     with (
         _fewer_torch_threads(reader_count + 1),
         ThreadPoolExecutor(reader_count, "openvclip-read") as readers,
         ThreadPoolExecutor(1, "openvclip-write") as writer,
-        tqdm(
+        progress_bar(
             total=sum(size.numel() for size in sizes.values()),
+            desc="weights",
             unit=" weights",
             unit_scale=True,
             disable=None if progress is None else not progress,

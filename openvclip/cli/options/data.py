@@ -85,6 +85,11 @@ def _require_consistent(options: argparse.Namespace) -> None:
         raise UsageError(
             "--classes can't be combined with --protocol: a protocol has its own class names."
         )
+    if options.allow_incomplete and not options.protocol:
+        raise UsageError(
+            "--allow-incomplete has no effect without --protocol: a list of your own is complete. "
+            "Leave --allow-incomplete out."
+        )
     if len({name.partition("-")[0] for name in options.protocol}) > 1:
         raise UsageError(
             f"--protocol {' '.join(options.protocol)}: expected protocols of one data set. Run one "

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from openvclip.cli.options.types import add_allow_options
+from openvclip.commands.parsing import refuse_unused
 from openvclip.errors import UsageError
 from openvclip.models.text_weights import TextSource
 from openvclip.towers.view import Boundary
@@ -76,6 +78,12 @@ def add_model_options(parser: argparse.ArgumentParser, *, checkpoint: bool = Tru
         "both are equal (default: %(default)s)",
     )
     group.add_argument(
+        "--no-cache",
+        action="store_true",
+        help="encode the texts again (default: text features are kept in the user's folder for "
+        "caches, or in the folder that OPENVCLIP_CACHE names)",
+    )
+    group.add_argument(
         "--device", help="device, such as cuda or cpu (default: cuda if available, else cpu)"
     )
     group.add_argument(
@@ -118,16 +126,59 @@ def add_lam_option(parser: argparse.ArgumentParser, *, several: bool = False) ->
     )
 
 
-def require_checkpoint(options: argparse.Namespace) -> None:
-    """Check that ``--lam`` is given together with ``--checkpoint``.
+def require_effects(options: argparse.Namespace) -> None:
+    """Check that the options for the model and the frames that are given have an effect.
 
     Raises:
-        UsageError: ``--checkpoint`` is missing.
+        UsageError: an option has no effect with the other options.
     """
+    from openvclip.models.loading import brings_weights
+
     if options.lam not in (None, []) and options.checkpoint is None:
         raise UsageError(
             "--lam interpolates the original CLIP with fine-tuned weights: give --checkpoint too."
         )
+    refuse_unused(
+        options.given,
+        {
+            **unused_model_options(
+                has_checkpoint=options.checkpoint is not None,
+                is_expanded=_is_expanded(options),
+                brings_weights=brings_weights(options.model),
+            ),
+            **unused_frame_options(options),
+        },
+    )
+
+
+def unused_model_options(
+    *, has_checkpoint: bool, is_expanded: bool, brings_weights: bool
+) -> dict[str, str]:
+    """Return why options of :func:`add_model_options` have no effect; see ``refuse_unused``."""
+    without_file = "" if has_checkpoint else "without --checkpoint, the file that it is for"
+    frame_by_frame = "" if is_expanded else "on CLIP frame by frame; give --expand to use it"
+    own_weights = "with a model that has weights already" if brings_weights else ""
+    return {
+        "text": without_file,
+        "allow_missing": without_file,
+        "allow_unexpected": without_file,
+        "window": frame_by_frame,
+        "boundary": frame_by_frame,
+        "pretrained": own_weights,
+    }
+
+
+def unused_frame_options(options: argparse.Namespace) -> dict[str, str]:
+    """Return why options of :func:`add_frame_options` have no effect; see ``refuse_unused``."""
+    is_uniform = options.sampler == "uniform"
+    whole = "with --sampler uniform: its frames span the whole video" if is_uniform else ""
+    return {"sampling_rate": whole}
+
+
+def _is_expanded(options: argparse.Namespace) -> bool:
+    if options.expand is None:
+        return options.checkpoint is not None
+    return bool(options.expand)
 
 
 def add_frame_options(parser: argparse.ArgumentParser) -> None:
@@ -200,6 +251,13 @@ def load(options: argparse.Namespace) -> LoadedModel:
         allow_missing=options.allow_missing,
         allow_unexpected=options.allow_unexpected,
     )
+
+
+def cache_of(options: argparse.Namespace) -> AbstractContextManager[None]:
+    """Return a context manager that caches text features, unless ``--no-cache`` is given."""
+    from openvclip.models.text_cache import cache_folder, text_cache
+
+    return text_cache(None if options.no_cache else cache_folder())
 
 
 def device_of(options: argparse.Namespace) -> torch.device:

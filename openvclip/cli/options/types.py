@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, TypeAlias
 
+from openvclip.commands.parsing import Parser
+
 if TYPE_CHECKING:
     # The type that add_subparsers returns. argparse does not export it.
-    Commands: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
+    Commands: TypeAlias = argparse._SubParsersAction[Parser]
 else:
     Commands = object
 

@@ -1,0 +1,69 @@
+"""Which options of ``examples/finetune.py`` go together, and which have no effect."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+from openvclip.commands.parsing import unused_option
+from openvclip.training.methods import is_expanded
+from openvclip.training.recipe import PROMPT_METHODS, Recipe
+from openvclip.training.shared_options import unused_frame_options
+
+_PROMPT_OPTIONS = ("vision_prompts", "text_prompts", "vision_depth", "text_depth", "class_prompts")
+
+
+def require_consistent(args: argparse.Namespace, fail: Callable[[str], object]) -> None:
+    """Call ``fail`` with a text if options contradict each other or an option is missing."""
+    if (args.annotations is None) == (args.shards is None):
+        fail("give --annotations (with --videos), or --shards")
+    if args.annotations is not None and args.videos is None:
+        fail("--annotations needs --videos, the folder of the videos")
+    if args.shards is not None and args.classes is None:
+        fail("--shards needs --classes, a file with a class name on each line")
+    if args.val_annotations is not None and args.val_videos is None and args.videos is None:
+        fail("--val-annotations needs --val-videos, the folder of the validation videos")
+    if args.method == "bridge" and args.start_from is None:
+        fail("--method bridge needs --start-from, a file of fine-tuned weights")
+    if args.method in PROMPT_METHODS and args.fsdp:
+        fail(
+            f"--fsdp can't be used with --method {args.method}, which trains only prompts: "
+            "leave --fsdp out"
+        )
+    problem = unused_option(args.given, _unused(args))
+    if problem:
+        fail(problem)
+    if args.num_workers < 0:
+        fail(f"--num-workers {args.num_workers}: expected at least 0")
+
+
+def _unused(args: argparse.Namespace) -> dict[str, str]:
+    """Return why options have no effect with the other options."""
+    recipe, method = Recipe(method=args.method), f"with --method {args.method}"
+    in_place = "with --hf, which replaces it" if args.hf else ""
+    reasons = {"model": in_place, "pretrained": in_place, **unused_frame_options(args)}
+    if args.shards is None:
+        reasons["shard_index"] = "without --shards"
+    elif args.val_annotations is None or args.val_videos is not None:
+        reasons["videos"] = "with --shards, which hold the videos"
+    if args.val_annotations is None:
+        reasons["val_videos"] = "without --val-annotations"
+    if args.steps is not None and "steps" in args.given:
+        reasons["epochs"] = "with --steps"
+    if args.warmup_epochs == 0:
+        reasons["warmup_start_lr"] = "without a warm-up"
+    unused: list[str] = []
+    if not recipe.uses_iwr:
+        unused += ["alpha_max", "alpha_min", "iwr_weight", "every"]
+    if not recipe.uses_swa:
+        unused += ["average_after", "averages_per_epoch"]
+    if args.method != "l2":
+        unused += ["l2_weight"]
+    if args.method in PROMPT_METHODS:
+        unused += ["lam"]
+        unused += ["class_prompts"] if args.method == "bridge" else ["vision_depth", "text_depth"]
+    else:
+        unused += [*_PROMPT_OPTIONS]
+    if not is_expanded(args.method):
+        unused += ["frame_by_frame"]
+    return {**reasons, **dict.fromkeys(unused, method)}
