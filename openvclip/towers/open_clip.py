@@ -1,7 +1,7 @@
 """open_clip's ``VisionTransformer`` (OpenAI, LAION, DataComp, MetaCLIP, CoCa, ...).
 
 open_clip's documentation does not describe the parts of its towers. Only this file and
-``open_clip_text.py`` use them. ``tests/towers/test_open_clip_names.py`` lists every such name, and
+``open_clip_text.py`` use them. ``tests/towers/test_library_names.py`` lists every such name, and
 says which name a new version of open_clip no longer has. In open_clip 3, most blocks have an
 ``nn.MultiheadAttention``. In open_clip 4, every block has open_clip's ``Attention``.
 """
