@@ -54,6 +54,7 @@ LIBRARY_FILES = {
     "towers/open_clip.py",
     "towers/open_clip_text.py",
     "towers/timm.py",
+    "towers/timm_naflex.py",
     "towers/hf.py",
     "models/hugging_face.py",
 }

@@ -41,6 +41,12 @@ def _timm() -> Family:
     return FAMILY
 
 
+def _timm_naflex() -> Family:
+    from openvclip.towers.timm_naflex import FAMILY
+
+    return FAMILY
+
+
 def _hugging_face() -> Family:
     from openvclip.towers.hf import FAMILY
 
@@ -76,6 +82,12 @@ REGISTRY: tuple[RegistryEntry, ...] = (
         _timm,
         "timm's VisionTransformer (SigLIP, ViTamin, MobileCLIP-B) and Eva (EVA01, EVA02, PE), "
         "inside open_clip or alone",
+    ),
+    RegistryEntry(
+        "timm",
+        _timm_naflex,
+        "timm's NaFlexVit (SigLIP 2 NaFlex), inside open_clip or alone",
+        modules=("timm.models.naflexvit",),
     ),
     RegistryEntry(
         "transformers",

@@ -20,7 +20,7 @@ from tests.prompting import towers as prompt_laws
 from tests.towers import tower_laws
 from tests.towers.tower_laws import Case
 
-FAMILIES = {entry.library: entry.load() for entry in REGISTRY}
+FAMILIES = {entry.load.__name__: entry.load() for entry in REGISTRY}
 
 
 def load_toy() -> Family:

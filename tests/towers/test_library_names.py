@@ -68,6 +68,10 @@ OWNERS = {
     ),
     "timm's PatchEmbed": lambda: timm_model("timm.layers.PatchEmbed", 8, 4, 3, 16),
     "timm's Eva": lambda: timm_model("timm.models.eva.Eva", **TIMM_SIZES),
+    "timm's NaFlexVit": lambda: timm_model("timm.models.naflexvit.NaFlexVit", depth=1),
+    "NaFlexVit.embeds of timm": lambda: (
+        timm_model("timm.models.naflexvit.NaFlexVit", depth=1).embeds
+    ),
     "timm's Attention": lambda: timm_model("timm.layers.Attention", 16, 2),
     "timm's EvaAttention": lambda: (
         timm_model("timm.models.eva.Eva", qkv_fused=True, **TIMM_SIZES).blocks[0].attn
@@ -180,6 +184,28 @@ USES: dict[str, dict[str, str]] = {
         "feat_ratio": "the size of a patch",
     },
     "timm's Eva": {**_TIMM_TOWER, "rope_mixed": "rotary angles of their own in each layer"},
+    "timm's NaFlexVit": {
+        "embeds": "the tokens of a frame with their positions",
+        "rope": "rotary angles",
+        "rope_is_mixed": "rotary angles of their own in each layer",
+        "patch_drop": "dropped patches in training",
+        "norm_pre": "the normalisation before the first block",
+        "norm": "the normalisation after the last block",
+        "blocks": "the layers",
+        "grad_checkpointing": "activation checkpointing of videos",
+        "forward_features": "the tokens of images",
+        "forward_head": "the features of tokens",
+        "num_prefix_tokens": "the place of the patch tokens",
+        "embed_dim": "the sizes that prompts need",
+        "num_classes": "the sizes that prompts need",
+    },
+    "NaFlexVit.embeds of timm": {
+        "in_chans": "telling towers for images from towers for audio",
+        "patch_size": "the check of the frame size",
+        "dynamic_img_pad": "the check of the frame size",
+        "proj": "the dtype of the tower",
+        "cls_token": "the sizes that prompts need",
+    },
     "timm's Attention": _TIMM_ATTENTION,
     "timm's EvaAttention": {
         **_TIMM_ATTENTION,
@@ -206,7 +232,7 @@ USES: dict[str, dict[str, str]] = {
 
 
 def library_of(owner: str) -> str:
-    if owner.startswith("timm's"):
+    if "timm" in owner:
         return "timm"
     return "transformers" if owner.endswith("VisionModel") else "open_clip"
 
