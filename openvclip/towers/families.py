@@ -107,6 +107,15 @@ def families_in_use() -> list[Family]:
     return _load_families()[0]
 
 
+def require_frames(model: nn.Module) -> None:
+    """Raise :class:`UnsupportedModelError` if ``model`` is known to encode no frames.
+
+    Models for audio are an example. Models of unknown kinds pass.
+    """
+    for family in families_in_use():
+        family.find_towers(model)
+
+
 def is_library_model(model: nn.Module) -> bool:
     """Return whether the class of ``model`` is defined in the library of a family."""
     library = type(model).__module__.partition(".")[0]
