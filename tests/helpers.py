@@ -82,6 +82,25 @@ def tiny_tower(seed: int = 0, **changes: Any) -> VisionTransformer:
     return tower.eval()
 
 
+def with_the_batch_second(tower: VisionTransformer) -> VisionTransformer:
+    """Change a tower to the layout ``[N, B, D]``, which open_clip 4 no longer has."""
+    if not hasattr(tower.transformer, "batch_first"):
+        pytest.skip("towers of open_clip 4 always have the batch first")
+    tower.transformer.batch_first = False
+    for block in tower.transformer.resblocks:
+        block.attn.batch_first = False
+    return tower
+
+
+def set_attention_dropout(tower: VisionTransformer, probability: float) -> None:
+    """Set the dropout of the attention weights in each block."""
+    for block in tower.transformer.resblocks:
+        if isinstance(block.attn, nn.MultiheadAttention):
+            block.attn.dropout = probability
+        else:
+            block.attn.attn_drop.p = probability
+
+
 def tiny_clip(seed: int = 0, **vision: Any) -> open_clip.CLIP:
     torch.manual_seed(seed)
     model = open_clip.CLIP(embed_dim=8, vision_cfg={**VISION, **vision}, text_cfg=dict(TEXT))

@@ -54,7 +54,9 @@ IMPORTED_ON_USE = {
 # One file for each library; the registry of families imports a file when its library is in use.
 LIBRARY_FILES = {
     "towers/open_clip.py",
+    "towers/open_clip_text.py",
     "towers/timm.py",
+    "towers/timm_naflex.py",
     "towers/hf.py",
     "models/hugging_face.py",
 }

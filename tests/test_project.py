@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ except ModuleNotFoundError:  # Python 3.10, where pytest depends on tomli
 ADDRESS = "https://github.com/openvclip/openvclip"
 # Tools whose version has no effect on the results of the tests.
 NOT_PINNED = {"ruff", "mypy", "openvclip"}
+WORKFLOWS = sorted((REPO / ".github" / "workflows").glob("*.yml"))
 REQUIREMENT = re.compile(r"([A-Za-z0-9_-]+)(?:\[.*\])?\s*(.*)")
 
 
@@ -41,6 +43,16 @@ def same_version(a: str, b: str) -> bool:
     return first + [0] * (length - len(first)) == second + [0] * (length - len(second))
 
 
+def later(a: str, b: str) -> bool:
+    return [int(part) for part in a.split(".")] > [int(part) for part in b.split(".")]
+
+
+def pins(name: str) -> dict[str, str]:
+    """The versions in ``constraints/NAME.txt``."""
+    lines = (REPO / "constraints" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+    return dict(line.split("==") for line in lines if line and not line.startswith("#"))
+
+
 def test_the_oldest_versions_are_those_that_the_package_allows() -> None:
     project = settings()["project"]
     extras = project["optional-dependencies"]
@@ -57,10 +69,72 @@ def test_the_oldest_versions_are_those_that_the_package_allows() -> None:
         if match[1] not in NOT_PINNED:
             assert match[2].startswith(">="), requirement
             allowed[match[1]] = match[2].removeprefix(">=").split(",")[0]
-    lines = (REPO / "constraints" / "oldest.txt").read_text(encoding="utf-8").splitlines()
-    pinned = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    pinned = pins("oldest")
     assert pinned.keys() == allowed.keys()
     assert all(same_version(pinned[name], allowed[name]) for name in pinned)
+
+
+# Libraries that break in minor versions, or whose next major version passed the tests before its
+# release (open_clip 4.2.0.dev0). For all others the next major version is excluded.
+OTHER_UPPER_BOUNDS = {"timm": "1.1", "open_clip_torch": "5"}
+
+
+def bounds() -> dict[str, str]:
+    """Map each direct dependency to its bounds; tools with a pinned version are left out."""
+    project = settings()["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    matches = [REQUIREMENT.fullmatch(text) for group in groups for text in group]
+    found = {match[1]: match[2] for match in matches if match}
+    assert len(matches) == sum(match is not None for match in matches)
+    return {name: text for name, text in found.items() if name not in NOT_PINNED}
+
+
+def test_every_dependency_has_both_bounds() -> None:
+    """Report 51: open_clip 4 would break each new install of a version without an upper bound."""
+    newest = pins("newest")
+    assert newest.keys() == bounds().keys()
+    for name, text in bounds().items():
+        both = re.fullmatch(r">=([0-9.]+),<([0-9.]+)", text)
+        assert both, f"{name}{text}: expected a lower and an upper bound, '>=1.2,<3'"
+        major = int(newest[name].split(".")[0])
+        assert both[2] == OTHER_UPPER_BOUNDS.get(name, str(major + 1)), name
+    for name, oldest in pins("oldest").items():
+        assert not later(oldest, newest[name]), f"{name}: oldest.txt is newer than newest.txt"
+
+
+def test_the_newest_versions_are_asked_for_without_bounds() -> None:
+    """The requirements that .ci/newest installs, and its table."""
+    module = runpy.run_path(str(REPO / ".ci" / "newest_versions.py"))
+    names = module["names"]()
+    assert {"torch", "timm", "transformers", "pytest"} <= set(names)
+    assert "open_clip_torch" not in names
+    assert all(name.partition("==")[0] in NOT_PINNED for name in names if "=" in name)
+    assert re.search(r"\| open_clip_torch \| [0-9.]+ \| >=3.1,<5 \| \S+ \|", module["table"]())
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_workflows_name_files_that_exist(path: Path) -> None:
+    yaml = pytest.importorskip("yaml")
+    workflow = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert workflow["name"]
+    assert workflow["permissions"] == {"contents": "read"}
+    for job in workflow["jobs"].values():
+        assert job["timeout-minutes"] <= 40
+        commands = [step["run"] for step in job["steps"] if "run" in step]
+        scripts = [word for text in commands for word in text.split() if word.startswith(".ci/")]
+        assert all((REPO / script).is_file() for script in scripts)
+
+
+def test_newest_versions_are_tried_each_week() -> None:
+    yaml = pytest.importorskip("yaml")
+    workflow = yaml.safe_load((WORKFLOWS[0].parent / "newest.yml").read_text(encoding="utf-8"))
+    triggers = workflow[True]  # YAML 1.1 reads the key "on" as true
+    assert [len(entry["cron"].split()) for entry in triggers["schedule"]] == [5]
+    job = workflow["jobs"]["newest"]
+    assert job["strategy"]["matrix"] == {"open_clip": ["released", "development"]}
+    script = (REPO / ".ci" / "newest").read_text(encoding="utf-8")
+    assert all(f"\n{kind})" in script for kind in job["strategy"]["matrix"]["open_clip"])
+    assert "tests/towers/test_library_names.py" in script
 
 
 def imported_packages(folder: Path) -> set[str]:

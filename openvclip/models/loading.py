@@ -18,6 +18,7 @@ from openvclip.checkpoints.file_kinds import kind_of
 from openvclip.errors import ModelNameError, NonFiniteWeightsError, listed, near_path
 from openvclip.models.model_names import unknown_model, unknown_weights
 from openvclip.models.preprocess import transform_for
+from openvclip.towers.families import require_frames
 from openvclip.towers.temporal import expand_temporal_attention
 from openvclip.towers.view import Boundary
 from openvclip.video.transforms import Transform
@@ -84,17 +85,17 @@ def load_model(
 
     Raises:
         ModelNameError: ``name`` is not a model of open_clip; or ``pretrained`` is neither a file
-            nor a tag of open_clip for this model; or the weights can't be downloaded.
+            nor a tag of open_clip for this model; or the weights can't be downloaded; or the
+            tokenizer can't be made.
         CheckpointError, StateMismatchError: a file can't be read, or does not fit the model.
         NonFiniteWeightsError: a weight is NaN or infinite. The error names the file.
-        UnsupportedModelError: the image tower can't be expanded.
+        UnsupportedModelError: the image tower can't be expanded, or the model is for audio.
     """
-    import open_clip
-
     if checkpoint is not None:
         kind_of(Path(checkpoint))  # raises before the original CLIP is downloaded
     known_name = _registered_name(name)
     model = _build(known_name, pretrained)
+    require_frames(model)
     input_transform = transform_for(model, transform)
     if expand or (expand is None and checkpoint is not None):
         expand_temporal_attention(model, window=window, boundary=boundary)
@@ -107,7 +108,7 @@ def load_model(
     return LoadedModel(
         name=Path(known_name).name,
         model=model.to(device).eval(),
-        tokenizer=open_clip.get_tokenizer(known_name),
+        tokenizer=_tokenizer(known_name),
         transform=input_transform,
         tuned=tuned,
     )
@@ -238,6 +239,24 @@ def _require_finite(model: nn.Module, source: str) -> None:
             f"({listed(names)}), so the model would compute NaN. Download or copy them again, or "
             "give another file."
         )
+
+
+def _tokenizer(name: str) -> Callable[[list[str]], Tensor]:
+    """Return the tokenizer of a model.
+
+    Raises:
+        ModelNameError: a package or a file of the tokenizer is missing.
+    """
+    import open_clip
+
+    try:
+        tokenizer: Callable[[list[str]], Tensor] = open_clip.get_tokenizer(name)
+    except (ImportError, OSError, ValueError) as error:
+        raise ModelNameError(
+            f"The tokenizer of {name} can't be made: {str(error).rstrip('.')}. Install the "
+            "package that it needs, correct the configuration, or choose another model."
+        ) from error
+    return tokenizer
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from openvclip.prompting.attach import (
     prompts_of,
     require_unprompted,
 )
-from openvclip.prompting.text_towers import find_text_tower
+from openvclip.prompting.text_towers import find_text_tower, text_tower
 from openvclip.prompting.vifi import attach_vifi
 from openvclip.prompting.vita import attach_vita
 from openvclip.towers.families import tower_facts
@@ -197,8 +197,8 @@ def _text_sizes(model: nn.Module) -> dict[str, Any]:
             "prompts. Pass the whole CLIP."
         )
     return {
-        "width": tower.transformer.width,
-        "layers": len(tower.transformer.resblocks),
+        "width": tower.width,
+        "layers": tower.layers,
         "context length": tower.context_length,
         "vocabulary": tower.vocab_size,
     }
@@ -210,6 +210,6 @@ def _sample(model: nn.Module, tower: str) -> list[float]:
     if tower == "vision":
         weight = tower_facts(model).first_weight
     else:
-        weight = find_text_tower(model).positional_embedding
+        weight = text_tower(model).positional_embedding
     values: list[float] = weight.detach().flatten()[:_SAMPLE_SIZE].float().tolist()
     return values

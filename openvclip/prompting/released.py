@@ -166,7 +166,7 @@ def _build_tower(weights: Mapping[str, Tensor], heads: int | None) -> nn.Module:
         StateMismatchError: if the sizes can't be read from the entries.
         PromptOptionError: if the number of heads does not fit.
     """
-    from open_clip.transformer import QuickGELU, VisionTransformer
+    from openvclip.towers.open_clip import quick_gelu_tower
 
     hidden_name = "transformer.resblocks.0.mlp.c_fc.weight"
     _require_ranks(
@@ -181,7 +181,7 @@ def _build_tower(weights: Mapping[str, Tensor], heads: int | None) -> nn.Module:
             f"{list(conv.shape[2:])} pixels; expected one row for the class token plus a square "
             "number of rows, and square patches."
         )
-    tower: nn.Module = VisionTransformer(
+    tower = quick_gelu_tower(
         image_size=side * conv.shape[2],
         patch_size=conv.shape[2],
         width=width,
@@ -190,7 +190,6 @@ def _build_tower(weights: Mapping[str, Tensor], heads: int | None) -> nn.Module:
         # The tower rounds width * ratio down.
         mlp_ratio=(weights[hidden_name].shape[0] + 0.5) / width,
         output_dim=weights["proj"].shape[1],
-        act_layer=QuickGELU,
     )
     return tower.to(conv.dtype)
 

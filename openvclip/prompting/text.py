@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,13 @@ from torch.utils.checkpoint import checkpoint
 from openvclip.errors import ClassNamesError, PromptOptionError
 from openvclip.prompting.text_towers import (
     Tokenizer,
-    embed_tokens,
     end_of_text,
-    find_text_tower,
-    pool_and_project,
     read_texts,
-    run_layer,
+    text_tower,
 )
+
+if TYPE_CHECKING:  # the module imports open_clip
+    from openvclip.towers.open_clip_text import TextTower
 
 NamePosition = Literal["end", "middle", "front"]
 """Where the class name stands: after the prompts, after the first half of them, or before them."""
@@ -98,7 +98,7 @@ class TextPrompts(nn.Module):
         return [self.class_names.index(name) for name in class_names]
 
 
-def initial_words(tower: Any, tokenizer: Tokenizer, words: str, count: int) -> Tensor:
+def initial_words(tower: TextTower, tokenizer: Tokenizer, words: str, count: int) -> Tensor:
     """Return the token embeddings ``[m, W]`` of ``words``, to initialise the first m prompts.
 
     Raises:
@@ -128,7 +128,7 @@ def prompted_layout(
     Raises:
         PromptOptionError: if a class name and the prompts exceed the text context.
     """
-    tower, count = find_text_tower(model), prompts.count
+    tower, count = text_tower(model), prompts.count
     tokens = tokenizer([f"{name}." for name in class_names])
     length = tokens.shape[1]
     end = end_of_text(tower, tokens) + count
@@ -169,29 +169,34 @@ def encode_prompted(
         rows: for class-specific prompts the row of ``prompts.context`` of each text, ``[K]``.
         layout: the result of :func:`prompted_layout`.
     """
-    tower = find_text_tower(model)
+    tower = text_tower(model)
     tokens, places = layout
     context = prompts.context if rows is None else prompts.context[rows]
-    x, mask = embed_tokens(tower, tokens)
+    x, mask = tower.embed(tokens)
     # A tower can append tokens to the text, such as the class token of CoCa.
     places = functional.pad(places, (0, x.shape[1] - places.shape[1]), value=-1)
     positions = tower.positional_embedding[: x.shape[1]].to(x.dtype)
     x = torch.where(_is_prompt(places), _spread(context.to(x.dtype), places) + positions, x)
-    for layer in range(len(tower.transformer.resblocks)):
-        if tower.transformer.grad_checkpointing:
+    for layer in range(tower.layers):
+        if tower.checkpointing:
             x = checkpoint(_layer, tower, prompts, layer, places, x, mask, use_reentrant=False)
         else:
             x = _layer(tower, prompts, layer, places, x, mask)
-    return pool_and_project(tower, tokens, x)
+    return tower.pool_and_project(tokens, x)
 
 
 def _layer(
-    tower: Any, prompts: TextPrompts, layer: int, places: Tensor, x: Tensor, mask: Tensor | None
+    tower: TextTower,
+    prompts: TextPrompts,
+    layer: int,
+    places: Tensor,
+    x: Tensor,
+    mask: Tensor | None,
 ) -> Tensor:
     if prompts.deep is not None and 0 < layer <= len(prompts.deep):
         deep = _spread(prompts.deep[layer - 1].to(x.dtype), places)
         x = torch.where(_is_prompt(places), deep, x)
-    return run_layer(tower, layer, x, mask)
+    return tower.run_layer(layer, x, mask)
 
 
 def _is_prompt(places: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ the fine-tuned model and trains prompts, which :func:`attach_vifi` adds.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from openvclip.prompting.text_towers import (
 )
 from openvclip.towers.families import tower_facts
 from openvclip.towers.prompted import VisionPrompts
+
+if TYPE_CHECKING:  # the module imports open_clip
+    from openvclip.towers.open_clip_text import TextTower
 
 Trained = Literal["both", "image", "text"]
 """The towers that a video fine-tune trains."""
@@ -131,7 +134,7 @@ def attach_vifi(
         vision = ViFiVisionPrompts(vision_prompts, facts.width, vision_depth)
     if text_prompts:
         tower = require_text_tower(model, text_prompts, text_depth)
-        text = TextPrompts(text_prompts, tower.transformer.width, depth=text_depth)
+        text = TextPrompts(text_prompts, tower.width, depth=text_depth)
         if words is not None:
             _initialise(text, tower, words, tokenizer)
     settings = {
@@ -144,7 +147,9 @@ def attach_vifi(
     return model
 
 
-def _initialise(prompts: TextPrompts, tower: Any, words: str, tokenizer: Tokenizer | None) -> None:
+def _initialise(
+    prompts: TextPrompts, tower: TextTower, words: str, tokenizer: Tokenizer | None
+) -> None:
     if tokenizer is None:
         raise PromptOptionError(f"words={words!r} need the model's tokenizer: tokenizer=...")
     embedded = initial_words(tower, tokenizer, words, prompts.count)

@@ -120,7 +120,7 @@ def _text_prompts(
             )
         return None
     tower = require_text_tower(model, count, 1)
-    return TextPrompts(count, tower.transformer.width, name_at=name_at, class_names=class_names)
+    return TextPrompts(count, tower.width, name_at=name_at, class_names=class_names)
 
 
 @dataclass(frozen=True)

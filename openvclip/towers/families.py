@@ -41,6 +41,12 @@ def _timm() -> Family:
     return FAMILY
 
 
+def _timm_naflex() -> Family:
+    from openvclip.towers.timm_naflex import FAMILY
+
+    return FAMILY
+
+
 def _hugging_face() -> Family:
     from openvclip.towers.hf import FAMILY
 
@@ -78,6 +84,12 @@ REGISTRY: tuple[RegistryEntry, ...] = (
         "inside open_clip or alone",
     ),
     RegistryEntry(
+        "timm",
+        _timm_naflex,
+        "timm's NaFlexVit (SigLIP 2 NaFlex), inside open_clip or alone",
+        modules=("timm.models.naflexvit",),
+    ),
+    RegistryEntry(
         "transformers",
         _hugging_face,
         "the vision models of Hugging Face's CLIP and SigLIP (transformers 5)",
@@ -93,6 +105,15 @@ REGISTRY: tuple[RegistryEntry, ...] = (
 def families_in_use() -> list[Family]:
     """Return the families whose library is in use and works with this package."""
     return _load_families()[0]
+
+
+def require_frames(model: nn.Module) -> None:
+    """Raise :class:`UnsupportedModelError` if ``model`` is known to encode no frames.
+
+    Models for audio are an example. Models of unknown kinds pass.
+    """
+    for family in families_in_use():
+        family.find_towers(model)
 
 
 def is_library_model(model: nn.Module) -> bool:

@@ -7,7 +7,7 @@ buffers and hooks stay the same objects under the same names. Nothing is copied 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -77,6 +77,8 @@ class Family:
         facts: function that returns the sizes of a tower.
         pooling: classes of models that pool the tokens of their tower themselves. They would mix
             the frames of a video, so they are refused.
+        refused: maps each class of models that can't encode frames to the reason, in words that
+            continue the name of the class.
     """
 
     towers: Classes
@@ -88,20 +90,29 @@ class Family:
     encoder: Callable[[nn.Module], Encoder | None]
     facts: Callable[[Any], TowerFacts]
     pooling: tuple[type[nn.Module], ...] = ()
+    refused: Mapping[type[nn.Module], str] = field(default_factory=dict)
 
     def find_towers(self, model: nn.Module) -> list[nn.Module]:
         """Return the towers without prompts in ``model``, plain or expanded.
 
         Raises:
-            UnsupportedModelError: if the model pools the tokens of its tower itself.
+            UnsupportedModelError: if the model pools the tokens of its tower itself, or if it holds
+                a model that can't encode frames.
         """
         if isinstance(model, self.pooling):
             raise UnsupportedModelError(
                 f"{type(model).__name__} pools the tokens of its tower itself, which would mix "
                 "the frames of a video. Pass the tower instead of the model."
             )
+        modules = list(model.modules())
+        for module in modules:
+            if type(module) in self.refused:
+                raise UnsupportedModelError(
+                    f"{type(module).__name__} {self.refused[type(module)]}, so it can't encode "
+                    "videos. Use a CLIP with an image tower and a text tower."
+                )
         classes = {*self.towers.keys(), *self.towers.values()}
-        return [module for module in model.modules() if type(module) in classes]
+        return [module for module in modules if type(module) in classes]
 
     def find_prompted_towers(self, model: nn.Module) -> list[nn.Module]:
         """Return the towers with prompts in ``model``."""

@@ -1,14 +1,21 @@
-"""open_clip's ``VisionTransformer`` (OpenAI, LAION, DataComp, MetaCLIP, CoCa, ...)."""
+"""open_clip's ``VisionTransformer`` (OpenAI, LAION, DataComp, MetaCLIP, CoCa, ...).
+
+open_clip's documentation does not describe the parts of its towers. Only this file and
+``open_clip_text.py`` use them. ``tests/towers/test_library_names.py`` lists every such name, and
+says which name a new version of open_clip no longer has. In open_clip 3, most blocks have an
+``nn.MultiheadAttention``. In open_clip 4, every block has open_clip's ``Attention``.
+"""
 
 from __future__ import annotations
 
 from functools import partial
 from typing import Any
 
+import open_clip
 import torch
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
-from open_clip.transformer import Attention, VisionTransformer
+from open_clip.transformer import Attention, QuickGELU, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -19,11 +26,21 @@ from openvclip.towers.family import Encoder, Family, TemporalTower, TowerFacts, 
 from openvclip.towers.prompted import PromptedExpandedTower, PromptedTower
 from openvclip.towers.view import FrameView
 
+
+def _embedded(tower: Any, images: Tensor) -> Tensor:
+    """Return class and patch tokens ``[n, N, W]`` with their positions, before ``ln_pre``."""
+    patches = tower.conv1(images).flatten(2).transpose(1, 2)
+    position = tower.positional_embedding.to(patches.dtype)
+    first = (tower.class_embedding.to(patches.dtype) + position[0]).expand(len(images), 1, -1)
+    tokens: Tensor = tower.patch_dropout(torch.cat([first, patches + position[1:]], dim=1))
+    return tokens
+
+
 # --- expanded towers ---------------------------------------------------------------------------
 
 
 class TemporalMultiheadAttention(nn.MultiheadAttention):
-    """``nn.MultiheadAttention`` over neighbouring frames.
+    """``nn.MultiheadAttention`` (open_clip 3) over neighbouring frames.
 
     Tokens of videos are ``[B, T, N, D]``, with ``batch_first=False`` ``[T, B, N, D]``. Tensors with
     another number of axes are passed to ``nn.MultiheadAttention``.
@@ -53,10 +70,10 @@ class TemporalAttention(Attention):  # type: ignore[misc]
 
     view: FrameView
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Compute self-attention of a video ``[B, T, N, D]``, or call ``Attention``."""
         if x.ndim != 4:
-            output: Tensor = super().forward(x, attn_mask=attn_mask)
+            output: Tensor = super().forward(x, *args, **kwargs)
             return output
         qkv = functional.linear(x, self.in_proj_weight, self.in_proj_bias)
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
@@ -94,7 +111,7 @@ class TemporalVisionTransformer(TemporalTower, VisionTransformer):  # type: igno
             return output
         _require_video(self, x)
         clips = x.shape[:2]
-        tokens = self._embeds(x.flatten(0, 1)).unflatten(0, clips)
+        tokens = self.ln_pre(_embedded(self, x.flatten(0, 1))).unflatten(0, clips)
         tokens = self.transformer(tokens)
         pooled, rest = self._pool(tokens.flatten(0, 1))
         if self.proj is not None:
@@ -122,7 +139,7 @@ class PromptedVisionTransformer(PromptedTower, VisionTransformer):  # type: igno
         video = x.unsqueeze(1) if isinstance(x, Tensor) and x.ndim == 4 else x
         _require_video(self, video)
         clips = video.shape[:2]
-        tokens = self._embedded(video.flatten(0, 1)).unflatten(0, clips)
+        tokens = _embedded(self, video.flatten(0, 1)).unflatten(0, clips)
         layers = range(len(self.transformer.resblocks))
         blocks = [partial(run_block, self.transformer, layer) for layer in layers]
         checkpointing = self.transformer.grad_checkpointing
@@ -134,14 +151,6 @@ class PromptedVisionTransformer(PromptedTower, VisionTransformer):  # type: igno
             pooled, rest = pooled.unflatten(0, clips), rest.unflatten(0, clips)
         return (pooled, rest) if self.output_tokens else pooled
 
-    def _embedded(self, images: Tensor) -> Tensor:
-        """Return class and patch tokens ``[n, N, W]`` with their positions, before ``ln_pre``."""
-        patches = self.conv1(images).flatten(2).transpose(1, 2)
-        position = self.positional_embedding.to(patches.dtype)
-        first = (self.class_embedding.to(patches.dtype) + position[0]).expand(len(images), 1, -1)
-        tokens: Tensor = self.patch_dropout(torch.cat([first, patches + position[1:]], dim=1))
-        return tokens
-
 
 class PromptedTemporalVisionTransformer(PromptedExpandedTower, PromptedVisionTransformer):
     """An expanded ``VisionTransformer`` with prompts."""
@@ -150,7 +159,7 @@ class PromptedTemporalVisionTransformer(PromptedExpandedTower, PromptedVisionTra
 def run_block(transformer: Any, layer: int, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
     """Run one block of an open_clip ``Transformer`` on tokens with the batch axis first."""
     block = transformer.resblocks[layer]
-    if transformer.batch_first:
+    if getattr(transformer, "batch_first", True):  # open_clip 4 has no other layout
         output: Tensor = block(x, attn_mask=attn_mask)
         return output
     sequence_first: Tensor = block(x.transpose(0, 1), attn_mask=attn_mask)
@@ -167,13 +176,15 @@ def _require_video(tower: Any, video: Tensor) -> None:
 def _attentions(tower: Any) -> list[nn.Module]:
     attentions = [block.attn for block in tower.transformer.resblocks]
     for index, attention in enumerate(attentions):
-        if isinstance(attention, nn.MultiheadAttention):
+        if isinstance(attention, (nn.MultiheadAttention, Attention)):
             _require_packed(index, attention)
     return attentions
 
 
-def _require_packed(index: int, attention: nn.MultiheadAttention) -> None:
-    if attention.in_proj_weight is None or attention.bias_k is not None or attention.add_zero_attn:
+def _require_packed(index: int, attention: Any) -> None:
+    bias = getattr(attention, "bias_k", None)  # open_clip's Attention has neither option
+    zeros = getattr(attention, "add_zero_attn", False)
+    if attention.in_proj_weight is None or bias is not None or zeros:
         raise UnsupportedModelError(
             f"Layer {index} of the tower has an attention with separate key and value widths, "
             "bias_k or add_zero_attn; it can't be expanded. No released CLIP uses these options. "
@@ -200,6 +211,23 @@ def _facts(tower: Any) -> TowerFacts:
     )
 
 
+def quick_gelu_tower(**sizes: Any) -> nn.Module:
+    """Return a plain ``VisionTransformer`` with QuickGELU.
+
+    Args:
+        sizes: arguments of open_clip's ``VisionTransformer``.
+    """
+    tower: nn.Module = VisionTransformer(act_layer=QuickGELU, **sizes)
+    return tower
+
+
+# Models of open_clip 4. open_clip 3 has none of them.
+_NO_FRAMES = {
+    "CLAP": "is a model for audio and has no image tower",
+    "NaFlexGenLap": "is a model for audio and has no image tower",
+    "NaFlexGenLip": "takes patches with coordinates instead of frames",
+}
+
 FAMILY = Family(
     towers={VisionTransformer: TemporalVisionTransformer},
     attentions={
@@ -215,4 +243,9 @@ FAMILY = Family(
     require=_require_video,
     encoder=_encoder,
     facts=_facts,
+    refused={
+        getattr(open_clip, name): reason
+        for name, reason in _NO_FRAMES.items()
+        if hasattr(open_clip, name)
+    },
 )

@@ -36,6 +36,11 @@ from tests.examples.finetune_reference import (
 JOINT = batches(2, 4)
 
 
+def joint() -> list[tuple[Tensor, Tensor]]:
+    """The joint batches, in PyTorch's default dtype."""
+    return [(video.to(torch.get_default_dtype()), label) for video, label in JOINT]
+
+
 class Loader:
     """This process's part of the joint batches, in two micro-batches; begins anywhere."""
 
@@ -46,7 +51,7 @@ class Loader:
         self.first = first_step
 
     def __iter__(self) -> Any:
-        for video, label in JOINT[self.first :]:
+        for video, label in joint()[self.first :]:
             share = slice(self.processes.rank, None, self.processes.world_size)
             parts = zip(video[share].chunk(2), label[share].chunk(2), strict=True)
             yield from ((*part, ["a video"] * len(part[1])) for part in parts)
@@ -82,13 +87,25 @@ def trained(
 def compare(processes: Processes, method: str, run: Run) -> None:
     recipe = replace(TINY, method=method)
     last, average = trained(processes, recipe, run)
-    expected, mean = trained_by_hand(recipe, JOINT, every=run.every)
+    expected, mean = trained_by_hand(recipe, joint(), every=run.every)
     if run.amp is not None:
         assert all(bool(value.isfinite().all()) for value in last.values())
         return
     assert_close(last, expected, method)
     if average:
         assert_close(average, mean, method)
+
+
+def compare_in_float64(processes: Processes, method: str, run: Run) -> None:
+    """Compare without the rounding that AdamW's first steps enlarge.
+
+    In float32, the rounding of an attention decides whether the two results are close.
+    """
+    torch.set_default_dtype(torch.float64)
+    try:
+        compare(processes, method, run)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def resume(processes: Processes, out: Path, run: Run) -> None:
@@ -146,7 +163,7 @@ def main(arguments: Sequence[str]) -> None:
         "data parallel, l2": lambda: compare(processes, "l2", plain),
         "data parallel, vifi": lambda: compare(processes, "vifi", plain),
         "data parallel, bridge": lambda: compare(processes, "bridge", plain),
-        "data parallel, vita": lambda: compare(processes, "vita", plain),
+        "data parallel, vita": lambda: compare_in_float64(processes, "vita", plain),
         "sharded": lambda: compare(processes, "openvclip", sharded),
         "sharded, l2": lambda: compare(processes, "l2", sharded),
         "sharded, vifi": lambda: compare(processes, "vifi", sharded),

@@ -28,6 +28,7 @@ from tests.helpers import (
     same_bits,
     snapshot,
     tiny_tower,
+    with_the_batch_second,
 )
 from tests.prompting.reference import prompt_clip, vifi_frames, vita_frames
 from tests.towers.tower_laws import anatomy
@@ -133,10 +134,7 @@ def test_frames_of_other_sizes_are_refused() -> None:
 
 @pytest.mark.parametrize("make", [vifi, vita])
 def test_one_layout_or_the_other(make: Any) -> None:
-    first, last = make(tiny_tower()), tiny_tower()
-    last.transformer.batch_first = False
-    for block in last.transformer.resblocks:
-        block.attn.batch_first = False
+    first, last = make(tiny_tower()), with_the_batch_second(tiny_tower())
     video = random_video(2, 4)
     torch.testing.assert_close(make(last)(video), first(video))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from tests.prompting import towers as prompt_laws
 from tests.towers import tower_laws
 from tests.towers.tower_laws import Case
 
-FAMILIES = {entry.library: entry.load() for entry in REGISTRY}
+FAMILIES = {entry.load.__name__: entry.load() for entry in REGISTRY}
 
 
 def load_toy() -> Family:
@@ -88,6 +89,14 @@ def test_every_tower_can_be_prompted_plain_and_expanded(family: Family) -> None:
     assert family.prompted.keys() == {*family.towers.keys(), *family.towers.values()}
     changed = [*family.towers.values(), *family.attentions.values(), *family.prompted.values()]
     assert len(set(changed)) == len(changed)
+
+
+def test_models_without_frames_are_refused_by_name() -> None:
+    """Report 51: open_clip 4 has models for audio; whatever holds one is refused, too."""
+    family = replace(FAMILIES["_open_clip"], refused={nn.Linear: "is a model for audio"})
+    for model in (nn.Linear(2, 2), nn.Sequential(tiny_tower(), nn.Linear(2, 2))):
+        with pytest.raises(UnsupportedModelError, match="Linear is a model for audio, so it can't"):
+            family.find_towers(model)
 
 
 def test_a_library_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:

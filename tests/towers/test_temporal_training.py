@@ -20,6 +20,7 @@ from tests.helpers import (
     gradients,
     random_video,
     same_bits,
+    set_attention_dropout,
     tiny_clip,
     tiny_tower,
 )
@@ -271,7 +272,7 @@ def test_a_tower_with_dropout_drops_in_training_alone() -> None:
     tower = expand_temporal_attention(tiny_tower(layers=1))
     video = random_video(2, 3)
     exact = tower.eval()(video)
-    tower.transformer.resblocks[0].attn.dropout = 0.5
+    set_attention_dropout(tower, 0.5)
     assert torch.equal(tower(video), exact)
     assert not torch.equal(tower.train()(video), exact)
 

@@ -7,7 +7,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from open_clip.transformer import Transformer, VisionTransformer
+from open_clip.transformer import VisionTransformer
 from torch import Tensor
 from torch.nn import functional
 
@@ -19,8 +19,10 @@ from tests.helpers import (
     random_video,
     randomise,
     same_bits,
+    set_attention_dropout,
     tiny_clip,
     tiny_tower,
+    with_the_batch_second,
 )
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -125,10 +127,7 @@ def test_scaled_cosine_attention() -> None:
 
 
 def test_batch_second() -> None:
-    first = tiny_tower()
-    second = tiny_tower()
-    second.transformer = Transformer(16, 3, 2, mlp_ratio=2.0, batch_first=False).eval()
-    second.load_state_dict(first.state_dict())
+    first, second = tiny_tower(), with_the_batch_second(tiny_tower())
     video = random_video(2, 3)
     expected = expand_temporal_attention(first)(video)
     assert not second.transformer.resblocks[0].attn.batch_first
@@ -167,8 +166,7 @@ def test_attention_dropout_works_in_training_alone() -> None:
     tower = expand_temporal_attention(tiny_tower())
     video = random_video(1, 3)
     quiet = tower(video)
-    for block in tower.transformer.resblocks:
-        block.attn.dropout = 0.5
+    set_attention_dropout(tower, 0.5)
     assert same_bits(tower(video), quiet)
     tower.train()
     assert not torch.allclose(tower(video), quiet)
