@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any, cast
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from openvclip.errors import ClassNamesError, UnsupportedModelError
+from openvclip.models.modes import evaluation_mode as evaluation_mode
 from openvclip.towers.temporal import encode_video
 
 _NOUNS = ("photo", "video", "example", "demonstration")
@@ -102,18 +102,6 @@ class ZeroShotClassifier(nn.Module):
         scale = cast(Any, self.model).logit_scale.exp()
         logits: Tensor = scale * pooled @ self.text_features.to(pooled.dtype).T
         return logits
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Context manager that sets a model to eval mode and restores the mode of each module."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def require_clip(model: nn.Module) -> None:
