@@ -9,6 +9,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from openvclip.evaluation.accuracy import Evaluation, evaluate_each
+from openvclip.evaluation.frozen import require_live_weights
 from openvclip.weights.interpolation import interpolate_into
 from openvclip.weights.names import canonical_state, named_state
 from openvclip.weights.numerics import memory_of, overwriting
@@ -30,7 +31,8 @@ def sweep(
     """Evaluate ``interpolate(theta_a, theta_b, lam)`` for each ``lam``. Each clip is read once.
 
     The weights of ``classifier.model`` are set to each interpolation in turn. On exit, also after
-    an exception, the model has its original weights, bitwise.
+    an exception, the model has its original weights, bitwise. During the sweep no other thread may
+    use the model.
 
     Args:
         classifier: a :class:`openvclip.ZeroShotClassifier`, a
@@ -50,7 +52,10 @@ def sweep(
     Raises:
         StateMismatchError: a state dict does not fit the model.
         VideoShapeError: a video batch has neither 5 nor 6 dimensions.
+        UsageError: the classifier or its model is compiled with Inductor's ``freezing=True``, which
+            keeps the old weights.
     """
+    require_live_weights(classifier)
     model = cast(nn.Module, classifier.model)
     live = named_state(model)
     theta_a = _not_shared(live, canonical_state(theta_a, "theta_a", like=live))
