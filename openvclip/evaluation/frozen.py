@@ -32,7 +32,7 @@ def require_live_weights(model: nn.Module) -> None:
 
 def _is_frozen(module: nn.Module) -> bool:
     for compiled in (module, module._compiled_call_impl):
-        config_of: Any = vars(compiled).get("get_compiler_config") if compiled is not None else None
+        config_of: Any = getattr(compiled, "__dict__", {}).get("get_compiler_config")
         if config_of is not None:
             options = config_of() or {}
             inductor = sys.modules.get("torch._inductor.config")

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from openvclip import encode_video, expand_temporal_attention
-from openvclip.errors import UsageError
+from openvclip.errors import UsageError, VideoShapeError
 from openvclip.towers import attention
 from openvclip.towers.view import FrameView
 from tests.helpers import gradients, random_video, tiny_clip, tiny_tower
@@ -119,6 +119,8 @@ def test_scripting_says_what_to_use_instead(make: Callable[[], Any]) -> None:
         expand_temporal_attention(model)
     with pytest.raises(UsageError, match=r"torch.export.export\(model, \(video,\)\)"):
         torch.jit.script(model)
+    with pytest.raises(VideoShapeError, match=r"torch.fx.symbolic_trace does not support"):
+        torch.fx.symbolic_trace(model.visual)
 
 
 # torch.export refused fewer than 3 frames and 2 clips: "Constraints violated (T)".
