@@ -202,10 +202,6 @@ class _GatherFrames(torch.autograd.Function):
         ctx.window, ctx.replicate = inputs[1:]
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        return _GatherFrames.forward(tangent, ctx.window, ctx.replicate)
-
-    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         t = grad.shape[1]
         total = grad[:, :, ctx.window].clone(memory_format=torch.contiguous_format)
@@ -238,10 +234,6 @@ class _GatherInside(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, ...]) -> None:
         x, ctx.window = inputs
         ctx.t = x.shape[1]
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> tuple[Tensor, ...]:
-        return _GatherInside.forward(tangent, ctx.window)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
