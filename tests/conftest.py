@@ -43,6 +43,8 @@ SLOW = frozenset(
         "test_evaluate.py::test_a_killed_run_goes_on_where_it_stopped",
         "test_evaluate.py::test_two_processes_equal_one_bitwise",
         "test_evaluate.py::test_two_protocols_in_one_pass",
+        "test_export.py::test_an_exported_tower_takes_one_clip_and_one_frame",
+        "test_export.py::test_onnxruntime_takes_clips_of_every_size",
         "test_families.py::test_importing_the_rooms_imports_no_library",
         "test_figures.py::test_figure_is_drawn",
         "test_finetune.py::test_recomputed_and_compiled_layers_change_nothing",

@@ -12,7 +12,7 @@ from examples.shapes.model import MEAN, STD, create_model
 from examples.shapes.raster import IMAGE_SIZE
 from openvclip.commands.parsing import Parser
 from openvclip.commands.streams import command
-from openvclip.models.classifier import evaluation_mode
+from openvclip.models.modes import evaluation_mode
 from openvclip.video import read_clip, transforms
 
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from openvclip.commands.progress import progress_bar
 from openvclip.errors import VideoShapeError
-from openvclip.models.classifier import evaluation_mode, warn_of_other_text
+from openvclip.models.classifier import warn_of_other_text
 from openvclip.models.finite import require_finite
+from openvclip.models.modes import evaluation_mode
 from openvclip.video import VideoSample
 from openvclip.weights.names import named_state
 

@@ -18,8 +18,8 @@ from openvclip.commands.progress import progress_bar
 from openvclip.evaluation.mixture import Mixture
 from openvclip.evaluation.records import Record, Records
 from openvclip.evaluation.timing import Clock, Timing, joined_timing
-from openvclip.models.classifier import evaluation_mode
 from openvclip.models.finite import require_finite
+from openvclip.models.modes import evaluation_mode
 from openvclip.processes import Processes
 from openvclip.towers.temporal import encode_video
 from openvclip.video import VideoDataset, VideoSample

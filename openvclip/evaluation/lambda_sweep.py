@@ -10,6 +10,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from openvclip.evaluation.accuracy import Evaluation, evaluate_each
+from openvclip.evaluation.frozen import require_live_weights
 from openvclip.models.classifier import TextClassifier, text_classifiers
 from openvclip.models.text_weights import (
     TextSource,
@@ -39,7 +40,8 @@ def sweep(
     """Evaluate ``interpolate(theta_a, theta_b, lam)`` for each ``lam``. Each clip is read once.
 
     The weights of ``classifier.model`` are set to each interpolation in turn. On exit, also after
-    an exception, the model has its original weights, bitwise.
+    an exception, the model has its original weights, bitwise. During the sweep no other thread may
+    use the model.
 
     The text features are those of each interpolation. If both ends have the same text weights, the
     class names are encoded at most once, otherwise once for each ``lam``.
@@ -66,9 +68,12 @@ def sweep(
         StateMismatchError: a state dict does not fit the model.
         VideoShapeError, NonFiniteWeightsError, EvaluationError: see
             :func:`openvclip.evaluation.evaluate`.
-        UsageError: ``text`` is unknown; or the text weights are sharded and differ.
+        UsageError: ``text`` is unknown; or the text weights are sharded and differ; or the
+            classifier or its model is compiled with Inductor's ``freezing=True``, which keeps the
+            old weights.
     """
     require_text_source(text)
+    require_live_weights(classifier)
     model = cast(nn.Module, classifier.model)
     live = named_state(model)
     theta_a = _not_shared(live, canonical_state(theta_a, "theta_a", like=live))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from openvclip.errors import UsageError
+from openvclip.evaluation.frozen import require_live_weights
 from openvclip.models.text_weights import TextSource, require_text_source, same_text
 from openvclip.weights.interpolation import interpolate_into
 from openvclip.weights.names import canonical_state, named_state
@@ -61,10 +62,15 @@ class Mixture:
 
         Args:
             model: a model with the weights of the original CLIP.
+
+        Raises:
+            UsageError: the model is compiled with Inductor's ``freezing=True``, which keeps the old
+                weights.
         """
         if self.tuned is None:
             yield [lambda: None]
             return
+        require_live_weights(model)
         tuned, live = self.tuned, named_state(model)
         original = {name: torch.empty_like(value) for name, value in live.items()}
 

@@ -16,6 +16,7 @@ from openvclip.commands.progress import progress_bar
 from openvclip.errors import ClassNamesError, TextFeaturesWarning, UnsupportedModelError
 from openvclip.models.finite import require_finite
 from openvclip.models.labels import warn_of_equal_labels
+from openvclip.models.modes import evaluation_mode
 from openvclip.models.text_cache import cached_features
 from openvclip.models.text_weights import TextMark, text_state
 from openvclip.towers.temporal import encode_images, encode_video
@@ -289,18 +290,6 @@ class _ClassTexts:
         mean = torch.cat(encoded).unflatten(0, (self._n_classes, -1)).mean(dim=1)
         require_finite(mean, lambda: text_state(model), "The text features")
         return functional.normalize(mean, dim=-1)
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Context manager that sets a model to eval mode and restores the mode of each module."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def require_clip(model: nn.Module) -> None:

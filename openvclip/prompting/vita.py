@@ -231,7 +231,7 @@ class VitaVisionPrompts(VisionPrompts):
         """Return the number of prompts in a frame."""
         n_global = 0 if self.global_prompts is None else self.global_prompts.shape[1]
         n_local = 0 if self.local_prompts is None else frames
-        return n_global + n_local + (self.summary is not None)
+        return n_global + n_local + int(self.summary is not None)  # torch.jit.trace adds no bool
 
     def _for_clip(self, learned: Tensor, frames: int, name: str) -> Tensor:
         """Return the learned vectors ``[T, W]`` for a clip of ``frames`` frames.

@@ -35,20 +35,51 @@ def temporal_attention(
     Returns:
         Tensor ``[B, T, N, heads * d]``.
     """
-    b, t, n, heads, d = q.shape
+    b, t, n = q.shape[:3]
     # Under autocast the dtypes can differ. scaled_dot_product_attention converts them.
     same_dtype = q.dtype == k.dtype == v.dtype
     if view.window > 0 and dropout_p == 0.0 and same_dtype and _prefers_frame_by_frame(q):
         return attend_frame_by_frame(q, k, v, view, scale).flatten(-2)
+    if view.window > 0 and view.boundary == "mask" and not is_exporting():
+        return _attend_inside(q, k, v, view.window, dropout_p=dropout_p, scale=scale)
     mask = None
     if view.window > 0:
         k, v = _in_view(k, view), _in_view(v, view)
         if view.boundary == "mask":
             mask = _inside_mask(b, t, n, view.window, q.device)
-    out = functional.scaled_dot_product_attention(
-        _by_head(q), _by_head(k), _by_head(v), attn_mask=mask, dropout_p=dropout_p, scale=scale
-    )
-    return out.transpose(1, 2).reshape(b, t, n, heads * d)
+    return _attend(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    """Compute attention of each frame's queries over the keys that belong to this frame.
+
+    Args:
+        q: queries ``[B, T, N, heads, d]``.
+        k: keys ``[B, T, L, heads, d]``, L for each frame.
+        v: values ``[B, T, L, heads, d]``.
+        options: options of ``scaled_dot_product_attention``.
+
+    Returns:
+        Tensor ``[B, T, N, heads * d]``.
+    """
+    out = functional.scaled_dot_product_attention(_by_head(q), _by_head(k), _by_head(v), **options)
+    return out.transpose(1, 2).reshape(*q.shape[:3], q.shape[3] * q.shape[4])
+
+
+def _attend_inside(q: Tensor, k: Tensor, v: Tensor, window: int, **options: Any) -> Tensor:
+    """Compute attention over the frames in view that lie inside the clip, without a mask.
+
+    Frames with the same number of frames in view share one call. Flash attention has no mask, and
+    cuDNN's attention with a mask can return NaN gradients (pytorch#196678). So no call has a mask.
+    """
+    groups = _groups(q.shape[1], window)
+    queries = q.split([last - first for first, last, _, _ in groups], dim=1)
+    keys, values = _GatherInside.apply(k, window), _GatherInside.apply(v, window)
+    parts = [
+        _attend(a, b.flatten(2, 3), c.flatten(2, 3), **options)
+        for a, b, c in zip(queries, keys, values, strict=True)
+    ]
+    return torch.cat(parts, dim=1)
 
 
 def _prefers_frame_by_frame(q: Tensor) -> bool:
@@ -62,9 +93,19 @@ def _prefers_frame_by_frame(q: Tensor) -> bool:
     ``sdpa_kernel``, the result is False. PyTorch then chooses another kernel, for example one that
     can be differentiated twice.
     """
-    if q.device.type != "cpu" or torch.compiler.is_compiling():
+    if q.device.type != "cpu" or torch.compiler.is_compiling() or is_exporting():
         return False
     return bool(torch.backends.cuda.flash_sdp_enabled())  # this setting applies to CPUs too
+
+
+def is_exporting() -> bool:
+    """Return whether PyTorch records the model for another program.
+
+    This is the case in ``torch.jit.trace``, in ``torch.export`` and in both exporters for ONNX. The
+    record must not hold a Python function. ``torch.compile`` is not an export.
+    """
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return tracing or torch.compiler.is_exporting()
 
 
 def _by_head(x: Tensor) -> Tensor:
@@ -74,8 +115,24 @@ def _by_head(x: Tensor) -> Tensor:
 
 def _in_view(x: Tensor, view: FrameView) -> Tensor:
     """``[B, T, N, ...]`` to ``[B, T, (2 window + 1) N, ...]``: the frames in view, in order."""
+    if is_exporting():
+        return _in_view_for_export(x, view)
     gathered: Tensor = _GatherFrames.apply(x, view.window, view.boundary == "replicate")
     return gathered.flatten(2, 3)
+
+
+def _in_view_for_export(x: Tensor, view: FrameView) -> Tensor:
+    """Compute :func:`_in_view` with slices and ``torch.cat``, which every export format has.
+
+    The same operations are right for each number of frames, so an exported model can leave the
+    number of frames open.
+    """
+    before, after = x[:, :1], x[:, -1:]
+    if view.boundary != "replicate":
+        before, after = torch.zeros_like(before), torch.zeros_like(after)
+    padded = torch.cat([*[before] * view.window, x, *[after] * view.window], dim=1)
+    t = x.shape[1]
+    return torch.cat([padded[:, i : i + t] for i in range(2 * view.window + 1)], dim=2)
 
 
 def _inside_mask(b: int, t: int, n: int, window: int, device: torch.device) -> Tensor:
@@ -87,6 +144,27 @@ def _inside_mask(b: int, t: int, n: int, window: int, device: torch.device) -> T
     frames = frames + torch.arange(-window, window + 1, device=device)
     inside = ((frames >= 0) & (frames < t)).repeat_interleave(n, dim=1)
     return inside.repeat(b, 1)[:, None, None, :]
+
+
+def _groups(t: int, window: int) -> list[tuple[int, int, int, int]]:
+    """Divide the frames of a clip into groups with the same number of frames in view.
+
+    Returns:
+        A list of ``(first, last, start, length)``: the frames ``first`` to ``last - 1`` each have
+        ``length`` frames in view. In view of ``first`` are the frames from ``start`` on. In view
+        of the next frame of the group are the frames from ``start + 1`` on.
+    """
+
+    def alone(frame: int) -> tuple[int, int, int, int]:
+        start, end = max(0, frame - window), min(t, frame + window + 1)
+        return frame, frame + 1, start, end - start
+
+    if t <= 2 * window:
+        return [alone(frame) for frame in range(t)]
+    before = [(i, i + 1, 0, i + window + 1) for i in range(window)]
+    # Lists like this one do not make torch.compile treat the number of frames as a constant.
+    after = [(t - i, t - i + 1, t - i - window, i + window) for i in range(window, 0, -1)]
+    return [*before, (window, t - window, 0, 2 * window + 1), *after]
 
 
 def _shifts(t: int, window: int) -> Iterator[tuple[int, int, int, int]]:
@@ -106,6 +184,8 @@ class _GatherFrames(torch.autograd.Function):
     The backward pass adds all gradients into one buffer. With slices and ``torch.cat``, autograd
     would allocate one zero-filled gradient for each slice.
     """
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, window: int, replicate: bool) -> Tensor:
@@ -132,3 +212,35 @@ class _GatherFrames(torch.autograd.Function):
                 total[:, 0] += grad[:, :first, slot].sum(1)
                 total[:, -1] += grad[:, last:, slot].sum(1)
         return total, None, None
+
+
+class _GatherInside(torch.autograd.Function):
+    """Gather the frames in view of each frame, without frames outside the clip.
+
+    The results are one tensor ``[B, frames, frames in view, ...]`` for each group of
+    :func:`_groups`. The backward pass adds all gradients into one buffer.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, window: int) -> tuple[Tensor, ...]:
+        return tuple(
+            torch.stack([x[:, start + i : start + i + last - first] for i in range(length)], dim=2)
+            for first, last, start, length in _groups(x.shape[1], window)
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, ...]) -> None:
+        x, ctx.window = inputs
+        ctx.t = x.shape[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        total = grads[0].new_zeros(grads[0].shape[0], ctx.t, *grads[0].shape[3:])
+        for grad, (first, last, start, length) in zip(
+            grads, _groups(ctx.t, ctx.window), strict=True
+        ):
+            for i in range(length):
+                total[:, start + i : start + i + last - first] += grad[:, :, i]
+        return total, None

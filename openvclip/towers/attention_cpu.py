@@ -53,6 +53,8 @@ class _FrameByFrame(torch.autograd.Function):
     values. Only the gradient of the queries is a sum over steps.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
         q: Tensor, k: Tensor, v: Tensor, view: FrameView, scale: float | None

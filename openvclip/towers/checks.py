@@ -94,6 +94,12 @@ def _name_of(dtype: torch.dtype) -> str:
 
 
 def _not_a_tensor(video: Any) -> str:
+    if isinstance(video, torch.fx.Proxy):
+        return (
+            "torch.fx.symbolic_trace does not support expanded towers, because it does not know "
+            "whether the input is an image batch or a video. Use torch.export.export(model, "
+            "(video,))."
+        )
     text = f"Got a {type(video).__name__}"
     if isinstance(video, (list, tuple)):
         lengths = [len(clip) if isinstance(clip, Tensor) and clip.ndim else "?" for clip in video]

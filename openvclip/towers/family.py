@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from openvclip.errors import UnsupportedModelError
+from openvclip.errors import UnsupportedModelError, UsageError
 from openvclip.towers.view import FrameView
 
 Classes = Mapping[type[nn.Module], type[nn.Module]]
@@ -24,6 +24,17 @@ class TemporalTower:
 
     Every expanded tower and every tower with prompts is an instance.
     """
+
+    def __prepare_scriptable__(self) -> None:
+        """Raise an error: ``torch.jit.script`` calls this method of each module.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(
+            "torch.jit.script does not support expanded towers and towers with prompts. Use "
+            "torch.export.export(model, (video,)) or torch.jit.trace(model, video)."
+        )
 
 
 @dataclass(frozen=True)
@@ -138,8 +149,8 @@ class Family:
                     "before other tools replace or wrap its attention modules."
                 )
         for attention, view in zip(attentions, views, strict=True):
-            attention.__class__ = self.attentions[type(attention)]
             attention.view = view  # type: ignore[assignment]
+            attention.__class__ = self.attentions[type(attention)]
         tower.__class__ = self.towers[type(tower)]
 
     def restore(self, tower: nn.Module) -> None:

@@ -23,6 +23,7 @@ from openvclip.errors import UnsupportedModelError
 from openvclip.towers.attention import temporal_attention
 from openvclip.towers.checks import require_video
 from openvclip.towers.family import Encoder, Family, TemporalTower, TowerFacts, call
+from openvclip.towers.intermediates import by_clip, frame_tower
 from openvclip.towers.prompted import PromptedExpandedTower, PromptedTower
 from openvclip.towers.view import FrameView
 
@@ -31,7 +32,8 @@ def _embedded(tower: Any, images: Tensor) -> Tensor:
     """Return class and patch tokens ``[n, N, W]`` with their positions, before ``ln_pre``."""
     patches = tower.conv1(images).flatten(2).transpose(1, 2)
     position = tower.positional_embedding.to(patches.dtype)
-    first = (tower.class_embedding.to(patches.dtype) + position[0]).expand(len(images), 1, -1)
+    first = tower.class_embedding.to(patches.dtype) + position[0]
+    first = first.expand(patches.shape[0], 1, -1)
     tokens: Tensor = tower.patch_dropout(torch.cat([first, patches + position[1:]], dim=1))
     return tokens
 
@@ -118,6 +120,24 @@ class TemporalVisionTransformer(TemporalTower, VisionTransformer):  # type: igno
             pooled = pooled @ self.proj
         pooled = pooled.unflatten(0, clips)
         return (pooled, rest.unflatten(0, clips)) if self.output_tokens else pooled
+
+    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the outputs of chosen layers, as open_clip's ``VisionTransformer`` does.
+
+        The tensors of a video have the axes ``[B, T]`` instead of the batch axis of images. The
+        output of a layer is ``[B, T, W, H', W']``, with ``output_fmt="NLC"`` ``[B, T, N, W]``.
+
+        Raises:
+            VideoShapeError: if ``x`` is not an image batch or a video of the tower's frame size.
+        """
+        if isinstance(x, Tensor) and x.ndim == 4:
+            output: dict[str, Any] = super().forward_intermediates(x, *args, **kwargs)
+            return output
+        _require_video(self, x)
+        clips = x.shape[:2]
+        tower = frame_tower(self, VisionTransformer, "transformer.resblocks", clips)
+        frames = tower.forward_intermediates(x.flatten(0, 1), *args, **kwargs)
+        return {name: by_clip(value, clips) for name, value in frames.items()}
 
 
 # --- towers with prompts -----------------------------------------------------------------------

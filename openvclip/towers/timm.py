@@ -18,6 +18,7 @@ from openvclip.errors import UnsupportedModelError, UsageError, VideoShapeError
 from openvclip.towers.attention import temporal_attention
 from openvclip.towers.checks import require_video
 from openvclip.towers.family import Encoder, Family, TemporalTower, TowerFacts, call
+from openvclip.towers.intermediates import by_clip, frame_tower
 from openvclip.towers.prompted import PromptedExpandedTower, PromptedTower
 from openvclip.towers.view import FrameView
 
@@ -57,14 +58,15 @@ def _attend(
     attn: Any,
     x: Tensor,
     rope: Tensor | None = None,
-    attn_mask: None = None,
+    attn_mask: Tensor | None = None,
     is_causal: bool = False,
 ) -> Tensor:
     """Compute self-attention of tokens ``[B, T, N, D]`` with any attention of timm.
 
-    ``attn_mask`` and ``is_causal`` are unused, but the blocks of timm always pass them. Both have
-    their default values, because the towers refuse videos with other values.
+    Raises:
+        UsageError: if ``attn_mask`` or ``is_causal`` is given.
     """
+    _require_no_mask((attn_mask, is_causal), {})
     gate = getattr(attn, "gate", None)
     q, k, v = _projected(attn, x)
     q, k = attn.q_norm(q), attn.k_norm(k)
@@ -141,6 +143,25 @@ class _FrameTower(TemporalTower):
         flat = x.flatten(0, 1) if x.ndim == 4 else x
         out: Tensor = super().forward_head(flat, *args, **kwargs)  # type: ignore[misc]
         return out.unflatten(0, x.shape[:2]) if x.ndim == 4 else out
+
+    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Return the outputs of chosen layers, as timm's tower does.
+
+        The tensors of a video have the axes ``[B, T]`` instead of the batch axis of images. The
+        output of a layer is ``[B, T, D, H', W']``, with ``output_fmt="NLC"`` ``[B, T, N, D]``.
+        ``get_intermediate_layers`` calls this method.
+
+        Raises:
+            VideoShapeError: if ``x`` is not an image batch or a video that the tower supports.
+            UsageError: if an attention mask is given with a video.
+        """
+        if isinstance(x, Tensor) and x.ndim == 4:
+            return super().forward_intermediates(x, *args, **kwargs)  # type: ignore[misc]
+        _require_video(self, x)
+        clips = x.shape[:2]
+        plain = VisionTransformer if isinstance(self, VisionTransformer) else Eva
+        tower = frame_tower(self, plain, "blocks", clips)
+        return by_clip(tower.forward_intermediates(x.flatten(0, 1), *args, **kwargs), clips)
 
 
 class TemporalVisionTransformer(_FrameTower, VisionTransformer):  # type: ignore[misc]
