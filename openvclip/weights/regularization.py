@@ -74,9 +74,10 @@ class InterpolatedWeightRegularizer:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-    Only parameters that require gradients are interpolated. They are restored bitwise after each
-    step and after any exception. The regulariser draws alpha from its own generator, so it neither
-    reads nor changes the global random state.
+    Only parameters that require gradients are interpolated. The weights, and the buffers of all
+    modules, are restored bitwise after each block and after any exception. Running statistics are
+    therefore those of plain training. The regulariser draws alpha from its own generator, so it
+    neither reads nor changes the global random state.
 
     Several processes that train one model draw the same alphas if all of them create the
     regulariser with the same seed. The first step or block compares the generators, settings and
@@ -91,7 +92,7 @@ class InterpolatedWeightRegularizer:
         optimizer: the optimizer that :meth:`step` uses. :meth:`interpolated` does not need it.
         wrapper: the module that the closure calls, if ``DistributedDataParallel`` or
             ``fully_shard`` wraps a larger module than ``model``, for example a classifier that
-            holds the model.
+            holds the model. Also needed if modules around ``model`` have batch norm.
         anchor: original weights by name, usually the state dict of the original CLIP. ``None``
             copies the current weights of the trained parameters. A passed tensor is kept without a
             copy if it is already on ``anchor_device`` and shares no memory with the model: do not
@@ -116,10 +117,10 @@ class InterpolatedWeightRegularizer:
         StateMismatchError: the anchor lacks trained parameters, has names that the model does not
             have, or has other shapes.
 
-    Memory: the anchor and, during the interpolated pass, one copy of the trained parameters. For a
-    sharded model, both are shards. :meth:`step` runs the interpolated pass first, so the copy is
-    freed before the second pass, in which the gradients of the first pass are held. Use the same
-    order in your own loops.
+    Memory: the anchor and, during the interpolated pass, one copy of the trained parameters and of
+    the buffers. For a sharded model, the anchor and the copy are shards. :meth:`step` runs the
+    interpolated pass first, so the copy is freed before the second pass, in which the gradients of
+    the first pass are held. Use the same order in your own loops.
     """
 
     def __init__(
@@ -168,10 +169,13 @@ class InterpolatedWeightRegularizer:
     ) -> Tensor:
         """Do one training step: compute the gradients of both losses, and step the optimizer.
 
+        Inside ``accelerator.accumulate()``, the gradients of the micro-batches are added up, and
+        the last one clips and steps.
+
         Args:
             closure: function that runs the forward pass and returns the loss, a scalar. It must
-                not call ``backward``. It is called twice, first with the interpolated weights. A
-                plain step (see ``every``) calls it once.
+                not call ``backward`` or ``zero_grad``. It is called twice, first with the
+                interpolated weights. A plain step (see ``every``) calls it once.
             scaler: a ``torch.amp.GradScaler``. It scales both losses, steps the optimizer and is
                 updated, so a step with infinite gradients is skipped as usual.
             max_grad_norm: maximum norm of the combined gradient of all parameters of the
@@ -183,9 +187,12 @@ class InterpolatedWeightRegularizer:
             The loss of the weights themselves (not of the interpolated weights), detached.
 
         Raises:
-            LossError: the closure did not return a scalar loss that requires gradients.
-            UsageError: there is no optimizer, or the call is inside a block of
-                :meth:`interpolated`.
+            LossError: the closure did not return a scalar loss that requires gradients, or it
+                changed the gradients.
+            UsageError: there is no optimizer; the optimizer evaluates the loss several times in a
+                step (LBFGS, SAM); there are gradients that were not used; the weights changed in
+                the first pass; or the call is inside a block of :meth:`interpolated`, or inside
+                the step of the optimizer.
         """
         optimizer, gradients = self._ready_to_step()
         self._require_agreement()
