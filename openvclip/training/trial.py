@@ -113,7 +113,8 @@ def _accuracy_flags(args: argparse.Namespace) -> list[str]:
     else:
         flags += ["--checkpoint", str(args.out / "final.safetensors")]
     preset = {**_DEFAULTS, **PRESETS[args.preset].training}
-    for name in _DEFAULTS:
+    unused = ("sampling_rate", "target_fps") if args.sampler == "uniform" else ()
+    for name in (name for name in _DEFAULTS if name not in unused):
         value = getattr(args, name)
         if value not in (None, preset[name]):
             text = TEST_SAMPLERS[value] if name == "sampler" else str(value)

@@ -69,7 +69,9 @@ def test_the_command_for_a_video(
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("more", [[], ["--frames", "5", "--sampler", "uniform"]])
+@pytest.mark.parametrize(
+    "more", [[], ["--frames", "5", "--sampler", "uniform", "--sampling-rate", "3"]]
+)
 def test_the_command_for_the_accuracy_has_the_test_of_the_preset(
     preset: str, more: list[str]
 ) -> None:
@@ -77,6 +79,7 @@ def test_the_command_for_the_accuracy_has_the_test_of_the_preset(
     start = ["--start-from", "s.pt"] if preset.startswith("bridge") else []
     args = arguments("--preset", preset, *start, *more)
     words = shlex.split(trial_commands(args)["accuracy"])
+    assert not more or "--sampling-rate" not in words  # the uniform sampler has no rate
     read = accuracy.parse_arguments(words[2:])
     expected = accuracy.parse_arguments([*DATA, "--preset", preset, "--prompts", "p"])
     for name in ("method", "frames", "sampling_rate", "short_side", "views", "crops", "average"):
