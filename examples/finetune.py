@@ -36,7 +36,7 @@ from openvclip.commands.streams import command
 from openvclip.models.labels import read_labels
 from openvclip.models.loading import LoadedModel
 from openvclip.processes import Processes
-from openvclip.training import inputs, methods, options, outputs
+from openvclip.training import inputs, methods, options, outputs, trial
 from openvclip.training import processes as distributed
 from openvclip.training.batches import class_warnings, seed_of, steps_of_run
 from openvclip.training.checkpoints import Checkpoints, TrainingState
@@ -208,7 +208,7 @@ def load_model(args: argparse.Namespace, recipe: Recipe, device: torch.device) -
     loaded = inputs.load_original(
         args.model, args.pretrained, hugging_face=args.hf, start_from=args.start_from
     )
-    if methods.is_expanded(recipe.method) and not args.frame_by_frame:
+    if trial.sees_neighbours(args):
         openvclip.expand_temporal_attention(loaded.model)
     pixels = loaded.transform.with_(
         name="train", hflip=args.flip, color_jitter=args.color_jitter, short_side=args.short_side
@@ -280,7 +280,13 @@ def fine_tune(args: argparse.Namespace, processes: Processes, device: torch.devi
             on_epoch=validate,
         )
     results = outputs.RunOutputs(model, clip, swa, shapes, recipe, validation, processes)
-    about = outputs.RunDescription(loaded.name, settings, videos.about)
+    about = outputs.RunDescription(
+        loaded.name,
+        {**settings, "frame_by_frame": not trial.sees_neighbours(args)},
+        videos.about,
+        trial.write_lists(args, videos.names) if processes.is_first else {},
+        trial.trial_commands(args),
+    )
     outputs.write_outputs(args.out, results, about)
 
 

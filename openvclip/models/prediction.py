@@ -16,12 +16,12 @@ from openvclip.models.classifier import (
     Template,
     TextClassifier,
     ZeroShotClassifier,
-    evaluation_mode,
     require_clip,
     warn_of_other_text,
 )
 from openvclip.models.finite import require_finite
 from openvclip.models.labels import warn_of_single_label
+from openvclip.models.modes import evaluation_mode
 from openvclip.models.preprocess import is_image_file, read_image, transform_for
 from openvclip.video.decoding import read_clip
 from openvclip.video.sampling import PAPER_SAMPLING, Sampling

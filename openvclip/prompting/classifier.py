@@ -13,13 +13,13 @@ from torch.nn import functional
 from openvclip.errors import ClassNamesError, PromptingError
 from openvclip.models.classifier import (
     TextClassifier,
-    evaluation_mode,
     fill_template,
     require_clip,
     require_names,
 )
 from openvclip.models.finite import require_finite
 from openvclip.models.labels import warn_of_equal_labels
+from openvclip.models.modes import evaluation_mode
 from openvclip.models.text_weights import text_state
 from openvclip.prompting.attach import has_prompts, prompts_of
 from openvclip.prompting.text import TextPrompts, encode_prompted, prompted_layout

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ class ModelCard:
         data: facts about the training videos, by name.
         results: accuracies in [0, 1], by name; may be empty.
         files: description of each file in the folder, by name.
+        commands: commands that try the model, by what they do; may be empty.
     """
 
     name: str
@@ -34,11 +35,13 @@ class ModelCard:
     data: Mapping[str, Any]
     results: Mapping[str, float]
     files: Mapping[str, str]
+    commands: Mapping[str, str] = field(default_factory=dict)
 
     def text(self) -> str:
         """Return the card in Markdown."""
         parts = [
             *self._introduction(),
+            *(["## Use", *map(_command, self.commands.items())] if self.commands else []),
             _section("Files", self.files),
             _section("Data", self.data),
             _section("Recipe", self.settings),
@@ -78,6 +81,11 @@ class ModelCard:
 def _section(title: str, entries: Mapping[str, Any]) -> str:
     rows = [f"| {name.replace('_', ' ')} | {_cell(value)} |" for name, value in entries.items()]
     return "\n".join([f"## {title}", "", "| | |", "| --- | --- |", *rows])
+
+
+def _command(entry: tuple[str, str]) -> str:
+    title, command = entry
+    return f"{title[0].upper()}{title[1:]}:\n\n```bash\n{command}\n```"
 
 
 def _cell(value: Any) -> str:

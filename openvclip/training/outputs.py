@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +62,15 @@ class RunDescription:
         name: name of the original model.
         settings: settings of the run, by name.
         data: facts about the training videos, by name.
+        files: description of files that are in the folder already, by name.
+        commands: commands that try the model, by what they do.
     """
 
     name: str
     settings: Mapping[str, Any]
     data: Mapping[str, Any]
+    files: Mapping[str, str] = field(default_factory=dict)
+    commands: Mapping[str, str] = field(default_factory=dict)
 
 
 def write_outputs(folder: Path, outputs: RunOutputs, description: RunDescription) -> None:
@@ -88,11 +92,20 @@ def write_outputs(folder: Path, outputs: RunOutputs, description: RunDescription
         files, results = write_weights(folder, outputs)
         message = f"Wrote {folder / 'final.safetensors'}: interpolated at lambda {lam}."
     if outputs.processes.is_first:
+        files |= description.files
         card = ModelCard(
-            description.name, lam, description.settings, description.data, results, files
+            description.name,
+            lam,
+            description.settings,
+            description.data,
+            results,
+            files,
+            description.commands,
         )
         card.write(folder / "README.md")
         print(message)
+        for title, command in description.commands.items():
+            print(f"To see the {title}:\n  {command}")
 
 
 def final_weights(

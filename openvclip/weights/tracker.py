@@ -26,7 +26,9 @@ from openvclip.weights.numerics import (
     non_finite_names,
     overwriting,
 )
+from openvclip.weights.schedule_free import warn_of_training_weights, watch_optimizers
 from openvclip.weights.shards import local, reshard
+from openvclip.weights.statistics import statistics_modules, warn_of_old_statistics
 from openvclip.weights.tracked import averaged_names, require_trackable, tracked_model
 
 Entries: TypeAlias = dict[str, Tensor]
@@ -115,6 +117,9 @@ class WeightTracker(ABC):
             for name, value in state.items()
         }
         self._carried: Entries = {}
+        self._n_statistics = len(statistics_modules(model))
+        self._has_old_statistics = False
+        watch_optimizers()
 
     # --- what a subclass overrides -----------------------------------------------------------
 
@@ -173,6 +178,10 @@ class WeightTracker(ABC):
             StateMismatchError: names or shapes differ from those of the tracked model.
             UsageError: a parameter that was frozen when the tracker was created now requires
                 gradients.
+
+        Warns:
+            OptimizerModeWarning: the weights are those of a schedule-free optimizer in training
+                mode. Call ``optimizer.eval()`` before the update, and ``optimizer.train()`` after.
         """
         self._steps += 1
         steps_after_start = self._steps - self.start
@@ -182,7 +191,12 @@ class WeightTracker(ABC):
         return is_due
 
     def _add_model(self, model: nn.Module) -> None:
-        averaged, carried = (_detached(entries) for entries in self._live(model))
+        live, carried = self._live(model)
+        warn_of_training_weights(live.values())
+        if self._n_statistics and self._n_averaged:
+            layers = statistics_modules(model).values()
+            self._has_old_statistics |= any(layer.training for layer in layers)
+        averaged, carried = _detached(live), _detached(carried)
         broken = non_finite_names(averaged) if self.check_finite else []
         if broken:
             raise NonFiniteWeightsError(
@@ -246,6 +260,10 @@ class WeightTracker(ABC):
 
         Raises:
             EmptyAverageError: no model was added yet.
+
+        Warns:
+            StatisticsWarning: the model has running statistics (batch norm). They belong to the
+                last model: see :func:`openvclip.update_statistics`.
         """
         self._require_models()
         mean = self._mean()
@@ -272,6 +290,9 @@ class WeightTracker(ABC):
         Raises:
             EmptyAverageError: no model was added yet.
             StateMismatchError: names or shapes differ from those of the tracked model.
+
+        Warns:
+            StatisticsWarning: as in :meth:`averaged_state_dict`.
         """
         self._require_models()
         averaged, carried = self._live(model)
@@ -291,6 +312,8 @@ class WeightTracker(ABC):
                 f"every={self.every}, a model first enters at step {self.start + self.every}. "
                 "Call update(model) after each step of the optimizer."
             )
+        if self._has_old_statistics:
+            warn_of_old_statistics(self._n_statistics)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the tracker, with which a run resumes bitwise.

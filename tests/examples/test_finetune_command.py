@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import runpy
+import shlex
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from examples import finetune
 from examples.finetune import Recipe
 from examples.shapes.model import WEIGHTS, create_model
 from openvclip.checkpoints import load_checkpoint
+from openvclip.cli import main as cli
 from tests.examples.forked import started
 from tests.examples.tiny_videos import command, write_shards, write_videos
 from tests.helpers import REPO
@@ -58,14 +60,25 @@ def test_a_run_leaves_weights_numbers_and_a_card(
     assert [line["step"] for line in measured] == [2, 4, 6]
     assert list((out / "tensorboard").iterdir())
     card = (out / "README.md").read_text()
+    assert "| frame by frame | False |" in card
     assert "λ = 0.25 weighs the original" in card
     assert f"| top1, last weights | {100 * measured[-1]['val_top1']:.1f} % |" in card
     for part in ("| videos | 9 |", "| iwr weight | 0.5 |", "| torch |", "averaged.safetensors"):
         assert part in card
 
 
-def test_vifi_trains_the_text_tower_on_frames_alone(world: Path) -> None:
+def test_vifi_trains_the_text_tower_on_frames_alone(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     finetune.main(command(world, "vifi", "--method", "vifi", "--epochs", "2"))
+    # Report 37: the card said "frame by frame: False", and the run ended without a command.
+    card, said = (world / "vifi" / "README.md").read_text(), capsys.readouterr().out
+    assert "| frame by frame | True |" in card
+    (line,) = (line for line in said.splitlines() if "openvclip predict VIDEO" in line)
+    assert line.strip() in card
+    words = shlex.split(line.replace("VIDEO", str(world / "0.mp4"), 1))
+    cli([*words[1:], "--device", "cpu"])
+    assert "star sliding" in capsys.readouterr().out
     clip = create_model(WEIGHTS)[0].state_dict()
     last = load_checkpoint(world / "vifi" / "finetuned.safetensors")
     assert not torch.equal(last["text_projection"], clip["text_projection"])
