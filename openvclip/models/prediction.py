@@ -93,9 +93,9 @@ def predict(
     """
     classifier = classifier_for(model, labels, tokenizer, templates)
     transform = transform or transform_for(classifier.model)
-    clips = read_clip(video, **vars(sampling))
+    clips = read_clip(video, **vars(sampling), transform=transform)
     device = classifier.text_features.device
-    views = transform(clips).flatten(0, -5)  # several crops of a view become several views
+    views = clips.flatten(0, -5)  # several crops of a view become several views
     logits = logits_of(classifier, views.to(device)).mean(dim=0)
     return Prediction(os.fspath(video), classifier.class_names, logits.softmax(dim=-1).cpu())
 

@@ -16,7 +16,8 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 from openvclip.errors import UsageError, VideoError, VideoOptionError
-from openvclip.video._stream import Stream, check_path, decoder_errors, require_av
+from openvclip.video._pictures import Pictures
+from openvclip.video._stream import Stream, check_path, require_av
 
 __all__ = ["VideoCheck", "check_video", "check_videos"]
 
@@ -84,16 +85,15 @@ def _decode(path: str, quick: bool) -> VideoCheck:
     reason = f"{path}: decoded {count} frames: FFmpeg says {message!r}." if message else ""
     if first is None:
         return VideoCheck(path, "bad", reason or f"{path}: holds no frame that can be decoded.")
-    with decoder_errors(path):
-        first.to_ndarray(format="rgb24")
+    height, width, _ = Pictures(path)(first).shape
     return VideoCheck(
         path,
         "damaged" if message else "ok",
         reason,
         info.frames if quick else count,
         info.fps,
-        first.width,
-        first.height,
+        width,
+        height,
         seconds,
     )
 
