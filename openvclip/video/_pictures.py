@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from openvclip.errors import VideoError
-from openvclip.video._hdr import ToneMap, is_hdr
+from openvclip.video._hdr import is_hdr, to_standard_range
 from openvclip.video._stream import decoder_errors, require_av
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ class Pictures:
         self._path = path
         # One scaler for all frames: a scaler needs some megabytes.
         self._scaler = require_av().video.reformatter.VideoReformatter()
-        self._tone_map: ToneMap | None = None
         self._size: tuple[int, int] | None = None
         self._orientation = (False, False, False)
 
@@ -54,8 +53,7 @@ class Pictures:
                 self._size = (frame.width, frame.height)
                 self._orientation = orientation_of(frame)
             if is_hdr(frame, self._path):
-                self._tone_map = self._tone_map or ToneMap(self._path, *self._size)
-                rgb = self._tone_map(frame)
+                rgb = to_standard_range(frame, *self._size, self._path)
             else:
                 rgb = self._scaler.reformat(frame, *self._size, "rgb24")
             return _upright(rgb.to_ndarray(), *self._orientation)

@@ -36,6 +36,7 @@ _MAX_PIXELS = 64 * 2**20
 # Video streams that a player does not play: cover pictures, thumbnails of chapters, and parts of a
 # larger picture.
 _PICTURES = ("attached_pic", "timed_thumbnails", "dependent")
+_STILL_CODECS = ("mjpeg", "png", "bmp", "webp", "tiff")
 
 __all__ = [
     "PacketIndex",
@@ -324,15 +325,15 @@ def _video_stream(container: Any, path: str, alone: bool) -> Any:
 
 def _choose(container: Any) -> Any:
     """Return the video stream that a player shows, or ``None``."""
-    videos = [stream for stream in container.streams.video if not _is_picture(stream)]
-    if len(videos) < 2 and len(container.streams.video) < 2:
+    streams = container.streams.video
+    videos = [stream for stream in streams if not _is_picture(stream)]
+    # The picture of a thumbnail track is not marked; it is a single picture beside a film.
+    videos = [stream for stream in videos if not _is_still(stream)] or videos
+    if len(streams) < 2 or not videos:
         return videos[0] if videos else None
     best = container.streams.best("video")
-    if best in videos:
-        return best
-    # FFmpeg can prefer a cover picture if the file calls the picture its default stream.
-    sizes = [_area(stream) for stream in videos]
-    return videos[sizes.index(max(sizes))] if videos else None
+    # FFmpeg prefers the default stream of the file, which can be a picture.
+    return best if best in videos else max(videos, key=_area)
 
 
 def _area(stream: Any) -> int:
@@ -344,6 +345,13 @@ def _is_picture(stream: Any) -> bool:
     flags = type(stream.disposition)
     # An older PyAV does not know every flag.
     return any(stream.disposition & getattr(flags, name, 0) for name in _PICTURES)
+
+
+def _is_still(stream: Any) -> bool:
+    context = stream.codec_context
+    return stream.frames == 1 or (
+        not stream.frames and context is not None and context.name in _STILL_CODECS
+    )
 
 
 def _kind(stream: Any) -> str:
