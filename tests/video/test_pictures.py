@@ -100,7 +100,7 @@ def pq(nits: float) -> float:
 
 def _hdr_video(path: Path, curve: str, codes: list[float]) -> None:
     av = pytest.importorskip("av")
-    space = "colorprim=bt2020:colormatrix=bt2020nc:range=limited"
+    space = "bframes=0:colorprim=bt2020:colormatrix=bt2020nc:range=limited"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx265", rate=30)
         stream.options = {"x265-params": f"log-level=none:transfer={curve}:{space}"}
@@ -111,7 +111,9 @@ def _hdr_video(path: Path, curve: str, codes: list[float]) -> None:
             if number == 0:
                 samples[:, : stream.width] = np.repeat([round(64 + 876 * x) for x in codes], 64)
             plane.update(samples.tobytes())
-        container.mux(stream.encode(frame))
+        for number in range(4):
+            frame.pts = number
+            container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
 
 
@@ -140,7 +142,7 @@ def test_hdr_that_cannot_be_converted(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(VideoError, match=r"a\.mp4: is an HDR video.*Dolby Vision, profile 5"):
         _hdr.is_hdr(dolby, "a.mp4")
     path = tmp_path / "hdr.mp4"
-    _hdr_video(path, "smpte2084", [0.5, 0.6])
+    _hdr_video(path, "smpte2084", [0.5] * 4)
     monkeypatch.setattr(_hdr, "_TARGET", "no_such_option=1")
     with pytest.raises(VideoError, match=r"is an HDR video, .* \(pip install -U av\)"):
         read_clip(path)

@@ -158,12 +158,11 @@ class _Pipe:
 
 
 @pytest.mark.parametrize(
-    ("form", "codec"),
+    ("form", "codec"),  # not FLV: FFmpeg 8.0, of PyAV 17, crashes when it opens such a file
     [
         ("matroska", "libx264"),
         ("webm", "libvpx"),
         ("avi", "mpeg4"),
-        ("flv", "flv"),
         ("asf", "wmv2"),
     ],
 )
@@ -262,7 +261,7 @@ def _film_with_pictures(path: Path, tracks: list[tuple[str, int, int, str]]) -> 
             stream.width, stream.height = (64, 48) if codec == "libx264" else (320, 240)
             stream.pix_fmt = "yuv420p" if codec == "libx264" else "yuvj420p"
             if disposition:
-                stream.disposition = av.stream.Disposition[disposition]
+                stream.disposition = av.stream.Disposition[disposition].value
         for stream, (codec, grey, count, _) in zip(streams, tracks, strict=True):
             for number in range(count):
                 if codec == "aac":
