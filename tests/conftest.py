@@ -67,6 +67,7 @@ SLOW = frozenset(
         "test_shapes_studies.py::test_a_worker_that_dies_ends_the_work",
         "test_shapes_studies.py::test_work_comes_back_whole_from_workers_of_one_thread",
         "test_shapes_world.py::test_the_command_writes_the_data_set_with_two_processes",
+        "test_pictures.py::test_hdr",
         "test_standalone_examples.py::test_an_example_runs_in_an_empty_folder",
         "test_standalone_examples.py::test_lambda_is_chosen_on_the_validation_images",
         "test_standalone_examples.py::test_merges_are_evaluated_on_videos_and_on_images",

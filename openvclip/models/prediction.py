@@ -117,8 +117,11 @@ def predict(
     classifier = classifier_for(model, labels, tokenizer, templates)
     transform = transform or transform_for(classifier.model)
     is_image = is_image_file(video)
-    clips = read_image(video)[None, None] if is_image else read_clip(video, **vars(sampling))
-    views = transform(clips).flatten(0, -5)  # several crops of a view become several views
+    if is_image:
+        clips = transform(read_image(video)[None, None])
+    else:
+        clips = read_clip(video, **vars(sampling), transform=transform)
+    views = clips.flatten(0, -5)  # several crops of a view become several views
     logits = logits_of(classifier, views[:, 0] if is_image else views).mean(dim=0)
     return Prediction(os.fspath(video), classifier.class_names, logits.softmax(dim=-1).cpu())
 

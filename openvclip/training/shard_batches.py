@@ -152,7 +152,7 @@ class _Samples:
             yield from shuffle(samples)
 
     def decode(self, sample: Mapping[str, Any], *position: int) -> tuple[Tensor, int, str]:
-        """Return the clip ``[T, C, H, W]``, the class index and the name of a sample."""
+        """Return the input of the model ``[T, C, H, W]``, the class index and the name."""
         name = f"{sample['__url__']}/{sample['__key__']}"
         generator = torch.Generator().manual_seed(seed_of(self.seed, name, *position))
         label = class_of(label_of(sample, name), self.names, name)
@@ -163,10 +163,11 @@ class _Samples:
             file.write(sample[ending])
             file.flush()
             try:
-                clip = read_clip(file.name, generator=generator, **vars(self.sampling))[0]
+                options = {**vars(self.sampling), "transform": self.transform}
+                clip = read_clip(file.name, generator=generator, **options)[0]
             except VideoError as error:
                 raise VideoError(str(error).replace(file.name, name)) from error
-        return self.transform(clip, generator), label, name
+        return clip, label, name
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ Every error of FFmpeg is converted to :class:`VideoError` in this module.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,14 @@ from torch.utils.data import get_worker_info
 
 from openvclip.errors import MissingDependencyError, VideoError, VideoNotFoundError
 from openvclip.video._containers import container_of
+from openvclip.video._packets import (
+    PacketIndex,
+    count_packets,
+    header_is_right,
+    header_rate,
+    measured,
+    with_count,
+)
 from openvclip.video.sampling import StreamInfo
 
 if TYPE_CHECKING:
@@ -25,7 +33,20 @@ if TYPE_CHECKING:
 # The largest number of pixels in a frame; 8K has 33 million pixels. A damaged header can give a
 # size that needs more memory than the machine has.
 _MAX_PIXELS = 64 * 2**20
-_DEFAULT_FPS = 30.0
+# Video streams that a player does not play: cover pictures, thumbnails of chapters, and parts of a
+# larger picture.
+_PICTURES = ("attached_pic", "timed_thumbnails", "dependent")
+_STILL_CODECS = ("mjpeg", "png", "bmp", "webp", "tiff")
+
+__all__ = [
+    "PacketIndex",
+    "Stream",
+    "check_path",
+    "decoder_errors",
+    "index_packets",
+    "require_av",
+    "with_count",
+]
 
 
 def require_av() -> Any:
@@ -98,22 +119,10 @@ def decoder_errors(path: str) -> Iterator[None]:
         ) from error
 
 
-@dataclass(frozen=True)
-class PacketIndex:
-    """The result of a pass over the packets of a stream, without decoding.
-
-    Attributes:
-        count: number of packets that contain a frame.
-        stamps: presentation times of these packets in ticks, in increasing order. ``None`` if a
-            packet has no presentation time or if two packets have the same presentation time.
-    """
-
-    count: int
-    stamps: tuple[int, ...] | None
-
-
 class Stream:
-    """The first video stream of a file. A context manager; not thread-safe.
+    """The video stream of a file that a player shows. A context manager; not thread-safe.
+
+    Of several video streams, FFmpeg's choice is taken. Cover pictures and thumbnails are no video.
 
     Args:
         path: the absolute path of the file.
@@ -122,6 +131,7 @@ class Stream:
 
     Attributes:
         path: the absolute path of the file.
+        header: the metadata that the container gives; ``frames`` can be ``None`` or wrong.
         position: time stamp of the last decoded frame, in ticks.
         message: the first error of FFmpeg that did not end the decoding, or ``""``.
     """
@@ -133,12 +143,12 @@ class Stream:
         try:
             with decoder_errors(path):
                 self._stream = _video_stream(self._container, path, alone)
-                self._base = _stream_info(self._stream)
+                self.header = _stream_info(self._stream)
         except BaseException:
             self._container.close()
             raise
         self._frames: Generator[tuple[int, av.VideoFrame], None, None] | None = None
-        self.position = self._base.start
+        self.position = self.header.start
         self.message = ""
 
     def __enter__(self) -> Stream:
@@ -154,10 +164,28 @@ class Stream:
             self._frames.close()
         self._container.close()
 
-    @property
+    @cached_property
     def info(self) -> StreamInfo:
-        """The metadata of the stream; ``frames`` can be ``None``."""
-        return self._base
+        """The metadata of the frames that are shown; ``frames`` can be ``None``.
+
+        If the container does not count these frames, the packets are read once.
+        """
+        header, container = self.header, container_of(self._container.format.name)
+        # The header of a fragmented MP4 can count no frame, although the file has a duration.
+        expected = header.timed or container.counts == "index"
+        if not expected or (header.timed and header_is_right(self._stream, container, header)):
+            return header
+        return measured(header, self.packets, self.time_base)
+
+    @cached_property
+    def packets(self) -> PacketIndex:
+        """The frames that the packets contain. The first access reads the whole file once."""
+        return index_packets(self.path)
+
+    @property
+    def index(self) -> int:
+        """The number of the stream in the file."""
+        return int(self._stream.index)
 
     @property
     def seekable(self) -> bool:
@@ -171,19 +199,25 @@ class Stream:
 
     def ticks(self, seconds: float) -> int:
         """Convert seconds to ticks of the stream; return at least 1."""
-        base = self._stream.time_base
+        base = self.time_base
         return max(1, round(seconds / float(base))) if base else 1
 
     @property
+    def time_base(self) -> Fraction | None:
+        """Length of a tick in seconds."""
+        base: Fraction | None = self._stream.time_base
+        return base
+
+    @property
     def seconds(self) -> float | None:
-        """Duration of the stream according to the container, ``None`` if unknown."""
-        base, duration = self._stream.time_base, self._base.duration
+        """Duration of the stream, ``None`` if the container does not give it."""
+        base, duration = self.time_base, self.info.duration
         return float(duration * base) if base and duration else None
 
     def seconds_at(self, stamp: int) -> float:
         """Convert a time stamp to seconds from the first frame."""
-        base = self._stream.time_base
-        return float((stamp - self._base.start) * (base or 0))
+        base = self.time_base
+        return float((stamp - self.header.start) * (base or 0))
 
     def seek(self, stamp: int) -> None:
         """Seek to the key frame before a time stamp.
@@ -204,8 +238,8 @@ class Stream:
         return self._frames
 
     def _decode(self) -> Generator[tuple[int, av.VideoFrame], None, None]:
-        step = _tick(self._base)
-        following = self._base.start
+        step = _tick(self.header)
+        following = self.header.start
         for packet in self._packets():
             for frame in self._decode_packet(packet):
                 # Frames of raw streams have no time stamps: continue from the previous frame.
@@ -252,19 +286,8 @@ class Stream:
 
 def index_packets(path: str) -> PacketIndex:
     """Count the frames of a stream by its packets, without decoding."""
-    stamps: list[int | None] = []
     with Stream(path) as stream:
-        for packet in stream._packets():
-            if packet.size and not packet.is_discard:
-                stamps.append(packet.pts)
-    known = sorted(stamp for stamp in stamps if stamp is not None)
-    complete = len(known) == len(stamps) and len(set(known)) == len(known)
-    return PacketIndex(len(stamps), tuple(known) if complete else None)
-
-
-def with_count(info: StreamInfo, count: int) -> StreamInfo:
-    """Return the metadata with a number of frames that was counted from the packets."""
-    return replace(info, frames=count, counted=True)
+        return count_packets(stream._packets())
 
 
 def _open(path: str) -> Any:
@@ -282,10 +305,10 @@ def _video_stream(container: Any, path: str, alone: bool) -> Any:
     names = container.format.name
     if container_of(names).refused:
         raise VideoError(f"{path}: is not a video file (FFmpeg takes it for {names!r}).")
-    if not container.streams.video:
-        kinds = ", ".join(stream.type for stream in container.streams) or "no stream at all"
+    stream = _choose(container)
+    if stream is None:
+        kinds = ", ".join(map(_kind, container.streams)) or "no stream at all"
         raise VideoError(f"{path}: has no video stream (found: {kinds}).")
-    stream = container.streams.video[0]
     context = stream.codec_context
     if context is None:
         raise VideoError(f"{path}: this FFmpeg has no decoder for its video stream.")
@@ -300,21 +323,49 @@ def _video_stream(container: Any, path: str, alone: bool) -> Any:
     return stream
 
 
+def _choose(container: Any) -> Any:
+    """Return the video stream that a player shows, or ``None``."""
+    streams = container.streams.video
+    videos = [stream for stream in streams if not _is_picture(stream)]
+    # The picture of a thumbnail track is not marked; it is a single picture beside a film.
+    videos = [stream for stream in videos if not _is_still(stream)] or videos
+    if len(streams) < 2 or not videos:
+        return videos[0] if videos else None
+    best = container.streams.best("video")
+    # FFmpeg prefers the default stream of the file, which can be a picture.
+    return best if best in videos else max(videos, key=_area)
+
+
+def _area(stream: Any) -> int:
+    context = stream.codec_context
+    return 0 if context is None else int(context.width * context.height)
+
+
+def _is_picture(stream: Any) -> bool:
+    flags = type(stream.disposition)
+    # An older PyAV does not know every flag.
+    return any(stream.disposition & getattr(flags, name, 0) for name in _PICTURES)
+
+
+def _is_still(stream: Any) -> bool:
+    context = stream.codec_context
+    return stream.frames == 1 or (
+        not stream.frames and context is not None and context.name in _STILL_CODECS
+    )
+
+
+def _kind(stream: Any) -> str:
+    return "picture" if stream.type == "video" else str(stream.type)
+
+
 def _stream_info(stream: Any) -> StreamInfo:
     frames, duration = stream.frames, stream.duration
     return StreamInfo(
-        fps=_rate(stream),
+        fps=header_rate(stream),
         frames=int(frames) if frames and frames > 0 else None,
         duration=int(duration) if duration and duration > 0 else None,
         start=int(stream.start_time or 0),
     )
-
-
-def _rate(stream: Any) -> float:
-    for rate in (stream.average_rate, stream.guessed_rate, stream.base_rate):
-        if rate and rate > 0 and math.isfinite(float(rate)):
-            return float(rate)
-    return _DEFAULT_FPS
 
 
 def _tick(info: StreamInfo) -> int:

@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from openvclip.errors import MissingDependencyError
+from openvclip.errors import MissingDependencyError, VideoError
+from openvclip.video._hdr import is_hdr
+from openvclip.video._pictures import orientation_of
+from openvclip.video._stream import Stream
 
 __all__ = ["decode_frames", "require_torchcodec"]
 
@@ -33,24 +36,29 @@ def require_torchcodec() -> Any:
     return decoders
 
 
-def decode_frames(path: str, numbers: Sequence[int], count: int) -> Tensor | None:
+def decode_frames(stream: Stream, numbers: Sequence[int], count: int) -> Tensor | None:
     """Decode frames with torchcodec.
 
     Args:
-        path: a file that PyAV can open.
+        stream: the video, opened with PyAV.
         numbers: indices of the frames in display order, from 0.
         count: number of frames in the stream according to PyAV.
 
     Returns:
-        The upright frames, uint8 ``[N, C, H, W]``, or ``None`` if torchcodec fails or counts
-        another number of frames than PyAV.
+        The upright frames, uint8 ``[N, C, H, W]``. ``None`` if torchcodec fails, counts another
+        number of frames than PyAV, or does not support the video: HDR, and frames that are shown
+        mirrored.
     """
     decoders = require_torchcodec()
+    if not _supported(stream):
+        return None
     # One thread for each worker of a DataLoader, as for PyAV. 0 lets FFmpeg choose.
     threads = 1 if get_worker_info() is not None else 0
     wanted = sorted(set(numbers))
     try:
-        decoder = decoders.VideoDecoder(path, num_ffmpeg_threads=threads)
+        decoder = decoders.VideoDecoder(
+            stream.path, stream_index=stream.index, num_ffmpeg_threads=threads
+        )
         if len(decoder) != count:
             return None
         frames: Tensor = decoder.get_frames_at(wanted).data
@@ -58,3 +66,14 @@ def decode_frames(path: str, numbers: Sequence[int], count: int) -> Tensor | Non
         return None
     row = {number: index for index, number in enumerate(wanted)}
     return frames[torch.tensor([row[number] for number in numbers])].contiguous()
+
+
+def _supported(stream: Stream) -> bool:
+    try:
+        with Stream(stream.path) as other:
+            _, frame = next(iter(other.frames()))
+            swap, rows, columns = orientation_of(frame)
+            mirrored = swap != (rows != columns)
+            return not mirrored and not is_hdr(frame, stream.path)
+    except (StopIteration, VideoError):
+        return False

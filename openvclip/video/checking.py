@@ -16,7 +16,9 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 from openvclip.errors import UsageError, VideoError, VideoOptionError
-from openvclip.video._stream import Stream, check_path, decoder_errors, require_av
+from openvclip.video._packets import frame_rate
+from openvclip.video._pictures import Pictures
+from openvclip.video._stream import Stream, check_path, require_av
 
 __all__ = ["VideoCheck", "check_video", "check_videos"]
 
@@ -33,10 +35,11 @@ class VideoCheck(NamedTuple):
             (:func:`~openvclip.video.read_clip` uses these frames); ``"bad"`` if no frame can be
             decoded.
         reason: the error, or ``""``.
-        frames: number of decoded frames; with ``quick``, the number that the container gives.
+        frames: number of decoded frames; with ``quick``, the number that the container gives. If
+            the container counts other frames than a player shows, its packets are counted.
         fps: average frame rate, in frames per second.
-        width: width of the first frame, in pixels.
-        height: height of the first frame, in pixels.
+        width: width of the first frame as :func:`~openvclip.video.read_clip` returns it, in pixels.
+        height: height of the first frame, likewise.
         seconds: duration of the video according to the container.
         bytes: size of the file.
     """
@@ -73,27 +76,29 @@ def check_video(path: str | os.PathLike[str], *, quick: bool = False) -> VideoCh
 
 def _decode(path: str, quick: bool) -> VideoCheck:
     first: Any = None
-    count = 0
+    stamps: list[int] = []
     with Stream(check_path(path), alone=False) as stream:
-        for _, frame in stream.frames():
-            count += 1
+        for stamp, frame in stream.frames():
+            stamps.append(stamp)
             first = first or frame
             if quick:
                 break
         info, seconds, message = stream.info, stream.seconds, stream.message
+        count, fps, base = len(stamps), stream.info.fps, stream.time_base
+    if info.duration is None and count > 1:
+        fps = frame_rate(fps, count, max(stamps) - min(stamps), base)
     reason = f"{path}: decoded {count} frames: FFmpeg says {message!r}." if message else ""
     if first is None:
         return VideoCheck(path, "bad", reason or f"{path}: holds no frame that can be decoded.")
-    with decoder_errors(path):
-        first.to_ndarray(format="rgb24")
+    height, width, _ = Pictures(path)(first).shape
     return VideoCheck(
         path,
         "damaged" if message else "ok",
         reason,
         info.frames if quick else count,
-        info.fps,
-        first.width,
-        first.height,
+        fps,
+        width,
+        height,
         seconds,
     )
 

@@ -9,7 +9,7 @@ import tempfile
 import uuid
 import weakref
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -146,8 +146,22 @@ class VideoDataset(Dataset[tuple[Tensor, int] | VideoSample]):
     def __len__(self) -> int:
         return len(self.samples)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Give a copy, or a data set that was pickled, an epoch of its own in shared memory.
+
+        A ``DataLoader`` sends the data set to spawned workers together with the shared memory; the
+        epoch is then already shared.
+        """
+        self.__dict__.update(state)
+        if not self._epoch.is_shared():
+            self._epoch = self._epoch.clone().share_memory_()
+
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch. Call this before iterating over the loader, as for a sampler."""
+        """Set the epoch. Call this before iterating over the loader, as for a sampler.
+
+        A copy (``copy.deepcopy`` or pickle) has an epoch of its own: call the method of the data
+        set that the loader has.
+        """
         self._epoch.fill_(int(epoch))
 
     @property
@@ -179,7 +193,7 @@ class VideoDataset(Dataset[tuple[Tensor, int] | VideoSample]):
         for attempt in range(2):
             generator = self._generator(index, attempt)
             try:
-                return self._apply(self._read(index, generator), generator), ""
+                return self._read(index, generator), ""
             except VideoError as error:
                 reason = str(error)
                 if isinstance(error, VideoNotFoundError):
@@ -188,15 +202,17 @@ class VideoDataset(Dataset[tuple[Tensor, int] | VideoSample]):
         return None, reason
 
     def _read(self, index: int, generator: torch.Generator) -> Tensor:
-        clip = read_clip(self.path(index), **vars(self.sampling), generator=generator)
-        return clip[0] if self.sampling.views == 1 else clip
+        own = self.transform if isinstance(self.transform, Transform) else None
+        path = self.path(index)
+        clip = read_clip(path, **vars(self.sampling), generator=generator, transform=own)
+        clip = clip[0] if self.sampling.views == 1 else clip
+        return self._apply(clip, generator) if own is None else _views(clip)
 
     def _apply(self, clip: Tensor, generator: torch.Generator) -> Tensor:
         if self.transform is None:
             return clip
         if isinstance(self.transform, Transform):
-            pixels = self.transform(clip, generator)
-            return pixels.flatten(0, 1) if pixels.ndim > 5 else pixels  # a crop counts as a view
+            return _views(self.transform(clip, generator))
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(generator.initial_seed())
             return self.transform(clip)
@@ -223,6 +239,11 @@ class VideoDataset(Dataset[tuple[Tensor, int] | VideoSample]):
         text = f"{self.seed}/{self.epoch}/{index}/{attempt}"
         digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def _views(pixels: Tensor) -> Tensor:
+    """Count each crop of a view as a view."""
+    return pixels.flatten(0, 1) if pixels.ndim > 5 else pixels
 
 
 def _pairs(annotations: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:

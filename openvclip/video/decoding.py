@@ -2,40 +2,31 @@
 
 A clip consists of some frames of a video, but the decoder must also decode the frames between them.
 Only the frames of the clip are converted to RGB and kept, so the memory does not grow with the
-length of the video.
+length of the video. Each of them is converted, and transformed, as soon as it is decoded.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from openvclip.errors import VideoError
-from openvclip.video._stream import (
-    Stream,
-    check_path,
-    decoder_errors,
-    index_packets,
-    require_av,
-    with_count,
-)
+from openvclip.video._packets import frame_rate, with_count
+from openvclip.video._pictures import Rows
+from openvclip.video._stream import Stream, check_path, require_av
 from openvclip.video._torchcodec import decode_frames, require_torchcodec
-from openvclip.video.sampling import Backend, Sampler, Sampling, Window, plan, select
-
-if TYPE_CHECKING:
-    import av
+from openvclip.video._windows import REORDER, Part, SeekMissedError, groups, parts_of
+from openvclip.video._windows import Picker as _Picker
+from openvclip.video.sampling import Backend, Sampler, Sampling, StreamInfo, Window, plan, select
+from openvclip.video.transforms import Transform
 
 __all__ = ["read_clip"]
 
-# Frames of a window are sorted by time stamp, because in AVI files with B-frames the time stamps of
-# the decoded frames do not increase. Codecs reorder at most 16 frames.
-REORDER = 16
 # In seconds. Frames up to this distance are reached by decoding, not by a seek. A seek lands on a
 # key frame, and key frames are seconds apart, so a short seek saves no time.
 _WORTH_A_SEEK = 4.0
@@ -55,6 +46,7 @@ def read_clip(
     sampler: Sampler = "released",
     backend: Backend = "pyav",
     generator: torch.Generator | None = None,
+    transform: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Read one or more clips from a video file.
 
@@ -70,25 +62,43 @@ def read_clip(
             (centres of equal segments of the whole video, ViFi-CLIP) or ``"dense"`` (the training
             path of the released code: a random start); see :mod:`openvclip.video.sampling`.
         backend: ``"pyav"`` or ``"torchcodec"``. Both return the same frames. torchcodec needs
-            right time stamps in the packets. Damaged files and files without these time stamps (AVI
-            and MPEG-TS with B-frames) are always decoded by PyAV.
+            right time stamps in the packets. Damaged files, files without these time stamps (AVI
+            and MPEG-TS with B-frames), HDR videos and mirrored videos are always decoded by PyAV.
         generator: random number generator for the starts of ``"dense"``. Default: the global
             generator.
+        transform: function that is applied to the clips. A transform of
+            :func:`openvclip.video.transforms.build` is applied to each frame as soon as the frame
+            is decoded: the result is the same, and large frames need much less memory. Its random
+            numbers come from ``generator``. Any other function gets all clips at once.
 
     Returns:
-        uint8 RGB ``[V, T, C, H, W]`` on the CPU. H and W are the size at which the video is
-        displayed: rotation metadata is applied, which the released code does not do. An alpha
-        channel is dropped, grey is repeated over the three channels, and more than 8 bits are
-        rounded to 8 bits.
+        uint8 RGB ``[V, T, C, H, W]`` on the CPU, or the result of ``transform``. An alpha channel
+        is dropped, grey is repeated over the three channels, and more than 8 bits are rounded to 8
+        bits.
 
-    If a video is shorter than a view, its last frame is repeated. The same holds for a file that is
-    truncated or damaged in the middle: all frames that can be decoded are used. If the size of the
-    frames changes inside a video, all frames are scaled to the size of the first frame.
+    The frames are the frames that a player shows:
+
+    - Of several video streams, the stream that FFmpeg takes for the best is read. Cover pictures
+      and thumbnails are no video.
+    - Frames that an edit list hides are not counted. (The released code counts them. A single
+      hidden frame is counted here too, because many encoders write such files.)
+    - If the header counts other frames than the file has, the frames are counted from the packets.
+      A truncated or damaged file consists of the frames that can be decoded.
+    - Pictures are upright: quarter turns and mirrors of the display matrix are applied, which the
+      released code does not do.
+    - HDR videos (PQ and HLG) are converted to the standard range. Reference white becomes white,
+      and brighter pixels become white too.
+    - Pixels are as stored: a sample aspect ratio other than 1 is **not** applied, as in the
+      released code. A film of 720x576 pixels that is shown as 1024x576 stays 720x576. To apply the
+      ratio, convert the file with ``ffmpeg -i in.mp4 -vf scale=iw*sar:ih,setsar=1 out.mp4``.
+
+    If a video is shorter than a view, its last frame is repeated. If the size of the frames changes
+    inside a video, all frames are scaled to the size of the first frame.
 
     Raises:
         VideoNotFoundError: the file does not exist.
-        VideoError: the path is a folder, the file is empty or has no video stream, or no frame can
-            be decoded.
+        VideoError: the path is a folder, the file is empty or has no video stream, no frame can be
+            decoded, or the video is HDR and this FFmpeg cannot convert it.
         VideoOptionError: ``sampler`` or ``backend`` is not known, or a number is out of range.
         MissingDependencyError: PyAV is not installed, or ``backend="torchcodec"`` and torchcodec
             cannot be loaded.
@@ -101,150 +111,191 @@ def read_clip(
         require_torchcodec()
     full = check_path(path)
     with Stream(full) as stream:
-        info, stamps = stream.info, None
-        counting = not info.timed or (sampler == "uniform" and stream.seekable)
-        if counting or backend == "torchcodec":
-            index = index_packets(full)
-            info, stamps = with_count(info, index.count) if counting else info, index.stamps
+        info, stamps = _metadata(stream, sampling)
+        state = _state(generator) if sampler == "dense" else None
         windows = plan(info, sampling, generator)
+        changes = _changes(transform, views, generator)
         video = None
         if backend == "torchcodec" and stamps and stream.in_order:
             numbers = [number for window in windows for number in select(stamps, window)]
-            video = decode_frames(full, numbers, len(stamps))
+            video = decode_frames(stream, numbers, len(stamps))
+            if video is not None and changes is not None:
+                parts = zip(changes, video.split(num_frames), strict=True)
+                video = torch.cat([change(clip).transpose(0, 1) for change, clip in parts])
         if video is None:
-            video = _decode(stream, windows, stamps if stream.seekable else None)
-    return video.view(len(windows), num_frames, *video.shape[1:])
+            reading = _Reading(stream, info, changes)
+            try:
+                video = reading.read(windows, stamps if stream.seekable else None)
+            except _FewerFramesError as fewer:
+                # Placed anew with the same random numbers.
+                windows = plan(fewer.info, sampling, state)
+                with Stream(full) as again:
+                    video = _Reading(again, None, changes).read(windows, None)
+    clip = video.view(views, num_frames, *video.shape[1:])
+    if isinstance(transform, Transform):
+        return clip.transpose(1, 2) if transform.crops > 1 else clip[:, :, 0]
+    return clip if transform is None else transform(clip)
 
 
-def _decode(stream: Stream, windows: Sequence[Window], stamps: Sequence[int] | None) -> Tensor:
-    """Decode the frames of all windows with PyAV: uint8 ``[V * T, C, H, W]``."""
-    parts = _parts(windows, stamps)
-    pickers = _collect(stream, parts)
-    frames = [
-        frame
-        for view in range(len(windows))
-        for part, picker in zip(parts, pickers, strict=True)
-        if part.view == view
-        for frame in picker.chosen()
-    ]
-    with decoder_errors(stream.path):
-        return frames_to_tensor(frames)
+def _metadata(stream: Stream, sampling: Sampling) -> tuple[StreamInfo, Sequence[int] | None]:
+    """Return the metadata for :func:`plan`, and the time stamps of the frames if needed."""
+    info = stream.info
+    counting = not info.timed or (sampling.sampler == "uniform" and stream.seekable)
+    if not counting and sampling.backend != "torchcodec":
+        return info, None
+    index = stream.packets
+    if counting:
+        info = with_count(info, index.count)
+    if info.duration is None and index.stamps:
+        length = index.stamps[-1] - index.stamps[0]
+        rate = frame_rate(info.fps, index.count, length, stream.time_base)
+        info = replace(info, fps=rate)
+    return info, index.stamps
 
 
-@dataclass(frozen=True)
-class _Part:
-    view: int
-    window: Window
+def _state(generator: torch.Generator | None) -> torch.Generator:
+    """Return a generator that draws the same numbers as ``generator``."""
+    state = torch.get_rng_state() if generator is None else generator.get_state()
+    return torch.Generator().set_state(state)
 
 
-def _parts(windows: Sequence[Window], stamps: Sequence[int] | None) -> list[_Part]:
-    """Replace each window over the whole stream by one window for each of its frames.
+def _changes(
+    transform: Callable[[Tensor], Tensor] | None, views: int, generator: torch.Generator | None
+) -> list[Callable[[Tensor], Tensor]] | None:
+    """Return the function that is applied to the frames of each view, if there is one."""
+    if not isinstance(transform, Transform):
+        return None
+    if transform.random:
+        return [transform.draw(generator) for _ in range(views)]
+    return [transform.draw(generator)] * views
 
-    This is possible if the time stamps of the packets are known. Then frame n is the frame at
-    ``stamps[n]``, which a seek can reach.
+
+class _FewerFramesError(Exception):
+    """Raised when a file ends long before the end that was planned with.
+
+    Attributes:
+        info: the metadata of the frames that can be decoded.
     """
-    parts = []
-    for view, window in enumerate(windows):
-        if window.start is not None or not stamps:
-            parts.append(_Part(view, window))
-            continue
-        for offset in window.offsets:
-            stamp = stamps[min(offset, len(stamps) - 1)]
-            parts.append(_Part(view, Window(stamp, stamp, (0,))))
-    return parts
+
+    def __init__(self, info: StreamInfo) -> None:
+        super().__init__()
+        self.info = info
 
 
 @dataclass
-class _Picker:
-    """Take the frames of one window from a stream: the same frames as ``sampling.select``."""
+class _Reading:
+    """The frames of all windows of a stream, decoded with PyAV.
 
-    window: Window
-    done: bool = False
-    _count: int = 0
-    _waiting: dict[int, av.VideoFrame] = field(default_factory=dict)
-    _kept: dict[int, av.VideoFrame] = field(default_factory=dict)
-    _last: av.VideoFrame | None = None
+    Attributes:
+        stream: the file.
+        info: the metadata that the windows were planned with; ``None`` if the file may end earlier.
+        changes: the function that is applied to the frames of each view, or ``None``.
+    """
 
-    def feed(self, stamp: int, frame: av.VideoFrame) -> None:
-        start, end = self.window.start, self.window.end
-        if start is None:
-            self._take(frame)
-            return
-        if stamp < start:
-            return
-        self._waiting[stamp] = frame
-        if end is not None and stamp > end:
-            self.finish()
-        elif len(self._waiting) > REORDER:
-            self._take(self._waiting.pop(min(self._waiting)))
+    stream: Stream
+    info: StreamInfo | None
+    changes: Sequence[Callable[[Tensor], Tensor]] | None
 
-    def finish(self) -> None:
-        """Close the window: no further frame belongs to it."""
-        for stamp in sorted(self._waiting):
-            self._take(self._waiting[stamp])
-        self._waiting.clear()
-        self.done = True
+    def read(self, windows: Sequence[Window], stamps: Sequence[int] | None) -> Tensor:
+        """Return uint8 ``[V * T, C, H, W]``, or what the changes return.
 
-    @property
-    def empty(self) -> bool:
-        return self._last is None
+        Args:
+            windows: V windows of T frames each.
+            stamps: the time stamps of the frames of the stream, if they are known.
 
-    def fall_back(self, frame: av.VideoFrame) -> None:
-        """Use a frame for a window that begins after the end of the video."""
-        if self.empty:
-            self._last = frame
+        Raises:
+            _FewerFramesError: the file ends before the end that ``info`` gives.
+        """
+        parts, length = parts_of(windows, stamps), len(windows[0].offsets)
+        changes = self.changes and [change for change in self.changes for _ in range(length)]
+        rows = Rows(self.stream.path, len(windows) * length, changes)
+        if not self.stream.seekable or any(part.window.start is None for part in parts):
+            self._in_order(self.stream, parts, rows)
+        elif not self._with_seeks(parts, rows):
+            # decode from the beginning: slower, but right for every container
+            with Stream(self.stream.path) as fresh:
+                self._in_order(fresh, parts, rows)
+        return rows.result()
 
-    def chosen(self) -> list[av.VideoFrame]:
-        assert self._last is not None
-        return [self._kept.get(offset, self._last) for offset in self.window.offsets]
-
-    def _take(self, frame: av.VideoFrame) -> None:
-        if self.done:
-            return
-        if self._count in self.window.offsets:
-            self._kept[self._count] = frame
-        self._last = frame
-        self.done = self._count >= self.window.offsets[-1]
-        self._count += 1
-
-
-class _SeekMissedError(Exception):
-    """Raised when a seek ends after the requested frame."""
-
-
-def _collect(stream: Stream, parts: Sequence[_Part]) -> list[_Picker]:
-    if stream.seekable and all(part.window.start is not None for part in parts):
+    def _with_seeks(self, parts: Sequence[Part], rows: Rows) -> bool:
+        """Read the windows with seeks; return whether this succeeded."""
+        pickers = [_picker(part, rows, 0) for part in parts]
         try:
-            pickers = [_Picker(part.window) for part in parts]
-            _run(stream, pickers, seek=True)
-            if not any(picker.empty for picker in pickers):
-                return pickers
-        except (_SeekMissedError, VideoError):
-            pass  # decode from the beginning: slower, but right for every container
-        with Stream(stream.path) as fresh:
-            return _collect_in_order(fresh, parts)
-    return _collect_in_order(stream, parts)
+            _run(self.stream, pickers, seek=True)
+        except (SeekMissedError, VideoError):
+            return False
+        if any(picker.empty for picker in pickers) or self._ended_early(pickers):
+            return False
+        for picker in pickers:
+            picker.chosen()
+        return True
+
+    def _ended_early(self, pickers: Sequence[_Picker]) -> bool:
+        info = self.info
+        if info is None or not info.timed or not any(picker.ended for picker in pickers):
+            return False
+        tick = (info.duration or 0) / (info.frames or 1)
+        return self.stream.position + 2 * tick + 1 < info.start + (info.duration or 0)
+
+    def _in_order(self, stream: Stream, parts: Sequence[Part], rows: Rows) -> None:
+        """Read the windows of a stream of which no frame has been read."""
+        pickers = [_picker(part, rows, REORDER) for part in parts]
+        run = _run(stream, pickers, seek=False)
+        if run.last is None:
+            reason = f": FFmpeg says {stream.message!r}" if stream.message else ""
+            raise VideoError(
+                f"{stream.path}: decoded 0 frames{reason}. The file is truncated, damaged or not a "
+                "video; copy or download it again."
+            )
+        if self.info is not None and any(picker.ended for picker in pickers):
+            self._check_count(run, stream.header.fps)
+        for picker in pickers:
+            picker.fall_back(run.last)
+            picker.chosen()
+
+    def _check_count(self, run: _Run, fps: float) -> None:
+        info = self.info
+        assert info is not None
+        if run.count >= (info.frames or 0) - 1:
+            return
+        if info.counted:
+            raise _FewerFramesError(replace(info, frames=run.count, fps=fps))
+        tick = (run.newest - run.first) // max(run.count - 1, 1) or 1
+        duration = run.newest - run.first + tick
+        raise _FewerFramesError(replace(info, frames=run.count, duration=duration, start=run.first))
 
 
-def _collect_in_order(stream: Stream, parts: Sequence[_Part]) -> list[_Picker]:
-    pickers = [_Picker(part.window) for part in parts]
-    last = _run(stream, pickers, seek=False)
-    if last is None:
-        reason = f": FFmpeg says {stream.message!r}" if stream.message else ""
-        raise VideoError(
-            f"{stream.path}: decoded 0 frames{reason}. The file is truncated, damaged or not a "
-            "video; copy or download it again."
-        )
-    for picker in pickers:
-        picker.fall_back(last)
-    return pickers
+def _picker(part: Part, rows: Rows, reorder: int) -> _Picker:
+    def keep(offset: int, frame: Any) -> int:
+        places = [i for i, wanted in enumerate(part.window.offsets) if wanted == offset]
+        for place in places:
+            rows.put(part.row + place, frame)
+        return part.row + places[0]
+
+    return _Picker(part.window, keep, reorder)
 
 
-def _run(stream: Stream, pickers: Sequence[_Picker], *, seek: bool) -> Any:
-    """Pass the frames of a stream to the pickers; return the last decoded frame or ``None``."""
-    last = None
+@dataclass
+class _Run:
+    """What a pass over the frames of a stream has seen."""
+
+    last: Any = None
+    count: int = 0
+    first: int = 0
+    newest: int = 0
+
+    def note(self, stamp: int, frame: Any) -> None:
+        self.first = min(self.first, stamp) if self.count else stamp
+        self.newest = max(self.newest, stamp) if self.count else stamp
+        self.last = frame
+        self.count += 1
+
+
+def _run(stream: Stream, pickers: Sequence[_Picker], *, seek: bool) -> _Run:
+    """Pass the frames of a stream to the pickers."""
+    run = _Run()
     gap = stream.ticks(_WORTH_A_SEEK)
-    for group in _groups(pickers, gap) if seek else [list(pickers)]:
+    for group in groups(pickers, gap) if seek else [list(pickers)]:
         start = group[0].window.start
         landed = True
         if seek and start is not None and start - stream.position > gap:
@@ -252,55 +303,15 @@ def _run(stream: Stream, pickers: Sequence[_Picker], *, seek: bool) -> Any:
             landed = False
         for stamp, frame in stream.frames():
             if not landed and start is not None and stamp > start:
-                raise _SeekMissedError
-            landed, last = True, frame
+                raise SeekMissedError
+            landed = True
+            run.note(stamp, frame)
             for picker in group:
                 if not picker.done:
                     picker.feed(stamp, frame)
             if all(picker.done for picker in group):
                 break
         for picker in group:
+            picker.ended = not picker.done
             picker.finish()
-    return last
-
-
-def _groups(pickers: Sequence[_Picker], gap: int) -> list[list[_Picker]]:
-    """Group the windows that overlap or that are close together; a group is read in one pass."""
-    groups: list[list[_Picker]] = []
-    reach = 0
-    for picker in sorted(pickers, key=lambda item: item.window.start or 0):
-        start = picker.window.start or 0
-        end = start if picker.window.end is None else max(picker.window.end, start)
-        if groups and start - reach <= gap:
-            groups[-1].append(picker)
-            reach = max(reach, end)
-        else:
-            groups.append([picker])
-            reach = end
-    return groups
-
-
-def frames_to_tensor(frames: Sequence[av.VideoFrame]) -> Tensor:
-    """Convert frames to uint8 ``[N, C, H, W]``; each distinct frame is converted only once."""
-    # One scaler for all frames: a scaler needs some megabytes.
-    scaler = require_av().video.reformatter.VideoReformatter()
-    first = frames[0]
-    turns = _quarter_turns(first)
-    pictures: dict[int, np.ndarray[Any, Any]] = {}
-    for frame in frames:
-        if id(frame) not in pictures:
-            rgb = scaler.reformat(frame, first.width, first.height, "rgb24")
-            pictures[id(frame)] = np.rot90(rgb.to_ndarray(), turns)
-    height, width, channels = pictures[id(first)].shape
-    video = np.empty((len(frames), channels, height, width), dtype=np.uint8)
-    for row, frame in zip(video, frames, strict=True):
-        # NumPy, because PyTorch uses all cores for such a copy and then waits 10 ms if the cores
-        # are busy (measured on 2 cores; NumPy needs 0.1 ms for 320x240).
-        np.copyto(row, pictures[id(frame)].transpose(2, 0, 1))
-    return torch.from_numpy(video)
-
-
-def _quarter_turns(frame: av.VideoFrame) -> int:
-    # FFmpeg gives the counterclockwise rotation, in degrees, that makes the frame upright. PyAV
-    # before version 14 does not have this attribute.
-    return round(getattr(frame, "rotation", 0) / 90) % 4
+    return run

@@ -101,7 +101,7 @@ PAPER_SAMPLING = Sampling(views=3)
 
 @dataclass(frozen=True)
 class StreamInfo:
-    """The metadata of a video stream, as the container gives them.
+    """The metadata of a video stream, of the frames that a player shows.
 
     Attributes:
         fps: average frame rate, in frames per second.

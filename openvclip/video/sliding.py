@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from openvclip.errors import VideoError, VideoOptionError
+from openvclip.video._pictures import Pictures
 from openvclip.video._stream import Stream, check_path, require_av
-from openvclip.video.decoding import REORDER, frames_to_tensor
+from openvclip.video._windows import REORDER
 
 if TYPE_CHECKING:
     import os
@@ -100,6 +101,7 @@ def _windows(
     begun, reached, until = 0, 0.0, 0.0
     frame: av.VideoFrame | None = None
     pixels: Tensor | None = None
+    pictures = Pictures(path)
     for until, frame in _displayed(path):
         while begun == 0 or begun * step + _ROUNDING < until:
             start = begun * step
@@ -110,7 +112,7 @@ def _windows(
         for window in waiting:
             while window.wanted and window.wanted[0] + _ROUNDING < until:
                 if pixels is None:
-                    pixels = transform(frames_to_tensor([frame]))[0]
+                    pixels = transform(pictures.tensor(frame))[0]
                 window.wanted.popleft()
                 window.frames.append(pixels)
         while waiting and not waiting[0].wanted and waiting[0].start + seconds <= until:
@@ -124,7 +126,7 @@ def _windows(
         reached = min(window.start + seconds, until)
         for _ in window.wanted:
             if pixels is None:
-                pixels = transform(frames_to_tensor([frame]))[0]
+                pixels = transform(pictures.tensor(frame))[0]
             window.frames.append(pixels)
         yield SlidingWindow(window.start, reached, torch.stack(window.frames))
 
@@ -154,10 +156,11 @@ def _in_order(stream: Stream) -> Iterator[tuple[int, av.VideoFrame]]:
     """
     stamps: list[int] = []
     frames: deque[av.VideoFrame] = deque()
+    reorder = 0 if stream.seekable else REORDER  # large frames need much memory
     for stamp, frame in stream.frames():
         heappush(stamps, stamp)
         frames.append(frame)
-        if len(frames) > REORDER:
+        if len(frames) > reorder:
             yield heappop(stamps), frames.popleft()
     while frames:
         yield heappop(stamps), frames.popleft()

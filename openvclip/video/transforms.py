@@ -28,6 +28,8 @@ CLIP_MEAN: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 """Standard deviation of the RGB channels in the training of CLIP, for pixels in [0, 1]."""
 
+Change = Callable[[Tensor], Tensor]
+
 # Frames are resized in chunks of at most this many values: 256 MB in float32.
 _CHUNK = 2**26
 
@@ -92,16 +94,30 @@ class Transform:
 
         Raises:
             VideoShapeError: ``video`` has another dtype or rank, a number of channels other than
-                three, or an empty dimension.
+                three, or an empty dimension. Floats are refused, because values from 0 to 1 and
+                values from 0 to 255 look alike in a dark video; the error says how to convert them.
         """
         _check(video, len(self.mean))
         frames = video.flatten(0, -4)
         clips = torch.split(frames, video.shape[-4]) if self.random else (frames,)
-        result = _join([_RECIPES[self.name](self, clip, generator) for clip in clips])
+        result = _join([self.draw(generator)(clip) for clip in clips])
         if self.crops == 1:
             return result[0].reshape(*video.shape[:-2], self.size, self.size)
         crops: Tensor = result.unflatten(1, (-1, video.shape[-4])).transpose(0, 1)
         return crops.reshape(*video.shape[:-4], *crops.shape[1:])
+
+    def draw(self, generator: torch.Generator | None = None) -> Callable[[Tensor], Tensor]:
+        """Draw the random changes of one clip.
+
+        Args:
+            generator: see :meth:`__call__`.
+
+        Returns:
+            A function from some frames of the clip, uint8 ``[n, C, H, W]``, to their crops, float32
+            ``[crops, n, C, size, size]``. Each frame is transformed for itself, so the frames can
+            be given one by one.
+        """
+        return _RECIPES[self.name](self, generator)
 
 
 def build(
@@ -206,41 +222,74 @@ def _check(video: Tensor, channels: int) -> None:
     if video.dtype != torch.uint8 or video.ndim < 4 or video.shape[-3] != channels:
         raise VideoShapeError(
             f"video is {actual}; expected torch.uint8 [..., T, {channels}, H, W], as read_clip "
-            "returns it. Pass the pixels before the normalisation."
+            f"returns it. {_advice(video, channels)}"
         )
     if 0 in video.shape:
         raise VideoShapeError(f"video is {actual}: one of its dimensions is empty.")
 
 
-def _released(spec: Transform, clip: Tensor, generator: torch.Generator | None) -> Tensor:
-    scaled = _scaled(clip, _fixed_short(spec))
-    return _bilinear_crop(spec, clip, scaled, _corners(spec, scaled, math.ceil))
+def _advice(video: Tensor, channels: int) -> str:
+    """Return how to turn a video that is refused into one that is accepted, as far as known."""
+    shape = list(video.shape)
+    if video.ndim >= 4 and channels not in shape[-3:-2]:
+        if shape[-1] == channels:
+            return "Move the channels before the height: video.movedim(-1, -3)."
+        if shape[-4] == channels:
+            return "Swap the channels and the time: video.transpose(-3, -4)."
+    if video.dtype == torch.uint8 or not video.numel() or video.is_complex() or video.is_meta:
+        return "Pass the pixels before the normalisation."
+    low, high = (float(end) for end in video.detach().float().aminmax())
+    if not (low >= 0 and high <= 255):  # also NaN
+        return (
+            f"The values are between {low:g} and {high:g}; pass the pixels before the "
+            "normalisation, whole numbers from 0 to 255."
+        )
+    if video.is_floating_point() and high <= 1:
+        # Also a black video in 0 to 255, which is the same black.
+        return "The values are between 0 and 1: pass (video * 255).round().to(torch.uint8)."
+    rounded = "video.round()" if video.is_floating_point() else "video"
+    return f"The values are between 0 and 255: pass {rounded}.to(torch.uint8)."
 
 
-def _train(spec: Transform, clip: Tensor, generator: torch.Generator | None) -> Tensor:
+def _released(spec: Transform, generator: torch.Generator | None) -> Change:
+    def change(clip: Tensor) -> Tensor:
+        scaled = _scaled(clip, _fixed_short(spec))
+        return _bilinear_crop(spec, clip, scaled, _corners(spec, scaled, math.ceil))
+
+    return change
+
+
+def _train(spec: Transform, generator: torch.Generator | None) -> Change:
     scale, down, right, flip = torch.rand(4, generator=generator).tolist()
     least, most = spec.short_side or (spec.size, round(spec.size * 8 / 7))
     short = least + min(int(scale * (most - least + 1)), most - least)
-    height, width = _scaled(clip, short)
-    top = int(down * (height - spec.size + 1))
-    left = int(right * (width - spec.size + 1))
     recolour = draw_jitter(Jitter(*spec.color_jitter), generator)
-    result = _bilinear_crop(spec, clip, (height, width), [(top, left)], recolour)
-    return result.flip(-1) if spec.hflip and flip < 0.5 else result
+
+    def change(clip: Tensor) -> Tensor:
+        height, width = _scaled(clip, short)
+        top = int(down * (height - spec.size + 1))
+        left = int(right * (width - spec.size + 1))
+        result = _bilinear_crop(spec, clip, (height, width), [(top, left)], recolour)
+        return result.flip(-1) if spec.hflip and flip < 0.5 else result
+
+    return change
 
 
-def _clip(spec: Transform, clip: Tensor, generator: torch.Generator | None) -> Tensor:
-    scaled = _scaled(clip, _fixed_short(spec))
-    corners = _corners(spec, scaled, round)
-    parts = []
-    for frames in _chunks(clip):
-        small = _bicubic_8bit(frames, scaled)
-        parts.append(_normalise(spec, _crops(small, spec.size, corners).float()))
-    return _join(parts)
+def _clip(spec: Transform, generator: torch.Generator | None) -> Change:
+    def change(clip: Tensor) -> Tensor:
+        scaled = _scaled(clip, _fixed_short(spec))
+        corners = _corners(spec, scaled, round)
+        parts = []
+        for frames in _chunks(clip):
+            small = _bicubic_8bit(frames, scaled)
+            parts.append(_normalise(spec, _crops(small, spec.size, corners).float()))
+        return _join(parts)
+
+    return change
 
 
-# Each function turns frames ``[n, C, H, W]`` into crops ``[crops, n, C, size, size]``.
-_RECIPES: dict[str, Callable[[Transform, Tensor, torch.Generator | None], Tensor]] = {
+# Each recipe draws the changes of a clip; see Transform.draw.
+_RECIPES: dict[str, Callable[[Transform, torch.Generator | None], Change]] = {
     "released": _released,
     "clip": _clip,
     "train": _train,

@@ -191,3 +191,44 @@ def test_wrong_arguments(folder):
     for options in ({"sampler": "x"}, {"backend": "x"}, {"views": 0}, {"num_frames": 0}):
         with pytest.raises(VideoOptionError):
             dataset(folder, **options)
+
+
+# Report 11 (datasets#6673): a copy has an epoch of its own, which its persistent workers read.
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        copy.deepcopy,
+        lambda data: pickle.loads(pickle.dumps(data)),
+        lambda data: copy.deepcopy(pickle.loads(pickle.dumps(data))),
+        lambda data: copy.deepcopy(torch.utils.data.Subset(data, [5])),
+        lambda data: copy.deepcopy(torch.utils.data.ConcatDataset([data])),
+        lambda data: copy.deepcopy(DataLoader(data)).dataset,
+    ],
+    ids=["deep copy", "pickle", "both", "subset", "concatenation", "loader"],
+)
+def test_copies_reach_their_workers(wrap, folder, numbers):
+    original = dataset(folder, sampler="dense", sampling_rate=2, transform=None)
+    original.samples = original.samples[5:] * 6
+    wrapped = wrap(original)
+    inner = getattr(wrapped, "dataset", None) or getattr(wrapped, "datasets", [wrapped])[0]
+    sampler = [0]
+    loader = DataLoader(wrapped, 1, sampler=sampler, num_workers=1, persistent_workers=True)
+    seen = []
+    for epoch in range(3):
+        inner.set_epoch(epoch)
+        (batch,) = loader
+        seen.append(numbers(batch[0])[0])
+        index = 5 if isinstance(wrapped, torch.utils.data.Subset) else 0
+        assert seen[-1] == numbers(inner[index][0])
+    assert seen[0] != seen[1] != seen[2]
+    assert original.epoch == 0  # independent of the copy
+
+
+def test_spawned_workers_share_the_epoch(folder):
+    from multiprocessing.reduction import ForkingPickler
+
+    data = copy.deepcopy(dataset(folder))
+    sent = pickle.loads(ForkingPickler.dumps(data))  # what a spawned worker receives
+    data.set_epoch(3)
+    assert sent.epoch == 3
+    assert copy.copy(data).epoch == 3

@@ -11,6 +11,7 @@ import torch
 from openvclip.errors import MissingDependencyError, VideoError
 from openvclip.video import Sampling, VideoDataset, _torchcodec, read_clip
 from tests.video.formats import FORMATS
+from tests.video.mp4 import with_edits, with_matrix
 
 # The two packages contain different versions of FFmpeg, which round RGB differently.
 GREY_LEVELS = 3
@@ -128,3 +129,23 @@ def test_without_torchcodec(monkeypatch, encode):
     )
     with pytest.raises(MissingDependencyError):
         data[0]
+
+
+def test_what_torchcodec_shows_otherwise_is_left_to_pyav(encode, decoded, tmp_path):
+    """Report 03 (mpv#16090): torchcodec does not mirror."""
+    data = encode("torchcodec-mirror.mp4", frames=4).read_bytes()
+    path = tmp_path / "mirrored.mp4"
+    for matrix in ((-1, 0, 0, 1), (1, 0, 0, -1), (0, 1, 1, 0), (0, -1, -1, 0)):
+        path.write_bytes(with_matrix(data, *matrix))
+        assert both(path, num_frames=2) == 0
+    assert decoded == [None] * 4
+
+
+def test_edit_lists(encode, decoded, tmp_path):
+    """Report 01 (vllm#48608): both backends take the frames that are shown."""
+    options = {"x264-params": "bframes=0:keyint=60"}
+    data = encode("torchcodec-edits.mp4", frames=150, options=options).read_bytes()
+    path = tmp_path / "edited.mp4"
+    path.write_bytes(with_edits(data, [(3000, 43 * 512)]))
+    for sampler in ("released", "uniform", "dense"):
+        assert both(path, num_frames=4, views=3, sampler=sampler) <= GREY_LEVELS

@@ -338,3 +338,26 @@ def test_a_short_side_of_ones_own():
 def test_crops_and_short_sides_that_do_not_fit(arguments, text):
     with pytest.raises(VideoOptionError, match=text):
         transforms.build(**arguments)
+
+
+# Report 45: float frames are never guessed at; the error says how to convert them.
+@pytest.mark.parametrize(
+    ("video", "advice"),
+    [
+        (torch.full((2, 3, 8, 8), 200.0), r"0 and 255: pass video\.round\(\)\.to\(torch.uint8\)"),
+        (torch.full((2, 3, 8, 8), 0.5), r"0 and 1: pass \(video \* 255\)\.round\(\)\.to"),
+        (torch.full((2, 3, 8, 8), 0.5, dtype=torch.float16), r"float16.*0 and 1: pass \(video"),
+        (torch.full((2, 3, 8, 8), 7), r"int64.*0 and 255: pass video\.to\(torch.uint8\)"),
+        (torch.full((2, 3, 8, 8), -1.5), "between -1.5 and -1.5; pass the pixels before the norm"),
+        (torch.full((2, 3, 8, 8), math.nan), "between nan and nan; pass the pixels before"),
+        (torch.zeros(2, 8, 9, 3), r"video\.movedim\(-1, -3\)"),
+        (torch.zeros(2, 8, 9, 3, dtype=torch.uint8), r"video\.movedim\(-1, -3\)"),
+        (torch.zeros(3, 4, 8, 9, dtype=torch.uint8), r"video\.transpose\(-3, -4\)"),
+        (torch.zeros(2, 1, 8, 9, dtype=torch.uint8), "Pass the pixels before"),
+        (torch.zeros(2, 3, 8, 9, dtype=torch.complex64), "Pass the pixels before"),
+    ],
+)
+@pytest.mark.parametrize("name", transforms.TRANSFORMS)
+def test_frames_that_are_refused_with_advice(name, video, advice):
+    with pytest.raises(VideoShapeError, match=advice):
+        transforms.build(name, 4)(video)
