@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,23 +17,31 @@ from openvclip.weights.anchor import (
     to_anchor_device,
     trained_parameters,
 )
+from openvclip.weights.buffers import keeping_buffers
+from openvclip.weights.gradients import (
+    Gradients,
+    apply_gradients,
+    innermost,
+    is_accumulating,
+    require_one_evaluation,
+)
 from openvclip.weights.hashing import fingerprint
 from openvclip.weights.names import listed, named_parameters
 from openvclip.weights.numerics import lerp_, overwriting
 from openvclip.weights.regularization_input import (
-    require_loss,
+    require_alpha,
     require_own_optimizer,
     require_settings,
 )
 from openvclip.weights.shards import (
     backend_device,
-    clip_gradients,
     local,
     no_sync,
     process_groups,
     require_agreement,
     reshard,
 )
+from openvclip.weights.watch import WeightWatch, changed_weights
 
 
 class InterpolatedWeightRegularizer:
@@ -144,8 +152,11 @@ class InterpolatedWeightRegularizer:
         self._fingerprint = fingerprint(self._anchor, named_parameters(model))
         self._unanchored = trained_parameters(model).keys() - self._anchor.keys()
         self._stash: dict[str, Tensor] = {}
+        self._watch: WeightWatch | None = None  # of the last block, if a GPU compares its weights
+        self._gradients: Gradients | None = None
         if optimizer is not None:
             require_own_optimizer(model, optimizer)
+            self._gradients = Gradients(innermost(optimizer))
 
     def step(
         self,
@@ -176,6 +187,36 @@ class InterpolatedWeightRegularizer:
             UsageError: there is no optimizer, or the call is inside a block of
                 :meth:`interpolated`.
         """
+        optimizer, gradients = self._ready_to_step()
+        self._require_agreement()
+        regularize = self.weight > 0 and self._steps % self.every == 0
+        # accelerate's zero_grad() does nothing between two micro-batches.
+        outer = innermost(optimizer) if hasattr(optimizer, "gradient_state") else optimizer
+        gradients.prepare(lambda: outer.zero_grad(set_to_none=True))
+        accumulating = is_accumulating(optimizer)
+        try:
+            if regularize:
+                # The second backward pass reduces the sum of both gradients over the processes.
+                with self.interpolated(), no_sync(self._modules()):
+                    # No name for this loss: its graph must be gone in the second pass.
+                    backward(
+                        _scaled(self.weight * gradients.loss_of(closure, self._modules()), scaler)
+                    )
+                gradients.require_no_graph()
+            loss = gradients.loss_of(closure, self._modules())
+            backward(_scaled(loss, scaler))
+            self._require_unchanged()
+            apply_gradients(optimizer, scaler, None if accumulating else max_grad_norm)
+        except BaseException:
+            gradients.mark(used=True)  # the next step clears them
+            raise
+        skips = scaler is not None or getattr(optimizer, "scaler", None) is not None
+        gradients.finish(accumulating=accumulating, skips=skips)
+        self._steps += 1
+        return loss.detach()
+
+    def _ready_to_step(self) -> tuple[Any, Gradients]:
+        """Return the optimizer and its gradients, or raise an error if ``step()`` can't be used."""
         if self.optimizer is None:
             raise UsageError(
                 "step() needs an optimizer: create InterpolatedWeightRegularizer(model, "
@@ -183,18 +224,11 @@ class InterpolatedWeightRegularizer:
             )
         if self._inside:
             raise UsageError("step() was called within interpolated(); end the block first.")
-        self._require_agreement()
-        regularize = self.weight > 0 and self._steps % self.every == 0
-        self.optimizer.zero_grad(set_to_none=True)
-        if regularize:
-            # The second backward pass reduces the sum of both gradients over the processes.
-            with self.interpolated(), no_sync(self._modules()):
-                backward(_scaled(self.weight * require_loss(closure()), scaler))
-        loss = require_loss(closure())
-        backward(_scaled(loss, scaler))
-        self._optimizer_step(scaler, max_grad_norm)
-        self._steps += 1
-        return loss.detach()
+        inner = innermost(self.optimizer)
+        require_one_evaluation(inner)
+        if self._gradients is None or not self._gradients.are_of(inner):
+            self._gradients = Gradients(inner)
+        return self.optimizer, self._gradients
 
     def _modules(self) -> list[nn.Module]:
         return [self.model] if self.wrapper is None else [self.model, self.wrapper]
@@ -203,51 +237,67 @@ class InterpolatedWeightRegularizer:
         for module in self._modules():
             reshard(module)
 
-    def _optimizer_step(self, scaler: Any, max_grad_norm: float | None) -> None:
-        optimizer = cast(Optimizer, self.optimizer)
-        if max_grad_norm is not None:
-            if scaler is not None:
-                scaler.unscale_(optimizer)
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            clip_gradients(parameters, max_grad_norm)
-        if scaler is None:
-            optimizer.step()
-        else:
-            scaler.step(optimizer)
-            scaler.update()
-
     @contextmanager
-    def interpolated(self) -> Iterator[float]:
+    def interpolated(self, alpha: float | None = None) -> Iterator[float]:
         """Set the weights to ``alpha * anchor + (1 - alpha) * weights`` inside a ``with`` block.
 
-        Run the forward *and* the backward pass of the second loss inside the block. After the
-        block, the weights are restored bitwise, also after an exception. Gradients from inside
-        the block are kept.
+        Run the forward *and* the backward pass of the second loss inside the block, and nothing
+        that changes the weights. After the block, the weights and all buffers of the model are
+        restored bitwise, also after an exception. Gradients from inside the block are kept.
+
+        A change of the weights inside the block raises an error after the weights are restored.
+        Noticed are operations in place, replaced parameters, ``load_state_dict()``, and an
+        optimizer that steps in the backward pass. On a GPU, changes that PyTorch does not record
+        (fused optimizers, ``.data``) are noticed by the next block or the next optimizer step of
+        :meth:`step`. Not noticed are writes through ``.data`` to a few elements only.
+
+        Args:
+            alpha: the weight of the anchor, in [0, 1]. Default: a new draw from the interval, as
+                :meth:`draw_alpha` gives it.
 
         Yields:
-            alpha, a new draw from the interval.
+            alpha.
 
         Raises:
-            UsageError: two blocks are nested; a parameter was sharded, or set to require
-                gradients, after the regulariser was created; or the processes that train the
-                model would not draw the same alphas.
+            RegularizationError: ``alpha`` is out of range.
+            UsageError: the weights changed inside the block; two blocks are nested; a parameter
+                was sharded, or set to require gradients, after the regulariser was created; or the
+                processes that train the model would not draw the same alphas.
         """
         if self._inside:
             raise UsageError("interpolated() can't be nested; end the first block before the next.")
+        if alpha is not None:
+            require_alpha(alpha)
+        self._require_unchanged()
         self._reshard()
         live = self._interpolated_weights()
         self._require_agreement()
-        alpha = self._draw()
+        alpha = self._draw() if alpha is None else float(alpha)
         self._inside = True
+        changed: list[str] = []
         try:
-            with overwriting(list(live.values()), self._stash_for(live)):
+            stash = self._stash_for(live)
+            with keeping_buffers(self._modules()), overwriting(list(live.values()), stash):
                 parts = [local(parameter) for parameter in live.values()]
                 lerp_(parts, [self._anchor[name] for name in live], alpha)
                 del parts  # the forward pass can replace the memory of the shards
+                watch = WeightWatch(trained_parameters(self.model))
                 yield alpha
+                self._reshard()
+                kept = {n: (s, self._anchor[n]) for n, s in zip(live, stash, strict=True)}
+                changed = watch.look(trained_parameters(self.model), kept, alpha)
+                self._watch = watch if watch.is_late else None
         finally:
             self._inside = False
             self._reshard()  # frees gathered copies of the interpolated weights
+        if changed:
+            raise changed_weights(changed)
+
+    def _require_unchanged(self) -> None:
+        """Raise an error if the weights changed in the last block, as its GPU has found by now."""
+        watch, self._watch = self._watch, None
+        if watch is not None and watch.late():
+            raise changed_weights([])
 
     def _interpolated_weights(self) -> dict[str, nn.Parameter]:
         """Return the live parameters that have an anchor; move each anchor to its device."""
@@ -270,15 +320,15 @@ class InterpolatedWeightRegularizer:
             self._anchor[name] = to_anchor_device(anchor, self.anchor_device, part, copy=False)
         return live
 
-    def _stash_for(self, live: dict[str, nn.Parameter]) -> list[Tensor] | None:
-        """Return buffers on ``anchor_device`` for a copy of the weights; None if it is not set.
+    def _stash_for(self, live: dict[str, nn.Parameter]) -> list[Tensor]:
+        """Return tensors for a copy of the weights, on ``anchor_device`` if it is set.
 
         Page-locked memory is slow to allocate, so these tensors are kept for the next block.
         Without ``anchor_device``, the copy is allocated on the device of the weights and freed
         after the block, because the second pass needs the memory.
         """
         if self.anchor_device is None:
-            return None
+            return [torch.empty_like(local(parameter)) for parameter in live.values()]
         for name, parameter in live.items():
             stash = self._stash.get(name)
             if stash is None or stash.dtype != parameter.dtype:
@@ -304,6 +354,15 @@ class InterpolatedWeightRegularizer:
             )
         self._agreed = True
 
+    def draw_alpha(self) -> float:
+        """Draw an alpha, to use it in several blocks: ``with iwr.interpolated(alpha):``.
+
+        Optimizers that evaluate the loss several times in a step (LBFGS, SAM) need the same alpha
+        in all evaluations of the step.
+        """
+        self._require_agreement()
+        return self._draw()
+
     def _draw(self) -> float:
         low, high = self.interval
         uniform = torch.rand((), generator=self._generator, dtype=torch.float64).item()
@@ -324,6 +383,10 @@ class InterpolatedWeightRegularizer:
             "generator": self._generator.get_state(),
             "anchor_fingerprint": self._fingerprint,
         }
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the attributes for a copy or a pickle, which has its own optimizer."""
+        return {**vars(self), "_gradients": None, "_watch": None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a state from :meth:`state_dict`, and continue its sequence of alphas.

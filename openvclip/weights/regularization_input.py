@@ -29,6 +29,15 @@ def require_settings(
         raise RegularizationError(f"missing={missing!r}: expected 'error' or 'skip'.")
 
 
+def require_alpha(alpha: float) -> None:
+    """Raise a :class:`RegularizationError` if alpha is not in [0, 1]."""
+    if not _is_interval((alpha, alpha)):
+        raise RegularizationError(
+            f"alpha={alpha!r}: expected a number in [0, 1], the weight of the anchor (the original "
+            "CLIP)."
+        )
+
+
 def _is_interval(interval: Any) -> bool:
     try:
         low, high = interval

@@ -43,6 +43,16 @@ def local(tensor: Tensor) -> Tensor:
     return part
 
 
+def versions(tensor: Tensor) -> tuple[int, int]:
+    """Return the version counters of a tensor and of the part that this process holds.
+
+    PyTorch increases a counter at operations in place, except those of fused optimizers and those
+    through ``.data``.
+    """
+    part: Any = getattr(tensor, "_local_tensor", tensor)  # local() gives a part with a new counter
+    return tensor._version, part._version
+
+
 def own_slices(tensor: Tensor) -> tuple[slice, ...]:
     """Return the position of this process's part in the whole tensor, one slice per dimension."""
     sharded: Any = tensor

@@ -168,3 +168,25 @@ def processes_that_differ_are_told_so(out: Path) -> None:
         iwr.load_state_dict(saved | {"steps": 2})
     with pytest.raises(UsageError, match="load its state in all or none"), iwr.interpolated():
         pass
+
+
+@check
+def ddp_buffers_are_those_of_plain_training(out: Path) -> None:
+    # Report 08 (davda54/sam#17): the wrapper sends the buffers of the first process before a pass.
+    models = []
+    for regularised in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double()
+        wrapped = DistributedDataParallel(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        iwr = InterpolatedWeightRegularizer(
+            wrapped,
+            optimizer,
+            anchor={name: 3 * p.detach() for name, p in model.named_parameters()},
+            weight=C if regularised else 0.0,
+        )
+        for step in range(3):
+            iwr.step(lambda step=step: loss_of(wrapped, step))  # type: ignore[misc]  # noqa: B023
+        models.append(model)
+    for one, other in zip(models[0].buffers(), models[1].buffers(), strict=True):
+        assert torch.equal(one, other)

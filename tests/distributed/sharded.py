@@ -343,3 +343,33 @@ def fsdp_saves_whole_tensors_once(out: Path) -> None:
     blocked.parent.touch()
     with pytest.raises(CheckpointError, match="Could not write"):
         save_checkpoint(model.state_dict(), blocked)
+
+
+@check
+def fsdp_optimizer_in_the_backward_pass_is_refused(out: Path) -> None:
+    # Report 06 (pytorch#124523).
+    for foreach in (False, True):
+        model = sharded()
+        before = full(model.state_dict())
+        own = {p: torch.optim.AdamW([p], lr=0.1, foreach=foreach) for p in model.parameters()}
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(lambda p: own[p].step())  # noqa: B023
+        iwr = regulariser(model)
+        with pytest.raises(UsageError, match="changed inside interpolated"), iwr.interpolated():
+            loss_of(model, 0).backward()
+        assert_close(full(model.state_dict()), before)
+
+
+@check
+def fsdp_gradients_of_the_loop_are_not_cleared(out: Path) -> None:
+    # Report 07 (accelerate#1299).
+    model = sharded()
+    iwr = regulariser(model)
+    for step in range(2):
+        iwr.step(lambda step=step: loss_of(model, step))  # type: ignore[misc]
+    loss_of(model, 2).backward()
+    with pytest.raises(UsageError, match="has not used"):
+        iwr.step(lambda: loss_of(model, 3))
+    model.zero_grad()
+    iwr.step(lambda: loss_of(model, 3))
