@@ -31,6 +31,7 @@ from openvclip.towers.view import Boundary
 from openvclip.weights.averaging import EMATracker, LAWATracker, SWATracker
 from openvclip.weights.interpolation import Lambda, interpolate, interpolate_into
 from openvclip.weights.regularization import InterpolatedWeightRegularizer
+from openvclip.weights.statistics import update_statistics
 
 if TYPE_CHECKING:
     from openvclip import (
@@ -79,6 +80,7 @@ __all__ = [
     "save_checkpoint",
     "towers",
     "training",
+    "update_statistics",
     "video",
     "weights",
 ]

@@ -81,6 +81,18 @@ class ExtrapolationWarning(UserWarning):
     """Issued when an interpolation weight lies outside [0, 1]."""
 
 
+class StatisticsWarning(UserWarning):
+    """Issued when an average is read whose model has running statistics, as in batch norm.
+
+    The average holds the statistics of the last model. :func:`openvclip.update_statistics` makes
+    them anew.
+    """
+
+
+class OptimizerModeWarning(UserWarning):
+    """Issued when weights enter an average while a schedule-free optimizer is in training mode."""
+
+
 class NonFiniteWeightsError(OpenVCLIPError, ValueError):
     """Raised when weights that hold NaN or infinity are given to an average."""
 

@@ -97,6 +97,11 @@ settings.load_profile("openvclip")
 torch.set_num_threads(1)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Let the tests of averages use a model with batch norm; one file tests the warning."""
+    config.addinivalue_line("filterwarnings", "ignore::openvclip.errors.StatisticsWarning")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests of ``SLOW``, and run their files first.
 

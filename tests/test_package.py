@@ -104,6 +104,7 @@ PUBLIC = {
     "save_checkpoint",
     "towers",
     "training",
+    "update_statistics",
     "video",
     "weights",
 }

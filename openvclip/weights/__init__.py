@@ -10,6 +10,7 @@ from openvclip.weights.interpolation import Lambda, interpolate, interpolate_int
 from openvclip.weights.lambdas import by_depth, visual_only
 from openvclip.weights.regularization import InterpolatedWeightRegularizer
 from openvclip.weights.shards import full_state
+from openvclip.weights.statistics import update_statistics
 from openvclip.weights.tracker import WeightTracker
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "full_state",
     "interpolate",
     "interpolate_into",
+    "update_statistics",
     "visual_only",
     "weights_hash",
 ]

@@ -26,7 +26,8 @@ class SWATracker(WeightTracker):
     parameter requires gradients, it averages all parameters. To average checkpoint files, freeze
     all parameters, load one checkpoint at a time into the model, and call :meth:`update` after
     each. All other entries (frozen parameters, and buffers such as batch-norm statistics) keep
-    their values of the last averaged step. Frozen weights therefore stay bitwise the same.
+    their values of the last averaged step. Frozen weights therefore stay bitwise the same. Running
+    statistics do not fit the average: :func:`openvclip.update_statistics` makes them anew.
 
     Numerics: the tracker keeps the *sum* of the weights in ``dtype``, and divides it when the
     average is read. A running mean would be rounded at every update. An update is one foreach

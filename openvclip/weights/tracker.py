@@ -25,7 +25,9 @@ from openvclip.weights.numerics import (
     non_finite_names,
     overwriting,
 )
+from openvclip.weights.schedule_free import warn_of_training_weights, watch_optimizers
 from openvclip.weights.shards import local, reshard
+from openvclip.weights.statistics import statistics_modules, warn_of_old_statistics
 
 Entries: TypeAlias = dict[str, Tensor]
 """Tensors by canonical name. Under ``fully_shard`` the tensors are ``DTensor``."""
@@ -110,6 +112,9 @@ class WeightTracker(ABC):
             for name, value in state.items()
         }
         self._carried: Entries = {}
+        self._n_statistics = len(statistics_modules(model))
+        self._has_old_statistics = False
+        watch_optimizers()
 
     # --- what a subclass overrides -----------------------------------------------------------
 
@@ -168,6 +173,10 @@ class WeightTracker(ABC):
             StateMismatchError: names or shapes differ from those of the tracked model.
             UsageError: a parameter that was frozen when the tracker was created now requires
                 gradients.
+
+        Warns:
+            OptimizerModeWarning: the weights are those of a schedule-free optimizer in training
+                mode. Call ``optimizer.eval()`` before the update, and ``optimizer.train()`` after.
         """
         self._steps += 1
         steps_after_start = self._steps - self.start
@@ -177,7 +186,12 @@ class WeightTracker(ABC):
         return is_due
 
     def _add_model(self, model: nn.Module) -> None:
-        averaged, carried = (_detached(entries) for entries in self._live(model))
+        live, carried = self._live(model)
+        warn_of_training_weights(live.values())
+        if self._n_statistics and self._n_averaged:
+            layers = statistics_modules(model).values()
+            self._has_old_statistics |= any(layer.training for layer in layers)
+        averaged, carried = _detached(live), _detached(carried)
         broken = non_finite_names(averaged) if self.check_finite else []
         if broken:
             raise NonFiniteWeightsError(
@@ -237,6 +251,10 @@ class WeightTracker(ABC):
 
         Raises:
             EmptyAverageError: no model was added yet.
+
+        Warns:
+            StatisticsWarning: the model has running statistics (batch norm). They belong to the
+                last model: see :func:`openvclip.update_statistics`.
         """
         self._require_models()
         mean = self._mean()
@@ -263,6 +281,9 @@ class WeightTracker(ABC):
         Raises:
             EmptyAverageError: no model was added yet.
             StateMismatchError: names or shapes differ from those of the tracked model.
+
+        Warns:
+            StatisticsWarning: as in :meth:`averaged_state_dict`.
         """
         self._require_models()
         averaged, carried = self._live(model)
@@ -282,6 +303,8 @@ class WeightTracker(ABC):
                 f"every={self.every}, a model first enters at step {self.start + self.every}. "
                 "Call update(model) after each step of the optimizer."
             )
+        if self._has_old_statistics:
+            warn_of_old_statistics(self._n_statistics)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the tracker, with which a run resumes bitwise.
