@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from openvclip import (
         checkpoints,
         evaluation,
+        integrations,
         merging,
         models,
         prompting,
@@ -67,6 +68,7 @@ __all__ = [
     "evaluation",
     "expand_temporal_attention",
     "inspect_checkpoint",
+    "integrations",
     "interpolate",
     "interpolate_files",
     "interpolate_into",
@@ -89,6 +91,7 @@ _ROOMS = frozenset(
     {
         "checkpoints",
         "evaluation",
+        "integrations",
         "merging",
         "models",
         "prompting",

@@ -23,6 +23,7 @@ ARROWS: dict[str, set[str]] = {
     "commands": {"errors"},
     "weights": {"processes", "commands"},
     "merging": {"weights"},
+    "integrations": {"checkpoints"},
     "checkpoints": {"weights"},
     "video": {"processes", "commands"},
     "towers": {"processes", "commands"},

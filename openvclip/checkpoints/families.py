@@ -26,8 +26,7 @@ from openvclip.checkpoints.translation import (
     keep_names,
     strip_model_prefix,
 )
-from openvclip.errors import CheckpointError
-from openvclip.weights.names import listed
+from openvclip.errors import CheckpointError, listed
 
 _SETTINGS = tuple(f"{prefix}{name}" for prefix in ("", "model.") for name in sorted(SETTINGS))
 

@@ -11,8 +11,7 @@ from pathlib import Path
 
 from openvclip.checkpoints.folders import advice_for_folder, advice_for_part
 from openvclip.checkpoints.sharding import is_index, shard_names_in
-from openvclip.errors import CheckpointError, near_path
-from openvclip.weights.names import listed
+from openvclip.errors import CheckpointError, listed, near_path
 
 SAFETENSORS, TORCH, TORCHSCRIPT = "safetensors", "PyTorch", "TorchScript"
 

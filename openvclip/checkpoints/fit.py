@@ -20,10 +20,16 @@ from openvclip.checkpoints.formats import WeightFile
 from openvclip.checkpoints.inspection import CheckpointInfo
 from openvclip.checkpoints.sharding import index_of_shard
 from openvclip.checkpoints.sizes import Sizes, model_sizes
-from openvclip.errors import NonFiniteWeightsError, StateMismatchError, UsageError, WeightTypeError
+from openvclip.errors import (
+    NonFiniteWeightsError,
+    StateMismatchError,
+    UsageError,
+    WeightTypeError,
+    listed,
+)
 from openvclip.weights.adapters import factor_names
 from openvclip.weights.kinds import kind_of, refuse, require_values
-from openvclip.weights.names import listed, mismatches
+from openvclip.weights.names import mismatches
 from openvclip.weights.numerics import non_finite_names
 from openvclip.weights.shards import local, local_like, whole
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from openvclip.checkpoints.sharding import is_index, shard_names_in
-from openvclip.weights.names import listed
+from openvclip.errors import listed
 
 _ENDINGS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 

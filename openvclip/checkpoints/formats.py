@@ -26,8 +26,8 @@ from openvclip.checkpoints.file_kinds import SAFETENSORS, TORCHSCRIPT, kind_of, 
 from openvclip.checkpoints.folders import advice_for_part
 from openvclip.checkpoints.layout import map_entries, read_errors
 from openvclip.checkpoints.sharding import is_index, open_model, read_index
-from openvclip.errors import CheckpointError, UnsafeCheckpointError
-from openvclip.weights.names import canonical_names, is_extra_state, listed
+from openvclip.errors import CheckpointError, UnsafeCheckpointError, listed
+from openvclip.weights.names import canonical_names, is_extra_state
 from openvclip.weights.shards import is_sharded
 
 # Names under which training code stores the weights, beside optimizers and counters.

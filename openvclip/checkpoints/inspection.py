@@ -11,9 +11,9 @@ from openvclip.checkpoints.families import FAMILIES, Origin, Plan, has_quick_gel
 from openvclip.checkpoints.file_kinds import TORCHSCRIPT
 from openvclip.checkpoints.formats import WeightFile, read_weights
 from openvclip.checkpoints.sizes import Shape, Sizes, sizes_of
+from openvclip.errors import listed
 from openvclip.weights.adapters import factor_names
 from openvclip.weights.kinds import quantized_names
-from openvclip.weights.names import listed
 
 _LISTED_NAMES = 12
 

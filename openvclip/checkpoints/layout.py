@@ -21,8 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from openvclip.errors import CheckpointError
-from openvclip.weights.names import listed
+from openvclip.errors import CheckpointError, listed
 
 _LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 _METADATA = "__metadata__"  # the only name in a header that is not the name of an entry

@@ -16,8 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from openvclip.checkpoints.layout import LayoutError, OpenFile, json_object, open_file, read_errors
-from openvclip.errors import CheckpointError
-from openvclip.weights.names import listed
+from openvclip.errors import CheckpointError, listed
 
 INDEX_ENDING = ".safetensors.index.json"
 

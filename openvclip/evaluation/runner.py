@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openvclip.errors import EvaluationError, UsageError, VideoNotFoundError, near_path
+from openvclip.errors import EvaluationError, UsageError, VideoNotFoundError, listed, near_path
 from openvclip.evaluation.accuracy import score
 from openvclip.evaluation.encoding import BatchOptions, batches_of, encode_videos
 from openvclip.evaluation.mixture import Mixture
@@ -30,7 +30,7 @@ from openvclip.video.protocols import Split
 from openvclip.video.sampling import PAPER_SAMPLING, Sampling
 from openvclip.video.transforms import Transform
 from openvclip.weights.hashing import weights_hash
-from openvclip.weights.names import listed, named_state
+from openvclip.weights.names import named_state
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from openvclip.errors import EvaluationError, NonFiniteWeightsError
-from openvclip.weights.names import listed
+from openvclip.errors import EvaluationError, NonFiniteWeightsError, listed
 from openvclip.weights.numerics import non_finite_names
 from openvclip.weights.shards import local
 

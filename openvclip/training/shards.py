@@ -22,9 +22,8 @@ from typing import Any
 from openvclip.checkpoints.atomic import atomic_path
 from openvclip.commands.parsing import Parser
 from openvclip.commands.streams import command
-from openvclip.errors import AnnotationError, MissingDependencyError
+from openvclip.errors import AnnotationError, MissingDependencyError, listed
 from openvclip.video.files import VIDEO_SUFFIXES
-from openvclip.weights.names import listed
 
 __all__ = [
     "class_indices",

@@ -12,8 +12,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from openvclip.errors import WeightTypeError
-from openvclip.weights.names import listed
+from openvclip.errors import WeightTypeError, listed
 
 # Factors of a product: the weight is linear in each of them if all others stay the same.
 _PRODUCT = (

@@ -7,13 +7,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from openvclip.errors import StateMismatchError, UsageError
+from openvclip.errors import StateMismatchError, UsageError, listed
 from openvclip.weights.adapters import factors_by_layer, mixed_factors, refuse_factors
 from openvclip.weights.kinds import require_averageable, require_values
 from openvclip.weights.memory import require_no_overlap, without_ties
 from openvclip.weights.names import (
     canonical_model,
-    listed,
     live_model,
     mismatches,
     named_parameters,

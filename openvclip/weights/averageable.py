@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from openvclip.errors import UsageError
+from openvclip.errors import UsageError, listed
 from openvclip.weights.adapters import mixed_factors, refuse_factors
 from openvclip.weights.kinds import kind_of, quantized_names, refuse, require_values, scales_of
 from openvclip.weights.memory import view_of
-from openvclip.weights.names import listed
 from openvclip.weights.numerics import common_dtype, is_interpolable
 from openvclip.weights.shards import is_sharded
 

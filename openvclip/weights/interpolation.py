@@ -11,12 +11,11 @@ from typing import SupportsFloat
 import torch
 from torch import Tensor, nn
 
-from openvclip.errors import ExtrapolationWarning, LambdaError, UsageError
+from openvclip.errors import ExtrapolationWarning, LambdaError, UsageError, listed
 from openvclip.weights.averageable import require_combinable, require_separate_from
 from openvclip.weights.kinds import require_values
 from openvclip.weights.names import (
     canonical_model,
-    listed,
     live_model,
     require_live,
     require_match,

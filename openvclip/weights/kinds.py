@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from openvclip.errors import WeightTypeError
-from openvclip.weights.names import listed
+from openvclip.errors import WeightTypeError, listed
 from openvclip.weights.shards import is_sharded
 
 Kind: TypeAlias = Literal[

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from openvclip.errors import StateMismatchError, UsageError
+from openvclip.errors import StateMismatchError, UsageError, listed
 from openvclip.weights.anchor import (
     empty_stash,
     take_anchor,
@@ -26,7 +26,7 @@ from openvclip.weights.gradients import (
     require_one_evaluation,
 )
 from openvclip.weights.hashing import fingerprint
-from openvclip.weights.names import listed, named_parameters
+from openvclip.weights.names import named_parameters
 from openvclip.weights.numerics import lerp_, overwriting
 from openvclip.weights.regularization_input import (
     require_alpha,

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from openvclip.errors import NonFiniteWeightsError, StatisticsWarning, UsageError
-from openvclip.weights.names import canonical_names, listed, unwrap
+from openvclip.errors import NonFiniteWeightsError, StatisticsWarning, UsageError, listed
+from openvclip.weights.names import canonical_names, unwrap
 from openvclip.weights.numerics import non_finite_names
 
 

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from openvclip.errors import UsageError
+from openvclip.errors import UsageError, listed
 from openvclip.weights.adapters import mixed_factors, refuse_factors
 from openvclip.weights.kinds import kind_of, quantized_names, refuse, require_values
 from openvclip.weights.memory import require_no_overlap, tied_names
-from openvclip.weights.names import listed, live_model, named_parameters, state_names
+from openvclip.weights.names import live_model, named_parameters, state_names
 from openvclip.weights.numerics import is_interpolable
 
 _ADVICE = (

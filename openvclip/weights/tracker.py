@@ -16,9 +16,10 @@ from openvclip.errors import (
     NonFiniteWeightsError,
     StateMismatchError,
     UsageError,
+    listed,
 )
 from openvclip.weights.kinds import require_values
-from openvclip.weights.names import listed, live_model, require_match
+from openvclip.weights.names import live_model, require_match
 from openvclip.weights.numerics import (
     common_dtype,
     compute_dtype,

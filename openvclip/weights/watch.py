@@ -8,8 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from openvclip.errors import UsageError
-from openvclip.weights.names import listed
+from openvclip.errors import UsageError, listed
 from openvclip.weights.numerics import lerp_
 from openvclip.weights.shards import local, versions
 

@@ -25,9 +25,10 @@ from openvclip.errors import (
     NonFiniteWeightsError,
     UsageError,
     WeightTypeError,
+    listed,
 )
 from openvclip.weights.interpolation import Lambda, weights_of, write_interpolated
-from openvclip.weights.names import is_extra_state, listed
+from openvclip.weights.names import is_extra_state
 from openvclip.weights.numerics import common_dtype, is_interpolable
 
 StrPath: TypeAlias = str | os.PathLike[str]

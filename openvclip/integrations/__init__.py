@@ -1,0 +1,5 @@
+"""Weight-space training inside the training loops of other libraries.
+
+Each module belongs to one library and needs this library to be installed:
+``openvclip.integrations.transformers`` is for the ``Trainer`` of Hugging Face.
+"""

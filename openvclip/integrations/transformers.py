@@ -1,0 +1,254 @@
+"""IWR and weight averages in the ``Trainer`` of Hugging Face's ``transformers``."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from openvclip.checkpoints.atomic import atomic_path, write_errors
+from openvclip.errors import CheckpointError, UsageError
+from openvclip.weights.regularization import InterpolatedWeightRegularizer
+from openvclip.weights.shards import is_sharded, no_sync
+from openvclip.weights.tracker import WeightTracker
+
+__all__ = ["STATE_FILE", "RegularizedTrainerMixin"]
+
+STATE_FILE = "openvclip.pt"
+"""The file in a checkpoint of the trainer that holds the states of the regulariser and averages."""
+
+if TYPE_CHECKING:
+    # What the mixin expects beside it. Any Trainer will do, so nothing is imported from its
+    # library before an object is created.
+    class _Trainer:
+        args: Any
+        state: Any
+        accelerator: Any
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+        def add_callback(self, callback: Any) -> None: ...
+
+        def training_step(
+            self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any
+        ) -> Tensor: ...
+
+        def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any: ...
+else:
+    _Trainer = object
+
+
+class RegularizedTrainerMixin(_Trainer):
+    """Add interpolated weight regularisation and weight averages to a ``transformers.Trainer``.
+
+    Put the mixin in front of the trainer, and pass the regulariser and the averages by name. The
+    loss, the optimizer, gradient accumulation, clipping, mixed precision and checkpoints stay those
+    of the trainer::
+
+        class Trainer(RegularizedTrainerMixin, transformers.Trainer):
+            pass
+
+        clip = {name: value.clone() for name, value in model.state_dict().items()}
+        swa = openvclip.SWATracker(model, start=1000, every=100)
+        trainer = Trainer(
+            model=model,
+            args=transformers.TrainingArguments("out", max_grad_norm=1.0),
+            train_dataset=data,
+            regularizer=openvclip.InterpolatedWeightRegularizer(model, anchor=clip),
+            averages=[swa],
+        )
+        trainer.train()
+        model.load_state_dict(openvclip.interpolate(clip, swa.averaged_state_dict(), 0.5))
+
+    Each training step adds a pass at the interpolated weights, whose loss is weighted by C
+    (Equation 9 of Open-VCLIP). All micro-batches of an optimizer step have the same alpha. The
+    ``every`` of the regulariser counts optimizer steps. The logged loss is the loss of the weights
+    themselves. The averages are updated after each optimizer step that was not skipped.
+
+    Checkpoints of the trainer get one more file, ``openvclip.pt``. A resumed run continues the
+    sequence of alphas and the averages. With several processes, the first process writes this file.
+
+    Args:
+        args: arguments of the trainer.
+        regularizer: the regulariser of the model, created without an optimizer. Default: no
+            regularisation.
+        averages: trackers of the weights of the model. Default: none.
+        kwargs: keyword arguments of the trainer.
+
+    Raises:
+        UsageError: the trainer runs under DeepSpeed, whose weights are not whole in a training
+            step; or the weights are sharded and the averages would be saved.
+        CheckpointError: a checkpoint to resume from holds no state of this regulariser and these
+            averages, or the state can't be written.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        regularizer: InterpolatedWeightRegularizer | None = None,
+        averages: Sequence[WeightTracker] = (),
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.regularizer = regularizer
+        self.averages = tuple(averages)
+        self._alpha: tuple[int, float] | None = None  # of an optimizer step
+        if getattr(self, "is_deepspeed_enabled", False):
+            raise UsageError(
+                "The trainer runs under DeepSpeed, which does not keep whole weights in a training "
+                "step. Train without DeepSpeed, for example with DistributedDataParallel."
+            )
+        self.add_callback(_callback_for(self))
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Add the gradients of both losses on a batch. Return the loss of the weights themselves.
+
+        Args:
+            model: see ``transformers.Trainer.training_step``.
+            inputs: see ``transformers.Trainer.training_step``.
+            args: further arguments of the trainer.
+            kwargs: further keyword arguments of the trainer.
+        """
+        iwr, step = self.regularizer, self.state.global_step
+        if iwr is not None and iwr.weight > 0 and step % iwr.every == 0:
+            known = self._alpha[1] if self._alpha is not None and self._alpha[0] == step else None
+            with iwr.interpolated(known) as alpha, no_sync([model]):
+                self._alpha = (step, alpha)
+                with _weighted_backward(self.accelerator, iwr.weight):
+                    super().training_step(model, inputs, *args, **kwargs)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, or resume a run together with its regulariser and its averages.
+
+        Args:
+            resume_from_checkpoint: see ``transformers.Trainer.train``.
+            args: further arguments of the trainer.
+            kwargs: further keyword arguments of the trainer.
+
+        Raises:
+            CheckpointError: see the class.
+        """
+        self._alpha = None
+        folder = _checkpoint_folder(resume_from_checkpoint, self.args.output_dir)
+        if folder is not None and (self.regularizer is not None or self.averages):
+            self._load_states(folder / STATE_FILE)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _states(self) -> dict[str, Any]:
+        regularizer = None if self.regularizer is None else self.regularizer.state_dict()
+        averages = [average.state_dict() for average in self.averages]
+        return {"regularizer": regularizer, "averages": averages}
+
+    def _save_states(self, path: Path) -> None:
+        with write_errors(path), atomic_path(path) as temporary:
+            torch.save(self._states(), temporary)
+
+    def _load_states(self, path: Path) -> None:
+        if not path.is_file():
+            raise CheckpointError(
+                f"{path}: no such file, so the regulariser and the averages can't be resumed. "
+                "Resume from a checkpoint that RegularizedTrainerMixin wrote, or train without "
+                "regularizer and averages."
+            )
+        states = _read(path)
+        saved = (states["regularizer"] is not None, len(states["averages"]))
+        expected = (self.regularizer is not None, len(self.averages))
+        if saved != expected:
+            raise CheckpointError(
+                f"{path} holds {_description(*saved)}; the trainer has {_description(*expected)}. "
+                "Create the trainer with the same regularizer and averages as in the saved run."
+            )
+        if self.regularizer is not None:
+            self.regularizer.load_state_dict(states["regularizer"])
+        for average, state in zip(self.averages, states["averages"], strict=True):
+            average.load_state_dict(state)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        states: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"{path} can't be read: {str(error).splitlines()[0]} Resume from an older checkpoint."
+        ) from error
+    return states
+
+
+def _description(has_regularizer: bool, n_averages: int) -> str:
+    averages = f"{n_averages} average{'' if n_averages == 1 else 's'}"
+    return f"{'a' if has_regularizer else 'no'} regulariser and {averages}"
+
+
+def _checkpoint_folder(resume_from_checkpoint: Any, output_dir: str | None) -> Path | None:
+    """Return the folder that the trainer resumes from, or ``None`` for a new run."""
+    if resume_from_checkpoint is True and output_dir is not None:
+        from transformers.trainer_utils import get_last_checkpoint
+
+        last = get_last_checkpoint(output_dir)
+        return None if last is None else Path(last)  # the trainer raises its own error
+    if isinstance(resume_from_checkpoint, str | os.PathLike):
+        return Path(resume_from_checkpoint)
+    return None
+
+
+@contextmanager
+def _weighted_backward(accelerator: Any, weight: float) -> Iterator[None]:
+    """Multiply the loss of a training step by ``weight``, whatever computes the loss.
+
+    Trainers of users override ``compute_loss``, so the loss is weighted in the backward pass.
+    """
+    backward, calls = accelerator.backward, 0
+
+    def weighted(loss: Tensor, **kwargs: Any) -> None:
+        nonlocal calls
+        calls += 1
+        backward(weight * loss, **kwargs)
+
+    accelerator.backward = weighted
+    try:
+        yield
+    finally:
+        del accelerator.backward
+    if calls != 1:
+        raise UsageError(
+            f"training_step() called accelerator.backward() {calls} times; expected once. A "
+            "trainer with its own backward pass needs its own loop: see "
+            "InterpolatedWeightRegularizer."
+        )
+
+
+def _callback_for(trainer: RegularizedTrainerMixin) -> Any:
+    """Return the callback that updates the averages and saves the states."""
+    from transformers import TrainerCallback
+
+    class WeightSpaceCallback(TrainerCallback):  # type: ignore[misc]
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if trainer.averages and args.save_strategy != "no" and _is_sharded(kwargs["model"]):
+                raise UsageError(
+                    "The weights are sharded, and a checkpoint of the trainer would hold the "
+                    "averages of one process only. Give save_strategy='no', and save "
+                    "average.state_dict() with torch.distributed.checkpoint."
+                )
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if not trainer.accelerator.optimizer_step_was_skipped:
+                for average in trainer.averages:
+                    average.update(kwargs["model"])
+
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if args.should_save and (trainer.regularizer is not None or trainer.averages):
+                folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+                trainer._save_states(folder / STATE_FILE)
+
+    return WeightSpaceCallback()
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    return any(is_sharded(parameter) for parameter in model.parameters())
