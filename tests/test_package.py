@@ -91,6 +91,7 @@ PUBLIC = {
     "evaluation",
     "expand_temporal_attention",
     "inspect_checkpoint",
+    "integrations",
     "interpolate",
     "interpolate_files",
     "interpolate_into",

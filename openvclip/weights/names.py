@@ -19,17 +19,6 @@ from openvclip.errors import StateMismatchError, UsageError, WeightTypeError, li
 from openvclip.weights.memory import tied_names, view_of
 from openvclip.weights.shards import reshard
 
-__all__ = [
-    "canonical_names",
-    "canonical_state",
-    "listed",
-    "mismatches",
-    "named_parameters",
-    "named_state",
-    "require_match",
-    "unwrap",
-]
-
 # Any submodule can be wrapped, so these parts can occur at any position of a name.
 _WRAPPER_PARTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 

@@ -37,8 +37,8 @@ def tiny_clip() -> nn.Module:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     config = transformers.CLIPConfig(
-        text_config={**sizes, "num_attention_heads": 2, "vocab_size": 20, "eos_token_id": 19, "bos_token_id": 0,
-                     "max_position_embeddings": 6},
+        text_config={**sizes, "num_attention_heads": 2, "vocab_size": 20,
+                     "eos_token_id": 19, "bos_token_id": 0, "max_position_embeddings": 6},
         vision_config={**sizes, "num_attention_heads": 2, "image_size": 8, "patch_size": 4},
         projection_dim=8,
     )  # fmt: skip
