@@ -134,8 +134,12 @@ def _places(model: nn.Module) -> list[tuple[int, int]]:
 
 
 def _hash(model: nn.Module) -> str | None:
-    """Return a hash of the text weights, or None for tensors without plain bytes (quantised)."""
+    """Return a hash of the text weights, or None for tensors without plain bytes (quantised).
+
+    -0 and 0 have the same hash: an interpolation of two entries that are -0 can be 0.
+    """
     try:
-        return weights_hash(text_state(model))
+        # One entry at a time, because the sum is a copy.
+        return "".join(weights_hash({n: v + 0}) for n, v in sorted(text_state(model).items()))
     except (RuntimeError, TypeError, NotImplementedError):
         return None

@@ -233,6 +233,16 @@ def test_text_features_of_other_weights_are_noticed() -> None:
     assert torch.equal(wide[0.5].ranks, same[0.5].ranks)
 
 
+def test_an_interpolation_of_equal_texts_is_the_same_text_though_a_zero_changes_its_sign() -> None:
+    model = tiny_clip()
+    with torch.no_grad():
+        model.token_embedding.weight[40] = -0.0
+    original, tuned = ends(model, text=False)
+    classifier = ZeroShotClassifier(model, tiny_tokenizer, NAMES, TEMPLATES)
+    model.load_state_dict(interpolate(original, tuned, 0.25))
+    evaluate(classifier, batches())
+
+
 def test_features_from_a_cache_are_taken_as_they_are() -> None:
     model = tiny_clip()
     features = class_features(model, tiny_tokenizer, NAMES, TEMPLATES)

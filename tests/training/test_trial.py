@@ -69,9 +69,7 @@ def test_the_command_for_a_video(
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize(
-    "more", [[], ["--frames", "5", "--sampler", "uniform", "--sampling-rate", "3"]]
-)
+@pytest.mark.parametrize("more", [[], ["--frames", "5", "--sampler", "uniform"]])
 def test_the_command_for_the_accuracy_has_the_test_of_the_preset(
     preset: str, more: list[str]
 ) -> None:
