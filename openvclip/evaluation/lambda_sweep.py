@@ -18,8 +18,9 @@ from openvclip.models.text_weights import (
     require_whole_text,
     same_text,
 )
+from openvclip.weights.averageable import require_own_memory
 from openvclip.weights.interpolation import interpolate_into
-from openvclip.weights.names import canonical_state, named_state
+from openvclip.weights.names import canonical_model, named_state
 from openvclip.weights.numerics import memory_of, overwriting
 
 FIGURE_LAMBDAS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
@@ -70,14 +71,16 @@ def sweep(
             :func:`openvclip.evaluation.evaluate`.
         UsageError: ``text`` is unknown; or the text weights are sharded and differ; or the
             classifier or its model is compiled with Inductor's ``freezing=True``, which keeps the
-            old weights.
+            old weights; or ``theta_a`` and ``theta_b`` share the memory of all their entries.
     """
     require_text_source(text)
     require_live_weights(classifier)
     model = cast(nn.Module, classifier.model)
     live = named_state(model)
-    theta_a = _not_shared(live, canonical_state(theta_a, "theta_a", like=live))
-    theta_b = _not_shared(live, canonical_state(theta_b, "theta_b", like=live))
+    theta_a, _ = canonical_model(theta_a, "theta_a", like=live)
+    theta_b, _ = canonical_model(theta_b, "theta_b", like=live)
+    require_own_memory(theta_a, theta_b, "theta_a and theta_b")
+    theta_a, theta_b = _not_shared(live, theta_a), _not_shared(live, theta_b)
 
     def set_weights(lam: float) -> None:
         interpolate_into(model, theta_a, theta_b, lam)

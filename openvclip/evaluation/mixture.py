@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from openvclip.errors import UsageError
 from openvclip.evaluation.frozen import require_live_weights
 from openvclip.models.text_weights import TextSource, require_text_source, same_text
+from openvclip.weights.averageable import require_own_memory
 from openvclip.weights.interpolation import interpolate_into
-from openvclip.weights.names import canonical_state, named_state
+from openvclip.weights.names import canonical_model, named_state
 from openvclip.weights.numerics import overwriting
 from openvclip.weights.shards import local
 
@@ -65,13 +66,14 @@ class Mixture:
 
         Raises:
             UsageError: the model is compiled with Inductor's ``freezing=True``, which keeps the old
-                weights.
+                weights; or ``tuned`` shares the memory of the model.
         """
         if self.tuned is None:
             yield [lambda: None]
             return
         require_live_weights(model)
         tuned, live = self.tuned, named_state(model)
+        require_own_memory(live, canonical_model(tuned, "tuned", like=live)[0], "model and tuned")
         original = {name: torch.empty_like(value) for name, value in live.items()}
 
         def setter(lam: float) -> Callable[[], None]:
@@ -98,7 +100,7 @@ class Mixture:
         if (
             self.tuned is None
             or self.text == "original"
-            or same_text(live, canonical_state(self.tuned, "tuned", like=live))
+            or same_text(live, canonical_model(self.tuned, "tuned", like=live)[0])
         ):
             return [encode()] * max(1, len(self.lams))
         features = []

@@ -54,7 +54,7 @@ def require_combinable(
     refuse_factors(mixed_factors(first, changed), what[-1], action)
     for (i, a), (j, b) in itertools.combinations(enumerate(states), 2):
         if what[i] != what[j]:
-            _require_own_memory(a, b, f"{what[i]} and {what[j]}")
+            require_own_memory(a, b, f"{what[i]} and {what[j]}")
 
 
 def require_addable(base: Mapping[str, Tensor], vectors: Sequence[Mapping[str, Tensor]]) -> None:
@@ -99,7 +99,19 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.detach().resolve_conj().contiguous().reshape(-1).view(torch.uint8)
 
 
-def _require_own_memory(a: Mapping[str, Tensor], b: Mapping[str, Tensor], what: str) -> None:
+def require_own_memory(a: Mapping[str, Tensor], b: Mapping[str, Tensor], what: str) -> None:
+    """Raise an error if two models share the memory of all their entries.
+
+    One object that is passed twice is accepted. Shared memory of some entries is accepted too.
+
+    Args:
+        a: a model under canonical names.
+        b: another model under canonical names.
+        what: names of both models, for the error text.
+
+    Raises:
+        UsageError: the models share the memory of all their entries.
+    """
     same_object = True
     for name, value in a.items():
         if name in b and is_interpolable(value) and value.numel():

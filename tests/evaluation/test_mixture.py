@@ -56,3 +56,14 @@ def test_defaults() -> None:
         assert_same_state(snapshot(model), original)
     with pytest.raises(UsageError, match=r"lams=\[0.5\] without tuned"):
         Mixture(lams=[0.5])
+
+
+def test_a_state_dict_without_a_copy_is_noticed() -> None:
+    # Report 40: the state dict of the model itself scores the same at every lambda.
+    model, _ = _model()
+    for tuned in (model.state_dict(), {n: p.detach() for n, p in model.named_parameters()}):
+        with (
+            pytest.raises(UsageError, match="model and tuned share the memory"),
+            Mixture(tuned, (0.0, 0.5)).setters(model),
+        ):
+            pass

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import openvclip
+from openvclip.errors import UsageError
 from openvclip.evaluation import FIGURE_LAMBDAS, evaluate, sweep
 from tests.helpers import random_video, tiny_clip, tiny_tokenizer
 
@@ -70,6 +71,15 @@ def test_an_end_may_be_the_models_own_state_dict(index: int) -> None:
     results = sweep(classifier, *states, loader, progress=False)
     for lam, result in results.items():
         assert torch.equal(result.ranks, expected[lam].ranks)
+
+
+def test_a_state_dict_without_a_copy_is_noticed() -> None:
+    # Report 40: both ends are the trained model, so every lambda has the same accuracy.
+    classifier, loader = _classifier(), CountingLoader()
+    clip = classifier.model.state_dict()
+    with pytest.raises(UsageError, match="theta_a and theta_b share the memory"):
+        sweep(classifier, clip, classifier.model.state_dict(), loader, progress=False)
+    assert loader.read == 0
 
 
 def test_live_weights_are_back_bitwise_also_after_an_exception() -> None:
