@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import schedulefree
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
@@ -277,6 +276,7 @@ def test_an_average_without_moving_statistics_says_nothing(model: nn.Module) -> 
 def test_training_weights_of_a_schedule_free_optimizer_are_noticed(kind: Any) -> None:
     # Report 34: the average is one of training weights.
     model, other = Smooth(), Smooth()
+    schedulefree = pytest.importorskip("schedulefree")
     optimizer = schedulefree.AdamWScheduleFree(model.parameters(), lr=0.1)
     optimizer.train()
     tracker, unrelated = kind(model), kind(other)
