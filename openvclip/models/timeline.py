@@ -144,8 +144,9 @@ def predict_timeline(
         progress: whether to show a progress bar. Default: only in a terminal.
 
     Raises:
-        VideoError, VideoOptionError, ClassNamesError, UsageError, UnsupportedModelError,
-            NonFiniteWeightsError, EvaluationError: see :func:`openvclip.predict`.
+        VideoError, VideoOptionError, ClassNamesError, UsageError: see :func:`openvclip.predict`.
+        UnsupportedModelError, NonFiniteWeightsError, EvaluationError: see
+            :func:`openvclip.predict`.
 
     Warns:
         LabelWarning, TextFeaturesWarning: see :func:`openvclip.predict`.
