@@ -122,7 +122,13 @@ def _write(
     with write_errors(path), atomic_path(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode  # the mode that the umask of the process gives a new file
-        save_file(stored, temporary, metadata=dict(metadata or {}))
+        try:
+            save_file(stored, temporary, metadata=dict(metadata or {}))
+        except KeyError as error:  # of the table of dtypes of an older safetensors
+            raise CheckpointError(
+                f"The installed version of safetensors can't store {error}. Install "
+                "safetensors 0.8 or newer, or convert the entries to another dtype."
+            ) from error
         temporary.chmod(mode)  # safetensors creates files that only their owner can read
 
 

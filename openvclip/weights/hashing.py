@@ -128,6 +128,8 @@ def _samples(value: Tensor, parameter: Tensor) -> Tensor:
     so a maximum over the processes restores them.
     """
     numel = parameter.numel()
+    if value.is_floating_point() and value.dtype.itemsize == 1:
+        value = value.float()  # PyTorch 2.7 has no indexing of float8
     index = torch.arange(0, numel, max(1, numel // _SAMPLES), device=value.device)[:_SAMPLES]
     if not is_sharded(parameter):
         return _as_doubles(value.reshape(-1)[index]).reshape(-1)

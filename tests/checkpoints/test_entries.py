@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -165,6 +166,11 @@ def test_files_of_float8(tmp_path: Path, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     states = [{"w": torch.randn(40, 9).to(dtype), "v": torch.randn(7).to(dtype)} for _ in "ab"]
     files = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    if safetensors.__version__ < "0.8" and dtype in FLOAT8[2:]:
+        with pytest.raises(CheckpointError, match=r"can't store torch\.float8.*safetensors 0\.8"):
+            openvclip.save_checkpoint(states[0], files[0])
+        assert not files[0].exists()
+        return
     for state, file in zip(states, files, strict=True):
         openvclip.save_checkpoint(state, file)
         assert_same_state(load_file(file), dict(sorted(state.items())))

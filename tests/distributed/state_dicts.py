@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import distributed
 from torch.distributed.tensor import DTensor
 
-from openvclip import interpolate, interpolate_into
+from openvclip import interpolate, interpolate_into, load_checkpoint, save_checkpoint
 from openvclip.errors import UsageError
 from openvclip.merging import (
     apply_task_vectors,
@@ -45,6 +46,23 @@ def fsdp_models_take_whole_state_dicts(out: Path) -> None:
         plain = Net(2)
         interpolate_into(plain, a, b, 0.25)
         assert_close(plain.state_dict(), expected)
+
+
+@check
+def fsdp_models_load_files(out: Path) -> None:
+    # Report 23 (pytorch#136336)
+    tuned = snapshot(Net(1))
+    path = out / "whole.safetensors"
+    if distributed.get_rank() == 0:
+        save_checkpoint(tuned, path)
+    distributed.barrier()
+    model = sharded(2)
+    with torch.no_grad():
+        model(batch(0)[0])  # leaves gathered weights, which must not be used again
+    load_checkpoint(path, model)
+    assert_close(full(model.state_dict()), tuned)
+    reference = Net(1)
+    torch.testing.assert_close(model(batch(0)[0]), reference(batch(0)[0]))
 
 
 @check

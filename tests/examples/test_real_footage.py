@@ -23,6 +23,7 @@ def test_all_clips_run_through_an_expanded_vit_b_32() -> None:
     samples = [(path, names.index(label)) for path, label in listed]
     torch.manual_seed(0)
     model = open_clip.create_model("ViT-B-32-quickgelu")
+    del model.visual.transformer.resblocks[4:]  # 4 of its 12 layers, to save time
     openvclip.expand_temporal_attention(model)
     tokenizer = open_clip.get_tokenizer("ViT-B-32-quickgelu")
     classifier = openvclip.ZeroShotClassifier(model, tokenizer, names, ["a video of {}."])

@@ -148,8 +148,8 @@ def test_regulariser_of_float8(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", FLOAT8)
 def test_float8_that_is_not_finite(dtype: torch.dtype) -> None:
-    codes = torch.arange(256, dtype=torch.uint8).view(dtype)
-    broken = codes[~codes.double().isfinite()]
+    codes = torch.arange(256, dtype=torch.uint8)
+    broken = codes[~codes.view(dtype).double().isfinite()].view(dtype)
     assert len(broken)
     assert non_finite_names({"ok": random(dtype, 0), "bad": broken[:1]}) == ["bad"]
     swa = SWATracker(Model(broken.clone()))
