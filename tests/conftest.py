@@ -93,11 +93,16 @@ SLOW = frozenset(
     }
 )
 
-# No law depends on the time an example takes; the machines that run the suite are shared.
-settings.register_profile(
-    "openvclip", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow]
-)
-settings.load_profile("openvclip")
+# No law depends on the time an example takes; the machines that run the suite are shared. The weekly
+# workflow takes ten times as many examples: HYPOTHESIS_PROFILE=thorough.
+for name, max_examples in (("openvclip", 20), ("thorough", 200)):
+    settings.register_profile(
+        name,
+        deadline=None,
+        max_examples=max_examples,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "openvclip"))
 
 # The models are tiny: threads that wait for each other on shared cores cost more than they bring.
 torch.set_num_threads(1)
