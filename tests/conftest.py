@@ -109,15 +109,6 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
-    """Return one process more than the machine has cores, at most four.
-
-    Some tests wait for processes that they started, and leave their core to the others.
-    """
-    return min(4, (os.cpu_count() or 1) + 1)
-
-
 def pytest_configure(config: pytest.Config) -> None:
     """Let the tests of averages use a model with batch norm; one file tests the warning."""
     config.addinivalue_line("filterwarnings", "ignore::openvclip.errors.StatisticsWarning")
