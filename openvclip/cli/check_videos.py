@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -93,13 +94,15 @@ def _check(options: argparse.Namespace) -> int:
         raise VideoOptionError(f"{output} exists; give --overwrite to replace it.")
     if not output.parent.is_dir():
         raise VideoOptionError(f"{output}: there is no folder {output.parent}; make it first.")
-    listed = [source for source in options.sources if _is_list(source)]
-    if not listed:
+    videos = {source: _videos(source) for source in options.sources}
+    if None not in videos.values():
         reason = "without an annotation file: the paths of videos and folders are complete"
         refuse_unused(options.given, {"videos": reason})
-    files = list(
-        dict.fromkeys(path for source in options.sources for path in _files(source, options.videos))
+    paths = (
+        _listed(source, options.videos) if found is None else found
+        for source, found in videos.items()
     )
+    files = list(dict.fromkeys(chain.from_iterable(paths)))
     checks = check_videos(
         files, num_workers=options.num_workers, quick=options.quick, timeout=options.timeout
     )
@@ -152,28 +155,22 @@ def _opened(output: Path) -> Iterator[TextIO]:
         ) from error
 
 
-def _is_list(source: Path) -> bool:
-    """Return whether a command-line argument names a list of videos, or a folder of lists."""
+def _videos(source: Path) -> list[str] | None:
+    """Return the paths of a video or of the videos in a folder; ``None`` for lists of videos."""
     from openvclip.video.files import VIDEO_SUFFIXES, find_videos
 
     if not source.exists():
         raise VideoNotFoundError(f"{source}: no such file or folder{near_path(source)}.")
     if not source.is_dir():
-        return source.suffix.lower() not in VIDEO_SUFFIXES
-    if find_videos(source):
-        return False
-    if not any(source.glob("*.txt")):
+        return [os.fspath(source)] if source.suffix.lower() in VIDEO_SUFFIXES else None
+    videos = find_videos(source)
+    if not videos and not any(source.glob("*.txt")):
         raise AnnotationError(f"{source}: holds neither videos nor lists of them.")
-    return True
+    return [os.path.join(source, path) for path in videos] or None
 
 
-def _files(source: Path, root: Path) -> list[str]:
-    """Return the paths of the videos that a command-line argument names."""
+def _listed(source: Path, root: Path) -> list[str]:
+    """Return the paths of the videos that a list, or a folder of lists, names."""
     from openvclip.video.annotations import read_annotations
-    from openvclip.video.files import find_videos
 
-    if _is_list(source):
-        return [os.path.join(root, path) for path, _ in read_annotations(source, root=root).samples]
-    if source.is_dir():
-        return [os.path.join(source, path) for path in find_videos(source)]
-    return [os.fspath(source)]
+    return [os.path.join(root, path) for path, _ in read_annotations(source, root=root).samples]
