@@ -64,8 +64,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     if args.harmonic_mean and len(args.annotations) < 2:
         parser.error("--harmonic-mean needs several lists, such as base.csv novel.csv")
     one_view = "on one view" if args.views == args.crops == 1 else ""
-    unused = {"average": one_view, **options.unused_frame_options(args)}
-    problem = unused_option(args.given, unused)
+    unused = {**options.unused_weight_options(args), **options.unused_frame_options(args)}
+    problem = unused_option(args.given, {"average": one_view, **unused})
     if problem:
         parser.error(problem)
     return args

@@ -24,7 +24,7 @@ from typing import get_args
 import torch
 
 from openvclip.checkpoints import atomic_path, write_errors
-from openvclip.commands.parsing import Parser
+from openvclip.commands.parsing import Parser, unused_option
 from openvclip.commands.streams import command
 from openvclip.errors import OpenVCLIPError
 from openvclip.evaluation import (
@@ -36,10 +36,14 @@ from openvclip.evaluation import (
     markdown_table,
     mean_and_std,
 )
-from openvclip.models.loading import brings_weights, load_model
+from openvclip.models.loading import load_model
 from openvclip.models.text_weights import TextSource
 from openvclip.processes import Processes, joined_processes, local_rank
-from openvclip.training.shared_options import HelpFormatter, add_model_options
+from openvclip.training.shared_options import (
+    HelpFormatter,
+    add_model_options,
+    unused_weight_options,
+)
 from openvclip.video import class_names, protocols, read_annotations
 from openvclip.video.protocols import Split
 
@@ -137,10 +141,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         parser.error(f"give a data set: {', '.join(f'--{name}' for name in DATA_SETS)}")
     if not 0 <= args.lam <= 1 or (args.lam and args.checkpoint is None):
         parser.error(f"--lam {args.lam:g}: expected a weight in [0, 1], with --checkpoint")
-    if "text" in args.given and args.checkpoint is None:
-        parser.error("--text has no effect without --checkpoint: there are no other weights")
-    if "pretrained" in args.given and brings_weights(args.model):
-        parser.error(f"--pretrained has no effect with {args.model}, which has weights already")
+    alone = "without --checkpoint: there are no other weights" if args.checkpoint is None else ""
+    problem = unused_option(args.given, {"text": alone, **unused_weight_options(args)})
+    if problem:
+        parser.error(problem)
     args.published = args.published or ("Open-VCLIP" if args.checkpoint else "CLIP")
     return args
 

@@ -51,10 +51,14 @@ from openvclip.evaluation import (
     tradeoff_figure,
 )
 from openvclip.models.drawing import require_matplotlib
-from openvclip.models.loading import LoadedModel, brings_weights, fine_tuned
+from openvclip.models.loading import LoadedModel, fine_tuned
 from openvclip.processes import Processes, joined_processes
 from openvclip.training.inputs import load_original
-from openvclip.training.shared_options import HelpFormatter
+from openvclip.training.shared_options import (
+    HelpFormatter,
+    unused_frame_options,
+    unused_weight_options,
+)
 from openvclip.video.protocols import Split
 from openvclip.weights.names import canonical_state, named_state, require_match
 
@@ -134,14 +138,10 @@ def _unused(args: argparse.Namespace) -> dict[str, str]:
     """Return why options have no effect."""
     in_place = "with --hf, which replaces it" if args.hf else ""
     names = "with --hf, whose names must fit" if args.hf else ""
-    unused = models.unused_model_options(
-        has_checkpoint=True,
-        is_expanded=bool(args.curve),
-        brings_weights=brings_weights(args.model),
-    )
+    unused = models.unused_model_options(has_checkpoint=True, is_expanded=bool(args.curve))
+    unused |= {**unused_weight_options(args), **unused_frame_options(args)}
     unused |= {"allow_missing": names, "allow_unexpected": names, "model": in_place}
-    unused["pretrained"] = in_place or unused["pretrained"]
-    return {**unused, **models.unused_frame_options(args)}
+    return {**unused, "pretrained": in_place or unused["pretrained"]}
 
 
 def _lines(args: argparse.Namespace, fail: Fail) -> list[Line]:

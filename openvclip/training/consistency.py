@@ -8,7 +8,7 @@ from collections.abc import Callable
 from openvclip.commands.parsing import unused_option
 from openvclip.training.methods import is_expanded
 from openvclip.training.recipe import PROMPT_METHODS, Recipe
-from openvclip.training.shared_options import unused_frame_options
+from openvclip.training.shared_options import unused_frame_options, unused_weight_options
 
 _PROMPT_OPTIONS = ("vision_prompts", "text_prompts", "vision_depth", "text_depth", "class_prompts")
 
@@ -41,7 +41,8 @@ def _unused(args: argparse.Namespace) -> dict[str, str]:
     """Return why options have no effect with the other options."""
     recipe, method = Recipe(method=args.method), f"with --method {args.method}"
     in_place = "with --hf, which replaces it" if args.hf else ""
-    reasons = {"model": in_place, "pretrained": in_place, **unused_frame_options(args)}
+    reasons = {"model": in_place, **unused_weight_options(args), **unused_frame_options(args)}
+    reasons["pretrained"] = in_place or reasons["pretrained"]
     if args.shards is None:
         reasons["shard_index"] = "without --shards"
     elif args.val_annotations is None or args.val_videos is not None:

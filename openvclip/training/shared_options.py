@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from openvclip.models.loading import brings_weights
 from openvclip.training.presets import PRESETS, Preset
 from openvclip.video.sampling import Sampler, Sampling
 
@@ -66,6 +67,12 @@ def add_model_options(group: argparse._ArgumentGroup) -> None:
         metavar="TAG|FILE",
         help="weights of the original CLIP: a tag of open_clip, or a file",
     )
+
+
+def unused_weight_options(args: argparse.Namespace) -> dict[str, str]:
+    """Return why options of weights have no effect, for ``openvclip.commands.parsing``."""
+    reason = "with a model that has weights already" if brings_weights(args.model) else ""
+    return {"pretrained": reason}
 
 
 def add_frame_options(group: argparse._ArgumentGroup) -> None:

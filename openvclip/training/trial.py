@@ -6,9 +6,9 @@ import argparse
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from openvclip.checkpoints.atomic import atomic_path
+from openvclip.models.loading import brings_weights
 from openvclip.prompting.classifier import PHOTO_TEMPLATE
 from openvclip.training.methods import is_expanded
 from openvclip.training.presets import PRESETS
@@ -16,16 +16,8 @@ from openvclip.training.recipe import PROMPT_METHODS
 from openvclip.training.validation import TEST_SAMPLERS
 
 _FPS = 30  # of openvclip predict
-_DEFAULTS: dict[str, Any] = {
-    "method": "openvclip",
-    "frames": 8,
-    "sampling_rate": 16,
-    "target_fps": 30.0,
-    "sampler": "dense",
-    "short_side": None,
-    "template": None,
-}
-"""Flags of the training that the test needs too, and their defaults."""
+# Options of the training that the test has too, with the same defaults.
+_SHARED = ["method", "frames", "sampling_rate", "target_fps", "sampler", "short_side", "template"]
 
 
 def sees_neighbours(args: argparse.Namespace) -> bool:
@@ -89,7 +81,8 @@ def trial_commands(args: argparse.Namespace) -> dict[str, str]:
 
 
 def _model_flags(args: argparse.Namespace) -> list[str]:
-    return ["--model", args.model, "--pretrained", args.pretrained]
+    weights = [] if brings_weights(args.model) else ["--pretrained", args.pretrained]
+    return ["--model", args.model, *weights]
 
 
 def _predict_flags(args: argparse.Namespace) -> list[str]:
@@ -105,18 +98,17 @@ def _predict_flags(args: argparse.Namespace) -> list[str]:
 
 
 def _accuracy_flags(args: argparse.Namespace) -> list[str]:
-    """Return the preset, and the flags that differ from the preset of the training."""
+    """Return the preset, and the given flags that differ from it."""
     flags = [*_model_flags(args), "--preset", args.preset]
     if args.method in PROMPT_METHODS:
         flags += ["--prompts", str(args.out / "prompts.safetensors")]
         flags += [] if args.start_from is None else ["--checkpoint", str(args.start_from)]
     else:
         flags += ["--checkpoint", str(args.out / "final.safetensors")]
-    preset = {**_DEFAULTS, **PRESETS[args.preset].training}
-    unused = ("sampling_rate", "target_fps") if args.sampler == "uniform" else ()
-    for name in (name for name in _DEFAULTS if name not in unused):
+    preset = PRESETS[args.preset].training
+    for name in _SHARED:
         value = getattr(args, name)
-        if value not in (None, preset[name]):
+        if name in args.given and value != preset.get(name):
             text = TEST_SAMPLERS[value] if name == "sampler" else str(value)
             flags += ["--" + name.replace("_", "-"), text]
     return flags

@@ -36,6 +36,7 @@ CHECKS = {
     "require_effects",
     "_require_effects",
     "unused_frame_options",
+    "unused_weight_options",
     "_is_expanded",
     "_require_consistent",
     "_check",
@@ -316,6 +317,7 @@ FILES = "--annotations a --videos b --out c"
     [
         (f"{FILES} --hf x --pretrained openai", "pretrained"),
         (f"{FILES} --hf x --model y", "model"),
+        (f"{FILES} --model hf-hub:a/b --pretrained openai", "pretrained"),
         (f"{FILES} --shard-index i", "shard-index"),
         ("--shards s --classes c --out o --videos v", "videos"),
         (f"{FILES} --val-videos v", "val-videos"),
@@ -342,9 +344,9 @@ def test_options_of_the_trainer_that_have_no_effect(
     assert stopped.value.code == 2
     assert f"--{flag} has no effect" in capsys.readouterr().err
     without = words.split()
-    del without[without.index(f"--{flag}") :][:2]
-    kept = words.split()[: words.split().index(f"--{flag}")]
-    assert f"--{flag}" not in parse_arguments("", kept).given
+    start = without.index(f"--{flag}")
+    del without[start : start + 2]
+    assert flag.replace("-", "_") not in parse_arguments("", without).given
 
 
 @pytest.mark.parametrize(
@@ -358,6 +360,13 @@ def test_options_of_the_trainer_that_have_no_effect(
             "--annotations a --videos b --sampler uniform --sampling-rate 2",
             "--sampling",
         ),
+        ("accuracy", "--annotations a --videos b --model hf-hub:a/b --pretrained x", "--pretr"),
+        (
+            "evaluate",
+            "--ucf101 a b --out o --model hf-hub:a/b --pretrained x",
+            "--pretrained has no",
+        ),
+        ("evaluate", "--ucf101 a b --out o --text original", "--text has no effect without"),
         ("shapes/run", "--full --only iwr", "--only"),
         ("shapes/comparison", "--tune --seeds 2", "--seeds has no effect"),
         (

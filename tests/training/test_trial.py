@@ -11,6 +11,7 @@ import pytest
 
 from examples import accuracy
 from openvclip.cli import main as cli
+from openvclip.cli import predict
 from openvclip.models.labels import read_labels
 from openvclip.training import options
 from openvclip.training.model_card import ModelCard
@@ -29,7 +30,12 @@ def predicting(args: argparse.Namespace, monkeypatch: pytest.MonkeyPatch) -> arg
     words = shlex.split(trial_commands(args)["labels of a video"])
     assert words[:3] == ["openvclip", "predict", "VIDEO"]
     read: list[argparse.Namespace] = []
-    monkeypatch.setattr("openvclip.cli.predict._predict", read.append)
+
+    def check(options: argparse.Namespace) -> None:
+        predict._require_effects(options)  # the command refuses no option
+        read.append(options)
+
+    monkeypatch.setattr("openvclip.cli.predict._predict", check)
     cli(words[1:])
     return read[0]
 
@@ -54,6 +60,7 @@ def predicting(args: argparse.Namespace, monkeypatch: pytest.MonkeyPatch) -> arg
         ),
         (["--method", "vifi"], {"expand": False, "sampler": "released", "frames": 8}),
         (["--model", "RN50", "--pretrained", "x y"], {"model": "RN50", "pretrained": "x y"}),
+        (["--model", "hf-hub:a/b"], {"model": "hf-hub:a/b", "pretrained": None}),
     ],
 )
 def test_the_command_for_a_video(

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from openvclip.commands.parsing import refuse_unused
 from openvclip.errors import UsageError
 from openvclip.video.protocols import PROTOCOLS
 
@@ -85,11 +86,8 @@ def _require_consistent(options: argparse.Namespace) -> None:
         raise UsageError(
             "--classes can't be combined with --protocol: a protocol has its own class names."
         )
-    if options.allow_incomplete and not options.protocol:
-        raise UsageError(
-            "--allow-incomplete has no effect without --protocol: a list of your own is complete. "
-            "Leave --allow-incomplete out."
-        )
+    own = "" if options.protocol else "without --protocol: a list of your own is complete"
+    refuse_unused(options.given, {"allow_incomplete": own})
     if len({name.partition("-")[0] for name in options.protocol}) > 1:
         raise UsageError(
             f"--protocol {' '.join(options.protocol)}: expected protocols of one data set. Run one "

@@ -132,7 +132,7 @@ def require_effects(options: argparse.Namespace) -> None:
     Raises:
         UsageError: an option has no effect with the other options.
     """
-    from openvclip.models.loading import brings_weights
+    from openvclip.training.shared_options import unused_frame_options, unused_weight_options
 
     if options.lam not in (None, []) and options.checkpoint is None:
         raise UsageError(
@@ -142,37 +142,25 @@ def require_effects(options: argparse.Namespace) -> None:
         options.given,
         {
             **unused_model_options(
-                has_checkpoint=options.checkpoint is not None,
-                is_expanded=_is_expanded(options),
-                brings_weights=brings_weights(options.model),
+                has_checkpoint=options.checkpoint is not None, is_expanded=_is_expanded(options)
             ),
+            **unused_weight_options(options),
             **unused_frame_options(options),
         },
     )
 
 
-def unused_model_options(
-    *, has_checkpoint: bool, is_expanded: bool, brings_weights: bool
-) -> dict[str, str]:
-    """Return why options of :func:`add_model_options` have no effect; see ``refuse_unused``."""
+def unused_model_options(*, has_checkpoint: bool, is_expanded: bool) -> dict[str, str]:
+    """Return why options of the checkpoint and its model have no effect; see ``refuse_unused``."""
     without_file = "" if has_checkpoint else "without --checkpoint, the file that it is for"
     frame_by_frame = "" if is_expanded else "on CLIP frame by frame; give --expand to use it"
-    own_weights = "with a model that has weights already" if brings_weights else ""
     return {
         "text": without_file,
         "allow_missing": without_file,
         "allow_unexpected": without_file,
         "window": frame_by_frame,
         "boundary": frame_by_frame,
-        "pretrained": own_weights,
     }
-
-
-def unused_frame_options(options: argparse.Namespace) -> dict[str, str]:
-    """Return why options of :func:`add_frame_options` have no effect; see ``refuse_unused``."""
-    is_uniform = options.sampler == "uniform"
-    whole = "with --sampler uniform: its frames span the whole video" if is_uniform else ""
-    return {"sampling_rate": whole}
 
 
 def _is_expanded(options: argparse.Namespace) -> bool:
