@@ -29,10 +29,10 @@ class Parser(argparse.ArgumentParser):
             args: the words. Default: those of the process.
             namespace: see ``argparse``.
         """
-        self._words = list(sys.argv[1:] if args is None else args)
-        parsed = super().parse_args(self._words, namespace)
+        words = list(sys.argv[1:] if args is None else args)
+        parsed = super().parse_args(words, namespace)
         with _without_defaults(self):
-            given, _ = self.parse_known_args(self._words)
+            given, _ = self.parse_known_args(words)
         parsed.given = frozenset(vars(given))
         return parsed
 
