@@ -33,7 +33,7 @@ import openvclip
 from openvclip.commands import Parser, command, progress_bar
 from openvclip.errors import AnnotationError
 from openvclip.evaluation import sweep
-from openvclip.models.loading import load_model
+from openvclip.models.loading import brings_weights, load_model
 from openvclip.video import Sampling, VideoDataset, find_videos, read_annotations
 
 Samples = list[tuple[str, int]]  # (path below --videos, class index)
@@ -82,7 +82,7 @@ def fine_tune(
     def loss() -> Tensor:  # of the current batch; each step computes it at two sets of weights
         return cross_entropy(classifier(video), label)
 
-    with progress_bar(total=total, desc="train", disable=None) as bar:
+    with progress_bar(total=total, desc="train") as bar:
         for epoch in range(args.epochs):
             data.set_epoch(epoch)
             for batch in loader:
@@ -115,10 +115,11 @@ def run(args: Namespace) -> None:
     openvclip.save_checkpoint(openvclip.interpolate(clip, average, args.lam), checkpoint)
     openvclip.save_checkpoint(average, args.out / "averaged.safetensors")
     labels.write_text("\n".join(names) + "\n", encoding="utf-8")
-    command = ["openvclip", "predict", args.videos / held_out[0][0], "--labels-file", labels]
-    command += ["--model", args.model, "--pretrained", args.pretrained, "--checkpoint", checkpoint]
-    command += ["--frames", args.frames, "--sampling-rate", args.sampling_rate]
-    print(f"\nTry the model:\n{shlex.join(map(str, command))}")
+    words = ["openvclip", "predict", args.videos / held_out[0][0], "--labels-file", labels]
+    words += [] if brings_weights(args.model) else ["--pretrained", args.pretrained]
+    words += ["--model", args.model, "--checkpoint", checkpoint]
+    words += ["--frames", args.frames, "--sampling-rate", args.sampling_rate]
+    print(f"\nTry the model:\n{shlex.join(map(str, words))}")
 
 
 @command
