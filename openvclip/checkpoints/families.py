@@ -225,7 +225,7 @@ def plan_under_prefix(names: Collection[str], prefix: str, *, as_named: bool = F
         prefix: the text before the names, such as ``"model."``.
         as_named: whether the names behind the prefix are kept. Default: they become open_clip's.
     """
-    inner = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+    inner = _names_under(prefix, names)
     plan = plan_conversion(inner)
     plan = plan_as_named(plan, inner) if as_named else plan
     beside = tuple(name for name in names if not name.startswith(prefix))

@@ -46,7 +46,7 @@ _OTHER_KINDS = (
 )
 
 
-def kind_of(file: Path) -> str:
+def kind_of_file(file: Path) -> str:
     """Return ``SAFETENSORS``, ``TORCH`` or ``TORCHSCRIPT``.
 
     The index of a sharded model is ``SAFETENSORS`` if all its shards are, and ``TORCH`` otherwise.
@@ -60,9 +60,7 @@ def kind_of(file: Path) -> str:
             head = opened.read(512)
         if is_index(file):
             return _kind_of_shards(file)
-        is_part = file.suffix == ".distcp" or file.name == ".metadata"
-        is_part = is_part or file.name.startswith("shard-")
-        advice = advice_for_part(file) if is_part else ""
+        advice = advice_for_part(file)
     except OSError as error:
         raise CheckpointError(f"Can't read {file}: {error}.") from error
     if advice:
@@ -99,7 +97,7 @@ def _require_file(file: Path) -> None:
 def _kind_of_shards(index: Path) -> str:
     # A shard that is missing is reported when the shards are opened.
     shards = [index.with_name(name) for name in sorted(shard_names_in(index))]
-    kinds = {kind_of(shard) for shard in shards if shard.is_file()}
+    kinds = {kind_of_file(shard) for shard in shards if shard.is_file()}
     return TORCH if kinds - {SAFETENSORS} else SAFETENSORS
 
 

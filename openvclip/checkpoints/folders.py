@@ -55,7 +55,7 @@ def _advice_in_order(folder: Path) -> Iterator[str]:
 
 
 def advice_for_part(file: Path) -> str:
-    """Return the advice for the folder of a file that is only a part of a checkpoint, or ``""``.
+    """Return the advice for a file whose name shows that it is a part of a checkpoint, or ``""``.
 
     Raises:
         OSError: the folder can't be read.
@@ -64,7 +64,7 @@ def advice_for_part(file: Path) -> str:
         return _distributed(file.parent)
     if file.name.startswith("shard-"):
         return _parts_of_processes(file.parent)
-    return _deepspeed(file.parent)
+    return ""
 
 
 def _subfolders(folder: Path) -> list[Path]:
@@ -89,7 +89,14 @@ def _distributed(folder: Path) -> str:
     )
 
 
-def _deepspeed(folder: Path) -> str:
+def deepspeed_advice(folder: Path) -> str:
+    """Return the advice for a folder of DeepSpeed, or ``""`` for another folder.
+
+    Files in such a folder can be whole, so their names show nothing.
+
+    Raises:
+        OSError: the folder can't be read.
+    """
     script = folder / "zero_to_fp32.py"
     above = folder.parent / "zero_to_fp32.py"
     states = any(folder.glob("*_model_states.pt")) or any(folder.glob("*_optim_states.pt"))
@@ -157,7 +164,7 @@ def _parts_of_processes(folder: Path) -> str:
 _KINDS = (
     _distributed,
     _parts_of_processes,
-    _deepspeed,
+    deepspeed_advice,
     _adapter,
     _saved_model,
     _orbax,

@@ -14,7 +14,7 @@ import warnings
 import zipfile
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from openvclip.checkpoints.extra_state import decode, load_safely
-from openvclip.checkpoints.file_kinds import SAFETENSORS, TORCHSCRIPT, kind_of, not_whole
-from openvclip.checkpoints.folders import advice_for_part
+from openvclip.checkpoints.file_kinds import SAFETENSORS, TORCHSCRIPT, kind_of_file, not_whole
+from openvclip.checkpoints.folders import deepspeed_advice
 from openvclip.checkpoints.layout import map_entries, read_errors
 from openvclip.checkpoints.sharding import is_index, open_model, read_index
 from openvclip.errors import CheckpointError, UnsafeCheckpointError, listed
@@ -43,7 +43,8 @@ class WeightFile:
 
     Attributes:
         path: the path of the file.
-        format: ``"safetensors"``, ``"PyTorch"`` or ``"TorchScript"``.
+        format: ``"safetensors"``, ``"PyTorch"`` or ``"TorchScript"``, or several of them for the
+            index of a model whose shards differ: ``"PyTorch and safetensors"``.
         weights: names to tensors. The tensors are on the meta device if only sizes were read.
         key: the top-level entry that holds the weights, or ``""`` if the file has no such entry.
         beside: the other top-level entries, such as the state of an optimizer.
@@ -72,8 +73,8 @@ def read_weights(
     The entries of a safetensors file are mapped into memory and read when they are first used.
 
     Args:
-        path: a safetensors, PyTorch or TorchScript file, or the index of a sharded safetensors
-            model. The name of the file does not matter.
+        path: a safetensors, PyTorch or TorchScript file, or the index of a sharded model, whose
+            shards are such files. The name of the file does not matter.
         sizes_only: return tensors on the meta device, with shapes and dtypes but without values.
             Of a safetensors file, only the header is then read.
         mapped: map the entries of a PyTorch file into memory as well, if its format allows this.
@@ -85,13 +86,13 @@ def read_weights(
         StateMismatchError: two names differ only by the prefix of a wrapper.
     """
     file = Path(path)
-    kind = kind_of(file)
+    kind = kind_of_file(file)
     if kind == SAFETENSORS:
         found, files = _read_safetensors(file, sizes_only)
         return _weight_file(file, kind, found, files)
     with read_errors(file):
-        is_sharded = is_index(file)
-    if is_sharded:
+        has_shards = is_index(file)
+    if has_shards:
         return _read_shards(file, sizes_only, mapped)
     return _weight_file(file, kind, _read_found(file, kind, sizes_only, mapped), (file,))
 
@@ -104,6 +105,7 @@ class _Found:
     key: str = ""
     beside: tuple[str, ...] = ()
     metadata: dict[str, str] = field(default_factory=dict)
+    gelu: bool = False
 
 
 def _weight_file(file: Path, kind: str, found: _Found, files: tuple[Path, ...]) -> WeightFile:
@@ -115,9 +117,8 @@ def _weight_file(file: Path, kind: str, found: _Found, files: tuple[Path, ...]) 
             weights[name] = value
         else:
             extra[name] = value
-    gelu = kind == TORCHSCRIPT and _calls_gelu(file)
     return WeightFile(
-        file, kind, weights, found.key, found.beside, found.metadata, extra, gelu, files
+        file, kind, weights, found.key, found.beside, found.metadata, extra, found.gelu, files
     )
 
 
@@ -132,7 +133,7 @@ def _read_found(file: Path, kind: str, sizes_only: bool, mapped: bool) -> _Found
         for name, value in found.entries.items():
             if isinstance(value, Tensor) and not value.is_meta:
                 found.entries[name] = torch.empty(value.shape, dtype=value.dtype, device="meta")
-    return found
+    return replace(found, gelu=_calls_gelu(file)) if kind == TORCHSCRIPT else found
 
 
 def _read_shards(index_path: Path, sizes_only: bool, mapped: bool) -> WeightFile:
@@ -140,9 +141,9 @@ def _read_shards(index_path: Path, sizes_only: bool, mapped: bool) -> WeightFile
     with read_errors(index_path):
         index = read_index(index_path)
     entries: dict[str, object] = {}
-    kinds = set()
+    kinds, gelu = set(), False
     for shard in index.shards:
-        kind = kind_of(shard)
+        kind = kind_of_file(shard)
         kinds.add(kind)
         if kind == SAFETENSORS:
             part = _read_safetensors(shard, sizes_only)[0]
@@ -150,7 +151,8 @@ def _read_shards(index_path: Path, sizes_only: bool, mapped: bool) -> WeightFile
             part = _read_found(shard, kind, sizes_only, mapped)
         index.require_listed(shard, part.entries)
         entries.update(part.entries)
-    found = _Found(entries, metadata=index.metadata)
+        gelu = gelu or part.gelu
+    found = _Found(entries, metadata=index.metadata, gelu=gelu)
     return _weight_file(index_path, " and ".join(sorted(kinds)), found, tuple(index.shards))
 
 
@@ -233,7 +235,7 @@ def _unsafe_or_damaged(file: Path, error: Exception) -> CheckpointError:
         "such code. Then save only the weights: "
         "openvclip.save_checkpoint(loaded['state_dict'], 'weights.safetensors'), or "
         "loaded.state_dict() if the file holds a whole module."
-        f"{_advice_for_part(file)}"
+        f"{_deepspeed_text(file)}"
     )
 
 
@@ -261,7 +263,7 @@ def _find_weights(content: object, file: Path) -> _Found:
     if not isinstance(content, Mapping):
         raise CheckpointError(
             f"{file} holds a {type(content).__name__}; expected a mapping of names to tensors."
-            f"{_advice_for_part(file)}"
+            f"{_deepspeed_text(file)}"
         )
     if "ds_version" in content:
         return _find_deepspeed(content, file)
@@ -288,7 +290,7 @@ def _find_deepspeed(content: Mapping[Any, object], file: Path) -> _Found:
             return _Found(_entries(weights, file), "module", beside)
     raise CheckpointError(
         f"{file} holds a part of a checkpoint of DeepSpeed. Join the parts with the script "
-        f"zero_to_fp32.py, which DeepSpeed writes beside its checkpoints.{_advice_for_part(file)}"
+        f"zero_to_fp32.py, which DeepSpeed writes beside its checkpoints.{_deepspeed_text(file)}"
     )
 
 
@@ -305,13 +307,13 @@ def _no_weights(content: Mapping[Any, object], keys: list[str], file: Path) -> C
         f"{file} holds {problem}; expected names mapped to tensors, at the top level or under one "
         f"of {', '.join(map(repr, _WEIGHT_KEYS))}. Its entries are {entries[:600]}. Load the file "
         "yourself and save the weights with openvclip.save_checkpoint."
-        f"{_advice_for_part(file)}"
+        f"{_deepspeed_text(file)}"
     )
 
 
-def _advice_for_part(file: Path) -> str:
+def _deepspeed_text(file: Path) -> str:
     try:
-        advice = advice_for_part(file)
+        advice = deepspeed_advice(file.parent)
     except OSError:
         return ""
     return f" {advice}" if advice else ""

@@ -24,7 +24,8 @@ class CheckpointInfo:
 
     Attributes:
         path: the path of the file.
-        format: ``"safetensors"``, ``"PyTorch"`` or ``"TorchScript"``.
+        format: ``"safetensors"``, ``"PyTorch"`` or ``"TorchScript"``, or several of them for the
+            index of a model whose shards differ: ``"PyTorch and safetensors"``.
         family: the family of released checkpoints, such as ``"OpenAI CLIP"``. The family is
             recognised from the names of the entries and from the format.
         sizes: the sizes of the model. Each size is also an attribute of this object, for example
@@ -191,8 +192,9 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> CheckpointInfo:
     Of a safetensors file only the header is read. Of a PyTorch file only names and shapes are read.
 
     Args:
-        path: a safetensors, PyTorch or TorchScript file, or the index of a sharded safetensors
-            model. The content decides what the file is. Its name does not matter.
+        path: a safetensors, PyTorch or TorchScript file, or the index of a sharded model, whose
+            shards are safetensors or PyTorch files. The content decides what the file is. Its name
+            does not matter.
 
     Raises:
         CheckpointError: the file is missing, truncated or of another kind, or it holds no weights.

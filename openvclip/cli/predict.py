@@ -312,16 +312,14 @@ def _classifier(
     options: argparse.Namespace, labels: list[str]
 ) -> tuple[ZeroShotClassifier, Transform]:
     """Return a classifier with the weights that the options describe, and its transform."""
-    from openvclip.evaluation.mixture import Mixture
     from openvclip.models.classifier import ZeroShotClassifier, class_features
     from openvclip.weights.interpolation import interpolate_into
 
     loaded = load(options)
     model, templates = loaded.model, templates_of(options)
-    lams = [] if loaded.tuned is None else [options.lam or 0.0]
-    (features,) = Mixture(loaded.tuned, lams, options.text).text_features(
-        model, lambda: class_features(model, loaded.tokenizer, labels, templates)
-    )
+    features = None
+    if options.text == "original":
+        features = class_features(model, loaded.tokenizer, labels, templates)
     if loaded.tuned is not None:
         original = {name: value.clone() for name, value in model.state_dict().items()}
         interpolate_into(model, original, loaded.tuned, options.lam or 0.0)

@@ -49,16 +49,12 @@ class RunOptions(BatchOptions):
             missing videos are an error, which is raised before a video is encoded.
         settings: further settings of the run, as JSON objects, such as the name of the model. A run
             with different settings can't continue in the same folder.
-        encode_texts: function of model, tokenizer, class names and templates that returns the text
-            features at the present weights of the model, such as a cache around the default,
-            :func:`openvclip.models.class_features`.
     """
 
     description: str = "evaluate"
     leave_out_broken: bool = False
     allow_missing: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
-    encode_texts: Callable[..., Tensor] = class_features
 
 
 def evaluate_protocol(
@@ -134,7 +130,7 @@ def evaluate_protocol(
         _require_folder(processes, out)
         with Records(None if out is None else Path(out), settings, processes.rank) as records:
             texts = mixture.text_features(
-                model, lambda: run.encode_texts(model, tokenizer, names, templates)
+                model, lambda: class_features(model, tokenizer, names, templates)
             )
             _warn_of_equal_labels(splits, names, texts[0])
             timing = encode_videos(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import product
@@ -44,7 +45,7 @@ VIDEO_TEMPLATES: tuple[str, ...] = tuple(
 """The 28 text templates of the released code. The class name replaces ``{}``."""
 
 
-class TextClassifier(nn.Module):
+class TextClassifier(nn.Module, ABC):
     """Base of the classifiers that compare images or videos with texts of class names.
 
     Attributes:
@@ -55,16 +56,16 @@ class TextClassifier(nn.Module):
     class_names: list[str]
     model: nn.Module
 
+    @abstractmethod
     def present_text(self) -> Tensor:
         """Return the text features ``[K, D]`` at the present weights of the model.
 
         The features have unit length and no graph.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def using_text(self, features: Tensor) -> AbstractContextManager[None]:
         """Context manager in which the classifier uses these text features ``[K, D]``."""
-        raise NotImplementedError
 
     def text_is_current(self, *, quick: bool = False) -> bool:
         """Return whether the text features can belong to the present weights of the model.

@@ -19,7 +19,7 @@ from openvclip.video.lists import Line, read_lines
 _TOLERANCE = 1e-6  # in a text feature of unit length; logits differ by a hundred times as much
 _MOST_NAMES = 10
 
-
+# Titles of the column with the labels, best first, and titles of a column with class indices.
 _TITLES = ("label", "class_name", "classname", "label_name", "name", "class", "labels", "classes")
 _NUMBERS = ("id", "index", "class_id", "label_id", "class_index", "number", "")
 

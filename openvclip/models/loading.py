@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from openvclip.checkpoints.api import load_checkpoint
-from openvclip.checkpoints.file_kinds import kind_of
+from openvclip.checkpoints.file_kinds import kind_of_file
 from openvclip.errors import ModelNameError, NonFiniteWeightsError, listed, near_path
 from openvclip.models.model_names import unknown_model, unknown_weights
 from openvclip.models.preprocess import transform_for
@@ -92,7 +92,7 @@ def load_model(
         UnsupportedModelError: the image tower can't be expanded, or the model is for audio.
     """
     if checkpoint is not None:
-        kind_of(Path(checkpoint))  # raises before the original CLIP is downloaded
+        kind_of_file(Path(checkpoint))  # raises before the original CLIP is downloaded
     known_name = _registered_name(name)
     model = _build(known_name, pretrained)
     require_frames(model)
@@ -203,7 +203,7 @@ def _build(name: str, pretrained: str | os.PathLike[str] | None) -> Any:
     if tag_or_file in tags:
         return _download(name, tag_or_file)
     if Path(tag_or_file).exists():
-        kind_of(Path(tag_or_file))  # raises before the model is built
+        kind_of_file(Path(tag_or_file))  # raises before the model is built
     else:
         raise unknown_weights(tag_or_file, name, tags)
     # A file of weights does not store the mean and standard deviation of the pixels. They are equal

@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from openvclip.checkpoints.atomic import atomic_path
+from openvclip.checkpoints.api import save_checkpoint
+from openvclip.errors import CheckpointError
 from openvclip.models.text_weights import text_names, text_state
 from openvclip.weights.hashing import weights_hash
 from openvclip.weights.numerics import bytes_of
@@ -182,6 +181,9 @@ def _digest(tensor: Tensor) -> str:
 
 def _read(path: Path, key: str) -> Tensor | None:
     """Return the features of a file, or ``None`` if the file is not there or not whole."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
     try:
         data = path.read_bytes()
         length = int.from_bytes(data[:8], "little")
@@ -198,11 +200,8 @@ def _read(path: Path, key: str) -> Tensor | None:
 
 def _write(path: Path, key: str, features: Tensor) -> None:
     """Write features; do nothing if the folder can't be written."""
-    stored = features.detach().cpu().contiguous()
-    data = save({_ENTRY: stored}, {_MARK: f"{key} {_digest(stored)}"})
-    with suppress(OSError):
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(data)
+    with suppress(OSError, CheckpointError):
+        save_checkpoint({_ENTRY: features}, path, metadata={_MARK: f"{key} {_digest(features)}"})
         _prune(path.parent)
 
 

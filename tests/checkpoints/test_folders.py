@@ -244,6 +244,21 @@ def test_an_index_with_shards_of_both_kinds(tmp_path: Path) -> None:
     assert openvclip.inspect_checkpoint(index).format == "PyTorch and safetensors"
 
 
+def test_an_index_of_archives(tmp_path: Path) -> None:
+    def save(part: State, path: Path) -> None:
+        module = torch.nn.Module()
+        for name, value in part.items():
+            module.register_buffer(name, value)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.jit.script is deprecated
+            torch.jit.script(module).save(path)
+
+    state = {name: torch.full((2,), i) for i, name in enumerate("abcd")}
+    index = sharded(tmp_path, state, save, ".pt")
+    same_entries(openvclip.load_checkpoint(index), state)
+    assert openvclip.inspect_checkpoint(index).format == "TorchScript"
+
+
 def test_an_index_that_lies_about_its_shards(tmp_path: Path) -> None:
     state = clip_state()
     index = sharded(tmp_path, state, torch.save, ".bin")

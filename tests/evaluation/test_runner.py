@@ -37,6 +37,7 @@ from openvclip.evaluation import (
     evaluate_protocol,
     time_spent,
 )
+from openvclip.models.text_cache import text_cache
 from openvclip.video import dataset as dataset_module
 from openvclip.video import read_clip, transforms
 from openvclip.video.protocols import Split
@@ -308,17 +309,17 @@ def test_weights_that_are_not_finite_leave_no_record(world: World, tmp_path: Pat
         run(world, mixture=mixture, **options)
 
 
-def test_texts_can_come_from_a_cache(world: World) -> None:
-    calls: list[tuple[list[str], int]] = []
-
-    def cached(model: Any, tokenizer: Any, names: list[str], templates: Any) -> Tensor:
-        calls.append((names, len(templates)))
-        return openvclip.models.class_features(model, tokenizer, names, templates)
-
+def test_texts_can_come_from_a_cache(world: World, tmp_path: Path) -> None:
     split = world.splits()[0]
     mixture = Mixture(load_checkpoint(world.tuned), (0.0, 0.5))
-    run(world, splits=[split], mixture=mixture, encode_texts=cached)
-    assert calls == [(split.class_names, len(TEMPLATES))] * 2
+    expected = run(world, splits=[split], mixture=mixture)
+    for _ in range(2):
+        with text_cache(tmp_path):
+            result = run(world, splits=[split], mixture=mixture)
+        assert len(list((tmp_path / "text-features").iterdir())) == 2  # one for each λ
+        for lam in (0.0, 0.5):
+            ranks = result.scores[lam][0].evaluation.ranks
+            assert torch.equal(ranks, expected.scores[lam][0].evaluation.ranks)
 
 
 def test_class_names_that_are_equal_within_a_split(world: World) -> None:

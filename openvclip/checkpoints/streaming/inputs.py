@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from openvclip.checkpoints.extra_state import EXTRA_STATE_KEY, encode, names_of_objects
-from openvclip.checkpoints.file_kinds import SAFETENSORS, kind_of
+from openvclip.checkpoints.file_kinds import SAFETENSORS, kind_of_file
 from openvclip.checkpoints.formats import read_weights
 from openvclip.checkpoints.layout import fill, map_entries, read_errors
 from openvclip.checkpoints.sharding import open_model
@@ -112,7 +112,7 @@ def open_inputs(paths: list[Path], stack: ExitStack) -> list[WeightInput]:
     """
     inputs: list[WeightInput] = []
     for path in paths:
-        if kind_of(path) == SAFETENSORS:
+        if kind_of_file(path) == SAFETENSORS:
             inputs.append(_SafetensorsInput(path, stack))
         else:
             inputs.append(_MappedInput(path))

@@ -14,13 +14,11 @@ import torch
 from torch import Tensor
 
 from openvclip.checkpoints.layout import require_storable
-from openvclip.checkpoints.sharding import INDEX_ENDING
 from openvclip.checkpoints.streaming.inputs import WeightInput, open_inputs
-from openvclip.checkpoints.streaming.outputs import in_writing_order, weight_output
+from openvclip.checkpoints.streaming.outputs import check_outputs, in_writing_order, weight_output
 from openvclip.checkpoints.streaming.pipeline import Compute, stream
 from openvclip.checkpoints.streaming.provenance import Provenance
 from openvclip.errors import (
-    CheckpointError,
     EmptyAverageError,
     NonFiniteWeightsError,
     UsageError,
@@ -259,7 +257,7 @@ def _write(
     sizes = in_writing_order(_result_sizes(inputs, options.dtype))
     for dtype in {size.dtype for size in sizes.values()}:
         require_storable(dtype)
-    _check_outputs(outs, inputs, options.max_shard_size)
+    check_outputs(outs, inputs, options.max_shard_size)
     with ExitStack() as stack:
         outputs = [
             stack.enter_context(
@@ -301,34 +299,6 @@ def _result_sizes(inputs: list[WeightInput], dtype: torch.dtype | None) -> dict[
         # torch.empty_like on the meta device would import sympy, which takes half a second.
         sizes[name] = torch.empty(size.shape, dtype=result_dtype, device="meta")
     return sizes
-
-
-def _check_outputs(outs: list[Path], inputs: list[WeightInput], max_shard_size: int | None) -> None:
-    """Raise an error for a wrong output before any file is written."""
-    input_shards = {
-        file.resolve() for source in inputs for file in source.files if file != source.path
-    }
-    resolved_outs = [out.resolve() for out in outs]
-    for out, resolved in zip(outs, resolved_outs, strict=True):
-        if not out.name.endswith((".safetensors", INDEX_ENDING)):
-            raise CheckpointError(
-                f"{out}: the result is a safetensors file. Give a name ending in .safetensors, or "
-                f"in {INDEX_ENDING} for shards."
-            )
-        if max_shard_size is not None and (
-            max_shard_size < 1 or not out.name.endswith(INDEX_ENDING)
-        ):
-            raise UsageError(
-                f"max_shard_size={max_shard_size} for {out}: expected a number of bytes, and an "
-                f"output whose name ends in {INDEX_ENDING}."
-            )
-        if resolved in input_shards:
-            raise CheckpointError(
-                f"{out} is a shard of a model that is read. Replacing it would break that model. "
-                "Give another name."
-            )
-        if resolved_outs.count(resolved) > 1:
-            raise UsageError(f"{out} would be written twice; give each output its own name.")
 
 
 def _pairs(

@@ -17,8 +17,9 @@ from torch import Tensor
 from openvclip.checkpoints.atomic import atomic_path, write_errors
 from openvclip.checkpoints.layout import header_bytes, read_header
 from openvclip.checkpoints.sharding import INDEX_ENDING, index_bytes, shard_names_in
+from openvclip.checkpoints.streaming.inputs import WeightInput
 from openvclip.checkpoints.streaming.provenance import PROVENANCE_KEY
-from openvclip.errors import CheckpointError
+from openvclip.errors import CheckpointError, UsageError
 from openvclip.weights.numerics import bytes_of
 
 SHARD_SIZE = 5_000_000_000  # bytes; the default of Hugging Face's libraries
@@ -36,6 +37,39 @@ def in_writing_order(sizes: Mapping[str, Tensor]) -> dict[str, Tensor]:
     therefore read from its beginning to its end. Entries of equal element size keep their order.
     """
     return dict(sorted(sizes.items(), key=lambda item: -item[1].itemsize))
+
+
+def check_outputs(outs: list[Path], inputs: list[WeightInput], max_shard_size: int | None) -> None:
+    """Raise an error for a wrong output before any file is written.
+
+    Raises:
+        CheckpointError: an output has another ending, or would replace a shard of an input.
+        UsageError: ``max_shard_size`` has no use, or an output would be written twice.
+    """
+    input_shards = {
+        file.resolve() for source in inputs for file in source.files if file != source.path
+    }
+    resolved_outs = [out.resolve() for out in outs]
+    for out, resolved in zip(outs, resolved_outs, strict=True):
+        if not out.name.endswith((".safetensors", INDEX_ENDING)):
+            raise CheckpointError(
+                f"{out}: the result is a safetensors file. Give a name ending in .safetensors, or "
+                f"in {INDEX_ENDING} for shards."
+            )
+        if max_shard_size is not None and (
+            max_shard_size < 1 or not out.name.endswith(INDEX_ENDING)
+        ):
+            raise UsageError(
+                f"max_shard_size={max_shard_size} for {out}: expected a number of bytes, and an "
+                f"output whose name ends in {INDEX_ENDING}."
+            )
+        if resolved in input_shards:
+            raise CheckpointError(
+                f"{out} is a shard of a model that is read. Replacing it would break that model. "
+                "Give another name."
+            )
+        if resolved_outs.count(resolved) > 1:
+            raise UsageError(f"{out} would be written twice; give each output its own name.")
 
 
 class WeightOutput:
