@@ -10,12 +10,7 @@ import torch
 from torch import Tensor
 
 from openvclip.errors import MergeError
-from openvclip.merging.entries import (
-    combined,
-    contiguous_copy,
-    difference,
-    matched,
-)
+from openvclip.merging.entries import combined, contiguous_copy, difference, matched
 from openvclip.weights.interpolation import Lambda, weights_of, write_interpolated
 from openvclip.weights.names import is_extra_state
 

@@ -162,12 +162,57 @@ def to_anchor_device(
     return moved.pin_memory() if _needs_pinning(moved.device, parameter) else moved
 
 
+def follow_devices(
+    anchor: dict[str, Tensor], live: Mapping[str, nn.Parameter], device: torch.device | None
+) -> None:
+    """Move each anchor to its device, because the model may be on another device by now.
+
+    Args:
+        anchor: from :func:`take_anchor`. Its tensors are replaced.
+        live: the parameters that have an anchor.
+        device: device of the anchor. ``None`` uses the device of each parameter.
+
+    Raises:
+        UsageError: a parameter was sharded after the anchor was taken.
+    """
+    for name, parameter in live.items():
+        part = local(parameter)
+        if anchor[name].shape != part.shape:
+            raise UsageError(
+                f"This process holds {name} with shape {list(part.shape)}, but its anchor with "
+                f"shape {list(anchor[name].shape)}. Create the regulariser after fully_shard()."
+            )
+        anchor[name] = to_anchor_device(anchor[name], device, part, copy=False)
+
+
 def empty_stash(parameter: Tensor, device: torch.device) -> Tensor:
     """Return an uninitialised tensor like ``parameter`` on ``device``.
 
     The tensor is in page-locked memory if it is on the CPU and the parameter is on a GPU.
     """
     return torch.empty_like(parameter, device=device, pin_memory=_needs_pinning(device, parameter))
+
+
+def stash_for(
+    live: Mapping[str, nn.Parameter], device: torch.device | None, kept: dict[str, Tensor]
+) -> list[Tensor]:
+    """Return tensors for a copy of the weights, on ``device`` if it is set.
+
+    Page-locked memory is slow to allocate, so tensors on ``device`` are kept for the next block.
+    Without ``device``, the tensors are allocated on the device of the weights and freed after the
+    block, because the second pass needs the memory.
+
+    Args:
+        live: the parameters to copy.
+        device: the device of the anchor, or ``None``.
+        kept: tensors of earlier calls by name. New tensors on ``device`` are added.
+    """
+    if device is None:
+        return [torch.empty_like(local(parameter)) for parameter in live.values()]
+    for name, parameter in live.items():
+        if name not in kept or kept[name].dtype != parameter.dtype:
+            kept[name] = empty_stash(local(parameter), device)
+    return [kept[name] for name in live]
 
 
 def _needs_pinning(device: torch.device, parameter: Tensor) -> bool:

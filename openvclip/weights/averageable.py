@@ -12,7 +12,7 @@ from openvclip.errors import UsageError, listed
 from openvclip.weights.adapters import mixed_factors, refuse_factors
 from openvclip.weights.kinds import kind_of, quantized_names, refuse, require_values, scales_of
 from openvclip.weights.memory import view_of
-from openvclip.weights.numerics import common_dtype, is_interpolable
+from openvclip.weights.numerics import bits_of, common_dtype, is_interpolable
 from openvclip.weights.shards import is_sharded
 
 
@@ -64,14 +64,12 @@ def require_addable(base: Mapping[str, Tensor], vectors: Sequence[Mapping[str, T
 
     Args:
         base: the model, under canonical names, without extra state.
-        vectors: task vectors under canonical names.
+        vectors: task vectors under canonical names, whose entries :func:`require_values` accepts.
 
     Raises:
         WeightTypeError: an entry can't be combined.
     """
     require_values(base, "base")
-    for position, vector in enumerate(vectors):
-        require_values(vector, f"vectors[{position}]")
 
     def changed(name: str) -> bool:
         return any(bool(vector[name].any()) for vector in vectors if name in vector)
@@ -91,12 +89,7 @@ def is_same(a: Tensor, b: Tensor) -> bool:
     b = b.to(a.device)
     if a.dtype != b.dtype:  # for example float16 and float32
         a, b = a.to(wide := common_dtype(a.dtype, b.dtype)), b.to(wide)
-    return a.shape == b.shape and torch.equal(_bits(a), _bits(b))
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    # torch.equal has no kernels for some small dtypes. Equal bits are equal values.
-    return tensor.detach().resolve_conj().contiguous().reshape(-1).view(torch.uint8)
+    return a.shape == b.shape and torch.equal(bits_of(a), bits_of(b))
 
 
 def require_own_memory(a: Mapping[str, Tensor], b: Mapping[str, Tensor], what: str) -> None:

@@ -91,14 +91,12 @@ def _writable(buffers: Iterable[Tensor | None]) -> list[Tensor]:
     return [
         buffer
         for buffer in unique.values()
-        if not (buffer.is_inference() or _is_expanded(buffer) or buffer.is_sparse)
+        if buffer.layout == torch.strided and not (buffer.is_inference() or _is_expanded(buffer))
     ]
 
 
 def _is_expanded(tensor: Tensor) -> bool:
     """Return whether several elements have the same memory, as after ``expand()``."""
-    if tensor.layout != torch.strided:
-        return True
     return any(
         step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)
     )

@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.parameter import is_lazy
 
 from openvclip.errors import WeightTypeError, listed
 from openvclip.weights.shards import is_sharded
@@ -72,7 +72,7 @@ def kind_of(tensor: Tensor) -> Kind:
 
         A sharded tensor (``DTensor``) has the kind of its values.
     """
-    if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
+    if is_lazy(tensor):
         return "uninitialized"
     if tensor.is_quantized or tensor.dtype in _PACKED:
         return "quantized"

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.parameter import is_lazy
 
 from openvclip.errors import UsageError
 from openvclip.weights.numerics import memory_of
 from openvclip.weights.shards import is_sharded, local
+
+T = TypeVar("T", bound=Tensor)
 
 
 def view_of(tensor: Tensor) -> Hashable:
@@ -23,7 +25,7 @@ def view_of(tensor: Tensor) -> Hashable:
     part = local(tensor) if is_sharded(tensor) else tensor
     if _has_address(part):
         return part.device, part.data_ptr(), part.dtype, part.shape, part.stride()
-    if _is_uninitialized(part) or part.layout != torch.strided:
+    if is_lazy(part) or part.layout != torch.strided:
         return id(tensor)
     # Empty tensors have no address. A process can hold an empty shard of a tie, and must find the
     # same ties as all other processes.
@@ -47,7 +49,7 @@ def tied_names(entries: Mapping[str, Tensor]) -> dict[str, str]:
     return ties
 
 
-def without_ties(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def without_ties(entries: Mapping[str, T]) -> dict[str, T]:
     """Return the entries without the additional names of :func:`tied_names`."""
     ties = tied_names(entries)
     return {name: value for name, value in entries.items() if name not in ties}
@@ -89,13 +91,9 @@ def require_no_overlap(
 
 
 def _has_address(part: Tensor) -> bool:
-    if _is_uninitialized(part) or part.is_meta or part.layout != torch.strided:
+    if is_lazy(part) or part.is_meta or part.layout != torch.strided:
         return False
     return part.numel() > 0
-
-
-def _is_uninitialized(part: Tensor) -> bool:
-    return isinstance(part, (UninitializedParameter, UninitializedBuffer))
 
 
 def _range(view: Tensor) -> tuple[int, int]:

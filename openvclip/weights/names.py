@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from openvclip.errors import StateMismatchError, UsageError, WeightTypeError, listed
-from openvclip.weights.memory import tied_names, view_of
+from openvclip.weights.memory import view_of, without_ties
 from openvclip.weights.shards import reshard
 
 # Any submodule can be wrapped, so these parts can occur at any position of a name.
@@ -88,8 +88,7 @@ def canonical_state(
     """
     require_mapping(state, what)
     _require_tensors(state, what)
-    prefix = _module_prefix(like) if like is not None else ""
-    return {prefix + name: state[raw] for name, raw in canonical_names(state).items()}
+    return _with_canonical_names(state, like)
 
 
 def canonical_model(
@@ -111,10 +110,16 @@ def canonical_model(
     """
     require_mapping(state, what)
     _require_tensors({n: v for n, v in state.items() if not is_extra_state(n)}, what)
-    prefix = _module_prefix(like) if like is not None else ""
-    entries = {prefix + name: state[raw] for name, raw in canonical_names(state).items()}
+    entries = _with_canonical_names(state, like)
     extra = {name: entries.pop(name) for name in list(entries) if is_extra_state(name)}
     return entries, extra
+
+
+def _with_canonical_names(
+    state: Mapping[str, Any], like: Mapping[str, Tensor] | None
+) -> dict[str, Any]:
+    prefix = _module_prefix(like) if like is not None else ""
+    return {prefix + name: state[raw] for name, raw in canonical_names(state).items()}
 
 
 def is_extra_state(name: str) -> bool:
@@ -183,9 +188,8 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """
     plain_model = unwrap(model)
     reshard(plain_model)
-    parameters = dict(plain_model.named_parameters())
-    ties = tied_names(parameters)
-    return {_without_wrappers(n): value for n, value in parameters.items() if n not in ties}
+    parameters = without_ties(dict(plain_model.named_parameters()))
+    return {_without_wrappers(name): value for name, value in parameters.items()}
 
 
 def named_state(model: nn.Module) -> dict[str, Tensor]:

@@ -37,6 +37,12 @@ def bytes_of(flat: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
+def bits_of(tensor: Tensor) -> Tensor:
+    """Return the bytes of a tensor, flat. Values with equal bits are equal, NaN included."""
+    # Some small dtypes have no kernels for comparisons of their values.
+    return tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype for arithmetic on weights of ``dtype``: at least float32 or complex64."""
     if dtype == torch.complex32:

@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 
 from openvclip.errors import StateMismatchError, UsageError, listed
 from openvclip.weights.anchor import (
-    empty_stash,
+    follow_devices,
+    stash_for,
     take_anchor,
-    to_anchor_device,
     trained_parameters,
 )
 from openvclip.weights.buffers import keeping_buffers
@@ -277,18 +277,20 @@ class InterpolatedWeightRegularizer:
             require_alpha(alpha)
         self._require_unchanged()
         self._reshard()
-        live = self._interpolated_weights()
+        trained = trained_parameters(self.model)
+        live = self._anchored(trained)
+        follow_devices(self._anchor, live, self.anchor_device)
         self._require_agreement()
         alpha = self._draw() if alpha is None else float(alpha)
         self._inside = True
         changed: list[str] = []
         try:
-            stash = self._stash_for(live)
+            stash = stash_for(live, self.anchor_device, self._stash)
             with keeping_buffers(self._modules()), overwriting(list(live.values()), stash):
                 parts = [local(parameter) for parameter in live.values()]
                 lerp_(parts, [self._anchor[name] for name in live], alpha)
                 del parts  # the forward pass can replace the memory of the shards
-                watch = WeightWatch(trained_parameters(self.model))
+                watch = WeightWatch(trained)
                 yield alpha
                 self._reshard()
                 kept = {n: (s, self._anchor[n]) for n, s in zip(live, stash, strict=True)}
@@ -306,9 +308,8 @@ class InterpolatedWeightRegularizer:
         if watch is not None and watch.late():
             raise changed_weights([])
 
-    def _interpolated_weights(self) -> dict[str, nn.Parameter]:
-        """Return the live parameters that have an anchor; move each anchor to its device."""
-        trained = trained_parameters(self.model)
+    def _anchored(self, trained: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        """Return the trained parameters that have an anchor."""
         unknown = [n for n in trained if n not in self._anchor and n not in self._unanchored]
         if unknown:
             raise UsageError(
@@ -316,31 +317,7 @@ class InterpolatedWeightRegularizer:
                 f"regulariser was created ({listed(unknown)}). Create the regulariser after the "
                 "last change of requires_grad, with the original weights as anchor."
             )
-        live = {name: p for name, p in trained.items() if name in self._anchor}
-        for name, parameter in live.items():  # the model may be on another device by now
-            anchor, part = self._anchor[name], local(parameter)
-            if anchor.shape != part.shape:
-                raise UsageError(
-                    f"This process holds {name} with shape {list(part.shape)}, but its anchor "
-                    f"with shape {list(anchor.shape)}. Create the regulariser after fully_shard()."
-                )
-            self._anchor[name] = to_anchor_device(anchor, self.anchor_device, part, copy=False)
-        return live
-
-    def _stash_for(self, live: dict[str, nn.Parameter]) -> list[Tensor]:
-        """Return tensors for a copy of the weights, on ``anchor_device`` if it is set.
-
-        Page-locked memory is slow to allocate, so these tensors are kept for the next block.
-        Without ``anchor_device``, the copy is allocated on the device of the weights and freed
-        after the block, because the second pass needs the memory.
-        """
-        if self.anchor_device is None:
-            return [torch.empty_like(local(parameter)) for parameter in live.values()]
-        for name, parameter in live.items():
-            stash = self._stash.get(name)
-            if stash is None or stash.dtype != parameter.dtype:
-                self._stash[name] = empty_stash(local(parameter), self.anchor_device)
-        return [self._stash[name] for name in live]
+        return {name: p for name, p in trained.items() if name in self._anchor}
 
     def _require_agreement(self) -> None:
         """Raise an error if the processes differ in seed, settings or anchor."""

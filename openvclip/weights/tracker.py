@@ -19,7 +19,7 @@ from openvclip.errors import (
     listed,
 )
 from openvclip.weights.kinds import require_values
-from openvclip.weights.names import live_model, require_match
+from openvclip.weights.names import require_match
 from openvclip.weights.numerics import (
     common_dtype,
     compute_dtype,
@@ -192,7 +192,7 @@ class WeightTracker(ABC):
         return is_due
 
     def _add_model(self, model: nn.Module) -> None:
-        live, carried = self._live(model)
+        live, carried, extra_state = self._live(model)
         warn_of_training_weights(live.values())
         if self._n_statistics and self._n_averaged:
             layers = statistics_modules(model).values()
@@ -211,12 +211,15 @@ class WeightTracker(ABC):
         else:
             self._carried = {name: value.clone() for name, value in carried.items()}
         if self._extra_state:
-            self._extra_state = copy.deepcopy(live_model(model)[1])
+            self._extra_state = copy.deepcopy(extra_state)
         self._n_averaged += 1
 
-    def _live(self, model: nn.Module) -> tuple[Entries, Entries]:
-        """Return the live entries to average and all other entries, in the tracker's order."""
-        state, self._aliases, _ = tracked_model(model)
+    def _live(self, model: nn.Module) -> tuple[Entries, Entries, dict[str, Any]]:
+        """Return the entries to average, all other entries, and the extra state.
+
+        The entries are live and in the tracker's order.
+        """
+        state, self._aliases, extra_state = tracked_model(model)
         require_match(
             self._expected,
             state,
@@ -240,7 +243,7 @@ class WeightTracker(ABC):
             name: carried.pop(name) for name in list(carried) if name in self._averaged_names
         }
         self._follow_devices(averaged, carried)
-        return averaged, carried
+        return averaged, carried, extra_state
 
     def _follow_devices(self, averaged: Entries, carried: Entries) -> None:
         """Move the average to its device. Default: the current device of each live entry."""
@@ -296,7 +299,7 @@ class WeightTracker(ABC):
             StatisticsWarning: as in :meth:`averaged_state_dict`.
         """
         self._require_models()
-        averaged, carried = self._live(model)
+        averaged, carried, _ = self._live(model)
         try:
             with overwriting([*averaged.values(), *carried.values()]):
                 with torch.no_grad():

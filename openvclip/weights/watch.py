@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from openvclip.errors import UsageError, listed
-from openvclip.weights.numerics import lerp_
+from openvclip.weights.averageable import is_same
+from openvclip.weights.memory import view_of
+from openvclip.weights.numerics import bits_of, lerp_
 from openvclip.weights.shards import local, versions
 
 _ELEMENTS = 16  # of a parameter
@@ -51,27 +53,34 @@ class WeightWatch:
         """Return the names of parameters that changed, and stop watching.
 
         A parameter that was written but has the expected values did not change. Clamping a scale,
-        or a context such as ``swa.applied()``, can write such values.
+        or a context such as ``swa.applied()``, can write such values. A parameter in other memory
+        is a change with any values, because the block restores the old memory alone.
 
         Args:
             now: the parameters that the model holds now, by name.
             kept: the weights and the anchor whose interpolation is expected, by name.
             alpha: weight of the anchor.
         """
+        watched = self._parameters
         written = [
             name
-            for name, parameter in self._parameters.items()
+            for name, parameter in watched.items()
             if now.get(name) is not parameter or _signs(parameter) != self._before[name]
         ]
         if not written:
             self._flags = [
-                _Flag((_bits(value) != _bits(self._elements[kind])).any())
+                _Flag((bits_of(value) != bits_of(self._elements[kind])).any())
                 for kind, value in self._sample().items()
             ]
             if not self.is_late and self.late():
-                written = list(self._parameters)
+                written = list(watched)
         self._elements, self._parameters = {}, {}
-        return [name for name in written if not _is_expected(now.get(name), kept.get(name), alpha)]
+        return [
+            name
+            for name in written
+            if not _is_restored(now.get(name), watched[name])
+            or not _is_expected(now[name], kept.get(name), alpha)
+        ]
 
     @property
     def is_late(self) -> bool:
@@ -138,10 +147,15 @@ def _elements(parameters: Iterable[nn.Parameter]) -> dict[_Kind, Tensor]:
     return {kind: torch.cat(some) for kind, some in parts.items()}
 
 
-def _is_expected(
-    parameter: nn.Parameter | None, kept: tuple[Tensor, Tensor] | None, alpha: float
-) -> bool:
-    if parameter is None or kept is None:
+def _is_restored(parameter: nn.Parameter | None, watched: nn.Parameter) -> bool:
+    """Return whether a write to the watched parameter also restores the present one."""
+    if parameter is None:
+        return False
+    return parameter is watched or view_of(parameter) == view_of(watched)
+
+
+def _is_expected(parameter: nn.Parameter, kept: tuple[Tensor, Tensor] | None, alpha: float) -> bool:
+    if kept is None:
         return False
     weights, anchor = kept
     part = local(parameter)
@@ -149,8 +163,4 @@ def _is_expected(
         return False
     expected = weights.to(part.device, copy=True)
     lerp_([expected], [anchor], alpha)
-    return torch.equal(_bits(expected.flatten()), _bits(part.flatten()))
-
-
-def _bits(flat: Tensor) -> Tensor:
-    return flat.view(torch.uint8)  # so that NaN equals itself
+    return is_same(expected, part)

@@ -99,6 +99,8 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
     ".data is another tensor": lambda m: [setattr(p, "data", p * 2) for p in m.parameters()],
     "another dtype": lambda m: m.double(),
     "averaged weights": lambda m: m.load_state_dict(snapshot(Smooth(1))),
+    # The block restores the old memory, so the new parameters would stay interpolated.
+    "copies of the interpolated weights": lambda m: m.load_state_dict(snapshot(m), assign=True),
 }
 
 
