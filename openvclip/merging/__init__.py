@@ -17,8 +17,8 @@ the same result for state dicts of one entry each, so :func:`openvclip.merge_fil
 to files.
 
 To add a method, write one file in this package, import the function below and add its name to
-``__all__``. Add the method to ``METHODS`` in ``tests/merging/test_merging_rules.py``, which checks
-the rules above.
+``__all__``. Add the method to ``METHODS`` in ``tests/merging/test_merging_rules.py`` and to
+``MERGES`` in ``tests/merging/methods.py``. Tests check the rules above for each entry.
 """
 
 from openvclip.merging.angles import model_stock, slerp

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,18 +11,9 @@ from torch.distributed.tensor import DTensor
 
 from openvclip import interpolate, interpolate_into, load_checkpoint, save_checkpoint
 from openvclip.errors import UsageError
-from openvclip.merging import (
-    apply_task_vectors,
-    average,
-    dare,
-    lines,
-    model_stock,
-    slerp,
-    task_vector,
-    ties,
-)
 from tests.distributed.sharded import full, sharded
 from tests.distributed.training import Net, assert_close, batch, check, snapshot
+from tests.merging.methods import MERGES
 
 
 @check
@@ -91,21 +80,11 @@ def fsdp_state_dicts_are_interpolated_and_stay_sharded(out: Path) -> None:
 def merges_of_sharded_state_dicts(out: Path) -> None:
     clip, tuned = snapshot(Net(0)), snapshot(Net(1))
     sharded_clip, sharded_tuned = sharded(0).state_dict(), sharded(1).state_dict()
-    methods: list[Callable[[Any, Any], Any]] = [
-        lambda a, b: average([a, b]),
-        lambda a, b: apply_task_vectors(a, [task_vector(a, b)], 0.5),
-        lambda a, b: lines(a, b, alpha=0.3, beta=0.7, blocks=2),
-        lambda a, b: slerp(b, a, 0.3),
-        lambda a, b: model_stock(a, [b, dict(b)]),
-        lambda a, b: ties(a, [b], density=0.5),
-        lambda a, b: dare(a, b, drop=0.5),
-    ]
-    methods.append(lambda a, b: ties(a, [b], trim="model"))
-    for method in methods:
-        expected = method(clip, tuned)
+    for method in MERGES.values():
+        expected = method(clip, [tuned, dict(tuned)])
         for a, b in ((sharded_clip, sharded_tuned), (sharded_clip, tuned)):
-            result = method(a, b)
+            result = method(a, [b, dict(b)])
             assert_close(full(result), expected)
             name = "body.0.weight" if "body.0.weight" in result else "weight"
             assert isinstance(result[name], DTensor)
-        assert_close(method(clip, sharded_tuned), expected)
+        assert_close(method(clip, [sharded_tuned, dict(sharded_tuned)]), expected)

@@ -21,6 +21,7 @@ from openvclip.merging import (
     ties,
 )
 from tests.helpers import assert_same_state, same_bits
+from tests.merging.methods import MERGES
 from tests.merging.test_merging import State, floats, state
 
 
@@ -44,11 +45,13 @@ METHODS: dict[str, Callable[[State, State], State]] = {
 
 
 def test_every_method_is_checked_here() -> None:
-    """A new method is one file, one line in ``merging/__init__`` and one line in ``METHODS``."""
+    """A new method is one file, one line in ``merging/__init__`` and one line in both dicts."""
     checked = {name.split()[0] for name in METHODS}
     no_methods = {"by_depth", "visual_only", "GreedySoup"}
     elsewhere = {"greedy_soup"}  # needs scores: see test_merging_soups.py
     assert set(merging.__all__) - no_methods - elsewhere == checked
+    no_merge = {"task_vector"}  # the change of one model
+    assert set(merging.__all__) - no_methods - no_merge == {name.split()[0] for name in MERGES}
 
 
 @pytest.mark.parametrize("method", METHODS)

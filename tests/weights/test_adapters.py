@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -17,18 +17,9 @@ from openvclip import (
     interpolate_into,
 )
 from openvclip.errors import WeightTypeError
-from openvclip.merging import (
-    apply_task_vectors,
-    average,
-    dare,
-    greedy_soup,
-    lines,
-    model_stock,
-    slerp,
-    task_vector,
-    ties,
-)
+from openvclip.merging import apply_task_vectors, task_vector
 from openvclip.weights.adapters import factor_names, mixed_factors, refuse_factors
+from tests.merging.methods import MERGES, State
 
 LAYER = "base_model.model.visual.blocks.0.attn"
 FACTORS = [
@@ -143,21 +134,14 @@ def same_a(model: LoRA, other: LoRA) -> LoRA:
 
 
 A, B = "lora_A.default", "lora_B.default"
-State = Mapping[str, Tensor]
-METHODS: dict[str, Callable[[State, State], object]] = {
-    "interpolate": lambda a, b: interpolate(a, b, 0.5),
-    "interpolate_into": lambda a, b: interpolate_into(LoRA(0), a, b, 0.5),
-    "slerp": lambda a, b: slerp(a, b, 0.5),
-    "task_vector": task_vector,
-    "apply_task_vectors": lambda a, b: apply_task_vectors(
-        a, [{name: b[name] - a[name] for name in a}]
+METHODS: dict[str, Callable[[State, Sequence[State]], object]] = {
+    **MERGES,
+    "interpolate": lambda a, others: interpolate(a, others[0], 0.5),
+    "interpolate_into": lambda a, others: interpolate_into(LoRA(0), a, others[0], 0.5),
+    "task_vector": lambda a, others: task_vector(a, others[0]),
+    "apply_task_vectors": lambda a, others: apply_task_vectors(
+        a, [{name: b[name] - a[name] for name in a} for b in others]
     ),
-    "dare": dare,
-    "lines": lambda a, b: lines(a, b, alpha=0.1, beta=0.9, blocks=2),
-    "ties": lambda a, b: ties(a, [b]),
-    "model_stock": lambda a, b: model_stock(a, [b, dict(b)]),
-    "average": lambda a, b: average([a, b]),
-    "greedy_soup": lambda a, b: greedy_soup([a, b], lambda _: 1.0),
 }
 
 
@@ -165,8 +149,8 @@ METHODS: dict[str, Callable[[State, State], object]] = {
 def test_factors_are_not_combined_one_by_one(method: str) -> None:
     # Report 13 (peft#1155)
     with pytest.raises(WeightTypeError, match=r"2 factors of an adapter .*merge_and_unload"):
-        METHODS[method](copied(LoRA(1)), copied(LoRA(2)))
-    METHODS[method](copied(LoRA(1)), copied(same_a(LoRA(1), LoRA(2))))
+        METHODS[method](copied(LoRA(1)), [copied(LoRA(seed)) for seed in (2, 3)])
+    METHODS[method](copied(LoRA(1)), [copied(same_a(LoRA(1), LoRA(seed))) for seed in (2, 3)])
 
 
 @pytest.mark.parametrize("lam", [0.25, 0.5])

@@ -2,39 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from openvclip import InterpolatedWeightRegularizer, SWATracker, interpolate, interpolate_into
 from openvclip.errors import UsageError
-from openvclip.merging import (
-    average,
-    dare,
-    greedy_soup,
-    lines,
-    model_stock,
-    slerp,
-    task_vector,
-    ties,
-)
+from openvclip.merging import average, model_stock
 from tests.helpers import Net, assert_same_state, snapshot
+from tests.merging.methods import MERGES, State
 
-State = Mapping[str, Tensor]
-METHODS: dict[str, Callable[[State, State], object]] = {
-    "interpolate": lambda a, b: interpolate(a, b, 0.5),
-    "interpolate at an end": lambda a, b: interpolate(a, b, 1.0),
-    "interpolate_into": lambda a, b: interpolate_into(Net(), a, b, 0.5),
-    "slerp": lambda a, b: slerp(a, b, 0.5),
-    "task_vector": task_vector,
-    "dare": dare,
-    "lines": lambda a, b: lines(a, b, alpha=0.1, beta=0.9, blocks=2),
-    "ties": lambda a, b: ties(a, [b]),
-    "model_stock": lambda a, b: model_stock(snapshot(Net()), [a, b]),
-    "average": lambda a, b: average([a, b]),
-    "greedy_soup": lambda a, b: greedy_soup([a, b], lambda _: 1.0),
+METHODS: dict[str, Callable[[State, Sequence[State]], object]] = {
+    **MERGES,
+    "interpolate": lambda a, others: interpolate(a, others[0], 0.5),
+    "interpolate at an end": lambda a, others: interpolate(a, others[0], 1.0),
+    "interpolate_into": lambda a, others: interpolate_into(Net(), a, others[0], 0.5),
+    "model_stock of others": lambda a, others: model_stock(snapshot(Net()), [a, others[0]]),
 }
 UNCOPIED: dict[str, Callable[[nn.Module], State]] = {
     "state_dict": nn.Module.state_dict,
@@ -53,8 +38,9 @@ def test_a_state_dict_without_a_copy_is_noticed(method: str) -> None:
     clip = model.state_dict()
     model.head.weight.data.add_(1.0)
     with pytest.raises(UsageError, match=r"the same model\. state_dict\(\) does not copy"):
-        METHODS[method](clip, model.state_dict())
-    METHODS[method]({name: value.clone() for name, value in clip.items()}, model.state_dict())
+        METHODS[method](clip, [model.state_dict(), snapshot(model)])
+    tuned = model.state_dict()
+    METHODS[method]({name: value.clone() for name, value in clip.items()}, [tuned, dict(tuned)])
 
 
 @pytest.mark.parametrize("taken", UNCOPIED)

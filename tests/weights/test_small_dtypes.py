@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,22 +18,12 @@ from openvclip import (
     interpolate_into,
 )
 from openvclip.errors import NonFiniteWeightsError, UsageError
-from openvclip.merging import (
-    apply_task_vectors,
-    average,
-    dare,
-    lines,
-    model_stock,
-    slerp,
-    task_vector,
-    ties,
-)
 from openvclip.weights import weights_hash
 from openvclip.weights.numerics import non_finite_names
 from tests.helpers import same_bits
+from tests.merging.methods import MERGES
 
 FLOAT8 = [getattr(torch, name) for name in dir(torch) if name.startswith("float8_")]
-State = dict[str, Tensor]
 
 
 def values_of(dtype: torch.dtype) -> Tensor:
@@ -89,26 +78,15 @@ def test_interpolation_of_float8(dtype: torch.dtype, lam: float) -> None:
     assert same_bits(model.w, result)
 
 
-MERGES: dict[str, Callable[[State, State, State], State]] = {
-    "average": lambda a, b, c: average([a, b, c]),
-    "slerp": lambda a, b, c: slerp(a, b, 0.3),
-    "ties": lambda a, b, c: ties(a, [b, c], density=0.5),
-    "ties of models": lambda a, b, c: ties(a, [b, c], trim="model"),
-    "dare": lambda a, b, c: dare(a, b, drop=0.5),
-    "model_stock": lambda a, b, c: model_stock(a, [b, c]),
-    "lines": lambda a, b, c: lines(a, b, alpha=0.3, beta=0.7, blocks=2),
-    "vectors": lambda a, b, c: apply_task_vectors(a, [task_vector(a, b)], 0.5),
-}
-
-
 @pytest.mark.parametrize("dtype", FLOAT8)
 @pytest.mark.parametrize("method", MERGES)
 def test_merges_of_float8_are_those_of_float32_rounded_once(
     dtype: torch.dtype, method: str
 ) -> None:
-    states = [{"w": random(dtype, seed)} for seed in range(3)]
-    wide = MERGES[method](*({"w": s["w"].float()} for s in states))["w"]
-    assert same_bits(MERGES[method](*states)["w"], wide.to(dtype))
+    first, *others = [{"w": random(dtype, seed)} for seed in range(3)]
+    wide_first, *wide_others = [{"w": state["w"].float()} for state in (first, *others)]
+    wide = MERGES[method](wide_first, wide_others)["w"]
+    assert same_bits(MERGES[method](first, others)["w"], wide.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", FLOAT8)
