@@ -11,12 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from openvclip.errors import StateMismatchError, UsageError, listed
-from openvclip.weights.anchor import (
-    follow_devices,
-    stash_for,
-    take_anchor,
-    trained_parameters,
-)
+from openvclip.weights.anchor import follow_devices, stash_for, take_anchor, trained_parameters
 from openvclip.weights.buffers import keeping_buffers
 from openvclip.weights.gradients import (
     Gradients,
@@ -294,7 +289,7 @@ class InterpolatedWeightRegularizer:
                 yield alpha
                 self._reshard()
                 kept = {n: (s, self._anchor[n]) for n, s in zip(live, stash, strict=True)}
-                changed = watch.look(trained_parameters(self.model), kept, alpha)
+                changed = watch.look(named_parameters(self.model), kept, alpha)
                 self._watch = watch if watch.is_late else None
         finally:
             self._inside = False

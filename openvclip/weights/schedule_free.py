@@ -25,7 +25,9 @@ def watch_optimizers() -> None:
 
 
 def _look(optimizer: Optimizer, *_: object) -> None:
-    if not torch.compiler.is_compiling() and "train_mode" in optimizer.param_groups[0]:
+    if torch.compiler.is_compiling():
+        return
+    if any("train_mode" in group for group in optimizer.param_groups):
         _SEEN.add(optimizer)
 
 

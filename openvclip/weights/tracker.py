@@ -215,10 +215,7 @@ class WeightTracker(ABC):
         self._n_averaged += 1
 
     def _live(self, model: nn.Module) -> tuple[Entries, Entries, dict[str, Any]]:
-        """Return the entries to average, all other entries, and the extra state.
-
-        The entries are live and in the tracker's order.
-        """
+        """Return the live entries to average, all other live entries, and the extra state."""
         state, self._aliases, extra_state = tracked_model(model)
         require_match(
             self._expected,

@@ -7,11 +7,7 @@ from typing import Any
 from torch import nn
 
 from openvclip import InterpolatedWeightRegularizer
-from tests.helpers import (
-    Smooth,
-    cross_entropy,
-    snapshot,
-)
+from tests.helpers import Smooth, cross_entropy, snapshot
 
 
 def regulariser(

@@ -131,6 +131,15 @@ def test_writes_that_change_no_value_are_allowed() -> None:
     assert_same_state(model.state_dict(), before)
 
 
+def test_a_parameter_that_is_frozen_inside_the_block_did_not_change() -> None:
+    model = Smooth()
+    iwr, before = regulariser(model), snapshot(model)
+    with iwr.interpolated():
+        second_loss(iwr, model)
+        model.first.requires_grad_(False)
+    assert_same_state(model.state_dict(), before)
+
+
 def test_nan_weights_did_not_change() -> None:
     model = Smooth()
     model.first.weight.data[0, 0] = math.nan

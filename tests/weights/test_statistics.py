@@ -300,6 +300,13 @@ def test_training_weights_of_a_schedule_free_optimizer_are_noticed(kind: Any) ->
             torch.testing.assert_close(value, mean)
 
 
+def test_an_optimizer_without_parameters_steps_beside_a_tracker() -> None:
+    SWATracker(Smooth())  # looks at each optimizer of the process
+    optimizer = torch.optim.SGD(Smooth().parameters(), lr=0.1)
+    optimizer.param_groups.clear()
+    optimizer.step()
+
+
 def test_the_public_name() -> None:
     assert openvclip.update_statistics is update_statistics
     assert list(statistics_modules(nn.DataParallel(deep()))) == ["1", "4"]
