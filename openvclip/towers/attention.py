@@ -35,19 +35,18 @@ def temporal_attention(
     Returns:
         Tensor ``[B, T, N, heads * d]``.
     """
-    b, t, n = q.shape[:3]
+    options: dict[str, Any] = {"dropout_p": dropout_p, "scale": scale}
+    if view.window == 0:
+        return _attend(q, k, v, **options)
+    if is_exporting():
+        return _attend_for_export(q, k, v, view, **options)
     # Under autocast the dtypes can differ. scaled_dot_product_attention converts them.
     same_dtype = q.dtype == k.dtype == v.dtype
-    if view.window > 0 and dropout_p == 0.0 and same_dtype and _prefers_frame_by_frame(q):
+    if dropout_p == 0.0 and same_dtype and _prefers_frame_by_frame(q):
         return attend_frame_by_frame(q, k, v, view, scale).flatten(-2)
-    if view.window > 0 and view.boundary == "mask" and not is_exporting():
-        return _attend_inside(q, k, v, view.window, dropout_p=dropout_p, scale=scale)
-    mask = None
-    if view.window > 0:
-        k, v = _in_view(k, view), _in_view(v, view)
-        if view.boundary == "mask":
-            mask = _inside_mask(b, t, n, view.window, q.device)
-    return _attend(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale)
+    if view.boundary == "mask":
+        return _attend_inside(q, k, v, view.window, **options)
+    return _attend(q, _in_view(k, view), _in_view(v, view), **options)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
@@ -82,6 +81,18 @@ def _attend_inside(q: Tensor, k: Tensor, v: Tensor, window: int, **options: Any)
     return torch.cat(parts, dim=1)
 
 
+def _attend_for_export(q: Tensor, k: Tensor, v: Tensor, view: FrameView, **options: Any) -> Tensor:
+    """Compute attention over the frames in view with operations that every export format has.
+
+    The same operations are right for each number of frames, so an exported model can leave the
+    number of frames open.
+    """
+    b, t, n = q.shape[:3]
+    mask = _inside_mask(b, t, n, view.window, q.device) if view.boundary == "mask" else None
+    k, v = _in_view_for_export(k, view), _in_view_for_export(v, view)
+    return _attend(q, k, v, attn_mask=mask, **options)
+
+
 def _prefers_frame_by_frame(q: Tensor) -> bool:
     """Return whether to call one kernel for each frame instead of one kernel for all frames.
 
@@ -93,7 +104,7 @@ def _prefers_frame_by_frame(q: Tensor) -> bool:
     ``sdpa_kernel``, the result is False. PyTorch then chooses another kernel, for example one that
     can be differentiated twice.
     """
-    if q.device.type != "cpu" or torch.compiler.is_compiling() or is_exporting():
+    if q.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     return bool(torch.backends.cuda.flash_sdp_enabled())  # this setting applies to CPUs too
 
@@ -115,18 +126,12 @@ def _by_head(x: Tensor) -> Tensor:
 
 def _in_view(x: Tensor, view: FrameView) -> Tensor:
     """``[B, T, N, ...]`` to ``[B, T, (2 window + 1) N, ...]``: the frames in view, in order."""
-    if is_exporting():
-        return _in_view_for_export(x, view)
     gathered: Tensor = _GatherFrames.apply(x, view.window, view.boundary == "replicate")
     return gathered.flatten(2, 3)
 
 
 def _in_view_for_export(x: Tensor, view: FrameView) -> Tensor:
-    """Compute :func:`_in_view` with slices and ``torch.cat``, which every export format has.
-
-    The same operations are right for each number of frames, so an exported model can leave the
-    number of frames open.
-    """
+    """Compute :func:`_in_view` with slices and ``torch.cat``."""
     before, after = x[:, :1], x[:, -1:]
     if view.boundary != "replicate":
         before, after = torch.zeros_like(before), torch.zeros_like(after)

@@ -117,8 +117,16 @@ class _FrameTower(TemporalTower):
     """Base of the expanded towers."""
 
     norm: nn.Module
+    _plain: type[nn.Module]
+    """Class of the tower before the expansion."""
     _through_blocks: Callable[[Tensor], Tensor]
     """Method of the subclass. It returns the output of the last block for a video."""
+
+    def _require_video(self, video: Tensor) -> None:
+        _require_video(self, video)
+
+    def _require_no_mask(self, args: Any, kwargs: dict[str, Any]) -> None:
+        _require_no_mask(args, kwargs)
 
     def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the tokens ``[B, T, N, D]`` of a video, or ``[B, N, D]`` of images.
@@ -130,8 +138,8 @@ class _FrameTower(TemporalTower):
         if isinstance(x, Tensor) and x.ndim == 4:
             output: Tensor = super().forward_features(x, *args, **kwargs)  # type: ignore[misc]
             return output
-        _require_video(self, x)
-        _require_no_mask(args, kwargs)
+        self._require_video(x)
+        self._require_no_mask(args, kwargs)
         tokens: Tensor = self.norm(self._through_blocks(x))
         return tokens
 
@@ -157,15 +165,16 @@ class _FrameTower(TemporalTower):
         """
         if isinstance(x, Tensor) and x.ndim == 4:
             return super().forward_intermediates(x, *args, **kwargs)  # type: ignore[misc]
-        _require_video(self, x)
+        self._require_video(x)
         clips = x.shape[:2]
-        plain = VisionTransformer if isinstance(self, VisionTransformer) else Eva
-        tower = frame_tower(self, plain, "blocks", clips)
+        tower = frame_tower(self, self._plain, "blocks", clips)
         return by_clip(tower.forward_intermediates(x.flatten(0, 1), *args, **kwargs), clips)
 
 
 class TemporalVisionTransformer(_FrameTower, VisionTransformer):  # type: ignore[misc]
     """timm's ``VisionTransformer`` for videos ``[B, T, C, H, W]`` and images."""
+
+    _plain = VisionTransformer
 
     def _through_blocks(self, video: Tensor) -> Tensor:
         tokens = self.patch_drop(self._pos_embed(self.patch_embed(video.flatten(0, 1))))
@@ -179,6 +188,8 @@ class TemporalVisionTransformer(_FrameTower, VisionTransformer):  # type: ignore
 
 class TemporalEva(_FrameTower, Eva):  # type: ignore[misc]
     """timm's ``Eva`` for videos ``[B, T, C, H, W]`` and images."""
+
+    _plain = Eva
 
     def _through_blocks(self, video: Tensor) -> Tensor:
         clips = video.shape[:2]

@@ -16,16 +16,24 @@ from torch import Tensor, nn
 
 from openvclip.errors import UnsupportedModelError, UsageError, VideoShapeError
 from openvclip.towers.checks import require_video
-from openvclip.towers.family import Encoder, Family, TemporalTower, TowerFacts, call
-from openvclip.towers.prompted import PromptedExpandedTower, PromptedTower
+from openvclip.towers.family import Encoder, Family, TowerFacts, call
+from openvclip.towers.prompted import PromptedExpandedTower
 from openvclip.towers.timm import FAMILY as TIMM
-from openvclip.towers.timm import _run_eva_block
+from openvclip.towers.timm import _FrameTower, _PromptedFrameTower, _run_eva_block
 
 
-class TemporalNaFlexVit(TemporalTower, NaFlexVit):  # type: ignore[misc]
+class TemporalNaFlexVit(_FrameTower, NaFlexVit):  # type: ignore[misc]
     """``NaFlexVit`` for videos ``[B, T, C, H, W]``, images and batches of patches."""
 
-    def forward_features(
+    _plain = NaFlexVit
+
+    def _require_video(self, video: Tensor) -> None:
+        _require_video(self, video)
+
+    def _require_no_mask(self, args: Any, kwargs: dict[str, Any]) -> None:
+        _require_no_mask(args, kwargs)
+
+    def forward_features(  # type: ignore[override]  # NaFlexVit's names
         self, patches: Tensor, patch_coord: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Any:
         """Return the tokens ``[B, T, N, D]`` of a video, or ``[B, N, D]`` of images.
@@ -39,20 +47,34 @@ class TemporalNaFlexVit(TemporalTower, NaFlexVit):  # type: ignore[misc]
                 supports.
             UsageError: if an attention mask is given with a video.
         """
-        if patch_coord is not None or (isinstance(patches, Tensor) and patches.ndim == 4):
-            return super().forward_features(patches, patch_coord, *args, **kwargs)
-        _require_video(self, patches)
-        _require_no_mask(args, kwargs)
-        return self.norm(self._through_blocks(patches))
+        if patch_coord is not None:
+            return NaFlexVit.forward_features(self, patches, patch_coord, *args, **kwargs)
+        return super().forward_features(patches, None, *args, **kwargs)
 
-    def forward_head(self, patches: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward_head(  # type: ignore[override]  # NaFlexVit passes the tokens by name
+        self, patches: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
         """Return the features ``[B, T, D]`` of a video from its tokens ``[B, T, N, D]``.
 
         For tokens ``[B, N, D]`` of images, the features are ``[B, D]``.
         """
-        flat = patches.flatten(0, 1) if patches.ndim == 4 else patches
-        out: Tensor = super().forward_head(flat, *args, **kwargs)
-        return out.unflatten(0, patches.shape[:2]) if patches.ndim == 4 else out
+        return super().forward_head(patches, *args, **kwargs)
+
+    def forward_intermediates(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return the outputs of chosen layers, as timm's tower does.
+
+        The tensors of a video have the axes ``[B, T]`` instead of the batch axis of images.
+
+        Args:
+            x: a video, images ``[B, C, H, W]``, or a batch of patches.
+
+        Raises:
+            VideoShapeError: if ``x`` is none of these, or a video that the tower does not support.
+            UsageError: if an attention mask is given with a video.
+        """
+        if isinstance(x, dict) or kwargs.get("patch_coord") is not None:
+            return NaFlexVit.forward_intermediates(self, x, *args, **kwargs)
+        return super().forward_intermediates(x, *args, **kwargs)
 
     def _through_blocks(self, video: Tensor) -> Tensor:
         tokens, rope = _embedded(self, video)
@@ -63,12 +85,12 @@ class TemporalNaFlexVit(TemporalTower, NaFlexVit):  # type: ignore[misc]
         return tokens
 
 
-class PromptedNaFlexVit(PromptedTower, TemporalNaFlexVit):
+class PromptedNaFlexVit(_PromptedFrameTower, TemporalNaFlexVit):
     """``NaFlexVit`` with prompts, for videos ``[B, T, C, H, W]`` and images."""
 
-    def forward_features(
+    def forward_features(  # type: ignore[override]  # NaFlexVit's names
         self, patches: Tensor, patch_coord: Tensor | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
+    ) -> Tensor:
         """Return class and patch tokens: ``[B, T, N, D]`` of a video, ``[B, N, D]`` of images.
 
         Raises:
@@ -81,10 +103,7 @@ class PromptedNaFlexVit(PromptedTower, TemporalNaFlexVit):
                 "Prompts support no batches of patches. Pass images or videos, or detach the "
                 "prompts first: openvclip.prompting.detach(model)."
             )
-        images = isinstance(patches, Tensor) and patches.ndim == 4
-        video = patches.unsqueeze(1) if images else patches
-        tokens: Tensor = super().forward_features(video, None, *args, **kwargs)
-        return tokens.squeeze(1) if images else tokens
+        return super().forward_features(patches, None, *args, **kwargs)
 
     def _through_blocks(self, video: Tensor) -> Tensor:
         tokens, rope = _embedded(self, video)

@@ -63,8 +63,9 @@ def count_packets(packets: Iterable[Any]) -> PacketIndex:
     for packet in packets:
         if not packet.size or packet.is_discard:
             continue
-        stamps.append(packet.pts)
-        time = packet.dts if packet.pts is None else packet.pts
+        stamp = packet.pts
+        stamps.append(stamp)
+        time = packet.dts if stamp is None else stamp
         if time is not None:
             times.append(time)
             ends.append(time + (packet.duration or 0))
@@ -92,7 +93,8 @@ def header_is_right(stream: Any, container: Container, info: StreamInfo) -> bool
     entries, frames = stream.index_entries, info.frames or 0
     if len(entries) != frames:
         return False
-    shown = sum(1 for entry in entries if entry.size and not entry.is_discard)
+    # A slice, because a loop over the entries takes longer, and a film has 100,000 entries.
+    shown = sum(1 for entry in entries[:] if entry.size and not entry.is_discard)
     # The index of a fragmented file can have the first fragment alone.
     seconds = (info.duration or 0) * (stream.time_base or 0)
     expected = float(seconds) * info.fps

@@ -52,6 +52,9 @@ BACKENDS: tuple[Backend, ...] = get_args(Backend)
 class Sampling:
     """The frames to read from a video, and the decoder.
 
+    Which frames of a file are counted (edit lists, wrong headers), and what is done with their
+    pixels (rotation, sample aspect ratio, HDR): see :func:`~openvclip.video.read_clip`.
+
     Attributes:
         num_frames: T, the number of frames in a view.
         sampling_rate: distance between two frames of a view, in frames at ``target_fps``. The

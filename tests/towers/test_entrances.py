@@ -17,10 +17,12 @@ from openvclip.errors import UsageError, VideoShapeError
 from tests.helpers import random_video, same_bits, tiny_clip, tiny_tower
 from tests.prompting.towers import vifi
 from tests.towers import test_temporal_hf as hf
+from tests.towers import test_temporal_naflex as naflex
 from tests.towers import test_temporal_timm as timm
 from tests.towers.tower_laws import images
 
-TIMM = ["siglip", "registers", "post norm", "eva01", "perception encoder", "mixed rope"]
+NAFLEX = {f"naflex {name}": naflex.CASES[name] for name in ("siglip 2", "mixed rope")}
+TIMM = ["siglip", "registers", "post norm", "eva01", "perception encoder", "mixed rope", *NAFLEX]
 
 
 def tower_of(name: str) -> Any:
@@ -28,7 +30,7 @@ def tower_of(name: str) -> Any:
         return tiny_tower()
     if name == "attention pooling":
         return tiny_clip(attentional_pool=True, attn_pooler_queries=4, attn_pooler_heads=2).visual
-    return timm.CASES[name].make()
+    return {**timm.CASES, **NAFLEX}[name].make()
 
 
 def intermediates(tower: Any, x: Tensor, **options: Any) -> tuple[Tensor | None, list[Any]]:
@@ -88,8 +90,15 @@ def test_gradients_and_checkpointing_of_outputs_of_layers(name: str) -> None:
     assert gradients[0].abs().amax(dim=(2, 3, 4)).min() > 0
 
 
-def test_dropped_patches_keep_the_positions_of_each_frame() -> None:
-    tower = timm.make(timm.eva(patch_drop_rate=0.5, num_classes=8))
+DROPPING: dict[str, Callable[[], Any]] = {
+    "eva": lambda: timm.make(timm.eva(patch_drop_rate=0.5, num_classes=8)),
+    "naflex": lambda: naflex.make(naflex.AXIAL, reg_tokens=0, patch_drop_rate=0.5),
+}
+
+
+@pytest.mark.parametrize("make", DROPPING.values(), ids=DROPPING)
+def test_dropped_patches_keep_the_positions_of_each_frame(make: Callable[[], Any]) -> None:
+    tower = make()
     expand_temporal_attention(tower).train()
     torch.manual_seed(0)
     expected = tower.forward_features(random_video(2, 3))

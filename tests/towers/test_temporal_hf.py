@@ -22,9 +22,10 @@ from tests.towers.tower_laws import (
     LAWS,
     Case,
     compiled_in_one_graph,
+    equals_equation_3,
+    equation_3_settings,
     golden,
     images,
-    slow_features,
 )
 
 transformers = pytest.importorskip("transformers", minversion="5")
@@ -144,15 +145,10 @@ def slow_attention(
     return torch.cat(heads, dim=-1) @ attn.out_proj.weight.T + attn.out_proj.bias, None
 
 
-@pytest.mark.parametrize(("window", "boundary"), [(1, "zero"), (2, "mask"), (2, "replicate")])
+@equation_3_settings
 @pytest.mark.parametrize("name", CASES)
 def test_the_tower_equals_equation_3(name: str, window: int, boundary: Any) -> None:
-    slow = partial(slow_attention, settings=(window, boundary))
-    with torch.no_grad():
-        got, expected = slow_features(
-            CASES[name], random_video(2, 4), slow, window=window, boundary=boundary
-        )
-    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
+    equals_equation_3(CASES[name], slow_attention, window, boundary, tolerance=1e-9)
 
 
 RENAMED = {

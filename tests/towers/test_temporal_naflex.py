@@ -22,7 +22,14 @@ from openvclip.errors import UnsupportedModelError, UsageError, VideoShapeError
 from tests.helpers import TEXT, VISION, random_video, randomise, same_bits, tiny_clip
 from tests.prompting import towers as prompt_laws
 from tests.towers.test_temporal_timm import call, slow_attention
-from tests.towers.tower_laws import CLOSE, LAWS, Case, images, slow_features
+from tests.towers.tower_laws import (
+    CLOSE,
+    LAWS,
+    Case,
+    equals_equation_3,
+    equation_3_settings,
+    images,
+)
 
 SIZE: dict[str, Any] = {
     "img_size": 8,
@@ -69,15 +76,10 @@ def test_law_of_prompts(name: str, expanded: bool, law: Callable[[Case, bool], N
     law(CASES[name], expanded)
 
 
-@pytest.mark.parametrize(("window", "boundary"), [(1, "zero"), (2, "mask"), (2, "replicate")])
+@equation_3_settings
 @pytest.mark.parametrize("name", CASES)
 def test_the_tower_equals_equation_3(name: str, window: int, boundary: Any) -> None:
-    slow = partial(slow_attention, settings=(window, boundary))
-    with torch.no_grad():
-        got, expected = slow_features(
-            CASES[name], random_video(2, 4), slow, window=window, boundary=boundary
-        )
-    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
+    equals_equation_3(CASES[name], slow_attention, window, boundary, tolerance=1e-6)
 
 
 @pytest.mark.parametrize("attach", prompt_laws.METHODS)
@@ -136,10 +138,14 @@ def test_batches_of_patches_are_images() -> None:
     tower = make(SIGLIP2)
     batch = patches_of(images(2))
     batch["patch_valid"][0, 3] = False
-    expected = tower(batch)
+    expected, layers = tower(batch), tower.forward_intermediates(batch, output_fmt="NLC")
     assert (tower(images(2)) - expected)[0].abs().max() > 1e-4
     expand_temporal_attention(tower)
     assert same_bits(tower(batch), expected)
+    assert same_bits(tower.forward_intermediates(batch, output_fmt="NLC")[0], layers[0])
+    options = {name: batch[name] for name in ("patch_coord", "patch_valid")}
+    again = tower.forward_intermediates(batch["patches"], output_fmt="NLC", **options, indices=[0])
+    assert same_bits(again[1][0], layers[1][0])
     for options in ({"attn_mask": torch.zeros(4, 4)}, {"patch_valid": torch.ones(1, 4)}):
         with pytest.raises(UsageError, match="for batches of patches only"):
             tower.forward_features(random_video(1, 2), **options)

@@ -291,6 +291,23 @@ def slow_features(
     return got, torch.stack([case.features(plain, clip) for clip in video])
 
 
+equation_3_settings = pytest.mark.parametrize(
+    ("window", "boundary"), [(1, "zero"), (2, "mask"), (2, "replicate")]
+)
+
+
+def equals_equation_3(
+    case: Case, slow: Callable[..., Any], window: int, boundary: Any, tolerance: float
+) -> None:
+    """Compare with :func:`slow_features`; ``slow`` also takes ``settings=(window, boundary)``."""
+    slow = partial(slow, settings=(window, boundary))
+    with torch.no_grad():
+        got, expected = slow_features(
+            case, random_video(2, 4), slow, window=window, boundary=boundary
+        )
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance / 10)
+
+
 def golden() -> tuple[dict[str, Tensor], dict[str, int]]:
     """A released tower: ``input``, ``output`` and its ``weights.*``; and its sizes.
 
