@@ -316,6 +316,10 @@ class CheckpointError(OpenVCLIPError, ValueError):
     """Raised when a checkpoint cannot be read or written, or does not hold the expected weights."""
 
 
+class ContractError(CheckpointError):
+    """Raised when the contract of a model can't be read, or contradicts other settings."""
+
+
 class UnsafeCheckpointError(CheckpointError):
     """Raised when reading a checkpoint would execute code. No code was executed."""
 

@@ -8,13 +8,30 @@ from openvclip.checkpoints.api import (
     save_checkpoint,
 )
 from openvclip.checkpoints.atomic import atomic_path, write_errors
+from openvclip.checkpoints.contract import (
+    Base,
+    Confidence,
+    Contract,
+    Expansion,
+    Frames,
+    Pixels,
+    Pooling,
+)
+from openvclip.checkpoints.contract_files import read_contract
 from openvclip.checkpoints.formats import WeightFile, read_weights
 from openvclip.checkpoints.sizes import Sizes
 from openvclip.checkpoints.streaming import Merge, average_files, interpolate_files, merge_files
 
 __all__ = [
+    "Base",
     "CheckpointInfo",
+    "Confidence",
+    "Contract",
+    "Expansion",
+    "Frames",
     "Merge",
+    "Pixels",
+    "Pooling",
     "Sizes",
     "WeightFile",
     "atomic_path",
@@ -24,6 +41,7 @@ __all__ = [
     "interpolate_files",
     "load_checkpoint",
     "merge_files",
+    "read_contract",
     "read_weights",
     "save_checkpoint",
     "write_errors",

@@ -97,6 +97,22 @@ def read_weights(
     return _weight_file(file, kind, _read_found(file, kind, sizes_only, mapped), (file,))
 
 
+def read_texts(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Return the texts in the header of a safetensors file, or of the index of a sharded model.
+
+    Args:
+        path: a file of weights. Files of other formats have no texts.
+
+    Raises:
+        CheckpointError: the file is missing, truncated or no file of weights.
+    """
+    file = Path(path)
+    if kind_of_file(file) != SAFETENSORS:
+        return {}
+    with ExitStack() as stack:
+        return open_model(file, stack)[1]
+
+
 @dataclass(frozen=True)
 class _Found:
     """The entries of a file under the names in the file, and what stands beside them."""

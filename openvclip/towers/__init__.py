@@ -15,13 +15,15 @@ from openvclip.towers.temporal import (
     encode_images,
     encode_video,
     expand_temporal_attention,
+    expansion_of,
     is_expanded,
     restore_spatial_attention,
 )
-from openvclip.towers.view import Boundary, FrameView
+from openvclip.towers.view import Boundary, ExpansionSettings, FrameView
 
 __all__ = [
     "Boundary",
+    "ExpansionSettings",
     "Family",
     "FrameView",
     "TowerFacts",
@@ -30,6 +32,7 @@ __all__ = [
     "encode_images",
     "encode_video",
     "expand_temporal_attention",
+    "expansion_of",
     "is_expanded",
     "restore_spatial_attention",
 ]

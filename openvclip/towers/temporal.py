@@ -13,7 +13,7 @@ from openvclip.errors import ExpansionError, ExpansionOptionError, UnsupportedMo
 from openvclip.towers.checks import require_images, require_video
 from openvclip.towers.families import families_in_use, find_tower, is_library_model
 from openvclip.towers.family import Encoder, TemporalTower
-from openvclip.towers.view import Boundary, FrameView, require_window
+from openvclip.towers.view import Boundary, ExpansionSettings, FrameView, require_window
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -114,6 +114,29 @@ def restore_spatial_attention(model: Model) -> Model:
 def is_expanded(model: nn.Module) -> bool:
     """Return whether the image tower of ``model`` encodes videos: it is expanded or has prompts."""
     return any(isinstance(module, TemporalTower) for module in model.modules())
+
+
+def expansion_of(model: nn.Module) -> ExpansionSettings | None:
+    """Return the settings with which a model was expanded.
+
+    Args:
+        model: a model that :func:`expand_temporal_attention` supports.
+
+    Returns:
+        The settings, or ``None`` if the model is not expanded.
+
+    Raises:
+        UnsupportedModelError: if the model has no supported tower, or several.
+    """
+    family, tower = find_tower(model)
+    attentions = family.layers(tower) if isinstance(tower, TemporalTower) else []
+    views: list[FrameView | None] = [getattr(layer, "view", None) for layer in attentions]
+    wide = {i: view for i, view in enumerate(views) if view is not None and view.window > 0}
+    if not wide:
+        return None
+    first = next(iter(wide.values()))
+    layers = None if len(wide) == len(views) else tuple(wide)
+    return ExpansionSettings(first.window, first.boundary, layers)
 
 
 def encode_video(model: nn.Module, video: Tensor, *, normalize: bool = False) -> Tensor:

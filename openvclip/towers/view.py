@@ -40,6 +40,21 @@ class FrameView:
             raise ExpansionOptionError(f"boundary={self.boundary!r}: expected one of {names}.")
 
 
+@dataclass(frozen=True)
+class ExpansionSettings:
+    """The settings with which :func:`openvclip.expand_temporal_attention` expanded a model.
+
+    Attributes:
+        window: number of frames on either side that a frame attends to.
+        boundary: how frames outside the clip are treated.
+        layers: indices of the expanded layers; ``None`` if all layers are expanded.
+    """
+
+    window: int
+    boundary: Boundary
+    layers: tuple[int, ...] | None = None
+
+
 def require_window(window: object, minimum: int = 1) -> None:
     """Raise :class:`ExpansionOptionError` unless ``window`` is an int of at least ``minimum``."""
     if isinstance(window, bool) or not isinstance(window, int) or window < minimum:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from openvclip.checkpoints.atomic import atomic_path
-
-_PACKAGES = ("openvclip", "torch", "open_clip_torch", "transformers", "av", "webdataset", "numpy")
+from openvclip.models.versions import package_versions
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,7 @@ class ModelCard:
             parts.append(_section("Results", percent))
         else:
             parts.append("## Results\n\nNot evaluated in this run.")
-        parts.append(_section("Versions", _versions()))
+        parts.append(_section("Versions", package_versions()))
         return "\n\n".join(parts) + "\n"
 
     def _introduction(self) -> list[str]:
@@ -91,13 +88,3 @@ def _command(entry: tuple[str, str]) -> str:
 def _cell(value: Any) -> str:
     text = f"{value:g}" if isinstance(value, float) else str(value)
     return text.replace("|", "\\|").replace("\n", " ")
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions

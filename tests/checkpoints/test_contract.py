@@ -1,0 +1,160 @@
+"""The contract of a model: what is written is read back, and what can't be right is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import openvclip
+from openvclip.checkpoints import (
+    Base,
+    Confidence,
+    Contract,
+    Expansion,
+    Frames,
+    Pixels,
+    read_contract,
+)
+from openvclip.checkpoints.contract_files import contract_after_merge
+from openvclip.errors import CheckpointError, ContractError
+
+PIXELS = Pixels("released", 224, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+CONTRACT = Contract("open_clip", "ViT-B-16-quickgelu", PIXELS, ("a video of {}.",))
+
+texts = st.text(min_size=1, max_size=8)
+counts = st.integers(1, 99)
+numbers = st.floats(-9, 9)
+above_0 = st.floats(0.001, 99)
+colours = st.tuples(above_0, above_0, above_0)
+expansions = st.builds(
+    Expansion, counts, texts, st.none() | st.lists(st.integers(0, 23)).map(tuple)
+)
+contracts = st.builds(
+    Contract,
+    library=st.sampled_from(["open_clip", "transformers"]),
+    model=texts,
+    pixels=st.builds(Pixels, texts, counts, colours, colours, st.none() | counts, counts),
+    templates=st.lists(texts.map("{} ".__add__), min_size=1, max_size=3).map(tuple),
+    expansion=st.none() | expansions,
+    frames=st.builds(Frames, counts, counts, above_0, texts, counts),
+    pooling=st.sampled_from(["unit_frames", "frames"]),
+    text=st.sampled_from(["own", "original"]),
+    method=st.none() | texts,
+    lam=st.none() | numbers | st.dictionaries(texts, numbers, max_size=2),
+    base=st.none() | st.builds(Base, texts, st.none() | texts, st.none() | texts),
+    confidence=st.none() | st.builds(Confidence, above_0, st.none() | numbers),
+    data=st.dictionaries(texts, numbers | texts, max_size=2),
+    licence=st.none() | texts,
+)
+
+
+@given(contracts)
+def test_a_contract_is_read_as_it_was_written(contract: Contract) -> None:
+    assert Contract.from_json(contract.to_json(), "here") == contract
+
+
+def test_the_json_names_format_and_version_first() -> None:
+    content = json.loads(CONTRACT.to_json())
+    assert list(content)[:4] == ["format", "version", "library", "model"]
+    assert (content["format"], content["version"]) == ("openvclip", 1)
+    assert "unknown" not in content
+
+
+def changed(**fields: Any) -> str:
+    return json.dumps({**json.loads(CONTRACT.to_json()), **fields})
+
+
+def test_unknown_fields_are_written_again() -> None:
+    frames = {"num_frames": 4, "rhythm": [1, 2]}
+    contract = Contract.from_json(changed(mood="good", frames=frames), "here")
+    assert contract.frames == Frames(num_frames=4)
+    content = json.loads(contract.with_(method="clip").to_json())
+    assert (content["mood"], content["frames"]["rhythm"]) == ("good", [1, 2])
+    assert (content["frames"]["num_frames"], content["method"]) == (4, "clip")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "here: is not JSON"),
+        ("[]", "here: is no contract"),
+        ('{"format": "pt"}', "here: is no contract"),
+        (changed(version=2), "has version 2; this openvclip reads version 1"),
+        (changed(version="1"), "version is '1'; expected a whole number"),
+        (changed(library="keras"), "library is 'keras' in the contract; expected 'open_clip' or"),
+        (changed(frames={"num_frames": 0}), "here: frames.num_frames is 0"),
+        (changed(frames={"num_frames": True}), "frames.num_frames is True"),
+        (changed(frames=3), "frames is 3; expected an object"),
+        (changed(frames=None), "frames is None in the contract; expected an object"),
+        (changed(pixels={"size": 224}), "pixels.name, pixels.mean, pixels.std is missing"),
+        (changed(templates=[]), r"templates is \[\] in the contract; expected a list of texts"),
+        (changed(templates=["a video"]), "templates is"),
+        (changed(templates="{}"), "templates is '{}'"),
+        (changed(weights="../w.safetensors"), "weights is '../w.safetensors'"),
+        (changed(lam="half"), "lam is 'half'"),
+        (changed(lam=float("nan")), "lam is nan"),
+        (changed(expansion={"window": 1, "layers": [0.5]}), "expansion.layers is"),
+        (changed(confidence={"temperature": 0}), "confidence.temperature is 0"),
+        (json.dumps({"format": "openvclip", "version": 1}), "library, model, pixels, templates"),
+    ],
+)
+def test_what_can_not_be_right_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ContractError, match=message):
+        Contract.from_json(text, "here")
+
+
+def test_the_contract_of_a_file_is_in_its_header(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    openvclip.save_checkpoint(
+        {"a": torch.ones(2)}, path, metadata={"openvclip": CONTRACT.to_json()}
+    )
+    assert read_contract(path) == CONTRACT
+    assert read_contract(tmp_path) is None
+
+
+def test_the_contract_of_a_folder_is_that_of_the_file_it_names(tmp_path: Path) -> None:
+    contract = CONTRACT.with_(weights="w.safetensors")
+    (tmp_path / "openvclip.json").write_text(contract.to_json(), encoding="utf-8")
+    for name in ("w", "other"):
+        openvclip.save_checkpoint({"a": torch.ones(2)}, tmp_path / f"{name}.safetensors")
+    torch.save({"a": torch.ones(2)}, tmp_path / "w.pth")
+    assert read_contract(tmp_path) == contract
+    assert read_contract(tmp_path / "openvclip.json") == contract
+    assert read_contract(tmp_path / "w.safetensors") == contract
+    assert read_contract(tmp_path / "other.safetensors") is None
+    assert read_contract(tmp_path / "w.pth") is None
+
+
+def test_a_missing_or_damaged_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"nowhere: no such file"):
+        read_contract(tmp_path / "nowhere")
+    (tmp_path / "openvclip.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(ContractError, match=r"openvclip\.json: can't be read"):
+        read_contract(tmp_path)
+
+
+def test_a_merge_keeps_how_the_models_are_used() -> None:
+    first = CONTRACT.with_(lam=0.5, method="open-vclip", data={"a": 1}, results={"top1": 0.5})
+    second = first.with_(lam=0.2, data={"b": 2}, confidence=Confidence(2.0), weights="w.bin")
+    merged = contract_after_merge([None, first.to_json(), second.to_json()], ["x", "y", "z"])
+    assert merged == CONTRACT.with_(method="open-vclip", data={"a": 1, "b": 2})
+    assert contract_after_merge([None], ["x"]) is None
+
+
+def test_models_that_are_used_differently_are_not_merged_without_a_choice() -> None:
+    first, second = CONTRACT.with_(expansion=Expansion(2, "mask")), CONTRACT.with_(frames=Frames(4))
+    texts = [first.to_json(), second.to_json()]
+    with pytest.raises(ContractError, match=r"x is used with expansion = .*mask.* and y with null"):
+        contract_after_merge(texts, ["x", "y"])
+    third = first.with_(expansion=Expansion(2, "zero"))
+    with pytest.raises(ContractError, match=r'expansion.boundary = "mask" and y with "zero"'):
+        contract_after_merge([texts[0], third.to_json()], ["x", "y"])
+    merged = contract_after_merge(texts, ["x", "y"], override=True)
+    assert merged is not None
+    assert (merged.expansion, merged.frames) == (None, Frames(4))
