@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,19 @@ def read_contract(path: str | os.PathLike[str]) -> Contract | None:
         raise ContractError(f"{path}: no such file or folder{near_path(path)}.")
     if path.suffix == ".json" and not path.name.endswith(".index.json"):
         return _read_file(path)
-    texts = read_texts(path)
+    return contract_of_file(path, read_texts(path))
+
+
+def contract_of_file(path: Path, texts: Mapping[str, str]) -> Contract | None:
+    """Return the contract of a file of weights whose texts are known.
+
+    Args:
+        path: the file.
+        texts: the texts in its header.
+
+    Raises:
+        ContractError: see :func:`read_contract`.
+    """
     if CONTRACT_KEY in texts:
         return Contract.from_json(texts[CONTRACT_KEY], os.fspath(path))
     beside = path.with_name(CONTRACT_FILE)
@@ -53,17 +65,16 @@ def read_contract(path: str | os.PathLike[str]) -> Contract | None:
     return contract if contract is not None and contract.weights == path.name else None
 
 
-def contract_after_merge(
-    texts: Sequence[str | None], files: Sequence[str], *, override: bool = False
+def merged_contract(
+    contracts: Sequence[tuple[Path, Contract | None]], *, override: bool = False
 ) -> Contract | None:
     """Return the contract of a merged model.
 
-    The settings of use are those of the inputs. Results, calibration and the λ of the inputs are
-    left out, because they belong to other weights.
+    The settings of use are those of the inputs. Results and calibration are left out, because they
+    belong to other weights.
 
     Args:
-        texts: the contract of each input as JSON; ``None`` for an input without a contract.
-        files: the file of each input, for errors.
+        contracts: file and contract of each input; ``None`` for an input without a contract.
         override: whether the contract of the last input is used if the contracts differ.
 
     Returns:
@@ -72,15 +83,11 @@ def contract_after_merge(
     Raises:
         ContractError: the inputs must be used with different settings.
     """
-    pairs = [
-        (Contract.from_json(text, file), file)
-        for text, file in zip(texts, files, strict=True)
-        if text is not None
-    ]
-    if not pairs:
+    known = [(file, contract) for file, contract in contracts if contract is not None]
+    if not known:
         return None
-    last, last_file = pairs[-1]
-    for contract, file in pairs[:-1]:
+    last_file, last = known[-1]
+    for file, contract in known:
         difference = contract.difference(last)
         if difference is not None and not override:
             name, value, other = difference
@@ -89,21 +96,33 @@ def contract_after_merge(
                 f"{_shown(other)}, so the merged model would have no right setting. Give "
                 f"--override (override=True) to use the settings of {last_file}."
             )
-    contracts = [contract for contract, _ in pairs]
-    alike = {
-        name: value if all(getattr(c, name) == value for c in contracts) else None
-        for name in ("method", "base", "licence")
-        for value in [getattr(last, name)]
+    alike: dict[str, Any] = {
+        name: getattr(last, name)
+        if all(getattr(contract, name) == getattr(last, name) for _, contract in known)
+        else None
+        for name in ("method", "lam", "base", "licence")
     }
-    data = {key: value for contract in contracts for key, value in contract.data.items()}
-    return last.with_(
-        **alike, weights=None, data=data, results={}, confidence=None, lam=_common_lam(contracts)
-    )
+    data = {key: value for _, contract in known for key, value in contract.data.items()}
+    return last.with_(**alike, weights=None, data=data, results={}, confidence=None)
 
 
-def _common_lam(contracts: Sequence[Contract]) -> float | dict[str, float] | None:
-    lams = [contract.lam for contract in contracts]
-    return lams[0] if all(lam == lams[0] for lam in lams) else None
+def interpolated_lam(a: Contract | None, b: Contract | None, lam: object) -> float | None:
+    """Return the weight of the original CLIP in ``lam * A + (1 - lam) * B``.
+
+    Args:
+        a: the contract of A. A model without a contract is the original CLIP.
+        b: the contract of B.
+        lam: the interpolation weight of A.
+
+    Returns:
+        The weight, or ``None`` if it is not known, or differs from entry to entry.
+    """
+    share_a = 1.0 if a is None else a.lam
+    share_b = None if b is None else b.lam
+    shares = (lam, share_a, share_b)
+    if not all(isinstance(share, (int, float)) for share in shares):
+        return None
+    return lam * share_a + (1 - lam) * share_b  # type: ignore[operator]
 
 
 def _shown(value: Any) -> str:

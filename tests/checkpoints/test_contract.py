@@ -21,7 +21,6 @@ from openvclip.checkpoints import (
     Pixels,
     read_contract,
 )
-from openvclip.checkpoints.contract_files import contract_after_merge
 from openvclip.errors import CheckpointError, ContractError
 
 PIXELS = Pixels("released", 224, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
@@ -139,22 +138,78 @@ def test_a_missing_or_damaged_file_is_named(tmp_path: Path) -> None:
         read_contract(tmp_path)
 
 
-def test_a_merge_keeps_how_the_models_are_used() -> None:
+def test_a_merge_keeps_how_the_models_are_used(tmp_path: Path) -> None:
     first = CONTRACT.with_(lam=0.5, method="open-vclip", data={"a": 1}, results={"top1": 0.5})
-    second = first.with_(lam=0.2, data={"b": 2}, confidence=Confidence(2.0), weights="w.bin")
-    merged = contract_after_merge([None, first.to_json(), second.to_json()], ["x", "y", "z"])
+    second = first.with_(lam=0.2, data={"b": 2}, confidence=Confidence(2.0))
+    paths = written(tmp_path, [None, first, second])
+    openvclip.average_files(paths, tmp_path / "mean.safetensors")
+    merged = read_contract(tmp_path / "mean.safetensors")
     assert merged == CONTRACT.with_(method="open-vclip", data={"a": 1, "b": 2})
-    assert contract_after_merge([None], ["x"]) is None
+    openvclip.average_files(paths[:1], tmp_path / "mean.safetensors")
+    assert read_contract(tmp_path / "mean.safetensors") is None
+    openvclip.merge_files(paths[:2], tmp_path / "own.safetensors", lambda states: states[0])
+    merged = read_contract(tmp_path / "own.safetensors")
+    assert merged == first.with_(results={})
 
 
-def test_models_that_are_used_differently_are_not_merged_without_a_choice() -> None:
+def written(folder: Path, models: list[Contract | None]) -> list[Path]:
+    """Files of weights with these contracts; the last contract is in the folder alone."""
+    paths = [folder / f"{number}.safetensors" for number in range(len(models))]
+    for number, (path, contract) in enumerate(zip(paths, models, strict=True)):
+        text = {} if contract is None else {"openvclip": contract.to_json()}
+        beside = contract is not None and number == len(models) - 1 > 0
+        openvclip.save_checkpoint({"a": torch.ones(2)}, path, metadata={} if beside else text)
+        if contract is not None and beside:
+            named = contract.with_(weights=path.name)
+            (folder / "openvclip.json").write_text(named.to_json(), encoding="utf-8")
+    return paths
+
+
+@pytest.mark.parametrize(
+    ("share_a", "share_b", "lam", "share"),
+    [
+        ("original", 0.0, 0.5, 0.5),
+        ("original", 0.5, 0.5, 0.75),
+        (0.25, 0.75, 0.5, 0.5),
+        ("original", None, 0.5, None),
+        (0.5, "original", 0.5, None),
+        ("original", 0.0, lambda name: 0.5, None),
+        ("original", 0.5, 1.0, 1.0),
+    ],
+)
+def test_an_interpolation_knows_its_share_of_the_original(
+    share_a: Any, share_b: Any, lam: Any, share: float | None, tmp_path: Path
+) -> None:
+    models = [None if s == "original" else CONTRACT.with_(lam=s) for s in (share_a, share_b)]
+    a, b = written(tmp_path, models)
+    openvclip.interpolate_files(a, b, tmp_path / "out.safetensors", lam)
+    contract = read_contract(tmp_path / "out.safetensors")
+    assert contract is not None
+    assert contract.lam == share
+
+
+def test_models_that_are_used_differently_are_not_merged_without_a_choice(tmp_path: Path) -> None:
     first, second = CONTRACT.with_(expansion=Expansion(2, "mask")), CONTRACT.with_(frames=Frames(4))
-    texts = [first.to_json(), second.to_json()]
-    with pytest.raises(ContractError, match=r"x is used with expansion = .*mask.* and y with null"):
-        contract_after_merge(texts, ["x", "y"])
-    third = first.with_(expansion=Expansion(2, "zero"))
-    with pytest.raises(ContractError, match=r'expansion.boundary = "mask" and y with "zero"'):
-        contract_after_merge([texts[0], third.to_json()], ["x", "y"])
-    merged = contract_after_merge(texts, ["x", "y"], override=True)
-    assert merged is not None
-    assert (merged.expansion, merged.frames) == (None, Frames(4))
+    a, b = written(tmp_path, [first, second])
+    out = tmp_path / "out.safetensors"
+    message = r"0\.safetensors is used with expansion = .*mask.* and .*1\.safetensors with null"
+    for merge in (
+        lambda **options: openvclip.average_files([a, b], out, **options),
+        lambda **options: openvclip.interpolate_files(a, b, out, 0.5, **options),
+        lambda **options: openvclip.merge_files([a, b], out, lambda s: s[0], **options),
+    ):
+        with pytest.raises(ContractError, match=message):
+            merge()
+        assert not out.exists()
+        merge(override=True)
+        merged = read_contract(out)
+        assert merged is not None
+        assert (merged.expansion, merged.frames) == (None, Frames(4))
+        out.unlink()
+
+
+def test_the_difference_inside_a_section_is_named(tmp_path: Path) -> None:
+    first = CONTRACT.with_(expansion=Expansion(2, "mask"))
+    paths = written(tmp_path, [first, CONTRACT.with_(expansion=Expansion(2, "zero"))])
+    with pytest.raises(ContractError, match=r'expansion.boundary = "mask" and .* with "zero"'):
+        openvclip.average_files(paths, tmp_path / "out.safetensors")

@@ -13,6 +13,12 @@ from typing import TypeAlias, cast, overload
 import torch
 from torch import Tensor
 
+from openvclip.checkpoints.contract import Contract
+from openvclip.checkpoints.contract_files import (
+    contract_of_file,
+    interpolated_lam,
+    merged_contract,
+)
 from openvclip.checkpoints.layout import require_storable
 from openvclip.checkpoints.streaming.inputs import WeightInput, open_inputs
 from openvclip.checkpoints.streaming.outputs import check_outputs, in_writing_order, weight_output
@@ -47,6 +53,7 @@ def interpolate_files(
     dtype: torch.dtype | None = None,
     max_shard_size: int | None = None,
     progress: bool | None = None,
+    override: bool = False,
 ) -> None: ...
 @overload
 def interpolate_files(
@@ -58,6 +65,7 @@ def interpolate_files(
     dtype: torch.dtype | None = None,
     max_shard_size: int | None = None,
     progress: bool | None = None,
+    override: bool = False,
 ) -> None: ...
 def interpolate_files(
     a: StrPath,
@@ -68,6 +76,7 @@ def interpolate_files(
     dtype: torch.dtype | None = None,
     max_shard_size: int | None = None,
     progress: bool | None = None,
+    override: bool = False,
 ) -> None:
     """Write ``lam * a + (1 - lam) * b`` for two files of weights (Equation 6).
 
@@ -94,13 +103,16 @@ def interpolate_files(
             :func:`interpolate`.
         max_shard_size: the largest size of a shard in bytes. Only for an index. Default: 5 GB.
         progress: whether to show a progress bar. Default: only if standard error is a terminal.
+        override: whether the contract of ``b`` is used if both inputs have a contract and the
+            contracts differ. Default: ``False``, raise an error.
 
     **Metadata.** The texts in the headers of the inputs are kept. If both inputs have a text of the
     same name, the text of ``b`` is kept. The text ``openvclip_recipe`` is added. It is JSON with
     the method, ``lam``, the version of openvclip, and for each input the name of the file, a hash
     of its weights and the ``openvclip_recipe`` of that file. The hash is the SHA-256 of a line
     ``name dtype shape crc32`` for each entry, sorted by name. It covers all values, and it does not
-    depend on how the weights are distributed over files.
+    depend on how the weights are distributed over files. The contract of the inputs is passed on,
+    with the weight of the original CLIP in the result; see :class:`openvclip.checkpoints.Contract`.
 
     **Crashes.** A file gets its name when it is complete and flushed to the disk. After an
     exception, a kill or a crash, ``out`` is the old file or the new file. A kill can leave files
@@ -117,6 +129,7 @@ def interpolate_files(
             then). Or an output can't be written, has another ending, or would replace a shard of an
             input.
         UnsafeCheckpointError: an input contains a pickle that could run arbitrary code.
+        ContractError: the contracts of the inputs differ, and ``override`` is false.
         LambdaError: an interpolation weight is not a finite number.
         UsageError: the number of outputs is not the number of interpolation weights.
 
@@ -135,14 +148,15 @@ def interpolate_files(
             for weight_of, result in zip(weights, results, strict=True):
                 write_interpolated({name: result}, {name: values[0]}, {name: values[1]}, weight_of)
 
-        provenances = [
-            Provenance(
-                "interpolate",
-                inputs,
-                {"lam": weight_of if callable(one_lam) else float(one_lam)},
-            )
-            for one_lam, weight_of in zip(lams, weights, strict=True)
-        ]
+        contracts = _contracts(inputs)
+        contract = merged_contract(contracts, override=override)
+        provenances = []
+        for one_lam, weight_of in zip(lams, weights, strict=True):
+            settings = {"lam": weight_of if callable(one_lam) else float(one_lam)}
+            if contract is not None:
+                share = interpolated_lam(contracts[0][1], contracts[1][1], settings["lam"])
+                contract = contract.with_(lam=share)
+            provenances.append(Provenance("interpolate", inputs, settings, contract))
         _write(inputs, outs, provenances, compute, _Options(dtype, max_shard_size, progress))
 
 
@@ -153,6 +167,7 @@ def average_files(
     dtype: torch.dtype | None = None,
     max_shard_size: int | None = None,
     progress: bool | None = None,
+    override: bool = False,
 ) -> None:
     """Write the uniform mean of files of weights, for example of the checkpoints of every epoch.
 
@@ -169,12 +184,14 @@ def average_files(
             entry. If the files differ, the narrowest dtype that holds the values of all files.
         max_shard_size: as in :func:`interpolate_files`.
         progress: as in :func:`interpolate_files`.
+        override: whether the contract of the last file is used if the contracts differ.
 
     Raises:
         EmptyAverageError: ``paths`` is empty.
         NonFiniteWeightsError: a file holds NaN, or holds an infinity that the other files do not
             hold in the same place. (An attention mask holds the same infinities in all files.)
-        StateMismatchError, CheckpointError, UnsafeCheckpointError: see :func:`interpolate_files`.
+        StateMismatchError, CheckpointError, UnsafeCheckpointError, ContractError: see
+            :func:`interpolate_files`.
     """
     if isinstance(paths, (str, os.PathLike)):
         raise WeightTypeError(f"paths: expected a list of files, got the one path {paths!s}.")
@@ -182,7 +199,8 @@ def average_files(
         raise EmptyAverageError("There are no files to average; give at least one.")
     with ExitStack() as stack:
         inputs = open_inputs([Path(path) for path in paths], stack)
-        provenance = Provenance("average", inputs, {})
+        contract = merged_contract(_contracts(inputs), override=override)
+        provenance = Provenance("average", inputs, {}, contract)
         options = _Options(dtype, max_shard_size, progress)
         _write(inputs, [Path(out)], [provenance], _Mean(inputs), options)
 
@@ -196,6 +214,7 @@ def merge_files(
     dtype: torch.dtype | None = None,
     max_shard_size: int | None = None,
     progress: bool | None = None,
+    override: bool = False,
 ) -> None:
     """Apply a merge method to files, entry by entry.
 
@@ -218,11 +237,13 @@ def merge_files(
             in this default dtype.
         max_shard_size: as in :func:`interpolate_files`.
         progress: as in :func:`interpolate_files`.
+        override: whether the contract of the last file is used if the contracts differ.
 
     Raises:
         WeightTypeError: ``merge`` did not return the entry in its shape and dtype.
         UsageError: ``paths`` is empty.
-        StateMismatchError, CheckpointError, UnsafeCheckpointError: see :func:`interpolate_files`.
+        StateMismatchError, CheckpointError, UnsafeCheckpointError, ContractError: see
+            :func:`interpolate_files`.
     """
     if not paths:
         raise UsageError("There are no files to merge; give at least one.")
@@ -231,7 +252,9 @@ def merge_files(
         method_name = method or str(getattr(merge, "__qualname__", type(merge).__name__))
         options = _Options(dtype, max_shard_size, progress, whole_entries=True)
         compute = functools.partial(_apply, merge, inputs[-1].sizes, dtype)
-        _write(inputs, [Path(out)], [Provenance(method_name, inputs, {})], compute, options)
+        contract = merged_contract(_contracts(inputs), override=override)
+        provenance = Provenance(method_name, inputs, {}, contract)
+        _write(inputs, [Path(out)], [provenance], compute, options)
 
 
 # --- outputs -------------------------------------------------------------------------------------
@@ -275,6 +298,10 @@ def _write(
         )
         for provenance in provenances:
             provenance.add_hashes()
+
+
+def _contracts(inputs: Sequence[WeightInput]) -> list[tuple[Path, Contract | None]]:
+    return [(source.path, contract_of_file(source.path, source.metadata)) for source in inputs]
 
 
 def _compute_weights(

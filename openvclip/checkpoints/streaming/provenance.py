@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 
+from openvclip.checkpoints.contract import Contract
+from openvclip.checkpoints.contract_files import CONTRACT_KEY
 from openvclip.checkpoints.streaming.inputs import WeightInput
 
 PROVENANCE_KEY = "openvclip_recipe"
@@ -24,10 +26,15 @@ class Provenance:
         inputs: the models that are merged. If two inputs have a text of the same name, the text
             of the later input is kept.
         settings: the settings of the method, such as ``{"lam": 0.5}``.
+        contract: the contract of the merged model.
     """
 
     def __init__(
-        self, method: str, inputs: Sequence[WeightInput], settings: Mapping[str, object]
+        self,
+        method: str,
+        inputs: Sequence[WeightInput],
+        settings: Mapping[str, object],
+        contract: Contract | None,
     ) -> None:
         import openvclip
 
@@ -36,6 +43,8 @@ class Provenance:
         self._input_texts = {
             key: text for source in inputs for key, text in source.metadata.items()
         }
+        if contract is not None:
+            self._input_texts[CONTRACT_KEY] = contract.to_json()
         self._method = {"method": method, **settings, "openvclip": openvclip.__version__}
 
     def add_hashes(self) -> None:
