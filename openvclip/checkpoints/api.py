@@ -6,12 +6,15 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from openvclip.checkpoints.atomic import atomic_path, write_errors
+from openvclip.checkpoints.contract import Contract
+from openvclip.checkpoints.contract_files import CONTRACT_KEY
 from openvclip.checkpoints.extra_state import encode
 from openvclip.checkpoints.families import convert, plan_as_named, require_one_model
 from openvclip.checkpoints.fit import (
@@ -23,6 +26,7 @@ from openvclip.checkpoints.fit import (
     require_fit,
 )
 from openvclip.checkpoints.formats import read_weights
+from openvclip.checkpoints.hugging_face import open_clip_name
 from openvclip.checkpoints.inspection import (
     CheckpointInfo,
     describe,
@@ -30,7 +34,13 @@ from openvclip.checkpoints.inspection import (
     plan_of,
 )
 from openvclip.checkpoints.layout import require_storable
-from openvclip.errors import ActivationWarning, CheckpointError, StateMismatchError
+from openvclip.errors import (
+    ActivationWarning,
+    CheckpointError,
+    ContractError,
+    StateMismatchError,
+    UsageError,
+)
 from openvclip.weights.kinds import refuse, require_values
 from openvclip.weights.names import (
     canonical_model,
@@ -41,8 +51,12 @@ from openvclip.weights.names import (
 )
 from openvclip.weights.shards import any_process, mesh_groups, reshard, whole
 
+Names = Literal["open_clip", "original"]
+"""The names of the entries that :func:`load_checkpoint` returns."""
+
 __all__ = [
     "CheckpointInfo",
+    "Names",
     "atomic_path",
     "convert_checkpoint",
     "inspect_checkpoint",
@@ -150,6 +164,7 @@ def load_checkpoint(
     *,
     allow_missing: str | Iterable[str] = (),
     allow_unexpected: str | Iterable[str] = (),
+    names: Names = "open_clip",
 ) -> dict[str, Tensor]:
     """Load a file of weights as a state dict on the CPU, under open_clip's names.
 
@@ -178,6 +193,9 @@ def load_checkpoint(
             as ``"transformer.*"``. Default: none.
         allow_unexpected: names of entries that are left out if they have no place in the result,
             as patterns, for example ``("projector_*", "raw_model.*")`` for FROSTER. Default: none.
+        names: ``"open_clip"``, or ``"original"`` for the names and the shapes of the file. Only the
+            prefixes of wrappers are then removed. With ``model``, the weights always have the names
+            of the model. Default: ``"open_clip"``.
 
     Returns:
         The entries of the file, in the dtypes of the file. The extra state of modules
@@ -193,13 +211,16 @@ def load_checkpoint(
             or complex weights, or the file holds factors of an adapter such as LoRA.
         NonFiniteWeightsError: with ``model``, an entry holds NaN or infinity. The infinities of
             attention masks are accepted. Without ``model``, values are not checked.
-        UsageError: the model is on the meta device and has no memory for its weights.
+        UsageError: the model is on the meta device and has no memory for its weights; or ``names``
+            is ``"original"`` and a model or a name that may be missing is given.
 
     Warns:
         ActivationWarning: the weights are known to be trained with QuickGELU, and the model has
             GELU.
     """
     allowed = allowed_patterns(allow_missing, allow_unexpected)
+    if names != "open_clip":
+        return _load_original(path, allowed, names, model)
     if model is None:
         loaded = _load(path, allowed)
         return {**loaded.weights, **loaded.extra_state}
@@ -213,6 +234,23 @@ def load_checkpoint(
     return {**weights, **loaded.extra_state}
 
 
+def _load_original(
+    path: str | os.PathLike[str], allowed: Allowed, names: str, model: nn.Module | None
+) -> dict[str, Any]:
+    """Return the entries of a file under the names of the file."""
+    if names != "original":
+        raise UsageError(f"names={names!r}: expected 'open_clip' or 'original'.")
+    if model is not None or allowed.missing:
+        option = "a model" if model is not None else "allow_missing"
+        raise UsageError(
+            f"names='original' with {option}: the names of the file are then not compared with "
+            f"other names. Leave names or {option} out."
+        )
+    file = read_weights(path)
+    entries = {**file.weights, **file.extra}
+    return {name: value for name, value in entries.items() if not allowed.left_out(name)}
+
+
 def convert_checkpoint(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
@@ -220,10 +258,12 @@ def convert_checkpoint(
     dtype: torch.dtype | None = None,
     allow_missing: str | Iterable[str] = (),
     allow_unexpected: str | Iterable[str] = (),
+    override: bool = False,
 ) -> CheckpointInfo:
     """Convert a file of weights to a safetensors file under open_clip's names, atomically.
 
-    The header of the new file stores the family that the weights came from, as ``source_family``.
+    The header of the new file stores the family that the weights came from, as ``source_family``,
+    and the contract of the model, if the file or its folder has one.
     Unlike :func:`load_checkpoint`, this function also refuses a file of open_clip if some blocks of
     a tower lack entries that other blocks have.
 
@@ -234,6 +274,8 @@ def convert_checkpoint(
             entry.
         allow_missing: see :func:`load_checkpoint`.
         allow_unexpected: see :func:`load_checkpoint`.
+        override: whether to leave the contract out if it can't be passed on, because open_clip's
+            name of a model of transformers is not known.
 
     Returns:
         The content of ``source``.
@@ -242,13 +284,36 @@ def convert_checkpoint(
         CheckpointError: ``source`` can't be read, see :func:`load_checkpoint`, or ``target`` could
             not be written.
         UnsafeCheckpointError, StateMismatchError: see :func:`load_checkpoint`.
+        ContractError: the contract can't be passed on, and ``override`` is false.
     """
     allowed = allowed_patterns(allow_missing, allow_unexpected)
     loaded = _load(source, allowed, even_blocks=True)
     metadata = {**loaded.info.metadata, "source_family": loaded.info.source_family}
+    contract = _converted_contract(loaded.info, override)
+    if contract is None:
+        metadata.pop(CONTRACT_KEY, None)
+    else:
+        metadata[CONTRACT_KEY] = contract.with_(weights=None).to_json()
     state = {**loaded.weights, **loaded.extra_state}
     save_checkpoint(state, target, dtype=dtype, metadata=metadata)
     return loaded.info
+
+
+def _converted_contract(info: CheckpointInfo, override: bool) -> Contract | None:
+    """Return the contract of a converted file, whose weights have open_clip's names."""
+    contract = info.contract
+    if contract is None or contract.library == "open_clip" or not info.converted:
+        return contract
+    name = open_clip_name(Path(info.path), info.backbone)
+    if name is not None:
+        return contract.with_(library="open_clip", model=name)
+    if override:
+        return None
+    raise ContractError(
+        f"{info.path} holds {contract.model} of transformers, and open_clip's name of this model "
+        "is not known, so the contract can't be passed on. Give --override (override=True) to "
+        "convert the weights without the contract."
+    )
 
 
 @dataclass(frozen=True)

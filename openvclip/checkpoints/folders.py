@@ -46,12 +46,12 @@ def _advice_in_order(folder: Path) -> Iterator[str]:
     """Yield the advice for each kind of folder, best first. Most of it is empty."""
     for recognise in _KINDS:
         yield recognise(folder)
-    yield _give(_whole_files(folder, sorted(folder.iterdir())))
+    yield _give(whole_files(folder, sorted(folder.iterdir())))
     for subfolder in _subfolders(folder):
         for recognise in _KINDS:
             yield recognise(subfolder)
-    yield _give(_whole_files(folder, sorted(folder.glob("*/*"))))
-    yield _give(_whole_files(folder, sorted(folder.glob("snapshots/*/*"))))  # Hugging Face's cache
+    yield _give(whole_files(folder, sorted(folder.glob("*/*"))))
+    yield _give(whole_files(folder, sorted(folder.glob("snapshots/*/*"))))  # Hugging Face's cache
 
 
 def advice_for_part(file: Path) -> str:
@@ -179,7 +179,7 @@ def _give(names: list[str]) -> str:
     return f"Give the file of weights in it ({listed(names)})." if names else ""
 
 
-def _whole_files(folder: Path, paths: list[Path]) -> list[str]:
+def whole_files(folder: Path, paths: list[Path]) -> list[str]:
     """Return the files that can hold whole weights, indexes first, relative to the folder."""
     files = [path for path in paths if path.is_file()]
     indexes = [path for path in files if path.name.endswith(".index.json") and is_index(path)]

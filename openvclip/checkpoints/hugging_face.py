@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection
+from pathlib import Path
 
 from openvclip.checkpoints.translation import Source
 
@@ -34,6 +36,23 @@ _BLOCK_NAMES = {
 }
 _QKV = ("q_proj", "k_proj", "v_proj")  # in the order of their rows in in_proj_weight
 _LAYER = re.compile(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
+
+
+def open_clip_name(path: Path, backbone: str | None) -> str | None:
+    """Return open_clip's name of a CLIP of Hugging Face, or ``None`` if it is not known.
+
+    Args:
+        path: the file of weights. ``config.json`` beside it names the activation.
+        backbone: the backbone, such as ``"ViT-B-16"``, as the shapes of the weights show it.
+    """
+    try:
+        config = json.loads(path.with_name("config.json").read_text(encoding="utf-8"))
+        activation = config["vision_config"].get("hidden_act", "quick_gelu")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    if backbone is None:
+        return None
+    return f"{backbone}-quickgelu" if activation == "quick_gelu" else backbone
 
 
 def is_hugging_face(names: Collection[str]) -> bool:

@@ -6,12 +6,16 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from openvclip.checkpoints.contract import Contract
+from openvclip.checkpoints.contract_files import CONTRACT_KEY, contract_of_file
+from openvclip.checkpoints.contract_report import contract_rows
 from openvclip.checkpoints.families import FAMILIES, Origin, Plan, has_quick_gelu, plan_conversion
 from openvclip.checkpoints.file_kinds import TORCHSCRIPT
 from openvclip.checkpoints.formats import WeightFile, read_weights
 from openvclip.checkpoints.sizes import Shape, Sizes, sizes_of
-from openvclip.errors import listed
+from openvclip.errors import ContractError, listed
 from openvclip.weights.adapters import factor_names
 from openvclip.weights.kinds import quantized_names
 
@@ -86,13 +90,23 @@ class CheckpointInfo:
             ("factors", _names_text(self.factors, " (merge the adapter into its base model)")),
             ("quantised", _names_text(self.quantized, " (dequantise the model first)")),
             ("extra state", _names_text(self.extra_state)),
-            ("metadata", ", ".join(f"{name}={text}" for name, text in self.metadata.items())),
+            ("metadata", self._metadata_text()),
             ("beside", _names_text(self.beside)),
             ("ignored", _names_text(self.ignored)),
             ("left over", _names_text(self.left_over)),
             ("missing", _names_text(self.missing)),
         ]  # fmt: skip
-        return "\n".join(f"{title:<12} {text}" for title, text in rows if text)
+        report = "\n".join(f"{title:<12} {text}" for title, text in rows if text)
+        return f"{report}\n{self._contract_text()}".rstrip()
+
+    @property
+    def contract(self) -> Contract | None:
+        """How the model is used, as the file or its folder says; ``None`` if neither says it.
+
+        Raises:
+            ContractError: there is a contract and it can't be read.
+        """
+        return contract_of_file(Path(self.path), self.metadata)
 
     @property
     def source_family(self) -> str:
@@ -103,6 +117,18 @@ class CheckpointInfo:
     def quick_gelu(self) -> bool:
         """Whether the weights are known to have been trained with QuickGELU."""
         return has_quick_gelu(self.source_family)
+
+    def _metadata_text(self) -> str:
+        texts = {name: text for name, text in self.metadata.items() if name != CONTRACT_KEY}
+        return ", ".join(f"{name}={text}" for name, text in texts.items())
+
+    def _contract_text(self) -> str:
+        try:
+            contract = self.contract
+        except ContractError as error:
+            return f"{'contract':<12} can't be read: {error}"
+        rows = [] if contract is None else contract_rows(contract)
+        return "\n".join(["contract", *(f"  {t:<11} {text}" for t, text in rows)]) if rows else ""
 
     def _activation_text(self) -> str:
         is_clip = self.family != FAMILIES[-1].name

@@ -5,7 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from openvclip.cli.options.outputs import add_output_options, dtype_option, require_free
+from openvclip.cli.options.outputs import (
+    add_output_options,
+    add_override_option,
+    dtype_option,
+    require_free,
+)
 from openvclip.cli.options.types import Commands, add_allow_options
 from openvclip.errors import CheckpointError
 
@@ -45,6 +50,7 @@ def add(commands: Commands) -> None:
     )
     add_output_options(parser, "file to write: *.safetensors")
     add_allow_options(parser)
+    add_override_option(parser, "convert without the contract if it can't be passed on")
     parser.set_defaults(run=_convert)
 
 
@@ -64,5 +70,6 @@ def _convert(options: argparse.Namespace) -> None:
         dtype=dtype_option(options),
         allow_missing=options.allow_missing,
         allow_unexpected=options.allow_unexpected,
+        override=options.override,
     )
     print(f"{'wrote':<12} {output} ({output.stat().st_size} bytes)")

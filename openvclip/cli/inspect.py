@@ -9,7 +9,8 @@ from openvclip.cli.options.types import Commands
 
 _DESCRIPTION = """\
 Show the content of a file of weights: family, backbone, sizes, activation and
-entries. The activation is shown only if the file shows it.
+entries, and the contract of the model: the settings that the model was trained
+with. The activation is shown only if the file shows it.
 
 The weights are not loaded. No pickled code is run.
 """
@@ -27,12 +28,15 @@ def add(commands: Commands) -> None:
         "file",
         metavar="FILE",
         type=Path,
-        help="safetensors, PyTorch or TorchScript file, or the index of a sharded model",
+        help="safetensors, PyTorch or TorchScript file, the index of a sharded model, or the "
+        "folder of a model",
     )
     parser.set_defaults(run=_inspect)
 
 
 def _inspect(options: argparse.Namespace) -> None:
     from openvclip.checkpoints.api import inspect_checkpoint
+    from openvclip.checkpoints.contract_files import weights_in
 
-    print(inspect_checkpoint(options.file))
+    file: Path = options.file
+    print(inspect_checkpoint(weights_in(file) if file.is_dir() else file))

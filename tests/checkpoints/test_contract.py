@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 import openvclip
 from openvclip.checkpoints import (
@@ -19,9 +20,14 @@ from openvclip.checkpoints import (
     Expansion,
     Frames,
     Pixels,
+    api,
     read_contract,
 )
+from openvclip.checkpoints.contract_files import weights_in
+from openvclip.checkpoints.hugging_face import open_clip_name
 from openvclip.errors import CheckpointError, ContractError
+from tests.checkpoints.test_conversion_hugging_face import hugging_face_model
+from tests.helpers import assert_same_state, tiny_clip
 
 PIXELS = Pixels("released", 224, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 CONTRACT = Contract("open_clip", "ViT-B-16-quickgelu", PIXELS, ("a video of {}.",))
@@ -213,3 +219,116 @@ def test_the_difference_inside_a_section_is_named(tmp_path: Path) -> None:
     paths = written(tmp_path, [first, CONTRACT.with_(expansion=Expansion(2, "zero"))])
     with pytest.raises(ContractError, match=r'expansion.boundary = "mask" and .* with "zero"'):
         openvclip.average_files(paths, tmp_path / "out.safetensors")
+
+
+def test_inspect_shows_the_contract(tmp_path: Path) -> None:
+    contract = CONTRACT.with_(
+        expansion=Expansion(2, "mask", (0, 3)), lam=0.25, base=Base("ViT-B-16", "openai"),
+        confidence=Confidence(2.0, 0.3), results={"top1": 0.5}, unknown={"mood": 1},
+    )  # fmt: skip
+    (path,) = written(tmp_path, [contract])
+    info = openvclip.inspect_checkpoint(path)
+    assert info.contract == contract
+    text = str(info)
+    assert '"format"' not in text  # the JSON itself
+    for row in (
+        "  model       ViT-B-16-quickgelu (open_clip)",
+        "  attention   window 2, boundary mask, layers [0, 3]",
+        "  frames      3 x 8, 16 apart at 30 frames per second, sampler released",
+        "  pixels      224, transform released, mean 0.5 0.5 0.5, std 0.25 0.25 0.25",
+        "  templates   'a video of {}.'",
+        "  pooling     unit_frames, texts by the own text tower",
+        "  lambda      0.25 of the original CLIP",
+        "  base        name ViT-B-16, pretrained openai",
+        "  calibration temperature 2.0, threshold 0.3",
+        "  results     top1 0.5",
+        "  unknown     mood",
+    ):
+        assert row in text.splitlines()
+
+
+def test_inspect_says_that_a_contract_can_not_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    openvclip.save_checkpoint(
+        {"a": torch.ones(2)}, path, metadata={"openvclip": changed(version=9)}
+    )
+    assert "contract     can't be read" in str(openvclip.inspect_checkpoint(path))
+    assert "a" in openvclip.load_checkpoint(path)  # the tensors alone need no contract
+
+
+def test_the_weights_of_a_folder_are_those_that_its_contract_names(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="there are no weights in this folder"):
+        weights_in(tmp_path)
+    first, second = written(tmp_path, [CONTRACT, CONTRACT])  # the second is named
+    assert weights_in(tmp_path) == second
+    second.unlink()
+    with pytest.raises(CheckpointError, match=r"1\.safetensors: no such file, though .*names it"):
+        weights_in(tmp_path)
+    (tmp_path / "openvclip.json").unlink()
+    assert weights_in(tmp_path) == first
+    torch.save({"a": torch.ones(2)}, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match=r"2 files of weights .*0\.safetensors, w\.pth"):
+        weights_in(tmp_path)
+
+
+def test_the_names_of_a_file_can_be_kept(tmp_path: Path) -> None:
+    model = hugging_face_model()
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    original = openvclip.load_checkpoint(path, names="original")
+    assert_same_state(original, load_file(path))
+    assert "visual.conv1.weight" in openvclip.load_checkpoint(path)
+    some = openvclip.load_checkpoint(path, names="original", allow_unexpected="text*")
+    assert not any(name.startswith("text") for name in some)
+    for options in ({"model": model}, {"allow_missing": "a"}):
+        with pytest.raises(openvclip.OpenVCLIPError, match="names='original' with"):
+            openvclip.load_checkpoint(path, names="original", **options)
+    with pytest.raises(openvclip.OpenVCLIPError, match="names='mine': expected"):
+        openvclip.load_checkpoint(path, names="mine")  # type: ignore[arg-type]
+
+
+def test_a_converted_file_has_the_contract(tmp_path: Path) -> None:
+    source, out = tmp_path / "w.pth", tmp_path / "out.safetensors"
+    state = tiny_clip().state_dict()
+    torch.save(state, source)
+    contract = CONTRACT.with_(weights="w.pth", results={"top1": 0.5})
+    (tmp_path / "openvclip.json").write_text(contract.to_json(), encoding="utf-8")
+    openvclip.convert_checkpoint(source, out)
+    assert read_contract(out) == contract.with_(weights=None)
+
+
+def test_a_converted_model_of_transformers_is_one_of_open_clip(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, out = tmp_path / "model.safetensors", tmp_path / "out.safetensors"
+    contract = CONTRACT.with_(library="transformers", model="my/clip")
+    text = {"openvclip": contract.to_json()}
+    save_file(hugging_face_model().state_dict(), path, metadata=text)
+    with pytest.raises(ContractError, match="open_clip's name of this model is not known"):
+        openvclip.convert_checkpoint(path, out)
+    assert not out.exists()
+    openvclip.convert_checkpoint(path, out, override=True)
+    assert read_contract(out) is None
+    monkeypatch.setattr(api, "open_clip_name", lambda path, backbone: "ViT-B-32")
+    openvclip.convert_checkpoint(path, out)
+    assert read_contract(out) == contract.with_(library="open_clip", model="ViT-B-32")
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({"vision_config": {"hidden_act": "quick_gelu"}}, "ViT-B-16-quickgelu"),
+        ({"vision_config": {"hidden_act": "gelu"}}, "ViT-B-16"),
+        ({"vision_config": {}}, "ViT-B-16-quickgelu"),  # the default of CLIPVisionConfig
+        ({"vision_config": None}, None),
+        ({}, None),
+    ],
+)
+def test_the_activation_is_in_the_config_of_transformers(
+    config: dict[str, Any], name: str | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.safetensors"
+    assert open_clip_name(path, "ViT-B-16") is None
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert open_clip_name(path, "ViT-B-16") == name
+    assert open_clip_name(path, None) is None

@@ -23,6 +23,7 @@ class WriteOptions(TypedDict):
 
     dtype: torch.dtype | None
     max_shard_size: int | None
+    override: bool
 
 
 def add_output_options(parser: argparse.ArgumentParser, output_help: str) -> None:
@@ -52,6 +53,21 @@ def add_merge_output_options(parser: argparse.ArgumentParser) -> None:
         help="largest size of a shard, such as 500MB or 2GB; only if OUT is an index "
         "(default: 5GB)",
     )
+    add_override_option(
+        parser, "use the contract of the last input if the contracts of the inputs differ"
+    )
+
+
+def add_override_option(parser: argparse.ArgumentParser, effect: str) -> None:
+    """Add ``--override``.
+
+    Args:
+        parser: the parser.
+        effect: what the option does.
+    """
+    parser.add_argument(
+        "--override", action="store_true", help=f"{effect} (default: end with an error)"
+    )
 
 
 def dtype_option(options: argparse.Namespace) -> torch.dtype | None:
@@ -63,7 +79,11 @@ def dtype_option(options: argparse.Namespace) -> torch.dtype | None:
 
 def write_options(options: argparse.Namespace) -> WriteOptions:
     """Return the chosen options as keyword arguments of the functions that merge files."""
-    return {"dtype": dtype_option(options), "max_shard_size": options.max_shard_size}
+    return {
+        "dtype": dtype_option(options),
+        "max_shard_size": options.max_shard_size,
+        "override": options.override,
+    }
 
 
 def require_free(outs: Iterable[Path], *, overwrite: bool) -> None:
