@@ -10,8 +10,9 @@ the path and the class index of a video, each line of classes.txt the name of a 
 
 The output folder holds finetuned.safetensors (the last weights), averaged.safetensors (the average
 of the weights along the run, if the method averages) and final.safetensors (interpolated with the
-original CLIP: the weights to use), with a model card, README.md. A method that learns prompts
-writes prompts.safetensors in place of the weights. After a stop, by SIGTERM or by a crash, the
+original CLIP: the weights to use), with openvclip.json (how the weights are used: the folder is a
+--model of openvclip predict) and a model card, README.md. A method that learns prompts writes
+prompts.safetensors in place of the weights. After a stop, by SIGTERM or by a crash, the
 same command resumes the run.
 """
 
@@ -230,7 +231,7 @@ def fine_tune(args: argparse.Namespace, processes: Processes, device: torch.devi
     recipe = options.recipe_of(args)
     torch.manual_seed(recipe.seed)
     loaded = load_model(args, recipe, device)
-    model = loaded.model
+    model, contract = loaded.model, trial.contract_of_run(args, loaded, hashed=processes.is_first)
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     if args.fsdp:
         distributed.give_scalars_an_axis(model)
@@ -279,9 +280,9 @@ def fine_tune(args: argparse.Namespace, processes: Processes, device: torch.devi
             on_step=log.step,
             on_epoch=validate,
         )
-    results = outputs.RunOutputs(model, clip, swa, shapes, recipe, validation, processes)
+    results = outputs.RunOutputs(model, clip, swa, shapes, recipe, validation, processes, contract)
     about = outputs.RunDescription(
-        loaded.name,
+        loaded,
         {**settings, "frame_by_frame": not trial.sees_neighbours(args)},
         videos.about,
         trial.write_lists(args, videos.names) if processes.is_first else {},

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from openvclip.cli.options.contract import use_contract
 from openvclip.cli.options.data import add_data_options, splits_of
 from openvclip.cli.options.models import (
     add_frame_options,
@@ -153,6 +154,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
+    use_contract(options)
     require_effects(options)
     for name, least in (("batch_size", 1), ("num_workers", 0)):
         if getattr(options, name) < least:
@@ -179,6 +181,8 @@ def _default_folder(options: argparse.Namespace) -> Path:
     settings = {k: str(v) for k, v in sorted(vars(options).items()) if k not in _NOT_SETTINGS}
     if options.text == "own":
         del settings["text"]  # the folder is the same as before there was this option
+    if options.contract is None:
+        del settings["contract"], settings["override"]
     settings["device"] = device_of(options).type
     digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=4).hexdigest()
     title = "+".join(options.protocol) or options.annotations.stem

@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from openvclip.cli.options.contract import use_contract
 from openvclip.cli.options.models import (
     add_frame_options,
     add_lam_option,
@@ -36,7 +37,9 @@ _DESCRIPTION = """\
 Print the most probable labels of videos.
 
 VIDEO is a file, a folder, or a pattern such as 'clips/**/*.mp4'. The model has
-the weights of the original CLIP unless --checkpoint is given.
+the weights of the original CLIP unless --checkpoint or the folder of a model is
+given. A model that was trained with openvclip brings its settings with it: the
+options for the model and the frames are then not needed.
 """
 _USAGE = """\
 openvclip predict VIDEO [VIDEO ...] [options]
@@ -46,6 +49,7 @@ _EXAMPLES = """\
 examples:
   openvclip predict clip.mp4 --labels "playing guitar" archery "riding a bike"
   openvclip predict clips/ --dataset kinetics400 --checkpoint swa.pth --lam 0.5
+  openvclip predict clip.mp4 --labels archery surfing --model runs/b16
   openvclip predict match.mkv --labels-file actions.txt --timeline
 """
 _TOP = 5  # labels of a video that are printed
@@ -115,6 +119,7 @@ def _add_timeline_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _predict(options: argparse.Namespace) -> None:
+    use_contract(options)
     _require_effects(options)
     labels, paths = _labels(options), _paths(options.videos)
     figures = _figure_paths(paths, options)
@@ -216,12 +221,13 @@ def _predict_timeline(
     from openvclip.checkpoints.atomic import write_errors
     from openvclip.models.timeline import predict_timeline
 
-    clip_length = options.frames * options.sampling_rate / 30
+    sampling = sampling_of(options)
+    clip_length = sampling.num_frames * sampling.sampling_rate / sampling.target_fps
     timeline = predict_timeline(
         classifier,
         path,
         transform=transform,
-        num_frames=options.frames,
+        num_frames=sampling.num_frames,
         seconds=clip_length if options.seconds is None else options.seconds,
         step=options.step,
     )

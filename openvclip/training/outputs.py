@@ -11,6 +11,10 @@ from torch import Tensor, nn
 
 from openvclip import prompting
 from openvclip.checkpoints.api import save_checkpoint
+from openvclip.checkpoints.contract import Contract
+from openvclip.checkpoints.contract_files import CONTRACT_KEY
+from openvclip.models.folders import StoredModel, describe_folder
+from openvclip.models.loading import LoadedModel
 from openvclip.processes import Processes
 from openvclip.training.checkpoints import load_whole
 from openvclip.training.model_card import ModelCard
@@ -43,6 +47,7 @@ class RunOutputs:
         recipe: the recipe of the training.
         validation: computes the accuracy of the weights that the model holds.
         processes: the processes of the run. The first process writes.
+        contract: how the weights are used; ``None`` if the run learned prompts.
     """
 
     model: nn.Module
@@ -52,6 +57,7 @@ class RunOutputs:
     recipe: Recipe
     validation: Validation
     processes: Processes
+    contract: Contract | None = None
 
 
 @dataclass(frozen=True)
@@ -59,14 +65,14 @@ class RunDescription:
     """The facts about a run that its model card shows.
 
     Attributes:
-        name: name of the original model.
+        loaded: the model that the run started from, with its name and its tokenizer.
         settings: settings of the run, by name.
         data: facts about the training videos, by name.
         files: description of files that are in the folder already, by name.
         commands: commands that try the model, by what they do.
     """
 
-    name: str
+    loaded: LoadedModel
     settings: Mapping[str, Any]
     data: Mapping[str, Any]
     files: Mapping[str, str] = field(default_factory=dict)
@@ -92,9 +98,11 @@ def write_outputs(folder: Path, outputs: RunOutputs, description: RunDescription
         files, results = write_weights(folder, outputs)
         message = f"Wrote {folder / 'final.safetensors'}: interpolated at lambda {lam}."
     if outputs.processes.is_first:
+        if outputs.contract is not None:
+            _describe(folder, outputs, description, results)
         files |= description.files
         card = ModelCard(
-            description.name,
+            description.loaded.name,
             lam,
             description.settings,
             description.data,
@@ -106,6 +114,22 @@ def write_outputs(folder: Path, outputs: RunOutputs, description: RunDescription
         print(message)
         for title, command in description.commands.items():
             print(f"To see the {title}:\n  {command}")
+
+
+def _describe(
+    folder: Path,
+    outputs: RunOutputs,
+    description: RunDescription,
+    results: Mapping[str, float],
+) -> None:
+    """Write the contract of the final weights, and what is needed to load them from the folder."""
+    assert outputs.contract is not None
+    contract = outputs.contract.with_(
+        lam=outputs.recipe.lam, data=dict(description.data), results=results
+    )
+    loaded = description.loaded
+    stored = StoredModel(loaded.model, loaded.tokenizer, contract)
+    describe_folder(stored, folder, "final.safetensors")
 
 
 def final_weights(
@@ -141,12 +165,20 @@ def write_weights(folder: Path, outputs: RunOutputs) -> tuple[dict[str, str], di
         save_checkpoint(
             {key: value.reshape(outputs.shapes[key]) for key, value in weights.items()},
             folder / f"{name}.safetensors",
-            metadata={"lambda": str(lam)} if name == "final" else None,
+            metadata=_texts(outputs.contract, lam if name == "final" else 0.0),
         )
     results = _named(outputs.validation.accuracy(), "last weights")
     load_whole(model, states["final"])
     results |= _named(outputs.validation.accuracy(), "final weights")
     return {f"`{name}.safetensors`": WEIGHTS[name] for name in states}, results
+
+
+def _texts(contract: Contract | None, lam: float) -> dict[str, str]:
+    """Return the texts of a file of weights."""
+    texts = {"lambda": str(lam)}
+    if contract is not None:
+        texts[CONTRACT_KEY] = contract.with_(lam=lam).to_json()
+    return texts
 
 
 def write_prompts(folder: Path, outputs: RunOutputs) -> tuple[dict[str, str], dict[str, float]]:

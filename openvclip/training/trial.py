@@ -1,4 +1,4 @@
-"""The commands that try the model of a run, with the flags that the training decided on."""
+"""How the model of a run is used: its contract, and the commands that try the model."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from openvclip.checkpoints.atomic import atomic_path
-from openvclip.models.loading import brings_weights
+from openvclip.checkpoints.contract import Base, Contract
+from openvclip.models.classifier import VIDEO_TEMPLATES
+from openvclip.models.loading import LoadedModel, brings_weights
+from openvclip.models.usage import contract_of
 from openvclip.prompting.classifier import PHOTO_TEMPLATE
 from openvclip.training.methods import is_expanded
 from openvclip.training.presets import PRESETS
 from openvclip.training.recipe import PROMPT_METHODS
+from openvclip.training.shared_options import sampling_of
 from openvclip.training.validation import TEST_SAMPLERS
+from openvclip.weights.hashing import weights_hash
+from openvclip.weights.names import named_state
 
-_FPS = 30  # of openvclip predict
 # Options of the training that the test has too, with the same defaults.
 _SHARED = ["method", "frames", "sampling_rate", "target_fps", "sampler", "short_side", "template"]
 
@@ -26,7 +31,7 @@ def sees_neighbours(args: argparse.Namespace) -> bool:
 
 
 def write_lists(args: argparse.Namespace, names: Sequence[str]) -> dict[str, str]:
-    """Write the texts that the commands need to the output folder.
+    """Write the class names, which the commands need, to the output folder.
 
     Args:
         args: the arguments of the training.
@@ -35,18 +40,9 @@ def write_lists(args: argparse.Namespace, names: Sequence[str]) -> dict[str, str
     Returns:
         The description of each file, for the model card.
     """
-    _write(args.out / "classes.txt", names)
-    files = {"`classes.txt`": "the names of the training classes"}
-    template = _template(args)
-    if template is not None:
-        _write(args.out / "templates.txt", [template])
-        files["`templates.txt`"] = "the text of a class"
-    return files
-
-
-def _write(path: Path, lines: Sequence[str]) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    with atomic_path(args.out / "classes.txt") as temporary:
+        temporary.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+    return {"`classes.txt`": "the names of the training classes"}
 
 
 def _template(args: argparse.Namespace) -> str | None:
@@ -57,22 +53,60 @@ def _template(args: argparse.Namespace) -> str | None:
     return None if learned or is_expanded(args.method) else PHOTO_TEMPLATE
 
 
+def contract_of_run(
+    args: argparse.Namespace, loaded: LoadedModel, *, hashed: bool = True
+) -> Contract | None:
+    """Return how the weights of a run are used.
+
+    They are used as the test of the method uses them: with the views and crops of the preset.
+
+    Args:
+        args: the arguments of the training.
+        loaded: the model of the run before the first step, expanded if the method expands it, with
+            the transform for training.
+        hashed: whether to store the hash of the weights of ``loaded``.
+
+    Returns:
+        The contract; ``None`` if the run learns prompts, which have a file of their own.
+    """
+    if args.method in PROMPT_METHODS:
+        return None
+    testing = PRESETS[args.preset].testing
+    template = _template(args)
+    pretrained = args.start_from or (None if brings_weights(args.model) else args.pretrained)
+    name = args.hf or (loaded.name if args.model.endswith(".json") else args.model)
+    return contract_of(
+        loaded.model,
+        name,
+        loaded.transform.with_(name="released", crops=testing.get("crops", 1)),
+        sampling=sampling_of(args, TEST_SAMPLERS[args.sampler], testing.get("views", 1)),
+        templates=VIDEO_TEMPLATES if template is None else [template],
+        pooling="unit_frames" if is_expanded(args.method) else "frames",
+        method=args.method,
+        base=Base(
+            name,
+            None if args.hf or pretrained is None else Path(pretrained).name,
+            weights_hash(named_state(loaded.model)) if hashed else None,
+        ),
+    )
+
+
 def trial_commands(args: argparse.Namespace) -> dict[str, str]:
     """Return commands that try the result of a run, by what they do.
 
-    ``openvclip predict`` prints the labels of a video. It takes no prompts, and it pools the frames
-    as Open-VCLIP does. ``examples/accuracy.py`` repeats the test of the method exactly. No command
-    takes a CLIP of Hugging Face.
+    ``openvclip predict`` prints the labels of a video. It takes no prompts.
+    ``examples/accuracy.py`` repeats the test of the method. It takes no CLIP of Hugging Face.
 
     Args:
         args: the arguments of the training. VIDEO, LIST and FOLDER stand for files to be chosen.
     """
-    if args.hf:
-        return {}
     commands = {}
     if args.method not in PROMPT_METHODS:
-        predict = ["openvclip", "predict", "VIDEO", "--labels-file", str(args.out / "classes.txt")]
-        commands["labels of a video"] = shlex.join([*predict, *_predict_flags(args)])
+        labels = ["--labels-file", str(args.out / "classes.txt")]
+        predict = ["openvclip", "predict", "VIDEO", "--model", str(args.out), *labels]
+        commands["labels of a video"] = shlex.join(predict)
+    if args.hf:
+        return commands
     if args.frame_by_frame and is_expanded(args.method):
         return commands  # examples/accuracy.py expands these methods
     accuracy = ["python", "examples/accuracy.py", "--annotations", "LIST", "--videos", "FOLDER"]
@@ -83,18 +117,6 @@ def trial_commands(args: argparse.Namespace) -> dict[str, str]:
 def _model_flags(args: argparse.Namespace) -> list[str]:
     weights = [] if brings_weights(args.model) else ["--pretrained", args.pretrained]
     return ["--model", args.model, *weights]
-
-
-def _predict_flags(args: argparse.Namespace) -> list[str]:
-    flags = [*_model_flags(args), "--checkpoint", str(args.out / "final.safetensors")]
-    if not sees_neighbours(args):
-        flags += ["--no-expand"]
-    if _template(args) is not None:
-        flags += ["--templates", str(args.out / "templates.txt")]
-    flags += ["--frames", str(args.frames)]
-    if args.sampler == "uniform":
-        return [*flags, "--sampler", "uniform", "--views", "1"]
-    return [*flags, "--sampling-rate", str(round(args.sampling_rate * _FPS / args.target_fps) or 1)]
 
 
 def _accuracy_flags(args: argparse.Namespace) -> list[str]:

@@ -10,13 +10,23 @@ from typing import Any
 import pytest
 
 from examples import accuracy
-from openvclip.cli import main as cli
-from openvclip.cli import predict
+from openvclip import VIDEO_TEMPLATES, expand_temporal_attention
+from openvclip.checkpoints import Contract, Expansion, Frames
+from openvclip.cli.main import build_parser
 from openvclip.models.labels import read_labels
+from openvclip.models.loading import LoadedModel
 from openvclip.training import options
 from openvclip.training.model_card import ModelCard
 from openvclip.training.presets import PRESETS
-from openvclip.training.trial import sees_neighbours, trial_commands, write_lists
+from openvclip.training.trial import (
+    contract_of_run,
+    sees_neighbours,
+    trial_commands,
+    write_lists,
+)
+from openvclip.video.transforms import build
+from openvclip.weights import weights_hash
+from tests.helpers import tiny_clip, tiny_tokenizer
 
 DATA = ["--annotations", "a.csv", "--videos", "b"]
 
@@ -25,54 +35,92 @@ def arguments(*words: str, out: Path = Path("my run")) -> argparse.Namespace:
     return options.parse_arguments("", [*DATA, "--out", str(out), *words])
 
 
-def predicting(args: argparse.Namespace, monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
-    """What the command ``openvclip predict`` reads from the text."""
-    words = shlex.split(trial_commands(args)["labels of a video"])
-    assert words[:3] == ["openvclip", "predict", "VIDEO"]
-    read: list[argparse.Namespace] = []
+def contract_of(args: argparse.Namespace) -> Contract:
+    """The contract of a run with a tiny model in place of the one that the arguments name."""
+    model = tiny_clip()
+    if sees_neighbours(args):
+        expand_temporal_attention(model)
+    pixels = build("train", 32, hflip=args.flip, short_side=args.short_side)
+    contract = contract_of_run(args, LoadedModel(args.model, model, tiny_tokenizer, pixels))
+    assert contract is not None
+    assert contract.base is not None
+    assert contract.base.weights_hash == weights_hash(model.state_dict())
+    return contract
 
-    def check(options: argparse.Namespace) -> None:
-        predict._require_effects(options)  # the command refuses no option
-        read.append(options)
 
-    monkeypatch.setattr("openvclip.cli.predict._predict", check)
-    cli(words[1:])
-    return read[0]
+ZERO = Expansion(1, "zero")
 
 
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ([], {"expand": None, "sampler": "released", "frames": 8, "sampling_rate": 16}),
-        (["--frames", "4", "--sampling-rate", "6"], {"frames": 4, "sampling_rate": 6}),
-        (["--sampling-rate", "8", "--target-fps", "15"], {"sampling_rate": 16}),
-        (["--template", "a {} here"], {"templates": Path("my run/templates.txt")}),
-        (["--frame-by-frame"], {"expand": False}),
+        (
+            [],
+            {
+                "expansion": ZERO,
+                "frames": Frames(8, 16, 30.0, "released", 3),
+                "templates": VIDEO_TEMPLATES,
+                "pooling": "unit_frames",
+                "method": "openvclip",
+                "model": "ViT-B-16-quickgelu",
+            },
+        ),
+        (
+            ["--frames", "4", "--sampling-rate", "6", "--target-fps", "15"],
+            {"frames": Frames(4, 6, 15.0, "released", 3)},
+        ),
+        (["--template", "a {} here"], {"templates": ("a {} here",), "pooling": "unit_frames"}),
+        (["--frame-by-frame"], {"expansion": None, "pooling": "unit_frames"}),
         (
             ["--preset", "vifi-zero-shot"],
             {
-                "expand": False,
-                "frames": 32,
-                "sampler": "uniform",
-                "views": 1,
-                "templates": Path("my run/templates.txt"),
+                "expansion": None,
+                "frames": Frames(32, 16, 30.0, "uniform", 1),
+                "templates": ("a photo of a {}.",),
+                "pooling": "frames",
             },
         ),
-        (["--method", "vifi"], {"expand": False, "sampler": "released", "frames": 8}),
-        (["--model", "RN50", "--pretrained", "x y"], {"model": "RN50", "pretrained": "x y"}),
-        (["--model", "hf-hub:a/b"], {"model": "hf-hub:a/b", "pretrained": None}),
+        (["--preset", "vifi-supervised"], {"frames": Frames(16, 16, 30.0, "uniform", 4)}),
+        (["--method", "vifi"], {"expansion": None, "pooling": "frames"}),
+        (["--model", "RN50", "--pretrained", "x/y.pt"], {"model": "RN50"}),
     ],
 )
-def test_the_command_for_a_video(
-    words: list[str], expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+def test_the_contract_of_a_run_is_the_test_of_its_method(
+    words: list[str], expected: dict[str, Any]
 ) -> None:
     # Report 37: with the defaults of predict, a ViFi run had 19.5 % for 28.5 %.
-    args = arguments(*words)
-    read = predicting(args, monkeypatch)
-    assert read.checkpoint == Path("my run/final.safetensors")
-    assert read.labels_file == Path("my run/classes.txt")
-    assert {name: getattr(read, name) for name in expected} == expected
-    assert (read.templates is None) == ("templates" not in expected and args.method != "vifi")
+    contract = contract_of(arguments(*words))
+    assert {name: getattr(contract, name) for name in expected} == expected
+    assert contract.pixels.name == "released"
+
+
+def test_the_contract_has_the_pixels_and_the_base_of_the_run() -> None:
+    contract = contract_of(arguments("--short-side", "40", "--pretrained", "x/y.pt"))
+    assert contract.pixels.short_side == 40
+    assert contract.base is not None
+    assert (contract.base.name, contract.base.pretrained) == ("ViT-B-16-quickgelu", "y.pt")
+    base = contract_of(arguments("--start-from", "runs/s.pt")).base
+    assert base is not None
+    assert base.pretrained == "s.pt"
+    base = contract_of(arguments("--model", "hf-hub:a/b")).base
+    assert base is not None
+    assert base.pretrained is None
+    assert contract_of(arguments("--preset", "vifi-supervised")).pixels.crops == 3
+
+
+def test_prompts_have_no_contract() -> None:
+    args = arguments("--preset", "vita")
+    loaded = LoadedModel("m", tiny_clip(), tiny_tokenizer, build("train", 32))
+    assert contract_of_run(args, loaded) is None
+
+
+def test_the_command_for_a_video_needs_the_folder_alone() -> None:
+    words = shlex.split(trial_commands(arguments())["labels of a video"])
+    assert words[:3] == ["openvclip", "predict", "VIDEO"]
+    read = build_parser().parse_args(words[1:])
+    assert (read.model, read.labels_file) == ("my run", Path("my run/classes.txt"))
+    assert read.given >= {"model", "labels_file"}
+    assert not read.given & {"checkpoint", "frames", "expand", "templates", "pretrained"}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -101,7 +149,7 @@ def test_the_command_for_the_accuracy_has_the_test_of_the_preset(
 
 
 def test_no_command_is_better_than_a_wrong_one() -> None:
-    assert trial_commands(arguments("--hf", "somewhere")) == {}
+    assert list(trial_commands(arguments("--hf", "somewhere"))) == ["labels of a video"]
     assert list(trial_commands(arguments("--frame-by-frame"))) == ["labels of a video"]
 
 
@@ -123,9 +171,7 @@ def test_the_lists_are_read_back(tmp_path: Path) -> None:
     names = ["playing the guitar", "Tai Chi", "crème brûlée"]
     files = write_lists(arguments("--method", "vifi", out=tmp_path), names)
     assert read_labels(tmp_path / "classes.txt") == names
-    assert read_labels(tmp_path / "templates.txt") == ["a photo of a {}."]
-    assert list(files) == ["`classes.txt`", "`templates.txt`"]
-    assert list(write_lists(arguments(out=tmp_path), names)) == ["`classes.txt`"]
+    assert list(files) == ["`classes.txt`"]
 
 
 def test_the_card_shows_the_commands() -> None:

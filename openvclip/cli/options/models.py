@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
+from openvclip.cli.options.outputs import add_override_option
 from openvclip.cli.options.types import add_allow_options
 from openvclip.commands.parsing import refuse_unused
 from openvclip.errors import UsageError
@@ -34,8 +35,9 @@ def add_model_options(parser: argparse.ArgumentParser, *, checkpoint: bool = Tru
         "--model",
         default="ViT-B-16-quickgelu",
         metavar="NAME|FILE",
-        help="name of an open_clip model, a JSON file with an open_clip model configuration, "
-        "local-dir:... or hf-hub:... (default: %(default)s)",
+        help="name of an open_clip model, a JSON file with an open_clip model configuration, the "
+        "folder of a model, local-dir:... or hf-hub:... (default: %(default)s, or the model that "
+        "the checkpoint was trained from)",
     )
     group.add_argument(
         "--pretrained",
@@ -46,7 +48,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, checkpoint: bool = Tru
     if checkpoint:
         _add_checkpoint_options(group)
     else:
-        parser.set_defaults(checkpoint=None, expand=False)
+        parser.set_defaults(checkpoint=None, expand=False, override=False, contract=None)
     add_allow_options(group)
     group.add_argument(
         "--window",
@@ -107,6 +109,11 @@ def _add_checkpoint_options(group: argparse._ArgumentGroup) -> None:
         help="whether frames attend to neighbouring frames; with --no-expand CLIP is applied frame "
         "by frame (default: --expand with --checkpoint, --no-expand without)",
     )
+    add_override_option(
+        group,
+        "use an option that contradicts the contract of the model: the settings that the model "
+        "was trained with",
+    )
 
 
 def add_lam_option(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
@@ -134,17 +141,18 @@ def require_effects(options: argparse.Namespace) -> None:
     """
     from openvclip.training.shared_options import unused_frame_options, unused_weight_options
 
-    if options.lam not in (None, []) and options.checkpoint is None:
+    is_tuned = options.checkpoint is not None or options.contract is not None
+    if options.lam not in (None, []) and not is_tuned:
         raise UsageError(
             "--lam interpolates the original CLIP with fine-tuned weights: give --checkpoint too."
         )
+    whole = "on a model with a contract, whose weights are whole" if options.contract else ""
     refuse_unused(
         options.given,
         {
-            **unused_model_options(
-                has_checkpoint=options.checkpoint is not None, is_expanded=_is_expanded(options)
-            ),
-            **unused_weight_options(options),
+            **unused_model_options(has_checkpoint=is_tuned, is_expanded=_is_expanded(options)),
+            **({"allow_missing": whole, "allow_unexpected": whole} if whole else {}),
+            **({} if options.contract else unused_weight_options(options)),
             **unused_frame_options(options),
         },
     )
@@ -208,9 +216,12 @@ def add_frame_options(parser: argparse.ArgumentParser) -> None:
 
 
 def sampling_of(options: argparse.Namespace) -> Sampling:
-    """Return the sampling that the options describe."""
+    """Return the sampling that the options and the contract describe."""
+    from openvclip.models import usage
     from openvclip.video import Sampling
 
+    if options.contract is not None:
+        return usage.sampling_of(options.contract, options.backend)
     return Sampling(
         num_frames=options.frames,
         sampling_rate=options.sampling_rate,
@@ -221,9 +232,15 @@ def sampling_of(options: argparse.Namespace) -> Sampling:
 
 
 def load(options: argparse.Namespace) -> LoadedModel:
-    """Load the model that the options describe, with the weights of the original CLIP."""
+    """Load the model that the options describe, with the weights of the original CLIP.
+
+    A model with a contract of its own is loaded as :func:`load_with_contract` says.
+    """
+    from openvclip.cli.options.contract import load_with_contract
     from openvclip.models.loading import brings_weights, load_model
 
+    if options.contract is not None:
+        return load_with_contract(options, options.contract, device_of(options))
     pretrained = options.pretrained
     if pretrained is None and not brings_weights(options.model):
         pretrained = "openai"
@@ -281,4 +298,6 @@ def templates_of(options: argparse.Namespace) -> tuple[str, ...]:
     from openvclip.models.classifier import VIDEO_TEMPLATES
     from openvclip.models.labels import read_labels
 
+    if isinstance(options.templates, tuple):  # of the contract of the model
+        return options.templates
     return tuple(read_labels(options.templates)) if options.templates else VIDEO_TEMPLATES

@@ -58,11 +58,11 @@ def add_merge_output_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_override_option(parser: argparse.ArgumentParser, effect: str) -> None:
+def add_override_option(parser: argparse._ActionsContainer, effect: str) -> None:
     """Add ``--override``.
 
     Args:
-        parser: the parser.
+        parser: the parser, or a group of options.
         effect: what the option does.
     """
     parser.add_argument(

@@ -1,0 +1,219 @@
+"""The contract of a model on the command line: it decides the options that are not given.
+
+A model that was trained with openvclip says how it is used. An option that contradicts the contract
+is an error, unless ``--override`` is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from openvclip.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from openvclip.checkpoints.contract import Contract
+    from openvclip.models.loading import LoadedModel
+
+
+def use_contract(options: argparse.Namespace) -> None:
+    """Read the contract of the model that the options name, and set the options that it decides.
+
+    Afterwards ``options.contract`` is the contract with which the model is used, or ``None``.
+    Call this first: other checks read the options that the contract sets.
+
+    Args:
+        options: the options of a command that runs a model.
+
+    Raises:
+        UsageError: an option that is given contradicts the contract, and ``--override`` is not
+            given.
+        ContractError: there is a contract and it can't be read.
+        CheckpointError: a file of weights can't be read.
+    """
+    contract, source = _contract_of(options)
+    options.contract = contract
+    if contract is None:
+        if options.override:
+            raise UsageError(
+                "--override has no effect on a model without a contract. Leave it out."
+            )
+        return
+    for name, value in _decided(contract).items():
+        if not hasattr(options, name):
+            continue
+        if name not in options.given:
+            setattr(options, name, value)
+        elif not options.override and not _agree(name, getattr(options, name), value):
+            raise UsageError(
+                f"--{_flag(name, getattr(options, name))} contradicts the contract of the model: "
+                f"{source} was trained with {_flag(name, value)}. Leave the option out, or give "
+                "--override to use it all the same."
+            )
+    options.contract = _effective(contract, options)
+
+
+def _contract_of(options: argparse.Namespace) -> tuple[Contract | None, Path]:
+    """Return the contract of the weights that the options name, and the file or folder."""
+    from openvclip.checkpoints.contract_files import read_contract
+
+    if options.checkpoint is not None:
+        path: Path = options.checkpoint
+        return (read_contract(path) if path.is_file() else None), path
+    folder = Path(options.model)
+    return (read_contract(folder) if folder.is_dir() else None), folder
+
+
+def load_with_contract(
+    options: argparse.Namespace, contract: Contract, device: torch.device
+) -> LoadedModel:
+    """Load a model as its contract says.
+
+    The original CLIP is loaded only if it has an effect: if ``--lam`` or ``--pretrained`` is given,
+    or the original text tower encodes the class names. The model then has the weights of the
+    original CLIP, and ``tuned`` has the weights of the fine-tuned model.
+
+    Args:
+        options: the options, after :func:`use_contract`.
+        contract: the contract with which the model is used.
+        device: the device of the model.
+
+    Raises:
+        UsageError: the original CLIP is needed and its weights are not known; or they are not the
+            weights from which the model was trained, and ``--override`` is not given.
+    """
+    from openvclip.models.folders import load_stored
+    from openvclip.models.loading import LoadedModel
+    from openvclip.models.usage import expand_as, expansion_section, transform_of
+    from openvclip.towers.temporal import restore_spatial_attention
+
+    stored = load_stored(options.checkpoint or options.model)
+    model = stored.model
+    if expansion_section(model) not in (None, contract.expansion):
+        restore_spatial_attention(model)  # with --override
+    expand_as(model, contract)
+    tuned = None
+    if options.lam not in (None, []) or "pretrained" in options.given or options.text != "own":
+        tuned = _replace_by_original(model, contract, options)
+    return LoadedModel(
+        name=contract.model,
+        model=model.to(device),
+        tokenizer=stored.tokenizer,
+        transform=transform_of(contract),
+        tuned=None if tuned is None else {name: value.to(device) for name, value in tuned.items()},
+    )
+
+
+def _replace_by_original(
+    model: nn.Module, contract: Contract, options: argparse.Namespace
+) -> dict[str, Tensor]:
+    """Load the original CLIP into a fine-tuned model, and return the fine-tuned weights."""
+    from openvclip.checkpoints.api import load_checkpoint
+    from openvclip.models.loading import load_model
+    from openvclip.weights.hashing import weights_hash
+    from openvclip.weights.names import named_state
+
+    tuned = {name: value.detach().clone() for name, value in named_state(model).items()}
+    base, pretrained = contract.base, options.pretrained
+    if pretrained is None:
+        raise UsageError(
+            "The original CLIP is needed for these options, and the contract of the model does not "
+            "say which weights it has. Give --pretrained: a tag of open_clip, or a file."
+        )
+    if Path(pretrained).exists():
+        load_checkpoint(pretrained, model)
+    else:
+        original = load_model(contract.model if base is None else base.name, pretrained).model
+        model.load_state_dict(original.state_dict())
+    known = None if base is None else base.weights_hash
+    if known is not None and not options.override and weights_hash(named_state(model)) != known:
+        raise UsageError(
+            f"The weights {pretrained} are not those from which the model was trained: their hash "
+            "differs from the hash in the contract. Give the right file with --pretrained, or give "
+            "--override to use these weights all the same."
+        )
+    return tuned
+
+
+def _decided(contract: Contract) -> dict[str, Any]:
+    """Return the values of the options that a contract decides, by the name of the option."""
+    frames, pixels, base = contract.frames, contract.pixels, contract.base
+    values: dict[str, Any] = {
+        "model": contract.model,
+        "expand": contract.expansion is not None,
+        "text": contract.text,
+        "templates": contract.templates,
+        "frames": frames.num_frames,
+        "views": frames.views,
+        "sampler": frames.sampler,
+        "transform": pixels.name,
+        "short_side": pixels.short_side,
+        "crops": pixels.crops,
+    }
+    if contract.expansion is not None:
+        values |= {"window": contract.expansion.window, "boundary": contract.expansion.boundary}
+    if frames.sampler != "uniform":
+        values["sampling_rate"] = frames.sampling_rate
+    if base is not None and base.pretrained is not None:
+        values["pretrained"] = base.pretrained
+    return values
+
+
+def _agree(name: str, given: Any, decided: Any) -> bool:
+    """Return whether an option that is given says what the contract says."""
+    from openvclip.models.labels import read_labels
+
+    if name == "model":  # a JSON file or a folder is named after the model, or holds the contract
+        return given == decided or Path(given).stem == decided or Path(given).is_dir()
+    if name == "templates":
+        return tuple(read_labels(given)) == tuple(decided)
+    if name == "pretrained":  # the weights of a file are compared when they are loaded
+        return given == decided or Path(given).exists()
+    return bool(given == decided)
+
+
+def _flag(name: str, value: Any) -> str:
+    flag = name.replace("_", "-")
+    if name == "expand":
+        return flag if value else f"no-{flag}"
+    if name == "templates" and isinstance(value, tuple):
+        more = f" and {len(value) - 1} more" if len(value) > 1 else ""
+        return f"{flag} {value[0]!r}{more}"
+    return f"{flag} {value}"
+
+
+def _effective(contract: Contract, options: argparse.Namespace) -> Contract:
+    """Return the contract with the options that override it."""
+    from dataclasses import replace
+
+    from openvclip.checkpoints.contract import Expansion
+    from openvclip.cli.options.models import templates_of
+
+    expansion = None
+    if options.expand:
+        layers = None if contract.expansion is None else contract.expansion.layers
+        expansion = Expansion(options.window, options.boundary, layers)
+    frames = replace(
+        contract.frames,
+        num_frames=options.frames,
+        sampling_rate=options.sampling_rate,
+        sampler=options.sampler,
+        views=options.views,
+    )
+    pixels = replace(
+        contract.pixels,
+        name=options.transform,
+        short_side=getattr(options, "short_side", contract.pixels.short_side),
+        crops=getattr(options, "crops", contract.pixels.crops),
+    )
+    return contract.with_(
+        expansion=expansion,
+        frames=frames,
+        pixels=pixels,
+        templates=templates_of(options),
+        text=options.text,
+    )
