@@ -119,9 +119,13 @@ def make_classifier(
     model: torch.nn.Module, tokenizer: Tokenizer, split: str
 ) -> openvclip.ZeroShotClassifier:
     """Return the zero-shot classifier of a split; ``"all"`` means the classes of all splits."""
+    return openvclip.ZeroShotClassifier(model, tokenizer, classes_of(split), TEMPLATES)
+
+
+def classes_of(split: str) -> list[str]:
+    """Return the class names of a split; ``"all"`` means the classes of all splits."""
     splits = ("seen", "development", "unseen") if split == "all" else (split,)
-    names = [name for part in splits for name in class_names(part)]  # type: ignore[arg-type]
-    return openvclip.ZeroShotClassifier(model, tokenizer, names, TEMPLATES)
+    return [name for part in splits for name in class_names(part)]  # type: ignore[arg-type]
 
 
 def clips_folder(out: Path, seed: int) -> Path:

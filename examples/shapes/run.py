@@ -20,8 +20,6 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
-
 import openvclip
 from examples.shapes import results as reporting
 from examples.shapes.clips import ClipSettings, make_clips, missing_clips
@@ -36,7 +34,7 @@ from examples.shapes.experiment import (
     perform,
     phase_costs,
 )
-from examples.shapes.model import create_model
+from examples.shapes.final_model import CLASSES, FINAL, write_final
 from examples.shapes.progress import (
     DRAWING,
     MEASUREMENT,
@@ -49,12 +47,11 @@ from examples.shapes.progress import (
 from examples.shapes.schedule import Report, side_by_side
 from examples.shapes.settings import FULL, SMOKE
 from examples.shapes.studies import AVERAGE, MAIN, OPEN_VCLIP, QUICK, STUDIES, Study, Task, plan
-from openvclip.checkpoints import load_checkpoint, save_checkpoint
+from openvclip.checkpoints import save_checkpoint
 from openvclip.commands.parsing import Parser, unused_option
 from openvclip.commands.streams import command
 
 AVERAGED = "openvclip-averaged.safetensors"
-FINAL = "openvclip-shapes.safetensors"
 FULL_TIME = (
     "All studies: less than 2 hours on 2 cores. If you stop the command, finished runs are kept. "
     "Run the same command again to continue."
@@ -215,8 +212,8 @@ def _report(results: reporting.Results, studies: list[Study], out: Path, seconds
     written = ["table.md", "tradeoff.png", "results.json"]
     open_vclip = main_table.row("Open-VCLIP")
     if open_vclip is not None and (out / AVERAGED).exists():
-        _save_final(out, main_table.chosen_lambda(open_vclip))
-        written.append(FINAL)
+        write_final(out, out / AVERAGED, main_table.chosen_lambda(open_vclip))
+        written += [FINAL, CLASSES]
     for name in written:
         print(f"wrote {out / name}")
     print(f"done in {seconds / 60:.1f} minutes", end="")
@@ -224,15 +221,9 @@ def _report(results: reporting.Results, studies: list[Study], out: Path, seconds
         print()
         return
     clip = max((clips_folder(out, 0) / "videos").glob("*/unseen-*.mp4"))
-    command = ["python", "-m", "examples.shapes.predict", str(out / FINAL), str(clip)]
+    labels = ["--labels-file", str(out / CLASSES)]
+    command = ["openvclip", "predict", str(clip), "--model", str(out), *labels]
     print(f"; try the model on a clip:\n  {shlex.join(command)}")
-
-
-def _save_final(out: Path, lam: float) -> None:
-    clip = create_model()[0].state_dict()
-    final = openvclip.interpolate(clip, load_checkpoint(out / AVERAGED), lam)
-    metadata = {"model": "shapes-clip", "lambda": f"{lam:g}"}
-    save_checkpoint(final, out / FINAL, dtype=torch.float16, metadata=metadata)
 
 
 def _seeds(study: Study, results: reporting.Results) -> str:

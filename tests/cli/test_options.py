@@ -267,11 +267,16 @@ def test_close_flags_and_choices(words: str, hint: str, capsys: pytest.CaptureFi
 SCRIPTS = [
     *("accuracy", "evaluate", "finetune", "finetune_image_clip", "lists", "merge_two_finetunes"),
     *("open_vclip", "sweep_and_plot", "tradeoff", "loops/accelerate_loop", "loops/lightning_loop"),
-    *("shapes/run", "shapes/predict", "shapes/clips", "shapes/pretrain", "shapes/comparison"),
+    *("shapes/run", "shapes/clips", "shapes/pretrain", "shapes/comparison"),
 ]
 # Where the options of the scripts are read, besides the script itself.
 READERS = [
-    *("cli/options/models.py", "cli/options/data.py", "training/options.py"),
+    *(
+        "cli/options/models.py",
+        "cli/options/data.py",
+        "cli/options/contract.py",
+        "training/options.py",
+    ),
     "training/shared_options.py",
 ]
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from examples.shapes import predict, results, run
+from examples.shapes import results, run
 from examples.shapes.progress import PHASES, Advance, Phase, Progress
 from examples.shapes.results import Table
 from examples.shapes.studies import (
@@ -31,7 +31,9 @@ from examples.shapes.studies import (
     Averaging,
     Task,
 )
-from openvclip.checkpoints import load_checkpoint
+from examples.shapes.world import TEMPLATES
+from openvclip.checkpoints import load_checkpoint, read_contract
+from openvclip.models.labels import read_labels
 from tests.helpers import REPO
 
 
@@ -275,9 +277,9 @@ def test_final_weights_lie_between_clip_and_the_average(finished: tuple[Path, st
 def test_the_last_line_can_be_pasted(finished: tuple[Path, str]) -> None:
     line = finished[1].strip().splitlines()[-1]
     command = shlex.split(line)
-    assert command[:3] == ["python", "-m", "examples.shapes.predict"]
+    assert command[:2] == ["openvclip", "predict"]
     done = subprocess.run(
-        [sys.executable, *command[1:]], check=False, capture_output=True, text=True, cwd=REPO
+        [sys.executable, "-m", *command], check=False, capture_output=True, text=True, cwd=REPO
     )
     assert done.returncode == 0, done.stderr
     assert len(re.findall(r"^ *\d+\.\d%  \w+ \w+$", done.stdout, re.MULTILINE)) == 5
@@ -291,16 +293,17 @@ def test_a_finished_run_is_not_repeated(finished: tuple[Path, str]) -> None:
     assert (out / "table.md").read_text() in text
 
 
-def test_prediction_of_a_broken_file_is_one_clear_line(
-    finished: tuple[Path, str], tmp_path: Path
-) -> None:
-    weights = finished[0] / "openvclip-shapes.safetensors"
-    (tmp_path / "empty.mp4").touch()
-    for clip in ("absent.mp4", "empty.mp4"):
-        with pytest.raises(SystemExit, match=clip):
-            predict.main([str(weights), str(tmp_path / clip)])
-    with pytest.raises(SystemExit, match="no-weights"):
-        predict.main([str(tmp_path / "no-weights"), str(tmp_path / "empty.mp4")])
+def test_the_folder_is_a_model_that_knows_how_it_is_used(finished: tuple[Path, str]) -> None:
+    out, _ = finished
+    contract = read_contract(out)
+    assert contract is not None
+    assert contract.weights == "openvclip-shapes.safetensors"
+    assert contract == read_contract(out / contract.weights).with_(weights=contract.weights)
+    assert (contract.frames.sampler, contract.templates) == ("uniform", tuple(TEMPLATES))
+    assert contract.lam == Table(
+        MAIN, json.loads((out / "results.json").read_text())
+    ).chosen_lambda(ROW_OPEN_VCLIP)
+    assert len(read_labels(out / "classes.txt")) == 192
 
 
 def test_nothing_to_do_is_refused() -> None:
