@@ -59,6 +59,8 @@ LIBRARY_FILES = {
     "towers/timm.py",
     "towers/timm_naflex.py",
     "towers/hf.py",
+    "towers/hf_clip_like.py",
+    "towers/hf_siglip2.py",
     "models/hugging_face.py",
 }
 

@@ -7,23 +7,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import product
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from openvclip.commands.progress import progress_bar
-from openvclip.errors import ClassNamesError, TextFeaturesWarning, UnsupportedModelError
+from openvclip.errors import ClassNamesError, TextFeaturesWarning
+from openvclip.models.features import encode_text, require_clip, similarity_logits
 from openvclip.models.finite import require_finite
 from openvclip.models.labels import warn_of_equal_labels
 from openvclip.models.modes import evaluation_mode
 from openvclip.models.text_cache import cached_features
 from openvclip.models.text_weights import TextMark, text_state
+from openvclip.models.tokenizers import Tokenizer, as_tokenizer
 from openvclip.towers.temporal import encode_images, encode_video
-
-Tokenizer = Callable[[list[str]], Tensor]
-"""Function from n texts to token ids ``[n, L]``, such as the result of open_clip.get_tokenizer."""
 
 Template = str | Callable[[str], str]
 """A string in which the class name replaces ``{}``, or a function from a class name to a text."""
@@ -113,10 +111,11 @@ class ZeroShotClassifier(TextClassifier):
     interpolation; ``evaluate`` and ``predict`` warn about features of other weights.
 
     Args:
-        model: an open_clip model with ``encode_image``, ``encode_text`` and ``logit_scale``. The
-            model becomes a submodule, so gradients reach the model.
+        model: an open_clip model, or a model of transformers such as ``CLIPModel`` or
+            ``SiglipModel``. The model becomes a submodule, so gradients reach the model.
         tokenizer: a function from a list of texts to token ids, such as the result of
-            ``open_clip.get_tokenizer``.
+            ``open_clip.get_tokenizer``; or a tokenizer or processor of transformers, see
+            :func:`openvclip.models.tokenizers.as_tokenizer`.
         class_names: K different class names.
         templates: strings in which the class name replaces ``{}``, or functions from a class name
             to a text.
@@ -130,8 +129,7 @@ class ZeroShotClassifier(TextClassifier):
     Raises:
         ClassNamesError: ``class_names`` is empty, or holds an empty or repeated name; or
             ``templates`` is empty, or holds a template without ``{}``.
-        UnsupportedModelError: the model lacks ``encode_image``, ``encode_text`` or
-            ``logit_scale``.
+        UnsupportedModelError: the model is neither a CLIP of open_clip nor a CLIP of transformers.
         NonFiniteWeightsError: the text features are not finite. The error names the entries of the
             model that are not finite.
 
@@ -155,7 +153,8 @@ class ZeroShotClassifier(TextClassifier):
         require_clip(model)
         self.class_names = require_names(class_names)
         self.model = model
-        self._texts = _ClassTexts(tokenizer, self.class_names, templates, batch_size)
+        tokenize = as_tokenizer(tokenizer, model)
+        self._texts = _ClassTexts(tokenize, self.class_names, templates, batch_size)
         features = self._texts.features(model) if text_features is None else text_features
         warn_of_equal_labels(self.class_names, features)
         self.register_buffer("text_features", features, persistent=False)
@@ -163,6 +162,8 @@ class ZeroShotClassifier(TextClassifier):
 
     def forward(self, video: Tensor) -> Tensor:
         """Return the logits of videos: the logit scale times the mean cosine over the frames.
+
+        If the model has a ``logit_bias`` (SigLIP), the bias is added.
 
         Args:
             video: clips ``[B, T, C, H, W]``, or images ``[B, C, H, W]``. For images the logits are
@@ -180,9 +181,7 @@ class ZeroShotClassifier(TextClassifier):
             pooled = functional.normalize(encode_images(self.model, video), dim=-1)
         else:
             pooled = encode_video(self.model, video)
-        scale = cast(Any, self.model).logit_scale.exp()
-        logits: Tensor = scale * pooled @ self.text_features.to(pooled.dtype).T
-        return logits
+        return similarity_logits(self.model, pooled, self.text_features)
 
     def refresh_text(self) -> None:
         """Compute the text features again, from the present weights of the model."""
@@ -246,7 +245,8 @@ def class_features(
     """
     require_clip(model)
     names = require_names(class_names)
-    return _ClassTexts(tokenizer, names, templates, batch_size).features(model)
+    tokenize = as_tokenizer(tokenizer, model)
+    return _ClassTexts(tokenize, names, templates, batch_size).features(model)
 
 
 class _ClassTexts:
@@ -280,31 +280,15 @@ class _ClassTexts:
         return cached_features(model, self._tokens, lambda: self._encoded(model))
 
     def _encoded(self, model: nn.Module) -> Tensor:
-        clip = cast(Any, model)
-        device = clip.logit_scale.device
         hidden = None if len(self._tokens) > 4 else True
         with evaluation_mode(model):
             encoded = [
-                functional.normalize(clip.encode_text(tokens.to(device)), dim=-1)
+                functional.normalize(encode_text(model, tokens), dim=-1)
                 for tokens in progress_bar(self._tokens, desc="text features", disable=hidden)
             ]
         mean = torch.cat(encoded).unflatten(0, (self._n_classes, -1)).mean(dim=1)
         require_finite(mean, lambda: text_state(model), "The text features")
         return functional.normalize(mean, dim=-1)
-
-
-def require_clip(model: nn.Module) -> None:
-    """Check that a model has ``encode_image``, ``encode_text`` and ``logit_scale``.
-
-    Raises:
-        UnsupportedModelError: the model lacks one of the three.
-    """
-    lacking = [n for n in ("encode_image", "encode_text", "logit_scale") if not hasattr(model, n)]
-    if lacking:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} lacks {', '.join(lacking)}; expected an open_clip model. "
-            "Pass the model itself, not a wrapper around it."
-        )
 
 
 def require_names(class_names: Sequence[str]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,13 +16,14 @@ from openvclip.models.classifier import (
     Template,
     TextClassifier,
     ZeroShotClassifier,
-    require_clip,
     warn_of_other_text,
 )
+from openvclip.models.features import is_transformers, require_clip
 from openvclip.models.finite import require_finite
 from openvclip.models.labels import warn_of_single_label
 from openvclip.models.modes import evaluation_mode
 from openvclip.models.preprocess import is_image_file, read_image, transform_for
+from openvclip.models.tokenizers import Tokenizer, tokenizer_of_folder
 from openvclip.video.decoding import read_clip
 from openvclip.video.sampling import PAPER_SAMPLING, Sampling
 from openvclip.video.transforms import Transform
@@ -66,7 +67,7 @@ def predict(
     video: str | os.PathLike[str],
     labels: Sequence[str] | None = None,
     *,
-    tokenizer: Callable[[list[str]], Tensor] | None = None,
+    tokenizer: Tokenizer | None = None,
     transform: Transform | None = None,
     templates: Sequence[Template] = VIDEO_TEMPLATES,
     sampling: Sampling = PAPER_SAMPLING,
@@ -78,14 +79,15 @@ def predict(
     ``model``. The text features of the labels are then computed once.
 
     Args:
-        model: an open_clip model, expanded or not; or a classifier
-            (:class:`ZeroShotClassifier`, :class:`openvclip.prompting.VideoClassifier`), whose class
-            names are the labels.
+        model: an open_clip model, or a model of transformers such as ``CLIPModel`` or
+            ``SiglipModel``, expanded or not; or a classifier (:class:`ZeroShotClassifier`,
+            :class:`openvclip.prompting.VideoClassifier`), whose class names are the labels.
         video: the video file. A file with the extension of an image format (``.jpg``, ``.png``) is
             read as an image, and predicted as by plain CLIP.
         labels: K different labels. ``None`` if ``model`` is a classifier.
-        tokenizer: a function from a list of texts to token ids. Default: the tokenizer of the
-            original CLIP, if the model has the vocabulary of the original CLIP.
+        tokenizer: see :class:`ZeroShotClassifier`. Default: the tokenizer of the original CLIP, if
+            the model has the vocabulary of the original CLIP. For a model of transformers: the
+            tokenizer in the folder or repository that the model was loaded from.
         transform: a transform from 8-bit frames to the input of the model. Default: the transform
             of the released evaluation, at the image size of the model.
         templates: strings in which the label replaces ``{}``, or functions from a label to a text.
@@ -102,9 +104,9 @@ def predict(
         VideoOptionError: the video can't be read with this ``sampling``.
         ClassNamesError: ``labels`` is empty, or holds an empty or repeated label.
         UsageError: ``labels`` is given for a classifier with other class names, or is ``None`` for
-            an open_clip model; or the tokenizer of the model is not known; or ``video`` is a
-            tensor.
-        UnsupportedModelError: ``model`` is not an open_clip model.
+            another model; or the tokenizer of the model is not known; or ``video`` is a tensor.
+        UnsupportedModelError: ``model`` is neither a CLIP of open_clip nor of transformers.
+        ModelNameError: the tokenizer of a model of transformers can't be loaded.
         NonFiniteWeightsError: the logits are NaN or infinite, because weights are. The error names
             the entries.
         EvaluationError: the logits are NaN or infinite, and all weights are finite.
@@ -129,7 +131,7 @@ def predict(
 def classifier_for(
     model: nn.Module,
     labels: Sequence[str] | None,
-    tokenizer: Callable[[list[str]], Tensor] | None,
+    tokenizer: Tokenizer | None,
     templates: Sequence[Template],
 ) -> TextClassifier:
     """Return ``model`` if it is a classifier, or create a classifier of the labels.
@@ -144,9 +146,9 @@ def classifier_for(
 
     Raises:
         UsageError: ``labels`` is given for a classifier with other class names, or is ``None`` for
-            an open_clip model; or the tokenizer of the model is not known.
+            another model; or the tokenizer of the model is not known.
         ClassNamesError: ``labels`` is empty, or holds an empty or repeated label.
-        UnsupportedModelError: ``model`` is not an open_clip model.
+        UnsupportedModelError, ModelNameError: see :func:`openvclip.predict`.
 
     Warns:
         LabelWarning, TextFeaturesWarning: see :func:`openvclip.predict`.
@@ -160,7 +162,7 @@ def classifier_for(
 def _classifier_for(
     model: nn.Module,
     labels: Sequence[str] | None,
-    tokenizer: Callable[[list[str]], Tensor] | None,
+    tokenizer: Tokenizer | None,
     templates: Sequence[Template],
 ) -> TextClassifier:
     if isinstance(model, TextClassifier):
@@ -173,7 +175,7 @@ def _classifier_for(
     require_clip(model)
     if labels is None:
         raise UsageError("labels is None; expected a list of labels to choose from.")
-    return ZeroShotClassifier(model, tokenizer or _clip_tokenizer(model), labels, templates)
+    return ZeroShotClassifier(model, tokenizer or _default_tokenizer(model), labels, templates)
 
 
 @torch.no_grad()
@@ -200,8 +202,18 @@ def require_file(video: object) -> None:
         )
 
 
-def _clip_tokenizer(model: nn.Module) -> Callable[[list[str]], Tensor]:
-    """Return the tokenizer of the original CLIP, or raise if the model has another vocabulary."""
+def _default_tokenizer(model: nn.Module) -> Tokenizer:
+    """Return the tokenizer that a model of transformers was loaded with, or the tokenizer of CLIP.
+
+    Raises:
+        UsageError: the model is of transformers and was not loaded from a folder, or it has another
+            vocabulary than the original CLIP.
+    """
+    name = getattr(model, "name_or_path", "")
+    return tokenizer_of_folder(model, name) if name else _clip_tokenizer(model)
+
+
+def _clip_tokenizer(model: nn.Module) -> Tokenizer:
     import open_clip
 
     text_tower = getattr(model, "text", model)
@@ -210,12 +222,13 @@ def _clip_tokenizer(model: nn.Module) -> Callable[[list[str]], Tensor]:
     if vocabulary is None or length is None:
         raise UsageError(
             f"The tokenizer of {type(model).__name__} is not known. Give tokenizer=, a function "
-            "from a list of texts to token ids [n, L]."
+            "from a list of texts to token ids [n, L]"
+            f"{', or a tokenizer of transformers' if is_transformers(model) else ''}."
         )
     if vocabulary != CLIP_VOCABULARY:
         raise UsageError(
             f"{type(model).__name__} has a vocabulary of {vocabulary} tokens; CLIP's tokenizer has "
             f"{CLIP_VOCABULARY}. Give tokenizer=open_clip.get_tokenizer(name)."
         )
-    tokenizer: Callable[[list[str]], Tensor] = open_clip.SimpleTokenizer(context_length=length)
+    tokenizer: Tokenizer = open_clip.SimpleTokenizer(context_length=length)
     return tokenizer

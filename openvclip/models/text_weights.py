@@ -19,7 +19,7 @@ TextSource = Literal["own", "original"]
 
 # The image towers of open_clip and of Hugging Face, and the prompts of an image tower.
 _IMAGE_SIDE = ("visual.", "vision_model.", "visual_projection.", "openvclip_prompts.vision.")
-_TEMPERATURE = ("logit_scale", "logit_bias")
+_TEMPERATURE = ("logit_scale", "logit_bias", "temperature")
 
 
 def text_names(names: Iterable[str]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from openvclip.models.classifier import VIDEO_TEMPLATES, Template
 from openvclip.models.drawing import new_figure, save_figure
 from openvclip.models.prediction import classifier_for, logits_of, require_file
 from openvclip.models.preprocess import transform_for
+from openvclip.models.tokenizers import Tokenizer
 from openvclip.video.sliding import sliding_windows
 from openvclip.video.transforms import Transform
 
@@ -116,7 +117,7 @@ def predict_timeline(
     video: str | os.PathLike[str],
     labels: Sequence[str] | None = None,
     *,
-    tokenizer: Callable[[list[str]], Tensor] | None = None,
+    tokenizer: Tokenizer | None = None,
     transform: Transform | None = None,
     templates: Sequence[Template] = VIDEO_TEMPLATES,
     num_frames: int = 8,

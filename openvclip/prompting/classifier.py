@@ -4,26 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from openvclip.errors import ClassNamesError, PromptingError
-from openvclip.models.classifier import (
-    TextClassifier,
-    fill_template,
-    require_clip,
-    require_names,
-)
+from openvclip.models.classifier import TextClassifier, fill_template, require_names
+from openvclip.models.features import device_of, encode_text, require_clip, similarity_logits
 from openvclip.models.finite import require_finite
 from openvclip.models.labels import warn_of_equal_labels
 from openvclip.models.modes import evaluation_mode
 from openvclip.models.text_weights import text_state
+from openvclip.models.tokenizers import Tokenizer, as_tokenizer
 from openvclip.prompting.attach import has_prompts, prompts_of
 from openvclip.prompting.text import TextPrompts, encode_prompted, prompted_layout
-from openvclip.prompting.text_towers import Tokenizer
 from openvclip.towers.temporal import encode_frames, encode_images
 
 PHOTO_TEMPLATE = "a photo of a {}."
@@ -61,9 +56,11 @@ class VideoClassifier(TextClassifier):
     in evaluation.
 
     Args:
-        model: an open_clip model with or without prompts. It becomes a submodule.
+        model: an open_clip model with or without prompts, or a model of transformers such as
+            ``CLIPModel`` or ``SiglipModel``. It becomes a submodule.
         tokenizer: function that maps a list of texts to token ids, such as the result of
-            ``open_clip.get_tokenizer``.
+            ``open_clip.get_tokenizer``; or a tokenizer or processor of transformers, see
+            :func:`openvclip.models.tokenizers.as_tokenizer`.
         class_names: K different names.
         template: text with ``{}`` in place of the class name. ``"{}"`` is the class name alone.
             Default: the learned text prompts around ``"{}."`` if the model has text prompts,
@@ -95,11 +92,12 @@ class VideoClassifier(TextClassifier):
         require_clip(model)
         self.class_names = require_names(class_names)
         self.model = model
+        tokenize = as_tokenizer(tokenizer, model)
         self._fixed: Tensor | None = None
         prompts = prompts_of(model).text if template is None and has_prompts(model) else None
         self.prompts_per_text = 0 if prompts is None else prompts.count
         if prompts is not None:
-            self._register_layout(prompts, tokenizer)
+            self._register_layout(prompts, tokenize)
             return
         template = PHOTO_TEMPLATE if template is None else template
         if not isinstance(template, str):
@@ -108,11 +106,13 @@ class VideoClassifier(TextClassifier):
                 f"{PHOTO_TEMPLATE!r}."
             )
         texts = [fill_template(template, name) for name in self.class_names]
-        self._register("tokens", tokenizer(texts))
-        warn_of_equal_labels(self.class_names, self.tokens)
+        self._register("tokens", tokenize(texts))
+        warn_of_equal_labels(self.class_names, self.tokens.flatten(1))
 
     def forward(self, video: Tensor) -> Tensor:
         """Return the logits of clips: temperature times cosine similarity.
+
+        If the model has a ``logit_bias`` (SigLIP), the bias is added.
 
         Args:
             video: normalised frames ``[B, T, C, H, W]``, floating point; or images
@@ -130,9 +130,7 @@ class VideoClassifier(TextClassifier):
         else:
             features = mean_pooled_features(self.model, video)
         text = self.text_features() if self._fixed is None else self._fixed
-        scale = cast(Any, self.model).logit_scale.exp()
-        logits: Tensor = scale * features @ text.to(features.dtype).T
-        return logits
+        return similarity_logits(self.model, features, text)
 
     def text_features(self) -> Tensor:
         """Return the features ``[K, D]`` of the classes, with rows of unit length.
@@ -142,9 +140,8 @@ class VideoClassifier(TextClassifier):
         Raises:
             PromptingError: if the text prompts of the model were removed or replaced.
         """
-        clip = cast(Any, self.model)
         if self.prompts_per_text == 0:
-            return functional.normalize(clip.encode_text(self.tokens), dim=-1)
+            return functional.normalize(encode_text(self.model, self.tokens), dim=-1)
         prompts = prompts_of(self.model).text
         if prompts is None or prompts.count != self.prompts_per_text:
             raise PromptingError(
@@ -152,7 +149,7 @@ class VideoClassifier(TextClassifier):
                 f"has {0 if prompts is None else prompts.count} now. Make a new classifier."
             )
         layout = (self.tokens, self.places)
-        return functional.normalize(encode_prompted(clip, prompts, self.rows, layout), dim=-1)
+        return functional.normalize(encode_prompted(self.model, prompts, self.rows, layout), dim=-1)
 
     @contextmanager
     def fixed_text(self) -> Iterator[None]:
@@ -189,5 +186,5 @@ class VideoClassifier(TextClassifier):
             warn_of_equal_labels(self.class_names, torch.cat([tokens, places], dim=1))
 
     def _register(self, name: str, value: Tensor | None) -> None:
-        device = cast(Any, self.model).logit_scale.device
+        device = device_of(self.model)
         self.register_buffer(name, None if value is None else value.to(device), persistent=False)

@@ -53,6 +53,18 @@ def _hugging_face() -> Family:
     return FAMILY
 
 
+def _hugging_face_clip_like() -> Family:
+    from openvclip.towers.hf_clip_like import FAMILY
+
+    return FAMILY
+
+
+def _hugging_face_siglip2() -> Family:
+    from openvclip.towers.hf_siglip2 import FAMILY
+
+    return FAMILY
+
+
 @dataclass(frozen=True)
 class RegistryEntry:
     """A family of towers.
@@ -97,6 +109,23 @@ REGISTRY: tuple[RegistryEntry, ...] = (
             "transformers.models.clip.modeling_clip",
             "transformers.models.siglip.modeling_siglip",
         ),
+    ),
+    RegistryEntry(
+        "transformers",
+        _hugging_face_clip_like,
+        "those of MetaCLIP 2, AltCLIP, Chinese-CLIP and CLIPSeg (transformers 5)",
+        modules=(
+            "transformers.models.metaclip_2.modeling_metaclip_2",
+            "transformers.models.altclip.modeling_altclip",
+            "transformers.models.chinese_clip.modeling_chinese_clip",
+            "transformers.models.clipseg.modeling_clipseg",
+        ),
+    ),
+    RegistryEntry(
+        "transformers",
+        _hugging_face_siglip2,
+        "those of SigLIP 2 NaFlex (transformers 5)",
+        modules=("transformers.models.siglip2.modeling_siglip2",),
     ),
 )
 """All families."""

@@ -184,3 +184,22 @@ def call(model: Any, pixels: Tensor) -> Tensor:
     """Return ``model(pixels)``. An :data:`Encoder` for models whose output is the features."""
     features: Tensor = model(pixels)
     return features
+
+
+def image_features(model: Any, pixels: Tensor) -> Tensor:
+    """Return the features of a model of transformers. An :data:`Encoder`."""
+    return pooled(model.get_image_features(pixel_values=pixels, return_dict=True))
+
+
+def pooled(outputs: Any) -> Tensor:
+    """Return the features in the outputs of a model of transformers.
+
+    Models that project the features put them in ``image_embeds``, ``text_embeds`` or
+    ``pooler_output``, depending on the class and the method.
+    """
+    for name in ("image_embeds", "text_embeds", "pooler_output"):
+        if hasattr(outputs, name):
+            outputs = getattr(outputs, name)
+            break
+    features: Tensor = outputs
+    return features

@@ -1,4 +1,8 @@
-"""The vision models of Hugging Face's CLIP and SigLIP (transformers 5)."""
+"""The vision models of Hugging Face's CLIP and SigLIP (transformers 5).
+
+The classes for other models of transformers, in the files beside this one, derive from the classes
+here.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +27,14 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, capture_ou
 from openvclip.errors import UsageError
 from openvclip.towers.attention import temporal_attention
 from openvclip.towers.checks import require_video
-from openvclip.towers.family import Encoder, Family, TemporalTower, TowerFacts
+from openvclip.towers.family import Encoder, Family, TemporalTower, TowerFacts, pooled
 from openvclip.towers.prompted import PromptedExpandedTower, PromptedTower
 from openvclip.towers.view import FrameView
 
 # --- expanded towers ---------------------------------------------------------------------------
 
 
-class _FrameAttention:
+class FrameAttention:
     """Self-attention over neighbouring frames for tokens ``[B, T, N, D]``.
 
     Videos always use PyTorch's ``scaled_dot_product_attention``, whatever the value of
@@ -52,11 +56,11 @@ class _FrameAttention:
         return output
 
 
-class TemporalCLIPAttention(_FrameAttention, CLIPAttention):  # type: ignore[misc]
+class TemporalCLIPAttention(FrameAttention, CLIPAttention):  # type: ignore[misc]
     """``CLIPAttention`` over neighbouring frames."""
 
 
-class TemporalSiglipAttention(_FrameAttention, SiglipAttention):  # type: ignore[misc]
+class TemporalSiglipAttention(FrameAttention, SiglipAttention):  # type: ignore[misc]
     """``SiglipAttention`` over neighbouring frames."""
 
 
@@ -72,13 +76,20 @@ def _attend(attn: Any, x: Tensor) -> Tensor:
     return out
 
 
-class _FrameTower(TemporalTower):
+class FrameTower(TemporalTower):
     """Base of the expanded vision models.
 
     A subclass has the methods ``_encode(tokens, **kwargs)``, which returns the output of the last
     layer for embedded tokens ``[B, T, N, D]``, and ``_pool(hidden)``, which returns the last hidden
     states of the model ``[B, T, N, D]`` and the pooled features.
     """
+
+    def _embed(self, video: Tensor, any_size: bool) -> Tensor:
+        """Return the embedded tokens ``[B * T, N, D]`` of the frames of a video."""
+        require_frames(self, video, any_size)
+        embeddings = self.embeddings  # type: ignore[attr-defined]
+        tokens: Tensor = embeddings(video.flatten(0, 1), interpolate_pos_encoding=any_size)
+        return tokens
 
     def forward(self, pixel_values: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Return ``pooler_output`` ``[B, T, D]`` and ``last_hidden_state`` ``[B, T, N, D]``.
@@ -93,22 +104,28 @@ class _FrameTower(TemporalTower):
         images = isinstance(pixel_values, Tensor) and pixel_values.ndim == 4
         if images or pixel_values is None:
             return super().forward(pixel_values, *args, **kwargs)  # type: ignore[misc]
-        return _video_outputs(self, pixel_values, *args, **kwargs)
+        return video_outputs(self, pixel_values, *args, **kwargs)
 
 
-class TemporalCLIPVisionModel(_FrameTower, CLIPVisionModel):  # type: ignore[misc]
-    """``CLIPVisionModel`` for videos ``[B, T, C, H, W]`` and images."""
+class CLIPTower(FrameTower):
+    """Base of the expanded vision models with the parts of ``CLIPVisionModel``."""
 
     def _encode(self, tokens: Tensor, **kwargs: Any) -> Tensor:
-        tokens = self.pre_layrnorm(tokens)
-        hidden: Tensor = self.encoder(inputs_embeds=tokens, **kwargs).last_hidden_state
+        tokens = self.pre_layrnorm(tokens)  # type: ignore[attr-defined]
+        encoder = self.encoder  # type: ignore[attr-defined]
+        hidden: Tensor = encoder(inputs_embeds=tokens, **kwargs).last_hidden_state
         return hidden
 
     def _pool(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        return hidden, self.post_layernorm(hidden[:, :, 0])
+        norm = self.post_layernorm  # type: ignore[attr-defined]
+        return hidden, norm(hidden[:, :, 0])
 
 
-class TemporalSiglipVisionModel(_FrameTower, SiglipVisionModel):  # type: ignore[misc]
+class TemporalCLIPVisionModel(CLIPTower, CLIPVisionModel):  # type: ignore[misc]
+    """``CLIPVisionModel`` for videos ``[B, T, C, H, W]`` and images."""
+
+
+class TemporalSiglipVisionModel(FrameTower, SiglipVisionModel):  # type: ignore[misc]
     """``SiglipVisionModel`` for videos ``[B, T, C, H, W]`` and images."""
 
     def _encode(self, tokens: Tensor, **kwargs: Any) -> Tensor:
@@ -123,9 +140,10 @@ class TemporalSiglipVisionModel(_FrameTower, SiglipVisionModel):  # type: ignore
 
 
 @capture_outputs(tie_last_hidden_states=False)  # type: ignore[untyped-decorator]
-def _video_outputs(
+def video_outputs(
     tower: Any, video: Tensor, interpolate_pos_encoding: bool | None = False, **kwargs: Any
 ) -> BaseModelOutputWithPooling:
+    """Return the outputs of an expanded vision model for a video ``[B, T, C, H, W]``."""
     if kwargs.get("attention_mask") is not None:
         raise UsageError("attention_mask is for images only. Leave it out for videos.")
     if kwargs.get("output_attentions", getattr(tower.config, "output_attentions", False)):
@@ -133,10 +151,7 @@ def _video_outputs(
             "output_attentions is for images only. Attention over the frames of a video never "
             "computes the matrix of attention weights. Set output_attentions=False for videos."
         )
-    _require_video(tower, video, bool(interpolate_pos_encoding))
-    tokens = tower.embeddings(
-        video.flatten(0, 1), interpolate_pos_encoding=bool(interpolate_pos_encoding)
-    )
+    tokens = tower._embed(video, bool(interpolate_pos_encoding))
     hidden = tower._encode(tokens.unflatten(0, video.shape[:2]), **kwargs)
     hidden, pooled = tower._pool(hidden)
     return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=pooled)
@@ -145,7 +160,7 @@ def _video_outputs(
 # --- towers with prompts -----------------------------------------------------------------------
 
 
-class _PromptedFrameTower(PromptedTower):
+class PromptedFrameTower(PromptedTower):
     """Base of the vision models with prompts."""
 
     def forward(self, pixel_values: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -179,7 +194,7 @@ class _PromptedFrameTower(PromptedTower):
         return self._through(tokens, getattr(self, "pre_layrnorm", nn.Identity()), blocks)
 
 
-class PromptedCLIPVisionModel(_PromptedFrameTower, TemporalCLIPVisionModel):
+class PromptedCLIPVisionModel(PromptedFrameTower, TemporalCLIPVisionModel):
     """``CLIPVisionModel`` with prompts, for videos ``[B, T, C, H, W]`` and images."""
 
 
@@ -187,7 +202,7 @@ class PromptedTemporalCLIPVisionModel(PromptedExpandedTower, PromptedCLIPVisionM
     """An expanded ``CLIPVisionModel`` with prompts."""
 
 
-class PromptedSiglipVisionModel(_PromptedFrameTower, TemporalSiglipVisionModel):
+class PromptedSiglipVisionModel(PromptedFrameTower, TemporalSiglipVisionModel):
     """``SiglipVisionModel`` with prompts, for videos ``[B, T, C, H, W]`` and images."""
 
 
@@ -198,38 +213,30 @@ class PromptedTemporalSiglipVisionModel(PromptedExpandedTower, PromptedSiglipVis
 # --- the family --------------------------------------------------------------------------------
 
 
-def _require_video(tower: Any, video: Tensor, any_size: bool = False) -> None:
+def require_frames(tower: Any, video: Tensor, any_size: bool = False) -> None:
+    """Raise :class:`VideoShapeError` unless a vision model can encode the frames of a video."""
     size = tower.embeddings.image_size
     # The dtype is not checked, because the embeddings convert the frames to their dtype.
     require_video(video, None if any_size else (size, size))
 
 
-def _attentions(tower: Any) -> list[nn.Module]:
+def attentions(tower: Any) -> list[nn.Module]:
+    """Return the attention modules of a vision model in order."""
     return [layer.self_attn for layer in tower.encoder.layers]
 
 
 def _encoder(model: nn.Module) -> Encoder | None:
-    if hasattr(model, "get_image_features"):
-        return _image_features
     towers = (CLIPVisionModel, CLIPVisionModelWithProjection, SiglipVisionModel)
-    return _vision_features if isinstance(model, towers) else None
+    return vision_features if isinstance(model, towers) else None
 
 
-def _image_features(model: Any, pixels: Tensor) -> Any:
-    return _pooled(model.get_image_features(pixel_values=pixels, return_dict=True))
+def vision_features(model: Any, pixels: Tensor) -> Tensor:
+    """Return the features of a vision model of transformers alone. An :data:`Encoder`."""
+    return pooled(model(pixel_values=pixels, return_dict=True))
 
 
-def _vision_features(model: Any, pixels: Tensor) -> Any:
-    return _pooled(model(pixel_values=pixels, return_dict=True))
-
-
-def _pooled(outputs: Any) -> Any:
-    if hasattr(outputs, "image_embeds"):
-        return outputs.image_embeds
-    return getattr(outputs, "pooler_output", outputs)
-
-
-def _facts(tower: Any) -> TowerFacts:
+def facts(tower: Any) -> TowerFacts:
+    """Return the sizes of a vision model of transformers."""
     embeddings, layers = tower.embeddings, tower.encoder.layers
     class_token = getattr(embeddings, "class_embedding", None)
     return TowerFacts(
@@ -237,7 +244,7 @@ def _facts(tower: Any) -> TowerFacts:
         layers=len(layers),
         heads=layers[0].self_attn.num_heads,
         patch_size=(embeddings.patch_size,) * 2,
-        image_size=(embeddings.image_size,) * 2,
+        image_size=_pair(getattr(embeddings, "image_size", None)),
         feature_size=None,
         prefix=0 if class_token is None else 1,
         class_token=class_token is not None,
@@ -245,7 +252,11 @@ def _facts(tower: Any) -> TowerFacts:
     )
 
 
-def _register_as(plain: Any, changed: Any) -> None:
+def _pair(size: int | None) -> tuple[int, int] | None:
+    return None if size is None else (size, size)
+
+
+def register_as(plain: Any, changed: Any) -> None:
     """Make transformers treat the class ``changed`` like the class ``plain`` of transformers.
 
     transformers writes the name of a model's class into the saved config. It also looks up by class
@@ -263,7 +274,7 @@ for _plain, _changed in (
     (SiglipVisionModel, PromptedSiglipVisionModel),
     (SiglipVisionModel, PromptedTemporalSiglipVisionModel),
 ):
-    _register_as(_plain, _changed)
+    register_as(_plain, _changed)
 
 
 FAMILY = Family(
@@ -281,10 +292,10 @@ FAMILY = Family(
         SiglipVisionModel: PromptedSiglipVisionModel,
         TemporalSiglipVisionModel: PromptedTemporalSiglipVisionModel,
     },
-    layers=_attentions,
+    layers=attentions,
     expected="transformers' CLIPAttention or SiglipAttention",
-    require=_require_video,
+    require=require_frames,
     encoder=_encoder,
-    facts=_facts,
+    facts=facts,
     pooling=(CLIPForImageClassification, SiglipForImageClassification),
 )

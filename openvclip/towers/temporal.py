@@ -12,7 +12,7 @@ from torch.nn import functional
 from openvclip.errors import ExpansionError, ExpansionOptionError, UnsupportedModelError
 from openvclip.towers.checks import require_images, require_video
 from openvclip.towers.families import families_in_use, find_tower, is_library_model
-from openvclip.towers.family import Encoder, TemporalTower
+from openvclip.towers.family import Encoder, TemporalTower, image_features
 from openvclip.towers.view import Boundary, ExpansionSettings, FrameView, require_window
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -239,6 +239,8 @@ def _encoder(model: nn.Module) -> Encoder:
         encode = family.encoder(_without_compile(model))
         if encode is not None:
             return encode
+    if hasattr(model, "get_image_features"):  # transformers, also a tower that can't be expanded
+        return image_features
     raise UnsupportedModelError(
         f"{type(model).__name__} has no encode_image() and is not a Hugging Face CLIP or SigLIP "
         "or a supported image tower. Pass a supported model. DistributedDataParallel must wrap a "

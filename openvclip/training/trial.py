@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from openvclip.checkpoints.atomic import atomic_path
-from openvclip.models.loading import brings_weights
+from openvclip.models.loading import brings_weights, name_of_transformers
 from openvclip.prompting.classifier import PHOTO_TEMPLATE
 from openvclip.training.methods import is_expanded
 from openvclip.training.presets import PRESETS
@@ -61,14 +61,11 @@ def trial_commands(args: argparse.Namespace) -> dict[str, str]:
     """Return commands that try the result of a run, by what they do.
 
     ``openvclip predict`` prints the labels of a video. It takes no prompts, and it pools the frames
-    as Open-VCLIP does. ``examples/accuracy.py`` repeats the test of the method exactly. No command
-    takes a CLIP of Hugging Face.
+    as Open-VCLIP does. ``examples/accuracy.py`` repeats the test of the method exactly.
 
     Args:
         args: the arguments of the training. VIDEO, LIST and FOLDER stand for files to be chosen.
     """
-    if args.hf:
-        return {}
     commands = {}
     if args.method not in PROMPT_METHODS:
         predict = ["openvclip", "predict", "VIDEO", "--labels-file", str(args.out / "classes.txt")]
@@ -81,8 +78,9 @@ def trial_commands(args: argparse.Namespace) -> dict[str, str]:
 
 
 def _model_flags(args: argparse.Namespace) -> list[str]:
-    weights = [] if brings_weights(args.model) else ["--pretrained", args.pretrained]
-    return ["--model", args.model, *weights]
+    model = name_of_transformers(args.hf) if args.hf else args.model
+    weights = [] if brings_weights(model) else ["--pretrained", args.pretrained]
+    return ["--model", model, *weights]
 
 
 def _predict_flags(args: argparse.Namespace) -> list[str]:

@@ -1,7 +1,8 @@
 """Video transforms: decoded frames, uint8 ``[..., T, C, H, W]``, to model input, float32.
 
 ``"released"`` is the test-time preprocessing of the released Open-VCLIP code, ``"clip"`` is the
-image preprocessing of the original CLIP, and ``"train"`` is the augmentation of the released code.
+image preprocessing of the original CLIP, ``"squash"`` and ``"squash_bilinear"`` are the image
+preprocessing of SigLIP, and ``"train"`` is the augmentation of the released code.
 Tensors stay on their device. torchvision is not needed.
 
 Source: the released code of Open-VCLIP, and Section 5.1.3 of its paper.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,7 +41,7 @@ class Transform:
     """A video transform, made by :func:`build`.
 
     Attributes:
-        name: ``"released"``, ``"clip"`` or ``"train"``.
+        name: a name of :data:`TRANSFORMS`.
         size: height and width of the result, in pixels.
         mean: mean of the channels, for pixels in [0, 1].
         std: standard deviation of the channels, for pixels in [0, 1].
@@ -138,13 +140,16 @@ def build(
       centre crop and the normalisation.
     - ``"clip"``: the preprocessing of the images on which CLIP was trained. The 8-bit pixels are
       scaled, bicubic with antialiasing. Then follow a centre crop and the normalisation.
+    - ``"squash"`` and ``"squash_bilinear"``: the preprocessing of SigLIP. The 8-bit pixels are
+      scaled to a square with antialiasing, bicubic or bilinear, whatever the shape of the frames
+      is. Nothing is cropped.
     - ``"train"``: the short side is drawn uniformly between ``size`` and ``size * 8 / 7`` (224 to
       256), and the frames are scaled, bilinear without antialiasing. Then follow a random crop, a
       mirroring with probability 1/2, an optional colour jitter, and the normalisation. All frames
       of a clip get the same random changes.
 
     Args:
-        name: ``"released"``, ``"clip"`` or ``"train"``.
+        name: ``"released"``, ``"clip"``, ``"squash"``, ``"squash_bilinear"`` or ``"train"``.
         size: height and width of the result, in pixels.
         mean: mean of the channels, for pixels in [0, 1]. Default: the mean of CLIP.
         std: standard deviation of the channels, for pixels in [0, 1]. Default: the standard
@@ -159,13 +164,13 @@ def build(
         short_side: short side of the frames before the crop, in pixels; for ``"train"`` also the
             two ends of a range. Default: the values above. ViFi-CLIP uses 256 for crops of 224.
         crops: 1, or 3 for the centre and both ends of the longer side. These are the 3 spatial
-            crops of multi-view testing. Not possible with ``"train"``.
+            crops of multi-view testing. Only possible with ``"released"`` and ``"clip"``.
 
     Raises:
         VideoOptionError: ``name`` is not known; ``size`` is below 1; ``mean`` or ``std`` does not
             have three values; ``color_jitter`` is negative, has another length, or is used with a
-            transform other than ``"train"``; ``short_side`` is below ``size``; or ``crops`` is
-            neither 1 nor 3.
+            transform other than ``"train"``; ``short_side`` is below ``size``, or is used with a
+            transform that does not crop; or ``crops`` is neither 1 nor 3.
     """
     if name not in _RECIPES:
         known = ", ".join(map(repr, TRANSFORMS))
@@ -181,9 +186,14 @@ def build(
         raise VideoOptionError(
             f"color_jitter={color_jitter!r} with {name!r}: only 'train' changes colours."
         )
-    if crops not in (1, 3) or (crops == 3 and name == "train"):
+    if crops not in (1, 3) or (crops == 3 and name not in ("released", "clip")):
         raise VideoOptionError(
-            f"crops={crops!r} with {name!r}: expected 1, or 3 if the crop is not random."
+            f"crops={crops!r} with {name!r}: expected 1, or 3 with 'released' or 'clip'."
+        )
+    if short_side is not None and name in ("squash", "squash_bilinear"):
+        raise VideoOptionError(
+            f"short_side={short_side!r} with {name!r}: frames are scaled to a square of {size} "
+            "pixels, and nothing is cropped. Remove short_side."
         )
     moments = tuple(map(float, mean)), tuple(map(float, std))
     short = _short_side(short_side, size, name)
@@ -281,9 +291,18 @@ def _clip(spec: Transform, generator: torch.Generator | None) -> Change:
         corners = _corners(spec, scaled, round)
         parts = []
         for frames in _chunks(clip):
-            small = _bicubic_8bit(frames, scaled)
+            small = _scaled_8bit(frames, scaled, "bicubic")
             parts.append(_normalise(spec, _crops(small, spec.size, corners).float()))
         return _join(parts)
+
+    return change
+
+
+def _squash(mode: str, spec: Transform, generator: torch.Generator | None) -> Change:
+    def change(clip: Tensor) -> Tensor:
+        square = (spec.size, spec.size)
+        small = (_scaled_8bit(frames, square, mode) for frames in _chunks(clip))
+        return _join([_normalise(spec, frames[None].float()) for frames in small])
 
     return change
 
@@ -292,6 +311,8 @@ def _clip(spec: Transform, generator: torch.Generator | None) -> Change:
 _RECIPES: dict[str, Callable[[Transform, torch.Generator | None], Change]] = {
     "released": _released,
     "clip": _clip,
+    "squash": partial(_squash, "bicubic"),
+    "squash_bilinear": partial(_squash, "bilinear"),
     "train": _train,
 }
 TRANSFORMS: tuple[str, ...] = tuple(_RECIPES)
@@ -355,14 +376,14 @@ def _bilinear_crop(
     return _join(parts)
 
 
-def _bicubic_8bit(frames: Tensor, scaled: tuple[int, int]) -> Tensor:
+def _scaled_8bit(frames: Tensor, scaled: tuple[int, int], mode: str) -> Tensor:
     if scaled == tuple(frames.shape[-2:]):
         return frames
     # On the CPU, PyTorch resizes 8-bit pixels with the same result as PIL. On other devices it
     # resizes only floats, and the result is rounded to 8-bit values here.
     pixels = frames if frames.device.type == "cpu" else frames.float()
     small = functional.interpolate(
-        pixels, size=scaled, mode="bicubic", align_corners=False, antialias=True
+        pixels, size=scaled, mode=mode, align_corners=False, antialias=True
     )
     return small if small.dtype == torch.uint8 else small.round().clamp(0, 255)
 

@@ -1,0 +1,127 @@
+"""Tokenizers of any library as one function from texts to a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from openvclip.errors import ModelNameError, UsageError
+from openvclip.models.features import is_transformers, text_rules
+
+Tokenizer = Callable[[list[str]], Tensor]
+"""Function from n texts to token ids ``[n, L]``, such as the result of open_clip.get_tokenizer."""
+
+_UNKNOWN_LENGTH = 10**9  # tokenizers of transformers have 1e30 as the length if it is not known
+
+
+def as_tokenizer(tokenizer: Any, model: nn.Module) -> Tokenizer:
+    """Return a tokenizer as a function from a list of texts to a tensor.
+
+    A tokenizer or a processor of transformers (``AutoTokenizer``, ``AutoProcessor``) is called as
+    the model was trained: texts are cut at the length of the text tower. For CLIP and SigLIP they
+    are padded to this length, 64 tokens for SigLIP, and for SigLIP they are written in lower case.
+    For text towers that must not see the padding (ALIGN, AltCLIP, Chinese-CLIP), the attention mask
+    is added.
+
+    Args:
+        tokenizer: a tokenizer or a processor of transformers; or a function from a list of texts to
+            token ids, which is returned as it is.
+        model: the CLIP model that the texts are for.
+
+    Returns:
+        A function of n texts. It returns token ids ``[n, L]``; or ``[n, 2, L]``, the token ids and
+        the attention mask of each text, if the text tower needs the mask.
+
+    Raises:
+        UsageError: ``tokenizer`` is an image processor, or is not callable.
+    """
+    inner = getattr(tokenizer, "tokenizer", None)
+    if inner is not None and hasattr(tokenizer, "image_processor"):  # a processor
+        tokenizer = inner
+    if _is_of_transformers(tokenizer):
+        return _Padded(tokenizer, model)
+    if not callable(tokenizer) or hasattr(tokenizer, "image_mean"):
+        raise UsageError(
+            f"tokenizer is a {type(tokenizer).__name__}; expected a function from a list of texts "
+            "to token ids, or a tokenizer or processor of transformers (AutoTokenizer, "
+            "AutoProcessor)."
+        )
+    function: Tokenizer = tokenizer
+    return function
+
+
+def _is_of_transformers(tokenizer: Any) -> bool:
+    # The names that every tokenizer of transformers has; transformers itself is not imported.
+    return all(hasattr(tokenizer, n) for n in ("model_input_names", "model_max_length", "pad"))
+
+
+class _Padded:
+    """A tokenizer of transformers, called as a model needs it."""
+
+    def __init__(self, tokenizer: Any, model: nn.Module) -> None:
+        self._tokenizer = tokenizer
+        rules = text_rules(model)
+        self._mask = rules.mask and is_transformers(model)
+        self._lower = rules.lower and getattr(tokenizer, "do_lower_case", True)
+        self._length = _length(tokenizer, model)
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        encoded = self._tokenizer(
+            [text.lower() for text in texts] if self._lower else list(texts),
+            padding=True if self._mask else "max_length",
+            truncation=True,
+            max_length=self._length,
+            return_attention_mask=self._mask,
+            return_tensors="pt",
+        )
+        ids: Tensor = encoded.input_ids
+        return torch.stack([ids, encoded.attention_mask], dim=1) if self._mask else ids
+
+
+def _length(tokenizer: Any, model: nn.Module) -> int:
+    """Return the largest number of tokens of a text."""
+    config = getattr(model, "config", None)
+    text: Any = getattr(config, "text_config", None)
+    places = getattr(text, "max_position_embeddings", None)
+    if places is None:  # a model of open_clip
+        places = getattr(getattr(model, "text", model), "context_length", None)
+    elif _counts_from_padding(text):
+        places -= text.pad_token_id + 1
+    lengths = [n for n in (places, tokenizer.model_max_length) if n and n < _UNKNOWN_LENGTH]
+    if not lengths:
+        raise UsageError(
+            f"The length of a text of {type(model).__name__} is not known. Set "
+            "tokenizer.model_max_length, such as 77."
+        )
+    return int(min(lengths))
+
+
+def _counts_from_padding(text: Any) -> bool:
+    """Return whether the positions of a text begin after the padding token, as in RoBERTa."""
+    return any(kind in str(getattr(text, "model_type", "")) for kind in ("roberta", "altclip"))
+
+
+def tokenizer_of_folder(model: nn.Module, name: str) -> Tokenizer:
+    """Return the tokenizer that is stored with a model of transformers.
+
+    Args:
+        model: the model.
+        name: a folder, or a name on the Hugging Face Hub.
+
+    Raises:
+        ModelNameError: there is no tokenizer, or it can't be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (ImportError, OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise ModelNameError(
+            f"The tokenizer of {name} can't be loaded: {reason}. Save the tokenizer in the folder "
+            "of the model, with processor.save_pretrained(folder)."
+        ) from error
+    return as_tokenizer(tokenizer, model)
