@@ -1,7 +1,8 @@
 r"""Fine-tune an image CLIP with IWR, average its weights, and interpolate with the original CLIP.
 
     python finetune_image_clip.py --images train/ --validation val/ --test test/ other/ --out run/
-    python finetune_image_clip.py --hf openai/clip-vit-base-patch32 --captions captions.csv ...
+    python finetune_image_clip.py --model transformers:openai/clip-vit-base-patch32 ...
+    python finetune_image_clip.py --captions captions.csv ...
 
 Each folder has a subfolder of images for each class, with the name of the class. The loss is the
 cross-entropy over the class names. With ``--captions`` (lines ``path,caption``), the loss is CLIP's
@@ -28,7 +29,14 @@ from torchvision.transforms.functional import pil_to_tensor  # type: ignore[impo
 
 import openvclip
 from openvclip.commands import Parser, command, progress_bar, refuse_unused
-from openvclip.models.loading import load_model
+from openvclip.models.features import encode_text, similarity_logits
+from openvclip.models.loading import (
+    brings_weights,
+    load_model,
+    name_of_transformers,
+    transformers_name,
+)
+from openvclip.towers import encode_images
 from openvclip.video import read_annotations
 
 
@@ -39,8 +47,8 @@ def read_image(path: str) -> Any:
 
 def encode_texts(model: Any, tokenizer: Any, texts: list[str]) -> torch.Tensor:
     """Return unit features ``[N, D]`` from the weights that the model has now."""
-    tokens = tokenizer(texts).to(model.logit_scale.device).split(256)
-    return torch.cat([normalize(model.encode_text(piece), dim=-1) for piece in tokens])
+    pieces = tokenizer(texts).split(256)
+    return torch.cat([normalize(encode_text(model, tokens), dim=-1) for tokens in pieces])
 
 
 def fine_tune(
@@ -61,7 +69,7 @@ def fine_tune(
         used = label.tolist() if args.captions else list(range(len(texts)))
         wanted = [texts[index] for index in used]
         text = encode_texts(model, tokenizer, wanted) if frozen is None else frozen[used]
-        logits = model.logit_scale.exp() * normalize(model.encode_image(pixels), dim=-1) @ text.T
+        logits = similarity_logits(model, normalize(encode_images(model, pixels), dim=-1), text)
         if not args.captions:
             return cross_entropy(logits, label)
         matches = normalize((label[:, None] == label).float(), p=1)  # equal captions match too
@@ -81,21 +89,24 @@ def accuracy(model: Any, tokenizer: Any, data: Any, args: Namespace) -> float:
     prompts = [f"a photo of a {name}." for name in data.classes]
     text, right = encode_texts(model.eval(), tokenizer, prompts), 0
     for pixels, label in DataLoader(data, args.batch_size, num_workers=args.num_workers):
-        scores = model.encode_image(pixels.flatten(0, 1).to(args.device)) @ text.T
+        scores = encode_images(model, pixels.flatten(0, 1).to(args.device)) @ text.T
         right += int((scores.argmax(dim=1).cpu() == label).sum())
     return right / len(data)
 
 
 def run(args: Namespace) -> None:
     """Fine-tune, choose λ, evaluate, and save the model."""
-    if args.hf:
-        from openvclip.models.hugging_face import load
-
-        refuse_unused(args.given, dict.fromkeys(("model", "pretrained"), "with --hf"))
-        model, tokenizer, transform = load(args.hf)
-    else:
-        loaded = load_model(args.model, args.pretrained)
-        model, tokenizer, transform = loaded.model, loaded.tokenizer, loaded.transform
+    name = name_of_transformers(args.hf) if args.hf else args.model
+    of_transformers, has_weights = transformers_name(name) is not None, brings_weights(name)
+    refuse_unused(
+        args.given,
+        {
+            "model": "with --hf" if args.hf else "",
+            "pretrained": "with a model that has weights already" if has_weights else "",
+        },
+    )
+    loaded = load_model(name, None if has_weights else args.pretrained)
+    model, tokenizer, transform = loaded.model, loaded.tokenizer, loaded.transform
     test = transform.with_(name="clip")
     folders = [ImageFolder(root, test, loader=read_image) for root in (args.validation, *args.test)]
     data = ImageFolder(args.images, transform.with_(name="train"), loader=read_image)
@@ -115,7 +126,7 @@ def run(args: Namespace) -> None:
         cells = "".join(f"{accuracy(model, tokenizer, data, args):<12.3f}" for data in folders)
         print(f"{lam:<5g} {cells}{'chosen' if lam == chosen else ''}")
     openvclip.interpolate_into(model, clip, average, chosen)
-    if args.hf:
+    if of_transformers:
         model.save_pretrained(args.out)
     else:
         openvclip.save_checkpoint(model.state_dict(), args.out / "model.safetensors")
@@ -131,9 +142,14 @@ def main(arguments: list[str] | None = None) -> None:
     add("--test", type=Path, nargs="+", default=[], help="images that are only evaluated")
     add("--captions", type=Path, help="a CSV file; default: train with the class names")
     add("--out", type=Path, required=True, help="folder for the model")
-    add("--model", default="ViT-B-16-quickgelu", help="default: %(default)s")
+    add(
+        "--model",
+        default="ViT-B-16-quickgelu",
+        help="a name of open_clip, a folder of "
+        "transformers, or transformers:NAME of the Hub; default: %(default)s",
+    )
     add("--pretrained", default="openai", help="tag or file of weights; default: %(default)s")
-    add("--hf", help="name or folder of a CLIP of Hugging Face, in place of --model")
+    add("--hf", help="name or folder of a CLIP of transformers, in place of --model")
     add("--train-text", action="store_true", help="train the text tower; default: it is frozen")
     add("--epochs", type=int, default=10, help="passes over the images; default: %(default)s")
     add("--batch-size", type=int, default=64, help="images in a step; default: %(default)s")

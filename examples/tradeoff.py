@@ -33,7 +33,6 @@ from torch import Tensor
 
 from openvclip import expand_temporal_attention, restore_spatial_attention
 from openvclip.checkpoints import atomic_path, write_errors
-from openvclip.checkpoints.formats import read_weights
 from openvclip.cli.options import data, models
 from openvclip.commands.parsing import Parser, unused_option
 from openvclip.commands.streams import command
@@ -51,16 +50,14 @@ from openvclip.evaluation import (
     tradeoff_figure,
 )
 from openvclip.models.drawing import require_matplotlib
-from openvclip.models.loading import LoadedModel, fine_tuned
+from openvclip.models.loading import LoadedModel, fine_tuned, name_of_transformers
 from openvclip.processes import Processes, joined_processes
-from openvclip.training.inputs import load_original
 from openvclip.training.shared_options import (
     HelpFormatter,
     unused_frame_options,
     unused_weight_options,
 )
 from openvclip.video.protocols import Split
-from openvclip.weights.names import canonical_state, named_state, require_match
 
 BASELINE = "CLIP, frame by frame"
 Results = dict[str, dict[str, ProtocolEvaluation]]  # by curve, then by data set, closed set first
@@ -112,7 +109,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     text = "draw this curve thick, with a star at the reported lambda; repeatable"
     add("--mark", metavar="LABEL=LAM", action="append", default=[], help=text)
     models.add_model_options(parser, checkpoint=False)
-    text = "a CLIP of Hugging Face, loaded with transformers, in place of --model"
+    text = "name or folder of a CLIP of transformers, in place of --model"
     parser.add_argument("--hf", metavar="NAME|FOLDER", help=text)
     models.add_frame_options(parser)
     add = parser.add_argument_group("run and results").add_argument
@@ -137,10 +134,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def _unused(args: argparse.Namespace) -> dict[str, str]:
     """Return why options have no effect."""
     in_place = "with --hf, which replaces it" if args.hf else ""
-    names = "with --hf, whose names must fit" if args.hf else ""
     unused = models.unused_model_options(has_checkpoint=True, is_expanded=bool(args.curve))
     unused |= {**unused_weight_options(args), **unused_frame_options(args)}
-    unused |= {"allow_missing": names, "allow_unexpected": names, "model": in_place}
+    unused |= {"model": in_place}
     return {**unused, "pretrained": in_place or unused["pretrained"]}
 
 
@@ -219,11 +215,9 @@ def read_splits(options: argparse.Namespace) -> list[Split]:
 
 def load_clip(args: argparse.Namespace) -> LoadedModel:
     """Return the original CLIP on its device, not expanded."""
-    if not args.hf:
-        return models.load(args)
-    loaded = load_original("", "", hugging_face=args.hf)
-    model, pixels = loaded.model.to(models.device_of(args)), loaded.transform
-    return LoadedModel(loaded.name, model, loaded.tokenizer, pixels.with_(name=args.transform))
+    if args.hf:
+        args = argparse.Namespace(**{**vars(args), "model": name_of_transformers(args.hf)})
+    return models.load(args)
 
 
 def load_tuned(clip: LoadedModel, path: Path, args: argparse.Namespace) -> dict[str, Tensor]:
@@ -232,13 +226,8 @@ def load_tuned(clip: LoadedModel, path: Path, args: argparse.Namespace) -> dict[
     Raises:
         CheckpointError, StateMismatchError: the file can't be read, or does not fit the model.
     """
-    if not args.hf:
-        patterns = {"allow_missing": args.allow_missing, "allow_unexpected": args.allow_unexpected}
-        return {n: v.cpu() for n, v in fine_tuned(clip.model, path, **patterns).items()}
-    # load_checkpoint would change the names of Hugging Face to the names of open_clip.
-    state = canonical_state(read_weights(path).weights)
-    require_match(named_state(clip.model), state, f"{path} does not fit {args.hf}.")
-    return state
+    patterns = {"allow_missing": args.allow_missing, "allow_unexpected": args.allow_unexpected}
+    return {n: v.cpu() for n, v in fine_tuned(clip.model, path, **patterns).items()}
 
 
 def evaluate(

@@ -93,6 +93,8 @@ def plan_for_model(
         return plan_as_named(plan, names, wanted=needed)
     if plan.targets.keys() >= set(needed):
         return plan
+    if len(names & live.keys()) > len(plan.targets.keys() & live.keys()):
+        return plan_as_named(plan, names, wanted=needed)  # a model of transformers, of another size
     first = max(needed, key=len)
     ends = [name for name in names if name.endswith(f".{first}")]
     prefixes = [name.removesuffix(first) for name in ends]

@@ -1,24 +1,31 @@
-"""Hugging Face CLIP models with the methods ``encode_image`` and ``encode_text``.
+"""Load CLIP models of transformers, with their tokenizers and image processors.
 
 Importing this module imports transformers. Import this module inside a function.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPModel
+from transformers.utils import logging
 
-from openvclip.video import transforms
+from openvclip.errors import ModelNameError, StateMismatchError, UnsupportedModelError
+from openvclip.models.features import require_clip
+from openvclip.models.preprocess import transform_for
+from openvclip.models.tokenizers import Tokenizer, tokenizer_of_folder
 from openvclip.video.transforms import Transform
 
 
 class HuggingFaceCLIP(CLIPModel):  # type: ignore[misc]
-    """A ``CLIPModel`` with the methods that :class:`~openvclip.ZeroShotClassifier` calls.
+    """A ``CLIPModel`` with the methods ``encode_image`` and ``encode_text`` of open_clip.
 
-    The names of the weights are the names of ``CLIPModel``, so transformers can load them.
+    openvclip takes a plain ``CLIPModel`` too. The names of the weights are those of ``CLIPModel``,
+    so transformers can load them.
     """
 
     def encode_image(self, pixels: Tensor) -> Tensor:
@@ -39,27 +46,71 @@ class HuggingFaceCLIP(CLIPModel):  # type: ignore[misc]
         return features
 
 
-def load(name: str) -> tuple[HuggingFaceCLIP, Callable[[list[str]], Tensor], Transform]:
-    """Load a CLIP model of Hugging Face, its tokenizer and its training transform.
+def load(name: str, transform: str = "train") -> tuple[Any, Tokenizer, Transform]:
+    """Load a CLIP model of transformers, its tokenizer and its transform.
 
     Args:
-        name: the name of a model on the Hugging Face Hub, or a folder.
+        name: the name of a model on the Hugging Face Hub, or a folder that ``save_pretrained``
+            wrote.
+        transform: the name of the transform; see :func:`openvclip.video.transforms.build`. Its mean
+            and standard deviation are those of the image processor in the folder. Without an image
+            processor, they are those of the kind of the model.
 
     Returns:
-        The model in eval mode, a function from texts to token ids ``[B, L]``, and a transform with
-        the name ``"train"`` and with the size, mean and standard deviation of the model.
+        The model in eval mode and in float32, a function from texts to a tensor, and the transform.
+
+    Raises:
+        ModelNameError: there is no such model or no tokenizer, or they can't be loaded.
+        StateMismatchError: weights of the model are missing in the file.
+        UnsupportedModelError: the model is not a CLIP. The error says what to do.
     """
-    model: HuggingFaceCLIP = HuggingFaceCLIP.from_pretrained(name)
-    processor = CLIPImageProcessor.from_pretrained(name)
-    size = model.config.vision_config.image_size
-    transform = transforms.build("train", size, mean=processor.image_mean, std=processor.image_std)
-    encode: Any = AutoTokenizer.from_pretrained(name)
-    length = model.config.text_config.max_position_embeddings
+    model = _model(name)
+    return model, tokenizer_of_folder(model, name), _transform(model, name, transform)
 
-    def tokenizer(texts: list[str]) -> Tensor:
-        tokens: Tensor = encode(
-            texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
-        ).input_ids
-        return tokens
 
-    return model.eval(), tokenizer, transform
+def _model(name: str) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(name)
+        with _without_progress():
+            model, about = AutoModel.from_pretrained(
+                name, config=config, dtype=torch.float32, output_loading_info=True
+            )
+    except (ImportError, OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise ModelNameError(
+            f"transformers can't load {name}: {reason}. Expected a folder that save_pretrained "
+            "wrote, or the name of a model on the Hugging Face Hub."
+        ) from error
+    try:
+        require_clip(model)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{name}: {error}") from None
+    missing = sorted(about["missing_keys"])
+    if missing:
+        raise StateMismatchError(
+            f"{name}: weights of {type(model).__name__} are missing, so they would be random.",
+            missing=missing,
+        )
+    return model.eval()
+
+
+def _transform(model: Any, name: str, transform: str) -> Transform:
+    try:
+        processor = AutoImageProcessor.from_pretrained(name)
+    except (ImportError, OSError, ValueError, KeyError):  # no processor: values of the kind
+        processor = None
+    return transform_for(model, transform, processor=processor)
+
+
+@contextmanager
+def _without_progress() -> Iterator[None]:
+    """Hide transformers' progress bar and its report of the names in the file."""
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shown:
+            logging.enable_progress_bar()

@@ -1,10 +1,11 @@
-"""Load an open_clip model with its weights, tokenizer and transform, ready for videos."""
+"""Load a model of open_clip or transformers with its tokenizer and transform, for videos."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from openvclip.checkpoints.file_kinds import kind_of_file
 from openvclip.errors import ModelNameError, NonFiniteWeightsError, listed, near_path
 from openvclip.models.model_names import unknown_model, unknown_weights
 from openvclip.models.preprocess import transform_for
+from openvclip.models.tokenizers import Tokenizer
 from openvclip.towers.families import require_frames
 from openvclip.towers.temporal import expand_temporal_attention
 from openvclip.towers.view import Boundary
@@ -25,7 +27,8 @@ from openvclip.video.transforms import Transform
 from openvclip.weights.names import named_parameters, named_state
 from openvclip.weights.numerics import non_finite_names
 
-_SCHEMAS = ("local-dir:", "hf-hub:")
+_SCHEMAS = ("local-dir:", "hf-hub:")  # of open_clip
+_TRANSFORMERS = "transformers:"
 
 
 @dataclass(frozen=True)
@@ -42,14 +45,14 @@ class LoadedModel:
 
     name: str
     model: Any
-    tokenizer: Callable[[list[str]], Tensor]
+    tokenizer: Tokenizer
     transform: Transform
     tuned: dict[str, Tensor] | None = None
 
 
 def load_model(
     name: str,
-    pretrained: str | os.PathLike[str] | None,
+    pretrained: str | os.PathLike[str] | None = None,
     *,
     checkpoint: str | os.PathLike[str] | None = None,
     expand: bool | None = None,
@@ -60,15 +63,17 @@ def load_model(
     allow_missing: str | Iterable[str] = (),
     allow_unexpected: str | Iterable[str] = (),
 ) -> LoadedModel:
-    """Build an open_clip model, load the original CLIP into it, and read a fine-tuned model.
+    """Build a CLIP model, load the original CLIP into it, and read a fine-tuned model.
 
     Args:
         name: a model of open_clip, such as ``"ViT-B-16-quickgelu"``; a JSON file with an open_clip
-            model configuration; or a name that open_clip loads together with weights,
-            ``"local-dir:..."`` or ``"hf-hub:..."``.
+            model configuration; or a model that has weights. ``"local-dir:..."`` and
+            ``"hf-hub:..."`` are loaded with open_clip. A folder that ``save_pretrained`` of
+            transformers wrote, and ``"transformers:openai/clip-vit-base-patch32"``, a name on the
+            Hugging Face Hub, are loaded with transformers.
         pretrained: the weights of the original CLIP: a tag of open_clip, such as ``"openai"``, or a
-            file for :func:`openvclip.load_checkpoint`. ``None`` if ``name`` is ``"local-dir:..."``
-            or ``"hf-hub:..."``.
+            file for :func:`openvclip.load_checkpoint`. ``None`` if the model has weights. Default:
+            ``None``.
         checkpoint: a file of fine-tuned weights for :func:`openvclip.load_checkpoint`.
         expand: whether frames attend to neighbouring frames. ``False`` applies CLIP frame by frame.
             Default: ``True`` with a ``checkpoint``, ``False`` without a checkpoint, because the
@@ -84,19 +89,16 @@ def load_model(
             :func:`openvclip.load_checkpoint`.
 
     Raises:
-        ModelNameError: ``name`` is not a model of open_clip; or ``pretrained`` is neither a file
-            nor a tag of open_clip for this model; or the weights can't be downloaded; or the
-            tokenizer can't be made.
+        ModelNameError: ``name`` is not a model of open_clip or transformers; or ``pretrained`` is
+            neither a file nor a tag of open_clip for this model; or the weights can't be
+            downloaded; or the tokenizer can't be made.
         CheckpointError, StateMismatchError: a file can't be read, or does not fit the model.
         NonFiniteWeightsError: a weight is NaN or infinite. The error names the file.
-        UnsupportedModelError: the image tower can't be expanded, or the model is for audio.
+        UnsupportedModelError: the image tower can't be expanded, or the model is no CLIP.
     """
     if checkpoint is not None:
         kind_of_file(Path(checkpoint))  # raises before the original CLIP is downloaded
-    known_name = _registered_name(name)
-    model = _build(known_name, pretrained)
-    require_frames(model)
-    input_transform = transform_for(model, transform)
+    model, tokenizer, input_transform, known_name = _load_original(name, pretrained, transform)
     if expand or (expand is None and checkpoint is not None):
         expand_temporal_attention(model, window=window, boundary=boundary)
     tuned = None
@@ -108,10 +110,32 @@ def load_model(
     return LoadedModel(
         name=Path(known_name).name,
         model=model.to(device).eval(),
-        tokenizer=_tokenizer(known_name),
+        tokenizer=tokenizer,
         transform=input_transform,
         tuned=tuned,
     )
+
+
+def _load_original(
+    name: str, pretrained: str | os.PathLike[str] | None, transform: str
+) -> tuple[Any, Tokenizer, Transform, str]:
+    """Return the original CLIP, its tokenizer, its transform, and its name or folder."""
+    of_transformers = transformers_name(name)
+    if of_transformers is not None:
+        from openvclip.models.hugging_face import load
+
+        if pretrained is not None:
+            raise ModelNameError(
+                f"pretrained is {os.fspath(pretrained)!r}, but {name} has weights already. Leave "
+                "pretrained out. For fine-tuned weights give checkpoint."
+            )
+        model, tokenizer, input_transform = load(of_transformers, transform)
+        _require_finite(model, of_transformers)
+        return model, tokenizer, input_transform, of_transformers
+    known_name = _registered_name(name)
+    model = _build(known_name, pretrained)
+    require_frames(model)
+    return model, _tokenizer(known_name), transform_for(model, transform), known_name
 
 
 def fine_tuned(
@@ -145,8 +169,33 @@ def fine_tuned(
 
 
 def brings_weights(name: str) -> bool:
-    """Return whether open_clip loads weights together with a model of this name."""
-    return name.startswith(_SCHEMAS)
+    """Return whether a model of this name is loaded together with weights."""
+    return name.startswith(_SCHEMAS) or transformers_name(name) is not None
+
+
+def transformers_name(name: str) -> str | None:
+    """Return the folder or the name on the Hub if a model is loaded with transformers, or ``None``.
+
+    Args:
+        name: see :func:`load_model`. A folder is one of transformers if its ``config.json`` has a
+            ``model_type``.
+    """
+    if name.startswith(_TRANSFORMERS):
+        return name.removeprefix(_TRANSFORMERS)
+    try:
+        config = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return name if isinstance(config, dict) and "model_type" in config else None
+
+
+def name_of_transformers(name: str) -> str:
+    """Return the name under which :func:`load_model` loads a model with transformers.
+
+    Args:
+        name: a folder that ``save_pretrained`` of transformers wrote, or a name on the Hub.
+    """
+    return name if transformers_name(name) is not None else f"{_TRANSFORMERS}{name}"
 
 
 def _registered_name(name: str) -> str:
@@ -157,6 +206,11 @@ def _registered_name(name: str) -> str:
         return name
     if Path(name).suffix == ".json":
         return _register(Path(name), name)
+    if Path(name).is_dir():
+        raise ModelNameError(
+            f"{name}: this folder has no config.json with a model_type, so it is no model of "
+            f"transformers. If open_clip wrote the folder, give 'local-dir:{name}'."
+        )
     if name not in open_clip.list_models():
         raise unknown_model(name)
     return name
@@ -241,7 +295,7 @@ def _require_finite(model: nn.Module, source: str) -> None:
         )
 
 
-def _tokenizer(name: str) -> Callable[[list[str]], Tensor]:
+def _tokenizer(name: str) -> Tokenizer:
     """Return the tokenizer of a model.
 
     Raises:
@@ -250,7 +304,7 @@ def _tokenizer(name: str) -> Callable[[list[str]], Tensor]:
     import open_clip
 
     try:
-        tokenizer: Callable[[list[str]], Tensor] = open_clip.get_tokenizer(name)
+        tokenizer: Tokenizer = open_clip.get_tokenizer(name)
     except (ImportError, OSError, ValueError) as error:
         raise ModelNameError(
             f"The tokenizer of {name} can't be made: {str(error).rstrip('.')}. Install the "

@@ -37,18 +37,26 @@ def unknown_model(name: str) -> ModelNameError:
         return ModelNameError(
             f"{name!r} is not a name of open_clip. The same model in open_clip is {twin[0]} with "
             f"the weights {twin[1]}: give --model {twin[0]} --pretrained {twin[1]}, or "
-            f"load_model({twin[0]!r}, {twin[1]!r})."
+            f"load_model({twin[0]!r}, {twin[1]!r})." + _with_transformers(name)
         )
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not did_you_mean(name, models):
         return ModelNameError(
             f"open_clip has no model {name!r}. If this is a repository on the Hugging Face Hub "
             f"with open_clip's files, give 'hf-hub:{name}'. Expected one of "
             "open_clip.list_models(), or a JSON file with an open_clip model configuration."
+            + _with_transformers(name)
         )
     return ModelNameError(
         f"open_clip has no model {name!r}{did_you_mean(name, models)}. Expected one of "
         "open_clip.list_models(), or a JSON file with an open_clip model configuration."
     )
+
+
+def _with_transformers(name: str) -> str:
+    """Return how to load a name on the Hugging Face Hub with transformers."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return ""
+    return f" With transformers: give 'transformers:{name}'."
 
 
 def unknown_weights(tag: str, name: str, tags: Sequence[str]) -> ModelNameError:

@@ -6,6 +6,7 @@ text tower and on the texts, so a later call reads them from a file.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -35,6 +36,9 @@ are removed first."""
 _ENTRY = "text_features"
 _MARK = "openvclip"  # the key and the hash of the features: the file is whole, and no other's
 _ABANDONED = 24 * 3600.0  # seconds; a temporary file of this age belongs to a process that died
+
+# Parts of a configuration of transformers that change no feature.
+_NOT_SETTINGS = ("_name_or_path", "name_or_path", "transformers_version")
 
 _folder: ContextVar[Path | None] = ContextVar("folder", default=None)
 
@@ -153,8 +157,17 @@ def _setting(value: Any) -> str | None:
     if isinstance(value, (tuple, list)):
         parts = [_setting(part) for part in value]
         return None if None in parts else repr(parts)
+    if isinstance(value, dict):
+        return _setting(sorted(value.items(), key=repr))
+    if isinstance(value, functools.partial):
+        return _setting([value.func, value.args, value.keywords])
     if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
         return f"{value.__module__}.{value.__qualname__}"
+    if hasattr(value, "to_dict") and hasattr(
+        value, "model_type"
+    ):  # a configuration of transformers
+        about = {k: v for k, v in value.to_dict().items() if k not in _NOT_SETTINGS}
+        return json.dumps([about, getattr(value, "_attn_implementation", None)], default=str)
     return None
 
 

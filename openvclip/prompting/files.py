@@ -193,7 +193,7 @@ def _text_sizes(model: nn.Module) -> dict[str, Any]:
     tower = find_text_tower(model)
     if tower is None:
         raise CheckpointError(
-            f"{type(model).__name__} has no text tower of open_clip's, and the file holds text "
+            f"{type(model).__name__} has no text tower that takes prompts, and the file holds text "
             "prompts. Pass the whole CLIP."
         )
     return {

@@ -11,15 +11,15 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from openvclip.errors import ClassNamesError, PromptOptionError
+from openvclip.models.tokenizers import Tokenizer
 from openvclip.prompting.text_towers import (
-    Tokenizer,
     end_of_text,
     read_texts,
     text_tower,
 )
 
 if TYPE_CHECKING:  # the module imports open_clip
-    from openvclip.towers.open_clip_text import TextTower
+    from openvclip.prompting.text_towers import TextTower
 
 NamePosition = Literal["end", "middle", "front"]
 """Where the class name stands: after the prompts, after the first half of them, or before them."""
@@ -164,7 +164,7 @@ def encode_prompted(
     """Return the features ``[K, D]`` of texts with prompts, not normalised.
 
     Args:
-        model: an open_clip model.
+        model: a model with a text tower that takes prompts.
         prompts: the prompts.
         rows: for class-specific prompts the row of ``prompts.context`` of each text, ``[K]``.
         layout: the result of :func:`prompted_layout`.

@@ -1,23 +1,28 @@
-"""Find the text tower of an open_clip model, and the words in its tokens."""
+"""Find the text tower of a model, and the words in its tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from openvclip.errors import PromptOptionError, UnsupportedModelError
+from openvclip.models.features import is_transformers
+from openvclip.models.tokenizers import Tokenizer
+from openvclip.towers import hf_text
 
 if TYPE_CHECKING:  # the module imports open_clip
-    from openvclip.towers.open_clip_text import TextTower
+    from openvclip.towers import open_clip_text
 
-Tokenizer = Callable[[list[str]], Tensor]
-"""Function of n texts that returns token ids ``[n, L]``, such as a tokenizer of open_clip."""
+    TextTower = open_clip_text.TextTower | hf_text.TextTower
+
+_TOWERS = "a text tower of open_clip, or of CLIP, MetaCLIP 2 or SigLIP in transformers"
 
 
 def find_text_tower(model: nn.Module) -> TextTower | None:
-    """Return the text tower of a model, or None if it is not a text tower of open_clip."""
+    """Return the text tower of a model, or None if it takes no prompts."""
+    if is_transformers(model):
+        return hf_text.find_text_tower(model)
     from openvclip.towers import open_clip_text
 
     return open_clip_text.find_text_tower(model)
@@ -27,13 +32,13 @@ def text_tower(model: nn.Module) -> TextTower:
     """Return the text tower of a model with text prompts.
 
     Raises:
-        UnsupportedModelError: if the model has no text tower of open_clip.
+        UnsupportedModelError: if the model has no text tower that takes prompts.
     """
     tower = find_text_tower(model)
     if tower is None:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no text tower of open_clip's that text prompts stand in. "
-            "Pass the model that the prompts were attached to."
+            f"{type(model).__name__} has no text tower that text prompts stand in. Pass the model "
+            "that the prompts were attached to."
         )
     return tower
 
@@ -42,15 +47,15 @@ def require_text_tower(model: nn.Module, count: int, depth: int) -> TextTower:
     """Return the text tower of ``model`` if it supports ``count`` prompts in ``depth`` layers.
 
     Raises:
-        UnsupportedModelError: if the model has no text tower of open_clip, or if the tower pools
-            its tokens at a place where prompts can stand.
+        UnsupportedModelError: if the model has no text tower that takes prompts, or if the tower
+            pools its tokens at a place where prompts can stand.
         PromptOptionError: if the text context or the number of layers is too small.
     """
     tower = find_text_tower(model)
     if tower is None or tower.pool_type not in ("argmax", "eos", "last"):
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no text tower that takes prompts; expected a text tower "
-            "of open_clip's that is pooled at the end-of-text token or the last token."
+            f"{type(model).__name__} has no text tower that takes prompts; expected {_TOWERS}, "
+            "that is pooled at the end-of-text token or the last token."
             f"{_kind(model, tower)} Set text_prompts=0 to prompt the image tower alone."
         )
     # The shortest text has a start token, one token of a class name and an end token.
@@ -66,7 +71,7 @@ def require_text_tower(model: nn.Module, count: int, depth: int) -> TextTower:
 
 def _kind(model: nn.Module, tower: TextTower | None) -> str:
     """Return a sentence about the text tower of ``model``, or nothing if it has none."""
-    text = getattr(model, "text", None)
+    text: Any = getattr(model, "text", getattr(model, "text_model", None))
     if tower is None and not isinstance(text, nn.Module):
         return ""
     kind = type(text).__name__ if tower is None else f"tower pooled by {tower.pool_type!r}"

@@ -8,28 +8,31 @@ the fine-tuned model and trains prompts, which :func:`attach_vifi` adds.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from openvclip.errors import PromptingError, PromptOptionError, UnsupportedModelError
+from openvclip.models.tokenizers import Tokenizer, as_tokenizer
 from openvclip.prompting.attach import Model, Prompts, attach, has_prompts, require_unprompted
 from openvclip.prompting.text import INIT_STD, TextPrompts, initial_words
 from openvclip.prompting.text_towers import (
-    Tokenizer,
     require_count,
     require_depth,
     require_text_tower,
+    text_tower,
 )
 from openvclip.towers.families import tower_facts
 from openvclip.towers.prompted import VisionPrompts
 
-if TYPE_CHECKING:  # the module imports open_clip
-    from openvclip.towers.open_clip_text import TextTower
-
 Trained = Literal["both", "image", "text"]
 """The towers that a video fine-tune trains."""
+
+# Beginnings of names in open_clip, and in transformers.
+_IMAGE_TOWER = ("visual.", "vision_model.", "visual_projection.")
+_TEMPERATURE = ("logit_scale", "logit_bias", "temperature")
+_WORDS = ("token_embedding.", "word_embeddings.")
 
 
 def fine_tune(model: nn.Module, train: Trained = "both") -> list[nn.Parameter]:
@@ -39,7 +42,7 @@ def fine_tune(model: nn.Module, train: Trained = "both") -> list[nn.Parameter]:
     together with both towers.
 
     Args:
-        model: an open_clip model.
+        model: an open_clip model, or a model of transformers such as ``CLIPModel``.
         train: ``"both"`` for both towers and the temperature, ``"image"`` for the image tower, or
             ``"text"`` for the text tower. Default: ``"both"``.
 
@@ -60,13 +63,15 @@ def fine_tune(model: nn.Module, train: Trained = "both") -> list[nn.Parameter]:
             "attach prompts, or call openvclip.prompting.detach(model)."
         )
     named = dict(model.named_parameters())
-    image = {name for name in named if name.startswith("visual.")}
-    temperature = {"logit_scale", "logit_bias"}
-    text = {name for name in named if "token_embedding." not in name} - image - temperature
+    image = {name for name in named if name.startswith(_IMAGE_TOWER)}
+    temperature = {name for name in named if name in _TEMPERATURE}
+    words = {name for name in named if any(part in name for part in _WORDS)}
+    text = named.keys() - words - image - temperature
     if not image or not text:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no {'text' if image else 'image'} tower; expected an "
-            "open_clip model with both towers. Pass the model itself, not a wrapper around it."
+            f"{type(model).__name__} has no {'text' if image else 'image'} tower; expected a "
+            "model of open_clip or transformers with both towers. Pass the model itself, not a "
+            "wrapper around it."
         )
     trained = {"both": image | text | temperature, "image": image, "text": text}[train]
     for name, parameter in named.items():
@@ -96,7 +101,8 @@ def attach_vifi(
     both towers.
 
     Args:
-        model: an open_clip model. With ``text_prompts=0``: any model that
+        model: an open_clip model, or a model of transformers such as ``CLIPModel`` or
+            ``SiglipModel``. With ``text_prompts=0``: any model that
             :func:`openvclip.expand_temporal_attention` supports, expanded or not.
         vision_prompts: number of prompts in each frame. With 0 the image tower gets no prompts.
             Default: 16.
@@ -136,7 +142,7 @@ def attach_vifi(
         tower = require_text_tower(model, text_prompts, text_depth)
         text = TextPrompts(text_prompts, tower.width, depth=text_depth)
         if words is not None:
-            _initialise(text, tower, words, tokenizer)
+            _initialise(text, model, words, tokenizer)
     settings = {
         "vision_prompts": vision_prompts,
         "text_prompts": text_prompts,
@@ -148,11 +154,12 @@ def attach_vifi(
 
 
 def _initialise(
-    prompts: TextPrompts, tower: TextTower, words: str, tokenizer: Tokenizer | None
+    prompts: TextPrompts, model: nn.Module, words: str, tokenizer: Tokenizer | None
 ) -> None:
     if tokenizer is None:
         raise PromptOptionError(f"words={words!r} need the model's tokenizer: tokenizer=...")
-    embedded = initial_words(tower, tokenizer, words, prompts.count)
+    tokenize = as_tokenizer(tokenizer, model)
+    embedded = initial_words(text_tower(model), tokenize, words, prompts.count)
     with torch.no_grad():
         prompts.context[: len(embedded)].copy_(embedded)
 

@@ -54,7 +54,8 @@ def attach_vita(
     frame's patch tokens is used instead. The paper does not describe such towers.
 
     Args:
-        model: an open_clip model. With ``text_prompts=0``: any model that
+        model: an open_clip model, or a model of transformers such as ``CLIPModel`` or
+            ``SiglipModel``. With ``text_prompts=0``: any model that
             :func:`openvclip.expand_temporal_attention` supports, expanded or not.
         frames: number of frames in a clip, T. Default: 8.
         global_prompts: number of global prompts in each layer. With 0 there are none. Default: 8.

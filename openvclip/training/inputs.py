@@ -10,7 +10,12 @@ from typing import Any
 
 from openvclip.checkpoints.api import load_checkpoint
 from openvclip.errors import UsageError
-from openvclip.models.loading import LoadedModel, load_model
+from openvclip.models.loading import (
+    LoadedModel,
+    brings_weights,
+    load_model,
+    name_of_transformers,
+)
 from openvclip.training.batches import Batching, VideoBatches
 from openvclip.training.shard_batches import ShardBatches
 from openvclip.training.shards import class_indices, find_shards, read_index
@@ -31,24 +36,20 @@ def load_original(
     The model is not expanded, and is on the CPU.
 
     Args:
-        model: an open_clip model, or a JSON file with an open_clip model configuration.
-        pretrained: a tag of open_clip, or a file of weights.
-        hugging_face: name or folder of a CLIP of Hugging Face. It replaces ``model`` and
+        model: see :func:`openvclip.models.load_model`.
+        pretrained: a tag of open_clip, or a file of weights. Not used if the model has weights.
+        hugging_face: name or folder of a CLIP of transformers. It replaces ``model`` and
             ``pretrained``.
         start_from: a file of fine-tuned weights. They replace the pretrained weights: the run
             uses them as the weights of the original CLIP.
 
     Raises:
-        ModelNameError: open_clip has no such model or no such weights.
+        ModelNameError: there is no such model or there are no such weights.
         CheckpointError, StateMismatchError: a file can't be read, or does not fit the model.
     """
-    if hugging_face is not None:
-        from openvclip.models.hugging_face import load
-
-        clip, tokenizer, transform = load(hugging_face)
-        loaded = LoadedModel(Path(hugging_face).name, clip, tokenizer, transform)
-    else:
-        loaded = load_model(model, pretrained, expand=False, transform="train")
+    name = model if hugging_face is None else name_of_transformers(hugging_face)
+    weights = None if brings_weights(name) else pretrained
+    loaded = load_model(name, weights, expand=False, transform="train")
     if start_from is not None:
         load_checkpoint(start_from, loaded.model)
     return loaded

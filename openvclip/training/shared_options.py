@@ -59,7 +59,8 @@ def add_model_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--model",
         default="ViT-B-16-quickgelu",
-        help="an open_clip model, or a JSON file with an open_clip model configuration",
+        help="an open_clip model, a JSON file with an open_clip model configuration, a folder of a "
+        "CLIP of transformers, or transformers:NAME for a name on the Hugging Face Hub",
     )
     group.add_argument(
         "--pretrained",

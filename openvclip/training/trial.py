@@ -10,7 +10,7 @@ from pathlib import Path
 from openvclip.checkpoints.atomic import atomic_path
 from openvclip.checkpoints.contract import Base, Contract
 from openvclip.models.classifier import VIDEO_TEMPLATES
-from openvclip.models.loading import LoadedModel, brings_weights
+from openvclip.models.loading import LoadedModel, brings_weights, name_of_transformers
 from openvclip.models.usage import contract_of
 from openvclip.prompting.classifier import PHOTO_TEMPLATE
 from openvclip.training.methods import is_expanded
@@ -95,7 +95,7 @@ def trial_commands(args: argparse.Namespace) -> dict[str, str]:
     """Return commands that try the result of a run, by what they do.
 
     ``openvclip predict`` prints the labels of a video. It takes no prompts.
-    ``examples/accuracy.py`` repeats the test of the method. It takes no CLIP of Hugging Face.
+    ``examples/accuracy.py`` repeats the test of the method.
 
     Args:
         args: the arguments of the training. VIDEO, LIST and FOLDER stand for files to be chosen.
@@ -115,8 +115,9 @@ def trial_commands(args: argparse.Namespace) -> dict[str, str]:
 
 
 def _model_flags(args: argparse.Namespace) -> list[str]:
-    weights = [] if brings_weights(args.model) else ["--pretrained", args.pretrained]
-    return ["--model", args.model, *weights]
+    model = name_of_transformers(args.hf) if args.hf else args.model
+    weights = [] if brings_weights(model) else ["--pretrained", args.pretrained]
+    return ["--model", model, *weights]
 
 
 def _accuracy_flags(args: argparse.Namespace) -> list[str]:

@@ -34,16 +34,17 @@ def add_model_options(parser: argparse.ArgumentParser, *, checkpoint: bool = Tru
     group.add_argument(
         "--model",
         default="ViT-B-16-quickgelu",
-        metavar="NAME|FILE",
+        metavar="NAME|FILE|FOLDER",
         help="name of an open_clip model, a JSON file with an open_clip model configuration, the "
-        "folder of a model, local-dir:... or hf-hub:... (default: %(default)s, or the model that "
-        "the checkpoint was trained from)",
+        "folder of a model, local-dir:... or hf-hub:...; or a CLIP of transformers: its folder, or "
+        "transformers:NAME for a name on the Hugging Face Hub (default: %(default)s, or the model "
+        "that the checkpoint was trained from)",
     )
     group.add_argument(
         "--pretrained",
         metavar="TAG|FILE",
         help="weights of the original CLIP: a tag of open_clip, or a file (default: openai; "
-        "hf-hub:... and local-dir:... models have weights already)",
+        "hf-hub:..., local-dir:... and models of transformers have weights already)",
     )
     if checkpoint:
         _add_checkpoint_options(group)
