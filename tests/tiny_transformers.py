@@ -138,6 +138,9 @@ def make(name: str, **vision: Any) -> Any:
     temperature = {n for n, _ in model.named_parameters() if n in ("logit_scale", "temperature")}
     randomise(model)
     with torch.no_grad():
+        for module in model.modules():  # transformers may set this row to 0 when it loads
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx] = 0
         for parameter in temperature:
             model.get_parameter(parameter).fill_(1.3)
         if hasattr(model, "logit_bias"):

@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from openvclip.errors import ModelNameError, StateMismatchError, UnsupportedModelError
 from openvclip.models.features import require_clip
+from openvclip.models.hub import is_offline
 from openvclip.models.preprocess import transform_for
 from openvclip.models.tokenizers import Tokenizer, tokenizer_of_folder
 from openvclip.video.transforms import Transform
@@ -69,17 +70,19 @@ def load(name: str, transform: str = "train") -> tuple[Any, Tokenizer, Transform
 
 
 def _model(name: str) -> Any:
+    where: dict[str, Any] = {"local_files_only": is_offline(name)}
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, **where)
         with _without_progress():
             model, about = AutoModel.from_pretrained(
-                name, config=config, dtype=torch.float32, output_loading_info=True
+                name, config=config, dtype=torch.float32, output_loading_info=True, **where
             )
     except (ImportError, OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise ModelNameError(
             f"transformers can't load {name}: {reason}. Expected a folder that save_pretrained "
-            "wrote, or the name of a model on the Hugging Face Hub."
+            "wrote, or the name of a model on the Hugging Face Hub"
+            f"{', which can not be reached from here' if where['local_files_only'] else ''}."
         ) from error
     try:
         require_clip(model)
@@ -96,7 +99,7 @@ def _model(name: str) -> Any:
 
 def _transform(model: Any, name: str, transform: str) -> Transform:
     try:
-        processor = AutoImageProcessor.from_pretrained(name)
+        processor = AutoImageProcessor.from_pretrained(name, local_files_only=is_offline(name))
     except (ImportError, OSError, ValueError, KeyError):  # no processor: values of the kind
         processor = None
     return transform_for(model, transform, processor=processor)

@@ -108,6 +108,9 @@ def transform_of_processor(
 ) -> Transform:
     """Return the transform that does what an image processor of transformers does.
 
+    If the sides of the scaled frames and of the crop differ by an odd number of pixels, the crop
+    can lie one pixel aside: the transforms round as the original CLIP does.
+
     Args:
         processor: an image processor, or a processor that holds one.
         size: height and width of the images of the model. Default: the size of the processor.
