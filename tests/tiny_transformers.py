@@ -31,7 +31,7 @@ VISION: dict[str, Any] = {
 TEXT: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 32,
-    "num_hidden_layers": 1,
+    "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "vocab_size": VOCABULARY,
     "max_position_embeddings": LENGTH,
@@ -129,6 +129,10 @@ FRAME_BY_FRAME: dict[str, Callable[..., Any]] = {
 """The models whose image tower can't be expanded."""
 
 MODELS = {**EXPANDED, **FRAME_BY_FRAME}
+
+
+TEXT_PROMPTS = ["CLIPModel", "MetaClip2Model", "CLIPSegModel", "SiglipModel", "Siglip2Model"]
+"""The models whose text tower takes prompts."""
 
 
 def make(name: str, **vision: Any) -> Any:
