@@ -72,7 +72,9 @@ def test_a_transform_does_what_the_processor_does(
     expected = images(images=list(FRAMES), return_tensors="pt").pixel_values
     made = transform_of_processor(images)
     assert (made.name, made.size) == (transform, 16)
-    torch.testing.assert_close(made(FRAMES), expected, rtol=0, atol=1e-5)
+    # torch 2.7 rounds some 8-bit values of the bilinear scaling to the other side.
+    level = 1.1 / 255 / made.std[0] if made.name == "squash_bilinear" else 1e-5
+    torch.testing.assert_close(made(FRAMES), expected, rtol=0, atol=level)
     holder = transformers.CLIPProcessor.__new__(transformers.CLIPProcessor)
     holder.image_processor = images
     assert transform_for(make("CLIPModel"), processor=holder) == made
