@@ -92,6 +92,15 @@ def test_the_default_mean_and_size_are_those_of_the_kind_of_models() -> None:
     assert transform_for(make("AlignModel"), "clip", processor=processor("Siglip")).size == 32
 
 
+def test_a_loaded_model_has_the_mean_of_the_processor_beside_it(tmp_path: Path) -> None:
+    for name in ("CLIPModel", "AlignModel"):
+        model = save_folder(name, tmp_path / name)
+        images = processor("CLIP", image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6])
+        images.save_pretrained(tmp_path / name)
+        made = transform_for(type(model).from_pretrained(tmp_path / name))
+        assert (made.name, made.mean, made.std) == ("released", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+
 def test_processors_that_no_transform_repeats() -> None:
     for name, settings in (
         ("Siglip2", {}),

@@ -61,6 +61,8 @@ def predicting(args: argparse.Namespace, monkeypatch: pytest.MonkeyPatch) -> arg
         (["--method", "vifi"], {"expand": False, "sampler": "released", "frames": 8}),
         (["--model", "RN50", "--pretrained", "x y"], {"model": "RN50", "pretrained": "x y"}),
         (["--model", "hf-hub:a/b"], {"model": "hf-hub:a/b", "pretrained": None}),
+        (["--model", "transformers:a/b"], {"model": "transformers:a/b", "pretrained": None}),
+        (["--hf", "a/b"], {"model": "transformers:a/b", "pretrained": None}),
     ],
 )
 def test_the_command_for_a_video(
@@ -101,7 +103,6 @@ def test_the_command_for_the_accuracy_has_the_test_of_the_preset(
 
 
 def test_no_command_is_better_than_a_wrong_one() -> None:
-    assert trial_commands(arguments("--hf", "somewhere")) == {}
     assert list(trial_commands(arguments("--frame-by-frame"))) == ["labels of a video"]
 
 
