@@ -28,7 +28,7 @@ from openvclip.commands.parsing import Parser, unused_option
 from openvclip.commands.streams import command
 from openvclip.errors import UsageError
 from openvclip.evaluation import markdown_table
-from openvclip.models.loading import LoadedModel, load_model
+from openvclip.models.loading import LoadedModel, brings_weights, load_model
 from openvclip.processes import Processes
 from openvclip.training import shared_options as options
 from openvclip.training.methods import fixed_text, is_expanded, make_classifier
@@ -119,7 +119,8 @@ def _add_test_options(parser: argparse.ArgumentParser) -> None:
 
 def build_model(args: argparse.Namespace, device: torch.device) -> LoadedModel:
     """Return the model to test, with its prompts."""
-    loaded = load_model(args.model, args.pretrained, expand=False)
+    weights = None if brings_weights(args.model) else args.pretrained
+    loaded = load_model(args.model, weights, expand=False)
     if args.checkpoint is not None:
         load_checkpoint(args.checkpoint, loaded.model)
     if is_expanded(args.method):

@@ -36,7 +36,7 @@ from openvclip.evaluation import (
     markdown_table,
     mean_and_std,
 )
-from openvclip.models.loading import load_model
+from openvclip.models.loading import brings_weights, load_model
 from openvclip.models.text_weights import TextSource
 from openvclip.processes import Processes, joined_processes, local_rank
 from openvclip.training.shared_options import (
@@ -191,7 +191,8 @@ def _evaluate(args: argparse.Namespace, processes: Processes) -> None:
     device = args.device or (f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu")
     data_sets = {name: pair for name in DATA_SETS if (pair := getattr(args, name))}
     splits = {name: read_splits(name, *pair) for name, pair in data_sets.items()}
-    clip = load_model(args.model, args.pretrained, checkpoint=args.checkpoint, device=device)
+    weights = None if brings_weights(args.model) else args.pretrained
+    clip = load_model(args.model, weights, checkpoint=args.checkpoint, device=device)
     results = {
         name: evaluate_protocol(
             clip.model,

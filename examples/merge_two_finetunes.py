@@ -34,7 +34,7 @@ from openvclip import merging
 from openvclip.commands import Parser, command, refuse_unused
 from openvclip.errors import AnnotationError
 from openvclip.evaluation import evaluate
-from openvclip.models.loading import fine_tuned, load_model
+from openvclip.models.loading import brings_weights, fine_tuned, load_model
 from openvclip.video import Sampling, VideoDataset, read_annotations
 from openvclip.video.transforms import Transform
 
@@ -102,7 +102,8 @@ def read_list(
 def run(args: Namespace) -> None:
     """Evaluate each merge on each list, and print the table."""
     expand = not args.frame_by_frame
-    loaded = load_model(args.model, args.pretrained, expand=expand, device=args.device)
+    weights = None if brings_weights(args.model) else args.pretrained
+    loaded = load_model(args.model, weights, expand=expand, device=args.device)
     model = loaded.model
     clip = {name: value.clone() for name, value in model.state_dict().items()}
     first, second = (fine_tuned(model, path) for path in (args.first, args.second))

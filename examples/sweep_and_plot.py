@@ -34,7 +34,7 @@ from openvclip.commands import Parser, command
 from openvclip.errors import AnnotationError
 from openvclip.evaluation import FIGURE_LAMBDAS, Curve, sweep, tradeoff_figure
 from openvclip.models.drawing import require_matplotlib
-from openvclip.models.loading import LoadedModel, load_model
+from openvclip.models.loading import LoadedModel, brings_weights, load_model
 from openvclip.video import Sampling, VideoDataset, read_annotations
 
 
@@ -63,7 +63,8 @@ def accuracies(loaded: LoadedModel, annotations: Path, args: Namespace) -> dict[
 def run(args: Namespace) -> None:
     """Evaluate both lists, print the table and draw the picture."""
     require_matplotlib()
-    loaded = load_model(args.model, args.pretrained, checkpoint=args.checkpoint, device=args.device)
+    weights = None if brings_weights(args.model) else args.pretrained
+    loaded = load_model(args.model, weights, checkpoint=args.checkpoint, device=args.device)
     closed, zero = (accuracies(loaded, path, args) for path in (args.closed_set, args.zero_shot))
     print("λ     closed set  zero-shot")
     for lam in args.lam:

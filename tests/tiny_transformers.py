@@ -31,7 +31,7 @@ VISION: dict[str, Any] = {
 TEXT: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 32,
-    "num_hidden_layers": 1,
+    "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "vocab_size": VOCABULARY,
     "max_position_embeddings": LENGTH,
@@ -131,6 +131,10 @@ FRAME_BY_FRAME: dict[str, Callable[..., Any]] = {
 MODELS = {**EXPANDED, **FRAME_BY_FRAME}
 
 
+TEXT_PROMPTS = ["CLIPModel", "MetaClip2Model", "CLIPSegModel", "SiglipModel", "Siglip2Model"]
+"""The models whose text tower takes prompts."""
+
+
 def make(name: str, **vision: Any) -> Any:
     """Return a tiny model in eval mode with random weights."""
     torch.manual_seed(0)
@@ -138,6 +142,9 @@ def make(name: str, **vision: Any) -> Any:
     temperature = {n for n, _ in model.named_parameters() if n in ("logit_scale", "temperature")}
     randomise(model)
     with torch.no_grad():
+        for module in model.modules():  # transformers may set this row to 0 when it loads
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx] = 0
         for parameter in temperature:
             model.get_parameter(parameter).fill_(1.3)
         if hasattr(model, "logit_bias"):

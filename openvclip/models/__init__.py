@@ -1,11 +1,13 @@
 """CLIP models for videos: loading, preprocessing, zero-shot classification and prediction."""
 
 from openvclip.models.classifier import VIDEO_TEMPLATES, ZeroShotClassifier, class_features
+from openvclip.models.features import encode_text, similarity_logits
 from openvclip.models.labels import read_labels
 from openvclip.models.loading import LoadedModel, fine_tuned, load_model
 from openvclip.models.prediction import Prediction, predict
 from openvclip.models.preprocess import transform_for
 from openvclip.models.timeline import Segment, Timeline, predict_timeline
+from openvclip.models.tokenizers import as_tokenizer
 
 __all__ = [
     "VIDEO_TEMPLATES",
@@ -14,11 +16,14 @@ __all__ = [
     "Segment",
     "Timeline",
     "ZeroShotClassifier",
+    "as_tokenizer",
     "class_features",
+    "encode_text",
     "fine_tuned",
     "load_model",
     "predict",
     "predict_timeline",
     "read_labels",
+    "similarity_logits",
     "transform_for",
 ]

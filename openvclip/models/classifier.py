@@ -115,7 +115,7 @@ class ZeroShotClassifier(TextClassifier):
             ``SiglipModel``. The model becomes a submodule, so gradients reach the model.
         tokenizer: a function from a list of texts to token ids, such as the result of
             ``open_clip.get_tokenizer``; or a tokenizer or processor of transformers, see
-            :func:`openvclip.models.tokenizers.as_tokenizer`.
+            :func:`openvclip.models.as_tokenizer`.
         class_names: K different class names.
         templates: strings in which the class name replaces ``{}``, or functions from a class name
             to a text.

@@ -142,7 +142,7 @@ def encode_text(model: nn.Module, tokens: Tensor) -> Tensor:
     Args:
         model: a CLIP model of open_clip or transformers.
         tokens: token ids ``[n, L]``; or ``[n, 2, L]``, the token ids and the attention mask of each
-            text. The function :func:`openvclip.models.tokenizers.as_tokenizer` gives both.
+            text. The function :func:`openvclip.models.as_tokenizer` gives both.
 
     Raises:
         UsageError: a model of open_clip gets an attention mask.

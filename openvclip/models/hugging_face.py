@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPModel
+from transformers import AutoConfig, AutoModel, CLIPModel
 from transformers.utils import logging
 
 from openvclip.errors import ModelNameError, StateMismatchError, UnsupportedModelError
 from openvclip.models.features import require_clip
+from openvclip.models.hub import image_processor_of, is_offline
 from openvclip.models.preprocess import transform_for
 from openvclip.models.tokenizers import Tokenizer, tokenizer_of_folder
 from openvclip.video.transforms import Transform
@@ -65,21 +66,24 @@ def load(name: str, transform: str = "train") -> tuple[Any, Tokenizer, Transform
         UnsupportedModelError: the model is not a CLIP. The error says what to do.
     """
     model = _model(name)
-    return model, tokenizer_of_folder(model, name), _transform(model, name, transform)
+    pixels = transform_for(model, transform, processor=image_processor_of(name))
+    return model, tokenizer_of_folder(model, name), pixels
 
 
 def _model(name: str) -> Any:
+    where: dict[str, Any] = {"local_files_only": is_offline(name)}
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, **where)
         with _without_progress():
             model, about = AutoModel.from_pretrained(
-                name, config=config, dtype=torch.float32, output_loading_info=True
+                name, config=config, dtype=torch.float32, output_loading_info=True, **where
             )
     except (ImportError, OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise ModelNameError(
             f"transformers can't load {name}: {reason}. Expected a folder that save_pretrained "
-            "wrote, or the name of a model on the Hugging Face Hub."
+            "wrote, or the name of a model on the Hugging Face Hub"
+            f"{', which can not be reached from here' if where['local_files_only'] else ''}."
         ) from error
     try:
         require_clip(model)
@@ -92,14 +96,6 @@ def _model(name: str) -> Any:
             missing=missing,
         )
     return model.eval()
-
-
-def _transform(model: Any, name: str, transform: str) -> Transform:
-    try:
-        processor = AutoImageProcessor.from_pretrained(name)
-    except (ImportError, OSError, ValueError, KeyError):  # no processor: values of the kind
-        processor = None
-    return transform_for(model, transform, processor=processor)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from openvclip.errors import (
     VideoNotFoundError,
 )
 from openvclip.models.features import is_transformers, model_type
+from openvclip.models.hub import image_processor_of
 from openvclip.video.transforms import CLIP_MEAN, CLIP_STD, Transform, build
 
 _CLIP_MOMENTS = (CLIP_MEAN, CLIP_STD)
@@ -49,7 +50,9 @@ def transform_for(
             processor does.
         processor: an image processor of transformers, or a processor that holds one. The mean, the
             standard deviation and the size of the crop are those of the processor. Default: for a
-            model of transformers, the values that models of its kind are trained with.
+            model of transformers, the mean and standard deviation of the processor in the folder or
+            repository that the model was loaded from. If there is none, the values that models of
+            its kind are trained with.
 
     Raises:
         UnsupportedModelError: the size of the images of the model is not known.
@@ -90,7 +93,10 @@ def _image_size(model: nn.Module) -> int | None:
 def _moments(model: nn.Module) -> tuple[Sequence[float], Sequence[float]]:
     """Return the mean and standard deviation of the channels that a model was trained with."""
     if is_transformers(model):
-        kind = model_type(model)
+        name, kind = getattr(model, "name_or_path", ""), model_type(model)
+        processor = image_processor_of(str(name)) if name else None
+        if hasattr(processor, "image_mean"):
+            return _moments_of_processor(processor)
         if kind not in _MOMENTS:
             raise UsageError(
                 f"The mean and standard deviation of the pixels of {type(model).__name__} are not "
@@ -107,6 +113,9 @@ def transform_of_processor(
     processor: Any, size: int | None = None, transform: str | None = None
 ) -> Transform:
     """Return the transform that does what an image processor of transformers does.
+
+    If the sides of the scaled frames and of the crop differ by an odd number of pixels, the crop
+    can lie one pixel aside: the transforms round as the original CLIP does.
 
     Args:
         processor: an image processor, or a processor that holds one.

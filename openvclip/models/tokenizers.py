@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from openvclip.errors import ModelNameError, UsageError
 from openvclip.models.features import is_transformers, text_rules
+from openvclip.models.hub import is_offline
 
 Tokenizer = Callable[[list[str]], Tensor]
 """Function from n texts to token ids ``[n, L]``, such as the result of open_clip.get_tokenizer."""
@@ -117,11 +118,17 @@ def tokenizer_of_folder(model: nn.Module, name: str) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=is_offline(name))
     except (ImportError, OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise ModelNameError(
             f"The tokenizer of {name} can't be loaded: {reason}. Save the tokenizer in the folder "
             "of the model, with processor.save_pretrained(folder)."
         ) from error
+    # Without files, transformers makes a tokenizer without words, and says nothing.
+    if set(tokenizer("a photo").input_ids) <= set(tokenizer.all_special_ids):
+        raise ModelNameError(
+            f"The tokenizer of {name} knows no words: the folder lacks the files of the tokenizer. "
+            "Save the tokenizer in this folder, with processor.save_pretrained(folder)."
+        )
     return as_tokenizer(tokenizer, model)

@@ -60,7 +60,7 @@ class VideoClassifier(TextClassifier):
             ``CLIPModel`` or ``SiglipModel``. It becomes a submodule.
         tokenizer: function that maps a list of texts to token ids, such as the result of
             ``open_clip.get_tokenizer``; or a tokenizer or processor of transformers, see
-            :func:`openvclip.models.tokenizers.as_tokenizer`.
+            :func:`openvclip.models.as_tokenizer`.
         class_names: K different names.
         template: text with ``{}`` in place of the class name. ``"{}"`` is the class name alone.
             Default: the learned text prompts around ``"{}."`` if the model has text prompts,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
+
+from torch import Tensor, nn
 from transformers.models.altclip.modeling_altclip import AltCLIPAttention, AltCLIPVisionModel
 from transformers.models.chinese_clip.modeling_chinese_clip import (
     ChineseCLIPVisionAttention,
@@ -119,6 +121,11 @@ for _plain, _expanded in _TOWERS.items():
         register_as(_plain, _changed)
 
 
+def _require(tower: Any, video: Tensor) -> None:
+    # CLIPSeg resizes its positions to every size of the frames.
+    require_frames(tower, video, any_size=isinstance(tower, CLIPSegVisionModel))
+
+
 def _encoder(model: nn.Module) -> Encoder | None:
     towers = (*_TOWERS, MetaClip2VisionModelWithProjection)
     return vision_features if isinstance(model, towers) else None
@@ -136,7 +143,7 @@ FAMILY = Family(
     layers=attentions,
     expected="transformers' MetaClip2Attention, AltCLIPAttention, ChineseCLIPVisionAttention or "
     "CLIPSegAttention",
-    require=require_frames,
+    require=_require,
     encoder=_encoder,
     facts=facts,
     pooling=(MetaClip2ForImageClassification,),

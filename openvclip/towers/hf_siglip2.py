@@ -51,13 +51,20 @@ class TemporalSiglip2VisionModel(FrameTower, Siglip2VisionModel):  # type: ignor
                 the frames are no multiples of the size of a patch.
             UsageError: if ``output_attentions`` is given with a video.
         """
-        patches = isinstance(pixel_values, Tensor) and pixel_values.ndim == 3
         # A tower with prompts takes pixels only: the plain method would leave the prompts out.
-        if pixel_values is None or (patches and not isinstance(self, PromptedTower)):
+        if pixel_values is None or (
+            self._are_patches(pixel_values) and not isinstance(self, PromptedTower)
+        ):
             return Siglip2VisionModel.forward(self, pixel_values, *args, **kwargs)
         for name in ("pixel_attention_mask", "spatial_shapes"):  # None: the frames have no padding
             kwargs.pop(name, None)
         return video_outputs(self, pixel_values, **kwargs)
+
+    def _are_patches(self, pixel_values: Any) -> bool:
+        if not isinstance(pixel_values, Tensor) or pixel_values.ndim != 3:
+            return False
+        values: int = self.embeddings.patch_embedding.in_features
+        return pixel_values.shape[2] == values
 
     def _embed(self, video: Tensor, any_size: bool) -> Tensor:
         _require_patches(self, video)

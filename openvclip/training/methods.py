@@ -100,8 +100,9 @@ def choose_trained(model: nn.Module, method: str) -> None:
         return
     # Names of open_clip, then names of Hugging Face.
     image_tower = ("visual.", "vision_model.", "visual_projection.")
+    scale = ("logit_scale", "temperature")
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(image_tower) or name == "logit_scale")
+        parameter.requires_grad_(name.startswith(image_tower) or name in scale)
 
 
 @contextmanager

@@ -73,11 +73,12 @@ def contract_of_run(
         return None
     testing = PRESETS[args.preset].testing
     template = _template(args)
-    pretrained = args.start_from or (None if brings_weights(args.model) else args.pretrained)
-    name = args.hf or (loaded.name if args.model.endswith(".json") else args.model)
+    source = name_of_transformers(args.hf) if args.hf else args.model
+    pretrained = args.start_from or (None if brings_weights(source) else args.pretrained)
+    name = loaded.name if source.endswith(".json") else source
     return contract_of(
         loaded.model,
-        name,
+        args.hf or name,
         loaded.transform.with_(name="released", crops=testing.get("crops", 1)),
         sampling=sampling_of(args, TEST_SAMPLERS[args.sampler], testing.get("views", 1)),
         templates=VIDEO_TEMPLATES if template is None else [template],
@@ -85,7 +86,7 @@ def contract_of_run(
         method=args.method,
         base=Base(
             name,
-            None if args.hf or pretrained is None else Path(pretrained).name,
+            None if pretrained is None else Path(pretrained).name,
             weights_hash(named_state(loaded.model)) if hashed else None,
         ),
     )
@@ -105,8 +106,6 @@ def trial_commands(args: argparse.Namespace) -> dict[str, str]:
         labels = ["--labels-file", str(args.out / "classes.txt")]
         predict = ["openvclip", "predict", "VIDEO", "--model", str(args.out), *labels]
         commands["labels of a video"] = shlex.join(predict)
-    if args.hf:
-        return commands
     if args.frame_by_frame and is_expanded(args.method):
         return commands  # examples/accuracy.py expands these methods
     accuracy = ["python", "examples/accuracy.py", "--annotations", "LIST", "--videos", "FOLDER"]

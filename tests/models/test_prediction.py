@@ -127,7 +127,9 @@ def test_models_in_wrappers_and_models_of_others(world: World, model: Any) -> No
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     sizes |= {"num_attention_heads": 1}
     config = transformers.CLIPConfig(text_config={**sizes, "vocab_size": 9}, vision_config=sizes)
-    with pytest.raises(UnsupportedModelError, match="CLIPModel lacks encode_image"):
+    with pytest.raises(UnsupportedModelError, match="Linear lacks encode_image"):
+        openvclip.predict(nn.Linear(1, 1), video, LABELS)
+    with pytest.raises(UsageError, match="The tokenizer of CLIPModel is not known"):
         openvclip.predict(transformers.CLIPModel(config), video, LABELS)
     from openvclip.models.hugging_face import HuggingFaceCLIP
 

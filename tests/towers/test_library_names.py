@@ -40,7 +40,7 @@ def timm_model(name: str, *arguments: Any, **settings: Any) -> Any:
     return getattr(importlib.import_module(module), kind)(*arguments, **settings)
 
 
-def hugging_face_tower(kind: str) -> Any:
+def hugging_face_tower(kind: str, **more: int) -> Any:
     transformers = importlib.import_module("transformers")
     sizes = {
         "hidden_size": 16,
@@ -49,6 +49,8 @@ def hugging_face_tower(kind: str) -> Any:
         "num_attention_heads": 2,
         "image_size": 8,
         "patch_size": 4,
+        "eos_token_id": 1,
+        **more,
     }
     return getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**sizes))
 
@@ -77,6 +79,18 @@ OWNERS = {
         timm_model("timm.models.eva.Eva", qkv_fused=True, **TIMM_SIZES).blocks[0].attn
     ),
     "CLIPVisionModel": lambda: hugging_face_tower("CLIPVision"),
+    "MetaClip2VisionModel": lambda: hugging_face_tower("MetaClip2Vision"),
+    "AltCLIPVisionModel": lambda: hugging_face_tower("AltCLIPVision"),
+    "ChineseCLIPVisionModel": lambda: hugging_face_tower("ChineseCLIPVision"),
+    "CLIPSegVisionModel": lambda: hugging_face_tower("CLIPSegVision"),
+    "the embeddings of a Siglip2VisionModel": lambda: (
+        hugging_face_tower("Siglip2Vision", num_patches=4).embeddings
+    ),
+    "a text CLIPTextModel": lambda: hugging_face_tower("CLIPText", vocab_size=8),
+    "a text SiglipTextModel": lambda: hugging_face_tower("SiglipText", vocab_size=8),
+    "the embeddings of a CLIPTextModel": lambda: (
+        hugging_face_tower("CLIPText", vocab_size=8).embeddings
+    ),
     "SiglipVisionModel": lambda: hugging_face_tower("SiglipVision"),
 }
 _TIMM_TOWER = {
@@ -111,6 +125,18 @@ _ATTENTION = {
     "out_proj": "the output of the attention",
     "num_heads": "the heads",
     "head_dim": "the heads",
+}
+_TEXT_TOWER = {
+    "embeddings": "the tokens of a text",
+    "encoder": "the layers",
+    "final_layer_norm": "the feature of a text",
+}
+_CLIP_TOWER = {
+    "embeddings": "the tokens of a frame",
+    "pre_layrnorm": "the normalisation before the first layer",
+    "encoder": "the layers",
+    "post_layernorm": "the feature of a frame",
+    "_can_record_outputs": "hidden states of expanded models",
 }
 USES: dict[str, dict[str, str]] = {
     "VisionTransformer": {
@@ -213,12 +239,23 @@ USES: dict[str, dict[str, str]] = {
         "q_bias": "queries, keys and values",
         "qkv_bias_separate": "queries, keys and values",
     },
-    "CLIPVisionModel": {
-        "embeddings": "the tokens of a frame",
-        "pre_layrnorm": "the normalisation before the first layer",
-        "encoder": "the layers",
-        "post_layernorm": "the feature of a frame",
-        "_can_record_outputs": "hidden states of expanded models",
+    "CLIPVisionModel": _CLIP_TOWER,
+    "MetaClip2VisionModel": _CLIP_TOWER,
+    "AltCLIPVisionModel": _CLIP_TOWER,
+    "ChineseCLIPVisionModel": _CLIP_TOWER,
+    "CLIPSegVisionModel": _CLIP_TOWER,
+    "the embeddings of a Siglip2VisionModel": {
+        "patch_size": "the patches of a frame",
+        "patch_embedding": "the tokens of a frame",
+        "position_embedding": "the positions of the patches",
+        "position_embedding_size": "the positions of the patches",
+        "resize_positional_embeddings": "frames of another size",
+    },
+    "a text CLIPTextModel": _TEXT_TOWER,
+    "a text SiglipTextModel": {**_TEXT_TOWER, "head": "the feature of a text"},
+    "the embeddings of a CLIPTextModel": {
+        "token_embedding": "the words of a text",
+        "position_embedding": "the positions of the words",
     },
     "SiglipVisionModel": {
         "embeddings": "the tokens of a frame",
@@ -234,7 +271,7 @@ USES: dict[str, dict[str, str]] = {
 def library_of(owner: str) -> str:
     if "timm" in owner:
         return "timm"
-    return "transformers" if owner.endswith("VisionModel") else "open_clip"
+    return "transformers" if owner.endswith(("VisionModel", "TextModel")) else "open_clip"
 
 
 def gone(library: str, name: str, use: str) -> str:

@@ -83,6 +83,7 @@ ZERO = Expansion(1, "zero")
         (["--preset", "vifi-supervised"], {"frames": Frames(16, 16, 30.0, "uniform", 4)}),
         (["--method", "vifi"], {"expansion": None, "pooling": "frames"}),
         (["--model", "RN50", "--pretrained", "x/y.pt"], {"model": "RN50"}),
+        (["--hf", "a/b"], {"model": "a/b"}),
     ],
 )
 def test_the_contract_of_a_run_is_the_test_of_its_method(
@@ -102,9 +103,10 @@ def test_the_contract_has_the_pixels_and_the_base_of_the_run() -> None:
     base = contract_of(arguments("--start-from", "runs/s.pt")).base
     assert base is not None
     assert base.pretrained == "s.pt"
-    base = contract_of(arguments("--model", "hf-hub:a/b")).base
-    assert base is not None
-    assert base.pretrained is None
+    for words, name in (("--model", "hf-hub:a/b"), "hf-hub:a/b"), (("--hf", "a/b"), "transformers:a/b"):
+        base = contract_of(arguments(*words)).base
+        assert base is not None
+        assert (base.name, base.pretrained) == (name, None)
     assert contract_of(arguments("--preset", "vifi-supervised")).pixels.crops == 3
 
 
@@ -149,7 +151,6 @@ def test_the_command_for_the_accuracy_has_the_test_of_the_preset(
 
 
 def test_no_command_is_better_than_a_wrong_one() -> None:
-    assert list(trial_commands(arguments("--hf", "somewhere"))) == ["labels of a video"]
     assert list(trial_commands(arguments("--frame-by-frame"))) == ["labels of a video"]
 
 
