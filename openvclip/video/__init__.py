@@ -13,6 +13,7 @@ from openvclip.video.files import find_videos
 from openvclip.video.names import class_names
 from openvclip.video.sampling import Backend, Sampler, Sampling
 from openvclip.video.sliding import SlidingWindow, sliding_windows
+from openvclip.video.sources import VideoFrames, VideoSource
 
 __all__ = [
     "Annotations",
@@ -23,7 +24,9 @@ __all__ = [
     "SlidingWindow",
     "VideoCheck",
     "VideoDataset",
+    "VideoFrames",
     "VideoSample",
+    "VideoSource",
     "check_video",
     "check_videos",
     "class_names",
