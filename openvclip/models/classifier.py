@@ -22,6 +22,7 @@ from openvclip.models.text_cache import cached_features
 from openvclip.models.text_weights import TextMark, text_state
 from openvclip.models.tokenizers import Tokenizer, as_tokenizer
 from openvclip.towers.temporal import encode_images, encode_video
+from openvclip.towers.view import Pooling, require_pooling
 
 Template = str | Callable[[str], str]
 """A string in which the class name replaces ``{}``, or a function from a class name to a text."""
@@ -122,8 +123,11 @@ class ZeroShotClassifier(TextClassifier):
         batch_size: number of texts to encode at a time.
         text_features: the result of :func:`class_features` for the same arguments, if it was
             computed before. Default: it is computed.
+        pooling: how the features of the frames become one feature, see
+            :func:`openvclip.encode_video`. ``"frames"`` for ViFi-CLIP.
 
     Attributes:
+        pooling: as the argument.
         text_features: ``[K, D]``, unit length. A buffer that is not part of the state dict.
 
     Raises:
@@ -132,6 +136,7 @@ class ZeroShotClassifier(TextClassifier):
         UnsupportedModelError: the model is neither a CLIP of open_clip nor a CLIP of transformers.
         NonFiniteWeightsError: the text features are not finite. The error names the entries of the
             model that are not finite.
+        UsageError: ``pooling`` is unknown.
 
     Warns:
         LabelWarning: the text tower can't tell some class names apart.
@@ -148,11 +153,14 @@ class ZeroShotClassifier(TextClassifier):
         *,
         batch_size: int = 256,
         text_features: Tensor | None = None,
+        pooling: Pooling = "unit_frames",
     ) -> None:
         super().__init__()
         require_clip(model)
+        require_pooling(pooling)
         self.class_names = require_names(class_names)
         self.model = model
+        self.pooling: Pooling = pooling
         tokenize = as_tokenizer(tokenizer, model)
         self._texts = _ClassTexts(tokenize, self.class_names, templates, batch_size)
         features = self._texts.features(model) if text_features is None else text_features
@@ -163,7 +171,8 @@ class ZeroShotClassifier(TextClassifier):
     def forward(self, video: Tensor) -> Tensor:
         """Return the logits of videos: the logit scale times the mean cosine over the frames.
 
-        If the model has a ``logit_bias`` (SigLIP), the bias is added.
+        If the model has a ``logit_bias`` (SigLIP), the bias is added. With
+        ``pooling="frames"``, the cosine is that of the mean frame.
 
         Args:
             video: clips ``[B, T, C, H, W]``, or images ``[B, C, H, W]``. For images the logits are
@@ -180,7 +189,7 @@ class ZeroShotClassifier(TextClassifier):
         if isinstance(video, Tensor) and video.ndim == 4:
             pooled = functional.normalize(encode_images(self.model, video), dim=-1)
         else:
-            pooled = encode_video(self.model, video)
+            pooled = encode_video(self.model, video, pooling=self.pooling)
         return similarity_logits(self.model, pooled, self.text_features)
 
     def refresh_text(self) -> None:

@@ -19,7 +19,7 @@ from openvclip.models.text_weights import text_state
 from openvclip.models.tokenizers import Tokenizer, as_tokenizer
 from openvclip.prompting.attach import has_prompts, prompts_of
 from openvclip.prompting.text import TextPrompts, encode_prompted, prompted_layout
-from openvclip.towers.temporal import encode_frames, encode_images
+from openvclip.towers.temporal import encode_images, encode_video
 
 PHOTO_TEMPLATE = "a photo of a {}."
 """The template that ViFi-CLIP fine-tunes with."""
@@ -31,6 +31,7 @@ def mean_pooled_features(model: nn.Module, video: Tensor) -> Tensor:
     The frame features are averaged before the normalisation, so a frame with a longer feature
     vector has more weight. In contrast, :func:`openvclip.encode_video` normalises each frame
     feature first, so all frames have the same weight, and normalises the mean on request only.
+    This is ``encode_video(model, video, pooling="frames")``.
 
     Args:
         model: an open_clip model with or without prompts, or another model that
@@ -44,7 +45,7 @@ def mean_pooled_features(model: nn.Module, video: Tensor) -> Tensor:
         VideoShapeError: see :func:`openvclip.encode_video`.
         UnsupportedModelError: see :func:`openvclip.encode_video`.
     """
-    return functional.normalize(encode_frames(model, video).mean(dim=1), dim=-1)
+    return encode_video(model, video, pooling="frames")
 
 
 class VideoClassifier(TextClassifier):

@@ -5,6 +5,7 @@ This package uses no models. PyAV is needed to read video files (``pip install
 """
 
 from openvclip.video import protocols, sampling, transforms
+from openvclip.video.ahead import read_clips
 from openvclip.video.annotations import Annotations, locate_videos, read_annotations
 from openvclip.video.checking import VideoCheck, check_video, check_videos
 from openvclip.video.dataset import Failure, VideoDataset, VideoSample
@@ -35,6 +36,7 @@ __all__ = [
     "protocols",
     "read_annotations",
     "read_clip",
+    "read_clips",
     "sampling",
     "sliding_windows",
     "transforms",

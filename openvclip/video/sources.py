@@ -39,6 +39,7 @@ __all__ = [
     "is_url",
     "kinds_of_sources",
     "opened",
+    "position_holder",
     "position_of",
     "rereadable",
     "source_name",
@@ -200,6 +201,16 @@ def is_several(videos: object) -> bool:
     if isinstance(videos, (list, tuple)):
         return True
     return isinstance(videos, Iterator) and not is_file_object(videos)
+
+
+def position_holder(video: Any) -> object | None:
+    """Return the part of a video that has a position, such as its file object, or ``None``.
+
+    Two threads must not read such a part at the same time.
+    """
+    if _is_container(video):
+        return getattr(video.file, "file", None)
+    return video if is_file_object(video) or _is_decoder(video) else None
 
 
 def rereadable(video: Any) -> Any:
