@@ -6,6 +6,7 @@ from openvclip.models.loading import LoadedModel, fine_tuned, load_model
 from openvclip.models.prediction import Prediction, predict
 from openvclip.models.preprocess import transform_for
 from openvclip.models.timeline import Segment, Timeline, predict_timeline
+from openvclip.models.video_clip import VideoCLIP
 
 __all__ = [
     "VIDEO_TEMPLATES",
@@ -13,6 +14,7 @@ __all__ = [
     "Prediction",
     "Segment",
     "Timeline",
+    "VideoCLIP",
     "ZeroShotClassifier",
     "class_features",
     "fine_tuned",

@@ -14,14 +14,18 @@ from torch.nn import functional
 
 from openvclip.commands.progress import progress_bar
 from openvclip.errors import ClassNamesError, TextFeaturesWarning
-from openvclip.models.features import encode_text, require_clip, similarity_logits
+from openvclip.models.features import (
+    encode_text,
+    require_clip,
+    similarity_logits,
+    video_features,
+)
 from openvclip.models.finite import require_finite
 from openvclip.models.labels import warn_of_equal_labels
 from openvclip.models.modes import evaluation_mode
 from openvclip.models.text_cache import cached_features
 from openvclip.models.text_weights import TextMark, text_state
 from openvclip.models.tokenizers import Tokenizer, as_tokenizer
-from openvclip.towers.temporal import encode_images, encode_video
 from openvclip.towers.view import Pooling, require_pooling
 
 Template = str | Callable[[str], str]
@@ -186,11 +190,8 @@ class ZeroShotClassifier(TextClassifier):
             VideoShapeError: ``video`` has a wrong rank, dtype, number of channels or frame size,
                 or no frames.
         """
-        if isinstance(video, Tensor) and video.ndim == 4:
-            pooled = functional.normalize(encode_images(self.model, video), dim=-1)
-        else:
-            pooled = encode_video(self.model, video, pooling=self.pooling)
-        return similarity_logits(self.model, pooled, self.text_features)
+        features = video_features(self.model, video, self.pooling)
+        return similarity_logits(self.model, features, self.text_features)
 
     def refresh_text(self) -> None:
         """Compute the text features again, from the present weights of the model."""
@@ -289,15 +290,29 @@ class _ClassTexts:
         return cached_features(model, self._tokens, lambda: self._encoded(model))
 
     def _encoded(self, model: nn.Module) -> Tensor:
-        hidden = None if len(self._tokens) > 4 else True
-        with evaluation_mode(model):
-            encoded = [
-                functional.normalize(encode_text(model, tokens), dim=-1)
-                for tokens in progress_bar(self._tokens, desc="text features", disable=hidden)
-            ]
-        mean = torch.cat(encoded).unflatten(0, (self._n_classes, -1)).mean(dim=1)
+        encoded = encode_texts(model, self._tokens)
+        mean = encoded.unflatten(0, (self._n_classes, -1)).mean(dim=1)
         require_finite(mean, lambda: text_state(model), "The text features")
         return functional.normalize(mean, dim=-1)
+
+
+@torch.no_grad()
+def encode_texts(model: nn.Module, tokens: Sequence[Tensor]) -> Tensor:
+    """Return the features ``[n, D]`` of texts with unit length, in eval mode.
+
+    For more than four batches, a progress bar is shown in a terminal.
+
+    Args:
+        model: a CLIP model of open_clip or transformers.
+        tokens: token ids of the texts, in batches.
+    """
+    hidden = None if len(tokens) > 4 else True
+    with evaluation_mode(model):
+        encoded = [
+            functional.normalize(encode_text(model, batch), dim=-1)
+            for batch in progress_bar(tokens, desc="text features", disable=hidden)
+        ]
+    return torch.cat(encoded)
 
 
 def require_names(class_names: Sequence[str]) -> list[str]:

@@ -11,7 +11,13 @@ from torch.nn import functional
 
 from openvclip.errors import ClassNamesError, PromptingError
 from openvclip.models.classifier import TextClassifier, fill_template, require_names
-from openvclip.models.features import device_of, encode_text, require_clip, similarity_logits
+from openvclip.models.features import (
+    device_of,
+    encode_text,
+    require_clip,
+    similarity_logits,
+    video_features,
+)
 from openvclip.models.finite import require_finite
 from openvclip.models.labels import warn_of_equal_labels
 from openvclip.models.modes import evaluation_mode
@@ -19,7 +25,7 @@ from openvclip.models.text_weights import text_state
 from openvclip.models.tokenizers import Tokenizer, as_tokenizer
 from openvclip.prompting.attach import has_prompts, prompts_of
 from openvclip.prompting.text import TextPrompts, encode_prompted, prompted_layout
-from openvclip.towers.temporal import encode_images, encode_video
+from openvclip.towers.temporal import encode_video
 
 PHOTO_TEMPLATE = "a photo of a {}."
 """The template that ViFi-CLIP fine-tunes with."""
@@ -126,10 +132,7 @@ class VideoClassifier(TextClassifier):
             VideoShapeError: if the video has the wrong rank, dtype, number of channels, frame size
                 or number of frames.
         """
-        if isinstance(video, Tensor) and video.ndim == 4:
-            features = functional.normalize(encode_images(self.model, video), dim=-1)
-        else:
-            features = mean_pooled_features(self.model, video)
+        features = video_features(self.model, video, "frames")
         text = self.text_features() if self._fixed is None else self._fixed
         return similarity_logits(self.model, features, text)
 

@@ -34,7 +34,10 @@ __all__ = [
     "MediaContainer",
     "VideoFrames",
     "VideoSource",
+    "all_bytes",
+    "first_bytes",
     "image_planes",
+    "is_array",
     "is_several",
     "is_url",
     "kinds_of_sources",
@@ -221,6 +224,34 @@ def rereadable(video: Any) -> Any:
         except Exception as error:  # the errors of a file system have any class
             raise VideoError(f"{source_name(video)}: can't be read ({error}).") from error
     return video
+
+
+def first_bytes(video: Any, count: int) -> bytes | None:
+    """Return the first bytes of bytes or of a file object that can seek; ``None`` for others."""
+    if isinstance(video, (bytes, bytearray, memoryview)):
+        return bytes(video[:count])
+    if not is_file_object(video) or _is_container(video) or _is_decoder(video):
+        return None
+    with opened_input(video, source_name(video)) as encoded:
+        return _read(encoded, count)
+
+
+def all_bytes(video: VideoSource) -> bytes:
+    """Return the bytes of a file, a file object or a URL.
+
+    Raises:
+        VideoNotFoundError, VideoError, UsageError, MissingDependencyError: see :func:`opened`.
+    """
+    with opened_input(video, source_name(video)) as encoded:
+        return _read(encoded, -1)
+
+
+def _read(encoded: EncodedVideo, count: int) -> bytes:
+    data = encoded.opened()
+    if isinstance(data, str):
+        with open(data, "rb") as file:
+            return file.read(count)
+    return data.read(count)
 
 
 def image_planes(image: np.ndarray[Any, Any] | Tensor) -> Tensor:
