@@ -147,9 +147,11 @@ def predict_timeline(
             ``seconds``.
         batch_size: number of windows to encode at a time.
         progress: whether to show a progress bar. Default: only in a terminal.
+        fps: frames per second, if ``video`` is an array of frames.
 
     Raises:
-        VideoError, VideoOptionError, ClassNamesError, UsageError: see :func:`openvclip.predict`.
+        VideoError, VideoOptionError, VideoShapeError, ClassNamesError, UsageError: see
+            :func:`openvclip.predict`.
         UnsupportedModelError, NonFiniteWeightsError, EvaluationError: see
             :func:`openvclip.predict`.
 

@@ -86,13 +86,6 @@ class VideoCLIP:
             original CLIP, whose weights are not in the model.
         VideoOptionError: ``transform`` or ``sampling`` is random.
         ContractError: the contract names something that this version of openvclip does not know.
-
-    Example:
-        >>> import open_clip
-        >>> model = open_clip.create_model("ViT-B-32-quickgelu")
-        >>> clip = VideoCLIP(model, open_clip.get_tokenizer("ViT-B-32-quickgelu"))
-        >>> clip.encode_text(["a horse race", "archery"]).shape
-        torch.Size([2, 512])
     """
 
     def __init__(
@@ -368,7 +361,9 @@ class VideoCLIP:
             UsageError: ``texts`` is empty, or holds something else than texts.
             NonFiniteWeightsError, EvaluationError: the features are not finite.
         """
-        several = [texts] if isinstance(texts, str) else list(texts)
+        several = [texts] if isinstance(texts, str) else texts
+        if isinstance(several, Iterable):
+            several = list(several)
         if not several or not all(isinstance(text, str) for text in several):
             raise UsageError(f"texts is {texts!r}; expected a text or a list of texts.")
         features = self._texts.encode(several).float().cpu()
