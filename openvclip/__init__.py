@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         video,
         weights,
     )
+    from openvclip.models.video_clip import VideoCLIP
 
 __version__ = "0.1.0"
 
@@ -60,6 +61,7 @@ __all__ = [
     "OpenVCLIPError",
     "Prediction",
     "SWATracker",
+    "VideoCLIP",
     "ZeroShotClassifier",
     "average_files",
     "checkpoints",
@@ -104,7 +106,9 @@ _ROOMS = frozenset(
 
 
 def __getattr__(name: str) -> Any:
-    """Import a subpackage on first use (PEP 562)."""
+    """Import a subpackage or VideoCLIP on first use (PEP 562)."""
+    if name == "VideoCLIP":
+        return importlib.import_module("openvclip.models.video_clip").VideoCLIP
     if name in _ROOMS:
         return importlib.import_module(f"openvclip.{name}")
     raise AttributeError(f"module 'openvclip' has no attribute {name!r}")

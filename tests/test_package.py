@@ -83,6 +83,7 @@ PUBLIC = {
     "OpenVCLIPError",
     "Prediction",
     "SWATracker",
+    "VideoCLIP",
     "ZeroShotClassifier",
     "average_files",
     "checkpoints",

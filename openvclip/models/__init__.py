@@ -8,6 +8,7 @@ from openvclip.models.prediction import Prediction, predict
 from openvclip.models.preprocess import transform_for
 from openvclip.models.timeline import Segment, Timeline, predict_timeline
 from openvclip.models.tokenizers import as_tokenizer
+from openvclip.models.video_clip import VideoCLIP
 
 __all__ = [
     "VIDEO_TEMPLATES",
@@ -15,6 +16,7 @@ __all__ = [
     "Prediction",
     "Segment",
     "Timeline",
+    "VideoCLIP",
     "ZeroShotClassifier",
     "as_tokenizer",
     "class_features",

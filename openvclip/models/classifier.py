@@ -14,14 +14,19 @@ from torch.nn import functional
 
 from openvclip.commands.progress import progress_bar
 from openvclip.errors import ClassNamesError, TextFeaturesWarning
-from openvclip.models.features import encode_text, require_clip, similarity_logits
+from openvclip.models.features import (
+    encode_text,
+    require_clip,
+    similarity_logits,
+    video_features,
+)
 from openvclip.models.finite import require_finite
 from openvclip.models.labels import warn_of_equal_labels
 from openvclip.models.modes import evaluation_mode
 from openvclip.models.text_cache import cached_features
 from openvclip.models.text_weights import TextMark, text_state
 from openvclip.models.tokenizers import Tokenizer, as_tokenizer, tokens_of
-from openvclip.towers.temporal import encode_images, encode_video
+from openvclip.towers.view import Pooling, require_pooling
 
 Template = str | Callable[[str], str]
 """A string in which the class name replaces ``{}``, or a function from a class name to a text."""
@@ -122,8 +127,11 @@ class ZeroShotClassifier(TextClassifier):
         batch_size: number of texts to encode at a time.
         text_features: the result of :func:`class_features` for the same arguments, if it was
             computed before. Default: it is computed.
+        pooling: how the features of the frames become one feature, see
+            :func:`openvclip.encode_video`. ``"frames"`` for ViFi-CLIP.
 
     Attributes:
+        pooling: as the argument.
         text_features: ``[K, D]``, unit length. A buffer that is not part of the state dict.
 
     Raises:
@@ -132,6 +140,7 @@ class ZeroShotClassifier(TextClassifier):
         UnsupportedModelError: the model is neither a CLIP of open_clip nor a CLIP of transformers.
         NonFiniteWeightsError: the text features are not finite. The error names the entries of the
             model that are not finite.
+        UsageError: ``pooling`` is unknown.
 
     Warns:
         LabelWarning: the text tower can't tell some class names apart.
@@ -148,11 +157,14 @@ class ZeroShotClassifier(TextClassifier):
         *,
         batch_size: int = 256,
         text_features: Tensor | None = None,
+        pooling: Pooling = "unit_frames",
     ) -> None:
         super().__init__()
         require_clip(model)
+        require_pooling(pooling)
         self.class_names = require_names(class_names)
         self.model = model
+        self.pooling: Pooling = pooling
         tokenize = as_tokenizer(tokenizer, model)
         self._texts = _ClassTexts(tokenize, self.class_names, templates, batch_size)
         features = self._texts.features(model) if text_features is None else text_features
@@ -163,7 +175,8 @@ class ZeroShotClassifier(TextClassifier):
     def forward(self, video: Tensor) -> Tensor:
         """Return the logits of videos: the logit scale times the mean cosine over the frames.
 
-        If the model has a ``logit_bias`` (SigLIP), the bias is added.
+        If the model has a ``logit_bias`` (SigLIP), the bias is added. With
+        ``pooling="frames"``, the cosine is that of the mean frame.
 
         Args:
             video: clips ``[B, T, C, H, W]``, or images ``[B, C, H, W]``. For images the logits are
@@ -177,11 +190,8 @@ class ZeroShotClassifier(TextClassifier):
             VideoShapeError: ``video`` has a wrong rank, dtype, number of channels or frame size,
                 or no frames.
         """
-        if isinstance(video, Tensor) and video.ndim == 4:
-            pooled = functional.normalize(encode_images(self.model, video), dim=-1)
-        else:
-            pooled = encode_video(self.model, video)
-        return similarity_logits(self.model, pooled, self.text_features)
+        features = video_features(self.model, video, self.pooling)
+        return similarity_logits(self.model, features, self.text_features)
 
     def refresh_text(self) -> None:
         """Compute the text features again, from the present weights of the model."""
@@ -280,15 +290,29 @@ class _ClassTexts:
         return cached_features(model, self._tokens, lambda: self._encoded(model))
 
     def _encoded(self, model: nn.Module) -> Tensor:
-        hidden = None if len(self._tokens) > 4 else True
-        with evaluation_mode(model):
-            encoded = [
-                functional.normalize(encode_text(model, tokens), dim=-1)
-                for tokens in progress_bar(self._tokens, desc="text features", disable=hidden)
-            ]
-        mean = torch.cat(encoded).unflatten(0, (self._n_classes, -1)).mean(dim=1)
+        encoded = encode_texts(model, self._tokens)
+        mean = encoded.unflatten(0, (self._n_classes, -1)).mean(dim=1)
         require_finite(mean, lambda: text_state(model), "The text features")
         return functional.normalize(mean, dim=-1)
+
+
+@torch.no_grad()
+def encode_texts(model: nn.Module, tokens: Sequence[Tensor]) -> Tensor:
+    """Return the features ``[n, D]`` of texts with unit length, in eval mode.
+
+    For more than four batches, a progress bar is shown in a terminal.
+
+    Args:
+        model: a CLIP model of open_clip or transformers.
+        tokens: token ids of the texts, in batches.
+    """
+    hidden = None if len(tokens) > 4 else True
+    with evaluation_mode(model):
+        encoded = [
+            functional.normalize(encode_text(model, batch), dim=-1)
+            for batch in progress_bar(tokens, desc="text features", disable=hidden)
+        ]
+    return torch.cat(encoded)
 
 
 def require_names(class_names: Sequence[str]) -> list[str]:

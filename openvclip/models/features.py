@@ -13,9 +13,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from openvclip.errors import UnsupportedModelError, UsageError
 from openvclip.towers.family import pooled
+from openvclip.towers.temporal import encode_images, encode_video
+from openvclip.towers.view import Pooling
 
 
 @dataclass(frozen=True)
@@ -190,3 +193,21 @@ def _temperature(model: nn.Module) -> Tensor:
     name = "logit_scale" if hasattr(model, "logit_scale") else "temperature"
     temperature: Tensor = getattr(cast(Any, model), name)
     return temperature
+
+
+def video_features(model: nn.Module, video: Tensor, pooling: Pooling = "unit_frames") -> Tensor:
+    """Return one feature for each clip, or for each image.
+
+    Args:
+        model: a CLIP model of open_clip or transformers.
+        video: clips ``[B, T, C, H, W]``, or images ``[B, C, H, W]``. The features of images are
+            those of plain CLIP, also if the model is expanded.
+        pooling: how the features of frames become the feature of a clip.
+
+    Returns:
+        Tensor ``[B, D]``. The rows of images have unit length; for clips see
+        :func:`openvclip.encode_video`.
+    """
+    if isinstance(video, Tensor) and video.ndim == 4:
+        return functional.normalize(encode_images(model, video), dim=-1)
+    return encode_video(model, video, pooling=pooling)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,10 +21,11 @@ from openvclip.models.features import is_transformers, require_clip
 from openvclip.models.finite import require_finite
 from openvclip.models.labels import warn_of_single_label
 from openvclip.models.modes import evaluation_mode
-from openvclip.models.preprocess import is_image_file, read_image, transform_for
+from openvclip.models.preprocess import transform_for
+from openvclip.models.reading import read_input, require_source
 from openvclip.models.tokenizers import Tokenizer, tokenizer_of_folder
-from openvclip.video.decoding import read_clip
 from openvclip.video.sampling import PAPER_SAMPLING, Sampling
+from openvclip.video.sources import VideoSource, source_name
 from openvclip.video.transforms import Transform
 from openvclip.weights.names import named_state, unwrap
 
@@ -35,7 +35,7 @@ class Prediction:
     """The probabilities of the labels for one video.
 
     Attributes:
-        path: the video file.
+        path: the video file, or what the video is, such as ``"<32 frames>"``.
         labels: the K labels.
         probabilities: float32 ``[K]``, sum 1.
     """
@@ -64,13 +64,14 @@ class Prediction:
 
 def predict(
     model: nn.Module,
-    video: str | os.PathLike[str],
+    video: VideoSource,
     labels: Sequence[str] | None = None,
     *,
     tokenizer: Tokenizer | None = None,
     transform: Transform | None = None,
     templates: Sequence[Template] = VIDEO_TEMPLATES,
     sampling: Sampling = PAPER_SAMPLING,
+    fps: float | None = None,
 ) -> Prediction:
     """Compute the probabilities of labels for a video or an image.
 
@@ -82,8 +83,10 @@ def predict(
         model: an open_clip model, or a model of transformers such as ``CLIPModel`` or
             ``SiglipModel``, expanded or not; or a classifier (:class:`ZeroShotClassifier`,
             :class:`openvclip.prompting.VideoClassifier`), whose class names are the labels.
-        video: the video file. A file with the extension of an image format (``.jpg``, ``.png``) is
-            read as an image, and predicted as by plain CLIP.
+        video: the path of a video file; or a URL, bytes, a file object, an array of frames or an
+            open decoder, see :data:`openvclip.video.VideoSource`. An image is predicted as by plain
+            CLIP: a file with the extension of an image format (``.jpg``, ``.png``), its bytes, an
+            image of Pillow, or uint8 ``[H, W, C]`` or ``[C, H, W]``.
         labels: K different labels. ``None`` if ``model`` is a classifier.
         tokenizer: see :class:`ZeroShotClassifier`. Default: the tokenizer of the original CLIP, if
             the model has the vocabulary of the original CLIP. For a model of transformers: the
@@ -92,6 +95,7 @@ def predict(
             of the released evaluation, at the image size of the model.
         templates: strings in which the label replaces ``{}``, or functions from a label to a text.
         sampling: the frames to read. Default: the 3 views of 8 frames of the paper.
+        fps: frames per second, if ``video`` is an array of frames.
 
     Returns:
         The labels and their probabilities. The logits are averaged over the views, and the
@@ -101,10 +105,13 @@ def predict(
 
     Raises:
         VideoError: the video can't be read.
-        VideoOptionError: the video can't be read with this ``sampling``.
+        VideoOptionError: the video can't be read with this ``sampling``, or ``fps`` is missing for
+            an array of frames.
+        VideoShapeError: the frames of an array are not uint8, or have another shape.
         ClassNamesError: ``labels`` is empty, or holds an empty or repeated label.
         UsageError: ``labels`` is given for a classifier with other class names, or is ``None`` for
-            another model; or the tokenizer of the model is not known; or ``video`` is a tensor.
+            another model; or the tokenizer of the model is not known; or ``video`` is a
+            list, or a tensor of floats.
         UnsupportedModelError: ``model`` is neither a CLIP of open_clip nor of transformers.
         ModelNameError: the tokenizer of a model of transformers can't be loaded.
         NonFiniteWeightsError: the logits are NaN or infinite, because weights are. The error names
@@ -115,17 +122,22 @@ def predict(
         LabelWarning: the text tower can't tell some labels apart, or there is only one label.
         TextFeaturesWarning: the text weights of the model changed after the classifier was created.
     """
-    require_file(video)
+    require_source(video)
     classifier = classifier_for(model, labels, tokenizer, templates)
     transform = transform or transform_for(classifier.model)
-    is_image = is_image_file(video)
-    if is_image:
-        clips = transform(read_image(video)[None, None])
-    else:
-        clips = read_clip(video, **vars(sampling), transform=transform)
-    views = clips.flatten(0, -5)  # several crops of a view become several views
-    logits = logits_of(classifier, views[:, 0] if is_image else views).mean(dim=0)
-    return Prediction(os.fspath(video), classifier.class_names, logits.softmax(dim=-1).cpu())
+    views = read_input(video, sampling, transform, fps=fps)
+    return prediction_of(source_name(video), classifier, logits_of(classifier, views).mean(dim=0))
+
+
+def prediction_of(path: str, classifier: TextClassifier, logits: Tensor) -> Prediction:
+    """Return the prediction that logits of a classifier give for a video.
+
+    Args:
+        path: the name of the video.
+        classifier: the classifier.
+        logits: logits of the class names, averaged over the views, ``[K]``.
+    """
+    return Prediction(path, classifier.class_names, logits.softmax(dim=-1).cpu())
 
 
 def classifier_for(
@@ -175,7 +187,7 @@ def _classifier_for(
     require_clip(model)
     if labels is None:
         raise UsageError("labels is None; expected a list of labels to choose from.")
-    return ZeroShotClassifier(model, tokenizer or _default_tokenizer(model), labels, templates)
+    return ZeroShotClassifier(model, tokenizer or default_tokenizer(model), labels, templates)
 
 
 @torch.no_grad()
@@ -192,17 +204,7 @@ def logits_of(classifier: TextClassifier, clips: Tensor) -> Tensor:
     return logits.float()
 
 
-def require_file(video: object) -> None:
-    """Raise :class:`UsageError` if ``video`` is not the path of a file."""
-    if not isinstance(video, (str, os.PathLike)):
-        raise UsageError(
-            f"video is a {type(video).__name__}; expected the path of a file. For a tensor, create "
-            "a ZeroShotClassifier and call it: it returns the logits of clips [B, T, C, H, W] or "
-            "images [B, C, H, W]."
-        )
-
-
-def _default_tokenizer(model: nn.Module) -> Tokenizer:
+def default_tokenizer(model: nn.Module) -> Tokenizer:
     """Return the tokenizer that a model of transformers was loaded with, or the tokenizer of CLIP.
 
     Raises:

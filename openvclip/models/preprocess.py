@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Sequence
 from typing import Any, cast
@@ -18,6 +19,7 @@ from openvclip.errors import (
 )
 from openvclip.models.features import is_transformers, model_type
 from openvclip.models.hub import image_processor_of
+from openvclip.video.sources import all_bytes, image_planes, is_array, is_url, source_name
 from openvclip.video.transforms import CLIP_MEAN, CLIP_STD, Transform, build
 
 _CLIP_MOMENTS = (CLIP_MEAN, CLIP_STD)
@@ -204,11 +206,13 @@ def is_image_file(path: str | os.PathLike[str]) -> bool:
     return os.path.splitext(os.fspath(path))[1].lower() in _IMAGES
 
 
-def read_image(path: str | os.PathLike[str]) -> Tensor:
-    """Read an image file with Pillow, upright as its EXIF orientation says.
+def read_image(image: Any) -> Tensor:
+    """Read an image with Pillow, upright as its EXIF orientation says.
 
     Args:
-        path: the file. Grey images become RGB, and the alpha channel is dropped.
+        image: the path of a file, a URL that fsspec opens, the bytes of a file, a file object, an
+            image of Pillow, or uint8 ``[H, W, C]`` or ``[C, H, W]``, which Pillow does not read.
+            Grey images become RGB, and the alpha channel is dropped.
 
     Returns:
         uint8 ``[C, H, W]``, RGB.
@@ -216,23 +220,36 @@ def read_image(path: str | os.PathLike[str]) -> Tensor:
     Raises:
         VideoNotFoundError: the file does not exist.
         VideoError: the file is not an image, or is damaged.
+        VideoShapeError: an array has another dtype or shape.
         MissingDependencyError: Pillow is not installed.
     """
+    if is_array(image):
+        return image_planes(image)
     try:
-        import numpy as np
-        from PIL import Image, ImageOps
+        from PIL import Image
     except ImportError as error:
         raise MissingDependencyError(
             'Images are read with Pillow: pip install "openvclip[video]".'
         ) from error
+    if isinstance(image, Image.Image):
+        return _upright(image)
+    name = source_name(image)
+    is_path = isinstance(image, (str, os.PathLike)) and not is_url(image)
+    file = image if is_path else io.BytesIO(all_bytes(image))
     try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would cut at 255
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            pixels = np.array(image.convert("RGB"))
+        with Image.open(file) as opened:
+            return _upright(opened)
     except FileNotFoundError as error:
-        raise VideoNotFoundError(f"{os.fspath(path)}: no such file.") from error
+        raise VideoNotFoundError(f"{name}: no such file.") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise VideoError(f"{os.fspath(path)}: can't be read as an image ({error}).") from error
-    return torch.from_numpy(pixels).movedim(-1, 0)
+        raise VideoError(f"{name}: can't be read as an image ({error}).") from error
+
+
+def _upright(image: Any) -> Tensor:
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I"):  # 16 bits a pixel, which convert() would cut at 255
+        upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+    return torch.from_numpy(np.array(upright.convert("RGB"))).movedim(-1, 0)

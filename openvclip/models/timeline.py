@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from openvclip.commands.progress import progress_bar
 from openvclip.models.classifier import VIDEO_TEMPLATES, Template
 from openvclip.models.drawing import new_figure, save_figure
-from openvclip.models.prediction import classifier_for, logits_of, require_file
+from openvclip.models.prediction import classifier_for, logits_of
 from openvclip.models.preprocess import transform_for
+from openvclip.models.reading import require_source
 from openvclip.models.tokenizers import Tokenizer
 from openvclip.video.sliding import sliding_windows
+from openvclip.video.sources import VideoSource, source_name
 from openvclip.video.transforms import Transform
 
 
@@ -41,7 +43,7 @@ class Timeline:
     """The probabilities of the labels in each window of a video.
 
     Attributes:
-        path: the video file.
+        path: the video file, or what the video is, such as ``"<32 frames>"``.
         labels: the K labels.
         times: start and end of the W windows, seconds, float64 ``[W, 2]``.
         probabilities: float32 ``[W, K]``. Each row sums to 1.
@@ -114,7 +116,7 @@ class Timeline:
 
 def predict_timeline(
     model: nn.Module,
-    video: str | os.PathLike[str],
+    video: VideoSource,
     labels: Sequence[str] | None = None,
     *,
     tokenizer: Tokenizer | None = None,
@@ -125,6 +127,7 @@ def predict_timeline(
     step: float | None = None,
     batch_size: int = 4,
     progress: bool | None = None,
+    fps: float | None = None,
 ) -> Timeline:
     """Compute the probabilities of labels in each window of a long video.
 
@@ -132,7 +135,8 @@ def predict_timeline(
 
     Args:
         model: see :func:`openvclip.predict`.
-        video: the video file.
+        video: the video file; or a URL, bytes, a file object, an array of frames or an open
+            decoder, see :data:`openvclip.video.VideoSource`.
         labels: see :func:`openvclip.predict`.
         tokenizer: see :func:`openvclip.predict`.
         transform: see :func:`openvclip.predict`. The transform must not be random.
@@ -143,16 +147,18 @@ def predict_timeline(
             ``seconds``.
         batch_size: number of windows to encode at a time.
         progress: whether to show a progress bar. Default: only in a terminal.
+        fps: frames per second, if ``video`` is an array of frames.
 
     Raises:
-        VideoError, VideoOptionError, ClassNamesError, UsageError: see :func:`openvclip.predict`.
+        VideoError, VideoOptionError, VideoShapeError, ClassNamesError, UsageError: see
+            :func:`openvclip.predict`.
         UnsupportedModelError, NonFiniteWeightsError, EvaluationError: see
             :func:`openvclip.predict`.
 
     Warns:
         LabelWarning, TextFeaturesWarning: see :func:`openvclip.predict`.
     """
-    require_file(video)
+    require_source(video)
     classifier = classifier_for(model, labels, tokenizer, templates)
     windows = sliding_windows(
         video,
@@ -160,6 +166,7 @@ def predict_timeline(
         num_frames=num_frames,
         seconds=seconds,
         step=step,
+        fps=fps,
     )
     times: list[tuple[float, float]] = []
     rows: list[Tensor] = []
@@ -179,7 +186,7 @@ def predict_timeline(
     if batch:
         encode_batch()
     window_times = torch.tensor(times, dtype=torch.float64)
-    return Timeline(os.fspath(video), classifier.class_names, window_times, torch.cat(rows))
+    return Timeline(source_name(video), classifier.class_names, window_times, torch.cat(rows))
 
 
 def clock(seconds: float) -> str:

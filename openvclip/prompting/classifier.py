@@ -11,7 +11,13 @@ from torch.nn import functional
 
 from openvclip.errors import ClassNamesError, PromptingError
 from openvclip.models.classifier import TextClassifier, fill_template, require_names
-from openvclip.models.features import device_of, encode_text, require_clip, similarity_logits
+from openvclip.models.features import (
+    device_of,
+    encode_text,
+    require_clip,
+    similarity_logits,
+    video_features,
+)
 from openvclip.models.finite import require_finite
 from openvclip.models.labels import warn_of_equal_labels
 from openvclip.models.modes import evaluation_mode
@@ -19,7 +25,7 @@ from openvclip.models.text_weights import text_state
 from openvclip.models.tokenizers import Tokenizer, as_tokenizer, tokens_of
 from openvclip.prompting.attach import has_prompts, prompts_of
 from openvclip.prompting.text import TextPrompts, encode_prompted, prompted_layout
-from openvclip.towers.temporal import encode_frames, encode_images
+from openvclip.towers.temporal import encode_video
 
 PHOTO_TEMPLATE = "a photo of a {}."
 """The template that ViFi-CLIP fine-tunes with."""
@@ -31,6 +37,7 @@ def mean_pooled_features(model: nn.Module, video: Tensor) -> Tensor:
     The frame features are averaged before the normalisation, so a frame with a longer feature
     vector has more weight. In contrast, :func:`openvclip.encode_video` normalises each frame
     feature first, so all frames have the same weight, and normalises the mean on request only.
+    This is ``encode_video(model, video, pooling="frames")``.
 
     Args:
         model: an open_clip model with or without prompts, or another model that
@@ -44,7 +51,7 @@ def mean_pooled_features(model: nn.Module, video: Tensor) -> Tensor:
         VideoShapeError: see :func:`openvclip.encode_video`.
         UnsupportedModelError: see :func:`openvclip.encode_video`.
     """
-    return functional.normalize(encode_frames(model, video).mean(dim=1), dim=-1)
+    return encode_video(model, video, pooling="frames")
 
 
 class VideoClassifier(TextClassifier):
@@ -125,10 +132,7 @@ class VideoClassifier(TextClassifier):
             VideoShapeError: if the video has the wrong rank, dtype, number of channels, frame size
                 or number of frames.
         """
-        if isinstance(video, Tensor) and video.ndim == 4:
-            features = functional.normalize(encode_images(self.model, video), dim=-1)
-        else:
-            features = mean_pooled_features(self.model, video)
+        features = video_features(self.model, video, "frames")
         text = self.text_features() if self._fixed is None else self._fixed
         return similarity_logits(self.model, features, text)
 

@@ -19,13 +19,14 @@ from openvclip.towers.temporal import (
     is_expanded,
     restore_spatial_attention,
 )
-from openvclip.towers.view import Boundary, ExpansionSettings, FrameView
+from openvclip.towers.view import Boundary, ExpansionSettings, FrameView, Pooling
 
 __all__ = [
     "Boundary",
     "ExpansionSettings",
     "Family",
     "FrameView",
+    "Pooling",
     "TowerFacts",
     "VisionPrompts",
     "encode_frames",

@@ -13,7 +13,14 @@ from openvclip.errors import ExpansionError, ExpansionOptionError, UnsupportedMo
 from openvclip.towers.checks import require_images, require_video
 from openvclip.towers.families import families_in_use, find_tower, is_library_model
 from openvclip.towers.family import Encoder, TemporalTower, image_features
-from openvclip.towers.view import Boundary, ExpansionSettings, FrameView, require_window
+from openvclip.towers.view import (
+    Boundary,
+    ExpansionSettings,
+    FrameView,
+    Pooling,
+    require_pooling,
+    require_window,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -139,7 +146,13 @@ def expansion_of(model: nn.Module) -> ExpansionSettings | None:
     return ExpansionSettings(first.window, first.boundary, layers)
 
 
-def encode_video(model: nn.Module, video: Tensor, *, normalize: bool = False) -> Tensor:
+def encode_video(
+    model: nn.Module,
+    video: Tensor,
+    *,
+    normalize: bool = False,
+    pooling: Pooling = "unit_frames",
+) -> Tensor:
     """Return one feature per clip: the mean of its L2-normalised frame features.
 
     By default, the mean is not normalised again. The dot product with a normalised text feature is
@@ -153,6 +166,10 @@ def encode_video(model: nn.Module, video: Tensor, *, normalize: bool = False) ->
             independently, which is the frame-by-frame baseline of Table 4.
         video: normalised frames ``[B, T, C, H, W]``, floating point.
         normalize: whether the feature of a clip has unit length. Default: False.
+        pooling: ``"unit_frames"``, or ``"frames"`` for models that were trained with it, such as
+            ViFi-CLIP: the mean of the frame features is taken before the normalisation. A frame
+            with a longer feature vector then has more weight, and the feature of a clip always has
+            unit length. Default: ``"unit_frames"``.
 
     Returns:
         Tensor ``[B, D]``.
@@ -160,10 +177,15 @@ def encode_video(model: nn.Module, video: Tensor, *, normalize: bool = False) ->
     Raises:
         VideoShapeError: if the video has the wrong rank, dtype, number of channels or frame size,
             has no clips or no frames, or is a list of clips.
+        UsageError: if ``pooling`` is unknown.
         UnsupportedModelError: if the model is of an unknown kind, or does not return a single
             feature for each frame.
     """
-    mean = functional.normalize(encode_frames(model, video), dim=-1).mean(dim=1)
+    require_pooling(pooling)
+    features = encode_frames(model, video)
+    if pooling == "frames":
+        return functional.normalize(features.mean(dim=1), dim=-1)
+    mean = functional.normalize(features, dim=-1).mean(dim=1)
     return functional.normalize(mean, dim=-1) if normalize else mean
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from openvclip.errors import ExpansionOptionError
+from openvclip.errors import ExpansionOptionError, UsageError
 
 Boundary = Literal["zero", "mask", "replicate"]
 """How temporal attention treats the frames in view that lie outside the clip.
@@ -13,6 +13,14 @@ Boundary = Literal["zero", "mask", "replicate"]
 - ``"zero"``: their keys and values are zero vectors, which take part in the softmax.
 - ``"mask"``: they get no attention weight.
 - ``"replicate"``: the first or the last frame of the clip is repeated.
+"""
+
+
+Pooling = Literal["unit_frames", "frames"]
+"""How the features of the frames of a clip become one feature.
+
+- ``"unit_frames"``: the mean of the L2-normalised frame features (Open-VCLIP).
+- ``"frames"``: the mean of the frame features, then L2-normalised (ViFi-CLIP).
 """
 
 
@@ -53,6 +61,13 @@ class ExpansionSettings:
     window: int
     boundary: Boundary
     layers: tuple[int, ...] | None = None
+
+
+def require_pooling(pooling: object) -> None:
+    """Raise :class:`UsageError` unless ``pooling`` is a :data:`Pooling`."""
+    if pooling not in get_args(Pooling):
+        names = " or ".join(repr(name) for name in get_args(Pooling))
+        raise UsageError(f"pooling={pooling!r}: expected {names}.")
 
 
 def require_window(window: object, minimum: int = 1) -> None:

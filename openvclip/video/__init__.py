@@ -5,6 +5,7 @@ This package uses no models. PyAV is needed to read video files (``pip install
 """
 
 from openvclip.video import protocols, sampling, transforms
+from openvclip.video.ahead import read_clips
 from openvclip.video.annotations import Annotations, locate_videos, read_annotations
 from openvclip.video.checking import VideoCheck, check_video, check_videos
 from openvclip.video.dataset import Failure, VideoDataset, VideoSample
@@ -13,6 +14,7 @@ from openvclip.video.files import find_videos
 from openvclip.video.names import class_names
 from openvclip.video.sampling import Backend, Sampler, Sampling
 from openvclip.video.sliding import SlidingWindow, sliding_windows
+from openvclip.video.sources import VideoFrames, VideoSource
 
 __all__ = [
     "Annotations",
@@ -23,7 +25,9 @@ __all__ = [
     "SlidingWindow",
     "VideoCheck",
     "VideoDataset",
+    "VideoFrames",
     "VideoSample",
+    "VideoSource",
     "check_video",
     "check_videos",
     "class_names",
@@ -32,6 +36,7 @@ __all__ = [
     "protocols",
     "read_annotations",
     "read_clip",
+    "read_clips",
     "sampling",
     "sliding_windows",
     "transforms",

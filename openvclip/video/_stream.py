@@ -5,7 +5,6 @@ Every error of FFmpeg is converted to :class:`VideoError` in this module.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -15,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import get_worker_info
 
-from openvclip.errors import MissingDependencyError, VideoError, VideoNotFoundError
+from openvclip.errors import MissingDependencyError, VideoError
 from openvclip.video._containers import container_of
+from openvclip.video._inputs import EncodedVideo
 from openvclip.video._packets import (
     PacketIndex,
     count_packets,
@@ -41,7 +41,6 @@ _STILL_CODECS = ("mjpeg", "png", "bmp", "webp", "tiff")
 __all__ = [
     "PacketIndex",
     "Stream",
-    "check_path",
     "decoder_errors",
     "index_packets",
     "require_av",
@@ -59,42 +58,6 @@ def require_av() -> Any:
             'install "openvclip[video]"'
         ) from error
     return av
-
-
-def check_path(path: str | os.PathLike[str]) -> str:
-    """Return the absolute path of a readable, non-empty file.
-
-    Raises:
-        VideoNotFoundError: the file does not exist.
-        VideoError: the path is no regular file, or the file is empty or cannot be opened.
-    """
-    name = os.fspath(path)
-    # FFmpeg reads "a:" at the beginning of a relative path as a protocol. An absolute path avoids
-    # this.
-    full = os.path.abspath(name)
-    if os.path.isdir(full):
-        raise VideoError(f"{name}: is a directory; expected a video file.")
-    try:
-        size = os.stat(full).st_size
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise VideoNotFoundError(
-            f"{name}: no such file. Check the path, and the folder to which it is relative."
-        ) from error
-    except (OSError, ValueError) as error:
-        raise VideoError(f"{name}: cannot be opened ({error}).") from error
-    if not os.path.isfile(full):
-        raise VideoError(f"{name}: is not a regular file; expected a video file.")
-    if size == 0:
-        raise VideoError(f"{name}: the file is empty (0 bytes). Copy or download it again.")
-    try:
-        with open(full, "rb"):
-            return full
-    except PermissionError as error:
-        raise VideoError(
-            f"{name}: no permission to read it; change the file's mode or owner."
-        ) from error
-    except OSError as error:
-        raise VideoError(f"{name}: cannot be opened ({error}).") from error
 
 
 def _failures() -> tuple[type[Exception], ...]:
@@ -125,24 +88,24 @@ class Stream:
     Of several video streams, FFmpeg's choice is taken. Cover pictures and thumbnails are no video.
 
     Args:
-        path: the absolute path of the file.
-        alone: whether this process is the only process that decodes videos. If not, the decoder
-            uses one thread.
+        video: the absolute path of the file, or another input.
 
     Attributes:
-        path: the absolute path of the file.
+        video: the input.
+        path: name of the video for error texts; for a file its absolute path.
         header: the metadata that the container gives; ``frames`` can be ``None`` or wrong.
         position: time stamp of the last decoded frame, in ticks.
         message: the first error of FFmpeg that did not end the decoding, or ``""``.
     """
 
-    def __init__(self, path: str, *, alone: bool = True) -> None:
-        self.path = path
+    def __init__(self, video: str | EncodedVideo) -> None:
+        self.video = EncodedVideo(video, video) if isinstance(video, str) else video
+        self.path = path = self.video.name
         with decoder_errors(path):
-            self._container = _open(path)
+            self._container = _open(self.video)
         try:
             with decoder_errors(path):
-                self._stream = _video_stream(self._container, path, alone)
+                self._stream = _video_stream(self._container, path, self.video.alone)
                 self.header = _stream_info(self._stream)
         except BaseException:
             self._container.close()
@@ -180,7 +143,7 @@ class Stream:
     @cached_property
     def packets(self) -> PacketIndex:
         """The frames that the packets contain. The first access reads the whole file once."""
-        return index_packets(self.path)
+        return index_packets(self.video)
 
     @property
     def index(self) -> int:
@@ -254,8 +217,10 @@ class Stream:
             try:
                 packet = next(packets)
             except StopIteration:
+                self.video.require_read()
                 return
             except _failures() as error:
+                self.video.require_read()
                 # The file is truncated, and the generator has ended. An empty packet makes the
                 # decoder return its last frames.
                 self._note(error)
@@ -284,21 +249,24 @@ class Stream:
         self.message = self.message or getattr(error, "strerror", None) or str(error)
 
 
-def index_packets(path: str) -> PacketIndex:
+def index_packets(video: str | EncodedVideo) -> PacketIndex:
     """Count the frames of a stream by its packets, without decoding."""
-    with Stream(path) as stream:
+    with Stream(video) as stream:
         return count_packets(stream._packets())
 
 
-def _open(path: str) -> Any:
+def _open(video: EncodedVideo) -> Any:
     av = require_av()
     # A media file can name other files and addresses. Only the file itself is read.
-    options = {"protocol_whitelist": "file"}
+    protocol = "file" if isinstance(video.data, str) else "none"
+    options = {**video.options, "protocol_whitelist": protocol}
     try:
         # Titles in old encodings are common. Titles are not used.
-        return av.open(path, metadata_errors="ignore", options=options)
+        return av.open(
+            video.opened(), format=video.format, metadata_errors="ignore", options=options
+        )
     except TypeError:  # PyAV 19 accepts every encoding and has removed the argument
-        return av.open(path, options=options)
+        return av.open(video.opened(), format=video.format, options=options)
 
 
 def _video_stream(container: Any, path: str, alone: bool) -> Any:

@@ -53,16 +53,16 @@ def decode_frames(stream: Stream, numbers: Sequence[int], count: int) -> Tensor 
     if not _supported(stream):
         return None
     # One thread for each worker of a DataLoader, as for PyAV. 0 lets FFmpeg choose.
-    threads = 1 if get_worker_info() is not None else 0
+    threads = 1 if get_worker_info() is not None or not stream.video.alone else 0
     wanted = sorted(set(numbers))
     try:
         decoder = decoders.VideoDecoder(
-            stream.path, stream_index=stream.index, num_ffmpeg_threads=threads
+            stream.video.opened(), stream_index=stream.index, num_ffmpeg_threads=threads
         )
         if len(decoder) != count:
             return None
         frames: Tensor = decoder.get_frames_at(wanted).data
-    except (RuntimeError, ValueError, IndexError):
+    except (RuntimeError, ValueError, IndexError, OSError):
         return None
     row = {number: index for index, number in enumerate(wanted)}
     return frames[torch.tensor([row[number] for number in numbers])].contiguous()
@@ -70,7 +70,7 @@ def decode_frames(stream: Stream, numbers: Sequence[int], count: int) -> Tensor 
 
 def _supported(stream: Stream) -> bool:
     try:
-        with Stream(stream.path) as other:
+        with Stream(stream.video) as other:
             _, frame = next(iter(other.frames()))
             swap, rows, columns = orientation_of(frame)
             mirrored = swap != (rows != columns)

@@ -16,9 +16,10 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 from openvclip.errors import UsageError, VideoError, VideoOptionError
+from openvclip.video._inputs import EncodedVideo, check_path
 from openvclip.video._packets import frame_rate
 from openvclip.video._pictures import Pictures
-from openvclip.video._stream import Stream, check_path, require_av
+from openvclip.video._stream import Stream, require_av
 
 __all__ = ["VideoCheck", "check_video", "check_videos"]
 
@@ -77,7 +78,8 @@ def check_video(path: str | os.PathLike[str], *, quick: bool = False) -> VideoCh
 def _decode(path: str, quick: bool) -> VideoCheck:
     first: Any = None
     stamps: list[int] = []
-    with Stream(check_path(path), alone=False) as stream:
+    full = check_path(path)
+    with Stream(EncodedVideo(full, full, alone=False)) as stream:
         for stamp, frame in stream.frames():
             stamps.append(stamp)
             first = first or frame

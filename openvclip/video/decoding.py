@@ -1,4 +1,4 @@
-"""Read the frames of a clip from a video file.
+"""Read the frames of a clip from a video.
 
 A clip consists of some frames of a video, but the decoder must also decode the frames between them.
 Only the frames of the clip are converted to RGB and kept, so the memory does not grow with the
@@ -7,7 +7,6 @@ length of the video. Each of them is converted, and transformed, as soon as it i
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,16 +15,19 @@ import torch
 from torch import Tensor
 
 from openvclip.errors import VideoError
+from openvclip.video._inputs import EncodedVideo
+from openvclip.video._numbered import NumberedVideo, RateChangesError
 from openvclip.video._packets import frame_rate, with_count
 from openvclip.video._pictures import Rows
-from openvclip.video._stream import Stream, check_path, require_av
+from openvclip.video._stream import Stream
 from openvclip.video._torchcodec import decode_frames, require_torchcodec
 from openvclip.video._windows import REORDER, Part, SeekMissedError, groups, parts_of
 from openvclip.video._windows import Picker as _Picker
 from openvclip.video.sampling import Backend, Sampler, Sampling, StreamInfo, Window, plan, select
+from openvclip.video.sources import VideoSource, opened
 from openvclip.video.transforms import Transform
 
-__all__ = ["read_clip"]
+__all__ = ["read_clip", "read_views"]
 
 # In seconds. Frames up to this distance are reached by decoding, not by a seek. A seek lands on a
 # key frame, and key frames are seconds apart, so a short seek saves no time.
@@ -37,7 +39,7 @@ _SEEK_MARGIN = 0.5
 
 
 def read_clip(
-    path: str | os.PathLike[str],
+    path: VideoSource,
     *,
     num_frames: int = 8,
     sampling_rate: int = 16,
@@ -47,13 +49,18 @@ def read_clip(
     backend: Backend = "pyav",
     generator: torch.Generator | None = None,
     transform: Callable[[Tensor], Tensor] | None = None,
+    fps: float | None = None,
 ) -> Tensor:
-    """Read one or more clips from a video file.
+    """Read one or more clips from a video.
 
     The keywords are the attributes of :class:`~openvclip.video.Sampling`.
 
     Args:
-        path: a video file in any container and codec that FFmpeg can read.
+        path: a video file in any container and codec that FFmpeg can read; or bytes, a file object,
+            a URL, an array of frames or an open decoder, see
+            :data:`~openvclip.video.VideoSource`. A file object is read from its beginning, and its
+            position is restored. A container of PyAV is opened again and stays unchanged. Frames
+            of arrays and of torchcodec's decoders are taken as they are.
         num_frames: T, the number of frames in a view.
         sampling_rate: distance between two frames of a view, in frames at ``target_fps``.
         target_fps: the frame rate to which ``sampling_rate`` refers, in frames per second.
@@ -70,6 +77,8 @@ def read_clip(
             :func:`openvclip.video.transforms.build` is applied to each frame as soon as the frame
             is decoded: the result is the same, and large frames need much less memory. Its random
             numbers come from ``generator``. Any other function gets all clips at once.
+        fps: frames per second, if ``path`` is an array of frames. The sampler ``"uniform"`` needs
+            no frame rate.
 
     Returns:
         uint8 RGB ``[V, T, C, H, W]`` on the CPU, or the result of ``transform``. An alpha channel
@@ -98,43 +107,116 @@ def read_clip(
     Raises:
         VideoNotFoundError: the file does not exist.
         VideoError: the path is a folder, the file is empty or has no video stream, no frame can be
-            decoded, or the video is HDR and this FFmpeg cannot convert it.
-        VideoOptionError: ``sampler`` or ``backend`` is not known, or a number is out of range.
-        MissingDependencyError: PyAV is not installed, or ``backend="torchcodec"`` and torchcodec
-            cannot be loaded.
+            decoded, the video is HDR and this FFmpeg cannot convert it, or a URL or a file object
+            can't be read.
+        VideoOptionError: ``sampler`` or ``backend`` is not known, a number is out of range, or
+            ``fps`` is missing for an array of frames.
+        VideoShapeError: the frames of an array are not uint8, have another shape, or there are
+            none.
+        UsageError: ``path`` is of an unknown kind, or a file object in text mode.
+        MissingDependencyError: PyAV is not installed, ``backend="torchcodec"`` and torchcodec
+            cannot be loaded, or what fsspec needs for a URL is not installed.
 
     Source: the released code of Open-VCLIP (PySlowFast's PyAV path).
     """
     sampling = Sampling(num_frames, sampling_rate, target_fps, views, sampler, backend)
-    require_av()
-    if backend == "torchcodec":
-        require_torchcodec()
-    full = check_path(path)
-    with Stream(full) as stream:
-        info, stamps = _metadata(stream, sampling)
-        state = _state(generator) if sampler == "dense" else None
-        windows = plan(info, sampling, generator)
-        changes = _changes(transform, views, generator)
-        video = None
-        if backend == "torchcodec" and stamps and stream.in_order:
-            numbers = [number for window in windows for number in select(stamps, window)]
-            video = decode_frames(stream, numbers, len(stamps))
-            if video is not None and changes is not None:
-                parts = zip(changes, video.split(num_frames), strict=True)
-                video = torch.cat([change(clip).transpose(0, 1) for change, clip in parts])
-        if video is None:
-            reading = _Reading(stream, info, changes)
-            try:
-                video = reading.read(windows, stamps if stream.seekable else None)
-            except _FewerFramesError as fewer:
-                # Placed anew with the same random numbers.
-                windows = plan(fewer.info, sampling, state)
-                with Stream(full) as again:
-                    video = _Reading(again, None, changes).read(windows, None)
-    clip = video.view(views, num_frames, *video.shape[1:])
+    return read_views(path, sampling, transform=transform, generator=generator, fps=fps)
+
+
+def read_views(
+    video: VideoSource,
+    sampling: Sampling,
+    *,
+    transform: Callable[[Tensor], Tensor] | None = None,
+    generator: torch.Generator | None = None,
+    fps: float | None = None,
+    alone: bool = True,
+) -> Tensor:
+    """Read the clips of a video: :func:`read_clip` with the sampling as one object.
+
+    Args:
+        video: see :func:`read_clip`.
+        sampling: the frames to read.
+        transform: see :func:`read_clip`.
+        generator: see :func:`read_clip`.
+        fps: see :func:`read_clip`.
+        alone: whether this thread is the only one that decodes videos. If not, the decoder uses one
+            thread.
+    """
+    with opened(video, fps, alone=alone) as source:
+        if isinstance(source, NumberedVideo):
+            rows = _numbered_rows(source, sampling, transform, generator)
+        else:
+            rows = _decoded_rows(source, sampling, transform, generator)
+    clip = rows.view(sampling.views, sampling.num_frames, *rows.shape[1:])
     if isinstance(transform, Transform):
         return clip.transpose(1, 2) if transform.crops > 1 else clip[:, :, 0]
     return clip if transform is None else transform(clip)
+
+
+def _decoded_rows(
+    video: EncodedVideo,
+    sampling: Sampling,
+    transform: Callable[[Tensor], Tensor] | None,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Return the frames of all views, uint8 ``[V * T, C, H, W]``, or what a transform returns."""
+    if sampling.backend == "torchcodec":
+        require_torchcodec()
+    with Stream(video) as stream:
+        info, stamps = _metadata(stream, sampling)
+        state = _state(generator) if sampling.sampler == "dense" else None
+        windows = plan(info, sampling, generator)
+        changes = _changes(transform, sampling.views, generator)
+        if sampling.backend == "torchcodec" and stamps and stream.in_order:
+            numbers = [number for window in windows for number in select(stamps, window)]
+            frames = decode_frames(stream, numbers, len(stamps))
+            if frames is not None:
+                return _changed(frames, changes)
+        reading = _Reading(stream, info, changes)
+        try:
+            return reading.read(windows, stamps if stream.seekable else None)
+        except _FewerFramesError as fewer:
+            # Placed anew with the same random numbers.
+            windows = plan(fewer.info, sampling, state)
+            with Stream(video) as again:
+                return _Reading(again, None, changes).read(windows, None)
+
+
+def _numbered_rows(
+    video: NumberedVideo,
+    sampling: Sampling,
+    transform: Callable[[Tensor], Tensor] | None,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Return the frames of all views, as :func:`_decoded_rows` does."""
+    timed = sampling.sampler != "uniform"
+    if timed:
+        video.require_rate(f"the sampler {sampling.sampler!r}")
+    state = _state(generator) if sampling.sampler == "dense" else None
+    windows = plan(video.info, sampling, generator)
+    changes = _changes(transform, sampling.views, generator)
+    try:
+        frames = _taken(video, windows, timed)
+    except RateChangesError:
+        video.measure()
+        frames = _taken(video, plan(video.info, sampling, state), timed)
+    return _changed(frames, changes)
+
+
+def _taken(video: NumberedVideo, windows: Sequence[Window], timed: bool) -> Tensor:
+    numbers = [number for window in windows for number in select(video.stamps, window)]
+    wanted = sorted(set(numbers))
+    row = {number: index for index, number in enumerate(wanted)}
+    return video.take(wanted, timed=timed)[torch.tensor([row[number] for number in numbers])]
+
+
+def _changed(frames: Tensor, changes: Sequence[Callable[[Tensor], Tensor]] | None) -> Tensor:
+    """Apply the function of each view to its frames, uint8 ``[V * T, C, H, W]``."""
+    if changes is None:
+        return frames
+    parts = zip(changes, frames.chunk(len(changes)), strict=True)
+    return torch.cat([change(clip).transpose(0, 1) for change, clip in parts])
 
 
 def _metadata(stream: Stream, sampling: Sampling) -> tuple[StreamInfo, Sequence[int] | None]:
@@ -213,7 +295,7 @@ class _Reading:
             self._in_order(self.stream, parts, rows)
         elif not self._with_seeks(parts, rows):
             # decode from the beginning: slower, but right for every container
-            with Stream(self.stream.path) as fresh:
+            with Stream(self.stream.video) as fresh:
                 self._in_order(fresh, parts, rows)
         return rows.result()
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,13 +15,14 @@ import torch
 from torch import Tensor
 
 from openvclip.errors import VideoError, VideoOptionError
+from openvclip.video._inputs import EncodedVideo
+from openvclip.video._numbered import NumberedVideo
 from openvclip.video._pictures import Pictures
-from openvclip.video._stream import Stream, check_path, require_av
+from openvclip.video._stream import Stream
 from openvclip.video._windows import REORDER
+from openvclip.video.sources import VideoSource, opened
 
 if TYPE_CHECKING:
-    import os
-
     import av
 
 __all__ = ["SlidingWindow", "sliding_windows"]
@@ -52,12 +55,13 @@ class _Waiting:
 
 
 def sliding_windows(
-    path: str | os.PathLike[str],
+    path: VideoSource,
     *,
     transform: Callable[[Tensor], Tensor],
     num_frames: int = 8,
     seconds: float = 128 / 30,
     step: float | None = None,
+    fps: float | None = None,
 ) -> Iterator[SlidingWindow]:
     """Iterate over windows of equal length, from the beginning to the end of a video.
 
@@ -67,20 +71,23 @@ def sliding_windows(
     first window that reaches the end of the video is the last window.
 
     Args:
-        path: a video file.
+        path: a video file, or another :data:`~openvclip.video.VideoSource`.
         transform: function that is called once on each frame of a window, uint8 ``[1, C, H, W]``.
         num_frames: T, the number of frames in a window.
         seconds: length of a window. Default: the length of the clips in the papers, 8 frames with a
             distance of 16 frames at 30 frames per second.
         step: time from the start of a window to the start of the next window, in seconds. Default:
             half of ``seconds``.
+        fps: frames per second, if ``path`` is an array of frames.
 
     Yields:
         A :class:`SlidingWindow` for each window.
 
     Raises:
         VideoError, VideoNotFoundError: the file cannot be read, or no frame can be decoded.
-        VideoOptionError: a number is out of range.
+        VideoOptionError: a number is out of range, or the frame rate of an array is not given.
+        UsageError, VideoShapeError: ``path`` is of an unknown kind, or its frames have a wrong
+            shape or dtype.
         MissingDependencyError: PyAV is not installed.
     """
     step = seconds / 2 if step is None else step
@@ -89,20 +96,41 @@ def sliding_windows(
             raise VideoOptionError(f"{name}={value!r}: expected a number of seconds above 0.")
     if isinstance(num_frames, bool) or not isinstance(num_frames, int) or num_frames < 1:
         raise VideoOptionError(f"num_frames={num_frames!r}: expected a whole number, at least 1.")
-    require_av()
-    full = check_path(path)
-    return _windows(full, transform, num_frames, seconds, step)
+    with ExitStack() as stack:
+        source = stack.enter_context(opened(path, fps))
+        if isinstance(source, NumberedVideo):
+            source.require_rate("a timeline")
+        cut = _Cut(transform, num_frames, seconds, step)
+        return _windows_of(source, cut, stack.pop_all())
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """How a video is cut into windows: the arguments of :func:`sliding_windows`."""
+
+    transform: Callable[[Tensor], Tensor]
+    count: int
+    seconds: float
+    step: float
+
+
+def _windows_of(
+    source: EncodedVideo | NumberedVideo, cut: _Cut, stack: ExitStack
+) -> Iterator[SlidingWindow]:
+    with stack:
+        shown = source.displayed() if isinstance(source, NumberedVideo) else _displayed(source)
+        yield from _windows(source.name, shown, cut)
 
 
 def _windows(
-    path: str, transform: Callable[[Tensor], Tensor], count: int, seconds: float, step: float
+    name: str, shown: Iterator[tuple[float, Callable[[], Tensor]]], cut: _Cut
 ) -> Iterator[SlidingWindow]:
+    transform, count, seconds, step = cut.transform, cut.count, cut.seconds, cut.step
     waiting: deque[_Waiting] = deque()
     begun, reached, until = 0, 0.0, 0.0
-    frame: av.VideoFrame | None = None
+    frame: Callable[[], Tensor] | None = None
     pixels: Tensor | None = None
-    pictures = Pictures(path)
-    for until, frame in _displayed(path):
+    for until, frame in shown:
         while begun == 0 or begun * step + _ROUNDING < until:
             start = begun * step
             times = deque(start + i * seconds / count for i in range(count))
@@ -112,7 +140,7 @@ def _windows(
         for window in waiting:
             while window.wanted and window.wanted[0] + _ROUNDING < until:
                 if pixels is None:
-                    pixels = transform(pictures.tensor(frame))[0]
+                    pixels = transform(frame())[0]
                 window.wanted.popleft()
                 window.frames.append(pixels)
         while waiting and not waiting[0].wanted and waiting[0].start + seconds <= until:
@@ -120,20 +148,24 @@ def _windows(
             reached = window.start + seconds
             yield SlidingWindow(window.start, reached, torch.stack(window.frames))
     if frame is None:
-        raise VideoError(f"{path}: decoded 0 frames; the file is truncated, damaged or no video.")
+        raise VideoError(f"{name}: decoded 0 frames; the file is truncated, damaged or no video.")
     while waiting and (reached == 0 or reached + _ROUNDING < until):
         window = waiting.popleft()
         reached = min(window.start + seconds, until)
         for _ in window.wanted:
             if pixels is None:
-                pixels = transform(pictures.tensor(frame))[0]
+                pixels = transform(frame())[0]
             window.frames.append(pixels)
         yield SlidingWindow(window.start, reached, torch.stack(window.frames))
 
 
-def _displayed(path: str) -> Iterator[tuple[float, av.VideoFrame]]:
-    """Yield ``(time at which the frame disappears, frame)`` in display order."""
-    with Stream(path) as stream:
+def _displayed(video: EncodedVideo) -> Iterator[tuple[float, Callable[[], Tensor]]]:
+    """Yield ``(time at which the frame disappears, frame)`` in display order.
+
+    The frame is a function that returns the pixels, uint8 ``[1, C, H, W]``.
+    """
+    pictures = Pictures(video.name)
+    with Stream(video) as stream:
         before: av.VideoFrame | None = None
         origin = until = 0.0
         for stamp, frame in _in_order(stream):
@@ -142,10 +174,10 @@ def _displayed(path: str) -> Iterator[tuple[float, av.VideoFrame]]:
             else:
                 # Time stamps of damaged files can jump forwards and backwards.
                 until = min(max(stream.seconds_at(stamp) - origin, until), until + _LONGEST)
-                yield until, before
+                yield until, partial(pictures.tensor, before)
             before = frame
         if before is not None:
-            yield until + 1 / stream.info.fps, before
+            yield until + 1 / stream.info.fps, partial(pictures.tensor, before)
 
 
 def _in_order(stream: Stream) -> Iterator[tuple[int, av.VideoFrame]]:

@@ -6,11 +6,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 from typing_extensions import assert_type
@@ -23,9 +24,11 @@ from openvclip import (
     LAWATracker,
     Prediction,
     SWATracker,
+    VideoCLIP,
     ZeroShotClassifier,
 )
-from openvclip.video import Sampling
+from openvclip.checkpoints.contract import Contract
+from openvclip.video import Sampling, VideoFrames
 
 State = dict[str, Tensor]
 
@@ -92,4 +95,30 @@ def prediction(model: nn.Module, tokenizer: Callable[[list[str]], Tensor], video
     assert_type(result.top(2), list[tuple[str, float]])
     assert_type(result.probabilities, Tensor)
     assert_type(openvclip.video.read_clip("clip.mp4"), Tensor)
+    assert_type(openvclip.video.read_clip(video, fps=30), Tensor)
+    assert_type(openvclip.video.read_clips([b"", "clip.mp4"]), Iterator[Tensor])
+    assert_type(openvclip.encode_video(model, video, pooling="frames"), Tensor)
+    ZeroShotClassifier(model, tokenizer, labels, pooling="mean")  # type: ignore[arg-type]
     assert_type(openvclip.evaluation.evaluate(classifier, [(video, logits)]).n_clips, int)
+
+
+def one_object(model: nn.Module, tokenizer: Callable[[list[str]], Tensor], path: Path) -> None:
+    clip = VideoCLIP(model, tokenizer, sampling=Sampling(views=1), pooling="frames")
+    labels = ["archery", "yoga"]
+    frames = VideoFrames([torch.zeros(1)], fps=30)
+    assert_type(clip.classify("clip.mp4", labels), Prediction)
+    assert_type(clip.classify(b"", labels), Prediction)
+    assert_type(clip.classify(torch.zeros(1), labels, fps=30), Prediction)
+    assert_type(clip.classify(path, labels), Prediction)
+    assert_type(clip.classify(frames, labels), Prediction)
+    paths: list[Path] = [path]
+    assert_type(clip.classify(paths, labels), list[Prediction])
+    assert_type(clip.classify(["clip.mp4", frames], labels, num_threads=4), list[Prediction])
+    assert_type(clip.encode_video(paths), Tensor)
+    assert_type(clip.encode_text("a horse race"), Tensor)
+    assert_type(clip.classifier(labels), ZeroShotClassifier)
+    assert_type(clip.to("cuda"), VideoCLIP)
+    assert_type(clip.contract, Contract)
+    clip.classify("clip.mp4")  # type: ignore[call-overload]
+    clip.classify(3, labels)  # type: ignore[call-overload]
+    VideoCLIP(model, tokenizer, pooling="mean")  # type: ignore[arg-type]

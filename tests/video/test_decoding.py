@@ -242,7 +242,7 @@ def test_missing_file(tmp_path):
         read_clip(tmp_path / "none.mp4")
     assert isinstance(caught.value, FileNotFoundError)
     with pytest.raises(VideoNotFoundError):
-        read_clip("http://example.org/video.mp4")
+        read_clip("memory://none.mp4")
     with pytest.raises(VideoNotFoundError):
         read_clip("concat:a.ts|b.ts")
 

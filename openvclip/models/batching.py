@@ -1,0 +1,108 @@
+"""Read many videos ahead, and encode several of them at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openvclip.commands.progress import progress_bar
+from openvclip.errors import UsageError
+from openvclip.models.reading import read_input
+from openvclip.video.ahead import default_threads, in_order
+from openvclip.video.sampling import Sampling
+from openvclip.video.sources import source_name
+from openvclip.video.transforms import Transform
+
+__all__ = ["VideoReader", "encode_each", "encode_one"]
+
+Encode = Callable[[Tensor], Tensor]
+"""A function from views ``[n, T, C, H, W]`` or images ``[n, C, H, W]`` to rows ``[n, D]``."""
+
+
+@dataclass(frozen=True)
+class VideoReader:
+    """How videos are read and encoded.
+
+    Attributes:
+        sampling: the frames of a video.
+        transform: a transform from 8-bit frames to the input of the model.
+        fps: frames per second of arrays of frames.
+        batch_size: number of videos to encode at a time.
+        num_threads: see :func:`openvclip.video.read_clips`.
+        progress: whether to show a progress bar. ``None``: only in a terminal.
+
+    Raises:
+        UsageError: ``batch_size`` is below 1.
+        VideoOptionError: ``num_threads`` is negative.
+    """
+
+    sampling: Sampling
+    transform: Transform
+    fps: float | None = None
+    batch_size: int = 4
+    num_threads: int | None = None
+    progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        default_threads(self.num_threads)
+        size = self.batch_size
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise UsageError(f"batch_size={size!r}: expected a whole number of at least 1.")
+
+    def read(self, video: Any, alone: bool = False) -> tuple[str, Tensor]:
+        """Return the name and the views of a video, or the crops of an image.
+
+        Args:
+            video: the video or the image.
+            alone: see :func:`openvclip.video.decoding.read_views`.
+        """
+        views = read_input(video, self.sampling, self.transform, fps=self.fps, alone=alone)
+        return source_name(video), views
+
+
+def encode_one(video: Any, encode: Encode, reader: VideoReader) -> tuple[str, Tensor]:
+    """Return the name of a video, and the mean over its views of what ``encode`` returns."""
+    name, views = reader.read(video, alone=True)
+    return name, encode(views).mean(dim=0)
+
+
+def encode_each(videos: Any, encode: Encode, reader: VideoReader) -> list[tuple[str, Tensor]]:
+    """Return the result of :func:`encode_one` for each video, encoded in batches.
+
+    Raises:
+        UsageError: there are no videos.
+    """
+    ahead = progress_bar(
+        in_order(reader.read, videos, reader.num_threads),
+        total=len(videos) if isinstance(videos, (list, tuple)) else None,
+        desc="videos",
+        unit="video",
+        disable=None if reader.progress is None else not reader.progress,
+    )
+    rows: list[tuple[str, Tensor]] = []
+    for batch in _batched(ahead, reader.batch_size):
+        encoded = encode(torch.cat([views for _, views in batch]))
+        parts = encoded.split([len(views) for _, views in batch])
+        rows += [(name, part.mean(dim=0)) for (name, _), part in zip(batch, parts, strict=True)]
+    if not rows:
+        raise UsageError("videos is empty; expected at least one video.")
+    return rows
+
+
+def _batched(items: Iterable[tuple[str, Tensor]], size: int) -> Iterator[list[tuple[str, Tensor]]]:
+    """Yield lists of at most ``size`` neighbours whose tensors can be concatenated."""
+    batch: list[tuple[str, Tensor]] = []
+    for name, views in items:
+        if batch and batch[0][1].shape[1:] != views.shape[1:]:
+            yield batch
+            batch = []
+        batch.append((name, views))
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

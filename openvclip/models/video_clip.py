@@ -1,0 +1,423 @@
+"""A CLIP that is ready for videos and knows how it is used: :class:`VideoCLIP`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from openvclip.checkpoints.contract import Contract
+from openvclip.errors import UsageError
+from openvclip.models.batching import VideoReader, encode_each, encode_one
+from openvclip.models.classifier import (
+    Template,
+    ZeroShotClassifier,
+)
+from openvclip.models.features import device_of, video_features
+from openvclip.models.finite import require_finite
+from openvclip.models.modes import evaluation_mode
+from openvclip.models.prediction import (
+    Prediction,
+    default_tokenizer,
+    logits_of,
+    prediction_of,
+)
+from openvclip.models.text_side import TextSide
+from openvclip.models.timeline import Timeline, predict_timeline
+from openvclip.models.tokenizers import Tokenizer
+from openvclip.models.usage import contract_of
+from openvclip.models.video_usage import name_of, require_usable, usage_for
+from openvclip.towers.temporal import expansion_of, is_expanded
+from openvclip.towers.view import ExpansionSettings, Pooling
+from openvclip.video.sampling import Sampling
+from openvclip.video.sources import VideoSource, is_several
+from openvclip.video.transforms import Transform
+from openvclip.weights.names import named_state, unwrap
+
+__all__ = ["VideoCLIP"]
+
+
+class VideoCLIP:
+    """A CLIP model together with everything that its use on videos needs.
+
+    The settings belong to the model: a model that is used with other frames, pixels, templates or
+    pooling than in its training is another, worse model. The window, the boundary and the expanded
+    layers are read from the model.
+
+    All methods run in eval mode and without gradients. Several threads can use one object.
+
+    Args:
+        model: an open_clip model, or a model of transformers such as ``CLIPModel`` or
+            ``SiglipModel``, expanded or not. The model is not copied.
+        tokenizer: see :class:`openvclip.ZeroShotClassifier`. Default: as in
+            :func:`openvclip.predict`.
+        sampling: the frames of a video. Default: those of ``contract``, or the 3 views of 8 frames
+            of the paper.
+        transform: a transform from 8-bit frames to the input of the model. Default: that of
+            ``contract``, or the transform of the released evaluation at the image size of the
+            model.
+        templates: texts in which the label replaces ``{}``, or functions from a label to a text.
+            Default: those of ``contract``, or the 28 templates of the released code.
+        pooling: how the features of frames become the feature of a clip, see
+            :func:`openvclip.encode_video`. Default: that of ``contract``, or ``"unit_frames"``.
+        autocast: the dtype of ``torch.autocast`` for images and videos, such as
+            ``torch.bfloat16``. Default: no autocast.
+        contract: the contract of the model, such as ``openvclip.checkpoints.read_contract``
+            returns.
+
+    Attributes:
+        model: as the argument, without a wrapper for data parallelism.
+        tokenizer: as the argument.
+        sampling: as the argument.
+        transform: as the argument.
+        templates: as the argument.
+        pooling: as the argument.
+        autocast: as the argument.
+
+    Raises:
+        UnsupportedModelError: ``model`` is neither a CLIP of open_clip nor of transformers.
+        PromptingError: the model has prompts.
+        UsageError: ``model`` is a classifier; or the tokenizer of the model is not known; or
+            ``pooling`` is unknown; or the contract says that class names are encoded by the
+            original CLIP, whose weights are not in the model.
+        VideoOptionError: ``transform`` or ``sampling`` is random.
+        ContractError: the contract names something that this version of openvclip does not know.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer | None = None,
+        *,
+        sampling: Sampling | None = None,
+        transform: Transform | None = None,
+        templates: Sequence[Template] | None = None,
+        pooling: Pooling | None = None,
+        autocast: torch.dtype | None = None,
+        contract: Contract | None = None,
+    ) -> None:
+        inner = unwrap(model)
+        require_usable(inner, contract)
+        self.model: Any = inner
+        self.tokenizer = default_tokenizer(inner) if tokenizer is None else tokenizer
+        self.autocast = autocast
+        self._contract = contract
+        usage = usage_for(inner, contract, sampling, transform, templates, pooling)
+        self.sampling, self.transform = usage.sampling, usage.transform
+        self.templates, self.pooling = usage.templates, usage.pooling
+        self._texts = TextSide(inner, self.tokenizer)
+
+    # --- what the model says -------------------------------------------------------------------
+
+    @property
+    def contract(self) -> Contract:
+        """How the model is used: the contract that was given, with the present settings."""
+        known = self._contract
+        name = name_of(self.model) if known is None else known.model
+        present = contract_of(
+            self.model,
+            name,
+            self.transform,
+            sampling=self.sampling,
+            templates=self.templates,
+            pooling=self.pooling,
+        )
+        if known is None:
+            return present
+        return known.with_(
+            library=present.library,
+            expansion=present.expansion,
+            frames=present.frames,
+            pixels=present.pixels,
+            templates=present.templates,
+            pooling=present.pooling,
+        )
+
+    @property
+    def expansion(self) -> ExpansionSettings | None:
+        """The window, boundary and layers of the model; ``None`` if the model is not expanded."""
+        return expansion_of(self.model) if is_expanded(self.model) else None
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the model."""
+        return device_of(self.model)
+
+    def to(self, device: str | torch.device) -> VideoCLIP:
+        """Move the model to a device, in place, and return this object.
+
+        Args:
+            device: the device, such as ``"cuda"``.
+        """
+        self.model.to(device)
+        self._texts.clear()
+        return self
+
+    # --- predictions ---------------------------------------------------------------------------
+
+    @overload
+    def classify(  # type: ignore[overload-overlap]  # a str is one video
+        self,
+        videos: VideoSource,
+        labels: Sequence[str],
+        *,
+        fps: float | None = ...,
+        batch_size: int = ...,
+        num_threads: int | None = ...,
+        progress: bool | None = ...,
+    ) -> Prediction: ...
+
+    @overload
+    def classify(
+        self,
+        videos: Iterable[VideoSource],
+        labels: Sequence[str],
+        *,
+        fps: float | None = ...,
+        batch_size: int = ...,
+        num_threads: int | None = ...,
+        progress: bool | None = ...,
+    ) -> list[Prediction]: ...
+
+    def classify(
+        self,
+        videos: VideoSource | Iterable[VideoSource],
+        labels: Sequence[str],
+        *,
+        fps: float | None = None,
+        batch_size: int = 4,
+        num_threads: int | None = None,
+        progress: bool | None = None,
+    ) -> Prediction | list[Prediction]:
+        """Compute the probabilities of labels for a video, or for each of several videos.
+
+        The predictions are those of :func:`openvclip.predict`. The text features of the labels are
+        computed once and kept.
+
+        Args:
+            videos: a video, see :data:`openvclip.video.VideoSource`, or an image; or a list, a
+                tuple or an iterator of them. A list is never one video: for a list of frames give
+                :class:`openvclip.video.VideoFrames`.
+            labels: K different labels.
+            fps: frames per second, if the videos are arrays of frames.
+            batch_size: number of videos to encode at a time. The batches change the probabilities
+                only by rounding.
+            num_threads: number of threads that decode videos ahead; see
+                :func:`openvclip.video.read_clips`. A single video is decoded in this thread.
+            progress: whether to show a progress bar. Default: only in a terminal, and for several
+                videos.
+
+        Returns:
+            A :class:`~openvclip.Prediction` for a video, a list of them for several videos.
+
+        Raises:
+            ClassNamesError: ``labels`` is empty, or holds an empty or repeated label.
+            VideoError, VideoShapeError, VideoOptionError: a video can't be read. For several
+                videos, the error begins with the place of the video.
+            UsageError: ``videos`` is empty, a video is of an unknown kind, or ``batch_size`` is not
+                above 0.
+            NonFiniteWeightsError, EvaluationError: see :func:`openvclip.predict`.
+
+        Warns:
+            LabelWarning: the text tower can't tell some labels apart, or there is only one label.
+        """
+        reader = self._reader(fps, batch_size, num_threads, progress)
+        classifier = self.classifier(labels)
+
+        def logits(views: Tensor) -> Tensor:
+            with self._autocast():
+                return logits_of(classifier, views)
+
+        if is_several(videos):
+            rows = encode_each(videos, logits, reader)
+            return [prediction_of(name, classifier, row) for name, row in rows]
+        name, row = encode_one(videos, logits, reader)
+        return prediction_of(name, classifier, row)
+
+    def timeline(
+        self,
+        video: VideoSource,
+        labels: Sequence[str],
+        *,
+        seconds: float | None = None,
+        step: float | None = None,
+        batch_size: int = 4,
+        progress: bool | None = None,
+        fps: float | None = None,
+    ) -> Timeline:
+        """Compute the probabilities of labels in each window of a long video.
+
+        Args:
+            video: the video; see :data:`openvclip.video.VideoSource`.
+            labels: K different labels.
+            seconds: length of a window. Default: the length of a view of ``sampling``.
+            step: seconds from the start of a window to the start of the next window. Default: half
+                of ``seconds``.
+            batch_size: number of windows to encode at a time.
+            progress: whether to show a progress bar. Default: only in a terminal.
+            fps: frames per second, if ``video`` is an array of frames.
+
+        Raises:
+            VideoError, VideoShapeError, VideoOptionError, UsageError, ClassNamesError: see
+                :func:`openvclip.models.predict_timeline`.
+        """
+        frames = self.sampling
+        length = frames.num_frames * frames.sampling_rate / frames.target_fps
+        with self._autocast():
+            return predict_timeline(
+                self.classifier(labels),
+                video,
+                transform=self.transform,
+                num_frames=frames.num_frames,
+                seconds=length if seconds is None else seconds,
+                step=step,
+                batch_size=batch_size,
+                progress=progress,
+                fps=fps,
+            )
+
+    # --- features ------------------------------------------------------------------------------
+
+    def encode_video(
+        self,
+        videos: VideoSource | Iterable[VideoSource],
+        *,
+        fps: float | None = None,
+        batch_size: int = 4,
+        num_threads: int | None = None,
+        progress: bool | None = None,
+    ) -> Tensor:
+        """Return the feature of a video, or of each of several videos, with unit length.
+
+        The features of the views are pooled as ``pooling`` says, averaged, and L2-normalised.
+
+        Args:
+            videos: see :meth:`classify`.
+            fps: see :meth:`classify`.
+            batch_size: see :meth:`classify`.
+            num_threads: see :meth:`classify`.
+            progress: see :meth:`classify`.
+
+        Returns:
+            float32 ``[D]`` for a video, ``[n, D]`` for several videos, on the CPU.
+
+        Raises:
+            VideoError, VideoShapeError, VideoOptionError, UsageError: see :meth:`classify`.
+            NonFiniteWeightsError, EvaluationError: the features are not finite.
+        """
+        reader = self._reader(fps, batch_size, num_threads, progress)
+        if is_several(videos):
+            rows = [row.cpu() for _, row in encode_each(videos, self._features, reader)]
+            return functional.normalize(torch.stack(rows), dim=-1)
+        return functional.normalize(encode_one(videos, self._features, reader)[1], dim=-1).cpu()
+
+    def encode_image(
+        self,
+        images: VideoSource | Iterable[VideoSource],
+        *,
+        batch_size: int = 32,
+        num_threads: int | None = None,
+        progress: bool | None = None,
+    ) -> Tensor:
+        """Return the feature of an image, or of each of several images, with unit length.
+
+        The features are those of plain CLIP, also if the model is expanded.
+
+        Args:
+            images: an image: the path of a file, its bytes, a file object, an image of Pillow, or
+                uint8 ``[H, W, C]`` or ``[C, H, W]``; or a list of images. A file must have the
+                extension of an image format.
+            batch_size: number of images to encode at a time.
+            num_threads: see :meth:`classify`.
+            progress: see :meth:`classify`.
+
+        Returns:
+            float32 ``[D]`` for an image, ``[n, D]`` for several images, on the CPU.
+
+        Raises:
+            VideoError, VideoShapeError, UsageError: an image can't be read.
+            NonFiniteWeightsError, EvaluationError: the features are not finite.
+        """
+        return self.encode_video(
+            images, batch_size=batch_size, num_threads=num_threads, progress=progress
+        )
+
+    def encode_text(self, texts: str | Sequence[str]) -> Tensor:
+        """Return the feature of a text, or of each of several texts, with unit length.
+
+        The texts are encoded as they are, without templates.
+
+        Args:
+            texts: a text, or n texts.
+
+        Returns:
+            float32 ``[D]`` for a text, ``[n, D]`` for several texts, on the CPU.
+
+        Raises:
+            UsageError: ``texts`` is empty, or holds something else than texts.
+            NonFiniteWeightsError, EvaluationError: the features are not finite.
+        """
+        several = [texts] if isinstance(texts, str) else texts
+        if isinstance(several, Iterable):
+            several = list(several)
+        if not several or not all(isinstance(text, str) for text in several):
+            raise UsageError(f"texts is {texts!r}; expected a text or a list of texts.")
+        features = self._texts.encode(several).float().cpu()
+        return features[0] if isinstance(texts, str) else features
+
+    def classifier(self, labels: Sequence[str]) -> ZeroShotClassifier:
+        """Return the classifier of labels. It is kept for the next call with these labels.
+
+        A classifier is made anew if the text weights of the model changed.
+
+        Args:
+            labels: K different labels.
+
+        Raises:
+            ClassNamesError: ``labels`` is empty, or holds an empty or repeated label; or
+                ``templates`` is empty, or holds a template without ``{}``.
+
+        Warns:
+            LabelWarning: the text tower can't tell some labels apart, or there is only one label.
+        """
+        return self._texts.classifier(labels, self.templates, self.pooling)
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        dtype = self.autocast
+        context: AbstractContextManager[None] = torch.autocast(
+            self.device.type, dtype, enabled=dtype is not None
+        )
+        return context
+
+    @torch.no_grad()
+    def _features(self, views: Tensor) -> Tensor:
+        """Return the features ``[n, D]`` of views or images, pooled over the frames."""
+        first = next(self.model.parameters())
+        with self._autocast(), evaluation_mode(self.model):
+            pixels = views.to(first.device, first.dtype)
+            features = video_features(self.model, pixels, self.pooling).float()
+        require_finite(features, lambda: named_state(self.model), "The features")
+        return features
+
+    def _reader(self, *options: Any) -> VideoReader:
+        return VideoReader(self.sampling, self.transform, *options)
+
+    # --- the object ----------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        settings, frames = self.expansion, self.sampling
+        if settings is None:
+            time = "not expanded"
+        else:
+            layers = "all" if settings.layers is None else str(list(settings.layers))
+            time = f"window {settings.window}, boundary {settings.boundary!r}, layers {layers}"
+        pixels = f"{self.transform.size} pixels, {self.transform.name!r}"
+        return (
+            f"VideoCLIP({name_of(self.model) if self._contract is None else self._contract.model}"
+            f": {time}; {frames.views} x {frames.num_frames} frames, {frames.sampler!r}; {pixels}; "
+            f"{len(self.templates)} templates; pooling {self.pooling!r}; on {self.device})"
+        )

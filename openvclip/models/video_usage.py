@@ -1,0 +1,113 @@
+"""How a model is used on videos: the frames, the pixels, the texts and the pooling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from openvclip.checkpoints.contract import Contract
+from openvclip.errors import ClassNamesError, PromptingError, UsageError, VideoOptionError
+from openvclip.models.classifier import VIDEO_TEMPLATES, Template, TextClassifier
+from openvclip.models.features import require_clip
+from openvclip.models.preprocess import transform_for
+from openvclip.models.usage import sampling_of, transform_of
+from openvclip.towers.prompted import PromptedTower
+from openvclip.towers.view import Pooling, require_pooling
+from openvclip.video.sampling import PAPER_SAMPLING, Sampling
+from openvclip.video.transforms import Transform
+
+__all__ = ["VideoUsage", "name_of", "require_usable", "usage_for"]
+
+
+@dataclass(frozen=True)
+class VideoUsage:
+    """How a model is used on videos. The attributes are those of :class:`openvclip.VideoCLIP`."""
+
+    sampling: Sampling
+    transform: Transform
+    templates: tuple[Template, ...]
+    pooling: Pooling
+
+
+def usage_for(
+    model: nn.Module,
+    contract: Contract | None,
+    sampling: Sampling | None = None,
+    transform: Transform | None = None,
+    templates: Sequence[Template] | None = None,
+    pooling: Pooling | None = None,
+) -> VideoUsage:
+    """Return the settings that are given; for the others, those of the contract or the defaults.
+
+    Args:
+        model: a CLIP model of open_clip or transformers.
+        contract: the contract of the model, or ``None``.
+        sampling: see :class:`openvclip.VideoCLIP`.
+        transform: see :class:`openvclip.VideoCLIP`.
+        templates: see :class:`openvclip.VideoCLIP`.
+        pooling: see :class:`openvclip.VideoCLIP`.
+
+    Raises:
+        VideoOptionError, UsageError, ClassNamesError: see :class:`openvclip.VideoCLIP`.
+    """
+    if sampling is None:
+        sampling = PAPER_SAMPLING if contract is None else sampling_of(contract)
+    if transform is None:
+        transform = transform_for(model) if contract is None else transform_of(contract)
+    if templates is None:
+        templates = VIDEO_TEMPLATES if contract is None else contract.templates
+    if pooling is None:
+        pooling = "unit_frames" if contract is None else contract.pooling
+    _require_fixed(sampling, transform)
+    require_pooling(pooling)
+    if isinstance(templates, str):
+        raise ClassNamesError(f"templates is one string, {templates!r}; expected a list.")
+    return VideoUsage(sampling, transform, tuple(templates), pooling)
+
+
+def require_usable(model: nn.Module, contract: Contract | None) -> None:
+    """Check that a model with its contract can be used as a VideoCLIP.
+
+    Raises:
+        UsageError, PromptingError, UnsupportedModelError: see :class:`openvclip.VideoCLIP`.
+    """
+    if isinstance(model, TextClassifier):
+        raise UsageError(
+            f"model is a {type(model).__name__}; expected a CLIP model. Pass classifier.model, or "
+            "call openvclip.predict(classifier, video)."
+        )
+    prompted = any(isinstance(module, PromptedTower) for module in model.modules())
+    if prompted or hasattr(model, "openvclip_prompts"):
+        raise PromptingError(
+            "The model has prompts, which VideoCLIP does not support. Create an "
+            "openvclip.prompting.VideoClassifier, and call openvclip.predict(classifier, video)."
+        )
+    require_clip(model)
+    if contract is not None and contract.text == "original":
+        raise UsageError(
+            "The contract says that class names are encoded by the original CLIP, whose text "
+            "weights the model does not hold. Create a ZeroShotClassifier with text_features= of "
+            "the original CLIP, or give the model the text weights of the original CLIP and "
+            'contract.with_(text="own").'
+        )
+
+
+def _require_fixed(sampling: Sampling, transform: Transform) -> None:
+    """Raise :class:`VideoOptionError` if two predictions of one video would differ."""
+    if transform.random:
+        raise VideoOptionError(
+            f"transform is {transform.name!r}, which is random. Give "
+            'transform.with_(name="released", short_side=None).'
+        )
+    if sampling.sampler == "dense":
+        raise VideoOptionError(
+            "sampling has the sampler 'dense', which starts at random frames. Give "
+            'sampling.with_(sampler="released"), which takes the same frames at fixed places.'
+        )
+
+
+def name_of(model: nn.Module) -> str:
+    """Return the name that a model of transformers was loaded from, or the name of its class."""
+    return str(getattr(model, "name_or_path", "") or type(model).__name__)
