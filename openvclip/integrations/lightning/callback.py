@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import sys
 import types
@@ -34,17 +33,22 @@ def _callback_classes() -> tuple[type[Any], ...]:
     return tuple(module.Callback for module in imported)
 
 
-@functools.cache
-def _as_callback(cls: type[Any], bases: tuple[type[Any], ...]) -> type[Any]:
-    """Return a subclass of ``cls`` that is also a subclass of Lightning's classes."""
-    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return types.new_class(
-        cls.__name__, (cls, *bases), exec_body=lambda space: space.update(names, _plain_class=cls)
-    )
+_SUBCLASSES: dict[tuple[type[Any], ...], type[Any]] = {}
+
+
+def _as_callback(*bases: type[Any]) -> type[Any]:
+    """Return a subclass of all classes, with the names of the first one."""
+    if bases not in _SUBCLASSES:
+        own = bases[0]
+        names = {name: getattr(own, name) for name in ("__module__", "__qualname__", "__doc__")}
+        _SUBCLASSES[bases] = types.new_class(
+            own.__name__, bases, exec_body=lambda space: space.update(names, _plain_class=own)
+        )
+    return _SUBCLASSES[bases]
 
 
 def _new(cls: type[Any]) -> Any:
-    return cls.__new__(cls)
+    return object.__new__(_as_callback(cls, *_callback_classes()))
 
 
 class LightningCallback:
@@ -58,8 +62,7 @@ class LightningCallback:
 
     def __new__(cls, *_: Any, **__: Any) -> LightningCallback:
         """Return an instance of a subclass, which Lightning takes for a callback."""
-        plain = vars(cls).get("_plain_class", cls)
-        instance: LightningCallback = object.__new__(_as_callback(plain, _callback_classes()))
+        instance: LightningCallback = _new(vars(cls).get("_plain_class", cls))
         return instance
 
     def __reduce__(self) -> Any:
