@@ -12,7 +12,6 @@ from openvclip.integrations.steps import (
     InterpolatedPasses,
     StepCounter,
     load_states,
-    require_saved_averages,
     require_trained,
     require_whole_weights,
     states_of,
@@ -101,6 +100,8 @@ class RegularizedLoop:
             require_trained(self.regularizer.model, self._optimizers, "regularised")
         if self.averages:
             require_trained(self.averaged, self._optimizers, "averaged")
+        for average in self.averages:
+            average.check_model(self.averaged)
 
     def backward(self, closure: Callable[[], Tensor]) -> Tensor:
         """Run the backward passes of a micro-batch. Return the loss of the weights themselves.
@@ -157,15 +158,8 @@ class RegularizedLoop:
     def state_dict(self) -> dict[str, Any]:
         """Return the states, for ``accelerator.save_state()``.
 
-        Raises:
-            UsageError: the weights are sharded, and there are averages.
+        The tensors of sharded averages are gathered, so every process must call this method.
         """
-        if self.averages:
-            require_saved_averages(
-                self.averaged,
-                "Save average.state_dict() with torch.distributed.checkpoint, and pass averages=() "
-                "to RegularizedLoop.",
-            )
         return {**states_of(self._passes, self.averages), "step": self._step}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -185,7 +179,12 @@ class RegularizedLoop:
                 unexpected=state.keys() - expected,
             )
         load_states(
-            state, self._passes, self.averages, source="The saved state", owner="RegularizedLoop"
+            state,
+            self._passes,
+            self.averages,
+            self.averaged,
+            source="The saved state",
+            owner="RegularizedLoop",
         )
         self._step, self._called = int(state["step"]), False
         self._counter.take()

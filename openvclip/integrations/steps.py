@@ -7,12 +7,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from openvclip.errors import CheckpointError, UsageError
+from openvclip.weights.names import live_model
 from openvclip.weights.regularization import InterpolatedWeightRegularizer
-from openvclip.weights.shards import is_sharded, no_sync
+from openvclip.weights.shards import full_state, is_sharded, no_sync, sharded_like
 from openvclip.weights.tracker import WeightTracker
 
 
@@ -109,10 +110,13 @@ _Regularizer: TypeAlias = InterpolatedWeightRegularizer | InterpolatedPasses | N
 
 
 def states_of(regularizer: _Regularizer, averages: Sequence[WeightTracker]) -> dict[str, Any]:
-    """Return the states of a regulariser and of averages."""
+    """Return the states of a regulariser and of averages.
+
+    The tensors of sharded averages are gathered, so every process must call this function.
+    """
     return {
         "regularizer": None if regularizer is None else regularizer.state_dict(),
-        "averages": [average.state_dict() for average in averages],
+        "averages": [state_of_average(average) for average in averages],
     }
 
 
@@ -120,6 +124,7 @@ def load_states(
     states: Mapping[str, Any],
     regularizer: _Regularizer,
     averages: Sequence[WeightTracker],
+    averaged: nn.Module,
     *,
     source: str,
     owner: str,
@@ -130,6 +135,7 @@ def load_states(
         states: the states.
         regularizer: the regulariser of the resumed run.
         averages: the averages of the resumed run.
+        averaged: the model that is averaged.
         source: where the states are from, for an error.
         owner: what has the regulariser and the averages, for an error: ``"trainer"``.
 
@@ -147,7 +153,42 @@ def load_states(
     if regularizer is not None:
         regularizer.load_state_dict(states["regularizer"])
     for average, state in zip(averages, states["averages"], strict=True):
-        average.load_state_dict(state)
+        load_average(average, state, averaged)
+
+
+def state_of_average(average: WeightTracker) -> dict[str, Any]:
+    """Return the state of a tracker. The tensors of a sharded average are gathered on the CPU.
+
+    Every process must call this function. The checkpoint that the first process writes is then
+    whole.
+    """
+    return {
+        key: full_state(value) if isinstance(value, dict) else value
+        for key, value in average.state_dict().items()
+    }
+
+
+def load_average(average: WeightTracker, state: Mapping[str, Any], model: nn.Module) -> None:
+    """Restore a state from :func:`state_of_average`.
+
+    Args:
+        average: the tracker.
+        state: the state. Its tensors are whole.
+        model: the model that is averaged. If it is sharded, each process keeps its parts.
+    """
+    live = live_model(model)[0]
+    average.load_state_dict(
+        {
+            key: {name: _part(entry, live.get(name)) for name, entry in value.items()}
+            if isinstance(value, dict)
+            else value
+            for key, value in state.items()
+        }
+    )
+
+
+def _part(entry: Any, like: Tensor | None) -> Any:
+    return sharded_like(entry, like) if isinstance(entry, Tensor) and like is not None else entry
 
 
 def _description(has_regularizer: bool, n_averages: int) -> str:
@@ -181,20 +222,6 @@ def require_whole_weights(model: nn.Module, *, deepspeed: bool) -> None:
 def is_sharded_model(model: nn.Module) -> bool:
     """Return whether a process holds only a part of a parameter."""
     return any(is_sharded(parameter) for parameter in model.parameters())
-
-
-def require_saved_averages(model: nn.Module, advice: str) -> None:
-    """Raise a :class:`UsageError` if a checkpoint would hold the averages of one process only.
-
-    Args:
-        model: the model that is averaged.
-        advice: what to do, as a sentence.
-    """
-    if is_sharded_model(model):
-        raise UsageError(
-            "The weights are sharded, and a checkpoint of the trainer would hold the averages of "
-            f"one process only. {advice}"
-        )
 
 
 def require_trained(model: nn.Module, optimizers: Iterable[Optimizer], what: str) -> None:

@@ -17,8 +17,8 @@ from openvclip.checkpoints.extra_state import load_safely
 from openvclip.errors import CheckpointError, UsageError
 from openvclip.integrations.steps import (
     InterpolatedPasses,
+    is_sharded_model,
     load_states,
-    require_saved_averages,
     require_whole_weights,
     states_of,
 )
@@ -157,7 +157,14 @@ class RegularizedTrainerMixin(_Trainer):
                 "Resume from a checkpoint that RegularizedTrainerMixin wrote, or train without "
                 "regularizer and averages."
             )
-        load_states(_read(path), self.regularizer, self.averages, source=str(path), owner="trainer")
+        load_states(
+            _read(path),
+            self.regularizer,
+            self.averages,
+            self.model,
+            source=str(path),
+            owner="trainer",
+        )
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -215,11 +222,15 @@ def _callback_for(trainer: RegularizedTrainerMixin) -> Any:
     class WeightSpaceCallback(TrainerCallback):  # type: ignore[misc]
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             require_whole_weights(kwargs["model"], deepspeed=False)
-            if trainer.averages and args.save_strategy != "no":
-                require_saved_averages(
-                    kwargs["model"],
-                    "Give save_strategy='no', and save average.state_dict() with "
-                    "torch.distributed.checkpoint.",
+            if (
+                trainer.averages
+                and args.save_strategy != "no"
+                and is_sharded_model(kwargs["model"])
+            ):
+                raise UsageError(
+                    "The weights are sharded, and a checkpoint of the trainer would hold the "
+                    "averages of one process only. Give save_strategy='no', and save "
+                    "average.state_dict() with torch.distributed.checkpoint."
                 )
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

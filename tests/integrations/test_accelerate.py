@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,8 @@ from torch.nn.functional import cross_entropy
 from openvclip import EMATracker, InterpolatedWeightRegularizer, SWATracker
 from openvclip.errors import CheckpointError, StateMismatchError, UsageError
 from openvclip.integrations.accelerate import RegularizedLoop
+from openvclip.integrations.steps import require_whole_weights
+from openvclip.weights.shards import full_state
 from tests.helpers import assert_same_state, snapshot
 from tests.integrations.by_hand import (
     BATCHES,
@@ -42,15 +47,19 @@ class Run:
     """The loop of accelerate's documentation, with the two calls of openvclip."""
 
     def __init__(
-        self, accumulate: int = 1, every: int = 1, dtype: Any = torch.float64, **options: Any
+        self,
+        accumulate: int = 1,
+        every: int = 1,
+        dtype: Any = torch.float64,
+        prepare: Any = None,
+        **options: Any,
     ) -> None:
         self.accelerator = accelerate.Accelerator(
             cpu=True, gradient_accumulation_steps=accumulate, **options
         )
         model = network(dtype)
-        self.model, self.optimizer, self.loader = self.accelerator.prepare(
-            model, adamw(model), loader(dtype)
-        )
+        self.model = self.accelerator.prepare(model) if prepare is None else prepare(model)
+        self.optimizer, self.loader = self.accelerator.prepare(adamw(self.model), loader(dtype))
         self.loop = RegularizedLoop(
             self.accelerator,
             self.model,
@@ -191,6 +200,24 @@ def test_models_and_optimizers_that_do_not_fit_are_refused() -> None:
         RegularizedLoop(run.accelerator, run.model, lbfgs, regularizer=regularizer(run.model))
 
 
+def test_wrappers_without_whole_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = type("FullyShardedDataParallel", (nn.Sequential,), {})
+    library = types.SimpleNamespace(FullyShardedDataParallel=kind)
+    monkeypatch.setitem(sys.modules, "torch.distributed.fsdp", library)
+    with pytest.raises(UsageError, match=r"FSDP1.*fsdp_version=2 in accelerate"):
+        require_whole_weights(nn.Sequential(kind(network())), deepspeed=False)
+    with pytest.raises(UsageError, match="under DeepSpeed"):
+        require_whole_weights(network(), deepspeed=True)
+
+
+def test_an_average_of_another_part_is_refused() -> None:
+    run = Run()
+    with pytest.raises(StateMismatchError, match="does not fit the tracker"):
+        RegularizedLoop(
+            run.accelerator, run.model, run.optimizer, averages=[SWATracker(run.model[0])]
+        )
+
+
 def test_weights_that_are_thawed_later_are_told() -> None:
     run = Run()
     run.model[2].requires_grad_(False)
@@ -243,15 +270,44 @@ def two_processes(folder: str) -> None:
     for one in (run, resumed):
         one.train(1, first=STEPS)
     assert_same_state(resumed.weights, run.weights)
-    if run.accelerator.is_main_process:
-        average = resumed.loop.averages[0].averaged_state_dict()
-        torch.save([run.weights, average], Path(folder) / "weights.pt")
+    # Each process has two of the four examples of a step, as two micro-batches of one process have.
+    weights, mean = by_hand(accumulate=2, steps=STEPS + 1)
+    assert_close(run.weights, weights)
+    assert_close(resumed.loop.averages[0].averaged_state_dict(), mean)
+    sharded(Path(folder))
+    torch.distributed.barrier()
+    (Path(folder) / f"{run.accelerator.process_index}.txt").touch()
+
+
+def sharded(folder: Path) -> None:
+    """The same under ``fully_shard``, which accelerate itself uses on GPUs only."""
+    from torch.distributed.fsdp import fully_shard
+
+    runs = []
+    for state in (None, folder / "sharded.pt"):
+        run = Run(prepare=lambda model: fully_shard(model, reshard_after_forward=True))
+        if state is None:
+            run.train(3)
+            state_of_run = run.loop.state_dict()  # every process gathers it
+            if run.accelerator.is_main_process:
+                torch.save(state_of_run, folder / "sharded.pt")
+            parts = copy.deepcopy((run.model.state_dict(), run.optimizer.state_dict()))
+            torch.distributed.barrier()
+        else:
+            run.model.load_state_dict(parts[0])
+            run.optimizer.load_state_dict(parts[1])
+            run.loop.load_state_dict(torch.load(state))
+        runs.append(run.train(STEPS - 3, first=3))
+    weights, mean = by_hand(accumulate=2)
+    whole = [full_state(run.model.state_dict()) for run in runs]
+    averages = [full_state(run.loop.averages[0].averaged_state_dict()) for run in runs]
+    assert_close(whole[0], weights)
+    assert_close(averages[0], mean)
+    assert_same_state(whole[1], whole[0])
+    assert_same_state(averages[1], averages[0])
 
 
 def test_two_processes_train_on_the_mean_of_their_losses(tmp_path: Path) -> None:
+    """The processes are forks of this one, so they import nothing again."""
     accelerate.debug_launcher(two_processes, (str(tmp_path),), num_processes=2)
-    weights, average = torch.load(tmp_path / "weights.pt")
-    # Each process has two of the four examples of a step, as two micro-batches of one process have.
-    expected, mean = by_hand(accumulate=2, steps=STEPS + 1)
-    assert_close(weights, expected)
-    assert_close(average, mean)
+    assert {"0.txt", "1.txt"} <= {path.name for path in tmp_path.iterdir()}

@@ -383,6 +383,13 @@ def test_an_average_of_frozen_weights_is_refused() -> None:
         fit(module, [AveragingCallback(SWATracker, model="frozen")])
 
 
+def test_an_average_of_another_part_is_refused_before_the_training() -> None:
+    module = Module()
+    late = SWATracker(module.net, start=99)
+    with pytest.raises(StateMismatchError, match="does not fit the tracker"):
+        fit(module, [AveragingCallback(late)])
+
+
 def test_a_part_that_does_not_exist_is_refused() -> None:
     with pytest.raises(UsageError, match=r"model='nett'.*submodule of the LightningModule"):
         fit(Module(), [AveragingCallback(SWATracker, model="nett")])

@@ -191,7 +191,7 @@ def test_a_checkpoint_without_the_states_is_refused(tmp_path: Path) -> None:
 
 
 class Recorded(nn.Linear):
-    """A layer with extra state in a buffer of bytes, as the layers of Transformer Engine have it."""
+    """A layer with extra state in a buffer of bytes, as Transformer Engine has it."""
 
     def get_extra_state(self) -> Any:
         return io.BytesIO(b"record")

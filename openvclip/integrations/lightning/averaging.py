@@ -15,9 +15,10 @@ from openvclip.integrations.lightning.callback import LightningCallback, overrid
 from openvclip.integrations.steps import (
     StepCounter,
     is_sharded_model,
-    require_saved_averages,
+    load_average,
     require_trained,
     require_whole_weights,
+    state_of_average,
 )
 from openvclip.weights.tracker import WeightTracker
 
@@ -50,7 +51,8 @@ class AveragingCallback(LightningCallback):
     Raises:
         UsageError: the run can't be averaged: DeepSpeed, ``FullyShardedDataParallel``, no trained
             parameter in the model, two callbacks of one name; or a checkpoint is saved while the
-            module holds the average, or would hold only a part of the average.
+            module holds the average.
+        StateMismatchError: the tracker was created for another module.
         EmptyAverageError: ``file`` is given, and no model was averaged in the training.
     """
 
@@ -109,7 +111,7 @@ class AveragingCallback(LightningCallback):
         """Return the tracker with the state of the checkpoint from which the run resumes."""
         self._create(pl_module)
         if self._saved is not None:
-            self.tracker.load_state_dict(self._saved)
+            load_average(self.tracker, self._saved, self._model(pl_module))
             self._saved = None
         return self.tracker
 
@@ -118,7 +120,7 @@ class AveragingCallback(LightningCallback):
         model = self._model(pl_module)
         require_whole_weights(trainer.strategy.model, deepspeed=runs_deepspeed(trainer))
         require_trained(model, trainer.optimizers, "averaged")
-        self._resume(pl_module)
+        self._resume(pl_module).check_model(model)
         self._stop()
         ours = {id(parameter) for parameter in model.parameters()}
         self._counter = StepCounter(
@@ -196,21 +198,16 @@ class AveragingCallback(LightningCallback):
     # --- checkpoints -------------------------------------------------------------------------
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint that would not hold the weights, or not the whole average."""
+        """Refuse a checkpoint that would not hold the weights of the training."""
         if self._applied is not None:
             raise UsageError(
                 "A checkpoint is saved while the module holds the average, so the weights of the "
                 "training would be lost. Save the checkpoint after the validation, for example in "
                 "on_validation_end() of a callback that stands behind AveragingCallback."
             )
-        require_saved_averages(
-            self._model(pl_module),
-            "Save without checkpoints of the trainer, and save tracker.state_dict() with "
-            "torch.distributed.checkpoint.",
-        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the tracker, for a checkpoint."""
         if self._saved is not None:
             return self._saved
-        return {} if self._tracker is None else self._tracker.state_dict()
+        return {} if self._tracker is None else state_of_average(self._tracker)
