@@ -11,11 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,8 +19,8 @@ import torch
 from examples import finetune
 from openvclip.checkpoints import load_checkpoint
 from tests.examples import finetune_checks
-from tests.examples.forked import free_port, rendezvous, started
 from tests.examples.tiny_videos import command, write_videos
+from tests.forked import together
 from tests.helpers import REPO, assert_same_state
 
 LIMIT = 300.0  # seconds after which processes that wait for each other are stopped
@@ -42,21 +38,6 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
     )
-
-
-@contextmanager
-def together(
-    target: Callable[..., object], *arguments: Any, logs: Path
-) -> Iterator[list[BaseProcess]]:
-    """Two processes that find each other as those of ``torchrun`` do, with logs in a folder."""
-    port = free_port()
-    with ExitStack() as stack:
-        yield [
-            stack.enter_context(
-                started(target, *arguments, log=logs / f"{rank}.log", **rendezvous(rank, 2, port))
-            )
-            for rank in range(2)
-        ]
 
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
