@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -126,6 +127,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
     slow_files = {name.partition("::")[0] for name in SLOW}
     items.sort(key=lambda item: item.path.name not in slow_files)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what the imports made out of the collections of garbage, which it made slow."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
