@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from openvclip import EMATracker, InterpolatedWeightRegularizer, SWATracker
 from openvclip.errors import CheckpointError, UsageError
 from openvclip.integrations.transformers import STATE_FILE, RegularizedTrainerMixin
-from tests.examples.forked import free_port, rendezvous, started
+from tests.forked import free_port, rendezvous, started
 from tests.helpers import assert_same_state, snapshot
 
 transformers = pytest.importorskip("transformers")
