@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from open_clip import SimpleTokenizer
 
 # Test files and tests that take 1.5 seconds of a core or more. They get the mark "slow", so that
 # pytest -m "not slow" answers in about a minute. A file is named as a whole if its tests share a
@@ -128,9 +132,36 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in slow_files)
 
 
+def pytest_collection_finish() -> None:
+    """Leave what the imports made out of the collections of garbage, which it made slow."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _same_random_numbers() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _vocabulary_of_clip() -> Iterator[None]:
+    """Read the vocabulary once for each kind of tokenizer; the tests make hundreds of tokenizers.
+
+    The tokenizers share their tables, which only this constructor writes.
+    """
+    read, tables = SimpleTokenizer.__init__, dict[str, dict[str, Any]]()
+
+    @functools.wraps(read)
+    def init(self: SimpleTokenizer, *args: Any, **kwargs: Any) -> None:
+        kind = repr((args, sorted(kwargs.items())))
+        if kind not in tables:
+            read(self, *args, **kwargs)
+            tables[kind] = dict(vars(self))
+        vars(self).update(tables[kind])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SimpleTokenizer, "__init__", init)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -51,17 +51,18 @@ NOT_AT_IMPORT = (
 )
 
 
-def loaded_modules(code: str) -> set[str]:
-    """The modules that a fresh process holds after ``code``."""
-    report = f"{code}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))"
+def loaded_modules(*codes: str) -> list[set[str]]:
+    """The modules that a fresh process holds after each of some pieces of code."""
+    report = "print(json.dumps(sorted(sys.modules)))"
+    code = "\n".join(["import json, sys", *(f"{code}\n{report}" for code in codes)])
     done = subprocess.run(
-        [sys.executable, "-c", report], capture_output=True, text=True, check=True, cwd=REPO
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPO
     )
-    return set(json.loads(done.stdout))
+    return [set(json.loads(line)) for line in done.stdout.splitlines()]
 
 
 def test_importing_openvclip_costs_little_beyond_torch() -> None:
-    bare, full = loaded_modules("import torch"), loaded_modules("import openvclip")
+    bare, full = loaded_modules("import torch", "import openvclip")
     heavy = {name for name in full - bare if name.split(".")[0] in NOT_AT_IMPORT}
     assert heavy == set()
     assert "openvclip.towers.open_clip" not in full
@@ -122,7 +123,7 @@ def test_the_public_names() -> None:
 def test_rooms_load_on_first_use() -> None:
     """``import openvclip`` alone is enough for ``openvclip.video.read_clip``."""
     names = ", ".join(f"openvclip.{room}" for room in sorted(ROOMS))
-    bare, loaded = loaded_modules("import torch"), loaded_modules(f"import openvclip\n{names}")
+    bare, loaded = loaded_modules("import torch", f"import openvclip\n{names}")
     assert {f"openvclip.{room}" for room in ROOMS} <= loaded
     assert {name.split(".")[0] for name in loaded - bare}.isdisjoint(NOT_AT_IMPORT)
 

@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
+from tests import preloaded
 from tests.conftest import SLOW
+from tests.forked import started
 from tests.helpers import GOLDEN, REPO
 
 try:
@@ -212,6 +214,20 @@ def test_a_test_that_hangs_is_ended(processes: int, tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stdout.count("Failed: Timeout") >= 4
     assert "4 failed, 1 passed" in done.stdout
+
+
+def test_forks_have_the_package_imported(tmp_path: Path) -> None:
+    """A second list of modules to preload would take the place of the first, for all tests."""
+    texts = [path.read_text(encoding="utf-8") for path in (REPO / "tests").rglob("*.py")]
+    assert sum(text.count("." + "set_forkserver_preload(") for text in texts) == 1
+    with started(_report_imports, log=tmp_path / "log") as process:
+        process.join(120)
+    names = set((tmp_path / "log").read_text().split())
+    assert set(preloaded.MODULES) <= names
+
+
+def _report_imports() -> None:
+    print(*sys.modules, flush=True)
 
 
 def test_slow_tests_exist() -> None:

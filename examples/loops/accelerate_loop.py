@@ -6,8 +6,9 @@ r"""Train Open-VCLIP in a loop of accelerate: IWR, accumulation, clipping and av
 It needs ``pip install accelerate``. The model is a tiny CLIP with random weights, the clips are
 random. The script prints the loss of each step, then the number of averaged models.
 
-The loop is the loop of accelerate's documentation with two additions: a backward pass within
-``iwr.interpolated()``, which does not reduce its gradients, and ``swa.update()``.
+The loop is the loop of accelerate's documentation. ``RegularizedLoop`` adds two calls to it:
+``backward()`` in place of ``accelerator.backward()``, and ``update()`` after the optimizer step.
+``accelerator.save_state()`` then also saves the regulariser and the average.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import openvclip
 from openvclip.commands.parsing import Parser
 from openvclip.commands.streams import command
+from openvclip.integrations.accelerate import RegularizedLoop
 from openvclip.training.shared_options import HelpFormatter
 
 CLASSES = ("juggling balls", "playing drums", "surfing water")
@@ -71,23 +73,25 @@ def train(
     model = classifier.model
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     wrapped, optimizer, loader = accelerator.prepare(classifier, optimizer, loader)
-    iwr = openvclip.InterpolatedWeightRegularizer(model, wrapper=wrapped, anchor=clip)
     swa = openvclip.SWATracker(model)
+    regularized = RegularizedLoop(
+        accelerator,
+        wrapped,
+        optimizer,
+        regularizer=openvclip.InterpolatedWeightRegularizer(model, anchor=clip),
+        averages=[swa],
+        averaged=model,
+    )
     for _ in range(epochs):
         for video, label in loader:
             with accelerator.accumulate(wrapped):
-                # Each micro-batch draws its own alpha.
-                with iwr.interpolated(), accelerator.no_sync(wrapped):
-                    accelerator.backward(iwr.weight * cross_entropy(wrapped(video), label))
-                loss = cross_entropy(wrapped(video), label)
-                accelerator.backward(loss)
+                loss = regularized.backward(lambda: cross_entropy(wrapped(video), label))  # noqa: B023
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(wrapped.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
-            if accelerator.sync_gradients:
-                swa.update(model)
-                accelerator.print(f"step {swa.n_averaged}: loss {loss.item():.3f}")
+                if regularized.update():
+                    accelerator.print(f"step {swa.n_averaged}: loss {loss.item():.3f}")
     return swa
 
 

@@ -1,18 +1,17 @@
-r"""Train Open-VCLIP in PyTorch Lightning: IWR in the training step, averaging as a callback.
+r"""Train Open-VCLIP in PyTorch Lightning: IWR and the average of the weights as callbacks.
 
     python lightning_loop.py --steps 6
 
 It needs ``pip install lightning``. The model is a tiny CLIP with random weights, the clips are
 random. The script prints the number of averaged models.
 
-Lightning's checkpoints hold the regulariser and the average, so ``fit(..., ckpt_path=...)``
-resumes both.
+The module is a plain Lightning module. Lightning's checkpoints hold the states of both callbacks,
+so ``fit(..., ckpt_path=...)`` resumes them.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import lightning
 import open_clip
@@ -24,6 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import openvclip
 from openvclip.commands.parsing import Parser
 from openvclip.commands.streams import command
+from openvclip.integrations.lightning import AveragingCallback, IWRCallback
 from openvclip.training.shared_options import HelpFormatter
 
 CLASSES = ("juggling balls", "playing drums", "surfing water")
@@ -58,99 +58,31 @@ def clips(number: int = 8, seed: int = 0) -> TensorDataset:
     return TensorDataset(videos, labels)
 
 
-class OpenVCLIP(lightning.LightningModule):  # type: ignore[misc]
-    """A module with manual optimization, for two backward passes in a step."""
+class VideoModule(lightning.LightningModule):  # type: ignore[misc]
+    """A module with automatic optimization, without anything of openvclip's training."""
 
-    def __init__(
-        self,
-        classifier: openvclip.ZeroShotClassifier,
-        clip: dict[str, Tensor],
-        *,
-        lr: float = 1e-3,
-        max_grad_norm: float = 1.0,
-    ) -> None:
+    def __init__(self, classifier: openvclip.ZeroShotClassifier, *, lr: float = 1e-3) -> None:
         super().__init__()
-        self.automatic_optimization = False
         self.classifier = classifier
-        self.lr, self.max_grad_norm = lr, max_grad_norm
-        self.iwr = openvclip.InterpolatedWeightRegularizer(classifier.model, anchor=clip)
+        self.lr = lr
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return AdamW for the trained parameters."""
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=self.lr)
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
-        """Add the gradients of both losses of Equation 9, then do one step."""
+        """Return the loss of a batch."""
         video, label = batch
-        optimizer: Any = self.optimizers()
-        optimizer.zero_grad()
-        with self.iwr.interpolated():
-            self.manual_backward(self.iwr.weight * cross_entropy(self.classifier(video), label))
-        loss = cross_entropy(self.classifier(video), label)
-        self.manual_backward(loss)
-        optimizer.step()
-        return loss.detach()
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip the gradients. In float16 the scaler's factor is removed just before this call."""
-        self.clip_gradients(optimizer, self.max_grad_norm, "norm")
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the state of the random numbers of alpha."""
-        checkpoint["iwr"] = self.iwr.state_dict()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Continue the sequence of alphas."""
-        self.iwr.load_state_dict(checkpoint["iwr"])
+        return cross_entropy(self.classifier(video), label)
 
 
-class WeightAveraging(lightning.Callback):  # type: ignore[misc]
-    """Averages the weights with a ``SWATracker``, which is updated after each optimizer step.
-
-    Args:
-        start: number of steps before the averaging begins.
-        every: number of steps between two averaged models.
-    """
-
-    def __init__(self, *, start: int = 0, every: int = 1) -> None:
-        self.start, self.every = start, every
-        self.tracker: openvclip.SWATracker | None = None
-        self._steps = 0
-
-    def setup(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
-    ) -> None:
-        """Make the tracker. ``requires_grad`` must not change afterwards."""
-        if stage == "fit" and self.tracker is None:
-            self.tracker = openvclip.SWATracker(pl_module, start=self.start, every=self.every)
-
-    def on_train_start(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> None:
-        """Store the step number at which the run starts or resumes."""
-        self._steps = trainer.global_step
-
-    def on_train_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        """Add the weights to the average if the batch ended an optimizer step."""
-        if self.tracker is not None and trainer.global_step > self._steps:
-            self.tracker.update(pl_module)
-        self._steps = trainer.global_step
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state of the tracker, for Lightning's checkpoints."""
-        return self.tracker.state_dict() if self.tracker is not None else {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue the average of a checkpoint."""
-        if self.tracker is not None and state_dict:
-            self.tracker.load_state_dict(state_dict)
+def callbacks(
+    classifier: openvclip.ZeroShotClassifier, clip: dict[str, Tensor]
+) -> tuple[IWRCallback, AveragingCallback]:
+    """Return the callbacks that regularise and average the model of a classifier."""
+    iwr = openvclip.InterpolatedWeightRegularizer(classifier.model, anchor=clip)
+    swa = openvclip.SWATracker(classifier.model)
+    return IWRCallback(iwr), AveragingCallback(swa, model="classifier.model")
 
 
 @command
@@ -164,28 +96,24 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--precision", default="32-true", help="see lightning.Trainer")
     args = parser.parse_args(arguments)
     classifier, clip = classifier_and_clip()
-    averaging = WeightAveraging()
+    iwr, averaging = callbacks(classifier, clip)
     trainer = lightning.Trainer(
         max_steps=args.steps,
         accelerator=args.accelerator,
         precision=args.precision,
-        callbacks=[averaging],
+        gradient_clip_val=1.0,
+        callbacks=[iwr, averaging],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    module = OpenVCLIP(classifier, clip)
+    module = VideoModule(classifier)
     loader = DataLoader(clips(), batch_size=2)
     trainer.fit(module, loader, ckpt_path=args.resume, weights_only=True)
     if args.out is not None:
         trainer.save_checkpoint(args.out / "last.ckpt")
-    assert averaging.tracker is not None
-    average = {
-        name.removeprefix("classifier.model."): value
-        for name, value in averaging.tracker.averaged_state_dict().items()
-    }
-    theta = openvclip.interpolate(clip, {name: average[name] for name in clip}, 0.5)
+    theta = openvclip.interpolate(clip, averaging.tracker.averaged_state_dict(), 0.5)
     print(f"{averaging.tracker.n_averaged} models averaged, {len(theta)} entries interpolated.")
 
 

@@ -13,9 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from openvclip.checkpoints.atomic import atomic_path, write_errors
+from openvclip.checkpoints.extra_state import load_safely
 from openvclip.errors import CheckpointError, UsageError
+from openvclip.integrations.steps import (
+    InterpolatedPasses,
+    is_sharded_model,
+    load_states,
+    require_whole_weights,
+    states_of,
+)
 from openvclip.weights.regularization import InterpolatedWeightRegularizer
-from openvclip.weights.shards import is_sharded, no_sync
 from openvclip.weights.tracker import WeightTracker
 
 __all__ = ["STATE_FILE", "RegularizedTrainerMixin"]
@@ -30,6 +37,7 @@ if TYPE_CHECKING:
         args: Any
         state: Any
         accelerator: Any
+        model: Any
 
         def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
@@ -98,12 +106,8 @@ class RegularizedTrainerMixin(_Trainer):
         super().__init__(*args, **kwargs)
         self.regularizer = regularizer
         self.averages = tuple(averages)
-        self._alpha: tuple[int, float] | None = None  # of an optimizer step
-        if getattr(self, "is_deepspeed_enabled", False):
-            raise UsageError(
-                "The trainer runs under DeepSpeed, which does not keep whole weights in a training "
-                "step. Train without DeepSpeed, for example with DistributedDataParallel."
-            )
+        self._passes = None if regularizer is None else InterpolatedPasses(regularizer)
+        require_whole_weights(self.model, deepspeed=getattr(self, "is_deepspeed_enabled", False))
         self.add_callback(_callback_for(self))
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -115,13 +119,13 @@ class RegularizedTrainerMixin(_Trainer):
             args: further arguments of the trainer.
             kwargs: further keyword arguments of the trainer.
         """
-        iwr, step = self.regularizer, self.state.global_step
-        if iwr is not None and iwr.weight > 0 and step % iwr.every == 0:
-            known = self._alpha[1] if self._alpha is not None and self._alpha[0] == step else None
-            with iwr.interpolated(known) as alpha, no_sync([model]):
-                self._alpha = (step, alpha)
-                with _weighted_backward(self.accelerator, iwr.weight):
-                    super().training_step(model, inputs, *args, **kwargs)
+        passes, step = self._passes, self.state.global_step
+        if passes is not None and passes.is_due(step):
+            with (
+                passes.interpolated(step, model),
+                _weighted_backward(self.accelerator, passes.regularizer.weight),
+            ):
+                super().training_step(model, inputs, *args, **kwargs)
         return super().training_step(model, inputs, *args, **kwargs)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -135,20 +139,16 @@ class RegularizedTrainerMixin(_Trainer):
         Raises:
             CheckpointError: see the class.
         """
-        self._alpha = None
+        if self._passes is not None:
+            self._passes.forget()
         folder = _checkpoint_folder(resume_from_checkpoint, self.args.output_dir)
         if folder is not None and (self.regularizer is not None or self.averages):
             self._load_states(folder / STATE_FILE)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _states(self) -> dict[str, Any]:
-        regularizer = None if self.regularizer is None else self.regularizer.state_dict()
-        averages = [average.state_dict() for average in self.averages]
-        return {"regularizer": regularizer, "averages": averages}
-
     def _save_states(self, path: Path) -> None:
         with write_errors(path), atomic_path(path) as temporary:
-            torch.save(self._states(), temporary)
+            torch.save(states_of(self.regularizer, self.averages), temporary)
 
     def _load_states(self, path: Path) -> None:
         if not path.is_file():
@@ -157,33 +157,24 @@ class RegularizedTrainerMixin(_Trainer):
                 "Resume from a checkpoint that RegularizedTrainerMixin wrote, or train without "
                 "regularizer and averages."
             )
-        states = _read(path)
-        saved = (states["regularizer"] is not None, len(states["averages"]))
-        expected = (self.regularizer is not None, len(self.averages))
-        if saved != expected:
-            raise CheckpointError(
-                f"{path} holds {_description(*saved)}; the trainer has {_description(*expected)}. "
-                "Create the trainer with the same regularizer and averages as in the saved run."
-            )
-        if self.regularizer is not None:
-            self.regularizer.load_state_dict(states["regularizer"])
-        for average, state in zip(self.averages, states["averages"], strict=True):
-            average.load_state_dict(state)
+        load_states(
+            _read(path),
+            self.regularizer,
+            self.averages,
+            self.model,
+            source=str(path),
+            owner="trainer",
+        )
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        states: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        states: Any = load_safely(path, map_location="cpu")
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         raise CheckpointError(
             f"{path} can't be read: {str(error).splitlines()[0]} Resume from an older checkpoint."
         ) from error
-    return states
-
-
-def _description(has_regularizer: bool, n_averages: int) -> str:
-    averages = f"{n_averages} average{'' if n_averages == 1 else 's'}"
-    return f"{'a' if has_regularizer else 'no'} regulariser and {averages}"
+    return dict(states)
 
 
 def _checkpoint_folder(resume_from_checkpoint: Any, output_dir: str | None) -> Path | None:
@@ -230,7 +221,12 @@ def _callback_for(trainer: RegularizedTrainerMixin) -> Any:
 
     class WeightSpaceCallback(TrainerCallback):  # type: ignore[misc]
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if trainer.averages and args.save_strategy != "no" and _is_sharded(kwargs["model"]):
+            require_whole_weights(kwargs["model"], deepspeed=False)
+            if (
+                trainer.averages
+                and args.save_strategy != "no"
+                and is_sharded_model(kwargs["model"])
+            ):
                 raise UsageError(
                     "The weights are sharded, and a checkpoint of the trainer would hold the "
                     "averages of one process only. Give save_strategy='no', and save "
@@ -248,7 +244,3 @@ def _callback_for(trainer: RegularizedTrainerMixin) -> Any:
                 trainer._save_states(folder / STATE_FILE)
 
     return WeightSpaceCallback()
-
-
-def _is_sharded(model: nn.Module) -> bool:
-    return any(is_sharded(parameter) for parameter in model.parameters())

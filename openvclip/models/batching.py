@@ -53,15 +53,20 @@ class VideoReader:
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise UsageError(f"batch_size={size!r}: expected a whole number of at least 1.")
 
-    def read(self, video: Any, alone: bool = True) -> tuple[str, Tensor]:
-        """Return the name and the views of a video, or the crops of an image."""
+    def read(self, video: Any, alone: bool = False) -> tuple[str, Tensor]:
+        """Return the name and the views of a video, or the crops of an image.
+
+        Args:
+            video: the video or the image.
+            alone: see :func:`openvclip.video.decoding.read_views`.
+        """
         views = read_input(video, self.sampling, self.transform, fps=self.fps, alone=alone)
         return source_name(video), views
 
 
 def encode_one(video: Any, encode: Encode, reader: VideoReader) -> tuple[str, Tensor]:
     """Return the name of a video, and the mean over its views of what ``encode`` returns."""
-    name, views = reader.read(video)
+    name, views = reader.read(video, alone=True)
     return name, encode(views).mean(dim=0)
 
 

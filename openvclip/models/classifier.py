@@ -25,7 +25,7 @@ from openvclip.models.labels import warn_of_equal_labels
 from openvclip.models.modes import evaluation_mode
 from openvclip.models.text_cache import cached_features
 from openvclip.models.text_weights import TextMark, text_state
-from openvclip.models.tokenizers import Tokenizer, as_tokenizer
+from openvclip.models.tokenizers import Tokenizer, as_tokenizer, tokens_of
 from openvclip.towers.view import Pooling, require_pooling
 
 Template = str | Callable[[str], str]
@@ -278,7 +278,7 @@ class _ClassTexts:
             )
         self._n_classes = len(class_names)
         starts = range(0, len(texts), batch_size)
-        self._tokens = [tokenizer(texts[i : i + batch_size]) for i in starts]
+        self._tokens = [tokens_of(tokenizer, texts[i : i + batch_size]) for i in starts]
 
     @torch.no_grad()
     def features(self, model: nn.Module) -> Tensor:

@@ -105,6 +105,21 @@ def _counts_from_padding(text: Any) -> bool:
     return any(kind in str(getattr(text, "model_type", "")) for kind in ("roberta", "altclip"))
 
 
+def tokens_of(tokenizer: Tokenizer, texts: list[str]) -> Tensor:
+    """Return the token ids of texts; see :func:`as_tokenizer`.
+
+    Raises:
+        UsageError: the tokenizer does not return a tensor.
+    """
+    tokens: Any = tokenizer(texts)
+    if not isinstance(tokens, Tensor):
+        raise UsageError(
+            f"The tokenizer returned a {type(tokens).__name__}; expected a tensor of token ids "
+            "[n, L]. Pass a tokenizer of transformers itself, not a function that calls it."
+        )
+    return tokens
+
+
 def tokenizer_of_folder(model: nn.Module, name: str) -> Tokenizer:
     """Return the tokenizer that is stored with a model of transformers.
 

@@ -22,7 +22,7 @@ from openvclip.models.finite import require_finite
 from openvclip.models.labels import warn_of_equal_labels
 from openvclip.models.modes import evaluation_mode
 from openvclip.models.text_weights import text_state
-from openvclip.models.tokenizers import Tokenizer, as_tokenizer
+from openvclip.models.tokenizers import Tokenizer, as_tokenizer, tokens_of
 from openvclip.prompting.attach import has_prompts, prompts_of
 from openvclip.prompting.text import TextPrompts, encode_prompted, prompted_layout
 from openvclip.towers.temporal import encode_video
@@ -113,7 +113,7 @@ class VideoClassifier(TextClassifier):
                 f"{PHOTO_TEMPLATE!r}."
             )
         texts = [fill_template(template, name) for name in self.class_names]
-        self._register("tokens", tokenize(texts))
+        self._register("tokens", tokens_of(tokenize, texts))
         warn_of_equal_labels(self.class_names, self.tokens.flatten(1))
 
     def forward(self, video: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """The image tower of a CLIP, expanded over time or with prompts.
 
 :mod:`~openvclip.towers.temporal` expands and restores a model, and encodes videos. The towers of
-each library are in one file: ``open_clip.py``, ``timm.py`` and ``hf.py`` (Hugging Face). Importing
-this package imports none of these libraries.
+each library are in one file or several: ``open_clip.py``, ``timm.py`` and ``hf.py`` (Hugging Face).
+Importing this package imports none of these libraries.
 
 To add a family of towers, write one file and add one entry to the registry. The docstring of
 :mod:`openvclip.towers.families` explains what the file must give.

@@ -51,9 +51,9 @@ def expand_temporal_attention(
     axis, because a tensor ``[T, C, H, W]`` is a batch of T images.
 
     Args:
-        model: an open_clip model with open_clip's or timm's image tower, a Hugging Face
-            ``CLIPModel`` or ``SiglipModel``, the image tower of such a model, or a module that
-            holds exactly one such tower.
+        model: an open_clip model with open_clip's or timm's image tower, a model of transformers
+            such as ``CLIPModel`` or ``SiglipModel``, the image tower of such a model, or a module
+            that holds exactly one such tower.
         window: number of frames in view on either side (w), 1 or more. The paper uses 1.
             Default: 1.
         boundary: how frames outside the clip are treated.
@@ -161,8 +161,8 @@ def encode_video(
     compare clips with each other, set ``normalize=True``: vectors of unit length.
 
     Args:
-        model: an open_clip model, a Hugging Face ``CLIPModel``, ``SiglipModel`` or vision model, or
-            the image tower of such a model. A model that is not expanded encodes each frame
+        model: an open_clip model, a CLIP or a vision model of transformers, or the image tower of
+            such a model. A model that is not expanded encodes each frame
             independently, which is the frame-by-frame baseline of Table 4.
         video: normalised frames ``[B, T, C, H, W]``, floating point.
         normalize: whether the feature of a clip has unit length. Default: False.

@@ -38,7 +38,9 @@ def read_clips(
     """Iterate over the clips of many videos, which several threads decode ahead.
 
     The clips are bitwise the same for any number of threads. At most ``num_threads`` videos are in
-    memory beyond the video that the caller has.
+    memory beyond the video that the caller has. Each video is decoded by one thread. For damaged
+    files, :func:`~openvclip.video.read_clip`, whose decoder has several threads, can give other
+    pixels.
 
     Args:
         videos: the videos, each a :data:`~openvclip.video.VideoSource`.
@@ -70,10 +72,10 @@ def read_clips(
             seed = int(torch.randint(2**62, ())) if random else 0
             yield video, torch.Generator().manual_seed(seed) if random else None
 
-    def read(item: tuple[VideoSource, torch.Generator | None], alone: bool) -> Tensor:
+    def read(item: tuple[VideoSource, torch.Generator | None]) -> Tensor:
         video, generator = item
         return read_views(
-            video, options, transform=transform, generator=generator, fps=fps, alone=alone
+            video, options, transform=transform, generator=generator, fps=fps, alone=False
         )
 
     return in_order(read, seeded(), num_threads, source=lambda item: item[0])
@@ -95,18 +97,20 @@ def default_threads(num_threads: int | None) -> int:
 
 
 def in_order(
-    read: Callable[[Item, bool], Result],
+    read: Callable[[Item], Result],
     items: Iterable[Item],
     num_threads: int | None = None,
     *,
     source: Callable[[Item], Any] = lambda item: item,
 ) -> Iterator[Result]:
-    """Return an iterator over ``read(item, alone)`` for each item, computed ahead by threads.
+    """Return an iterator over ``read(item)`` for each item, computed ahead by threads.
 
     If the caller leaves the loop, no further item is read, and the threads end.
 
     Args:
-        read: function of an item, and of whether only one thread decodes videos.
+        read: function of an item. It should give the decoder one thread (``alone=False`` of
+            :func:`openvclip.video.decoding.read_views`), so that damaged files too give the same
+            for any number of threads.
         items: the items. They are taken one by one, in the thread of the caller.
         num_threads: see :func:`read_clips`.
         source: function from an item to its video. Two threads never read one file object or one
@@ -123,13 +127,13 @@ def _in_order(
 ) -> Iterator[Result]:
     if threads == 0:
         for place, item in enumerate(items):
-            yield reading(place, item, True)
+            yield reading(place, item)
         return
     waiting: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="openvclip-video") as pool:
         try:
             for place, item in enumerate(items):
-                waiting.append(pool.submit(reading, place, item, threads == 1))
+                waiting.append(pool.submit(reading, place, item))
                 if len(waiting) > threads:
                     yield waiting.popleft().result()
             while waiting:
@@ -142,16 +146,16 @@ def _in_order(
 class _Reading(Generic[Item, Result]):
     """Reads one item, and names the place of the video in errors."""
 
-    def __init__(self, read: Callable[[Item, bool], Result], source: Callable[[Item], Any]) -> None:
+    def __init__(self, read: Callable[[Item], Result], source: Callable[[Item], Any]) -> None:
         self._read, self._source = read, source
         self._guard = threading.Lock()
         self._turns: dict[int, tuple[threading.Lock, int]] = {}
 
-    def __call__(self, place: int, item: Item, alone: bool) -> Result:
+    def __call__(self, place: int, item: Item) -> Result:
         shared = position_holder(self._source(item))
         try:
             with nullcontext() if shared is None else self._turn(shared):
-                return self._read(item, alone)
+                return self._read(item)
         except (VideoError, VideoShapeError, VideoOptionError, UsageError) as error:
             raise type(error)(f"videos[{place}]: {error}") from error
 

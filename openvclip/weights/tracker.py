@@ -191,6 +191,19 @@ class WeightTracker(ABC):
             self._add_model(model)
         return is_due
 
+    def check_model(self, model: nn.Module) -> None:
+        """Raise the error that :meth:`update` would raise, without a change of the average.
+
+        Use this method before a long training, because a tracker with a late ``start`` looks at
+        the model for the first time after this number of steps.
+
+        Raises:
+            StateMismatchError: names or shapes differ from those of the tracked model.
+            UsageError: a parameter that was frozen when the tracker was created now requires
+                gradients.
+        """
+        self._live(model)
+
     def _add_model(self, model: nn.Module) -> None:
         live, carried, extra_state = self._live(model)
         warn_of_training_weights(live.values())

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import statistics
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,43 +19,38 @@ from openvclip import cli
 from openvclip.checkpoints import load_checkpoint
 from openvclip.cli import evaluate
 from openvclip.cli.main import build_parser
+from openvclip.evaluation import records
 from openvclip.evaluation.records import Records
 from openvclip.video import class_names, read_clip, transforms
 from openvclip.video.protocols import Split, class_name, load
 from tests.evaluation.test_runner import counted, slow_logits
-from tests.helpers import REPO, SHARED, same_bits
+from tests.forked import started, together
+from tests.helpers import SHARED, same_bits
 from tests.world import World
 
 Captured = pytest.CaptureFixture[str]
 
-# The process kills itself with half of its third record on the disk.
-KILLED = """
-import os, signal, sys
-from openvclip import cli
-from openvclip.evaluation import records
-left = 2
-def torn(self, record):
-    global left
-    if not left:
-        block = records._packed(record)
-        self._file.write(block[: len(block) // 2])
-        os.kill(os.getpid(), signal.SIGKILL)
-    left -= 1
-    add(self, record)
-add, records.Records.add = records.Records.add, torn
-cli.main(sys.argv[1:])
-"""
+
+def run(arguments: list[str]) -> None:
+    """The command in a process of its own."""
+    raise SystemExit(cli.main(arguments))
 
 
-def process(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *arguments],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=REPO,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+def run_killed_in_the_third_record(arguments: list[str]) -> None:
+    """The process kills itself with half of its third record on the disk."""
+    add, left = Records.add, 2
+
+    def torn(self: Records, record: records.Record) -> None:
+        nonlocal left
+        if not left:
+            block = records._packed(record)
+            self._file.write(block[: len(block) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= 1
+        add(self, record)
+
+    Records.add = torn  # type: ignore[method-assign]
+    run(arguments)
 
 
 def results(folder: Path) -> dict[str, Any]:
@@ -123,8 +117,10 @@ def test_a_killed_run_goes_on_where_it_stopped(
     world: World, finished: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    killed = process("-c", KILLED, *flags(world, out))
-    assert killed.returncode == -9, killed.stderr
+    log = tmp_path / "log"
+    with started(run_killed_in_the_third_record, flags(world, out), log=log) as killed:
+        killed.join(120)
+    assert killed.exitcode == -signal.SIGKILL, log.read_text()
     assert sorted(features(out)) == [0, 1]  # the half of the third record is ignored
     assert not (out / "results.json").exists()
     assert cli.main(flags(world, out)) == 0
@@ -147,12 +143,14 @@ def test_two_processes_equal_one_bitwise(world: World, finished: Path, tmp_path:
         path.write_bytes(path.read_bytes() * 2)
         with path.open("rb+") as file:
             file.truncate(path.stat().st_size * 3 // 4)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = process(*launch, "-m", "openvclip", *flags(world, out))
-    assert done.returncode == 0, done.stderr
+    with together(run, flags(world, out), logs=tmp_path) as processes:
+        for process in processes:
+            process.join(120)
+    printed = "".join((tmp_path / f"{rank}.log").read_text() for rank in range(2))
+    assert [process.exitcode for process in processes] == [0, 0], printed
     assert_same_features(out, finished)
     assert len(list(out.glob("*.records"))) == 2 + 2
-    assert done.stdout.count("| shapes-clip |") == 2  # one table, with a row for each lambda
+    assert printed.count("| shapes-clip |") == 2  # one table, with a row for each lambda
     assert results(out)["timing"]["clips"] == 4  # of 10: batches 2 and 3
     for entry, alone in zip(results(out)["results"], results(finished)["results"], strict=True):
         assert (entry["top1"], entry["top5"]) == (alone["top1"], alone["top5"])

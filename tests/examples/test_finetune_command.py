@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
-import os
-import runpy
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,9 +15,8 @@ from examples.finetune import Recipe
 from examples.shapes.model import WEIGHTS, create_model
 from openvclip.checkpoints import load_checkpoint
 from openvclip.cli import main as cli
-from tests.examples.forked import started
 from tests.examples.tiny_videos import command, write_shards, write_videos
-from tests.helpers import REPO
+from tests.forked import run_by_path, started
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +143,9 @@ def _write_tokenizer(folder: Path) -> None:
 
 
 def test_help_of_the_file_started_by_its_path(tmp_path: Path) -> None:
-    with started(_start_by_path, str(tmp_path), ["--help"], log=tmp_path / "log") as process:
+    with started(
+        run_by_path, str(tmp_path), "finetune", ["--help"], log=tmp_path / "log"
+    ) as process:
         process.join(120)
         text = (tmp_path / "log").read_text()
         assert process.exitcode == 0, text
@@ -156,18 +153,6 @@ def test_help_of_the_file_started_by_its_path(tmp_path: Path) -> None:
         assert f"--{field.name.replace('_', '-')}" in text
     for group in ("model:", "recipe:", "devices and speed:", "output; the same command resumes"):
         assert f"\n{group}" in text
-
-
-def _start_by_path(folder: str, arguments: list[str]) -> None:
-    """``python .../examples/finetune.py`` in a folder from where ``examples`` is not found."""
-    os.chdir(folder)
-    script = REPO / "examples" / "finetune.py"
-    sys.path[:] = [str(script.parent), *(path for path in sys.path if path not in ("", str(REPO)))]
-    for name in [name for name in sys.modules if name.partition(".")[0] == "examples"]:
-        del sys.modules[name]
-    assert importlib.util.find_spec("examples") is None
-    sys.argv = [str(script), *arguments]
-    runpy.run_path(str(script), run_name="__main__")
 
 
 @pytest.mark.parametrize(

@@ -8,55 +8,55 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from multiprocessing.process import BaseProcess
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from examples import finetune
 from openvclip.checkpoints import load_checkpoint
-from tests.examples import finetune_checks
-from tests.examples.forked import free_port, rendezvous, started
+from tests.examples import dying_process, finetune_checks
 from tests.examples.tiny_videos import command, write_videos
+from tests.forked import together
 from tests.helpers import REPO, assert_same_state
 
 LIMIT = 300.0  # seconds after which processes that wait for each other are stopped
+Launch = Callable[[Path, list[str]], tuple[int, str, str]]
 
 
-def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
+def torchrun(logs: Path, arguments: list[str]) -> tuple[int, str, str]:
+    """Start two processes of ``dying_process.py``; return status, output and errors of all."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
-    return subprocess.run(
-        [*launcher, *arguments],
+    done = subprocess.run(
+        [*launcher, str(Path("tests/examples/dying_process.py")), *arguments],
         cwd=REPO,
-        env=environment,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)},
         timeout=LIMIT,
         check=False,
         capture_output=True,
         text=True,
     )
+    return done.returncode, done.stdout, done.stderr
 
 
-@contextmanager
-def together(
-    target: Callable[..., object], *arguments: Any, logs: Path
-) -> Iterator[list[BaseProcess]]:
-    """Two processes that find each other as those of ``torchrun`` do, with logs in a folder."""
-    port = free_port()
-    with ExitStack() as stack:
-        yield [
-            stack.enter_context(
-                started(target, *arguments, log=logs / f"{rank}.log", **rendezvous(rank, 2, port))
-            )
-            for rank in range(2)
-        ]
+def as_torchrun(logs: Path, arguments: list[str]) -> tuple[int, str, str]:
+    """The same with processes that start at once, of which SIGTERM ends the one that is left."""
+    with together(dying_process.main, arguments, logs=logs) as processes:
+        while all(process.is_alive() for process in processes):
+            time.sleep(0.1)  # as torchrun looks at its processes
+        for process in processes:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid or 0, signal.SIGTERM)
+            process.join(LIMIT)
+    status = min(abs(process.exitcode or 0) for process in processes)
+    texts = [(logs / f"{rank}.log").read_text() for rank in range(2)]
+    return status, "".join(texts), "".join(texts)
 
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
@@ -128,22 +128,23 @@ def test_two_processes_leave_what_one_leaves(world: Path, tmp_path: Path, flags:
 
 
 @pytest.mark.parametrize(
-    ("rank", "where", "saved"), [("0", "training", [2]), ("1", "validation", [2, 4])]
+    ("launch", "rank", "where", "saved"),
+    [(torchrun, "0", "training", [2]), (as_torchrun, "1", "validation", [2, 4])],
 )
 def test_a_process_that_dies_ends_all_with_one_message_and_the_run_goes_on(
-    world: Path, tmp_path: Path, rank: str, where: str, saved: list[int]
+    world: Path, tmp_path: Path, launch: Launch, rank: str, where: str, saved: list[int]
 ) -> None:
     out, moment = tmp_path / "run", tmp_path / "moment"
     # With workers, which torchrun ends too: the message must not be that they are gone.
     arguments = validated(world, str(out), "--save-every", "2", "--num-workers", "1")
-    script = str(Path("tests/examples/dying_process.py"))
-    done = torchrun(script, rank, where, str(moment), *arguments)  # returns when all have ended
+    # Returns when all have ended.
+    status, output, errors = launch(tmp_path, [rank, where, str(moment), *arguments])
     assert time.monotonic() - float(moment.read_text()) < 60
-    assert done.returncode != 0
-    before, *after = done.stderr.split("Another process of this run is gone")
-    assert len(after) == 1, done.stderr
+    assert status != 0
+    before, *after = errors.split("Another process of this run is gone")
+    assert len(after) == 1, errors
     assert "Traceback" not in before, before
-    assert "4 videos a step (2 processes, 1 at a time, 2 accumulation steps)" in done.stdout
+    assert "4 videos a step (2 processes, 1 at a time, 2 accumulation steps)" in output
     names = sorted(path.name for path in out.glob("checkpoint*"))
     assert names == [f"checkpoint-{step:08d}.pt" for step in saved]
     finetune.main(arguments)  # goes on alone

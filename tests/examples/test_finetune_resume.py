@@ -20,8 +20,8 @@ from examples import finetune
 from openvclip.checkpoints import load_checkpoint
 from openvclip.training.log import RunLog, Step
 from openvclip.training.validation import Validation
-from tests.examples.forked import started
 from tests.examples.tiny_videos import command, write_shards, write_videos
+from tests.forked import started
 from tests.helpers import assert_same_state
 
 FILES = ("finetuned", "averaged", "final")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from copy import deepcopy
@@ -31,7 +30,7 @@ from examples.shapes.report import comparison_page
 from examples.shapes.report.comparison_table import ROWS
 from examples.shapes.results import Results, save_results
 from tests.examples.comparison_results import TIMING, cells, made_result, tuning_results
-from tests.helpers import REPO
+from tests.forked import started
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -54,6 +53,20 @@ def _plain(results: Results) -> dict[str, Any]:
 
 
 COMMAND = ["--smoke", "--seeds", "1", "--out"]
+SMALL = replace(SMOKE, clips=replace(SMOKE.clips, test=24))  # 16 clips of base classes, 8 of novel
+
+
+def command(out: str) -> None:
+    """``python -m examples.shapes.comparison`` with fewer clips for its tests."""
+    comparison.SMOKE = SMALL
+    comparison.main([*COMMAND, out])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_clips() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comparison, "SMOKE", SMALL)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -63,15 +76,14 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Results]:
     Returns its folder, and the results as the killed process left them.
     """
     out = tmp_path_factory.mktemp("comparison") / "out"
-    make_clips(clips_folder(out, 0), replace(SMOKE.clips, seed=0), num_workers=1, progress=False)
-    command = [sys.executable, "-m", "examples.shapes.comparison", *COMMAND, str(out)]
-    null = subprocess.DEVNULL
-    process = subprocess.Popen(command, cwd=REPO, stdout=null, stderr=null)
+    make_clips(clips_folder(out, 0), replace(SMALL.clips, seed=0), num_workers=1, progress=False)
     path = out / "results.json"
-    while process.poll() is None and not path.exists():
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    with started(command, str(out), log=out.parent / "log") as process:
+        while process.is_alive() and not path.exists():
+            time.sleep(0.05)
+        os.kill(process.pid or 0, signal.SIGKILL)
+        process.join()
+    assert process.exitcode == -signal.SIGKILL
     before = json.loads(path.read_text())
     threads = torch.get_num_threads()
     try:
@@ -107,7 +119,7 @@ def test_a_run_is_the_same_in_any_process(killed: tuple[Path, Results]) -> None:
     out, _ = killed
     after = json.loads((out / "results.json").read_text())["seeds"]["0"]
     job = comparison.Job(0, "base-to-novel", "Vita-CLIP", "base-to-novel", "Vita-CLIP")
-    again = comparison.run_job(job, SMOKE, out)
+    again = comparison.run_job(job, SMALL, out)
     expected = after["base-to-novel"]["Vita-CLIP"]
     assert again["loss"] == expected["loss"]
     assert again["accuracy"] == expected["accuracy"]

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import re
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
-from contextlib import redirect_stdout
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from multiprocessing import active_children
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 
-from examples.shapes import results, run
+from examples.shapes import clips, results, run, schedule
 from examples.shapes.progress import PHASES, Advance, Phase, Progress
 from examples.shapes.results import Table
 from examples.shapes.studies import (
@@ -34,7 +38,7 @@ from examples.shapes.studies import (
 from examples.shapes.world import TEMPLATES
 from openvclip.checkpoints import load_checkpoint, read_contract
 from openvclip.models.labels import read_labels
-from tests.helpers import REPO
+from tests.forked import CONTEXT, run_module, started
 
 
 def _made_results() -> results.Results:
@@ -124,25 +128,49 @@ def test_other_weights_of_a_run_stay() -> None:
     assert saved["seeds"]["0"]["openvclip"] == {"rows": rows, "seconds": 5.0}
 
 
-def _started(out: Path, jobs: int) -> subprocess.Popen[str]:
+class Started(NamedTuple):
+    """A run of the command in another process."""
+
+    process: BaseProcess
+    log: Path
+    errors: Path
+    open_end: Connection
+
+    def wait_for(self, beginning: str) -> None:
+        """Wait until the process has printed a line with this beginning."""
+        while not re.search(f"^{beginning}.*\n", self.log.read_text(), re.MULTILINE):
+            assert self.process.is_alive(), f"no {beginning!r}: {self.errors.read_text()}"
+            time.sleep(0.02)
+
+    def join(self) -> int | None:
+        """Wait for the end of the process and of its workers; return its exit status."""
+        assert self.open_end.poll(120)  # at the end of the file: all have closed the other end
+        self.process.join(120)
+        return self.process.exitcode
+
+
+def _command(arguments: list[str], _: Connection) -> None:
+    """``python -m examples.shapes``, whose workers are forks: this process has one thread.
+
+    The process and its workers hold the connection until they end.
+    """
+    for module in (clips, schedule):
+        vars(module)["get_context"] = lambda _: multiprocessing.get_context("fork")
+    vars(run)["measure_speed"] = lambda _: None  # the fixture "finished" measures it
+    run_module("examples.shapes", arguments)
+
+
+@contextmanager
+def _started(out: Path, jobs: int) -> Iterator[Started]:
     """Start the command of the README at its smallest size."""
+    number = sum(1 for _ in out.parent.glob("*.log"))
+    log, errors = out.parent / f"{number}.log", out.parent / f"{number}.errors"
+    log.touch()
     flags = ["--smoke", "--jobs", str(jobs), "--out", str(out)]
-    command = [sys.executable, "-m", "examples.shapes", *flags]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        command, stdout=pipe, stderr=pipe, text=True, cwd=REPO,
-        # Shells start background processes with SIGINT ignored, and child processes inherit this.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-
-
-def _until(process: subprocess.Popen[str], beginning: str) -> None:
-    """Wait until the process has printed a line with this beginning."""
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith(beginning):
-            return
-    raise AssertionError(f"never printed {beginning!r}: {process.communicate()[1]}")
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    with ours, started(_command, flags, theirs, log=log, errors=errors) as process:
+        theirs.close()
+        yield Started(process, log, errors, ours)
 
 
 def _found(out: Path) -> dict[str, Any]:
@@ -155,11 +183,10 @@ def _found(out: Path) -> dict[str, Any]:
 def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """The folder of a run that was killed before its last result, and its finished runs."""
     out = tmp_path_factory.mktemp("killed") / "out"
-    process = _started(out, jobs=1)
-    _until(process, "2 of 3")
-    process.kill()
-    # The worker processes hold the other ends of the pipes, so this waits for their end.
-    process.communicate(timeout=120)
+    with _started(out, jobs=1) as command:
+        command.wait_for("2 of 3")
+        command.process.kill()
+        command.join()
     return out, _found(out)
 
 
@@ -180,6 +207,12 @@ class Watched(Progress):
         super().__exit__(*error)
 
 
+def _begin_workers_quickly(patch: pytest.MonkeyPatch) -> None:
+    """Workers as spawned processes are, with PyTorch imported; other tests spawn them."""
+    for module in (clips, schedule):
+        patch.setattr(module, "get_context", lambda _: CONTEXT)
+
+
 @pytest.fixture(scope="module")
 def finished(
     killed: tuple[Path, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
@@ -193,6 +226,7 @@ def finished(
     for path in sorted(out.rglob("train-*.mp4"))[:8]:
         path.unlink()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as output:
+        _begin_workers_quickly(patch)
         patch.setattr(run, "Progress", Watched)
         run.main(["--smoke", "--jobs", "2", "--out", str(out)])
     return out, output.getvalue()
@@ -220,12 +254,14 @@ def test_the_run_leaves_what_it_names(finished: tuple[Path, str]) -> None:
 
 def test_ctrl_c_keeps_what_is_done(killed: tuple[Path, dict[str, Any]]) -> None:
     out, before = killed
-    process = _started(out, jobs=2)
-    _until(process, "1 of 3 runs to do")
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert errors == "\nStopped. Finished runs are kept. Run the same command again to continue.\n"
+    with _started(out, jobs=2) as command:
+        command.wait_for("1 of 3 runs to do")
+        os.kill(command.process.pid or 0, signal.SIGINT)
+        assert command.join() == 1
+    assert (
+        command.errors.read_text()
+        == "\nStopped. Finished runs are kept. Run the same command again to continue.\n"
+    )
     assert _found(out) == before
 
 
@@ -233,10 +269,9 @@ def test_a_killed_run_goes_on_and_gives_the_same_as_two_processes_undisturbed(
     killed: tuple[Path, dict[str, Any]], finished: tuple[Path, str]
 ) -> None:
     out, before = killed
-    process = _started(out, jobs=1)
-    output, errors = process.communicate(timeout=400)
-    assert process.returncode == 0, errors
-    assert "1 of 3 runs to do, 1 at a time" in output
+    with _started(out, jobs=1) as command:
+        assert command.join() == 0, command.errors.read_text()
+    assert "1 of 3 runs to do, 1 at a time" in command.log.read_text()
     after = _found(out)
     assert set(before) == {"clip", "finetune"}
     assert {name: after[name] for name in before} == before
@@ -250,8 +285,9 @@ def test_a_killed_run_goes_on_and_gives_the_same_as_two_processes_undisturbed(
 
 
 def test_an_error_in_a_worker_is_one_clear_message(
-    finished: tuple[Path, str], tmp_path: Path
+    finished: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    _begin_workers_quickly(monkeypatch)
     out = tmp_path / "out"
     shutil.copytree(finished[0] / "clips", out / "clips")
     broken = next((out / "clips").rglob("train-*.mp4"))
@@ -274,15 +310,15 @@ def test_final_weights_lie_between_clip_and_the_average(finished: tuple[Path, st
         torch.testing.assert_close(value.float(), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_the_last_line_can_be_pasted(finished: tuple[Path, str]) -> None:
+def test_the_last_line_can_be_pasted(finished: tuple[Path, str], tmp_path: Path) -> None:
     line = finished[1].strip().splitlines()[-1]
     command = shlex.split(line)
     assert command[:2] == ["openvclip", "predict"]
-    done = subprocess.run(
-        [sys.executable, "-m", *command], check=False, capture_output=True, text=True, cwd=REPO
-    )
-    assert done.returncode == 0, done.stderr
-    assert len(re.findall(r"^ *\d+\.\d%  \w+ \w+$", done.stdout, re.MULTILINE)) == 5
+    log, errors = tmp_path / "log", tmp_path / "errors"
+    with started(run_module, command[0], command[1:], log=log, errors=errors) as process:
+        process.join(120)
+    assert process.exitcode == 0, errors.read_text()
+    assert len(re.findall(r"^ *\d+\.\d%  \w+ \w+$", log.read_text(), re.MULTILINE)) == 5
 
 
 def test_a_finished_run_is_not_repeated(finished: tuple[Path, str]) -> None:

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from examples.shapes import studies
+from examples.shapes import schedule, studies
 from examples.shapes.experiment import cost
 from examples.shapes.schedule import WorkError, side_by_side
 from examples.shapes.settings import FULL
 from examples.shapes.studies import AVERAGE, LAST, STUDIES, Averaging, plan
 from tests.examples.shapes_work import square
+from tests.forked import CONTEXT
 
 
 def test_each_run_is_made_once_for_a_seed() -> None:
@@ -104,7 +105,8 @@ def test_work_comes_back_whole_from_workers_of_one_thread(tmp_path: Path) -> Non
     assert not active_children()
 
 
-def test_a_worker_that_dies_ends_the_work(tmp_path: Path) -> None:
+def test_a_worker_that_dies_ends_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedule, "get_context", lambda _: CONTEXT)  # starts at once
     with pytest.raises(WorkError, match=r"died before 5000 was finished"):
         list(side_by_side(square, [5000], 1, lambda _: None, tmp_path))
     assert not active_children()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,35 +25,15 @@ SCRIPTS = sorted(
 )
 
 
-def run_alone(script: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a copy of a script in a new folder, where only ``openvclip`` can be imported.
-
-    The module path has a folder with a link to the package, and not the checkout: an import of a
-    file beside the script or of ``examples`` fails.
-    """
-    packages, work = folder / "packages", folder / "work"
-    packages.mkdir()
-    work.mkdir()
-    (packages / "openvclip").symlink_to(REPO / "openvclip")
-    shutil.copy(script, work)
-    environment = {**os.environ, "PYTHONPATH": str(packages), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, script.name, *arguments],
-        cwd=work,
-        env=environment,
-        timeout=300,
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-
-
-# Imports the slow libraries once, then runs each script in a fork: in its own folder, with the
-# arguments "--help".
-HELP_OF_ALL = """
-import os, runpy, sys
-import accelerate, lightning, open_clip, torch, openvclip
-for script in sys.argv[1:]:
+# Imports the slow libraries once, then runs each script in a fork: in its own folder, with its
+# arguments.
+RUN_ALL = """
+import json, os, runpy, sys
+from contextlib import suppress
+import open_clip, torch, openvclip
+with suppress(ImportError):
+    import accelerate, lightning
+for script, arguments in json.load(sys.stdin):
     child = os.fork()
     if child == 0:
         folder, name = os.path.split(script)
@@ -59,69 +41,88 @@ for script in sys.argv[1:]:
         output = os.open("../output", os.O_WRONLY | os.O_CREAT)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        sys.path[0], sys.argv = folder, [name, "--help"]
-        status = 3  # of a script that does not end at its arguments
+        sys.path[0], sys.argv = folder, [name, *arguments]
+        status = 3 if arguments == ["--help"] else 0  # of a script that ends without an exit
         try:
             runpy.run_path(script, run_name="__main__")
         except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else 1
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        except BaseException as error:
+            print(f"{type(error).__name__}: {error}")
+            status = 1
         sys.stdout.flush()
         os._exit(status)  # without the second that the end of an interpreter with torch takes
     print(script, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
+@dataclass(frozen=True)
+class Finished:
+    """A script that has run in a folder with a copy of it and nothing else."""
+
+    copy: Path
+    status: int
+    output: str
+
+
 @pytest.fixture(scope="module")
-def help_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for each script, with the folder ``work`` and the file ``output``."""
-    for library in ("accelerate", "lightning"):
-        if find_spec(library) is None:
-            pytest.skip(f"{library} is not installed")
-    root = tmp_path_factory.mktemp("help")
-    copies = []
-    for script in SCRIPTS:
-        work = root / script.stem / "work"
-        work.mkdir(parents=True)
-        copies.append(shutil.copy(script, work))
+def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
+    """Run a copy of each script in a new folder, where only ``openvclip`` can be imported.
+
+    The module path has a folder with a link to the package, and not the checkout: an import of a
+    file beside the script or of ``examples`` fails.
+    """
+    root = tmp_path_factory.mktemp("alone")
     packages = root / "packages"
     packages.mkdir()
     (packages / "openvclip").symlink_to(REPO / "openvclip")
-    environment = {**os.environ, "PYTHONPATH": str(packages), "OMP_NUM_THREADS": "1"}
-    finished = subprocess.run(
-        [sys.executable, "-c", HELP_OF_ALL, *map(str, copies)],
+    wrong = root / "wrong.py"
+    wrong.write_text("import openvclip\nfrom examples import finetune\n")
+    write_videos(root, 4)
+    training = command(root, "run", "--method", "finetune", "--epochs", "1")
+    jobs = {script.name: (script, ["--help"]) for script in SCRIPTS}
+    jobs |= {"training": (EXAMPLES / "finetune.py", training), "wrong": (wrong, ["--help"])}
+    copies = {}
+    for title, (script, _) in jobs.items():
+        work = root / title / "work"
+        work.mkdir(parents=True)
+        copies[title] = Path(shutil.copy(script, work))
+    runs = [(str(copies[title]), arguments) for title, (_, arguments) in jobs.items()]
+    process = subprocess.run(
+        [sys.executable, "-c", RUN_ALL],
+        input=json.dumps(runs),
         cwd=packages,
-        env=environment,
+        env={**os.environ, "PYTHONPATH": str(packages), "OMP_NUM_THREADS": "1"},
         timeout=300,
         check=False,
         capture_output=True,
         text=True,
     )
-    (root / "statuses").write_text(finished.stdout + finished.stderr)
-    return root
+    assert process.returncode == 0, process.stderr
+    statuses = dict(line.rsplit(" ", 1) for line in process.stdout.splitlines())
+    return {
+        title: Finished(copy, int(statuses[str(copy)]), (root / title / "output").read_text())
+        for title, copy in copies.items()
+    }
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_help_in_an_empty_folder(script: Path, help_folder: Path) -> None:
-    folder = help_folder / script.stem
-    output = (folder / "output").read_text()
-    copy = folder / "work" / script.name
-    assert f"{copy} 0" in (help_folder / "statuses").read_text().splitlines(), output
-    assert f"usage: {script.name}" in output
-    assert list((folder / "work").iterdir()) == [copy]
+def test_help_in_an_empty_folder(script: Path, finished: dict[str, Finished]) -> None:
+    library = script.stem.partition("_")[0]
+    if script.parent.name == "loops" and find_spec(library) is None:
+        pytest.skip(f"{library} is not installed")
+    run = finished[script.name]
+    assert run.status == 0, run.output
+    assert f"usage: {script.name}" in run.output
+    assert list(run.copy.parent.iterdir()) == [run.copy]
 
 
-def test_an_import_of_a_file_beside_the_script_fails(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text("import openvclip\nfrom examples import finetune\n")
-    (tmp_path / "alone").mkdir()
-    finished = run_alone(script, tmp_path / "alone", "--help")
-    assert "No module named 'examples'" in finished.stderr
+def test_an_import_of_a_file_beside_the_script_fails(finished: dict[str, Finished]) -> None:
+    assert finished["wrong"].status == 1
+    assert "No module named 'examples'" in finished["wrong"].output
 
 
-def test_a_training_run_in_an_empty_folder(tmp_path: Path) -> None:
-    write_videos(tmp_path, 4)
-    arguments = command(tmp_path, "run", "--method", "finetune", "--epochs", "1")
-    (tmp_path / "alone").mkdir()
-    finished = run_alone(EXAMPLES / "finetune.py", tmp_path / "alone", *arguments)
-    assert finished.returncode == 0, finished.stderr
-    assert (tmp_path / "run" / "final.safetensors").is_file()
+def test_a_training_run_in_an_empty_folder(finished: dict[str, Finished]) -> None:
+    run = finished["training"]
+    assert run.status == 0, run.output
+    assert (run.copy.parents[2] / "run" / "final.safetensors").is_file()

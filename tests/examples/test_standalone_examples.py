@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib.util
-import os
 import re
-import runpy
 import shlex
 import sys
 from pathlib import Path
@@ -16,9 +14,9 @@ from typing import Any
 import pytest
 
 from openvclip import cli
-from tests.examples.forked import started
 from tests.examples.single_files import CLASSES, FRAMES, rows_of
 from tests.examples.tiny_videos import model_flags
+from tests.forked import run_by_path, started
 from tests.helpers import REPO
 
 SCRIPTS = ("open_vclip", "finetune_image_clip", "merge_two_finetunes", "sweep_and_plot")
@@ -63,25 +61,13 @@ def test_an_option_with_a_default_states_the_default(
         assert stated or automatic or action.required, action.dest
 
 
-def _run_by_path(folder: str, name: str, arguments: list[str]) -> None:
-    """``python .../examples/NAME.py`` in a folder from where ``examples`` is not found."""
-    os.chdir(folder)
-    script = REPO / "examples" / f"{name}.py"
-    sys.path[:] = [entry for entry in sys.path if entry not in ("", str(REPO))]
-    for module in [module for module in sys.modules if module.partition(".")[0] == "examples"]:
-        del sys.modules[module]
-    assert importlib.util.find_spec("examples") is None
-    sys.argv = [str(script), *arguments]
-    runpy.run_path(str(script), run_name="__main__")
-
-
 def test_an_example_runs_in_an_empty_folder(clips: Path, tmp_path: Path) -> None:
     """Then the printed command predicts with the model that was written."""
     empty, log = tmp_path / "empty", tmp_path / "log"
     empty.mkdir()
     options = [*model_flags(), *FRAMES, "--videos", str(clips / "closed"), "--out", "run"]
     options += ["--epochs", "2", "--batch-size", "4", "--lr", "1e-3"]
-    with started(_run_by_path, str(empty), "open_vclip", options, log=log) as process:
+    with started(run_by_path, str(empty), "open_vclip", options, log=log) as process:
         process.join(120)
         text = log.read_text()
     assert process.exitcode == 0, text

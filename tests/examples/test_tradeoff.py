@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +26,8 @@ from examples.shapes.world import TEMPLATES, class_names
 from openvclip.checkpoints import save_checkpoint
 from openvclip.video import dataset, read_clip, transforms
 from tests.examples.tiny_videos import MODEL
-from tests.helpers import REPO, tiny_clip
+from tests.forked import run_by_path, started
+from tests.helpers import tiny_clip
 
 LAMS = (0.0, 0.3, 0.8)
 
@@ -351,8 +351,12 @@ def test_missing_matplotlib_is_told_at_once(
 
 
 def test_help_of_the_file_started_by_its_path(tmp_path: Path) -> None:
-    script = [sys.executable, str(REPO / "examples" / "tradeoff.py"), "--help"]
-    text = subprocess.run(script, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    with started(
+        run_by_path, str(tmp_path), "tradeoff", ["--help"], log=tmp_path / "log"
+    ) as process:
+        process.join(120)
+        text = (tmp_path / "log").read_text()
+        assert process.exitcode == 0, text
     for flag in ("--curve LABEL=FILE", "--zero-shot NAME=VALUE", "--lam", "--hf", "--views"):
         assert flag in text
 

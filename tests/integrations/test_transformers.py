@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from openvclip import EMATracker, InterpolatedWeightRegularizer, SWATracker
 from openvclip.errors import CheckpointError, UsageError
 from openvclip.integrations.transformers import STATE_FILE, RegularizedTrainerMixin
-from tests.examples.forked import free_port, rendezvous, started
+from tests.forked import free_port, rendezvous, started
 from tests.helpers import assert_same_state, snapshot
 
 transformers = pytest.importorskip("transformers")
@@ -187,6 +188,28 @@ def test_a_checkpoint_without_the_states_is_refused(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(CheckpointError, match="no such file, so the regulariser"):
         trainer_of(tmp_path).train(resume_from_checkpoint=str(path.parent))
+
+
+class Recorded(nn.Linear):
+    """A layer with extra state in a buffer of bytes, as Transformer Engine has it."""
+
+    def get_extra_state(self) -> Any:
+        return io.BytesIO(b"record")
+
+    def set_extra_state(self, state: Any) -> None:
+        assert state.getvalue() == b"record"
+
+
+def test_an_average_with_extra_state_in_a_buffer_resumes(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path)
+    layer = Recorded(2, 2)
+    saved, resumed = SWATracker(layer), SWATracker(layer)
+    saved.update(layer)
+    trainer.averages = (saved,)
+    trainer._save_states(tmp_path / STATE_FILE)
+    trainer.averages = (resumed,)
+    trainer._load_states(tmp_path / STATE_FILE)
+    assert resumed.averaged_state_dict()["_extra_state"].getvalue() == b"record"
 
 
 def test_a_trainer_with_a_backward_pass_of_its_own_is_refused(tmp_path: Path) -> None:

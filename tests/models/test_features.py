@@ -5,6 +5,7 @@ The references are transformers' own methods and processors.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,10 @@ def test_what_a_tokenizer_can_be() -> None:
     for wrong in (processor.image_processor, "openai/clip-vit-base-patch32", None):
         with pytest.raises(UsageError, match=r"tokenizer is a .*; expected a function"):
             ZeroShotClassifier(model, wrong, NAMES)
+    call = partial(make_tokenizer(), return_tensors="pt", padding=True)
+    for classifier in (ZeroShotClassifier, prompting.VideoClassifier):
+        with pytest.raises(UsageError, match=r"returned a BatchEncoding; .* transformers itself"):
+            classifier(model, call, NAMES)
     endless = make_tokenizer(model_max_length=int(1e30))
     assert as_tokenizer(endless, model)(["a"]).shape == (1, LENGTH)
     assert as_tokenizer(endless, tiny_clip())(["a"]).shape == (1, 8)  # a model of open_clip

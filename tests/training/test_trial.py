@@ -103,7 +103,10 @@ def test_the_contract_has_the_pixels_and_the_base_of_the_run() -> None:
     base = contract_of(arguments("--start-from", "runs/s.pt")).base
     assert base is not None
     assert base.pretrained == "s.pt"
-    for words, name in (("--model", "hf-hub:a/b"), "hf-hub:a/b"), (("--hf", "a/b"), "transformers:a/b"):
+    for words, name in (
+        (("--model", "hf-hub:a/b"), "hf-hub:a/b"),
+        (("--hf", "a/b"), "transformers:a/b"),
+    ):
         base = contract_of(arguments(*words)).base
         assert base is not None
         assert (base.name, base.pretrained) == (name, None)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,6 +16,7 @@ from openvclip.cli import main
 from openvclip.errors import UsageError, VideoError, VideoOptionError
 from openvclip.video import checking, read_clip
 from openvclip.video.checking import VideoCheck, check_video, check_videos
+from tests.forked import CONTEXT
 from tests.helpers import REPO
 from tests.video import servers
 
@@ -48,6 +50,12 @@ STATUS = {
 }
 
 
+@pytest.fixture
+def prompt_workers(monkeypatch):
+    """Worker processes that have PyTorch imported; test_the_command starts them as users do."""
+    monkeypatch.setattr(checking, "multiprocessing", SimpleNamespace(get_context=lambda _: CONTEXT))
+
+
 def test_one_file(folder):
     results = {name: check_video(folder / name) for name in (*STATUS, "none.mp4")}
     assert {name: check.status for name, check in results.items()} == {**STATUS, "none.mp4": "bad"}
@@ -77,7 +85,7 @@ def test_quick_looks_at_the_first_frame(folder):
     assert check_video(folder / "header.mkv", quick=True).status == "bad"
 
 
-def test_a_crash_costs_one_file(folder, monkeypatch):
+def test_a_crash_costs_one_file(folder, monkeypatch, prompt_workers):
     monkeypatch.setattr(checking, "_serve", servers.crashing)
     names = ["good.mkv", "text.mp4", "sub/other.MKV", "empty.mp4"]
     checks = check_videos([folder / name for name in names], num_workers=1)
@@ -94,7 +102,7 @@ def test_a_crash_costs_one_file(folder, monkeypatch):
     assert hung.reason.endswith("decoding took more than 0.1 seconds.")
 
 
-def test_processes_that_do_not_start(folder, monkeypatch):
+def test_processes_that_do_not_start(folder, monkeypatch, prompt_workers):
     monkeypatch.setattr(checking, "_serve", servers.never_ready)
     with pytest.raises(UsageError, match=r"did not start \(exit status 7\)"):
         list(check_videos([folder / "good.mkv"]))
@@ -144,7 +152,7 @@ def test_the_command(folder, tmp_path, capsys):
         assert "/dev/full: can't be written (No space left on device)" in capsys.readouterr().err
 
 
-def test_the_command_on_lists(folder, tmp_path, capsys):
+def test_the_command_on_lists(folder, tmp_path, capsys, prompt_workers):
     table = tmp_path / "checked.csv"
     listed = tmp_path / "list.csv"
     listed.write_text("good.mkv,0\nsub/other.MKV,1\ngood.mkv,0\n")
@@ -202,7 +210,7 @@ def test_ctrl_c_leaves_what_was_found(folder, tmp_path):
     assert f"{len(results)} ok, 0 damaged, 0 bad, {2000 - len(results)} not checked" in out
 
 
-def test_the_command_on_real_clips(clips, tmp_path):
+def test_the_command_on_real_clips(clips, tmp_path, prompt_workers):
     table = tmp_path / "checked.csv"
     arguments = [str(clips / "labels.csv"), "--videos", str(clips), "-o", str(table)]
     assert main(["check-videos", *arguments, "--num-workers", "1"]) == 0

@@ -26,6 +26,8 @@ def test_frames_and_pixels_of_the_released_path(clips, golden_sampling):
                 if index in wanted:
                     picture = torch.from_numpy(frame.to_ndarray(format="rgb24"))
                     decoded[index] = picture.permute(2, 0, 1)
+                if index == max(wanted):
+                    break
         for view, expected in zip(clip, entry["indices"], strict=True):
             for frame, allowed in zip(view, expected, strict=True):
                 assert torch.equal(frame, decoded[allowed[0]]), name

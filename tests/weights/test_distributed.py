@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import ast
 import json
-import os
-import subprocess
-import sys
-from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
 
+from tests.distributed import all_checks
+from tests.forked import together
 from tests.helpers import REPO
 
 NAMES = [
@@ -30,30 +28,16 @@ LIMIT = 240.0  # seconds for all checks; then both processes are stopped
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     """Return the outcomes of the checks by name, for each of the two processes."""
     folder = tmp_path_factory.mktemp("processes")
-    # torch.distributed.checkpoint of PyTorch 2.7 and 2.8 uses storages that it declares deprecated.
-    python = [sys.executable, "-W", "error", "-W", "ignore:TypedStorage is deprecated"]
-    commands = [[*python, "-m", "tests.distributed", str(folder), str(rank)] for rank in range(2)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with ExitStack() as stack:
-        processes = []
-        for rank, command in enumerate(commands):
-            errors = stack.enter_context((folder / f"{rank}.errors").open("w"))
-            process = subprocess.Popen(
-                command, cwd=REPO, env=environment, stdout=subprocess.DEVNULL, stderr=errors
-            )
-            processes.append(process)
-            stack.callback(process.wait)
-            stack.callback(process.kill)
-        with suppress(subprocess.TimeoutExpired):  # checks without an outcome fail below
-            for process in processes:
-                process.wait(LIMIT)
+    with together(all_checks.main, folder, logs=folder) as processes:
+        for process in processes:  # checks without an outcome fail below
+            process.join(LIMIT)
     return [_reported(folder, rank) for rank in range(2)]
 
 
 def _reported(folder: Path, rank: int) -> dict[str, str]:
     file = folder / f"{rank}.json"
     outcomes: dict[str, str] = json.loads(file.read_text()) if file.exists() else {}
-    errors = (folder / f"{rank}.errors").read_text()
+    errors = (folder / f"{rank}.log").read_text()
     return {name: outcomes.get(name, f"not reached\n{errors}") for name in NAMES}
 
 

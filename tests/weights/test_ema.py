@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,10 @@ from torch import nn
 
 from openvclip import interpolate
 from openvclip.errors import NonFiniteWeightsError, StateMismatchError, UsageError
-from openvclip.weights.averaging import EMATracker
+from openvclip.weights.averaging import EMATracker, LAWATracker, SWATracker
+from openvclip.weights.names import named_parameters
+from openvclip.weights.shards import full_state
+from tests.forked import started
 from tests.helpers import Net, assert_same_state, jump, same_bits, snapshot, through_a_file
 
 
@@ -133,57 +134,50 @@ def test_settings_and_states_that_do_not_fit() -> None:
         EMATracker(Net(freeze=False)).load_state_dict(ema.state_dict())
 
 
-SHARDED = """
-import sys, torch
-from torch import distributed as dist, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
-from openvclip.weights.averaging import EMATracker, LAWATracker, SWATracker
-from openvclip.weights.shards import full_state
-from openvclip.errors import NonFiniteWeightsError
-from openvclip.weights.names import named_parameters
-dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
-def make():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2))
-plain, sharded = make(), make()
-mesh = init_device_mesh("cpu", (1,))
-for part in (sharded[0], sharded):
-    fully_shard(part, mesh=mesh)
-for kind in (SWATracker, EMATracker, LAWATracker):
-    one, other = kind(plain), kind(sharded)
-    for step in range(8):
-        torch.manual_seed(step)
-        for a, b in zip(plain.parameters(), named_parameters(sharded).values(), strict=True):
-            a.data.normal_()
-            b.data.to_local().copy_(a.data)
-        one.update(plain)
-        other.update(sharded)
-    average = other.averaged_state_dict()
-    assert all(isinstance(value, DTensor) for value in average.values())
-    for name, value in full_state(average).items():
-        assert torch.equal(value, one.averaged_state_dict()[name]), (kind, name)
-    again = kind(sharded)
-    again.load_state_dict(other.state_dict())
-    with again.applied(sharded):
-        inside = full_state(sharded.state_dict())["0.weight"].clone()
-    assert torch.equal(inside, full_state(average)["0.weight"])
-    assert torch.equal(full_state(sharded.state_dict())["0.weight"], plain[0].weight)
-    next(iter(named_parameters(sharded).values())).data.to_local()[0, 0] = float("nan")
-    try:
-        other.update(sharded)
-    except NonFiniteWeightsError as error:
-        assert "(0.weight)" in str(error)
-    else:
-        raise AssertionError("NaN entered")
-dist.destroy_process_group()
-"""
+def average_shards(meeting: str) -> None:
+    """Compare the averages of a model and of its sharded twin; runs in a process of its own."""
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2))
+
+    plain, sharded = make(), make()
+    mesh = init_device_mesh("cpu", (1,))
+    for part in (sharded[0], sharded):
+        fully_shard(part, mesh=mesh)
+    for kind in (SWATracker, EMATracker, LAWATracker):
+        one, other = kind(plain), kind(sharded)
+        for step in range(8):
+            torch.manual_seed(step)
+            for a, b in zip(plain.parameters(), named_parameters(sharded).values(), strict=True):
+                a.data.normal_()
+                b.data.to_local().copy_(a.data)
+            one.update(plain)
+            other.update(sharded)
+        average = other.averaged_state_dict()
+        assert all(isinstance(value, DTensor) for value in average.values())
+        for name, value in full_state(average).items():
+            assert torch.equal(value, one.averaged_state_dict()[name]), (kind, name)
+        again = kind(sharded)
+        again.load_state_dict(other.state_dict())
+        with again.applied(sharded):
+            inside = full_state(sharded.state_dict())["0.weight"].clone()
+        assert torch.equal(inside, full_state(average)["0.weight"])
+        assert torch.equal(full_state(sharded.state_dict())["0.weight"], plain[0].weight)
+        next(iter(named_parameters(sharded).values())).data.to_local()[0, 0] = float("nan")
+        with pytest.raises(NonFiniteWeightsError, match=r"\(0\.weight\)"):
+            other.update(sharded)
+    distributed.destroy_process_group()
 
 
 def test_sharded_models_are_averaged_in_their_shards(tmp_path: Path) -> None:
-
-    done = subprocess.run(
-        [sys.executable, "-c", SHARDED, str(tmp_path / "meeting")], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    log = tmp_path / "log"
+    with started(average_shards, str(tmp_path / "meeting"), log=log) as process:
+        process.join(120)
+    assert process.exitcode == 0, log.read_text()

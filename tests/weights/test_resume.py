@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import random
 import signal
 import time
@@ -16,13 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.forked import CONTEXT
 from tests.helpers import assert_same_state, through_a_file
 from tests.weights import resume_run
 
 KILLS = 20
-# The processes are forks of a process that has imported all modules, so they start quickly.
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch._dynamo", "openvclip", "tests.weights.resume_run"])
 
 
 @contextmanager

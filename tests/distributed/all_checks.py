@@ -1,31 +1,29 @@
-"""Run all checks in one of the two processes that ``test_distributed.py`` starts.
-
-python -m tests.distributed FOLDER RANK
-"""
+"""Run all checks in one of the two processes that ``test_distributed.py`` starts."""
 
 from __future__ import annotations
 
 import json
-import sys
 import traceback
+import warnings
 from pathlib import Path
 
-import torch
 from torch import distributed
 
 from tests.distributed import data_parallel, resuming, sharded, state_dicts
 from tests.distributed.training import CHECKS, WORLD
 
 
-def main() -> None:
+def main(out: Path) -> None:
+    """Run all checks, and write what came of them to a file of the process in a folder."""
     modules = (data_parallel, resuming, sharded, state_dicts)
     files = {module.__name__ for module in modules}
     assert files == {check.__module__ for check in CHECKS.values()}
-    out, rank = Path(sys.argv[1]), int(sys.argv[2])
-    torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=WORLD
-    )
+    warnings.simplefilter("error")
+    # torch.distributed.checkpoint of PyTorch 2.7 and 2.8 uses storages that it declares deprecated.
+    warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
+    distributed.init_process_group("gloo")
+    rank = distributed.get_rank()
+    assert distributed.get_world_size() == WORLD
     folder = out / "files"
     folder.mkdir(exist_ok=True)
     results = {}
@@ -39,7 +37,3 @@ def main() -> None:
         (out / f"{rank}.json").write_text(json.dumps(results))
         distributed.barrier()
     distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
