@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 _DESCRIPTION = """\
 Print the most probable labels of videos.
 
-VIDEO is a file, a folder, or a pattern such as 'clips/**/*.mp4'. The model has
-the weights of the original CLIP unless --checkpoint is given.
+VIDEO is a file, a folder, a pattern such as 'clips/**/*.mp4', or a URL. The model
+has the weights of the original CLIP unless --checkpoint is given.
 """
 _USAGE = """\
 openvclip predict VIDEO [VIDEO ...] [options]
@@ -288,7 +288,10 @@ def _files_of(argument: str) -> list[str]:
     This runs before the model is loaded, so that a wrong path is reported first.
     """
     from openvclip.video import find_videos
+    from openvclip.video.sources import is_url
 
+    if is_url(argument):
+        return [argument]
     if os.path.isdir(argument):
         files = [os.path.join(argument, path) for path in find_videos(argument)]
         if not files:
