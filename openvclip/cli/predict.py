@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 _DESCRIPTION = """\
 Print the most probable labels of videos.
 
-VIDEO is a file, a folder, a pattern such as 'clips/**/*.mp4', or a URL. The model
-has the weights of the original CLIP unless --checkpoint is given.
+VIDEO is a file, a folder, or a pattern such as 'clips/**/*.mp4'. The model has
+the weights of the original CLIP unless --checkpoint is given.
 """
 _USAGE = """\
 openvclip predict VIDEO [VIDEO ...] [options]
@@ -61,7 +61,7 @@ def add(commands: Commands) -> None:
         usage=_USAGE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("videos", metavar="VIDEO", nargs="+", help="a file, folder or pattern")
+    parser.add_argument("videos", metavar="VIDEO", nargs="+", help="a file, folder, pattern or URL")
     labels = parser.add_mutually_exclusive_group(required=True)
     labels.add_argument("--labels", metavar="TEXT", nargs="+", help="the labels to choose from")
     labels.add_argument(

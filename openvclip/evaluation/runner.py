@@ -43,6 +43,7 @@ class RunOptions(BatchOptions):
         amp: dtype for autocast while encoding. ``None`` encodes without autocast.
         progress: whether to show a progress bar. Default: only in a terminal.
         description: text in front of the progress bar.
+        pooling: how the features of frames become the feature of a clip.
         leave_out_broken: whether the accuracies are computed without the videos that can't be read.
             Default: such videos count as wrong.
         allow_missing: whether to treat missing videos as videos that can't be read. Default:
@@ -289,6 +290,8 @@ def _settings(
         "batch_size": run.batch_size,
         "amp": None if run.amp is None else str(run.amp),
         "device": next(model.parameters()).device.type,
+        # Folders of results that were written before there was this option go on.
+        **({} if run.pooling == "unit_frames" else {"pooling": run.pooling}),
     }
 
 
