@@ -42,6 +42,7 @@ IMPORTED_ON_USE = {
     "PIL",
     "accelerate",
     "av",
+    "fsspec",
     "lightning",
     "matplotlib",
     "open_clip",
