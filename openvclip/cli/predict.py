@@ -193,7 +193,7 @@ def _predict_file(
     amp = amp_of(options)
     with torch.autocast(next(classifier.parameters()).device.type, amp, enabled=amp is not None):
         if options.timeline:
-            return _predict_timeline(options, path, figure, classifier, transform)
+            return _predict_timeline(options, path, figure, classifier, transform, confidence)
         return _predict_video(options, path, classifier, transform, confidence)
 
 
@@ -231,6 +231,7 @@ def _predict_timeline(
     figure: Path,
     classifier: ZeroShotClassifier,
     transform: Transform,
+    confidence: Confidence | None,
 ) -> dict[str, Any]:
     """Predict labels over time, draw them, and return them as JSON objects.
 
@@ -247,6 +248,7 @@ def _predict_timeline(
         num_frames=options.frames,
         seconds=clip_length if options.seconds is None else options.seconds,
         step=options.step,
+        confidence=confidence,
     )
     drawn = {} if options.top is None else {"top": options.top}
     with write_errors(figure):
@@ -290,7 +292,7 @@ def _labels(options: argparse.Namespace) -> list[str]:
         labels = class_names(options.dataset)
     else:
         labels = require_names(options.labels or read_labels(options.labels_file))
-    return require_names(with_background(labels, options.background) or labels)
+    return require_names(with_background(labels, options.background))
 
 
 def _figure_paths(paths: list[str], options: argparse.Namespace) -> list[Path]:

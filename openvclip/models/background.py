@@ -7,13 +7,11 @@ from collections.abc import Sequence
 from openvclip.errors import ClassNamesError, UsageError, did_you_mean, listed
 
 
-def with_background(
-    labels: Sequence[str] | None, background: Sequence[str]
-) -> Sequence[str] | None:
+def with_background(labels: Sequence[str], background: Sequence[str]) -> Sequence[str]:
     """Return the class names of a classifier of labels and background texts.
 
     Args:
-        labels: K labels. ``None`` if a classifier has them already.
+        labels: K labels.
         background: B background texts, possibly none.
 
     Returns:
@@ -23,7 +21,7 @@ def with_background(
         ClassNamesError: ``background`` is one string, one of its texts is empty or is also a label.
     """
     _require_list(background)
-    if labels is None or not background or isinstance(labels, str):
+    if not background or isinstance(labels, str):
         return labels
     known = set(labels)
     shared = [repr(text) for text in background if text in known]

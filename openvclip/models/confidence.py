@@ -100,7 +100,8 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> float:
     if slope(0.0) >= 0:
         raise UsageError(
             f"The logits of the true labels of {len(values)} clips are on average no higher than "
-            "those of the other labels. Check that the targets belong to these clips and labels."
+            "those of the other texts. Check that the targets belong to these clips and labels, "
+            "and that the background texts describe other things."
         )
     low, high = _bracket(slope)
     for _ in range(200):
@@ -164,8 +165,7 @@ def threshold_to_keep(scores: Tensor, keep: float) -> float:
 
     Source: the quantile of split conformal prediction, Papadopoulos et al. (2002).
     """
-    if not 0 < keep < 1:
-        raise UsageError(f"keep={keep!r}: expected a share between 0 and 1, such as 0.95.")
+    require_calibration(keep)
     if scores.ndim != 1:
         raise UsageError(f"scores has shape {list(scores.shape)}; expected [N].")
     if not bool(torch.isfinite(scores).all()):
@@ -247,6 +247,17 @@ def require_score(score: str) -> Score:
         f"score={score!r} is not known{did_you_mean(str(score), SCORES)}: choose one of "
         f"{', '.join(map(repr, SCORES))}."
     )
+
+
+def require_calibration(keep: float, score: str = DEFAULT_SCORE) -> None:
+    """Check the settings of a calibration, before videos are read.
+
+    Raises:
+        UsageError: ``keep`` is not in (0, 1), or ``score`` is not known.
+    """
+    require_score(score)
+    if not 0 < keep < 1:
+        raise UsageError(f"keep={keep!r}: expected a share between 0 and 1, such as 0.95.")
 
 
 def target_indices(
@@ -348,7 +359,7 @@ def calibrate(
     Warns:
         CalibrationWarning: all clips are classified correctly, so the temperature stays 1.
     """
-    require_score(score)
+    require_calibration(keep, score)
     labels, cosines, logits = stacked(predictions)
     inside = torch.ones(len(cosines), dtype=torch.bool)
     temperature = 1.0

@@ -188,7 +188,7 @@ def predict(
     """
     require_source(video)
     effective_confidence(confidence, reject)  # a wrong value is an error before the video is read
-    names = with_background(labels, background)
+    names = None if labels is None else with_background(labels, background)
     classifier = classifier_for(model, names, tokenizer, templates)
     divide(classifier.class_names, background)
     transform = transform or transform_for(classifier.model)

@@ -9,6 +9,7 @@ import warnings
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given
@@ -20,7 +21,7 @@ import openvclip
 from examples.shapes.model import create_model
 from examples.shapes.world import TEMPLATES
 from openvclip import cli
-from openvclip.checkpoints.contract import Confidence
+from openvclip.checkpoints.contract import Confidence, Contract
 from openvclip.errors import CalibrationWarning, ClassNamesError, LabelWarning, UsageError
 from openvclip.evaluation import (
     accuracy_coverage,
@@ -38,6 +39,7 @@ from openvclip.models import (
 )
 from openvclip.models.features import cosines_of_logits, similarity_logits
 from openvclip.models.prediction import prediction_of
+from openvclip.video import Sampling
 from tests.helpers import random_video, tiny_clip, tiny_tokenizer
 from tests.world import World
 
@@ -93,7 +95,7 @@ def test_temperatures_that_can_not_be_fitted() -> None:
     logits, targets = noisy(20)
     with pytest.raises(UsageError, match="All 20 clips are classified correctly"):
         fit_temperature(logits, logits.argmax(dim=1))
-    with pytest.raises(UsageError, match=r"no higher than those of the other labels\. Check"):
+    with pytest.raises(UsageError, match=r"no higher than those of the other texts\. Check"):
         fit_temperature(logits, logits.argmin(dim=1))
     with pytest.raises(UsageError, match="0 clips; expected at least 2"):
         fit_temperature(logits[:0], targets[:0])
@@ -417,6 +419,77 @@ def test_a_label_beside_a_background_text_is_not_alone(tmp_path: Any) -> None:
     assert float(answers.probabilities[0]) + answers.background["b"] == pytest.approx(1)
     with pytest.warns(LabelWarning, match="'a' is the only label"):
         openvclip.predict(tiny_clip(), tmp_path / "black.png", ["a"], background=[], **options)
+
+
+# --- VideoCLIP ---------------------------------------------------------------------------------
+
+
+def clips_of_frames(n: int) -> list[Any]:
+    generator = np.random.default_rng(5)
+    return [generator.integers(0, 255, (4, 8, 8, 3), dtype=np.uint8) for _ in range(n)]
+
+
+def test_a_calibrated_model_keeps_its_calibration(tmp_path: Any) -> None:
+    few = Sampling(num_frames=2, views=1, sampler="uniform")
+    clip = openvclip.VideoCLIP(tiny_clip(), tiny_tokenizer, sampling=few, templates=["{}"])
+    videos, options = clips_of_frames(25), {"background": ["an empty room"], "fps": 10.0}
+    before = clip.classify(videos, LABELS, **options)
+    direct = openvclip.predict(
+        clip.classifier([*LABELS, "an empty room"]), videos[0], sampling=few, **options
+    )
+    torch.testing.assert_close(direct.probabilities, before[0].probabilities)
+    assert direct.rejected == before[0].rejected
+    assert direct.score == pytest.approx(before[0].score, abs=1e-6)
+    with pytest.raises(UsageError, match="reject=True needs a calibrated threshold"):
+        clip.classify(videos[0], LABELS, reject=True)
+    best = [prediction.label for prediction in before]
+    targets = [*(best[i] if i % 2 else LABELS[i % 3] for i in range(24)), None]
+    settings = clip.calibrate(videos, LABELS, targets, keep=0.8, **options)
+    assert settings == calibrate(before, targets, keep=0.8)
+    assert clip.confidence == clip.contract.confidence == settings
+    assert (settings.clips, settings.score) == (24, "cosine")
+    after = clip.classify(videos, LABELS, **options)
+    for old, new in zip(before, after, strict=True):
+        assert old.logits is not None
+        expected = (old.logits / settings.temperature).softmax(dim=0)[:3]
+        torch.testing.assert_close(new.probabilities, expected)
+        assert new.score == old.score
+        below = (new.score or 0.0) < (settings.threshold or 0.0)
+        assert new.rejected == (below or old.rejected)
+    low = [(prediction.score or 0.0) < (settings.threshold or 0.0) for prediction in after[:24]]
+    assert sum(low) == 4  # floor(25 * 0.2) - 1
+    # The contract brings the calibration.
+    contract = Contract.from_json(clip.contract.to_json(), "here")
+    copied = openvclip.VideoCLIP(tiny_clip(), tiny_tokenizer, contract=contract)
+    again = copied.classify(videos[0], LABELS, reject=True, **options)
+    torch.testing.assert_close(again.probabilities, after[0].probabilities)
+    assert again.rejected == after[0].rejected
+    # A second calibration starts from the same logits.
+    assert copied.calibrate(videos, LABELS, targets, keep=0.8, **options) == settings
+    timeline = copied.timeline(videos[0], LABELS, seconds=0.2, fps=10.0)
+    window = openvclip.models.predict_timeline(
+        copied.classifier(LABELS),
+        videos[0],
+        transform=copied.transform,
+        num_frames=2,
+        seconds=0.2,
+        fps=10.0,
+    )
+    flat = (window.probabilities.log() / settings.temperature).softmax(dim=1)
+    torch.testing.assert_close(timeline.probabilities, flat)
+    for wrong, reason in (
+        ({"keep": 95}, "keep=95: expected a share"),
+        ({"score": "odd"}, "score='odd' is not known"),
+        ({"labels": ["a", "a"]}, "more than once: 'a'"),
+        ({"background": ["a", "star sliding"]}, "which labels holds too"),
+        ({"videos": "absent.mp4", "fps": None}, "absent.mp4: no such file"),
+        ({"videos": videos[:1]}, "1 clips belong to the labels; keep=0.95 needs at least 19"),
+        ({"videos": []}, "expected at least one|is empty|no videos"),
+    ):
+        arguments = {"videos": videos, "labels": LABELS, "fps": 10.0, **wrong}  # type: ignore[dict-item]
+        with pytest.raises(openvclip.OpenVCLIPError, match=reason):
+            clip.calibrate(**arguments)  # type: ignore[arg-type]
+    assert clip.confidence == settings  # a call that fails changes nothing
 
 
 # --- the command -------------------------------------------------------------------------------
