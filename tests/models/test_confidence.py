@@ -21,7 +21,9 @@ import openvclip
 from examples.shapes.model import create_model
 from examples.shapes.world import TEMPLATES
 from openvclip import cli
+from openvclip.checkpoints import load_checkpoint, save_checkpoint
 from openvclip.checkpoints.contract import Confidence, Contract
+from openvclip.checkpoints.contract_files import CONTRACT_KEY
 from openvclip.errors import CalibrationWarning, ClassNamesError, LabelWarning, UsageError
 from openvclip.evaluation import (
     accuracy_coverage,
@@ -39,6 +41,8 @@ from openvclip.models import (
 )
 from openvclip.models.features import cosines_of_logits, similarity_logits
 from openvclip.models.prediction import prediction_of
+from openvclip.models.preprocess import transform_for
+from openvclip.models.usage import contract_of
 from openvclip.video import Sampling
 from tests.helpers import random_video, tiny_clip, tiny_tokenizer
 from tests.world import World
@@ -495,11 +499,14 @@ def test_a_calibrated_model_keeps_its_calibration(tmp_path: Any) -> None:
 # --- the command -------------------------------------------------------------------------------
 
 
-def test_the_command_prints_none_of_these(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_none_of_these(
+    world: World, tmp_path: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     video = str(world.folder / world.samples[0][0])
     labels, background = ["star sliding", "key bouncing"], ["house resting", "square resting"]
     base = ["predict", video, "--labels", *labels, *world.model_flags]
-    named = openvclip.ZeroShotClassifier(*create_model(), [*labels, *background], TEMPLATES)
+    clip, tokenizer = create_model()
+    named = openvclip.ZeroShotClassifier(clip, tokenizer, [*labels, *background], TEMPLATES)
     answer = openvclip.predict(named, video, background=background, reject=1.0)
     assert cli.main([*base, "--background", *background, "--reject", "1", "--json"]) == 0
     (entry,) = json.loads(capsys.readouterr().out)
@@ -513,6 +520,24 @@ def test_the_command_prints_none_of_these(world: World, capsys: pytest.CaptureFi
     assert shares == pytest.approx(answer.background, abs=1e-5)
     assert cli.main([*base, "--reject", "1"]) == 0
     assert capsys.readouterr().out.splitlines()[:2] == [video, "none of these"]
+    # A calibrated model: the contract stands in the header of the file.
+    model = openvclip.expand_temporal_attention(create_model()[0])
+    contract = contract_of(model, "shapes-clip", transform_for(model), templates=TEMPLATES)
+    contract = contract.with_(confidence=Confidence(temperature=4.0, threshold=1.0))
+    calibrated = tmp_path / "calibrated.safetensors"
+    state = load_checkpoint(world.tuned)
+    save_checkpoint(state, calibrated, metadata={CONTRACT_KEY: contract.to_json()})
+    assert cli.main([*base, "--json", "--reject", "--checkpoint", str(calibrated)]) == 0
+    (entry,) = json.loads(capsys.readouterr().out)
+    model.load_state_dict(state)
+    classifier = openvclip.ZeroShotClassifier(model, tokenizer, labels, TEMPLATES)
+    plain = openvclip.predict(classifier, video)
+    assert plain.logits is not None
+    shares = (plain.logits / 4).softmax(dim=0).sort(descending=True).values
+    assert [row["probability"] for row in entry["labels"]] == pytest.approx(
+        shares.tolist(), abs=1e-5
+    )
+    assert entry["rejected"] is True
     for flags, reason in (
         (["--reject"], "--reject without a number uses the threshold of a calibrated model"),
         (["--reject", "20"], "reject=20.0: expected True, False, or a number from -1 to 1"),
