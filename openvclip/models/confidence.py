@@ -27,7 +27,7 @@ Score = Literal["cosine", "probability", "energy"]
 SCORES: tuple[Score, ...] = get_args(Score)
 """All scores."""
 DEFAULT_SCORE: Score = "cosine"
-"""The score that separates clips of the labels from other clips best where it was measured."""
+"""The score of a threshold that names none. docs/none-of-these.md compares the scores."""
 
 _RANGES: dict[Score, tuple[float, float]] = {
     "cosine": (-1.0, 1.0),
@@ -182,6 +182,8 @@ def threshold_to_keep(scores: Tensor, keep: float) -> float:
 
 def _temperature_of(logits: Tensor, indices: Tensor) -> float:
     """Return the fitted temperature, or 1 with a warning if all clips are classified correctly."""
+    if logits.shape[1] == 1:  # one label without background texts: its probability is 1
+        return 1.0
     values, indices = _checked_logits(logits, indices)
     if not _are_all_correct(values, indices):
         return fit_temperature(values, indices)

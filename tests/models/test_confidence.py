@@ -345,6 +345,8 @@ def test_calibration_of_a_perfect_classifier_warns(
     classifier: openvclip.ZeroShotClassifier,
 ) -> None:
     answers = predictions(classifier)
+    alone = openvclip.ZeroShotClassifier(classifier.model, tiny_tokenizer, LABELS[:1], ["{}"])
+    assert calibrate(predictions(alone), [0] * 60).temperature == 1
     with pytest.warns(CalibrationWarning, match="All 60 clips are classified correctly"):
         settings = calibrate(answers, [prediction.label for prediction in answers])
     assert settings.temperature == 1
