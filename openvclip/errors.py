@@ -332,6 +332,10 @@ class LabelWarning(UserWarning):
     """Issued when labels can't be told apart by the text tower, or when there is only one label."""
 
 
+class CalibrationWarning(UserWarning):
+    """Issued when the temperature can't be chosen: all clips are classified correctly."""
+
+
 class TextFeaturesWarning(UserWarning):
     """Issued when a classifier has text features of other weights than its model has now."""
 
