@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -259,8 +259,9 @@ class AdapterTracker(ABC):
         present = adapter_of(model, self._adapter, copy=False)
         self._require_same(present)
         live = [present.values[name] for name in average.values]
+        values = overwriting(live) if live else nullcontext()
         try:
-            with overwriting(live), _holding(layers, average.updates):
+            with values, _holding(layers, average.updates):
                 with torch.no_grad():
                     for target, value in zip(live, average.values.values(), strict=True):
                         target.copy_(value)

@@ -312,7 +312,7 @@ def lora_anchor(
         adapter: the name of the adapter. Default: the active adapter, which must be the only one.
 
     Raises:
-        UsageError: the model has no LoRA, or no parameter of it is trained.
+        UsageError: the model has no LoRA, or no parameter of it is trained, or a change is frozen.
         WeightTypeError: the adapter is not plain LoRA, or its initialisation changed the weights of
             the base model (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA).
     """
@@ -324,6 +324,7 @@ def lora_anchor(
         raise UsageError(
             "No factor of LoRA requires gradients. Set requires_grad before you take the anchor."
         )
+    _require_trained(lora_layers(model, name))
     anchor = _zeros(trained)
     originals = {} if original is None else canonical_model(original, "original")[0]
     entries, _ = live_model(model)
@@ -334,6 +335,22 @@ def lora_anchor(
         first = originals.get(base_name(_saved(n, name)), entries.get(inside, value))
         anchor[n] = first.detach().clone()
     return anchor
+
+
+def _require_trained(layers: list[LiveLayer]) -> None:
+    """Raise an error if a change is frozen, so that a regulariser could not scale it."""
+    frozen = [
+        layer.entry
+        for layer in layers
+        if not any(p is not None and p.requires_grad for p in (layer.a, layer.b))
+        and bool(layer.update.up.any() and layer.update.down.any())
+    ]
+    if frozen:
+        raise UsageError(
+            f"{len(frozen)} changes of the adapter are frozen ({listed(frozen)}), so they can't be "
+            "interpolated with the original weights. Train lora_B of these layers, or merge the "
+            "adapter first."
+        )
 
 
 def _zeros(trained: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

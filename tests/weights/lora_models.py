@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,8 @@ State = dict[str, Tensor]
 class Layers(nn.Module):
     """One layer of each kind that peft has factors for."""
 
+    pixels: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         from transformers.pytorch_utils import Conv1D
@@ -29,21 +32,27 @@ class Layers(nn.Module):
         self.conv = nn.Conv2d(3, 6, 2, bias=False)
         self.norm = nn.LayerNorm(6)
         self.head = nn.Linear(6, 3)
+        pixels = torch.linspace(-1, 1, 48).reshape(1, 3, 4, 4)
+        self.register_buffer("pixels", pixels, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = self.embedding(x) + self.conv(_pixels()).mean((0, 2, 3))
+        tokens = self.embedding(x) + self.conv(self.pixels).mean((0, 2, 3))
         tokens = tokens + self.attention(tokens, tokens, tokens)[0]
         tokens = self.transposed(tokens) + self.plain(self.linear(tokens))
         output: Tensor = self.head(self.norm(tokens))
         return output
 
 
-def _pixels() -> Tensor:
-    return torch.linspace(-1, 1, 48).reshape(1, 3, 4, 4)
-
-
 def inputs() -> Tensor:
     return torch.tensor([[0, 3, 6], [1, 1, 5]])
+
+
+class Wide(nn.Module):
+    """One weight that is larger than its factors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Linear(40, 40, bias=False)
 
 
 def tiny_hf(seed: int = 0) -> Any:
@@ -65,6 +74,11 @@ def _layers(seed: int = 0) -> nn.Module:
     return Layers()
 
 
+def _wide(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return Wide()
+
+
 # The base model, and the settings of peft.
 BASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "linear layers": (
@@ -83,6 +97,7 @@ BASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "transposed": (_layers, {"target_modules": ["transposed"], "fan_in_fan_out": True}),
     "biases": (_layers, {"target_modules": ["linear", "head"], "lora_bias": True}),
     "all biases": (_layers, {"target_modules": ["linear", "attention"], "bias": "all"}),
+    "wide": (_wide, {"target_modules": ["wide"]}),
     "open_clip": (tiny_clip, {"target_modules": ["attn", "c_fc", "c_proj"]}),
     "Hugging Face": (tiny_hf, {"target_modules": ["q_proj", "v_proj", "visual_projection"]}),
 }
@@ -101,7 +116,9 @@ def tuned(kind: str, seed: int = 1, model: nn.Module | None = None, **settings: 
     peft = pytest.importorskip("peft")
     build, own = BASES[kind]
     config = peft.LoraConfig(**{"r": 2, "lora_alpha": 6, **own, **settings})
-    wrapped = peft.get_peft_model(model or build(), config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of peft about transformers, and about its own settings
+        wrapped = peft.get_peft_model(model or build(), config)
     randomise(wrapped, seed)
     return wrapped
 
