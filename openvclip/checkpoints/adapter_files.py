@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from openvclip.checkpoints.file_kinds import kind_of_file
 from openvclip.checkpoints.folders import ADAPTER_CONFIG, advice_for_folder
 from openvclip.checkpoints.formats import WeightFile, read_weights
 from openvclip.checkpoints.layout import LayoutError, json_object, read_errors
@@ -85,9 +86,7 @@ def read_fine_tune(path: str | os.PathLike[str], base: str | os.PathLike[str] | 
         StateMismatchError: the adapter does not fit the base.
     """
     if base is None:
-        if is_adapter(path):
-            folder = Path(path) if Path(path).is_dir() else Path(path).parent
-            raise CheckpointError(f"{path} holds no whole weights. {advice_for_folder(folder)}")
+        require_whole(path)
         return read_weights(path)
     if not is_adapter(path):
         raise UsageError(
@@ -98,6 +97,18 @@ def read_fine_tune(path: str | os.PathLike[str], base: str | os.PathLike[str] | 
     weights = read.adapter.merged(original.weights)
     metadata = {**original.metadata, **read.file.metadata}
     return replace(original, path=read.file.path, weights=weights, metadata=metadata)
+
+
+def require_whole(path: str | os.PathLike[str]) -> None:
+    """Raise an error if a path is an adapter, which has no whole weights without its base model.
+
+    Raises:
+        CheckpointError: the path is an adapter.
+    """
+    if is_adapter(path):
+        kind_of_file(Path(path))  # says what to do with a folder
+        advice = advice_for_folder(Path(path).parent)
+        raise CheckpointError(f"{path} holds no whole weights. {advice}")
 
 
 def _weights_of(path: Path) -> Path:

@@ -10,13 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from openvclip.checkpoints.adapter_files import is_adapter, read_adapter
+from openvclip.checkpoints.adapter_files import is_adapter, read_adapter, require_whole
 from openvclip.checkpoints.extra_state import EXTRA_STATE_KEY, encode, names_of_objects
 from openvclip.checkpoints.file_kinds import SAFETENSORS, kind_of_file
 from openvclip.checkpoints.formats import read_weights
 from openvclip.checkpoints.layout import fill, map_entries, read_errors
 from openvclip.checkpoints.sharding import open_model
-from openvclip.errors import CheckpointError
 from openvclip.weights.adapters import factor_names
 from openvclip.weights.averageable import require_combinable
 from openvclip.weights.hashing import WeightsHash
@@ -115,17 +114,12 @@ def open_inputs(paths: list[Path], stack: ExitStack) -> list[WeightInput]:
     """
     inputs: list[WeightInput] = []
     for path in paths:
-        if not is_adapter(path):
-            inputs.append(_whole_input(path, stack))
-        elif inputs and not is_adapter(paths[0]):
+        if inputs and is_adapter(path):
             # Inputs are read in several threads, so the base is opened once more.
             inputs.append(_AdapterInput(path, _whole_input(paths[0], stack)))
         else:
-            raise CheckpointError(
-                f"{path} is an adapter, which is a change of a base model. Give the file of the "
-                "base model as the first file. For the mean of adapters alone, use "
-                "openvclip.weights.Adapter.mean."
-            )
+            require_whole(path)
+            inputs.append(_whole_input(path, stack))
         require_match(
             inputs[0].sizes,
             inputs[-1].sizes,
