@@ -113,6 +113,9 @@ class InterpolatedWeightRegularizer:
         StateMismatchError: the anchor lacks trained parameters, has names that the model does not
             have, or has other shapes.
 
+    **LoRA.** Pass ``anchor=openvclip.weights.lora_anchor(model)``. The products of the factors are
+    then scaled by ``1 - alpha``, and the gradients of the factors are those of the products.
+
     Memory: the anchor and, during the interpolated pass, one copy of the trained parameters and of
     the buffers. For a sharded model, the anchor and the copy are shards. :meth:`step` runs the
     interpolated pass first, so the copy is freed before the second pass, in which the gradients of
