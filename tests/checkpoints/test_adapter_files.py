@@ -72,7 +72,7 @@ def test_what_is_written_is_read_by_peft(kind: str, tmp_path: Path) -> None:
     mean = Adapter.mean(adapters, clip)
     uneven = {**mean.updates, first: mean.updates[first].compressed(1)[0].scaled(3.0)}
     for number, adapter in enumerate(
-        (adapters[0], mean, Adapter(uneven, mean.values, mean.layouts, mean.modules_to_save))
+        (adapters[0], Adapter(uneven, mean.values, mean.layouts, mean.modules_to_save))
     ):
         folder = tmp_path / str(number)
         save_adapter(adapter, folder, metadata={"run": "7"})
