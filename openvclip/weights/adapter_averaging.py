@@ -6,20 +6,18 @@ two factors of a product. The averages here keep sums of products.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from openvclip.errors import (
-    EmptyAverageError,
-    NonFiniteWeightsError,
     StateMismatchError,
     UsageError,
-    listed,
 )
 from openvclip.weights.adapter import Adapter
 from openvclip.weights.adapter_model import (
@@ -28,20 +26,21 @@ from openvclip.weights.adapter_model import (
     copied,
     lora_layers,
 )
+from openvclip.weights.adapter_storage import state_of_adapter
 from openvclip.weights.low_rank import CompressionError, LowRank
 from openvclip.weights.numerics import (
     common_dtype,
     compute_dtype,
     is_interpolable,
-    non_finite_names,
     overwriting,
 )
 from openvclip.weights.product_sums import ProductSum
+from openvclip.weights.schedule import Tracker
 from openvclip.weights.schedule_free import warn_of_training_weights, watch_optimizers
 from openvclip.weights.shards import is_sharded
 
 
-class AdapterTracker(ABC):
+class AdapterTracker(Tracker):
     """Base class of averages of LoRA fine-tunes.
 
     The average is that of the merged weights ``W + s B A``. The base model is neither copied nor
@@ -76,18 +75,11 @@ class AdapterTracker(ABC):
         adapter: str | None = None,
         check_finite: bool = True,
     ) -> None:
-        if not (isinstance(start, int) and isinstance(every, int) and start >= 0 and every >= 1):
-            raise UsageError(
-                f"start={start!r}, every={every!r}: expected whole numbers of steps, start >= 0 "
-                "and every >= 1."
-            )
+        super().__init__(start, every, check_finite)
         if max_rank is not None and not (isinstance(max_rank, int) and max_rank >= 1):
             raise UsageError(f"max_rank={max_rank!r}: expected None or a whole number, at least 1.")
-        self.start, self.every, self.max_rank = start, every, max_rank
-        self.check_finite = check_finite
+        self.max_rank = max_rank
         self._adapter = adapter
-        self._steps = 0
-        self._n_averaged = 0
         self._sums: dict[str, ProductSum] = {}
         self._values: dict[str, Tensor] = {}
         present = adapter_of(model, adapter, copy=False)
@@ -110,44 +102,22 @@ class AdapterTracker(ABC):
         """Return the number that the sums are multiplied by when the average is read."""
 
     @property
-    def n_averaged(self) -> int:
-        """Number of models in the average."""
-        return self._n_averaged
-
-    @property
     def nbytes(self) -> int:
         """Memory of the average in bytes."""
         sums = sum(products.nbytes for products in self._sums.values())
         return sums + sum(value.nbytes for value in self._values.values())
 
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> bool:
-        """Count one training step, and add the model if the schedule says so.
-
-        Args:
-            model: the model after the step of the optimizer.
-
-        Returns:
-            Whether the model was added to the average.
-
-        Raises:
-            NonFiniteWeightsError: the trained weights hold NaN or infinity. The average does not
-                change, but the step is counted. Not raised with ``check_finite=False``.
-            StateMismatchError: the model trains other entries than the tracked model.
-        """
-        self._steps += 1
-        steps_after_start = self._steps - self.start
-        is_due = steps_after_start > 0 and steps_after_start % self.every == 0
-        if is_due:
-            self._add_model(model)
-        return is_due
+    def check_model(self, model: nn.Module) -> None:
+        """See :meth:`Tracker.check_model`."""
+        self._require_same(adapter_of(model, self._adapter, copy=False))
 
     def _add_model(self, model: nn.Module) -> None:
         warn_of_training_weights(p for p in model.parameters() if p.requires_grad)
         present = adapter_of(model, self._adapter, copy=False)
         self._require_same(present)
-        if self.check_finite:
-            self._require_finite(present)
+        factors = {f"{n} ({side})": getattr(update, side) for n, update in present.updates.items()
+                   for side in ("down", "up")}  # fmt: skip
+        self._require_finite({**factors, **present.values})
         old, new = self._shares()
         for name, update in present.updates.items():
             products = self._sums.setdefault(name, ProductSum(self.max_rank))
@@ -180,17 +150,6 @@ class AdapterTracker(ABC):
                 "adapters.",
             )
 
-    def _require_finite(self, present: Adapter) -> None:
-        factors = {f"{n} ({side})": getattr(update, side) for n, update in present.updates.items()
-                   for side in ("down", "up")}  # fmt: skip
-        broken = non_finite_names({**factors, **present.values})
-        if broken:
-            raise NonFiniteWeightsError(
-                f"The weights hold NaN or infinity in {len(broken)} entries ({listed(broken)}), so "
-                f"they were not added. The average of {self.n_averaged} models did not change. "
-                "Look for a learning rate that is too high or a loss that overflows."
-            )
-
     # --- the average -----------------------------------------------------------------------------
 
     def averaged_adapter(self) -> Adapter:
@@ -205,6 +164,22 @@ class AdapterTracker(ABC):
         """
         return copied(self._averaged()[0])
 
+    def averaged_state_dict(self) -> dict[str, Tensor]:
+        """Return the average as the entries of a file of peft, whose products have the scale 1.
+
+        :func:`openvclip.checkpoints.save_adapter` writes a whole folder of
+        :meth:`averaged_adapter`, with its settings.
+
+        Raises:
+            EmptyAverageError: no model was added yet.
+        """
+        average = self.averaged_adapter()
+        updates = {
+            name: LowRank(update.up * update.scale, update.down, 1.0, update.shape)
+            for name, update in average.updates.items()
+        }
+        return state_of_adapter(replace(average, updates=updates))[0]
+
     def error(self) -> CompressionError:
         """Return a bound of what the recompression to ``max_rank`` left out of each product.
 
@@ -218,12 +193,7 @@ class AdapterTracker(ABC):
         return CompressionError(lost, {n: update.norm() for n, update in average.updates.items()})
 
     def _averaged(self) -> tuple[Adapter, dict[str, float]]:
-        if self._n_averaged == 0:
-            raise EmptyAverageError(
-                f"The average is empty after {self._steps} steps: with start={self.start} and "
-                f"every={self.every}, a model first enters at step {self.start + self.every}. "
-                "Call update(model) after each step of the optimizer."
-            )
+        self._require_models()
         scale = self._scale()
         updates, lost = {}, {}
         for name, products in self._sums.items():
@@ -293,13 +263,7 @@ class AdapterTracker(ABC):
             StateMismatchError: an entry is missing or unknown, or the state belongs to another
                 model or to a run that trained other parameters.
         """
-        expected = self.state_dict().keys()
-        if state.keys() != expected:
-            raise StateMismatchError(
-                f"This is not the state of a {type(self).__name__}.",
-                missing=expected - state.keys(),
-                unexpected=state.keys() - expected,
-            )
+        self._require_own_state(state)
         names, saved = {*self._names, *self._dtypes}, {*state["sums"], *state["values"]}
         if state["n_averaged"] and names != saved:
             raise StateMismatchError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ from openvclip.errors import (
     UsageError,
     WeightTypeError,
 )
+from openvclip.integrations.steps import load_average, state_of_average
 from openvclip.weights import (
     Adapter,
     AdapterEMATracker,
@@ -315,8 +317,10 @@ def test_a_resumed_average_is_bitwise_the_same(name: str, max_rank: int | None) 
     straight, first = make(model, max_rank=max_rank), make(model, max_rank=max_rank)
     for seed in range(6):
         if seed == 3:
-            resumed = make(model)
-            resumed.load_state_dict(first.state_dict())
+            resumed, file = make(model), io.BytesIO()
+            torch.save(state_of_average(first), file)
+            file.seek(0)
+            load_average(resumed, torch.load(file, weights_only=True), model)
             first = resumed
         randomise(model, seed)
         straight.update(model)
@@ -327,6 +331,19 @@ def test_a_resumed_average_is_bitwise_the_same(name: str, max_rank: int | None) 
         assert same_bits(change.down, result.updates[entry].down)
     assert all(same_bits(value, result.values[n]) for n, value in expected.values.items())
     assert (first.max_rank, first.n_averaged) == (max_rank, 6)
+
+
+def test_the_state_dict_of_an_average_is_that_of_a_file_of_peft() -> None:
+    model = tuned("linear layers")
+    tracker = AdapterSWATracker(model)
+    for seed in range(2):
+        randomise(model, seed)
+        tracker.update(model)
+    state = tracker.averaged_state_dict()
+    for name, update in tracker.averaged_adapter().updates.items():
+        layer = f"base_model.model.{name.removesuffix('.weight')}"
+        product = state[f"{layer}.lora_B.weight"] @ state[f"{layer}.lora_A.weight"]
+        torch.testing.assert_close(product, update.product())
 
 
 def test_the_average_does_not_change_with_the_training() -> None:
@@ -361,6 +378,9 @@ def test_what_trackers_refuse() -> None:
     assert tracker.n_averaged == 1
     with pytest.raises(StateMismatchError, match="does not train the entries"):
         tracker.update(tuned("biases"))
+    with pytest.raises(StateMismatchError, match="does not train the entries"):
+        tracker.check_model(tuned("biases"))
+    tracker.check_model(model)
     with pytest.raises(StateMismatchError, match="not the state of a AdapterSWATracker"):
         AdapterSWATracker(model).load_state_dict(tracker.state_dict())
     with pytest.raises(StateMismatchError, match="saved average does not fit"):
