@@ -108,7 +108,11 @@ class AdapterTracker(Tracker):
         return sums + sum(value.nbytes for value in self._values.values())
 
     def check_model(self, model: nn.Module) -> None:
-        """See :meth:`Tracker.check_model`."""
+        """Raise the error that :meth:`update` would raise, without a change of the average.
+
+        Args:
+            model: the model that :meth:`update` will get.
+        """
         self._require_same(adapter_of(model, self._adapter, copy=False))
 
     def _add_model(self, model: nn.Module) -> None:

@@ -88,6 +88,9 @@ class Tracker(ABC):
         Use this method before a long training, because a tracker with a late ``start`` looks at
         the model for the first time after this number of steps.
 
+        Args:
+            model: the model that :meth:`update` will get.
+
         Raises:
             StateMismatchError: names or shapes differ from those of the tracked model.
             UsageError: a parameter that was frozen when the tracker was created now requires

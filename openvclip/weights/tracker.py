@@ -143,7 +143,11 @@ class WeightTracker(Tracker):
     # --- what all trackers share -------------------------------------------------------------
 
     def check_model(self, model: nn.Module) -> None:
-        """See :meth:`Tracker.check_model`."""
+        """Raise the error that :meth:`update` would raise, without a change of the average.
+
+        Args:
+            model: the model that :meth:`update` will get.
+        """
         self._live(model)
 
     def _add_model(self, model: nn.Module) -> None:
