@@ -15,7 +15,7 @@ from openvclip.weights.averaging import EMATracker, LAWATracker, SWATracker
 from openvclip.weights.hashing import weights_hash
 from openvclip.weights.interpolation import Lambda, interpolate, interpolate_into
 from openvclip.weights.lambdas import by_depth, visual_only
-from openvclip.weights.low_rank import CompressionError, LowRank
+from openvclip.weights.low_rank import CompressionLoss, LowRank
 from openvclip.weights.regularization import InterpolatedWeightRegularizer
 from openvclip.weights.shards import full_state
 from openvclip.weights.statistics import update_statistics
@@ -26,7 +26,7 @@ __all__ = [
     "AdapterEMATracker",
     "AdapterSWATracker",
     "AdapterTracker",
-    "CompressionError",
+    "CompressionLoss",
     "EMATracker",
     "InterpolatedWeightRegularizer",
     "LAWATracker",

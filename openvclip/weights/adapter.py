@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from openvclip.errors import MergeError, StateMismatchError, UsageError
 from openvclip.weights.interpolation import Lambda, as_number, weights_of
 from openvclip.weights.kinds import quantized_names, refuse, require_values
-from openvclip.weights.low_rank import CompressionError, LowRank
+from openvclip.weights.low_rank import CompressionLoss, LowRank
 from openvclip.weights.names import canonical_model, live_model, require_live
 from openvclip.weights.numerics import compute_dtype, is_interpolable
 from openvclip.weights.relative import RelativeWeights
@@ -173,7 +173,7 @@ class Adapter(RelativeWeights):
             modules_to_save=tuple(dict.fromkeys(m for a in adapters for m in a.modules_to_save)),
         )
 
-    def compressed(self, rank: int) -> tuple[Adapter, CompressionError]:
+    def compressed(self, rank: int) -> tuple[Adapter, CompressionLoss]:
         """Return the closest adapter whose changes have at most this rank, and the error.
 
         Each change is recompressed by its singular value decomposition, in float64.
@@ -188,7 +188,7 @@ class Adapter(RelativeWeights):
         for name, update in self.updates.items():
             updates[name], lost[name] = update.compressed(rank)
             kept[name] = updates[name].norm()
-        return replace(self, updates=updates), CompressionError(lost, kept)
+        return replace(self, updates=updates), CompressionLoss(lost, kept)
 
     # --- in weights ----------------------------------------------------------------------------
 

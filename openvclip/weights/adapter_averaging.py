@@ -27,7 +27,7 @@ from openvclip.weights.adapter_model import (
     lora_layers,
 )
 from openvclip.weights.adapter_storage import state_of_adapter
-from openvclip.weights.low_rank import CompressionError, LowRank
+from openvclip.weights.low_rank import CompressionLoss, LowRank
 from openvclip.weights.numerics import (
     common_dtype,
     compute_dtype,
@@ -184,7 +184,7 @@ class AdapterTracker(Tracker):
         }
         return state_of_adapter(replace(average, updates=updates))[0]
 
-    def error(self) -> CompressionError:
+    def error(self) -> CompressionLoss:
         """Return a bound of what the recompression to ``max_rank`` left out of each product.
 
         The bound is the sum of the norms that all recompressions left out. It is 0 without
@@ -194,7 +194,7 @@ class AdapterTracker(Tracker):
             EmptyAverageError: no model was added yet.
         """
         average, lost = self._averaged()
-        return CompressionError(lost, {n: update.norm() for n, update in average.updates.items()})
+        return CompressionLoss(lost, {n: update.norm() for n, update in average.updates.items()})
 
     def _averaged(self) -> tuple[Adapter, dict[str, float]]:
         self._require_models()

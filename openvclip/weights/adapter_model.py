@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from openvclip.errors import UsageError, WeightTypeError, listed
 from openvclip.weights.adapter import Adapter, Layout
 from openvclip.weights.adapter_names import (
+    OUT_PROJ,
+    OUT_PROJ_TIMES,
     Factors,
     LoRASettings,
     entry_name,
@@ -113,7 +116,8 @@ def lora_layers(model: nn.Module, adapter: str | None = None) -> list[LiveLayer]
         )
         parameters[layer], scales[layer] = (up, down, bias), float(module.scaling[adapter])
         fan_in_fan_out |= bool(getattr(module, "fan_in_fan_out", False)) and down.ndim == 2
-    updates, layouts = updates_of(factors, scales.__getitem__, fan_in_fan_out, "The model")
+    times = _out_proj_times(modules, adapter)
+    updates, layouts = updates_of(factors, scales.__getitem__, fan_in_fan_out, "The model", times)
     layers = []
     for (layer, (up, down, bias)), entry in zip(
         parameters.items(), [n for n in updates if len(updates[n].shape) > 1], strict=True
@@ -123,6 +127,29 @@ def lora_layers(model: nn.Module, adapter: str | None = None) -> list[LiveLayer]
         if bias is not None and name in updates:
             layers.append(LiveLayer(name, None, bias, updates[name]))
     return layers
+
+
+_TIMES: dict[type, float] = {}  # by the class of peft
+
+
+@torch.no_grad()
+def _out_proj_times(modules: Mapping[str, Any], adapter: str) -> float:
+    """Return how often this version of peft adds the change of ``out_proj``, from one merge."""
+    attentions = (m for n, m in modules.items() if f"{n}{OUT_PROJ}" in modules)
+    attention = next((module for module in attentions if adapter in module.lora_A), None)
+    if attention is None:
+        return OUT_PROJ_TIMES
+    if type(attention) not in _TIMES:
+        tried = deepcopy(attention)
+        output = tried.base_layer.out_proj
+        output.base_layer.weight.zero_()
+        for factors in (output.lora_A, output.lora_B):
+            factors[adapter].weight.fill_(1.0)
+        once = output.get_delta_weight(adapter)
+        tried.merge(adapter_names=[adapter])
+        merged = tried.base_layer.out_proj.base_layer.weight
+        _TIMES[type(attention)] = float((merged.sum() / once.sum()).round())
+    return _TIMES[type(attention)]
 
 
 def _lora_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -44,9 +44,14 @@ _NOT_LORA = {
     "trainable_token_indices": "trainable_token_indices",
     "megatron_config": "Megatron",
 }
-# peft (to 0.21) adds the change of the ``out_proj`` of ``nn.MultiheadAttention`` twice, in the
-# forward pass and in merge_and_unload(). So the trained model has it twice.
 OUT_PROJ_TIMES = 2.0
+"""How often peft adds the change of the ``out_proj`` of ``nn.MultiheadAttention``.
+
+peft adds the change twice, in the forward pass and in ``merge_and_unload()``, so the trained model
+has it twice. This is so up to the version :data:`OUT_PROJ_VERSION`. A later version may add it once
+(pull request 3774 of peft).
+"""
+OUT_PROJ_VERSION = (0, 21)
 # Initialisations that change the base model, so that base + s B A is not on the original weights.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -64,6 +69,7 @@ class LoRASettings:
         fan_in_fan_out: whether weights are stored as ``[inputs, out]``.
         modules_to_save: names of modules that were trained whole.
         base: name of the base model.
+        version: version of peft that wrote the adapter. Older versions do not write it.
     """
 
     r: int = 8
@@ -74,6 +80,7 @@ class LoRASettings:
     fan_in_fan_out: bool = False
     modules_to_save: tuple[str, ...] = ()
     base: str | None = None
+    version: str = ""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], what: str) -> LoRASettings:
@@ -113,6 +120,7 @@ class LoRASettings:
             fan_in_fan_out=bool(config.get("fan_in_fan_out")),
             modules_to_save=tuple(config.get("modules_to_save") or ()),
             base=config.get("base_model_name_or_path") or None,
+            version=str(config.get("peft_version") or ""),
         )
 
     def rank_of(self, layer: str) -> int:
@@ -157,7 +165,8 @@ def adapter_from_state(
         what: name of the adapter, for error texts.
 
     Raises:
-        WeightTypeError: there are factors of another kind than LoRA's.
+        WeightTypeError: there are factors of another kind than LoRA's, or a version of peft that
+            is not known changed ``nn.MultiheadAttention``.
         StateMismatchError: a factor is missing, or the factors have another rank than in the
             settings.
     """
@@ -172,6 +181,12 @@ def adapter_from_state(
         factors = layers.setdefault(match["layer"], Factors(bool(match["embedding"])))
         factors.parts[match["part"] + ("bias" if match["rest"] == ".bias" else "")] = value
     require_known(values, layers, what)
+    if any(layer.endswith(OUT_PROJ) for layer in layers) and _is_later(settings.version):
+        raise WeightTypeError(
+            f"{what} changes nn.MultiheadAttention, and peft {settings.version} wrote it. Versions "
+            "after 0.21 may add the change of out_proj once or twice, so the trained weights are "
+            f"not known. {_MERGE}"
+        )
     updates, layouts = updates_of(layers, settings.scale_of, settings.fan_in_fan_out, what)
     for layer, factors in layers.items():
         rank, expected = factors.parts["A"].shape[0], settings.rank_of(_module(layer))
@@ -181,6 +196,11 @@ def adapter_from_state(
                 f"{expected}. The file of settings belongs to another adapter."
             )
     return Adapter(updates, values, layouts, settings.modules_to_save, settings.base)
+
+
+def _is_later(version: str) -> bool:
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    return numbers is not None and tuple(map(int, numbers.groups())) > OUT_PROJ_VERSION
 
 
 def require_known(values: Iterable[str], layers: Iterable[str], what: str) -> None:
@@ -212,6 +232,7 @@ def updates_of(
     scale_of: Callable[[str], float],
     fan_in_fan_out: bool,
     what: str,
+    out_proj_times: float = OUT_PROJ_TIMES,
 ) -> tuple[dict[str, LowRank], dict[str, Layout]]:
     """Return the changes of the entries of the base model, and their layouts.
 
@@ -220,6 +241,7 @@ def updates_of(
         scale_of: function from the name of a module of the base model to the scale of its product.
         fan_in_fan_out: whether weights are stored as ``[inputs, out]``.
         what: name of the adapter, for error texts.
+        out_proj_times: how often the model adds the change of ``out_proj``.
 
     Raises:
         StateMismatchError: a factor is missing.
@@ -230,7 +252,7 @@ def updates_of(
         scale = scale_of(_module(layer))
         is_attention = f"{layer}{OUT_PROJ}" in layers
         if layer.endswith(OUT_PROJ):
-            scale *= OUT_PROJ_TIMES
+            scale *= out_proj_times
         entry = entry_name(f"{layer}.in_proj_weight" if is_attention else f"{layer}.weight")
         update, layout = _update(factors, scale, fan_in_fan_out, f"{what}: {layer}")
         updates[entry] = update

@@ -12,7 +12,13 @@ from torch import Tensor
 
 from openvclip.errors import WeightTypeError, listed
 from openvclip.weights.adapter import Adapter, Layout
-from openvclip.weights.adapter_names import OUT_PROJ, OUT_PROJ_TIMES, PREFIX, peft_factors
+from openvclip.weights.adapter_names import (
+    OUT_PROJ,
+    OUT_PROJ_TIMES,
+    OUT_PROJ_VERSION,
+    PREFIX,
+    peft_factors,
+)
 from openvclip.weights.low_rank import LowRank
 
 
@@ -74,6 +80,7 @@ def state_of_adapter(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any
         "use_dora": False,
         "fan_in_fan_out": "transposed" in adapter.layouts.values(),
         "init_lora_weights": True,
+        **({"peft_version": ".".join(map(str, OUT_PROJ_VERSION))} if attention else {}),
     }
 
 

@@ -202,7 +202,7 @@ def _wide(factor: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class CompressionError:
+class CompressionLoss:
     """What a compression to a lower rank left out.
 
     Attributes:

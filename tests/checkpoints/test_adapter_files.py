@@ -254,6 +254,15 @@ def test_damaged_adapters(
         load_adapter(written(tmp_path, tensors))
 
 
+def test_attention_of_later_versions_of_peft_is_refused(tmp_path: Path) -> None:
+    folder = saved(tuned("open_clip"), tmp_path / "lora")
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, "peft_version": "0.22.0.dev0"}))
+    with pytest.raises(WeightTypeError, match=r"peft 0\.22\.0\.dev0 wrote it"):
+        load_adapter(folder)
+    assert load_adapter(written(tmp_path / "linear", peft_version="1.0")).rank == 2
+
+
 def test_incomplete_folders(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"There is no folder .*expected a folder of peft"):
         load_adapter(tmp_path / "missing")
