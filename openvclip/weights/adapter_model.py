@@ -166,9 +166,12 @@ def adapter_name(model: nn.Module, modules: Mapping[str, Any], adapter: str | No
 
     Raises:
         UsageError: there is no such adapter, or several are active, or the adapter is merged.
+        WeightTypeError: the model has adapters of another kind.
     """
     names = list(dict.fromkeys(name for module in modules.values() for name in module.scaling))
     if not names:
+        for config in _configs(model).values():  # refuses other adapters by name
+            LoRASettings.from_config(config, "The model")
         raise UsageError(
             "The model has no layers of LoRA: expected a model of peft (get_peft_model, "
             "PeftModel.from_pretrained or add_adapter)."
@@ -217,11 +220,16 @@ def settings_of(model: nn.Module, adapter: str) -> LoRASettings | None:
 
 
 def _config(model: nn.Module, adapter: str) -> dict[str, Any] | None:
+    return _configs(model).get(adapter)
+
+
+def _configs(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return the settings of all adapters of a model, by their names."""
     for module in unwrap(model).modules():
         configs = getattr(module, "peft_config", None)
-        if isinstance(configs, dict) and adapter in configs:
-            return dict(vars(configs[adapter]))
-    return None
+        if isinstance(configs, dict):
+            return {name: dict(vars(config)) for name, config in configs.items()}
+    return {}
 
 
 # --- the adapter as a value ----------------------------------------------------------------------
