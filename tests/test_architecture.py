@@ -46,6 +46,7 @@ IMPORTED_ON_USE = {
     "lightning",
     "matplotlib",
     "open_clip",
+    "peft",
     "timm",
     "torchcodec",
     "torchvision",

@@ -231,7 +231,7 @@ def _require_finite(
     readable = [index for index in range(len(features)) if index not in errors]
     require_finite(
         features[readable],
-        lambda: {**named_state(model), **(mixture.tuned or {})},
+        lambda: {**named_state(model), **(mixture.tuned_state(model) or {})},
         "The features of videos",
     )
 
@@ -278,12 +278,13 @@ def _settings(
     run: RunOptions,
 ) -> dict[str, Any]:
     """Return everything that the features depend on. The names are those of ``settings.json``."""
+    tuned = mixture.tuned_state(model)
     return {
         **run.settings,
         "videos": len(paths),
         "list": _digest_text(json.dumps(paths)),
         **_model_settings(model),
-        "tuned": None if mixture.tuned is None else weights_hash(mixture.tuned),
+        "tuned": None if tuned is None else weights_hash(tuned),
         "lams": list(mixture.lams),
         **asdict(sampling),
         "transform": asdict(transform),

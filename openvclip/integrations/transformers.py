@@ -23,7 +23,7 @@ from openvclip.integrations.steps import (
     states_of,
 )
 from openvclip.weights.regularization import InterpolatedWeightRegularizer
-from openvclip.weights.tracker import WeightTracker
+from openvclip.weights.schedule import Tracker
 
 __all__ = ["STATE_FILE", "RegularizedTrainerMixin"]
 
@@ -100,7 +100,7 @@ class RegularizedTrainerMixin(_Trainer):
         self,
         *args: Any,
         regularizer: InterpolatedWeightRegularizer | None = None,
-        averages: Sequence[WeightTracker] = (),
+        averages: Sequence[Tracker] = (),
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from openvclip.checkpoints.adapter_files import is_adapter, load_adapter
 from openvclip.checkpoints.api import load_checkpoint
 from openvclip.checkpoints.file_kinds import kind_of_file
 from openvclip.errors import ModelNameError, NonFiniteWeightsError, listed, near_path
@@ -74,7 +75,8 @@ def load_model(
         pretrained: the weights of the original CLIP: a tag of open_clip, such as ``"openai"``, or a
             file for :func:`openvclip.load_checkpoint`. ``None`` if the model has weights. Default:
             ``None``.
-        checkpoint: a file of fine-tuned weights for :func:`openvclip.load_checkpoint`.
+        checkpoint: a file of fine-tuned weights for :func:`openvclip.load_checkpoint`, or a folder
+            of peft with a LoRA fine-tune of the original CLIP.
         expand: whether frames attend to neighbouring frames. ``False`` applies CLIP frame by frame.
             Default: ``True`` with a ``checkpoint``, ``False`` without a checkpoint, because the
             original CLIP was not trained with temporal attention.
@@ -97,7 +99,7 @@ def load_model(
         UnsupportedModelError: the image tower can't be expanded, or the model is no CLIP.
     """
     if checkpoint is not None:
-        kind_of_file(Path(checkpoint))  # raises before the original CLIP is downloaded
+        _require_weights(checkpoint)  # before the original CLIP is downloaded
     model, tokenizer, input_transform, known_name = _load_original(name, pretrained, transform)
     if expand or (expand is None and checkpoint is not None):
         expand_temporal_attention(model, window=window, boundary=boundary)
@@ -149,7 +151,8 @@ def fine_tuned(
 
     Args:
         model: a model with the weights of the original CLIP, expanded or not.
-        checkpoint: a file of fine-tuned weights for :func:`openvclip.load_checkpoint`.
+        checkpoint: a file of fine-tuned weights for :func:`openvclip.load_checkpoint`, or a folder
+            of peft with a LoRA fine-tune of ``model``.
         allow_missing: names of weights that the file may lack; see
             :func:`openvclip.load_checkpoint`. Missing weights keep the values of ``model``.
         allow_unexpected: names of weights in the file to ignore; see
@@ -159,6 +162,8 @@ def fine_tuned(
         CheckpointError, StateMismatchError: the file can't be read, or does not fit the model.
         NonFiniteWeightsError: a weight is NaN or infinite.
     """
+    if is_adapter(checkpoint):
+        return _merged(model, checkpoint)
     original = {n: v.detach().clone() for n, v in named_state(model).items()}
     load_checkpoint(
         checkpoint, model, allow_missing=allow_missing, allow_unexpected=allow_unexpected
@@ -166,6 +171,25 @@ def fine_tuned(
     tuned = {n: v.detach().clone() for n, v in named_state(model).items()}
     model.load_state_dict(original)
     return tuned
+
+
+def _merged(model: nn.Module, checkpoint: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Return the state dict of a LoRA fine-tune of the model."""
+    adapter = load_adapter(checkpoint)
+    merged = adapter.merged(named_state(model))
+    broken = non_finite_names({name: merged[name] for name in adapter.names})
+    if broken:
+        raise NonFiniteWeightsError(
+            f"{checkpoint} holds NaN or infinity in {len(broken)} entries ({listed(broken)}). Use "
+            "an earlier checkpoint of the run."
+        )
+    return {name: value.detach().clone() for name, value in merged.items()}
+
+
+def _require_weights(checkpoint: str | os.PathLike[str]) -> None:
+    """Raise an error if a fine-tuned model is no file of weights and no adapter."""
+    if not is_adapter(checkpoint):
+        kind_of_file(Path(checkpoint))
 
 
 def brings_weights(name: str) -> bool:
