@@ -45,6 +45,7 @@ IMPORTED_ON_USE = {
     "lightning",
     "matplotlib",
     "open_clip",
+    "pytorch_lightning",
     "timm",
     "torchcodec",
     "torchvision",
