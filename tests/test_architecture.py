@@ -47,6 +47,7 @@ IMPORTED_ON_USE = {
     "matplotlib",
     "open_clip",
     "peft",
+    "pytorch_lightning",
     "timm",
     "torchcodec",
     "torchvision",

@@ -221,7 +221,8 @@ def _callback_for(trainer: RegularizedTrainerMixin) -> Any:
 
     class WeightSpaceCallback(TrainerCallback):  # type: ignore[misc]
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            require_whole_weights(kwargs["model"], deepspeed=False)
+            if trainer.regularizer is not None or trainer.averages:
+                require_whole_weights(kwargs["model"], deepspeed=False)
             if (
                 trainer.averages
                 and args.save_strategy != "no"

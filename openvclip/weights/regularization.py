@@ -376,7 +376,15 @@ class InterpolatedWeightRegularizer:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the attributes for a copy or a pickle, which has its own optimizer."""
-        return {**vars(self), "_gradients": None, "_watch": None}
+        # A process that is started by "spawn" can't take a torch.Generator.
+        generator = self._generator.get_state().tolist()
+        return {**vars(self), "_gradients": None, "_watch": None, "_generator": generator}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore the attributes of a copy or a pickle."""
+        vars(self).update(state)
+        self._generator = torch.Generator()
+        self._generator.set_state(torch.tensor(state["_generator"], dtype=torch.uint8))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a state from :meth:`state_dict`, and continue its sequence of alphas.
