@@ -42,6 +42,7 @@ IMPORTED_ON_USE = {
     "PIL",
     "accelerate",
     "av",
+    "huggingface_hub",
     "lightning",
     "matplotlib",
     "open_clip",

@@ -60,17 +60,21 @@ def _is_of_transformers(tokenizer: Any) -> bool:
 
 
 class _Padded:
-    """A tokenizer of transformers, called as a model needs it."""
+    """A tokenizer of transformers, called as a model needs it.
+
+    Attributes:
+        tokenizer: the tokenizer of transformers.
+    """
 
     def __init__(self, tokenizer: Any, model: nn.Module) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         rules = text_rules(model)
         self._mask = rules.mask and is_transformers(model)
         self._lower = rules.lower and getattr(tokenizer, "do_lower_case", True)
         self._length = _length(tokenizer, model)
 
     def __call__(self, texts: list[str]) -> Tensor:
-        encoded = self._tokenizer(
+        encoded = self.tokenizer(
             [text.lower() for text in texts] if self._lower else list(texts),
             padding=True if self._mask else "max_length",
             truncation=True,
