@@ -70,9 +70,10 @@ def atomic_folder(
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     finish_folder(folder)
-    for left in folder.glob(f"{_UNFINISHED}*"):
-        if time.time() - left.stat().st_mtime > _ABANDONED:
-            shutil.rmtree(left, ignore_errors=True)
+    for left in list(folder.glob(f"{_UNFINISHED}*")):
+        with suppress(FileNotFoundError):  # another thread has finished its folder
+            if time.time() - left.stat().st_mtime > _ABANDONED:
+                shutil.rmtree(left, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=folder))
     try:
         yield temporary

@@ -15,7 +15,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from openvclip.checkpoints.api import load_checkpoint
@@ -29,6 +28,7 @@ from openvclip.models.open_clip_config import (
     read_config,
     remember_config,
 )
+from openvclip.models.tokenizers import same_tokens
 
 WEIGHTS_STEM = "open_clip_model"
 """The beginning of the names of the files of weights."""
@@ -44,14 +44,6 @@ TEXT_CONFIG = "config.json"
 """The configuration of a text tower of transformers, beside open_clip's configuration."""
 
 _TOKENIZER_FILES = (".json", ".txt", ".model", ".jinja")
-# Texts with capitals, punctuation, other scripts, an end at the context length, and none at all.
-_SAMPLES = [
-    "a video of a person using archery.",
-    "Ein Rennen -- schnell!  (São Paulo), 第2回",
-    "it's the  'clean_jerk' & a &amp; b",
-    "a photo of " + "horses and riders " * 60,
-    "",
-]
 
 
 def load_model(
@@ -209,11 +201,10 @@ def _preprocess(model: nn.Module, pixels: Pixels) -> dict[str, Any]:
 def _require_same_tokens(tokenizer: Any, config: Mapping[str, Any], folder: Path) -> None:
     """Raise an error if open_clip would make other tokens in the folder than ``tokenizer``."""
     try:
-        stored = load_tokenizer(config, folder)(_SAMPLES)
-        own = tokenizer(_SAMPLES)
+        same = same_tokens(load_tokenizer(config, folder), tokenizer)
     except ModelNameError as error:
         raise UsageError(f"The tokenizer of the model can't be saved: {error}") from error
-    if own.shape != stored.shape or not torch.equal(own.cpu(), stored):
+    if not same:
         raise UsageError(
             f"tokenizer is a {type(tokenizer).__name__}, which can't be saved: open_clip makes "
             "other tokens for this model. Create the VideoCLIP with the tokenizer that "

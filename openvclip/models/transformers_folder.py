@@ -17,6 +17,7 @@ from openvclip.checkpoints.formats import read_weights
 from openvclip.checkpoints.model_files import require_shard_size
 from openvclip.errors import StateMismatchError, UsageError
 from openvclip.models.loading import require_finite_weights
+from openvclip.models.tokenizers import as_tokenizer, same_tokens, tokenizer_of_folder
 
 CONFIG_FILE = "config.json"
 """The name of the file in which transformers stores the configuration of a model."""
@@ -77,13 +78,21 @@ def write_config(model: nn.Module, tokenizer: Any, folder: Path, pixels: Pixels)
         pixels: the pixels of a frame that the model is given.
 
     Raises:
-        UsageError: ``tokenizer`` is not a tokenizer of transformers.
+        UsageError: ``tokenizer`` is not a tokenizer of transformers, or transformers would load
+            another one from the folder.
     """
     config = cast(Any, model).config
     config.save_pretrained(folder)
     _name_class(model, folder)
     (folder / PIXELS_FILE).write_text(json.dumps(_processor(config, pixels), indent=2) + "\n")
     tokenizer_of_transformers(tokenizer).save_pretrained(folder)
+    function = as_tokenizer(tokenizer, model)
+    if not same_tokens(tokenizer_of_folder(model, str(folder)), function):
+        raise UsageError(
+            f"tokenizer is a {type(tokenizer_of_transformers(tokenizer)).__name__}, which can't be "
+            f"saved for a {type(model).__name__}: transformers loads another tokenizer from its "
+            "files. Create the VideoCLIP with the tokenizer that AutoTokenizer loads for the model."
+        )
 
 
 def write_weights(model: nn.Module, folder: Path, max_shard_size: int | None) -> str:

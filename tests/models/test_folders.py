@@ -472,4 +472,9 @@ def test_models_that_can_not_be_saved(model: StoredModel, tmp_path: Path) -> Non
     hf = TRANSFORMERS["CLIPModel"](tmp_path)
     with pytest.raises(UsageError, match="expected a tokenizer of transformers"):
         saving(hf.model)
+    words = pytest.importorskip("tests.tiny_transformers")
+    changed = words.make_tokenizer()
+    changed.save_pretrained = words.make_tokenizer(model_max_length=5).save_pretrained
+    with pytest.raises(UsageError, match="for a CLIPModel: transformers loads another tokenizer"):
+        saving(hf.model, changed)
     assert list((tmp_path / "out").iterdir()) == []
