@@ -304,6 +304,10 @@ class ModelNameError(OpenVCLIPError, ValueError):
     """Raised when a model name is unknown, or when the model lacks the requested weights."""
 
 
+class HubError(ModelNameError, OSError):
+    """Raised when a model can't be loaded from the Hugging Face Hub or written to it."""
+
+
 class EvaluationError(OpenVCLIPError, ValueError):
     """Raised when videos, splits or settings cannot be evaluated."""
 

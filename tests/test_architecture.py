@@ -43,6 +43,7 @@ IMPORTED_ON_USE = {
     "accelerate",
     "av",
     "fsspec",
+    "huggingface_hub",
     "lightning",
     "matplotlib",
     "open_clip",

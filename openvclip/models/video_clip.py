@@ -27,6 +27,7 @@ from openvclip.models.confidence import (
 )
 from openvclip.models.features import device_of, video_features
 from openvclip.models.finite import require_finite
+from openvclip.models.hand_over import HandOver
 from openvclip.models.modes import evaluation_mode
 from openvclip.models.prediction import (
     Prediction,
@@ -49,7 +50,7 @@ from openvclip.weights.names import named_state, unwrap
 __all__ = ["VideoCLIP"]
 
 
-class VideoCLIP:
+class VideoCLIP(HandOver):
     """A CLIP model together with everything that its use on videos needs.
 
     The settings belong to the model: a model that is used with other frames, pixels, templates or
