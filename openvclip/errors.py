@@ -304,6 +304,10 @@ class ModelNameError(OpenVCLIPError, ValueError):
     """Raised when a model name is unknown, or when the model lacks the requested weights."""
 
 
+class HubError(ModelNameError, OSError):
+    """Raised when a model can't be loaded from the Hugging Face Hub or written to it."""
+
+
 class EvaluationError(OpenVCLIPError, ValueError):
     """Raised when videos, splits or settings cannot be evaluated."""
 
@@ -330,6 +334,10 @@ class ActivationWarning(UserWarning):
 
 class LabelWarning(UserWarning):
     """Issued when labels can't be told apart by the text tower, or when there is only one label."""
+
+
+class CalibrationWarning(UserWarning):
+    """Issued when the temperature can't be chosen: all clips are classified correctly."""
 
 
 class TextFeaturesWarning(UserWarning):

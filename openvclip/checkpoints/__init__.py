@@ -1,5 +1,7 @@
 """Files of weights: load them safely, write them atomically, inspect, convert and merge them."""
 
+from openvclip.checkpoints.adapter_files import load_adapter
+from openvclip.checkpoints.adapter_saving import save_adapter
 from openvclip.checkpoints.api import (
     CheckpointInfo,
     convert_checkpoint,
@@ -39,10 +41,12 @@ __all__ = [
     "convert_checkpoint",
     "inspect_checkpoint",
     "interpolate_files",
+    "load_adapter",
     "load_checkpoint",
     "merge_files",
     "read_contract",
     "read_weights",
+    "save_adapter",
     "save_checkpoint",
     "write_errors",
 ]

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from openvclip.checkpoints.adapter_files import read_fine_tune
 from openvclip.checkpoints.atomic import atomic_path, write_errors
 from openvclip.checkpoints.contract import Contract
 from openvclip.checkpoints.contract_files import CONTRACT_KEY
@@ -165,6 +166,7 @@ def load_checkpoint(
     allow_missing: str | Iterable[str] = (),
     allow_unexpected: str | Iterable[str] = (),
     names: Names = "open_clip",
+    base: str | os.PathLike[str] | None = None,
 ) -> dict[str, Tensor]:
     """Load a file of weights as a state dict on the CPU, under open_clip's names.
 
@@ -196,17 +198,19 @@ def load_checkpoint(
         names: ``"open_clip"``, or ``"original"`` for the names and the shapes of the file. Only the
             prefixes of wrappers are then removed. With ``model``, the weights always have the names
             of the model. Default: ``"open_clip"``.
+        base: the file of the base model, if ``path`` is a folder of peft with a LoRA adapter. The
+            result is the fine-tuned model. The adapter must have the names of this file.
 
     Returns:
         The entries of the file, in the dtypes of the file. The extra state of modules
         (``get_extra_state``) is among them, as the object that was saved.
 
     Raises:
-        CheckpointError: the file is missing, truncated or of another kind, it holds no weights, or
-            it holds several models.
+        CheckpointError: the file is missing, truncated or of another kind, it holds no weights, it
+            holds several models, or it is an adapter and ``base`` is not given.
         UnsafeCheckpointError: the file contains a pickle that could run arbitrary code.
         StateMismatchError: weights are left over or missing, or their shapes are not those of the
-            model.
+            model, or the adapter does not fit ``base``.
         WeightTypeError: the model has floating-point weights where the file has quantised, sparse
             or complex weights, or the file holds factors of an adapter such as LoRA.
         NonFiniteWeightsError: with ``model``, an entry holds NaN or infinity. The infinities of
@@ -220,14 +224,16 @@ def load_checkpoint(
     """
     allowed = allowed_patterns(allow_missing, allow_unexpected)
     if names != "open_clip":
+        if base is not None:
+            raise UsageError(f"names={names!r} with base: leave one of them out.")
         return _load_original(path, allowed, names, model)
     if model is None:
-        loaded = _load(path, allowed)
+        loaded = _load(path, allowed, base=base)
         return {**loaded.weights, **loaded.extra_state}
     reshard(unwrap(model))
     live, _ = live_model(model)
     require_live(model, live)
-    loaded = _load(path, allowed, live)
+    loaded = _load(path, allowed, live, base=base)
     weights = copy_into(loaded.weights, live, loaded.info, loaded.quantized)
     set_extra_state(model, loaded.extra_state)
     _check_activation(model, loaded.info)
@@ -332,6 +338,7 @@ def _load(
     live: Mapping[str, Tensor] | None = None,
     *,
     even_blocks: bool = False,
+    base: str | os.PathLike[str] | None = None,
 ) -> _Loaded:
     """Read and convert a file, and check all names and shapes.
 
@@ -343,8 +350,9 @@ def _load(
         even_blocks: whether to check, for files that keep their names, that all blocks of a tower
             have the same entries. Files that are converted are always checked. The argument has no
             effect if ``live`` is given.
+        base: the file of the base model, if ``path`` is an adapter.
     """
-    file = read_weights(path)
+    file = read_fine_tune(path, base)
     plan = plan_of(file, left_out=allowed.left_out)
     info = describe(file, plan)
     if live is not None:

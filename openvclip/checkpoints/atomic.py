@@ -1,10 +1,14 @@
-"""Write files atomically: after a crash, the old file or the new file exists, and is complete."""
+"""Write files and folders atomically: after a crash, the old or the new content is complete."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from openvclip.errors import CheckpointError
@@ -31,6 +35,88 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         _flush(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+_COMPLETE = ".openvclip-complete"  # a folder of files that are complete and get their places
+_UNFINISHED = ".openvclip-unfinished-"
+_ABANDONED = 86400  # seconds after which a temporary folder was left by a kill
+_REMOVED = ".remove-"  # before the name of an old file, in a complete folder
+_turn = threading.RLock()
+
+
+@contextmanager
+def atomic_folder(
+    path: str | os.PathLike[str], outdated: Callable[[set[str]], set[str]] | None = None
+) -> Iterator[Path]:
+    """Yield a temporary folder, and move its files to ``path`` after the block.
+
+    The temporary folder lies inside of ``path``. When its files are complete and on the disk, one
+    rename marks the folder as complete, and then the files are moved one by one. A kill before the
+    rename leaves the old files. After a kill between two moves, :func:`finish_folder` moves the
+    other files. A reader that calls :func:`finish_folder` first therefore reads the old files or
+    the new files, never some of both.
+
+    Other files in ``path`` are not changed. After an exception in the block, ``path`` has its old
+    files.
+
+    Args:
+        path: the folder to write. Missing folders are created.
+        outdated: function from the names of the new files to the names of old files in ``path``
+            that are removed when the new files have their places. Default: none.
+
+    Raises:
+        OSError: the folder can't be written.
+    """
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    finish_folder(folder)
+    for left in list(folder.glob(f"{_UNFINISHED}*")):
+        with suppress(FileNotFoundError):  # another thread has finished its folder
+            if time.time() - left.stat().st_mtime > _ABANDONED:
+                shutil.rmtree(left, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=folder))
+    try:
+        yield temporary
+        files = {entry.name for entry in temporary.iterdir()}
+        for name in (outdated(files) if outdated else set()) - files:
+            (temporary / f"{_REMOVED}{name}").touch()
+        for entry in temporary.iterdir():
+            _flush(entry)
+        _flush(temporary)
+        with _turn:  # of two threads that save at the same time, one waits for the other
+            finish_folder(folder)
+            os.rename(temporary, folder / _COMPLETE)
+            _flush(folder)
+            finish_folder(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def finish_folder(path: str | os.PathLike[str]) -> None:
+    """Move the files of a complete :func:`atomic_folder` to their places, if a kill left some.
+
+    Files of which another process has moved some are moved as well. This function changes nothing
+    in a folder that is whole.
+
+    Raises:
+        OSError: the files can't be moved.
+    """
+    folder = Path(path)
+    complete = folder / _COMPLETE
+    if not complete.is_dir():
+        return
+    # New files first: the old files are removed when nothing refers to them.
+    entries = sorted(complete.iterdir(), key=lambda entry: entry.name.startswith(_REMOVED))
+    for entry in entries:
+        with suppress(FileNotFoundError):  # another process moved the file
+            if entry.name.startswith(_REMOVED):
+                (folder / entry.name.removeprefix(_REMOVED)).unlink(missing_ok=True)
+                entry.unlink()
+            else:
+                os.replace(entry, folder / entry.name)
+    _flush(folder)
+    with suppress(FileNotFoundError):
+        complete.rmdir()
 
 
 @contextmanager

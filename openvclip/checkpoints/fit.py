@@ -157,8 +157,9 @@ def _adapter_text(unexpected: list[str]) -> str:
     if not factor_names(unexpected):
         return ""
     return (
-        " It holds factors of an adapter. Merge the adapter into its base model first "
-        "(merge_and_unload() in peft), and save the merged model with openvclip.save_checkpoint."
+        " It holds factors of an adapter. Give the folder of the adapter and the file of its base "
+        "model: load_checkpoint(folder, base='clip.safetensors'). Or merge the adapter into its "
+        "base model (merge_and_unload() in peft), and save it with openvclip.save_checkpoint."
     )
 
 

@@ -110,13 +110,19 @@ def deepspeed_advice(folder: Path) -> str:
     )
 
 
+ADAPTER_CONFIG = "adapter_config.json"
+"""The settings in a folder of peft."""
+
+
 def _adapter(folder: Path) -> str:
-    if not (folder / "adapter_config.json").is_file():
+    if not (folder / ADAPTER_CONFIG).is_file():
         return ""
     return (
-        f"{folder} is an adapter of peft, which holds no whole weights. Merge the adapter into its "
-        "base model: model = peft.PeftModel.from_pretrained(base, folder).merge_and_unload(). Then "
-        "save the model: openvclip.save_checkpoint(model.state_dict(), 'merged.safetensors')."
+        f"{folder} is an adapter of peft, which is a change of a base model. Give the file of its "
+        "base model too: openvclip.load_checkpoint(folder, base='clip.safetensors') for LoRA, or "
+        "the base model as the first file of a merge. Or merge it with peft: "
+        "peft.PeftModel.from_pretrained(base_model, folder).merge_and_unload(), and save the "
+        "model: openvclip.save_checkpoint(model.state_dict(), 'merged.safetensors')."
     )
 
 

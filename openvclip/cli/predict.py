@@ -23,12 +23,14 @@ from openvclip.cli.options.models import (
     sampling_of,
     templates_of,
 )
+from openvclip.cli.options.rejection import add_rejection_options, require_threshold
 from openvclip.cli.options.types import Commands
 from openvclip.commands.parsing import refuse_unused
 from openvclip.commands.progress import progress_bar
 from openvclip.errors import UsageError, VideoError, VideoNotFoundError, near_path
 
 if TYPE_CHECKING:
+    from openvclip.checkpoints.contract import Confidence
     from openvclip.models.classifier import ZeroShotClassifier
     from openvclip.models.timeline import Timeline
     from openvclip.video.transforms import Transform
@@ -51,7 +53,9 @@ examples:
   openvclip predict clips/ --dataset kinetics400 --checkpoint swa.pth --lam 0.5
   openvclip predict clip.mp4 --labels archery surfing --model runs/b16
   openvclip predict match.mkv --labels-file actions.txt --timeline
+  openvclip predict clip.mp4 --labels archery --background "empty room" --json
 """
+_NOT_OVER_TIME = "with --timeline, which prints the most probable label of each window"
 _TOP = 5  # labels of a video that are printed
 
 
@@ -65,7 +69,7 @@ def add(commands: Commands) -> None:
         usage=_USAGE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("videos", metavar="VIDEO", nargs="+", help="a file, folder or pattern")
+    parser.add_argument("videos", metavar="VIDEO", nargs="+", help="a file, folder, pattern or URL")
     labels = parser.add_mutually_exclusive_group(required=True)
     labels.add_argument("--labels", metavar="TEXT", nargs="+", help="the labels to choose from")
     labels.add_argument(
@@ -84,6 +88,7 @@ def add(commands: Commands) -> None:
         help="number of labels to print, or with --timeline to draw (default: 5, or 6 to draw)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON (default: plain text)")
+    add_rejection_options(parser)
     _add_timeline_options(parser)
     add_model_options(parser)
     add_lam_option(parser)
@@ -123,6 +128,8 @@ def _predict(options: argparse.Namespace) -> None:
     _require_effects(options)
     labels, paths = _labels(options), _paths(options.videos)
     figures = _figure_paths(paths, options)
+    confidence = _confidence(options)
+    require_threshold(options, confidence)
     with cache_of(options):
         classifier, transform = _classifier(options, labels)
     entries: list[dict[str, Any]] = []
@@ -131,7 +138,9 @@ def _predict(options: argparse.Namespace) -> None:
     with progress_bar(total=len(paths), desc="predict", disable=hidden) as bar:
         for path, figure in zip(paths, figures, strict=True):
             try:
-                entries.append(_predict_file(options, path, figure, classifier, transform))
+                entries.append(
+                    _predict_file(options, path, figure, classifier, transform, confidence)
+                )
             except VideoError as error:
                 entries.append({"path": path, "error": str(error)})
                 if len(paths) > 1:
@@ -166,6 +175,8 @@ def _require_effects(options: argparse.Namespace) -> None:
         {
             "views": windows,
             "sampler": windows,
+            "background": _NOT_OVER_TIME,
+            "reject": _NOT_OVER_TIME,
             "sampling_rate": "with --seconds" if "seconds" in options.given else "",
             "backend": "with --timeline: PyAV reads the windows"
             if options.backend != "pyav"
@@ -180,18 +191,23 @@ def _predict_file(
     figure: Path,
     classifier: ZeroShotClassifier,
     transform: Transform,
+    confidence: Confidence | None,
 ) -> dict[str, Any]:
     import torch
 
     amp = amp_of(options)
     with torch.autocast(next(classifier.parameters()).device.type, amp, enabled=amp is not None):
         if options.timeline:
-            return _predict_timeline(options, path, figure, classifier, transform)
-        return _predict_video(options, path, classifier, transform)
+            return _predict_timeline(options, path, figure, classifier, transform, confidence)
+        return _predict_video(options, path, classifier, transform, confidence)
 
 
 def _predict_video(
-    options: argparse.Namespace, path: str, classifier: ZeroShotClassifier, transform: Transform
+    options: argparse.Namespace,
+    path: str,
+    classifier: ZeroShotClassifier,
+    transform: Transform,
+    confidence: Confidence | None,
 ) -> dict[str, Any]:
     """Predict the labels of a video and return them as JSON objects.
 
@@ -199,12 +215,19 @@ def _predict_video(
     """
     from openvclip.models.prediction import predict
 
-    prediction = predict(classifier, path, transform=transform, sampling=sampling_of(options))
-    top = prediction.top(options.top or _TOP)
+    prediction = predict(
+        classifier,
+        path,
+        transform=transform,
+        sampling=sampling_of(options),
+        background=options.background,
+        confidence=confidence,
+        reject=options.reject,
+    )
+    top = options.top or _TOP
     if not options.json:
-        rows = [f"{probability:6.1%}  {label}" for label, probability in top]
-        print("\n".join([path, *rows]), flush=True)
-    return {"path": path, "labels": _as_json(top)}
+        print(prediction.text(top), flush=True)
+    return prediction.as_json(top)
 
 
 def _predict_timeline(
@@ -213,6 +236,7 @@ def _predict_timeline(
     figure: Path,
     classifier: ZeroShotClassifier,
     transform: Transform,
+    confidence: Confidence | None,
 ) -> dict[str, Any]:
     """Predict labels over time, draw them, and return them as JSON objects.
 
@@ -230,6 +254,7 @@ def _predict_timeline(
         num_frames=sampling.num_frames,
         seconds=clip_length if options.seconds is None else options.seconds,
         step=options.step,
+        confidence=confidence,
     )
     drawn = {} if options.top is None else {"top": options.top}
     with write_errors(figure):
@@ -254,14 +279,26 @@ def _as_json(top: list[tuple[str, float]]) -> list[dict[str, Any]]:
     return [{"label": label, "probability": probability} for label, probability in top]
 
 
+def _confidence(options: argparse.Namespace) -> Confidence | None:
+    """Return the calibration in the contract of the checkpoint, if there is one."""
+    from openvclip.checkpoints.contract_files import read_contract
+
+    contract = None if options.checkpoint is None else read_contract(options.checkpoint)
+    return None if contract is None else contract.confidence
+
+
 def _labels(options: argparse.Namespace) -> list[str]:
+    """Return the labels, then the background texts."""
+    from openvclip.models.background import with_background
     from openvclip.models.classifier import require_names
     from openvclip.models.labels import read_labels
     from openvclip.video import class_names
 
     if options.dataset:
-        return class_names(options.dataset)
-    return require_names(options.labels or read_labels(options.labels_file))
+        labels = class_names(options.dataset)
+    else:
+        labels = require_names(options.labels or read_labels(options.labels_file))
+    return require_names(with_background(labels, options.background))
 
 
 def _figure_paths(paths: list[str], options: argparse.Namespace) -> list[Path]:
@@ -294,7 +331,10 @@ def _files_of(argument: str) -> list[str]:
     This runs before the model is loaded, so that a wrong path is reported first.
     """
     from openvclip.video import find_videos
+    from openvclip.video.sources import is_url
 
+    if is_url(argument):
+        return [argument]
     if os.path.isdir(argument):
         files = [os.path.join(argument, path) for path in find_videos(argument)]
         if not files:

@@ -1,6 +1,14 @@
 """Evaluate models: accuracy on a data set, published protocols, curves along λ, tables, figures."""
 
 from openvclip.evaluation.accuracy import NO_RANK, Evaluation, evaluate, evaluate_each, score
+from openvclip.evaluation.confidence import (
+    ConfidenceReport,
+    CoverageCurve,
+    accuracy_coverage,
+    auroc,
+    confidence_report,
+    expected_calibration_error,
+)
 from openvclip.evaluation.encoding import BatchOptions, encode_videos
 from openvclip.evaluation.figures import Curve, tradeoff_figure
 from openvclip.evaluation.lambda_sweep import FIGURE_LAMBDAS, sweep
@@ -22,6 +30,8 @@ __all__ = [
     "FIGURE_LAMBDAS",
     "NO_RANK",
     "BatchOptions",
+    "ConfidenceReport",
+    "CoverageCurve",
     "Curve",
     "Evaluation",
     "Mixture",
@@ -32,12 +42,16 @@ __all__ = [
     "Sampling",
     "SplitScore",
     "Timing",
+    "accuracy_coverage",
     "as_json",
     "as_table",
+    "auroc",
+    "confidence_report",
     "encode_videos",
     "evaluate",
     "evaluate_each",
     "evaluate_protocol",
+    "expected_calibration_error",
     "markdown_table",
     "mean_and_std",
     "require_videos",

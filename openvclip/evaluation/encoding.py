@@ -22,6 +22,7 @@ from openvclip.models.finite import require_finite
 from openvclip.models.modes import evaluation_mode
 from openvclip.processes import Processes
 from openvclip.towers.temporal import encode_video
+from openvclip.towers.view import Pooling, require_pooling
 from openvclip.video import VideoDataset, VideoSample
 from openvclip.weights.names import named_state
 
@@ -36,6 +37,11 @@ class BatchOptions:
         amp: dtype for autocast while encoding. ``None`` encodes without autocast.
         progress: whether to show a progress bar. Default: only in a terminal.
         description: text in front of the progress bar.
+        pooling: how the features of frames become the feature of a clip, see
+            :func:`openvclip.encode_video`. ``"frames"`` for ViFi-CLIP.
+
+    Raises:
+        UsageError: ``pooling`` is unknown.
     """
 
     batch_size: int = 8
@@ -43,6 +49,10 @@ class BatchOptions:
     amp: torch.dtype | None = None
     progress: bool | None = None
     description: str = "encode"
+    pooling: Pooling = "unit_frames"
+
+    def __post_init__(self) -> None:
+        require_pooling(self.pooling)
 
 
 def encode_videos(
@@ -108,7 +118,7 @@ def encode_videos(
         clock.lap("other")
         for key, sample in zip(keys, loader, strict=True):
             clock.lap("decode")
-            record = _encoded(model, key, sample, setters, options.amp, clock)
+            record = _encoded(model, key, sample, setters, options, clock)
             records.add(record)
             n_encoded += len(sample.error) - len(record.errors)
             bar.update(min(len(sample.error) * processes.world_size, bar.total - bar.n))
@@ -123,7 +133,7 @@ def _encoded(
     key: int,
     sample: VideoSample,
     setters: Sequence[Callable[[], None]],
-    amp: torch.dtype | None,
+    options: BatchOptions,
     clock: Clock,
 ) -> Record:
     """Set the weights with each setter, and encode the readable videos of the batch."""
@@ -135,8 +145,8 @@ def _encoded(
     for set_weights in setters if len(video) else ():
         set_weights()
         clock.lap("other")
-        with _autocast(first.device, amp):
-            features.append(_summed_over_views(model, video).float().cpu())
+        with _autocast(first.device, options.amp):
+            features.append(_summed_over_views(model, video, options.pooling).float().cpu())
         clock.lap("encode")
         require_finite(features[-1], lambda: named_state(model), "The features of videos")
     values = torch.stack(features, dim=1) if features else torch.empty(0)
@@ -163,12 +173,13 @@ def _readable(video: Tensor, errors: Mapping[int, str]) -> Tensor:
     return video[[index for index in range(len(video)) if index not in errors]]
 
 
-def _summed_over_views(model: nn.Module, video: Tensor) -> Tensor:
+def _summed_over_views(model: nn.Module, video: Tensor, pooling: Pooling) -> Tensor:
     """Encode ``[B, V, T, C, H, W]`` or ``[B, T, C, H, W]`` to ``[B, D]``."""
     if video.ndim == 5:
-        return encode_video(model, video)
-    features: Tensor = encode_video(model, video.flatten(0, 1)).unflatten(0, video.shape[:2])
-    return features.sum(dim=1)
+        return encode_video(model, video, pooling=pooling)
+    features = encode_video(model, video.flatten(0, 1), pooling=pooling)
+    views: Tensor = features.unflatten(0, video.shape[:2])
+    return views.sum(dim=1)
 
 
 def _bar(total: int, remaining: int, processes: Processes, options: BatchOptions) -> Any:

@@ -22,6 +22,7 @@ from openvclip.weights.averageable import require_own_memory
 from openvclip.weights.interpolation import interpolate_into
 from openvclip.weights.names import canonical_model, named_state
 from openvclip.weights.numerics import memory_of, overwriting
+from openvclip.weights.relative import FineTuned, RelativeWeights, resolved
 
 FIGURE_LAMBDAS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 """The interpolation weights of the original CLIP in Figures 2 and 3. 0 is the fine-tuned model."""
@@ -30,7 +31,7 @@ FIGURE_LAMBDAS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 def sweep(
     classifier: nn.Module,
     theta_a: Mapping[str, Tensor],
-    theta_b: Mapping[str, Tensor],
+    theta_b: FineTuned,
     loader: Iterable[Sequence[Any]],
     *,
     lams: Sequence[float] = FIGURE_LAMBDAS,
@@ -54,7 +55,9 @@ def sweep(
             features itself, or to hold one of these two classifiers.
         theta_a: state dict of the original CLIP.
         theta_b: state dict of the fine-tuned model. ``theta_a`` or ``theta_b`` may be the
-            ``state_dict()`` of ``classifier.model``; its tensors are copied.
+            ``state_dict()`` of ``classifier.model``; its tensors are copied. Or the
+            :class:`openvclip.weights.Adapter` of a LoRA fine-tune of ``theta_a``. Entries that the
+            adapter does not change are not copied.
         loader: see :func:`openvclip.evaluation.evaluate`.
         lams: interpolation weights of ``theta_a``.
         text: the weights that encode the class names. ``"own"``: those of each interpolation.
@@ -78,9 +81,12 @@ def sweep(
     model = cast(nn.Module, classifier.model)
     live = named_state(model)
     theta_a, _ = canonical_model(theta_a, "theta_a", like=live)
-    theta_b, _ = canonical_model(theta_b, "theta_b", like=live)
-    require_own_memory(theta_a, theta_b, "theta_a and theta_b")
-    theta_a, theta_b = _not_shared(live, theta_a), _not_shared(live, theta_b)
+    if not isinstance(theta_b, RelativeWeights):
+        theta_b, _ = canonical_model(theta_b, "theta_b", like=live)
+        require_own_memory(theta_a, theta_b, "theta_a and theta_b")
+    theta_a = _not_shared(live, theta_a)
+    # The changed entries of an adapter are merged once, and not at each lambda.
+    theta_b = _not_shared(live, dict(resolved(theta_b, theta_a)))
 
     def set_weights(lam: float) -> None:
         interpolate_into(model, theta_a, theta_b, lam)

@@ -16,6 +16,7 @@ from openvclip.weights.averageable import require_own_memory
 from openvclip.weights.interpolation import interpolate_into
 from openvclip.weights.names import canonical_model, named_state
 from openvclip.weights.numerics import overwriting
+from openvclip.weights.relative import FineTuned, RelativeWeights, resolved
 from openvclip.weights.shards import local
 
 
@@ -28,7 +29,8 @@ class Mixture:
     dict of the model.
 
     Attributes:
-        tuned: state dict of the fine-tuned model, or ``None``.
+        tuned: state dict of the fine-tuned model, or the :class:`openvclip.weights.Adapter` of a
+            LoRA fine-tune of the model, or ``None``.
         lams: interpolation weights of the original CLIP. 0 is the fine-tuned model. Default:
             ``(0.0,)`` with ``tuned``, ``()`` without ``tuned``.
         text: the weights that encode the class names. ``"own"``: those of each interpolation.
@@ -38,7 +40,7 @@ class Mixture:
         UsageError: ``lams`` is given without ``tuned``, or ``text`` is unknown.
     """
 
-    tuned: Mapping[str, Tensor] | None = None
+    tuned: FineTuned | None = None
     lams: Sequence[float] = ()
     text: TextSource = "own"
 
@@ -72,19 +74,31 @@ class Mixture:
             yield [lambda: None]
             return
         require_live_weights(model)
-        tuned, live = self.tuned, named_state(model)
-        require_own_memory(live, canonical_model(tuned, "tuned", like=live)[0], "model and tuned")
+        given, live = self.tuned, named_state(model)
+        if not isinstance(given, RelativeWeights):
+            states = canonical_model(given, "tuned", like=live)[0]
+            require_own_memory(live, states, "model and tuned")
         original = {name: torch.empty_like(value) for name, value in live.items()}
 
         def setter(lam: float) -> Callable[[], None]:
             return lambda: interpolate_into(model, original, tuned, lam)
 
         with overwriting(list(live.values()), [local(value) for value in original.values()]):
+            # The changed entries of an adapter are merged once, and not at each lambda.
+            tuned = dict(resolved(given, original))
             setters = [setter(lam) for lam in self.lams]
             if len(setters) == 1:
                 setters[0]()  # once for the whole run, not once for each batch
                 setters = [lambda: None]
             yield setters
+
+    def tuned_state(self, model: nn.Module) -> Mapping[str, Tensor] | None:
+        """Return the state dict of the fine-tuned model, or ``None`` for ``Mixture()``.
+
+        Args:
+            model: a model with the weights of the original CLIP.
+        """
+        return None if self.tuned is None else resolved(self.tuned, named_state(model))
 
     def text_features(self, model: nn.Module, encode: Callable[[], Tensor]) -> list[Tensor]:
         """Return the text features at each ``lam``, or one set of features for ``Mixture()``.
@@ -100,7 +114,9 @@ class Mixture:
         if (
             self.tuned is None
             or self.text == "original"
-            or same_text(live, canonical_model(self.tuned, "tuned", like=live)[0])
+            or same_text(
+                live, canonical_model(self.tuned_state(model) or {}, "tuned", like=live)[0]
+            )
         ):
             return [encode()] * max(1, len(self.lams))
         features = []

@@ -43,6 +43,7 @@ class RunOptions(BatchOptions):
         amp: dtype for autocast while encoding. ``None`` encodes without autocast.
         progress: whether to show a progress bar. Default: only in a terminal.
         description: text in front of the progress bar.
+        pooling: how the features of frames become the feature of a clip.
         leave_out_broken: whether the accuracies are computed without the videos that can't be read.
             Default: such videos count as wrong.
         allow_missing: whether to treat missing videos as videos that can't be read. Default:
@@ -230,7 +231,7 @@ def _require_finite(
     readable = [index for index in range(len(features)) if index not in errors]
     require_finite(
         features[readable],
-        lambda: {**named_state(model), **(mixture.tuned or {})},
+        lambda: {**named_state(model), **(mixture.tuned_state(model) or {})},
         "The features of videos",
     )
 
@@ -277,18 +278,21 @@ def _settings(
     run: RunOptions,
 ) -> dict[str, Any]:
     """Return everything that the features depend on. The names are those of ``settings.json``."""
+    tuned = mixture.tuned_state(model)
     return {
         **run.settings,
         "videos": len(paths),
         "list": _digest_text(json.dumps(paths)),
         **_model_settings(model),
-        "tuned": None if mixture.tuned is None else weights_hash(mixture.tuned),
+        "tuned": None if tuned is None else weights_hash(tuned),
         "lams": list(mixture.lams),
         **asdict(sampling),
         "transform": asdict(transform),
         "batch_size": run.batch_size,
         "amp": None if run.amp is None else str(run.amp),
         "device": next(model.parameters()).device.type,
+        # Folders of results that were written before there was this option go on.
+        **({} if run.pooling == "unit_frames" else {"pooling": run.pooling}),
     }
 
 

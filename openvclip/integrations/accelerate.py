@@ -18,7 +18,7 @@ from openvclip.integrations.steps import (
 )
 from openvclip.weights.gradients import innermost, require_one_evaluation
 from openvclip.weights.regularization import InterpolatedWeightRegularizer
-from openvclip.weights.tracker import WeightTracker
+from openvclip.weights.schedule import Tracker
 
 __all__ = ["RegularizedLoop"]
 
@@ -74,7 +74,7 @@ class RegularizedLoop:
         optimizer: Any,
         *,
         regularizer: InterpolatedWeightRegularizer | None = None,
-        averages: Sequence[WeightTracker] = (),
+        averages: Sequence[Tracker] = (),
         averaged: nn.Module | None = None,
     ) -> None:
         self.accelerator = accelerator

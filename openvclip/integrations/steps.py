@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 from openvclip.errors import CheckpointError, UsageError
 from openvclip.weights.names import live_model
 from openvclip.weights.regularization import InterpolatedWeightRegularizer
+from openvclip.weights.schedule import Tracker
 from openvclip.weights.shards import full_state, is_sharded, no_sync, sharded_like
-from openvclip.weights.tracker import WeightTracker
 
 
 class InterpolatedPasses:
@@ -109,7 +109,7 @@ class StepCounter:
 _Regularizer: TypeAlias = InterpolatedWeightRegularizer | InterpolatedPasses | None
 
 
-def states_of(regularizer: _Regularizer, averages: Sequence[WeightTracker]) -> dict[str, Any]:
+def states_of(regularizer: _Regularizer, averages: Sequence[Tracker]) -> dict[str, Any]:
     """Return the states of a regulariser and of averages.
 
     The tensors of sharded averages are gathered, so every process must call this function.
@@ -123,7 +123,7 @@ def states_of(regularizer: _Regularizer, averages: Sequence[WeightTracker]) -> d
 def load_states(
     states: Mapping[str, Any],
     regularizer: _Regularizer,
-    averages: Sequence[WeightTracker],
+    averages: Sequence[Tracker],
     averaged: nn.Module,
     *,
     source: str,
@@ -156,7 +156,7 @@ def load_states(
         load_average(average, state, averaged)
 
 
-def state_of_average(average: WeightTracker) -> dict[str, Any]:
+def state_of_average(average: Tracker) -> dict[str, Any]:
     """Return the state of a tracker. The tensors of a sharded average are gathered on the CPU.
 
     Every process must call this function. The checkpoint that the first process writes is then
@@ -168,7 +168,7 @@ def state_of_average(average: WeightTracker) -> dict[str, Any]:
     }
 
 
-def load_average(average: WeightTracker, state: Mapping[str, Any], model: nn.Module) -> None:
+def load_average(average: Tracker, state: Mapping[str, Any], model: nn.Module) -> None:
     """Restore a state from :func:`state_of_average`.
 
     Args:

@@ -23,7 +23,7 @@ from openvclip.integrations.steps import (
     states_of,
 )
 from openvclip.weights.regularization import InterpolatedWeightRegularizer
-from openvclip.weights.tracker import WeightTracker
+from openvclip.weights.schedule import Tracker
 
 __all__ = ["STATE_FILE", "RegularizedTrainerMixin"]
 
@@ -100,7 +100,7 @@ class RegularizedTrainerMixin(_Trainer):
         self,
         *args: Any,
         regularizer: InterpolatedWeightRegularizer | None = None,
-        averages: Sequence[WeightTracker] = (),
+        averages: Sequence[Tracker] = (),
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -221,7 +221,8 @@ def _callback_for(trainer: RegularizedTrainerMixin) -> Any:
 
     class WeightSpaceCallback(TrainerCallback):  # type: ignore[misc]
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            require_whole_weights(kwargs["model"], deepspeed=False)
+            if trainer.regularizer is not None or trainer.averages:
+                require_whole_weights(kwargs["model"], deepspeed=False)
             if (
                 trainer.averages
                 and args.save_strategy != "no"

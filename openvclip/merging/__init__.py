@@ -8,9 +8,12 @@ modules (``get_extra_state``) is copied from the same state dict. A complex numb
 of real numbers. Sharded entries are gathered one at a time, and the result is sharded like the
 first state dict.
 
-Quantised, sparse and offloaded weights raise a ``WeightTypeError``. So do factors of adapters such
-as LoRA, unless only one factor of each product differs between the models: merge the adapter into
-the base model first.
+A LoRA fine-tune is passed as :class:`openvclip.weights.Adapter` in the place of a fine-tuned state
+dict. Its entries are merged with those of the first state dict one at a time.
+
+Quantised, sparse and offloaded weights raise a ``WeightTypeError``. So do state dicts with factors
+of adapters such as LoRA, unless only one factor of each product differs between the models: pass
+the adapter, or merge it into the base model first.
 
 All methods except ``ties(trim="model")`` and ``greedy_soup`` use one entry at a time. They return
 the same result for state dicts of one entry each, so :func:`openvclip.merge_files` can apply them

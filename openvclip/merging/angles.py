@@ -13,6 +13,7 @@ from openvclip.errors import MergeError
 from openvclip.merging.entries import combined, contiguous_copy, difference, matched
 from openvclip.weights.interpolation import Lambda, weights_of, write_interpolated
 from openvclip.weights.names import is_extra_state
+from openvclip.weights.relative import FineTuned
 
 _PARALLEL = 0.9995  # |cosine| above which slerp is linear, as in mergekit
 _CHUNK = 1 << 20  # elements that are copied to float64 at a time
@@ -20,7 +21,7 @@ _CHUNK = 1 << 20  # elements that are copied to float64 at a time
 
 def slerp(
     theta_a: Mapping[str, Tensor],
-    theta_b: Mapping[str, Tensor],
+    theta_b: FineTuned,
     lam: Lambda,
     *,
     dtype: torch.dtype | None = None,
@@ -59,7 +60,7 @@ def slerp(
         ExtrapolationWarning: a weight lies outside [0, 1].
     """
     a, b = matched(theta_a, [theta_b], "theta_a", "theta_b")
-    weight_of = weights_of(lam, {n: value for n, value in b.items() if not is_extra_state(n)})
+    weight_of = weights_of(lam, {n: value for n, value in a.items() if not is_extra_state(n)})
 
     def combine(name: str, entries: list[Tensor]) -> Tensor:
         y, x = entries
@@ -81,7 +82,7 @@ def slerp(
 
 def model_stock(
     base: Mapping[str, Tensor],
-    tuned: Sequence[Mapping[str, Tensor]],
+    tuned: Sequence[FineTuned],
     *,
     dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from openvclip.merging.entries import combined, difference, matched, require_share
+from openvclip.weights.relative import FineTuned
 
 
 def dare(
     base: Mapping[str, Tensor],
-    tuned: Mapping[str, Tensor],
+    tuned: FineTuned,
     *,
     drop: float = 0.9,
     seed: int = 0,

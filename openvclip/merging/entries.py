@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from openvclip.weights.interpolation import Lambda, as_number
 from openvclip.weights.kinds import require_values
 from openvclip.weights.names import canonical_model, is_extra_state, require_match
 from openvclip.weights.numerics import common_dtype, compute_dtype, is_interpolable
+from openvclip.weights.relative import FineTuned, RelativeWeights
 from openvclip.weights.shards import sharded_like, whole
 
 Combine = Callable[[str, list[Tensor]], Tensor]
@@ -31,17 +33,19 @@ _HINT = (
 
 def matched(
     base: Mapping[str, Tensor],
-    others: Sequence[Mapping[str, Tensor]],
+    others: Sequence[FineTuned],
     what: str = "base",
     what_others: str = "tuned[{}]",
     *,
     vectors: bool = False,
-) -> list[dict[str, Tensor]]:
+) -> list[Mapping[str, Tensor]]:
     """Return all models under canonical names, ``base`` first.
+
+    An entry of an adapter is merged when it is read, so one merged entry is in memory at a time.
 
     Args:
         base: state dict that defines the expected names and shapes.
-        others: state dicts of one or more other models.
+        others: state dicts of one or more other models, or adapters of LoRA fine-tunes of ``base``.
         what: name of ``base`` in error texts.
         what_others: name of each other model in error texts; ``{}`` is its position.
         vectors: whether ``others`` are task vectors. The checks for models are then left out.
@@ -61,20 +65,24 @@ def matched(
         raise MergeError(f"Expected a list of one or more state dicts to merge, got {received}.")
     entries, extra_state = canonical_model(base, what)
     require_values(entries, what)
-    states, extra_states, names = [entries], [extra_state], [what]
+    result: list[Mapping[str, Tensor]] = [entries | extra_state]
+    states, names = [entries], [what]
     for position, other in enumerate(others):
+        if isinstance(other, RelativeWeights) and not vectors:
+            result.append(other.on(base))
+            continue
         names.append(what_others.format(position))
-        entries, extra_state = canonical_model(other, names[-1])
+        entries, extra_state = canonical_model(cast(Mapping[str, Tensor], other), names[-1])
         require_values(entries, names[-1])
         states.append(entries)
-        extra_states.append(extra_state)
+        result.append(entries | extra_state)
         summary = (
             f"{names[-1]} and {what} do not fit together: expected the names and shapes of {what}."
         )
         require_match(states[0], states[-1], summary, _HINT)
     if not vectors:
         require_combinable(states, names, "merge")
-    return [state | extra for state, extra in zip(states, extra_states, strict=True)]
+    return result
 
 
 @torch.no_grad()

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from openvclip.merging.entries import combined, contiguous_copy, difference, matched, scale_of
 from openvclip.weights.lambdas import by_depth
+from openvclip.weights.relative import FineTuned
 
 
 def lines(
     base: Mapping[str, Tensor],
-    tuned: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]],
+    tuned: FineTuned | Sequence[FineTuned],
     *,
     alpha: float,
     beta: float,

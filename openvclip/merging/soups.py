@@ -12,6 +12,7 @@ from torch import Tensor
 
 from openvclip.errors import MergeError
 from openvclip.merging.entries import combined, matched
+from openvclip.weights.names import require_mapping
 
 
 def average(
@@ -94,6 +95,8 @@ def greedy_soup(
         StateMismatchError, WeightTypeError: as in :func:`openvclip.interpolate`.
     """
     _require_models(models, "greedy_soup")
+    for i, model in enumerate(models):
+        require_mapping(model, f"models[{i}]")
     matched(models[0], models, "models[0]", "models[{}]")  # fails before a long evaluation
     scores = [_score(evaluate, model, f"models[{i}]") for i, model in enumerate(models)]
     order = sorted(range(len(models)), key=lambda i: -scores[i])

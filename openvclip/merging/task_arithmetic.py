@@ -20,11 +20,12 @@ from openvclip.merging.entries import (
 from openvclip.weights.averageable import require_addable
 from openvclip.weights.interpolation import Lambda
 from openvclip.weights.names import canonical_model
+from openvclip.weights.relative import FineTuned
 
 
 def task_vector(
     base: Mapping[str, Tensor],
-    tuned: Mapping[str, Tensor],
+    tuned: FineTuned,
     *,
     dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:

@@ -20,12 +20,13 @@ from openvclip.merging.entries import (
 )
 from openvclip.merging.task_arithmetic import task_vector
 from openvclip.weights.interpolation import Lambda
+from openvclip.weights.relative import FineTuned
 from openvclip.weights.shards import whole
 
 
 def ties(
     base: Mapping[str, Tensor],
-    tuned: Sequence[Mapping[str, Tensor]],
+    tuned: Sequence[FineTuned],
     *,
     density: float = 0.2,
     scale: Lambda = 1.0,
@@ -98,7 +99,7 @@ def _mean_of_elected(deltas: list[Tensor]) -> Tensor:
     return total.div_(count.clamp_(min=1.0))
 
 
-def _bounds_of_models(states: list[dict[str, Tensor]], density: float) -> list[float]:
+def _bounds_of_models(states: list[Mapping[str, Tensor]], density: float) -> list[float]:
     """Return the smallest kept magnitude of each fine-tuned model, over all its entries."""
     base, *ends = [interpolable_entries(state) for state in states]
     bounds = []

@@ -1,6 +1,14 @@
 """CLIP models for videos: loading, preprocessing, zero-shot classification and prediction."""
 
 from openvclip.models.classifier import VIDEO_TEMPLATES, ZeroShotClassifier, class_features
+from openvclip.models.confidence import (
+    SCORES,
+    Score,
+    calibrate,
+    confidence_score,
+    fit_temperature,
+    threshold_to_keep,
+)
 from openvclip.models.features import encode_text, similarity_logits
 from openvclip.models.labels import read_labels
 from openvclip.models.loading import LoadedModel, fine_tuned, load_model
@@ -11,21 +19,27 @@ from openvclip.models.tokenizers import as_tokenizer
 from openvclip.models.video_clip import VideoCLIP
 
 __all__ = [
+    "SCORES",
     "VIDEO_TEMPLATES",
     "LoadedModel",
     "Prediction",
+    "Score",
     "Segment",
     "Timeline",
     "VideoCLIP",
     "ZeroShotClassifier",
     "as_tokenizer",
+    "calibrate",
     "class_features",
+    "confidence_score",
     "encode_text",
     "fine_tuned",
+    "fit_temperature",
     "load_model",
     "predict",
     "predict_timeline",
     "read_labels",
     "similarity_logits",
+    "threshold_to_keep",
     "transform_for",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,18 +77,17 @@ def encode_each(videos: Any, encode: Encode, reader: VideoReader) -> list[tuple[
     Raises:
         UsageError: there are no videos.
     """
-    ahead = progress_bar(
-        in_order(reader.read, videos, reader.num_threads),
-        total=len(videos) if isinstance(videos, (list, tuple)) else None,
-        desc="videos",
-        unit="video",
-        disable=None if reader.progress is None else not reader.progress,
-    )
+    total = len(videos) if isinstance(videos, (list, tuple)) else None
+    disable = None if reader.progress is None else not reader.progress
     rows: list[tuple[str, Tensor]] = []
-    for batch in _batched(ahead, reader.batch_size):
-        encoded = encode(torch.cat([views for _, views in batch]))
-        parts = encoded.split([len(views) for _, views in batch])
-        rows += [(name, part.mean(dim=0)) for (name, _), part in zip(batch, parts, strict=True)]
+    # Closed at once if encoding fails, so that no thread goes on decoding.
+    with closing(in_order(reader.read, videos, reader.num_threads)) as ahead:
+        bar = progress_bar(ahead, total=total, desc="videos", unit="video", disable=disable)
+        for batch in _batched(bar, reader.batch_size):
+            encoded = encode(torch.cat([views for _, views in batch]))
+            parts = encoded.split([len(views) for _, views in batch])
+            means = [part.mean(dim=0) for part in parts]
+            rows += [(name, mean) for (name, _), mean in zip(batch, means, strict=True)]
     if not rows:
         raise UsageError("videos is empty; expected at least one video.")
     return rows

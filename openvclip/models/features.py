@@ -180,6 +180,19 @@ def similarity_logits(model: nn.Module, features: Tensor, text: Tensor) -> Tenso
     return logits if bias is None else logits + bias
 
 
+@torch.no_grad()
+def cosines_of_logits(model: nn.Module, logits: Tensor) -> Tensor:
+    """Return the cosines that :func:`similarity_logits` computed logits from.
+
+    Args:
+        model: a CLIP model of open_clip or transformers, with the weights that gave the logits.
+        logits: logits of any shape, on any device.
+    """
+    bias = getattr(model, "logit_bias", None)
+    cosines = logits if bias is None else logits - bias.to(logits.device)
+    return cosines / scale_of(model).to(logits.device)
+
+
 def scale_of(model: nn.Module) -> Tensor:
     """Return the positive number that the cosines of a CLIP model are multiplied with."""
     temperature = _temperature(model)

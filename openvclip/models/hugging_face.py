@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel, CLIPModel
 from transformers.utils import logging
 
 from openvclip.errors import ModelNameError, StateMismatchError, UnsupportedModelError
+from openvclip.models.building import building
 from openvclip.models.features import require_clip
 from openvclip.models.hub import image_processor_of, is_offline
 from openvclip.models.preprocess import transform_for
@@ -65,21 +66,37 @@ def load(name: str, transform: str = "train") -> tuple[Any, Tokenizer, Transform
         StateMismatchError: weights of the model are missing in the file.
         UnsupportedModelError: the model is not a CLIP. The error says what to do.
     """
-    model = _model(name)
+    model, _ = load_clip(name)
     pixels = transform_for(model, transform, processor=image_processor_of(name))
     return model, tokenizer_of_folder(model, name), pixels
 
 
-def _model(name: str) -> Any:
+def load_clip(name: str) -> tuple[Any, list[str]]:
+    """Load a CLIP model of transformers.
+
+    Args:
+        name: see :func:`load`.
+
+    Returns:
+        The model in eval mode and in float32, and the names of weights that it has no place for.
+
+    Raises:
+        ModelNameError, StateMismatchError, UnsupportedModelError: see :func:`load`.
+    """
     where: dict[str, Any] = {"local_files_only": is_offline(name)}
     try:
         config = AutoConfig.from_pretrained(name, **where)
-        with _without_progress():
+        with without_progress():
             model, about = AutoModel.from_pretrained(
                 name, config=config, dtype=torch.float32, output_loading_info=True, **where
             )
-    except (ImportError, OSError, ValueError, KeyError) as error:
+    except (ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
+        if "size" in reason and isinstance(error, RuntimeError):
+            raise StateMismatchError(
+                f"{name}: the weights do not fit the model of config.json: {reason}.",
+                hint="Give a folder whose weights and configuration belong together.",
+            ) from error
         raise ModelNameError(
             f"transformers can't load {name}: {reason}. Expected a folder that save_pretrained "
             "wrote, or the name of a model on the Hugging Face Hub"
@@ -95,18 +112,42 @@ def _model(name: str) -> Any:
             f"{name}: weights of {type(model).__name__} are missing, so they would be random.",
             missing=missing,
         )
+    unexpected = [n for n in about["unexpected_keys"] if not n.endswith("position_ids")]
+    return model.eval(), sorted(unexpected)
+
+
+def empty_clip(folder: str) -> Any:
+    """Return the model of a ``config.json`` in eval mode, without trained weights.
+
+    Args:
+        folder: a folder with the file.
+
+    Raises:
+        ModelNameError: transformers can't build the model.
+        UnsupportedModelError: the model is not a CLIP.
+    """
+    try:
+        with without_progress():
+            model = AutoModel.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+    except (ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise ModelNameError(f"transformers can't build the model of {folder}: {reason}.") from (
+            error
+        )
+    require_clip(model)
     return model.eval()
 
 
 @contextmanager
-def _without_progress() -> Iterator[None]:
+def without_progress() -> Iterator[None]:
     """Hide transformers' progress bar and its report of the names in the file."""
-    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if shown:
-            logging.enable_progress_bar()
+    with building():
+        shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(verbosity)
+            if shown:
+                logging.enable_progress_bar()

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from openvclip.checkpoints.adapter_files import is_adapter, load_adapter
 from openvclip.checkpoints.api import load_checkpoint
 from openvclip.checkpoints.file_kinds import kind_of_file
 from openvclip.errors import ModelNameError, NonFiniteWeightsError, listed, near_path
+from openvclip.models import hub_files as hub
+from openvclip.models.building import building
 from openvclip.models.model_names import unknown_model, unknown_weights
+from openvclip.models.open_clip_config import remember_config
 from openvclip.models.preprocess import transform_for
 from openvclip.models.tokenizers import Tokenizer
 from openvclip.towers.families import require_frames
@@ -74,7 +76,8 @@ def load_model(
         pretrained: the weights of the original CLIP: a tag of open_clip, such as ``"openai"``, or a
             file for :func:`openvclip.load_checkpoint`. ``None`` if the model has weights. Default:
             ``None``.
-        checkpoint: a file of fine-tuned weights for :func:`openvclip.load_checkpoint`.
+        checkpoint: a file of fine-tuned weights for :func:`openvclip.load_checkpoint`, or a folder
+            of peft with a LoRA fine-tune of the original CLIP.
         expand: whether frames attend to neighbouring frames. ``False`` applies CLIP frame by frame.
             Default: ``True`` with a ``checkpoint``, ``False`` without a checkpoint, because the
             original CLIP was not trained with temporal attention.
@@ -97,7 +100,7 @@ def load_model(
         UnsupportedModelError: the image tower can't be expanded, or the model is no CLIP.
     """
     if checkpoint is not None:
-        kind_of_file(Path(checkpoint))  # raises before the original CLIP is downloaded
+        _require_weights(checkpoint)  # before the original CLIP is downloaded
     model, tokenizer, input_transform, known_name = _load_original(name, pretrained, transform)
     if expand or (expand is None and checkpoint is not None):
         expand_temporal_attention(model, window=window, boundary=boundary)
@@ -130,7 +133,7 @@ def _load_original(
                 "pretrained out. For fine-tuned weights give checkpoint."
             )
         model, tokenizer, input_transform = load(of_transformers, transform)
-        _require_finite(model, of_transformers)
+        require_finite_weights(model, of_transformers)
         return model, tokenizer, input_transform, of_transformers
     known_name = _registered_name(name)
     model = _build(known_name, pretrained)
@@ -149,7 +152,8 @@ def fine_tuned(
 
     Args:
         model: a model with the weights of the original CLIP, expanded or not.
-        checkpoint: a file of fine-tuned weights for :func:`openvclip.load_checkpoint`.
+        checkpoint: a file of fine-tuned weights for :func:`openvclip.load_checkpoint`, or a folder
+            of peft with a LoRA fine-tune of ``model``.
         allow_missing: names of weights that the file may lack; see
             :func:`openvclip.load_checkpoint`. Missing weights keep the values of ``model``.
         allow_unexpected: names of weights in the file to ignore; see
@@ -159,6 +163,8 @@ def fine_tuned(
         CheckpointError, StateMismatchError: the file can't be read, or does not fit the model.
         NonFiniteWeightsError: a weight is NaN or infinite.
     """
+    if is_adapter(checkpoint):
+        return _merged(model, checkpoint)
     original = {n: v.detach().clone() for n, v in named_state(model).items()}
     load_checkpoint(
         checkpoint, model, allow_missing=allow_missing, allow_unexpected=allow_unexpected
@@ -166,6 +172,25 @@ def fine_tuned(
     tuned = {n: v.detach().clone() for n, v in named_state(model).items()}
     model.load_state_dict(original)
     return tuned
+
+
+def _merged(model: nn.Module, checkpoint: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Return the state dict of a LoRA fine-tune of the model."""
+    adapter = load_adapter(checkpoint)
+    merged = adapter.merged(named_state(model))
+    broken = non_finite_names({name: merged[name] for name in adapter.names})
+    if broken:
+        raise NonFiniteWeightsError(
+            f"{checkpoint} holds NaN or infinity in {len(broken)} entries ({listed(broken)}). Use "
+            "an earlier checkpoint of the run."
+        )
+    return {name: value.detach().clone() for name, value in merged.items()}
+
+
+def _require_weights(checkpoint: str | os.PathLike[str]) -> None:
+    """Raise an error if a fine-tuned model is no file of weights and no adapter."""
+    if not is_adapter(checkpoint):
+        kind_of_file(Path(checkpoint))
 
 
 def brings_weights(name: str) -> bool:
@@ -182,6 +207,8 @@ def transformers_name(name: str) -> str | None:
     """
     if name.startswith(_TRANSFORMERS):
         return name.removeprefix(_TRANSFORMERS)
+    if (Path(name) / "open_clip_config.json").is_file():
+        return None  # config.json is the configuration of a text tower of transformers
     try:
         config = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -243,8 +270,11 @@ def _build(name: str, pretrained: str | os.PathLike[str] | None) -> Any:
     import open_clip
 
     if brings_weights(name):
+        if name.startswith(hub.PREFIX):
+            hub.require_connection(name.removeprefix(hub.PREFIX))
         model = open_clip.create_model(name)
-        _require_finite(model, name)
+        require_finite_weights(model, name)
+        remember_config(model, open_clip.get_model_config(name))
         return model
     tags = open_clip.list_pretrained_tags_by_model(name)
     tag_list = listed(tags, 10) or "(open_clip has none)"
@@ -264,8 +294,10 @@ def _build(name: str, pretrained: str | os.PathLike[str] | None) -> Any:
     # for all published weights of a model, so take them from the first tag of the model.
     config = open_clip.get_pretrained_cfg(name, tags[0]) if tags else {}
     preprocess = {key: config[key] for key in ("mean", "std") if key in config}
-    with _without_warnings():
-        model = open_clip.create_model(name, load_weights=False, force_preprocess_cfg=preprocess)
+    with building():
+        model = open_clip.create_model(
+            name, load_weights=False, pretrained_text=False, force_preprocess_cfg=preprocess
+        )
     load_checkpoint(tag_or_file, model)
     return model
 
@@ -273,6 +305,8 @@ def _build(name: str, pretrained: str | os.PathLike[str] | None) -> Any:
 def _download(name: str, tag: str) -> Any:
     import open_clip
 
+    repository = str(open_clip.get_pretrained_cfg(name, tag).get("hf_hub", ""))
+    hub.require_connection("/".join(repository.split("/")[:2]))
     try:
         model = open_clip.create_model(name, pretrained=tag)
     except (RuntimeError, OSError) as error:
@@ -280,11 +314,11 @@ def _download(name: str, tag: str) -> Any:
             f"The weights {tag!r} of {name} can't be downloaded: {str(error).rstrip('.')}. Without "
             "a network connection, give a file of weights instead of a tag."
         ) from error
-    _require_finite(model, tag)
+    require_finite_weights(model, tag)
     return model
 
 
-def _require_finite(model: nn.Module, source: str) -> None:
+def require_finite_weights(model: nn.Module, source: str) -> None:
     """Check that no parameter is NaN or infinite. Buffers may hold the -inf of attention masks."""
     names = non_finite_names(named_parameters(model))
     if names:
@@ -311,14 +345,3 @@ def _tokenizer(name: str) -> Tokenizer:
             "package that it needs, correct the configuration, or choose another model."
         ) from error
     return tokenizer
-
-
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Silence open_clip's warning about random weights. The caller loads the weights later."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from openvclip.checkpoints.contract import Confidence
 from openvclip.checkpoints.sizes import CLIP_VOCABULARY
 from openvclip.errors import UsageError
+from openvclip.models.background import divide, with_background
 from openvclip.models.classifier import (
     VIDEO_TEMPLATES,
     Template,
@@ -17,7 +20,8 @@ from openvclip.models.classifier import (
     ZeroShotClassifier,
     warn_of_other_text,
 )
-from openvclip.models.features import is_transformers, require_clip
+from openvclip.models.confidence import confidence_score, effective_confidence
+from openvclip.models.features import cosines_of_logits, is_transformers, require_clip
 from openvclip.models.finite import require_finite
 from openvclip.models.labels import warn_of_single_label
 from openvclip.models.modes import evaluation_mode
@@ -29,6 +33,9 @@ from openvclip.video.sources import VideoSource, source_name
 from openvclip.video.transforms import Transform
 from openvclip.weights.names import named_state, unwrap
 
+NONE_OF_THESE = "none of these"
+"""The line in front of the labels of a video that is rejected."""
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -37,12 +44,27 @@ class Prediction:
     Attributes:
         path: the video file, or what the video is, such as ``"<32 frames>"``.
         labels: the K labels.
-        probabilities: float32 ``[K]``, sum 1.
+        probabilities: float32 ``[K]``. The sum is 1, less the probabilities of ``background``.
+        cosines: cosine of the video and the text of each label, float32 ``[K]``. For a
+            classifier that averages cosines over frames, it is the mean over frames and views.
+        logits: logits of the labels, then of the background texts, before the division by the
+            temperature, float32 ``[K + B]``.
+        background: the probability of each background text.
+        score: the number that is compared with the threshold; see
+            :func:`openvclip.models.confidence_score`.
+        rejected: whether the video is none of the labels: ``score`` is below the threshold, or a
+            background text is more probable than every label. ``label`` and ``top`` still give the
+            most probable labels.
     """
 
     path: str
     labels: list[str]
     probabilities: Tensor
+    cosines: Tensor | None = None
+    logits: Tensor | None = None
+    background: dict[str, float] = field(default_factory=dict)
+    score: float | None = None
+    rejected: bool = False
 
     def top(self, k: int = 5) -> list[tuple[str, float]]:
         """Return the ``k`` most probable labels with their probabilities, in descending order.
@@ -54,12 +76,40 @@ class Prediction:
 
     @property
     def label(self) -> str:
-        """The most probable label."""
+        """The most probable label, also if the video is rejected."""
         return self.top(1)[0][0]
 
+    @property
+    def answer(self) -> str | None:
+        """The most probable label, or ``None`` if the video is rejected."""
+        return None if self.rejected else self.label
+
+    def text(self, k: int = 5) -> str:
+        """Return the path, ``none of these`` if the video is rejected, and the ``k`` best labels.
+
+        Each is on its own line.
+        """
+        rejection = [NONE_OF_THESE] if self.rejected else []
+        rows = [f"{probability:6.1%}  {label}" for label, probability in self.top(k)]
+        return "\n".join([self.path, *rejection, *rows])
+
+    def as_json(self, k: int = 5) -> dict[str, Any]:
+        """Return the path, the ``k`` best labels, the background and the rejection for JSON."""
+        order = self.probabilities.topk(min(k, len(self.labels))).indices.tolist()
+        entries = []
+        for index in order:
+            entry = {"label": self.labels[index], "probability": float(self.probabilities[index])}
+            if self.cosines is not None:
+                entry["cosine"] = float(self.cosines[index])
+            entries.append(entry)
+        background = [
+            {"label": text, "probability": value} for text, value in self.background.items()
+        ]
+        rejection = {"rejected": self.rejected, "score": self.score}
+        return {"path": self.path, "labels": entries, "background": background, **rejection}
+
     def __str__(self) -> str:
-        rows = [f"{probability:6.1%}  {label}" for label, probability in self.top()]
-        return "\n".join([self.path, *rows])
+        return self.text()
 
 
 def predict(
@@ -72,6 +122,9 @@ def predict(
     templates: Sequence[Template] = VIDEO_TEMPLATES,
     sampling: Sampling = PAPER_SAMPLING,
     fps: float | None = None,
+    background: Sequence[str] = (),
+    confidence: Confidence | None = None,
+    reject: bool | float | None = None,
 ) -> Prediction:
     """Compute the probabilities of labels for a video or an image.
 
@@ -96,6 +149,15 @@ def predict(
         templates: strings in which the label replaces ``{}``, or functions from a label to a text.
         sampling: the frames to read. Default: the 3 views of 8 frames of the paper.
         fps: frames per second, if ``video`` is an array of frames.
+        background: texts of what else a video can show, such as ``"an empty room"``. They share the
+            probability with the labels, but they are never the answer. Templates are filled with
+            them as with labels. If ``model`` is a classifier, they are some of its class names.
+        confidence: the result of :func:`openvclip.models.calibrate`: the temperature, and the
+            threshold with its score. Default: the temperature 1 and no threshold.
+        reject: which videos are rejected as none of the labels. ``None``: those below the threshold
+            of ``confidence``, and those of which a background text is more probable than every
+            label. ``True``: the same, and ``confidence`` must have a threshold. A number: the same
+            with this threshold. ``False``: none.
 
     Returns:
         The labels and their probabilities. The logits are averaged over the views, and the
@@ -108,10 +170,12 @@ def predict(
         VideoOptionError: the video can't be read with this ``sampling``, or ``fps`` is missing for
             an array of frames.
         VideoShapeError: the frames of an array are not uint8, or have another shape.
-        ClassNamesError: ``labels`` is empty, or holds an empty or repeated label.
+        ClassNamesError: ``labels`` is empty, or ``labels`` or ``background`` hold an empty or
+            repeated text.
         UsageError: ``labels`` is given for a classifier with other class names, or is ``None`` for
             another model; or the tokenizer of the model is not known; or ``video`` is a
-            list, or a tensor of floats.
+            list, or a tensor of floats; or ``reject`` is ``True`` without a calibrated threshold,
+            or is a number that the score can't have.
         UnsupportedModelError: ``model`` is neither a CLIP of open_clip nor of transformers.
         ModelNameError: the tokenizer of a model of transformers can't be loaded.
         NonFiniteWeightsError: the logits are NaN or infinite, because weights are. The error names
@@ -123,21 +187,60 @@ def predict(
         TextFeaturesWarning: the text weights of the model changed after the classifier was created.
     """
     require_source(video)
-    classifier = classifier_for(model, labels, tokenizer, templates)
+    effective_confidence(confidence, reject)  # a wrong value is an error before the video is read
+    names = None if labels is None else with_background(labels, background)
+    classifier = classifier_for(model, names, tokenizer, templates)
+    divide(classifier.class_names, background)
     transform = transform or transform_for(classifier.model)
     views = read_input(video, sampling, transform, fps=fps)
-    return prediction_of(source_name(video), classifier, logits_of(classifier, views).mean(dim=0))
+    logits = logits_of(classifier, views).mean(dim=0)
+    return prediction_of(
+        source_name(video), classifier, logits, background, confidence=confidence, reject=reject
+    )
 
 
-def prediction_of(path: str, classifier: TextClassifier, logits: Tensor) -> Prediction:
+def prediction_of(
+    path: str,
+    classifier: TextClassifier,
+    logits: Tensor,
+    background: Sequence[str] = (),
+    *,
+    confidence: Confidence | None = None,
+    reject: bool | float | None = None,
+) -> Prediction:
     """Return the prediction that logits of a classifier give for a video.
 
     Args:
         path: the name of the video.
-        classifier: the classifier.
-        logits: logits of the class names, averaged over the views, ``[K]``.
+        classifier: the classifier. Its class names are the labels and the background texts.
+        logits: logits of the class names, averaged over the views, ``[K + B]``.
+        background: see :func:`openvclip.predict`.
+        confidence: see :func:`openvclip.predict`.
+        reject: see :func:`openvclip.predict`.
+
+    Raises:
+        ClassNamesError, UsageError: see :func:`openvclip.predict`.
     """
-    return Prediction(path, classifier.class_names, logits.softmax(dim=-1).cpu())
+    settings, score = effective_confidence(confidence, reject)
+    labels, others = divide(classifier.class_names, background)
+    logits = logits[[*labels, *others]].float().cpu()
+    probabilities = (logits / settings.temperature).softmax(dim=-1)
+    of_labels, of_others = probabilities[: len(labels)], probabilities[len(labels) :]
+    cosines = cosines_of_logits(classifier.model, logits[: len(labels)])
+    value = float(confidence_score(score, cosines, logits / settings.temperature))
+    low = settings.threshold is not None and value < settings.threshold
+    beaten = bool(others) and bool(of_others.max() > of_labels.max())
+    names = classifier.class_names
+    return Prediction(
+        path,
+        [names[index] for index in labels],
+        of_labels,
+        cosines=cosines,
+        logits=logits,
+        background=dict(zip([names[i] for i in others], of_others.tolist(), strict=True)),
+        score=value,
+        rejected=reject is not False and (low or beaten),
+    )
 
 
 def classifier_for(

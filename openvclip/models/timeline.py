@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from openvclip.checkpoints.contract import Confidence
 from openvclip.commands.progress import progress_bar
 from openvclip.models.classifier import VIDEO_TEMPLATES, Template
 from openvclip.models.drawing import new_figure, save_figure
@@ -128,6 +129,7 @@ def predict_timeline(
     batch_size: int = 4,
     progress: bool | None = None,
     fps: float | None = None,
+    confidence: Confidence | None = None,
 ) -> Timeline:
     """Compute the probabilities of labels in each window of a long video.
 
@@ -148,6 +150,7 @@ def predict_timeline(
         batch_size: number of windows to encode at a time.
         progress: whether to show a progress bar. Default: only in a terminal.
         fps: frames per second, if ``video`` is an array of frames.
+        confidence: see :func:`openvclip.predict`. The temperature is used. No window is rejected.
 
     Raises:
         VideoError, VideoOptionError, VideoShapeError, ClassNamesError, UsageError: see
@@ -168,13 +171,14 @@ def predict_timeline(
         step=step,
         fps=fps,
     )
+    temperature = 1.0 if confidence is None else confidence.temperature
     times: list[tuple[float, float]] = []
     rows: list[Tensor] = []
     batch: list[Tensor] = []
 
     def encode_batch() -> None:
         logits = logits_of(classifier, torch.stack(batch))
-        rows.append(logits.softmax(dim=-1).cpu())
+        rows.append((logits / temperature).softmax(dim=-1).cpu())
         batch.clear()
 
     disable = None if progress is None else not progress

@@ -15,6 +15,14 @@ from openvclip.models.hub import is_offline
 Tokenizer = Callable[[list[str]], Tensor]
 """Function from n texts to token ids ``[n, L]``, such as the result of open_clip.get_tokenizer."""
 
+# Texts with capitals, punctuation, other scripts, an end at the context length, and none at all.
+_SAMPLES = [
+    "a video of a person using archery.",
+    "Ein Rennen -- schnell!  (São Paulo), 第2回",
+    "it's the  'clean_jerk' & a &amp; b",
+    "a photo of " + "horses and riders " * 60,
+    "",
+]
 _UNKNOWN_LENGTH = 10**9  # tokenizers of transformers have 1e30 as the length if it is not known
 
 
@@ -60,17 +68,21 @@ def _is_of_transformers(tokenizer: Any) -> bool:
 
 
 class _Padded:
-    """A tokenizer of transformers, called as a model needs it."""
+    """A tokenizer of transformers, called as a model needs it.
+
+    Attributes:
+        tokenizer: the tokenizer of transformers.
+    """
 
     def __init__(self, tokenizer: Any, model: nn.Module) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         rules = text_rules(model)
         self._mask = rules.mask and is_transformers(model)
         self._lower = rules.lower and getattr(tokenizer, "do_lower_case", True)
         self._length = _length(tokenizer, model)
 
     def __call__(self, texts: list[str]) -> Tensor:
-        encoded = self._tokenizer(
+        encoded = self.tokenizer(
             [text.lower() for text in texts] if self._lower else list(texts),
             padding=True if self._mask else "max_length",
             truncation=True,
@@ -147,3 +159,14 @@ def tokenizer_of_folder(model: nn.Module, name: str) -> Tokenizer:
             "Save the tokenizer in this folder, with processor.save_pretrained(folder)."
         )
     return as_tokenizer(tokenizer, model)
+
+
+def same_tokens(first: Tokenizer, second: Tokenizer) -> bool:
+    """Return whether two tokenizers make the same tokens of some texts that tell tokenizers apart.
+
+    Args:
+        first: a function from a list of texts to a tensor.
+        second: another function.
+    """
+    tokens, others = first(list(_SAMPLES)).cpu(), second(list(_SAMPLES)).cpu()
+    return tokens.shape == others.shape and torch.equal(tokens, others)

@@ -10,15 +10,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from openvclip.checkpoints.contract import Contract
+from openvclip.checkpoints.contract import Confidence, Contract
 from openvclip.errors import UsageError
+from openvclip.models.background import with_background
 from openvclip.models.batching import VideoReader, encode_each, encode_one
 from openvclip.models.classifier import (
     Template,
     ZeroShotClassifier,
 )
+from openvclip.models.confidence import (
+    DEFAULT_SCORE,
+    Score,
+    calibrate,
+    effective_confidence,
+    require_calibration,
+)
 from openvclip.models.features import device_of, video_features
 from openvclip.models.finite import require_finite
+from openvclip.models.hand_over import HandOver
 from openvclip.models.modes import evaluation_mode
 from openvclip.models.prediction import (
     Prediction,
@@ -41,7 +50,7 @@ from openvclip.weights.names import named_state, unwrap
 __all__ = ["VideoCLIP"]
 
 
-class VideoCLIP:
+class VideoCLIP(HandOver):
     """A CLIP model together with everything that its use on videos needs.
 
     The settings belong to the model: a model that is used with other frames, pixels, templates or
@@ -77,6 +86,8 @@ class VideoCLIP:
         templates: as the argument.
         pooling: as the argument.
         autocast: as the argument.
+        confidence: the calibration of the model: that of ``contract``, or the result of
+            :meth:`calibrate`. ``None`` before.
 
     Raises:
         UnsupportedModelError: ``model`` is neither a CLIP of open_clip nor of transformers.
@@ -106,6 +117,7 @@ class VideoCLIP:
         self.tokenizer = default_tokenizer(inner) if tokenizer is None else tokenizer
         self.autocast = autocast
         self._contract = contract
+        self.confidence: Confidence | None = None if contract is None else contract.confidence
         usage = usage_for(inner, contract, sampling, transform, templates, pooling)
         self.sampling, self.transform = usage.sampling, usage.transform
         self.templates, self.pooling = usage.templates, usage.pooling
@@ -125,6 +137,7 @@ class VideoCLIP:
             sampling=self.sampling,
             templates=self.templates,
             pooling=self.pooling,
+            confidence=self.confidence,
         )
         if known is None:
             return present
@@ -135,6 +148,7 @@ class VideoCLIP:
             pixels=present.pixels,
             templates=present.templates,
             pooling=present.pooling,
+            confidence=present.confidence,
         )
 
     @property
@@ -165,6 +179,8 @@ class VideoCLIP:
         videos: VideoSource,
         labels: Sequence[str],
         *,
+        background: Sequence[str] = ...,
+        reject: bool | float | None = ...,
         fps: float | None = ...,
         batch_size: int = ...,
         num_threads: int | None = ...,
@@ -177,6 +193,8 @@ class VideoCLIP:
         videos: Iterable[VideoSource],
         labels: Sequence[str],
         *,
+        background: Sequence[str] = ...,
+        reject: bool | float | None = ...,
         fps: float | None = ...,
         batch_size: int = ...,
         num_threads: int | None = ...,
@@ -188,6 +206,8 @@ class VideoCLIP:
         videos: VideoSource | Iterable[VideoSource],
         labels: Sequence[str],
         *,
+        background: Sequence[str] = (),
+        reject: bool | float | None = None,
         fps: float | None = None,
         batch_size: int = 4,
         num_threads: int | None = None,
@@ -203,6 +223,10 @@ class VideoCLIP:
                 tuple or an iterator of them. A list is never one video: for a list of frames give
                 :class:`openvclip.video.VideoFrames`.
             labels: K different labels.
+            background: texts of what else a video can show; see :func:`openvclip.predict`.
+            reject: which videos are rejected as none of the labels; see :func:`openvclip.predict`.
+                Default: those below the threshold of ``confidence`` if the model is calibrated, and
+                those of which a background text is more probable than every label.
             fps: frames per second, if the videos are arrays of frames.
             batch_size: number of videos to encode at a time. The batches change the probabilities
                 only by rounding.
@@ -215,18 +239,27 @@ class VideoCLIP:
             A :class:`~openvclip.Prediction` for a video, a list of them for several videos.
 
         Raises:
-            ClassNamesError: ``labels`` is empty, or holds an empty or repeated label.
+            ClassNamesError: ``labels`` is empty, or ``labels`` or ``background`` hold an empty or
+                repeated text.
             VideoError, VideoShapeError, VideoOptionError: a video can't be read. For several
                 videos, the error begins with the place of the video.
             UsageError: ``videos`` is empty, a video is of an unknown kind, or ``batch_size`` is not
-                above 0.
+                above 0; or ``reject`` is ``True`` and the model is not calibrated, or is a number
+                that the score can't have.
             NonFiniteWeightsError, EvaluationError: see :func:`openvclip.predict`.
 
         Warns:
             LabelWarning: the text tower can't tell some labels apart, or there is only one label.
         """
         reader = self._reader(fps, batch_size, num_threads, progress)
-        classifier = self.classifier(labels)
+        confidence = self.confidence
+        effective_confidence(confidence, reject)  # a wrong value is an error before videos are read
+        classifier = self.classifier(with_background(labels, background))
+
+        def prediction(name: str, row: Tensor) -> Prediction:
+            return prediction_of(
+                name, classifier, row, background, confidence=confidence, reject=reject
+            )
 
         def logits(views: Tensor) -> Tensor:
             with self._autocast():
@@ -234,9 +267,49 @@ class VideoCLIP:
 
         if is_several(videos):
             rows = encode_each(videos, logits, reader)
-            return [prediction_of(name, classifier, row) for name, row in rows]
-        name, row = encode_one(videos, logits, reader)
-        return prediction_of(name, classifier, row)
+            return [prediction(name, row) for name, row in rows]
+        return prediction(*encode_one(videos, logits, reader))
+
+    def calibrate(
+        self,
+        videos: Iterable[VideoSource],
+        labels: Sequence[str],
+        targets: Sequence[str | int | None] | Tensor | None = None,
+        *,
+        background: Sequence[str] = (),
+        keep: float = 0.95,
+        score: Score = DEFAULT_SCORE,
+        **reading: Any,
+    ) -> Confidence:
+        """Choose the threshold for "none of these", and the temperature, on videos of one's own.
+
+        The result is stored in ``confidence`` and in the contract. :meth:`classify` uses it.
+
+        Args:
+            videos: N videos that the model was not trained on; see :meth:`classify`.
+            labels: the K labels of later use.
+            targets: the label of each video, or its index; ``None`` or -1 for a video that is none
+                of the labels. Default: every video belongs to some label, and only the threshold
+                is chosen.
+            background: the background texts of later use; see :func:`openvclip.predict`.
+            keep: share of videos of the labels that the threshold must not reject, in (0, 1).
+            score: the score to compare with the threshold; see
+                :func:`openvclip.models.confidence_score`.
+            **reading: ``fps``, ``batch_size``, ``num_threads`` and ``progress``; see
+                :meth:`classify`.
+
+        Raises:
+            UsageError: see :func:`openvclip.models.calibrate`, and :meth:`classify`.
+            ClassNamesError, VideoError, VideoShapeError, VideoOptionError: see :meth:`classify`.
+
+        Warns:
+            CalibrationWarning: all videos are classified correctly, so the temperature stays 1.
+        """
+        require_calibration(keep, score)
+        several: list[Any] = list(videos) if is_several(videos) else [videos]
+        predictions = self.classify(several, labels, background=background, reject=False, **reading)
+        self.confidence = calibrate(predictions, targets, keep=keep, score=score)
+        return self.confidence
 
     def timeline(
         self,
@@ -250,6 +323,8 @@ class VideoCLIP:
         fps: float | None = None,
     ) -> Timeline:
         """Compute the probabilities of labels in each window of a long video.
+
+        The temperature of ``confidence`` is used. No window is rejected.
 
         Args:
             video: the video; see :data:`openvclip.video.VideoSource`.
@@ -278,6 +353,7 @@ class VideoCLIP:
                 batch_size=batch_size,
                 progress=progress,
                 fps=fps,
+                confidence=self.confidence,
             )
 
     # --- features ------------------------------------------------------------------------------

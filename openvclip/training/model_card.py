@@ -8,6 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from openvclip.checkpoints.atomic import atomic_path
+from openvclip.checkpoints.contract import Contract
+from openvclip.models.model_card import (
+    code,
+    front_matter,
+    results_section,
+    section,
+    usage_of_openvclip,
+)
 from openvclip.models.versions import package_versions
 
 
@@ -24,6 +32,7 @@ class ModelCard:
         results: accuracies in [0, 1], by name; may be empty.
         files: description of each file in the folder, by name.
         commands: commands that try the model, by what they do; may be empty.
+        contract: how the final weights are used; ``None`` if the run learned prompts.
     """
 
     name: str
@@ -33,22 +42,23 @@ class ModelCard:
     results: Mapping[str, float]
     files: Mapping[str, str]
     commands: Mapping[str, str] = field(default_factory=dict)
+    contract: Contract | None = None
 
     def text(self) -> str:
         """Return the card in Markdown."""
+        commands = [code(title, command) for title, command in self.commands.items()]
+        own_use = [usage_of_openvclip(".")] if self.contract is not None else []
+        header = [] if self.contract is None else [front_matter(self.contract, self.name)]
         parts = [
+            *header,
             *self._introduction(),
-            *(["## Use", *map(_command, self.commands.items())] if self.commands else []),
-            _section("Files", self.files),
-            _section("Data", self.data),
-            _section("Recipe", self.settings),
+            *(["## Use", *own_use, *commands] if own_use or commands else []),
+            section("Files", self.files),
+            section("Data", self.data),
+            section("Recipe", self.settings),
+            results_section(self.results),
+            section("Versions", package_versions()),
         ]
-        if self.results:
-            percent = {name: f"{100 * value:.1f} %" for name, value in self.results.items()}
-            parts.append(_section("Results", percent))
-        else:
-            parts.append("## Results\n\nNot evaluated in this run.")
-        parts.append(_section("Versions", package_versions()))
         return "\n\n".join(parts) + "\n"
 
     def _introduction(self) -> list[str]:
@@ -73,18 +83,3 @@ class ModelCard:
         """Write the card to ``path``, atomically."""
         with atomic_path(path) as temporary:
             temporary.write_text(self.text(), encoding="utf-8")
-
-
-def _section(title: str, entries: Mapping[str, Any]) -> str:
-    rows = [f"| {name.replace('_', ' ')} | {_cell(value)} |" for name, value in entries.items()]
-    return "\n".join([f"## {title}", "", "| | |", "| --- | --- |", *rows])
-
-
-def _command(entry: tuple[str, str]) -> str:
-    title, command = entry
-    return f"{title[0].upper()}{title[1:]}:\n\n```bash\n{command}\n```"
-
-
-def _cell(value: Any) -> str:
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")

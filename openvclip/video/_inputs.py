@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from openvclip.errors import (
     MissingDependencyError,
@@ -156,7 +158,10 @@ def opened_input(video: Any, name: str) -> Iterator[EncodedVideo]:
         MissingDependencyError: fsspec, or what fsspec needs for this URL, is not installed.
         UsageError: the file object is open in text mode, or its ``read`` is asynchronous.
     """
-    if is_url(video):
+    if is_url(video) and video.lower().startswith("file:"):
+        full = check_path(url2pathname(urlsplit(video).path))
+        yield EncodedVideo(full, full)
+    elif is_url(video):
         with ExitStack() as stack:
             file = _open_url(video, stack)
             with _opened_file(file, name) as encoded:
@@ -182,7 +187,6 @@ def _opened_file(file: Any, name: str) -> Iterator[EncodedVideo]:
     _require_bytes(file, name)
     position = position_of(file)
     if position is None:
-        shared = SharedFile(file)
         with _as_video_error(name):
             data = file.read()
         yield _of_bytes(data, name)
@@ -201,13 +205,15 @@ def _opened_file(file: Any, name: str) -> Iterator[EncodedVideo]:
 
 def position_of(file: Any) -> int | None:
     """Return the position of a file object, or ``None`` if it can't seek."""
-    seekable = getattr(file, "seekable", None)
     try:
-        if not callable(getattr(file, "seek", None)) or (seekable is not None and not seekable()):
-            return None
-        return int(file.tell())
-    except (OSError, ValueError, AttributeError):  # ValueError: the file is closed
+        position = int(file.tell())
+        # Some file objects say that they can seek, and can't, such as the answer of a web server
+        # that sends whole files only.
+        file.seek(0, os.SEEK_END)
+        file.seek(position)
+    except (OSError, ValueError, AttributeError, NotImplementedError):
         return None
+    return position
 
 
 def _require_bytes(file: Any, name: str) -> None:

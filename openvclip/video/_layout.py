@@ -13,9 +13,15 @@ import torch
 from torch import Tensor
 
 from openvclip.errors import VideoShapeError
-from openvclip.video.transforms import advice_on_pixels
 
-__all__ = ["channel_axis", "channels_first", "image_axis", "is_array", "require_bytes"]
+__all__ = [
+    "advice_on_pixels",
+    "channel_axis",
+    "channels_first",
+    "image_axis",
+    "is_array",
+    "require_bytes",
+]
 
 _LAYOUTS = "uint8 [T, H, W, C] or [T, C, H, W]"
 
@@ -37,6 +43,31 @@ def require_bytes(frames: Any, name: str, expected: str = _LAYOUTS) -> None:
         raise VideoShapeError(
             f"{name}: the {kind} is {shape}; expected {expected}. {advice_on_pixels(frames)}"
         )
+
+
+def advice_on_pixels(video: Any) -> str:
+    """Return how to turn pixels that are refused into uint8, as far as their values tell it.
+
+    Args:
+        video: a tensor or an array of NumPy.
+    """
+    values = video if isinstance(video, Tensor) else torch.empty(0)
+    if not isinstance(video, Tensor) and video.dtype.kind in "fiub":
+        values = torch.from_numpy(video.astype("float32"))
+    if values.dtype == torch.uint8 or not values.numel() or values.is_complex() or values.is_meta:
+        return "Pass the pixels before the normalisation."
+    low, high = (float(end) for end in values.detach().float().aminmax())
+    if not (low >= 0 and high <= 255):  # also NaN
+        return (
+            f"The values are between {low:g} and {high:g}; pass the pixels before the "
+            "normalisation, whole numbers from 0 to 255."
+        )
+    as_bytes = ".to(torch.uint8)" if isinstance(video, Tensor) else '.astype("uint8")'
+    if values.is_floating_point() and high <= 1:
+        # Also a black video in 0 to 255, which is the same black.
+        return f"The values are between 0 and 1: pass (video * 255).round(){as_bytes}."
+    rounded = "video.round()" if values.is_floating_point() else "video"
+    return f"The values are between 0 and 255: pass {rounded}{as_bytes}."
 
 
 def channel_axis(frames: Any, name: str) -> int:

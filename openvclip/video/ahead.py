@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from typing import Any, Generic, TypeVar
@@ -102,10 +102,10 @@ def in_order(
     num_threads: int | None = None,
     *,
     source: Callable[[Item], Any] = lambda item: item,
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Return an iterator over ``read(item)`` for each item, computed ahead by threads.
 
-    If the caller leaves the loop, no further item is read, and the threads end.
+    When the iterator is closed, no further item is read, and the threads end.
 
     Args:
         read: function of an item. It should give the decoder one thread (``alone=False`` of
@@ -124,7 +124,7 @@ def in_order(
 
 def _in_order(
     reading: _Reading[Item, Result], items: Iterator[Item], threads: int
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     if threads == 0:
         for place, item in enumerate(items):
             yield reading(place, item)

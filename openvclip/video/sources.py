@@ -193,9 +193,10 @@ def source_name(video: object) -> str:
         return f"<{len(video.frames)} frames>"
     if isinstance(video, (np.ndarray, Tensor)):
         return f"<{video.shape[0]} frames>" if video.ndim == 4 else f"<{_kind(video)[2:]}>"
-    name = getattr(video, "name", None)
-    if isinstance(name, str) and name and not name.startswith("<"):
-        return name
+    for attribute in ("name", "filename"):  # of file objects, and of images of Pillow
+        name = getattr(video, attribute, None)
+        if isinstance(name, str) and name and not name.startswith("<"):
+            return name
     return f"<{type(video).__name__}>"
 
 

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from openvclip.errors import VideoOptionError, VideoShapeError
 from openvclip.video._color import Jitter, draw_jitter
+from openvclip.video._layout import advice_on_pixels
 
 __all__ = ["CLIP_MEAN", "CLIP_STD", "TRANSFORMS", "Transform", "build"]
 
@@ -247,31 +248,6 @@ def _advice(video: Tensor, channels: int) -> str:
         if shape[-4] == channels:
             return "Swap the channels and the time: video.transpose(-3, -4)."
     return advice_on_pixels(video)
-
-
-def advice_on_pixels(video: Any) -> str:
-    """Return how to turn pixels that are refused into uint8, as far as their values tell it.
-
-    Args:
-        video: a tensor or an array of NumPy.
-    """
-    values = video if isinstance(video, Tensor) else torch.empty(0)
-    if not isinstance(video, Tensor) and video.dtype.kind in "fiub":
-        values = torch.from_numpy(video.astype("float32"))
-    if values.dtype == torch.uint8 or not values.numel() or values.is_complex() or values.is_meta:
-        return "Pass the pixels before the normalisation."
-    low, high = (float(end) for end in values.detach().float().aminmax())
-    if not (low >= 0 and high <= 255):  # also NaN
-        return (
-            f"The values are between {low:g} and {high:g}; pass the pixels before the "
-            "normalisation, whole numbers from 0 to 255."
-        )
-    as_bytes = ".to(torch.uint8)" if isinstance(video, Tensor) else '.astype("uint8")'
-    if values.is_floating_point() and high <= 1:
-        # Also a black video in 0 to 255, which is the same black.
-        return f"The values are between 0 and 1: pass (video * 255).round(){as_bytes}."
-    rounded = "video.round()" if values.is_floating_point() else "video"
-    return f"The values are between 0 and 255: pass {rounded}{as_bytes}."
 
 
 def _released(spec: Transform, generator: torch.Generator | None) -> Change:

@@ -125,7 +125,8 @@ def refuse_factors(
     if factors:
         merge = (
             "Merge the adapter into the base model first (merge_and_unload() in peft), then "
-            f"{action}."
+            f"{action}. Or pass adapters in place of their state dicts: "
+            "openvclip.checkpoints.load_adapter(folder) or openvclip.weights.adapter_of(model)."
         )
         raise WeightTypeError(
             f"{what} holds {len(factors)} factors of an adapter ({listed(factors)}). "

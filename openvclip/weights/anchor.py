@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from openvclip.errors import StateMismatchError, UsageError, listed
 from openvclip.weights.adapters import factors_by_layer, mixed_factors, refuse_factors
+from openvclip.weights.factor_gradients import unscaled_factors
 from openvclip.weights.kinds import require_averageable, require_values
 from openvclip.weights.memory import require_no_overlap, without_ties
 from openvclip.weights.names import (
@@ -75,10 +76,12 @@ def _matching_anchor(
     for name, other in names.items():  # a state-dict hook can give parameters other names
         if name not in originals and other is not None and other in originals:
             originals[name] = originals[other]
-    missing_names = trained.keys() - originals.keys()
+    # The product of a factor that has an anchor is scaled by this factor alone.
+    by_partner = unscaled_factors(trained, originals.keys() & trained.keys())
+    missing_names = trained.keys() - originals.keys() - set(by_partner)
     unexpected = originals.keys() - live.keys() - trained.keys()
     mismatched = list(mismatches(trained, originals))
-    refuses_missing = missing == "error" or missing_names == trained.keys()
+    refuses_missing = missing == "error" or not originals.keys() & trained.keys()
     if unexpected or mismatched or (missing_names and refuses_missing):
         hidden = [name for name in missing_names if names[name] is None]
         raise StateMismatchError(
@@ -108,9 +111,10 @@ _HIDDEN = (
 )
 
 _ZEROS_FOR_B = (
-    "Pass zeros for lora_B as the only anchor of each adapter, and missing='skip': alpha then "
-    "scales the update of the adapter exactly. Or merge the adapter into the base model first "
-    "(merge_and_unload() in peft), and train the merged weights."
+    "Pass zeros for lora_B as the only anchor of each adapter: "
+    "anchor=openvclip.weights.lora_anchor(model). Alpha then scales the product of both factors, "
+    "which is exact. Or merge the adapter into the base model first (merge_and_unload() in peft), "
+    "and train the merged weights."
 )
 
 

@@ -30,6 +30,7 @@ from openvclip.weights.numerics import (
     is_interpolable,
     memory_of,
 )
+from openvclip.weights.relative import FineTuned, resolved
 from openvclip.weights.shards import is_sharded, local, local_like, reshard
 
 Lambda = SupportsFloat | Callable[[str], SupportsFloat]
@@ -51,7 +52,7 @@ _HINT = (
 
 def interpolate(
     theta_a: Mapping[str, Tensor],
-    theta_b: Mapping[str, Tensor],
+    theta_b: FineTuned,
     lam: Lambda,
     *,
     dtype: torch.dtype | None = None,
@@ -68,7 +69,8 @@ def interpolate(
         theta_a: state dict of the original model.
         theta_b: state dict of the fine-tuned model, with the same names and shapes. Names may have
             the prefixes of wrappers (``module.``, ``_orig_mod.``). The result has canonical names,
-            without prefixes.
+            without prefixes. Or the :class:`~openvclip.weights.Adapter` of a LoRA fine-tune of
+            ``theta_a``.
         lam: a number, or a function from the canonical name of an entry to its number, for example
             ``lambda name: 0.5 if name.startswith("visual.") else 1.0``.
         dtype: dtype of the floating-point entries of the result. Default: the dtype of each entry;
@@ -88,10 +90,11 @@ def interpolate(
         state of modules (``get_extra_state``) is copied from ``theta_b`` and comes last. Entries
         that are sharded in ``theta_b`` stay sharded.
 
-    **Adapters.** Factors of LoRA may differ in one factor of each product only. The update
-    ``B A`` is linear in ``B`` if ``A`` is the same in both models, so the result is then exact. For
-    the original CLIP in this form, take the state dict of the tuned model with zeros for
-    ``lora_B``. In all other cases merge the adapters into the base model first.
+    **Adapters.** For a LoRA fine-tune, pass its :class:`~openvclip.weights.Adapter` as
+    ``theta_b``. In state dicts with factors of LoRA, the models may differ in one factor of each
+    product only. The update ``B A`` is linear in ``B`` if ``A`` is the same in both models, so the
+    result is then exact. For the original CLIP in this form, take the state dict of the tuned model
+    with zeros for ``lora_B``.
 
     **Shared memory.** The two models may share the memory of some entries, for example of frozen
     weights. If they share the memory of all floating-point entries, an error is raised, because
@@ -119,7 +122,7 @@ def interpolate(
         tensor([0.7500, 0.7500])
     """
     a, _ = canonical_model(theta_a, "theta_a")
-    b, extra_state = canonical_model(theta_b, "theta_b")
+    b, extra_state = canonical_model(resolved(theta_b, theta_a), "theta_b")
     require_values(a, "theta_a")
     require_values(b, "theta_b")
     require_match(a, b, _MISMATCH, _HINT)
@@ -135,7 +138,7 @@ def interpolate(
 
 @torch.no_grad()
 def interpolate_into(
-    model: nn.Module, theta_a: Mapping[str, Tensor], theta_b: Mapping[str, Tensor], lam: Lambda
+    model: nn.Module, theta_a: Mapping[str, Tensor], theta_b: FineTuned, lam: Lambda
 ) -> None:
     """Set the weights of ``model`` to ``interpolate(theta_a, theta_b, lam)``, in place.
 
@@ -150,7 +153,8 @@ def interpolate_into(
     Args:
         model: the model whose parameters and buffers are overwritten.
         theta_a: state dict of the original model.
-        theta_b: state dict of the fine-tuned model, with the same names and shapes.
+        theta_b: state dict of the fine-tuned model, with the same names and shapes, or an adapter,
+            as in :func:`interpolate`.
         lam: weight of ``theta_a``, as in :func:`interpolate`.
 
     Raises:
@@ -163,7 +167,7 @@ def interpolate_into(
     live, _ = live_model(model)
     require_live(model, live)
     a, _ = canonical_model(theta_a, "theta_a", like=live)
-    b, extra_state = canonical_model(theta_b, "theta_b", like=live)
+    b, extra_state = canonical_model(resolved(theta_b, theta_a), "theta_b", like=live)
     for state, what in ((a, "theta_a"), (b, "theta_b"), (live, "The model")):
         require_values(state, what)
     require_match(a, b, _MISMATCH, _HINT)

@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from openvclip.errors import StateMismatchError, UsageError, WeightTypeError, listed
 from openvclip.weights.memory import view_of, without_ties
+from openvclip.weights.relative import RelativeWeights
 from openvclip.weights.shards import reshard
 
 # Any submodule can be wrapped, so these parts can occur at any position of a name.
@@ -129,6 +130,11 @@ def is_extra_state(name: str) -> bool:
 
 def require_mapping(state: object, what: str) -> None:
     """Raise a :class:`WeightTypeError` if ``state`` is not a mapping."""
+    if isinstance(state, RelativeWeights):
+        raise WeightTypeError(
+            f"{what} is an {type(state).__name__}, which is a change of a base model. Here a state "
+            "dict is expected; merge the adapter with its base model: adapter.merged(base)."
+        )
     if isinstance(state, nn.Module):
         raise WeightTypeError(
             f"{what}: expected a state dict, got a {type(state).__name__}; pass its .state_dict()."

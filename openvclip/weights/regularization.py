@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from openvclip.errors import StateMismatchError, UsageError, listed
 from openvclip.weights.anchor import follow_devices, stash_for, take_anchor, trained_parameters
 from openvclip.weights.buffers import keeping_buffers
+from openvclip.weights.factor_gradients import product_gradients, unscaled_factors
 from openvclip.weights.gradients import (
     Gradients,
     apply_gradients,
@@ -112,6 +113,9 @@ class InterpolatedWeightRegularizer:
         StateMismatchError: the anchor lacks trained parameters, has names that the model does not
             have, or has other shapes.
 
+    **LoRA.** Pass ``anchor=openvclip.weights.lora_anchor(model)``. The products of the factors are
+    then scaled by ``1 - alpha``, and the gradients of the factors are those of the products.
+
     Memory: the anchor and, during the interpolated pass, one copy of the trained parameters and of
     the buffers. For a sharded model, the anchor and the copy are shards. :meth:`step` runs the
     interpolated pass first, so the copy is freed before the second pass, in which the gradients of
@@ -146,7 +150,9 @@ class InterpolatedWeightRegularizer:
         self._agreed = False
         self._anchor = take_anchor(model, anchor, missing, self.anchor_device)
         self._fingerprint = fingerprint(self._anchor, named_parameters(model))
-        self._unanchored = trained_parameters(model).keys() - self._anchor.keys()
+        trained = trained_parameters(model)
+        self._unanchored = trained.keys() - self._anchor.keys()
+        self._unscaled = unscaled_factors(trained, self._anchor)  # of products of LoRA
         self._stash: dict[str, Tensor] = {}
         self._watch: WeightWatch | None = None  # of the last block, if a GPU compares its weights
         self._gradients: Gradients | None = None
@@ -281,7 +287,12 @@ class InterpolatedWeightRegularizer:
         changed: list[str] = []
         try:
             stash = stash_for(live, self.anchor_device, self._stash)
-            with keeping_buffers(self._modules()), overwriting(list(live.values()), stash):
+            factors = {name: trained[name] for name in self._unscaled if name in trained}
+            with (
+                keeping_buffers(self._modules()),
+                product_gradients(factors, alpha),
+                overwriting(list(live.values()), stash),
+            ):
                 parts = [local(parameter) for parameter in live.values()]
                 lerp_(parts, [self._anchor[name] for name in live], alpha)
                 del parts  # the forward pass can replace the memory of the shards
@@ -365,7 +376,15 @@ class InterpolatedWeightRegularizer:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the attributes for a copy or a pickle, which has its own optimizer."""
-        return {**vars(self), "_gradients": None, "_watch": None}
+        # A process that is started by "spawn" can't take a torch.Generator.
+        generator = self._generator.get_state().tolist()
+        return {**vars(self), "_gradients": None, "_watch": None, "_generator": generator}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore the attributes of a copy or a pickle."""
+        vars(self).update(state)
+        self._generator = torch.Generator()
+        self._generator.set_state(torch.tensor(state["_generator"], dtype=torch.uint8))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a state from :meth:`state_dict`, and continue its sequence of alphas.

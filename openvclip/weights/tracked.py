@@ -16,8 +16,8 @@ from openvclip.weights.numerics import is_interpolable
 
 _ADVICE = (
     "Train one factor of each adapter only, for example with lora_A frozen: the average of lora_B "
-    "is then exact. Or save the steps, merge the adapter of each of them into the base model "
-    "(merge_and_unload() in peft), and use openvclip.average_files."
+    "is then exact. Or use openvclip.weights.AdapterSWATracker or AdapterEMATracker, which average "
+    "the products."
 )
 
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import copy
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from openvclip.errors import (
-    EmptyAverageError,
-    NonFiniteWeightsError,
-    StateMismatchError,
     UsageError,
     listed,
 )
@@ -24,9 +21,9 @@ from openvclip.weights.numerics import (
     common_dtype,
     compute_dtype,
     foreach,
-    non_finite_names,
     overwriting,
 )
+from openvclip.weights.schedule import Tracker
 from openvclip.weights.schedule_free import warn_of_training_weights, watch_optimizers
 from openvclip.weights.shards import local, reshard
 from openvclip.weights.statistics import statistics_modules, warn_of_old_statistics
@@ -36,7 +33,7 @@ Entries: TypeAlias = dict[str, Tensor]
 """Tensors by canonical name. Under ``fully_shard`` the tensors are ``DTensor``."""
 
 
-class WeightTracker(ABC):
+class WeightTracker(Tracker):
     """Base class of averages of a model's weights along a training run.
 
     All trackers follow the same rules. They average the parameters that require gradients when the
@@ -84,9 +81,6 @@ class WeightTracker(ABC):
             models (factors of LoRA, quantised weights).
     """
 
-    _settings: ClassVar[tuple[str, ...]] = ("start", "every")
-    """Names of the attributes that ``state_dict()`` saves and ``load_state_dict()`` restores."""
-
     def __init__(
         self,
         model: nn.Module,
@@ -97,18 +91,9 @@ class WeightTracker(ABC):
         check_finite: bool = True,
         device: torch.device | str | None = None,
     ) -> None:
-        if not (isinstance(start, int) and isinstance(every, int) and start >= 0 and every >= 1):
-            raise UsageError(
-                f"start={start!r}, every={every!r}: expected whole numbers of steps, start >= 0 "
-                "and every >= 1."
-            )
-        self.start = start
-        self.every = every
+        super().__init__(start, every, check_finite)
         self.dtype = dtype
-        self.check_finite = check_finite
         self._device = None if device is None else torch.device(device)
-        self._steps = 0
-        self._n_averaged = 0
         state, self._aliases, self._extra_state = tracked_model(model)
         self._averaged_names = averaged_names(model, state)
         require_trackable(model, state, self._averaged_names)
@@ -157,50 +142,11 @@ class WeightTracker(ABC):
 
     # --- what all trackers share -------------------------------------------------------------
 
-    @property
-    def n_averaged(self) -> int:
-        """Number of models in the average."""
-        return self._n_averaged
-
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> bool:
-        """Count one training step, and add the weights of ``model`` if the schedule says so.
-
-        Args:
-            model: the model after the step of the optimizer.
-
-        Returns:
-            Whether the weights were added to the average.
-
-        Raises:
-            NonFiniteWeightsError: the weights hold NaN or infinity, in any process that holds
-                shards of them. The average does not change, but the step is counted. Not raised
-                with ``check_finite=False``.
-            StateMismatchError: names or shapes differ from those of the tracked model.
-            UsageError: a parameter that was frozen when the tracker was created now requires
-                gradients.
-
-        Warns:
-            OptimizerModeWarning: the weights are those of a schedule-free optimizer in training
-                mode. Call ``optimizer.eval()`` before the update, and ``optimizer.train()`` after.
-        """
-        self._steps += 1
-        steps_after_start = self._steps - self.start
-        is_due = steps_after_start > 0 and steps_after_start % self.every == 0
-        if is_due:
-            self._add_model(model)
-        return is_due
-
     def check_model(self, model: nn.Module) -> None:
         """Raise the error that :meth:`update` would raise, without a change of the average.
 
-        Use this method before a long training, because a tracker with a late ``start`` looks at
-        the model for the first time after this number of steps.
-
-        Raises:
-            StateMismatchError: names or shapes differ from those of the tracked model.
-            UsageError: a parameter that was frozen when the tracker was created now requires
-                gradients.
+        Args:
+            model: the model that :meth:`update` will get.
         """
         self._live(model)
 
@@ -211,13 +157,7 @@ class WeightTracker(ABC):
             layers = statistics_modules(model).values()
             self._has_old_statistics |= any(layer.training for layer in layers)
         averaged, carried = _detached(live), _detached(carried)
-        broken = non_finite_names(averaged) if self.check_finite else []
-        if broken:
-            raise NonFiniteWeightsError(
-                f"The weights hold NaN or infinity in {len(broken)} entries ({listed(broken)}), so "
-                f"they were not added. The average of {self.n_averaged} models did not change. "
-                "Look for a learning rate that is too high or a loss that overflows."
-            )
+        self._require_finite(averaged)
         self._add(averaged)
         if self._carried:
             _copy(self._carried, carried)
@@ -320,12 +260,7 @@ class WeightTracker(ABC):
             reshard(model)  # frees gathered copies of the average
 
     def _require_models(self) -> None:
-        if self._n_averaged == 0:
-            raise EmptyAverageError(
-                f"The average is empty after {self._steps} steps: with start={self.start} and "
-                f"every={self.every}, a model first enters at step {self.start + self.every}. "
-                "Call update(model) after each step of the optimizer."
-            )
+        super()._require_models()
         if self._has_old_statistics:
             warn_of_old_statistics(self._n_statistics)
 
@@ -352,13 +287,7 @@ class WeightTracker(ABC):
             StateMismatchError: an entry is missing or unknown, or the state belongs to another
                 model or to a run that trained other parameters.
         """
-        expected = self.state_dict().keys()
-        if state.keys() != expected:
-            raise StateMismatchError(
-                f"This is not the state of a {type(self).__name__}.",
-                missing=expected - state.keys(),
-                unexpected=state.keys() - expected,
-            )
+        self._require_own_state(state)
         if state["n_averaged"]:
             self._require_same_entries(state)
         self._steps, self._n_averaged = int(state["steps"]), int(state["n_averaged"])

@@ -124,7 +124,8 @@ def _light(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         return LoadedModel(name, model, tiny_tokenizer, transforms.build("released", 8), tuned)
 
     def predict(classifier: Any, video: str, **_: Any) -> Prediction:
-        return Prediction(video, classifier.class_names, torch.tensor([0.5, 0.5]))
+        names = classifier.class_names
+        return Prediction(video, names, torch.ones(len(names)) / len(names))
 
     def predict_timeline(classifier: Any, video: str, **_: Any) -> Timeline:
         times = torch.tensor([[0.0, 1.0]], dtype=torch.float64)
@@ -159,6 +160,7 @@ def cli_split(name: str, samples: list[tuple[str, int]]) -> Any:
 
 FRAME_BY_FRAME = {"window", "boundary"}
 OF_THE_FILE = {"allow_missing", "allow_unexpected", "text"}
+OVER_TIME = {"views", "sampler", "backend", "background", "reject"}
 PREDICT = "predict v.mp4 --labels a b"
 LIST = "evaluate --videos . --out out --annotations list.csv"
 TUNED = "--checkpoint w.safetensors"
@@ -173,8 +175,8 @@ MODES: dict[str, set[str]] = {
         *FRAME_BY_FRAME,
     },
     f"{PREDICT} {TUNED} --model hf-hub:a/b": {"seconds", "step", "out", "pretrained"},
-    f"{PREDICT} {TUNED} --timeline": {"views", "sampler", "backend"},
-    f"{PREDICT} {TUNED} --timeline --seconds 1": {"views", "sampler", "backend", "sampling_rate"},
+    f"{PREDICT} {TUNED} --timeline": OVER_TIME,
+    f"{PREDICT} {TUNED} --timeline --seconds 1": {*OVER_TIME, "sampling_rate"},
     LIST: {"lam", "allow_incomplete"} | FRAME_BY_FRAME | OF_THE_FILE,
     f"{LIST} {TUNED} --sampler uniform": {"allow_incomplete", "sampling_rate"},
     f"{LIST} {TUNED} --protocol ucf101-ep1": {"classes"},

@@ -37,9 +37,10 @@ from openvclip.evaluation import (
     evaluate_protocol,
     time_spent,
 )
+from openvclip.evaluation.encoding import BatchOptions, encode_videos
 from openvclip.models.text_cache import text_cache
+from openvclip.video import VideoDataset, read_clip, transforms
 from openvclip.video import dataset as dataset_module
-from openvclip.video import read_clip, transforms
 from openvclip.video.protocols import Split
 from tests.helpers import assert_same_state, snapshot
 from tests.world import World
@@ -120,6 +121,36 @@ def test_every_split_at_every_lambda_equals_its_own_slow_evaluation(world: World
     assert len(seen) > 6  # otherwise the comparisons would prove little
 
 
+@pytest.mark.parametrize("pooling", ["unit_frames", "frames"])
+@torch.no_grad()
+def test_the_pooling_of_the_model_is_used(world: World, pooling: Any) -> None:
+    (model, _), to_input = expanded(), transforms.build("released", 32)
+    samples = world.samples[:2]
+    data = VideoDataset(samples, world.folder, transform=to_input, sampling=SAMPLING, details=True)
+    with Records(None, {}, 0) as records:
+        encode_videos(model, data, records, options=BatchOptions(num_workers=0, pooling=pooling))
+        values = records.by_key[0].values[:, 0].double()
+    for (path, _), row in zip(samples, values, strict=True):
+        total = torch.zeros((), dtype=torch.float64)
+        for view in read_clip(world.folder / path, sampler="uniform", views=2):
+            frames = model.encode_image(to_input(view)[None])[0].double()
+            if pooling == "frames":
+                total = total + torch.nn.functional.normalize(frames.mean(dim=0), dim=0)
+            else:
+                total = total + torch.nn.functional.normalize(frames, dim=-1).mean(dim=0)
+        torch.testing.assert_close(row, total, rtol=1e-4, atol=1e-6)
+
+
+def test_results_of_another_pooling_are_not_continued(world: World, tmp_path: Path) -> None:
+    splits = world.splits()[:1]
+    result = run(world, splits=splits, out=tmp_path, pooling="frames")
+    assert result.settings["pooling"] == "frames"
+    with pytest.raises(RecordsError, match="pooling"):
+        run(world, splits=splits, out=tmp_path)
+    with pytest.raises(UsageError, match="pooling='max': expected 'unit_frames' or 'frames'"):
+        RunOptions(pooling="max")  # type: ignore[arg-type]
+
+
 def test_a_video_is_read_once_for_all_splits_and_lambdas(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,9 +218,9 @@ def test_nothing_is_encoded_for_videos_that_cant_be_read(
         (tmp_path / world.samples[index][0]).unlink()
     encoded = []
 
-    def counting(model: Any, clips: Tensor) -> Tensor:
+    def counting(model: Any, clips: Tensor, **options: Any) -> Tensor:
         encoded.append(len(clips))
-        return openvclip.encode_video(model, clips)
+        return openvclip.encode_video(model, clips, **options)
 
     monkeypatch.setattr(encoding, "encode_video", counting)
     result = run(world, videos=tmp_path, allow_missing=True, out=tmp_path / "out")

@@ -181,6 +181,9 @@ def test_a_file_a_folder_and_a_pattern(world: World, model: Any, capsys: Capture
         place = LABELS.index(entry["label"])
         assert entry["probability"] == pytest.approx(float(expected[place]), rel=1e-4, abs=1e-6)
     assert len(prediction["labels"]) == 2
+    assert command(world, video.as_uri(), *flags) == 0
+    (same,) = json.loads(capsys.readouterr().out)
+    assert same == {**prediction, "path": video.as_uri()}
     assert command(world, world.folder / "videos" / "square resting", *flags) == 0
     inside = json.loads(capsys.readouterr().out)
     assert command(world, world.folder / "videos" / "square r*" / "*.mp4", video, *flags) == 0

@@ -101,8 +101,10 @@ def sources(file: Path) -> list[Any]:
 
 
 def test_one_video_is_predicted_as_by_predict(clip: VideoCLIP, file: Path) -> None:
+    rows = []
     for video in sources(file):
         got = clip.classify(video, LABELS)
+        rows.append(got.probabilities)
         want = openvclip.predict(
             clip.model,
             video,
@@ -113,6 +115,9 @@ def test_one_video_is_predicted_as_by_predict(clip: VideoCLIP, file: Path) -> No
         )
         assert torch.equal(got.probabilities, want.probabilities)
         assert (got.path, got.labels) == (want.path, want.labels)
+    assert torch.equal(rows[2], rows[0])  # bytes and a file object are the file
+    assert torch.equal(rows[6], rows[0])
+    assert torch.equal(rows[4], rows[3])  # an image of Pillow is its file
     assert clip.classify(frames(), LABELS, fps=30).path == "<20 frames>"
     assert clip.classify(str(file), LABELS).path == str(file)
 

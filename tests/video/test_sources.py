@@ -76,6 +76,13 @@ class Pipe(io.RawIOBase):
         return self.inner.readinto(buffer)
 
 
+class Stream(io.BytesIO):
+    """A file object that says that it can seek, and can't: fsspec's answer of a web server."""
+
+    def seek(self, offset, whence=0):
+        raise ValueError("Cannot seek streaming HTTP file")
+
+
 class Decoder:
     """A decoder with the methods of torchcodec's VideoDecoder."""
 
@@ -103,6 +110,7 @@ def forms(path, data):
     """The same file in every form, and what closes it."""
     partly = io.BytesIO(data)
     partly.seek(100)
+    pytest.importorskip("fsspec").filesystem("memory").pipe("/source.mp4", data)
     return {
         "str": str(path),
         "bytes": data,
@@ -110,7 +118,9 @@ def forms(path, data):
         "memoryview": memoryview(data),
         "BytesIO": partly,
         "pipe": Pipe(data),
-        "url": path.as_uri(),
+        "stream": Stream(data),
+        "file URL": path.as_uri(),
+        "URL": "memory://source.mp4",
         "container of bytes": av.open(io.BytesIO(data)),
         "container of a file": av.open(str(path)),
     }
@@ -274,7 +284,7 @@ def test_the_error_of_one_video_names_it(path, tmp_path, pixels):
             next(read_clips([missing], num_threads=threads))
         with pytest.raises(VideoOptionError, match=r"^videos\[0\]: <90 frames>: the frame rate is"):
             next(read_clips([pixels], num_threads=threads))
-    with pytest.raises(UsageError, match="videos is a PosixPath; expected a list"):
+    with pytest.raises(UsageError, match="Path; expected a list"):
         read_clips(path)
     with pytest.raises(VideoOptionError, match="num_threads=-1: expected a whole number from 0 up"):
         read_clips([path], num_threads=-1)

@@ -153,8 +153,18 @@ def test_late_unfreezing_is_an_error_and_late_freezing_is_none() -> None:
     swa.update(model)
     assert "head.weight" in swa.state_dict()["sums"]
     model.frozen.requires_grad_(True)
-    with pytest.raises(UsageError, match=r"2 parameters .*\(frozen.weight, frozen.bias\)"):
-        swa.update(model)
+    for look in (swa.check_model, swa.update):
+        with pytest.raises(UsageError, match=r"2 parameters .*\(frozen.weight, frozen.bias\)"):
+            look(model)
+
+
+def test_a_check_of_the_model_changes_nothing() -> None:
+    model = Net()
+    swa = SWATracker(model, start=5)
+    swa.check_model(model)
+    assert (swa.n_averaged, swa.state_dict()["steps"]) == (0, 0)
+    with pytest.raises(StateMismatchError):
+        swa.check_model(nn.Linear(4, 4))
 
 
 # --- wrappers ----------------------------------------------------------------------------------

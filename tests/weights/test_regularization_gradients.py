@@ -157,6 +157,8 @@ def test_a_copy_and_a_pickle_of_a_regulariser_work_on_their_own_optimizer() -> N
     iwr = regulariser(model, torch.optim.SGD(model.parameters(), lr=0.1))
     iwr.step(lambda: cross_entropy(model))
     for other in (copy.deepcopy(iwr), pickle.loads(pickle.dumps(iwr))):
+        assert not any(isinstance(value, torch.Generator) for value in iwr.__getstate__().values())
+        assert torch.equal(other.state_dict()["generator"], iwr.state_dict()["generator"])
         before = snapshot(model)
         other.step(lambda other=other: cross_entropy(other.model))
         assert_same_state(model.state_dict(), before)

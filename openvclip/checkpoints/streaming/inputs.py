@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from openvclip.checkpoints.adapter_files import is_adapter, read_adapter, require_whole
 from openvclip.checkpoints.extra_state import EXTRA_STATE_KEY, encode, names_of_objects
 from openvclip.checkpoints.file_kinds import SAFETENSORS, kind_of_file
 from openvclip.checkpoints.formats import read_weights
@@ -20,7 +21,7 @@ from openvclip.weights.averageable import require_combinable
 from openvclip.weights.hashing import WeightsHash
 from openvclip.weights.kinds import quantized_names, require_values
 from openvclip.weights.names import canonical_names, is_extra_state, require_match
-from openvclip.weights.numerics import bytes_of
+from openvclip.weights.numerics import bytes_of, compute_dtype
 
 
 class WeightInput(ABC):
@@ -102,20 +103,23 @@ def open_inputs(paths: list[Path], stack: ExitStack) -> list[WeightInput]:
     The extra state of modules is not merged. All inputs give the extra state of the last model.
 
     Args:
-        paths: the files of the models.
+        paths: the files of the models. Folders of LoRA adapters are fine-tunes of the first model.
         stack: closes the files.
 
     Raises:
-        CheckpointError, UnsafeCheckpointError: a file is missing, incomplete or of another kind.
+        CheckpointError, UnsafeCheckpointError: a file is missing, incomplete or of another kind, or
+            the first file is an adapter.
         StateMismatchError: the names or shapes of a model differ from those of the first model.
         WeightTypeError: the entries can't be merged one by one.
     """
     inputs: list[WeightInput] = []
     for path in paths:
-        if kind_of_file(path) == SAFETENSORS:
-            inputs.append(_SafetensorsInput(path, stack))
+        if inputs and is_adapter(path):
+            # Inputs are read in several threads, so the base is opened once more.
+            inputs.append(_AdapterInput(path, _whole_input(paths[0], stack)))
         else:
-            inputs.append(_MappedInput(path))
+            require_whole(path)
+            inputs.append(_whole_input(path, stack))
         require_match(
             inputs[0].sizes,
             inputs[-1].sizes,
@@ -128,6 +132,12 @@ def open_inputs(paths: list[Path], stack: ExitStack) -> list[WeightInput]:
     for source in inputs:
         source.take_extra_state(inputs[-1])
     return inputs
+
+
+def _whole_input(path: Path, stack: ExitStack) -> WeightInput:
+    if kind_of_file(path) == SAFETENSORS:
+        return _SafetensorsInput(path, stack)
+    return _MappedInput(path)
 
 
 def _require_mergeable(inputs: list[WeightInput]) -> None:
@@ -199,3 +209,39 @@ class _MappedInput(WeightInput):
 
     def _fill(self, name: str, start: int, into: Tensor) -> None:
         into.copy_(self._flat[name][start : start + len(into)])
+
+
+class _AdapterInput(WeightInput):
+    """A LoRA fine-tune: the weights of its base model, to which the products are added in parts.
+
+    Args:
+        path: the folder of the adapter.
+        base: the base model, which no other thread reads.
+    """
+
+    def __init__(self, path: Path, base: WeightInput) -> None:
+        read = read_adapter(path)
+        objects = {k: text for k, text in base.metadata.items() if k == EXTRA_STATE_KEY}
+        sizes = {name: size for name, size in base.sizes.items() if name not in base.extra_state}
+        super().__init__(read.file.path, [read.file.path], sizes, {**read.file.metadata, **objects})
+        self._base, self._adapter = base, read.adapter
+        self._model = read.adapter.on(base.mapped())  # checks that the adapter fits
+        self._set_own_extra_state(dict(base.extra_state))
+
+    def mapped(self) -> dict[str, Tensor]:
+        return dict(self._model)
+
+    def _fill(self, name: str, start: int, into: Tensor) -> None:
+        value = self._adapter.values.get(name)
+        update = self._adapter.updates.get(name)
+        if value is None:
+            self._base._fill(name, start, into)
+        else:
+            into.copy_(value.reshape(-1)[start : start + len(into)])
+        if update is not None and len(into):
+            columns = update.down.shape[1]
+            first, last = start // columns, -(-(start + len(into)) // columns)
+            change = update.rows(first, last).reshape(-1)
+            change = change[start - first * columns :][: len(into)]
+            dtype = torch.promote_types(compute_dtype(into.dtype), change.dtype)
+            into.copy_(into.to(dtype).add_(change))

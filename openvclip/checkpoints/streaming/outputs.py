@@ -123,7 +123,7 @@ def weight_output(
             writer = stack.enter_context(_shard_writer(temporary, sizes, metadata))
             yield WeightOutput(path, [writer])
             return
-        parts = _split_into_shards(sizes, max_shard_size or SHARD_SIZE)
+        parts = split_into_shards(sizes, max_shard_size or SHARD_SIZE)
         names = _new_shard_names(path, len(parts))
         index, files = stack.enter_context(_atomic_shards(path, names))
         yield WeightOutput(
@@ -180,7 +180,13 @@ def _write(file: FileIO, data: memoryview) -> None:
 # --- shards --------------------------------------------------------------------------------------
 
 
-def _split_into_shards(sizes: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
+def split_into_shards(sizes: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
+    """Return the entries of each shard, in their order.
+
+    Args:
+        sizes: the entries of a model.
+        limit: bytes of the entries of a shard. A larger entry has a shard of its own.
+    """
     shards: list[dict[str, Tensor]] = [{}]
     bytes_left = limit
     for name, size in sizes.items():

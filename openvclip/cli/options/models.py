@@ -101,7 +101,8 @@ def _add_checkpoint_options(group: argparse._ArgumentGroup) -> None:
         "--checkpoint",
         type=Path,
         metavar="FILE",
-        help="fine-tuned weights (default: none, the model is the original CLIP)",
+        help="fine-tuned weights, or a folder of peft with a LoRA fine-tune of the original CLIP "
+        "(default: none, the model is the original CLIP)",
     )
     group.add_argument(
         "--expand",

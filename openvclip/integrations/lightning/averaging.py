@@ -20,7 +20,7 @@ from openvclip.integrations.steps import (
     require_whole_weights,
     state_of_average,
 )
-from openvclip.weights.tracker import WeightTracker
+from openvclip.weights.schedule import Tracker
 
 
 class AveragingCallback(LightningCallback):
@@ -58,7 +58,7 @@ class AveragingCallback(LightningCallback):
 
     def __init__(
         self,
-        tracker: WeightTracker | Callable[[nn.Module], WeightTracker],
+        tracker: Tracker | Callable[[nn.Module], Tracker],
         *,
         model: str = "",
         evaluate: bool = False,
@@ -66,8 +66,8 @@ class AveragingCallback(LightningCallback):
         name: str = "average",
     ) -> None:
         super().__init__(model)
-        self._make = None if isinstance(tracker, WeightTracker) else tracker
-        self._tracker = tracker if isinstance(tracker, WeightTracker) else None
+        self._make = None if isinstance(tracker, Tracker) else tracker
+        self._tracker = tracker if isinstance(tracker, Tracker) else None
         self._name = name
         self.evaluate = evaluate
         self.file = file
@@ -75,7 +75,7 @@ class AveragingCallback(LightningCallback):
         self._applied: ExitStack | None = None
 
     @property
-    def tracker(self) -> WeightTracker:
+    def tracker(self) -> Tracker:
         """The tracker.
 
         Raises:
@@ -107,7 +107,7 @@ class AveragingCallback(LightningCallback):
             assert self._make is not None
             self._tracker = self._make(self._model(pl_module))
 
-    def _resume(self, pl_module: Any) -> WeightTracker:
+    def _resume(self, pl_module: Any) -> Tracker:
         """Return the tracker with the state of the checkpoint from which the run resumes."""
         self._create(pl_module)
         if self._saved is not None:

@@ -1,0 +1,402 @@
+"""The LoRA adapter of a model in training: its factors, its scales, and the original weights.
+
+The layers are recognised by their attributes, as peft names them. peft itself is not imported.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from openvclip.errors import UsageError, WeightTypeError, listed
+from openvclip.weights.adapter import Adapter, Layout
+from openvclip.weights.adapter_names import (
+    OUT_PROJ,
+    OUT_PROJ_TIMES,
+    Factors,
+    LoRASettings,
+    entry_name,
+    peft_factors,
+    updates_of,
+)
+from openvclip.weights.adapters import factor_names, factors_by_layer
+from openvclip.weights.low_rank import LowRank
+from openvclip.weights.names import (
+    canonical_model,
+    canonical_names,
+    live_model,
+    named_parameters,
+    unwrap,
+)
+
+_INSIDE_PEFT = re.compile(r"(^|\.)base_model\.model\.")
+
+
+def base_name(name: str) -> str:
+    """Return the name of a module or an entry in the base model.
+
+    Args:
+        name: canonical name in the model of peft.
+    """
+    return entry_name(_INSIDE_PEFT.sub(r"\1", name))
+
+
+@dataclass(frozen=True, eq=False)
+class LiveLayer:
+    """The change of one entry in a model in training.
+
+    Attributes:
+        entry: name of the entry in the base model.
+        a: the parameter ``lora_A``, or ``None`` for the change of a bias.
+        b: the parameter ``lora_B``.
+        update: the change. Its factors are views of the parameters.
+        layout: how the parameters store the factors.
+    """
+
+    entry: str
+    a: nn.Parameter | None
+    b: nn.Parameter
+    update: LowRank
+    layout: Layout = "linear"
+
+    def put(self, update: LowRank) -> None:
+        """Let the parameters hold another change, of any rank. They stay the same objects."""
+        scaled = replace(update, up=update.up * (update.scale / self.update.scale), scale=1.0)
+        if self.a is None:
+            _set(self.b, scaled.product())
+            return
+        a, b = peft_factors(scaled, self.layout)
+        _set(self.a, a)
+        _set(self.b, b)
+
+
+def _set(parameter: nn.Parameter, value: Tensor) -> None:
+    parameter.data = value.to(parameter.device, parameter.dtype).contiguous()
+
+
+def lora_layers(model: nn.Module, adapter: str | None = None) -> list[LiveLayer]:
+    """Return the changes that a LoRA adapter makes, with the parameters of the model.
+
+    Args:
+        model: a model with layers of peft's LoRA.
+        adapter: the name of the adapter. Default: the active adapter, which must be the only one.
+
+    Raises:
+        UsageError: the model has no LoRA, several adapters are active, or the adapter is merged
+            into the weights now.
+        WeightTypeError: the adapter is not plain LoRA.
+    """
+    modules = dict(_lora_modules(model))
+    adapter = adapter_name(model, modules, adapter)
+    _require_plain(model, modules, adapter)
+    factors: dict[str, Factors] = {}
+    parameters: dict[str, tuple[nn.Parameter, nn.Parameter, nn.Parameter | None]] = {}
+    scales: dict[str, float] = {}
+    fan_in_fan_out = False
+    for name, module in modules.items():
+        if adapter not in module.scaling:
+            continue
+        if adapter in module.lora_embedding_A:
+            down, up = module.lora_embedding_A[adapter], module.lora_embedding_B[adapter]
+            parts, bias = {"A": down, "B": up}, None
+        else:
+            down, up = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+            parts, bias = {"A": down, "B": up}, getattr(module.lora_B[adapter], "bias", None)
+        if bias is not None:
+            parts["Bbias"] = bias
+        layer = _INSIDE_PEFT.sub(r"\1", name)
+        factors[layer] = Factors(
+            adapter in module.lora_embedding_A, {n: part.detach() for n, part in parts.items()}
+        )
+        parameters[layer], scales[layer] = (up, down, bias), float(module.scaling[adapter])
+        fan_in_fan_out |= bool(getattr(module, "fan_in_fan_out", False)) and down.ndim == 2
+    times = _out_proj_times(modules, adapter)
+    updates, layouts = updates_of(factors, scales.__getitem__, fan_in_fan_out, "The model", times)
+    layers = []
+    for (layer, (up, down, bias)), entry in zip(
+        parameters.items(), [n for n in updates if len(updates[n].shape) > 1], strict=True
+    ):
+        layers.append(LiveLayer(entry, down, up, updates[entry], layouts.get(entry, "linear")))
+        name = entry_name(f"{layer}.bias")
+        if bias is not None and name in updates:
+            layers.append(LiveLayer(name, None, bias, updates[name]))
+    return layers
+
+
+_TIMES: dict[type, float] = {}  # by the class of peft
+
+
+@torch.no_grad()
+def _out_proj_times(modules: Mapping[str, Any], adapter: str) -> float:
+    """Return how often this version of peft adds the change of ``out_proj``, from one merge."""
+    attentions = (m for n, m in modules.items() if f"{n}{OUT_PROJ}" in modules)
+    attention = next((module for module in attentions if adapter in module.lora_A), None)
+    if attention is None:
+        return OUT_PROJ_TIMES
+    if type(attention) not in _TIMES:
+        tried = deepcopy(attention)
+        output = tried.base_layer.out_proj
+        output.base_layer.weight.zero_()
+        for factors in (output.lora_A, output.lora_B):
+            factors[adapter].weight.fill_(1.0)
+        once = output.get_delta_weight(adapter)
+        tried.merge(adapter_names=[adapter])
+        merged = tried.base_layer.out_proj.base_layer.weight
+        _TIMES[type(attention)] = float((merged.sum() / once.sum()).round())
+    return _TIMES[type(attention)]
+
+
+def _lora_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield the names and modules of LoRA's layers, under canonical names."""
+    modules = dict(unwrap(model).named_modules())
+    for name, raw in canonical_names(modules).items():
+        module: Any = modules[raw]
+        if isinstance(getattr(module, "scaling", None), dict) and hasattr(module, "lora_A"):
+            yield name, module
+
+
+def adapter_name(model: nn.Module, modules: Mapping[str, Any], adapter: str | None) -> str:
+    """Return the name of the adapter to use, after checks.
+
+    Raises:
+        UsageError: there is no such adapter, or several are active, or the adapter is merged.
+        WeightTypeError: the model has adapters of another kind.
+    """
+    names = list(dict.fromkeys(name for module in modules.values() for name in module.scaling))
+    if not names:
+        for config in _configs(model).values():  # refuses other adapters by name
+            LoRASettings.from_config(config, "The model")
+        raise UsageError(
+            "The model has no layers of LoRA: expected a model of peft (get_peft_model, "
+            "PeftModel.from_pretrained or add_adapter)."
+        )
+    active = [n for n in names if any(n in _active(module) for module in modules.values())]
+    chosen = [adapter] if adapter is not None else active
+    if len(chosen) != 1 or chosen[0] not in names:
+        raise UsageError(
+            f"adapter={adapter!r}: the model has the adapters {listed(names, 10)}, and "
+            f"{listed(active, 10) or 'none'} active. Name one of them, or activate only one with "
+            "model.set_adapter(name)."
+        )
+    if any(module.merged_adapters for module in modules.values()):
+        raise UsageError(
+            "The adapter is merged into the weights of the model now. Call "
+            "model.unmerge_adapter() first."
+        )
+    return chosen[0]
+
+
+def _active(module: Any) -> list[str]:
+    active = module.active_adapters
+    return [active] if isinstance(active, str) else list(active)
+
+
+def _require_plain(model: nn.Module, modules: Mapping[str, Any], adapter: str) -> None:
+    settings_of(model, adapter)
+    variants = [n for n, m in modules.items() if adapter in getattr(m, "lora_variant", {})]
+    wrapped = [n for n, m in modules.items() if hasattr(m, "parameter_name")]
+    if variants or wrapped:
+        raise WeightTypeError(
+            f"{len(variants or wrapped)} layers of the model ({listed(variants or wrapped)}) have "
+            "a variant of LoRA, whose change is not a product that is added to the weights. Use "
+            "plain LoRA, or merge the adapter first (merge_and_unload() in peft)."
+        )
+
+
+def settings_of(model: nn.Module, adapter: str) -> LoRASettings | None:
+    """Return the settings of an adapter, or ``None`` if the model does not hold them.
+
+    Raises:
+        WeightTypeError: the adapter is not plain LoRA, or its initialisation changes the base.
+    """
+    config = _config(model, adapter)
+    return None if config is None else LoRASettings.from_config(config, "The model")
+
+
+def _config(model: nn.Module, adapter: str) -> dict[str, Any] | None:
+    return _configs(model).get(adapter)
+
+
+def _configs(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return the settings of all adapters of a model, by their names."""
+    for module in unwrap(model).modules():
+        configs = getattr(module, "peft_config", None)
+        if isinstance(configs, dict):
+            return {name: dict(vars(config)) for name, config in configs.items()}
+    return {}
+
+
+# --- the adapter as a value ----------------------------------------------------------------------
+
+
+def adapter_of(model: nn.Module, adapter: str | None = None, *, copy: bool = True) -> Adapter:
+    """Return the LoRA adapter of a model: its products, and the entries that were trained whole.
+
+    Args:
+        model: a model of peft, with or without wrappers, of open_clip or Hugging Face.
+        adapter: the name of the adapter. Default: the active adapter, which must be the only one.
+        copy: whether to copy the values. Without copies, the adapter changes with the training.
+
+    Returns:
+        The adapter, by the names of the base model (without ``base_model.model.``). Entries trained
+        whole are those of ``modules_to_save``, the biases that the settings name, and all other
+        parameters that require gradients.
+
+    Raises:
+        UsageError: the model has no LoRA, several adapters are active, or the adapter is merged
+            into the weights now.
+        WeightTypeError: the adapter is not plain LoRA: DoRA, AdaLoRA, LoHa, LoKr, IA3 and others.
+    """
+    layers = lora_layers(model, adapter)
+    name = adapter_name(model, dict(_lora_modules(model)), adapter)
+    settings = settings_of(model, name)
+    values = {base_name(_saved(n, name)): v for n, v in trained_values(model, name).items()}
+    result = Adapter(
+        {layer.entry: layer.update for layer in layers},
+        {n: value.detach() for n, value in values.items()},
+        {layer.entry: layer.layout for layer in layers if layer.layout != "linear"},
+        settings.modules_to_save if settings else (),
+        settings.base if settings else None,
+    )
+    return copied(result) if copy else result
+
+
+def copied(adapter: Adapter) -> Adapter:
+    """Return an adapter with copies of all factors and values."""
+    return Adapter(
+        {
+            name: LowRank(u.up.clone(), u.down.clone(), u.scale, u.shape)
+            for name, u in adapter.updates.items()
+        },
+        {name: value.clone() for name, value in adapter.values.items()},
+        adapter.layouts,
+        adapter.modules_to_save,
+        adapter.base,
+    )
+
+
+def trained_values(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """Return the live entries that are trained whole beside LoRA, by their names in the model.
+
+    Args:
+        model: a model of peft.
+        adapter: the name of the adapter.
+
+    Raises:
+        WeightTypeError: the model trains factors of another kind than LoRA's.
+    """
+    entries, _ = live_model(model)
+    inside = f".modules_to_save.{adapter}."
+    config = _config(model, adapter) or {}
+    bias = config.get("bias", "none")
+    factors = set(factor_names(entries))
+    values = {}
+    for name, value in entries.items():
+        if ".original_module." in name or (".modules_to_save." in name and inside not in name):
+            continue
+        if name in factors:
+            if value.requires_grad and not _is_lora(name):
+                raise WeightTypeError(
+                    f"The model trains {name}, which is not a factor of plain LoRA. Merge the "
+                    "adapter first (merge_and_unload() in peft)."
+                )
+            continue
+        is_bias = name.endswith("bias") and (
+            bias == "all" or (bias == "lora_only" and ".base_layer." in name)
+        )
+        if inside in name or value.requires_grad or is_bias:
+            values[name] = value
+    return values
+
+
+def _is_lora(name: str) -> bool:
+    return re.search(r"\.lora_(embedding_)?[AB]\.", name) is not None
+
+
+def _saved(name: str, adapter: str) -> str:
+    return name.replace(f".modules_to_save.{adapter}.", ".")
+
+
+# --- the anchor of a regulariser -----------------------------------------------------------------
+
+
+def lora_anchor(
+    model: nn.Module, original: Mapping[str, Tensor] | None = None, adapter: str | None = None
+) -> dict[str, Tensor]:
+    """Return the anchor of a LoRA fine-tune for :class:`~openvclip.InterpolatedWeightRegularizer`.
+
+    The original CLIP is the base model without the adapter. The anchor therefore holds zeros for
+    one factor of each product (``lora_B``). The regulariser then scales each product by
+    ``1 - alpha``, which is the exact interpolation of the merged weights::
+
+        iwr = InterpolatedWeightRegularizer(model, optimizer, anchor=lora_anchor(model))
+
+    No copy of the base model is made.
+
+    Args:
+        model: a model of peft.
+        original: state dict of the original CLIP, by the names of the base model. It gives the
+            anchor of entries that are trained whole. Default: ``modules_to_save`` keep their
+            original values in the model, and all other entries have their present values.
+        adapter: the name of the adapter. Default: the active adapter, which must be the only one.
+
+    Raises:
+        UsageError: the model has no LoRA, or no parameter of it is trained, or a change is frozen.
+        WeightTypeError: the adapter is not plain LoRA, or its initialisation changed the weights of
+            the base model (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA).
+    """
+    modules = dict(_lora_modules(model))
+    name = adapter_name(model, modules, adapter)
+    _require_plain(model, modules, name)
+    trained = {n: p for n, p in named_parameters(model).items() if p.requires_grad}
+    if not any(_is_lora(n) for n in trained):
+        raise UsageError(
+            "No factor of LoRA requires gradients. Set requires_grad before you take the anchor."
+        )
+    _require_trained(lora_layers(model, name))
+    anchor = _zeros(trained)
+    originals = {} if original is None else canonical_model(original, "original")[0]
+    entries, _ = live_model(model)
+    for n, value in trained_values(model, name).items():
+        if n not in trained:
+            continue
+        inside = n.replace(f".modules_to_save.{name}.", ".original_module.")
+        first = originals.get(base_name(_saved(n, name)), entries.get(inside, value))
+        anchor[n] = first.detach().clone()
+    return anchor
+
+
+def _require_trained(layers: list[LiveLayer]) -> None:
+    """Raise an error if a change is frozen, so that a regulariser could not scale it."""
+    frozen = [
+        layer.entry
+        for layer in layers
+        if not any(p is not None and p.requires_grad for p in (layer.a, layer.b))
+        and bool(layer.update.up.any() and layer.update.down.any())
+    ]
+    if frozen:
+        raise UsageError(
+            f"{len(frozen)} changes of the adapter are frozen ({listed(frozen)}), so they can't be "
+            "interpolated with the original weights. Train lora_B of these layers, or merge the "
+            "adapter first."
+        )
+
+
+def _zeros(trained: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Return zeros for one trained factor of each product: ``lora_B``, or else ``lora_A``."""
+    anchor = {}
+    for parts in factors_by_layer(trained).values():
+        factors = sorted((n for n in parts if not n.endswith(".bias")), key=_is_a)
+        for n in (*factors[:1], *(n for n in parts if n.endswith(".bias"))):
+            anchor[n] = torch.zeros_like(trained[n], requires_grad=False)
+    return anchor
+
+
+def _is_a(name: str) -> bool:
+    return re.search(r"\.lora_(embedding_)?A\.", name) is not None

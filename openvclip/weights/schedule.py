@@ -1,0 +1,144 @@
+"""What all averages along a training run share: the schedule, and the errors."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from openvclip.errors import (
+    EmptyAverageError,
+    NonFiniteWeightsError,
+    StateMismatchError,
+    UsageError,
+    listed,
+)
+from openvclip.weights.numerics import non_finite_names
+
+
+class Tracker(ABC):
+    """An average along a training run: of whole weights, or of LoRA adapters.
+
+    Args:
+        start: number of steps before the averaging begins.
+        every: number of steps between two averaged models.
+        check_finite: whether to refuse weights that hold NaN or infinity.
+
+    Raises:
+        UsageError: ``start`` or ``every`` is out of range.
+    """
+
+    _settings: ClassVar[tuple[str, ...]] = ("start", "every")
+    """Names of the attributes that ``state_dict()`` saves and ``load_state_dict()`` restores."""
+
+    def __init__(self, start: int, every: int, check_finite: bool) -> None:
+        if not (isinstance(start, int) and isinstance(every, int) and start >= 0 and every >= 1):
+            raise UsageError(
+                f"start={start!r}, every={every!r}: expected whole numbers of steps, start >= 0 "
+                "and every >= 1."
+            )
+        self.start = start
+        self.every = every
+        self.check_finite = check_finite
+        self._steps = 0
+        self._n_averaged = 0
+
+    @property
+    def n_averaged(self) -> int:
+        """Number of models in the average."""
+        return self._n_averaged
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> bool:
+        """Count one training step, and add the weights of ``model`` if the schedule says so.
+
+        Args:
+            model: the model after the step of the optimizer.
+
+        Returns:
+            Whether the weights were added to the average.
+
+        Raises:
+            NonFiniteWeightsError: the weights hold NaN or infinity, in any process that holds
+                shards of them. The average does not change, but the step is counted. Not raised
+                with ``check_finite=False``.
+            StateMismatchError: names or shapes differ from those of the tracked model.
+            UsageError: a parameter that was frozen when the tracker was created now requires
+                gradients.
+
+        Warns:
+            OptimizerModeWarning: the weights are those of a schedule-free optimizer in training
+                mode. Call ``optimizer.eval()`` before the update, and ``optimizer.train()`` after.
+        """
+        self._steps += 1
+        steps_after_start = self._steps - self.start
+        is_due = steps_after_start > 0 and steps_after_start % self.every == 0
+        if is_due:
+            self._add_model(model)
+        return is_due
+
+    @abstractmethod
+    def check_model(self, model: nn.Module) -> None:
+        """Raise the error that :meth:`update` would raise, without a change of the average.
+
+        Use this method before a long training, because a tracker with a late ``start`` looks at
+        the model for the first time after this number of steps.
+
+        Args:
+            model: the model that :meth:`update` will get.
+
+        Raises:
+            StateMismatchError: names or shapes differ from those of the tracked model.
+            UsageError: a parameter that was frozen when the tracker was created now requires
+                gradients.
+        """
+
+    @abstractmethod
+    def _add_model(self, model: nn.Module) -> None:
+        """Add the weights of a model to the average."""
+
+    @abstractmethod
+    def averaged_state_dict(self) -> dict[str, Tensor]:
+        """Return the average as a state dict."""
+
+    @abstractmethod
+    def applied(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
+        """Use the average in ``model`` inside a ``with`` block."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the tracker, with which a run resumes bitwise."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore a state from :meth:`state_dict`."""
+
+    def _require_finite(self, weights: Mapping[str, Tensor]) -> None:
+        broken = non_finite_names(weights) if self.check_finite else []
+        if broken:
+            raise NonFiniteWeightsError(
+                f"The weights hold NaN or infinity in {len(broken)} entries ({listed(broken)}), so "
+                f"they were not added. The average of {self.n_averaged} models did not change. "
+                "Look for a learning rate that is too high or a loss that overflows."
+            )
+
+    def _require_models(self) -> None:
+        if self._n_averaged == 0:
+            raise EmptyAverageError(
+                f"The average is empty after {self._steps} steps: with start={self.start} and "
+                f"every={self.every}, a model first enters at step {self.start + self.every}. "
+                "Call update(model) after each step of the optimizer."
+            )
+
+    def _require_own_state(self, state: Mapping[str, Any]) -> None:
+        expected = self.state_dict().keys()
+        if state.keys() != expected:
+            raise StateMismatchError(
+                f"This is not the state of a {type(self).__name__}.",
+                missing=expected - state.keys(),
+                unexpected=state.keys() - expected,
+            )
