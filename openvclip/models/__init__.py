@@ -1,6 +1,8 @@
 """CLIP models for videos: loading, preprocessing, zero-shot classification and prediction."""
 
 from openvclip.models.classifier import VIDEO_TEMPLATES, ZeroShotClassifier, class_features
+from openvclip.models.export import ExportSettings, export_model
+from openvclip.models.exported_writing import ExportFacts, read_export
 from openvclip.models.features import encode_text, similarity_logits
 from openvclip.models.labels import read_labels
 from openvclip.models.loading import LoadedModel, fine_tuned, load_model
@@ -12,6 +14,8 @@ from openvclip.models.video_clip import VideoCLIP
 
 __all__ = [
     "VIDEO_TEMPLATES",
+    "ExportFacts",
+    "ExportSettings",
     "LoadedModel",
     "Prediction",
     "Segment",
@@ -21,10 +25,12 @@ __all__ = [
     "as_tokenizer",
     "class_features",
     "encode_text",
+    "export_model",
     "fine_tuned",
     "load_model",
     "predict",
     "predict_timeline",
+    "read_export",
     "read_labels",
     "similarity_logits",
     "transform_for",
