@@ -44,6 +44,7 @@ from openvclip.models.preprocess import transform_for
 from openvclip.models.tokenizers import Tokenizer, as_tokenizer
 from openvclip.models.usage import expansion_section, transform_of
 from openvclip.towers.families import tower_facts
+from openvclip.towers.view import Pooling
 from openvclip.video.transforms import Transform
 from openvclip.weights.names import unwrap
 
@@ -241,7 +242,7 @@ class _Export:
         text = class_features(self.model, self.tokenizer, self._labels(), templates)
         return label_logits(self.model, text, self._pooling())
 
-    def _pooling(self) -> Any:
+    def _pooling(self) -> Pooling:
         return "unit_frames" if self.contract is None else self.contract.pooling
 
     def _labels(self) -> Sequence[str]:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from openvclip.checkpoints.contract import Pooling
 from openvclip.errors import UsageError
 from openvclip.models.classifier import TextClassifier
 from openvclip.models.features import encode_text, similarity_logits
 from openvclip.towers.prompted import PromptedTower
 from openvclip.towers.temporal import encode_frames, encode_video
+from openvclip.towers.view import Pooling
 from openvclip.video.transforms import Transform
 
 Part = Literal["image", "frames", "text", "labels"]
@@ -82,7 +82,7 @@ def frame_features(model: nn.Module) -> Callable[[Tensor], Tensor]:
 
 def clip_features(model: nn.Module, pooling: Pooling) -> Callable[[Tensor], Tensor]:
     """Return the function of frames for the part ``"image"``."""
-    return lambda frames: functional.normalize(_pooled(model, frames, pooling), dim=-1)
+    return lambda frames: encode_video(model, frames, normalize=True, pooling=pooling)
 
 
 def label_logits(
@@ -95,7 +95,12 @@ def label_logits(
         text_features: ``[K, D]``, unit length.
         pooling: how the features of frames become the feature of a clip.
     """
-    return lambda frames: similarity_logits(model, _pooled(model, frames, pooling), text_features)
+
+    def logits(frames: Tensor) -> Tensor:
+        features = encode_video(model, frames, pooling=pooling)
+        return similarity_logits(model, features, text_features)
+
+    return logits
 
 
 def classifier_logits(
@@ -109,12 +114,6 @@ def classifier_logits(
             return result
 
     return logits
-
-
-def _pooled(model: nn.Module, frames: Tensor, pooling: Pooling) -> Tensor:
-    if pooling == "unit_frames":
-        return encode_video(model, frames)
-    return functional.normalize(encode_frames(model, frames).mean(dim=1), dim=-1)
 
 
 def example_tokens(model: nn.Module, tokenizer: Callable[[list[str]], Tensor] | None) -> Tensor:
