@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from openvclip.checkpoints.contract import Contract
+from openvclip.checkpoints.exported_files import is_exported, read_exported_texts
 from openvclip.checkpoints.folders import advice_for_folder, whole_files
 from openvclip.checkpoints.formats import read_texts
 from openvclip.checkpoints.layout import read_errors
@@ -31,7 +32,8 @@ def read_contract(path: str | os.PathLike[str]) -> Contract | None:
         path: a folder, whose ``openvclip.json`` is read; a contract in a JSON file; or a file of
             weights. The contract of a safetensors file (or of the index of a sharded model) is in
             its header. A file without a contract in its header has the contract of its folder if
-            this contract names the file.
+            this contract names the file. An exported model (``.onnx``, ``.pt2``) holds its
+            contract.
 
     Returns:
         The contract, or ``None`` if there is none.
@@ -47,6 +49,8 @@ def read_contract(path: str | os.PathLike[str]) -> Contract | None:
         raise ContractError(f"{path}: no such file or folder{near_path(path)}.")
     if path.suffix == ".json" and not path.name.endswith(".index.json"):
         return _read_file(path)
+    if is_exported(path):
+        return contract_of_file(path, read_exported_texts(path))
     return contract_of_file(path, read_texts(path))
 
 

@@ -9,6 +9,8 @@ from openvclip.models.confidence import (
     fit_temperature,
     threshold_to_keep,
 )
+from openvclip.models.export import ExportSettings, export_model
+from openvclip.models.exported_writing import ExportFacts, read_export
 from openvclip.models.features import encode_text, similarity_logits
 from openvclip.models.labels import read_labels
 from openvclip.models.loading import LoadedModel, fine_tuned, load_model
@@ -21,6 +23,8 @@ from openvclip.models.video_clip import VideoCLIP
 __all__ = [
     "SCORES",
     "VIDEO_TEMPLATES",
+    "ExportFacts",
+    "ExportSettings",
     "LoadedModel",
     "Prediction",
     "Score",
@@ -33,11 +37,13 @@ __all__ = [
     "class_features",
     "confidence_score",
     "encode_text",
+    "export_model",
     "fine_tuned",
     "fit_temperature",
     "load_model",
     "predict",
     "predict_timeline",
+    "read_export",
     "read_labels",
     "similarity_logits",
     "threshold_to_keep",

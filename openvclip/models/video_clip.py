@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, overload
 
 import torch
@@ -25,6 +27,8 @@ from openvclip.models.confidence import (
     effective_confidence,
     require_calibration,
 )
+from openvclip.models.export import ExportSettings, WeightKind, export_model
+from openvclip.models.exported_parts import Part, PixelKind
 from openvclip.models.features import device_of, video_features
 from openvclip.models.finite import require_finite
 from openvclip.models.hand_over import HandOver
@@ -481,6 +485,51 @@ class VideoCLIP(HandOver):
 
     def _reader(self, *options: Any) -> VideoReader:
         return VideoReader(self.sampling, self.transform, *options)
+
+    def export(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        labels: Sequence[str] | None = None,
+        part: Part | None = None,
+        pixels: PixelKind = "float",
+        weights: WeightKind = "float32",
+        opset: int | None = None,
+    ) -> Path:
+        """Write a part of the model, with its contract, for programs without this package.
+
+        See :func:`openvclip.models.export_model`.
+
+        Args:
+            path: the file to write: ``.onnx`` (onnxruntime) or ``.pt2`` (``torch.export``).
+            labels: K different labels. Then the file returns their logits.
+            part: ``"image"`` (one feature for each clip), ``"frames"``, ``"text"`` or
+                ``"labels"``. Default: ``"labels"`` if there are labels, and ``"image"`` otherwise.
+            pixels: ``"float"`` for normalised frames, ``"uint8"`` for 8-bit frames of the same
+                size.
+            weights: ``"float32"``, or ``"int8"`` for 8-bit weights of the linear layers.
+            opset: version of the ONNX operators. Default: the version that PyTorch prefers.
+
+        Returns:
+            The path of the file.
+
+        Raises:
+            UsageError, MissingDependencyError, UnsupportedModelError, CheckpointError: see
+                :func:`openvclip.models.export_model`.
+            ClassNamesError: ``labels`` is empty, or holds an empty or repeated label.
+        """
+        settings = ExportSettings(part, pixels, weights, opset)
+        if labels is not None and part in (None, "labels"):
+            classifier = self.classifier(labels)
+            return export_model(classifier, path, contract=self.contract, settings=settings)
+        return export_model(
+            self.model,
+            path,
+            contract=self.contract,
+            labels=labels,
+            tokenizer=self.tokenizer,
+            settings=settings,
+        )
 
     # --- the object ----------------------------------------------------------------------------
 

@@ -194,6 +194,12 @@ class VitaVisionPrompts(VisionPrompts):
                 SummaryAttention(width, tower.heads) for _ in range(layers)
             )
 
+    @property
+    def fixed_frames(self) -> int | None:
+        """T, if a part has a vector for each frame."""
+        by_frame = self.time_embedding is not None or self.local_prompts is not None
+        return self.frames if by_frame else None
+
     def embed(self, tokens: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the tokens plus the time embedding of their frame."""
         if self.time_embedding is None:

@@ -23,6 +23,11 @@ class VisionPrompts(nn.Module):
     after the last layer. The number of frames is read from the shape of the tokens.
     """
 
+    @property
+    def fixed_frames(self) -> int | None:
+        """The number of frames that the prompts were learned for; ``None`` for any number."""
+        return None
+
     def embed(self, tokens: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the tokens for the first layer.
 

@@ -11,8 +11,14 @@ from torch.nn import functional
 
 from openvclip.errors import ExpansionError, ExpansionOptionError, UnsupportedModelError
 from openvclip.towers.checks import require_images, require_video
-from openvclip.towers.families import families_in_use, find_tower, is_library_model
+from openvclip.towers.families import (
+    families_in_use,
+    find_tower,
+    find_tower_for_prompts,
+    is_library_model,
+)
 from openvclip.towers.family import Encoder, TemporalTower, image_features
+from openvclip.towers.prompted import PromptedTower
 from openvclip.towers.view import (
     Boundary,
     ExpansionSettings,
@@ -135,7 +141,8 @@ def expansion_of(model: nn.Module) -> ExpansionSettings | None:
     Raises:
         UnsupportedModelError: if the model has no supported tower, or several.
     """
-    family, tower = find_tower(model)
+    prompted = any(isinstance(module, PromptedTower) for module in model.modules())
+    family, tower = find_tower_for_prompts(model) if prompted else find_tower(model)
     attentions = family.layers(tower) if isinstance(tower, TemporalTower) else []
     views: list[FrameView | None] = [getattr(layer, "view", None) for layer in attentions]
     wide = {i: view for i, view in enumerate(views) if view is not None and view.window > 0}

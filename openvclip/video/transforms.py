@@ -122,6 +122,14 @@ class Transform:
         """
         return _RECIPES[self.name](self, generator)
 
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """Subtract the mean and divide by the standard deviation: the last step of the transform.
+
+        Args:
+            pixels: float ``[..., C, H, W]`` from 0 to 255.
+        """
+        return _normalise(self, pixels)
+
 
 def build(
     name: str,
