@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from openvclip.checkpoints.adapter_files import is_adapter, load_adapter
 from openvclip.checkpoints.api import load_checkpoint
 from openvclip.checkpoints.file_kinds import kind_of_file
-from openvclip.errors import ModelNameError, NonFiniteWeightsError, listed, near_path
+from openvclip.errors import (
+    MissingDependencyError,
+    ModelNameError,
+    NonFiniteWeightsError,
+    listed,
+    near_path,
+)
 from openvclip.models.model_names import unknown_model, unknown_weights
 from openvclip.models.preprocess import transform_for
 from openvclip.models.tokenizers import Tokenizer
@@ -96,6 +102,7 @@ def load_model(
             downloaded; or the tokenizer can't be made.
         CheckpointError, StateMismatchError: a file can't be read, or does not fit the model.
         NonFiniteWeightsError: a weight is NaN or infinite. The error names the file.
+        MissingDependencyError: the model needs transformers, which is not installed or too old.
         UnsupportedModelError: the image tower can't be expanded, or the model is no CLIP.
     """
     if checkpoint is not None:
@@ -124,8 +131,12 @@ def _load_original(
     """Return the original CLIP, its tokenizer, its transform, and its name or folder."""
     of_transformers = transformers_name(name)
     if of_transformers is not None:
-        from openvclip.models.hugging_face import load
-
+        try:
+            from openvclip.models.hugging_face import load
+        except ImportError as error:
+            raise MissingDependencyError(
+                f"{name} is loaded with transformers: pip install 'transformers>=5.6' ({error})."
+            ) from error
         if pretrained is not None:
             raise ModelNameError(
                 f"pretrained is {os.fspath(pretrained)!r}, but {name} has weights already. Leave "
