@@ -29,6 +29,13 @@ def is_offline(name: str) -> bool:
     return False
 
 
+def is_cached(repository: str, file: str) -> bool:
+    """Return whether a file of a repository of the Hub was downloaded before."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(repository, file), str)
+
+
 def image_processor_of(name: str) -> Any | None:
     """Return the image processor that is stored with a model of transformers, or ``None``.
 

@@ -24,6 +24,7 @@ from openvclip.errors import (
     listed,
     near_path,
 )
+from openvclip.models.hub import is_cached, is_offline
 from openvclip.models.model_names import unknown_model, unknown_weights
 from openvclip.models.preprocess import transform_for
 from openvclip.models.tokenizers import Tokenizer
@@ -278,7 +279,7 @@ def _build(name: str, pretrained: str | os.PathLike[str] | None) -> Any:
     import open_clip
 
     if brings_weights(name):
-        model = open_clip.create_model(name)
+        model = _with_weights(name)
         _require_finite(model, name)
         return model
     tags = open_clip.list_pretrained_tags_by_model(name)
@@ -303,6 +304,26 @@ def _build(name: str, pretrained: str | os.PathLike[str] | None) -> Any:
         model = open_clip.create_model(name, load_weights=False, force_preprocess_cfg=preprocess)
     load_checkpoint(tag_or_file, model)
     return model
+
+
+def _with_weights(name: str) -> Any:
+    """Build a model that open_clip loads together with its weights."""
+    import open_clip
+
+    repository = name.removeprefix("hf-hub:").partition("@")[0]
+    of_hub = name.startswith("hf-hub:")
+    if of_hub and is_offline(repository) and not is_cached(repository, "open_clip_config.json"):
+        raise ModelNameError(
+            f"{name} can't be downloaded: the Hugging Face Hub can't be reached from here, and the "
+            "model is not in its cache. Without a network connection, give a folder."
+        )
+    try:
+        return open_clip.create_model(name)
+    except (RuntimeError, OSError, ValueError) as error:
+        hint = f" If transformers wrote the repository, give 'transformers:{repository}'."
+        raise ModelNameError(
+            f"open_clip can't load {name}: {str(error).rstrip('.')}.{hint if of_hub else ''}"
+        ) from error
 
 
 def _download(name: str, tag: str) -> Any:
