@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import importlib.util
 import json
 import logging
@@ -179,7 +180,7 @@ def write_onnx(
         if data.exists():
             with atomic_path(path.with_name(data.name)) as place:
                 os.replace(data, place)
-    for older in path.parent.glob(f"{path.stem}-{'[0-9a-f]' * 8}.onnx.data"):
+    for older in path.parent.glob(f"{glob.escape(path.stem)}-{'[0-9a-f]' * 8}.onnx.data"):
         if older.name != data.name:
             older.unlink()
 

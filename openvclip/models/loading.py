@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from openvclip.checkpoints.adapter_files import is_adapter, load_adapter
 from openvclip.checkpoints.api import load_checkpoint
 from openvclip.checkpoints.file_kinds import kind_of_file
-from openvclip.errors import ModelNameError, NonFiniteWeightsError, listed, near_path
+from openvclip.errors import (
+    MissingDependencyError,
+    ModelNameError,
+    NonFiniteWeightsError,
+    listed,
+    near_path,
+)
 from openvclip.models import hub_files as hub
 from openvclip.models.building import building
 from openvclip.models.model_names import unknown_model, unknown_weights
@@ -97,6 +103,7 @@ def load_model(
             downloaded; or the tokenizer can't be made.
         CheckpointError, StateMismatchError: a file can't be read, or does not fit the model.
         NonFiniteWeightsError: a weight is NaN or infinite. The error names the file.
+        MissingDependencyError: the model needs transformers, which is not installed or too old.
         UnsupportedModelError: the image tower can't be expanded, or the model is no CLIP.
     """
     if checkpoint is not None:
@@ -125,8 +132,12 @@ def _load_original(
     """Return the original CLIP, its tokenizer, its transform, and its name or folder."""
     of_transformers = transformers_name(name)
     if of_transformers is not None:
-        from openvclip.models.hugging_face import load
-
+        try:
+            from openvclip.models.hugging_face import load
+        except ImportError as error:
+            raise MissingDependencyError(
+                f"{name} is loaded with transformers: pip install 'transformers>=5.6' ({error})."
+            ) from error
         if pretrained is not None:
             raise ModelNameError(
                 f"pretrained is {os.fspath(pretrained)!r}, but {name} has weights already. Leave "
@@ -270,9 +281,7 @@ def _build(name: str, pretrained: str | os.PathLike[str] | None) -> Any:
     import open_clip
 
     if brings_weights(name):
-        if name.startswith(hub.PREFIX):
-            hub.require_connection(name.removeprefix(hub.PREFIX))
-        model = open_clip.create_model(name)
+        model = _with_weights(name)
         require_finite_weights(model, name)
         remember_config(model, open_clip.get_model_config(name))
         return model
@@ -300,6 +309,23 @@ def _build(name: str, pretrained: str | os.PathLike[str] | None) -> Any:
         )
     load_checkpoint(tag_or_file, model)
     return model
+
+
+def _with_weights(name: str) -> Any:
+    """Build a model that open_clip loads together with its weights."""
+    import open_clip
+
+    of_hub = name.startswith(hub.PREFIX)
+    repository = name.removeprefix(hub.PREFIX).partition("@")[0]
+    if of_hub:
+        hub.require_connection(repository)
+    try:
+        return open_clip.create_model(name)
+    except (RuntimeError, OSError, ValueError) as error:
+        hint = f" If transformers wrote the repository, give 'transformers:{repository}'."
+        raise ModelNameError(
+            f"open_clip can't load {name}: {str(error).rstrip('.')}.{hint if of_hub else ''}"
+        ) from error
 
 
 def _download(name: str, tag: str) -> Any:

@@ -123,6 +123,30 @@ def test_a_hugging_face_clip_keeps_its_names(world: Path) -> None:
     assert all(n.startswith(("vision_model", "visual_proj", "logit_scale")) for n in changed)
 
 
+@pytest.mark.filterwarnings("ignore::openvclip.errors.LabelWarning")
+def test_a_folder_of_transformers_is_a_model(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Trained with ViFi-CLIP, and tried with the command in its model card."""
+    from tests.tiny_transformers import make, save_folder
+
+    save_folder("AltCLIPModel", world / "alt")
+    words = command(world, "alt-run", "--model", str(world / "alt"), "--method", "vifi")
+    place = words.index("--pretrained")
+    finetune.main(words[:place] + words[place + 2 :])
+    tuned = load_checkpoint(world / "alt-run" / "final.safetensors", make("AltCLIPModel"))
+    original = make("AltCLIPModel").state_dict()
+    changed = {n.split(".")[0] for n, v in tuned.items() if not torch.equal(v, original[n])}
+    assert changed > {"vision_model", "text_model", "text_projection"}
+    card = (world / "alt-run" / "README.md").read_text()
+    (line,) = [line for line in card.splitlines() if line.startswith("openvclip predict")]
+    video = str(next(world.rglob("*.mp4")))
+    assert "--pretrained" not in line
+    words = shlex.split(line.replace("VIDEO", shlex.quote(video)))
+    assert cli([*words[1:], "--top", "1"]) == 0
+    assert "%" in capsys.readouterr().out
+
+
 def load_checkpoint_as_it_is(path: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 

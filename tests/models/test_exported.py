@@ -277,10 +277,10 @@ def test_weights_beside_a_large_model(tmp_path: Path, monkeypatch: pytest.Monkey
     names = []
     for seed in (0, 1):
         model = tiny_clip(seed, layers=1)
-        path = export_model(model, tmp_path / "model.onnx", contract=contract_for(model))
+        path = export_model(model, tmp_path / "model[1].onnx", contract=contract_for(model))
         files = sorted(file.name for file in tmp_path.iterdir())
-        assert files[1] == "model.onnx"
-        assert files[0].startswith("model-")
+        assert files[1] == path.name
+        assert files[0].startswith("model[1]-")
         assert files[0].endswith(".onnx.data")
         assert len(files) == 2  # the weights of the model before are removed
         names.append(files[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 import openvclip
 from openvclip import cli
 from openvclip.errors import (
+    MissingDependencyError,
     ModelNameError,
     StateMismatchError,
     UnsupportedModelError,
@@ -26,9 +28,17 @@ from openvclip.models.preprocess import transform_of_processor
 from openvclip.towers import encode_images, is_expanded
 from openvclip.training.inputs import load_original
 from tests.helpers import assert_same_state, randomise, same_bits, snapshot
-from tests.tiny_transformers import MODELS, PIXELS, make, make_tokenizer, save_folder, transformers
+from tests.tiny_transformers import PIXELS, make, make_tokenizer, save_folder, transformers
 from tests.world import World
 
+LOADED = [
+    "CLIPModel",
+    "SiglipModel",
+    "Siglip2Model",
+    "ChineseCLIPModel",
+    "CLIPSegModel",
+    "AlignModel",
+]
 LABELS = ["archery", "surfing", "the horse race"]
 FRAMES = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 3, 40, 56), np.uint8))
 
@@ -119,7 +129,7 @@ def test_processors_that_no_transform_repeats() -> None:
 # --- loading -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [n for n in MODELS if n != "VisionTextDualEncoderModel"])
+@pytest.mark.parametrize("name", LOADED)
 def test_a_folder_is_loaded_with_its_tokenizer_and_processor(name: str, tmp_path: Path) -> None:
     saved = save_folder(name, tmp_path)
     loaded = load_model(str(tmp_path))
@@ -198,7 +208,17 @@ def test_the_hub_without_a_connection_is_an_error_at_once(monkeypatch: pytest.Mo
     started = time.perf_counter()
     with pytest.raises(ModelNameError, match=r"load nobody/nothing: .*not be reached from here"):
         load_model("transformers:nobody/nothing")
+    with pytest.raises(ModelNameError, match=r"hf-hub:nobody/nothing can't be downloaded: the Hug"):
+        load_model("hf-hub:nobody/nothing")
     assert time.perf_counter() - started < 5
+
+
+def test_without_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}')
+    monkeypatch.delitem(sys.modules, "openvclip.models.hugging_face")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(MissingDependencyError, match=r"loaded with transformers: pip install"):
+        load_model(str(tmp_path))
 
 
 def test_a_name_of_the_hub_says_both_libraries() -> None:

@@ -65,7 +65,7 @@ def test_law(name: str, law: Callable[[Case], None]) -> None:
 
 
 @equation_3_settings
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", THOROUGH)
 def test_the_tower_equals_equation_3(name: str, window: int, boundary: Any) -> None:
     equals_equation_3(CASES[name], slow_attention, window, boundary, tolerance=1e-9)
 

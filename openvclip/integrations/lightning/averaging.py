@@ -96,7 +96,13 @@ class AveragingCallback(LightningCallback):
     # --- the run -----------------------------------------------------------------------------
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Create the tracker, if it is given as a function."""
+        """Create the tracker, if it is given as a function.
+
+        Args:
+            trainer: see ``Callback.setup`` of Lightning.
+            pl_module: see ``Callback.setup`` of Lightning.
+            stage: see ``Callback.setup`` of Lightning.
+        """
         self.require_once(trainer, same_name=self.state_key)
         self._saved = None
         if not overrides(pl_module, "configure_model"):
@@ -116,7 +122,12 @@ class AveragingCallback(LightningCallback):
         return self.tracker
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Check the set-up, and begin to count the steps of the optimizers."""
+        """Check the set-up, and begin to count the steps of the optimizers.
+
+        Args:
+            trainer: see ``Callback.on_train_start`` of Lightning.
+            pl_module: see ``Callback.on_train_start`` of Lightning.
+        """
         model = self._model(pl_module)
         require_whole_weights(trainer.strategy.model, deepspeed=runs_deepspeed(trainer))
         require_trained(model, trainer.optimizers, "averaged")
@@ -132,12 +143,25 @@ class AveragingCallback(LightningCallback):
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Update the average, if an optimizer stepped in this batch."""
+        """Update the average, if an optimizer stepped in this batch.
+
+        Args:
+            trainer: see ``Callback.on_train_batch_end`` of Lightning.
+            pl_module: see ``Callback.on_train_batch_end`` of Lightning.
+            outputs: see ``Callback.on_train_batch_end`` of Lightning.
+            batch: see ``Callback.on_train_batch_end`` of Lightning.
+            batch_idx: see ``Callback.on_train_batch_end`` of Lightning.
+        """
         if self._counter is not None and self._counter.take():
             self.tracker.update(self._model(pl_module))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Write the average to the file."""
+        """Write the average to the file.
+
+        Args:
+            trainer: see ``Callback.on_train_end`` of Lightning.
+            pl_module: see ``Callback.on_train_end`` of Lightning.
+        """
         self._stop()
         if self.file is not None:
             average = self.tracker.averaged_state_dict()
@@ -145,11 +169,23 @@ class AveragingCallback(LightningCallback):
                 save_checkpoint(average, self.file)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Restore the weights of the module."""
+        """Restore the weights of the module.
+
+        Args:
+            trainer: see ``Callback.on_exception`` of Lightning.
+            pl_module: see ``Callback.on_exception`` of Lightning.
+            exception: see ``Callback.on_exception`` of Lightning.
+        """
         self._stop()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Restore the weights of the module."""
+        """Restore the weights of the module.
+
+        Args:
+            trainer: see ``Callback.teardown`` of Lightning.
+            pl_module: see ``Callback.teardown`` of Lightning.
+            stage: see ``Callback.teardown`` of Lightning.
+        """
         self._stop()
 
     def _stop(self) -> None:
@@ -172,33 +208,69 @@ class AveragingCallback(LightningCallback):
             applied.close()
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """Put the average into the module."""
+        """Put the average into the module.
+
+        Args:
+            trainer: see ``Callback.on_validation_start`` of Lightning.
+            pl_module: see ``Callback.on_validation_start`` of Lightning.
+        """
         self._apply(pl_module)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Restore the weights of the module."""
+        """Restore the weights of the module.
+
+        Args:
+            trainer: see ``Callback.on_validation_end`` of Lightning.
+            pl_module: see ``Callback.on_validation_end`` of Lightning.
+        """
         self._restore()
 
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:
-        """Put the average into the module."""
+        """Put the average into the module.
+
+        Args:
+            trainer: see ``Callback.on_test_start`` of Lightning.
+            pl_module: see ``Callback.on_test_start`` of Lightning.
+        """
         self._apply(pl_module)
 
     def on_test_end(self, trainer: Any, pl_module: Any) -> None:
-        """Restore the weights of the module."""
+        """Restore the weights of the module.
+
+        Args:
+            trainer: see ``Callback.on_test_end`` of Lightning.
+            pl_module: see ``Callback.on_test_end`` of Lightning.
+        """
         self._restore()
 
     def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
-        """Put the average into the module."""
+        """Put the average into the module.
+
+        Args:
+            trainer: see ``Callback.on_predict_start`` of Lightning.
+            pl_module: see ``Callback.on_predict_start`` of Lightning.
+        """
         self._apply(pl_module)
 
     def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
-        """Restore the weights of the module."""
+        """Restore the weights of the module.
+
+        Args:
+            trainer: see ``Callback.on_predict_end`` of Lightning.
+            pl_module: see ``Callback.on_predict_end`` of Lightning.
+        """
         self._restore()
 
     # --- checkpoints -------------------------------------------------------------------------
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint that would not hold the weights of the training."""
+        """Refuse a checkpoint that would not hold the weights of the training.
+
+        Args:
+            trainer: see ``Callback.on_save_checkpoint`` of Lightning.
+            pl_module: see ``Callback.on_save_checkpoint`` of Lightning.
+            checkpoint: see ``Callback.on_save_checkpoint`` of Lightning.
+        """
         if self._applied is not None:
             raise UsageError(
                 "A checkpoint is saved while the module holds the average, so the weights of the "

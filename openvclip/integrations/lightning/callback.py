@@ -99,11 +99,21 @@ class LightningCallback:
             )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state of a checkpoint until the run begins."""
+        """Keep the state of a checkpoint until the run begins.
+
+        Args:
+            state_dict: see ``Callback.load_state_dict`` of Lightning.
+        """
         self._saved = state_dict
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint that holds the state of such a callback under another name."""
+        """Refuse a checkpoint that holds the state of such a callback under another name.
+
+        Args:
+            trainer: see ``Callback.on_load_checkpoint`` of Lightning.
+            pl_module: see ``Callback.on_load_checkpoint`` of Lightning.
+            checkpoint: see ``Callback.on_load_checkpoint`` of Lightning.
+        """
         kind = type(self).__qualname__
         saved = {str(k) for k in checkpoint.get("callbacks", {}) if str(k).startswith(kind)}
         unused = sorted(saved - {callback.state_key for callback in self._of_kind(trainer)})

@@ -99,7 +99,13 @@ class IWRCallback(LightningCallback):
     # --- the run -----------------------------------------------------------------------------
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Create the regulariser, if it is given as a function."""
+        """Create the regulariser, if it is given as a function.
+
+        Args:
+            trainer: see ``Callback.setup`` of Lightning.
+            pl_module: see ``Callback.setup`` of Lightning.
+            stage: see ``Callback.setup`` of Lightning.
+        """
         if stage != "fit":
             return
         self.require_once(trainer)
@@ -112,7 +118,12 @@ class IWRCallback(LightningCallback):
             self._passes.forget()
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Create the regulariser, if the module has its parameters only now."""
+        """Create the regulariser, if the module has its parameters only now.
+
+        Args:
+            trainer: see ``Callback.on_fit_start`` of Lightning.
+            pl_module: see ``Callback.on_fit_start`` of Lightning.
+        """
         if self._passes is None:
             self._create(pl_module)
 
@@ -121,7 +132,12 @@ class IWRCallback(LightningCallback):
         self._passes = InterpolatedPasses(self._make(self._model(pl_module)))
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Check the set-up, and put the second pass before each training step."""
+        """Check the set-up, and put the second pass before each training step.
+
+        Args:
+            trainer: see ``Callback.on_train_start`` of Lightning.
+            pl_module: see ``Callback.on_train_start`` of Lightning.
+        """
         assert self._passes is not None
         require_whole_weights(trainer.strategy.model, deepspeed=runs_deepspeed(trainer))
         _require_part(self._passes.regularizer.model, pl_module)
@@ -205,7 +221,13 @@ class IWRCallback(LightningCallback):
             self._interpolating = False
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
-        """Put the gradients of the second loss back. The plain pass adds to them."""
+        """Put the gradients of the second loss back. The plain pass adds to them.
+
+        Args:
+            trainer: see ``Callback.on_before_backward`` of Lightning.
+            pl_module: see ``Callback.on_before_backward`` of Lightning.
+            loss: see ``Callback.on_before_backward`` of Lightning.
+        """
         held, self._held = self._held, []
         with torch.no_grad():
             for parameter, gradient in held:
@@ -217,7 +239,15 @@ class IWRCallback(LightningCallback):
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Raise an error if a manual optimization is not regularised."""
+        """Raise an error if a manual optimization is not regularised.
+
+        Args:
+            trainer: see ``Callback.on_train_batch_end`` of Lightning.
+            pl_module: see ``Callback.on_train_batch_end`` of Lightning.
+            outputs: see ``Callback.on_train_batch_end`` of Lightning.
+            batch: see ``Callback.on_train_batch_end`` of Lightning.
+            batch_idx: see ``Callback.on_train_batch_end`` of Lightning.
+        """
         self._held = []  # of a training step that returned None
         step, self._step = self._step, trainer.global_step
         if pl_module.automatic_optimization or self._step == step:
@@ -237,11 +267,22 @@ class IWRCallback(LightningCallback):
         self._patched, self._held = None, []
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Remove the second pass."""
+        """Remove the second pass.
+
+        Args:
+            trainer: see ``Callback.on_train_end`` of Lightning.
+            pl_module: see ``Callback.on_train_end`` of Lightning.
+        """
         self._stop()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Remove the second pass."""
+        """Remove the second pass.
+
+        Args:
+            trainer: see ``Callback.on_exception`` of Lightning.
+            pl_module: see ``Callback.on_exception`` of Lightning.
+            exception: see ``Callback.on_exception`` of Lightning.
+        """
         self._stop()
 
     def state_dict(self) -> dict[str, Any]:
