@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from openvclip.models.folders import StoredModel, describe_folder
 from torch import nn
 
 import openvclip
@@ -15,6 +14,8 @@ from examples.shapes.raster import IMAGE_SIZE
 from examples.shapes.world import TEMPLATES
 from openvclip.checkpoints import Base, Contract, load_checkpoint, save_checkpoint
 from openvclip.checkpoints.contract_files import CONTRACT_KEY
+from openvclip.models.folders import StoredModel
+from openvclip.models.saving import describe_folder
 from openvclip.models.usage import contract_of
 from openvclip.video import Sampling, transforms
 from openvclip.weights import weights_hash

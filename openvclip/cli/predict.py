@@ -19,6 +19,7 @@ from openvclip.cli.options.models import (
     amp_of,
     cache_of,
     load,
+    pooling_of,
     require_effects,
     sampling_of,
     templates_of,
@@ -280,11 +281,11 @@ def _as_json(top: list[tuple[str, float]]) -> list[dict[str, Any]]:
 
 
 def _confidence(options: argparse.Namespace) -> Confidence | None:
-    """Return the calibration in the contract of the checkpoint, if there is one."""
-    from openvclip.checkpoints.contract_files import read_contract
-
-    contract = None if options.checkpoint is None else read_contract(options.checkpoint)
-    return None if contract is None else contract.confidence
+    """Return the calibration in the contract. It belongs to the weights without ``--lam``."""
+    if options.contract is None or options.lam is not None:
+        return None
+    confidence: Confidence | None = options.contract.confidence
+    return confidence
 
 
 def _labels(options: argparse.Namespace) -> list[str]:
@@ -370,6 +371,11 @@ def _classifier(
         original = {name: value.clone() for name, value in model.state_dict().items()}
         interpolate_into(model, original, loaded.tuned, options.lam or 0.0)
     classifier = ZeroShotClassifier(
-        model, loaded.tokenizer, labels, templates, text_features=features
+        model,
+        loaded.tokenizer,
+        labels,
+        templates,
+        text_features=features,
+        pooling=pooling_of(options),
     )
     return classifier, loaded.transform

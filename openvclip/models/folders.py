@@ -136,6 +136,22 @@ def load_stored(
     return replace(stored, model=model)
 
 
+def downloaded_folder(source: str) -> Path | None:
+    """Return the folder of a model that may have a contract, or ``None``.
+
+    Args:
+        source: a folder; a name on the Hub, which is downloaded; or another name of a model.
+
+    Raises:
+        HubError: the repository can't be downloaded.
+    """
+    for prefix in _HUB:
+        if source.startswith(prefix):
+            return hub.download(hub.HubSource(source.removeprefix(prefix)), _weights_to_download)
+    folder = Path(source.removeprefix(_LOCAL))
+    return folder if folder.is_dir() else None
+
+
 def _looks_like_path(text: str) -> bool:
     """Return whether a source is meant as a folder that does not exist."""
     if text.endswith(".json") or not os.path.dirname(text):

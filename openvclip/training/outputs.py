@@ -13,8 +13,9 @@ from openvclip import prompting
 from openvclip.checkpoints.api import save_checkpoint
 from openvclip.checkpoints.contract import Contract
 from openvclip.checkpoints.contract_files import CONTRACT_KEY
-from openvclip.models.folders import StoredModel, describe_folder
+from openvclip.models.folders import StoredModel
 from openvclip.models.loading import LoadedModel
+from openvclip.models.saving import describe_folder
 from openvclip.processes import Processes
 from openvclip.training.checkpoints import load_whole
 from openvclip.training.model_card import ModelCard
@@ -98,8 +99,7 @@ def write_outputs(folder: Path, outputs: RunOutputs, description: RunDescription
         files, results = write_weights(folder, outputs)
         message = f"Wrote {folder / 'final.safetensors'}: interpolated at lambda {lam}."
     if outputs.processes.is_first:
-        if outputs.contract is not None:
-            _describe(folder, outputs, description, results)
+        contract = _describe(folder, outputs, description, results)
         files |= description.files
         card = ModelCard(
             description.loaded.name,
@@ -109,6 +109,7 @@ def write_outputs(folder: Path, outputs: RunOutputs, description: RunDescription
             results,
             files,
             description.commands,
+            contract,
         )
         card.write(folder / "README.md")
         print(message)
@@ -121,15 +122,17 @@ def _describe(
     outputs: RunOutputs,
     description: RunDescription,
     results: Mapping[str, float],
-) -> None:
-    """Write the contract of the final weights, and what is needed to load them from the folder."""
-    assert outputs.contract is not None
+) -> Contract | None:
+    """Write how the final weights are used, and what is needed to load them from the folder."""
+    if outputs.contract is None:
+        return None
     contract = outputs.contract.with_(
-        lam=outputs.recipe.lam, data=dict(description.data), results=results
+        lam=outputs.recipe.lam, data=dict(description.data), results=dict(results)
     )
     loaded = description.loaded
     stored = StoredModel(loaded.model, loaded.tokenizer, contract)
     describe_folder(stored, folder, "final.safetensors")
+    return contract
 
 
 def final_weights(

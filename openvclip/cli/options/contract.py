@@ -64,8 +64,12 @@ def _contract_of(options: argparse.Namespace) -> tuple[Contract | None, Path]:
     if options.checkpoint is not None:
         path: Path = options.checkpoint
         return (read_contract(path) if path.is_file() else None), path
-    folder = Path(options.model)
-    return (read_contract(folder) if folder.is_dir() else None), folder
+    if "model" not in options.given:
+        return None, Path()
+    from openvclip.models.folders import downloaded_folder
+
+    folder = downloaded_folder(options.model)
+    return (None if folder is None else read_contract(folder)), folder or Path()
 
 
 def load_with_contract(

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from openvclip.models.loading import LoadedModel
+    from openvclip.towers.view import Pooling
     from openvclip.video import Sampling
 
 
@@ -231,6 +232,11 @@ def sampling_of(options: argparse.Namespace) -> Sampling:
         sampler=options.sampler,
         backend=options.backend,
     )
+
+
+def pooling_of(options: argparse.Namespace) -> Pooling:
+    """Return the pooling of the contract. Default: the pooling of Open-VCLIP."""
+    return "unit_frames" if options.contract is None else options.contract.pooling
 
 
 def load(options: argparse.Namespace) -> LoadedModel:
