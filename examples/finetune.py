@@ -231,7 +231,7 @@ def fine_tune(args: argparse.Namespace, processes: Processes, device: torch.devi
     recipe = options.recipe_of(args)
     torch.manual_seed(recipe.seed)
     loaded = load_model(args, recipe, device)
-    model, contract = loaded.model, trial.contract_of_run(args, loaded, hashed=processes.is_first)
+    model, described = loaded.model, trial.described_run(args, loaded, hashed=processes.is_first)
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     if args.fsdp:
         distributed.give_scalars_an_axis(model)
@@ -280,9 +280,9 @@ def fine_tune(args: argparse.Namespace, processes: Processes, device: torch.devi
             on_step=log.step,
             on_epoch=validate,
         )
-    results = outputs.RunOutputs(model, clip, swa, shapes, recipe, validation, processes, contract)
+    results = outputs.RunOutputs(model, clip, swa, shapes, recipe, validation, processes, described)
     about = outputs.RunDescription(
-        loaded,
+        loaded.name,
         {**settings, "frame_by_frame": not trial.sees_neighbours(args)},
         videos.about,
         trial.write_lists(args, videos.names) if processes.is_first else {},

@@ -10,7 +10,6 @@ MODULES = (
     "torch._dynamo",
     "open_clip",
     "openvclip.cli.main",
-    "examples.shapes.predict",
     "examples.shapes.run",
     "tests.examples.finetune_checks",  # imports the trainer
     "tests.distributed.all_checks",

@@ -66,7 +66,7 @@ def contract_of_file(path: Path, texts: Mapping[str, str]) -> Contract | None:
     """
     if CONTRACT_KEY in texts:
         return Contract.from_json(texts[CONTRACT_KEY], os.fspath(path))
-    beside = path.with_name(CONTRACT_FILE)
+    beside = path.parent / CONTRACT_FILE
     contract = _read_file(beside) if beside.is_file() else None
     return contract if contract is not None and contract.weights == path.name else None
 

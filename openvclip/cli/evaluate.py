@@ -183,7 +183,7 @@ def _default_folder(options: argparse.Namespace) -> Path:
     settings = {k: str(v) for k, v in sorted(vars(options).items()) if k not in _NOT_SETTINGS}
     if options.text == "own":
         del settings["text"]  # the folder is the same as before there was this option
-    if options.contract is None:
+    if options.contract is None:  # the folder is the same as before there were contracts
         del settings["contract"], settings["override"]
     settings["device"] = device_of(options).type
     digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=4).hexdigest()

@@ -16,8 +16,8 @@ lam weighs A, the original CLIP: --lam 1 is A, --lam 0 is B, the fine-tuned
 model. (WiSE-FT and most merging tools weigh the fine-tuned model instead.)
 Safetensors files are not loaded: the command needs less than 100 MB of memory
 for models of any size. A PyTorch file (.pth) can take memory of its size.
-B may be a folder of peft with a LoRA fine-tune of A. Quantised weights and other
-adapters are refused.
+B may be a folder of peft with a LoRA fine-tune of A. Quantised weights and
+other adapters are refused.
 """
 _EXAMPLES = """\
 examples:

@@ -26,7 +26,7 @@ from openvclip.models import model_card, open_clip_folder, transformers_folder
 from openvclip.models.folders import RUN_CONFIG_FILE, STANDARD_WEIGHTS, StoredModel
 from openvclip.models.open_clip_config import CONFIG_FILE, name_of_config
 from openvclip.models.tokenizers import as_tokenizer
-from openvclip.models.usage import expansion_section, library_of
+from openvclip.models.usage import expansion_section, library_of, public_name
 from openvclip.models.versions import package_versions
 from openvclip.weights.adapters import factor_names
 from openvclip.weights.names import named_state, unwrap
@@ -186,9 +186,7 @@ def _write_config(
     contract = stored.contract
     if library_of(stored.model) == "transformers":
         transformers_folder.write_config(stored.model, stored.tokenizer, folder, contract.pixels)
-        # A folder of the author means nothing to others.
-        is_path = Path(contract.model).exists() or contract.model.startswith((".", os.sep))
-        return type(stored.model).__name__ if is_path else contract.model
+        return public_name(stored.model, contract.model)
     config = open_clip_folder.write_config(
         stored.model,
         stored.tokenizer,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -54,7 +56,7 @@ def contract_of(
     """
     return Contract(
         library=library_of(model),
-        model=name,
+        model=public_name(model, name),
         expansion=expansion_section(model),
         frames=frames_section(sampling),
         pixels=pixels_section(transform),
@@ -70,6 +72,17 @@ def library_of(model: nn.Module) -> Library:
     bases = type(model).__mro__
     in_transformers = any(base.__module__.partition(".")[0] == "transformers" for base in bases)
     return "transformers" if in_transformers else "open_clip"
+
+
+def public_name(model: nn.Module, name: str) -> str:
+    """Return a name that means something to others: not the folder that a model was loaded from.
+
+    Args:
+        model: a model of any library.
+        name: the name of the model, which can be a folder if the model is of transformers.
+    """
+    is_folder = Path(name).exists() or name.startswith((".", os.sep))
+    return type(model).__name__ if is_folder and library_of(model) == "transformers" else name
 
 
 def expansion_section(model: nn.Module) -> Expansion | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from openvclip.checkpoints.api import save_checkpoint
 from openvclip.checkpoints.contract import Contract
 from openvclip.checkpoints.contract_files import CONTRACT_KEY
 from openvclip.models.folders import StoredModel
-from openvclip.models.loading import LoadedModel
 from openvclip.models.saving import describe_folder
 from openvclip.processes import Processes
 from openvclip.training.checkpoints import load_whole
@@ -48,7 +47,8 @@ class RunOutputs:
         recipe: the recipe of the training.
         validation: computes the accuracy of the weights that the model holds.
         processes: the processes of the run. The first process writes.
-        contract: how the weights are used; ``None`` if the run learned prompts.
+        described: how the weights are used, of
+            :func:`openvclip.training.trial.described_run`; ``None`` if the run learned prompts.
     """
 
     model: nn.Module
@@ -58,7 +58,7 @@ class RunOutputs:
     recipe: Recipe
     validation: Validation
     processes: Processes
-    contract: Contract | None = None
+    described: StoredModel | None = None
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,14 @@ class RunDescription:
     """The facts about a run that its model card shows.
 
     Attributes:
-        loaded: the model that the run started from, with its name and its tokenizer.
+        name: name of the original model.
         settings: settings of the run, by name.
         data: facts about the training videos, by name.
         files: description of files that are in the folder already, by name.
         commands: commands that try the model, by what they do.
     """
 
-    loaded: LoadedModel
+    name: str
     settings: Mapping[str, Any]
     data: Mapping[str, Any]
     files: Mapping[str, str] = field(default_factory=dict)
@@ -102,7 +102,7 @@ def write_outputs(folder: Path, outputs: RunOutputs, description: RunDescription
         contract = _describe(folder, outputs, description, results)
         files |= description.files
         card = ModelCard(
-            description.loaded.name,
+            description.name,
             lam,
             description.settings,
             description.data,
@@ -124,14 +124,13 @@ def _describe(
     results: Mapping[str, float],
 ) -> Contract | None:
     """Write how the final weights are used, and what is needed to load them from the folder."""
-    if outputs.contract is None:
+    stored = outputs.described
+    if stored is None:
         return None
-    contract = outputs.contract.with_(
+    contract = stored.contract.with_(
         lam=outputs.recipe.lam, data=dict(description.data), results=dict(results)
     )
-    loaded = description.loaded
-    stored = StoredModel(loaded.model, loaded.tokenizer, contract)
-    describe_folder(stored, folder, "final.safetensors")
+    describe_folder(replace(stored, contract=contract), folder, "final.safetensors")
     return contract
 
 
@@ -168,7 +167,7 @@ def write_weights(folder: Path, outputs: RunOutputs) -> tuple[dict[str, str], di
         save_checkpoint(
             {key: value.reshape(outputs.shapes[key]) for key, value in weights.items()},
             folder / f"{name}.safetensors",
-            metadata=_texts(outputs.contract, lam if name == "final" else 0.0),
+            metadata=_texts(outputs.described, lam if name == "final" else 0.0),
         )
     results = _named(outputs.validation.accuracy(), "last weights")
     load_whole(model, states["final"])
@@ -176,11 +175,11 @@ def write_weights(folder: Path, outputs: RunOutputs) -> tuple[dict[str, str], di
     return {f"`{name}.safetensors`": WEIGHTS[name] for name in states}, results
 
 
-def _texts(contract: Contract | None, lam: float) -> dict[str, str]:
+def _texts(described: StoredModel | None, lam: float) -> dict[str, str]:
     """Return the texts of a file of weights."""
     texts = {"lambda": str(lam)}
-    if contract is not None:
-        texts[CONTRACT_KEY] = contract.with_(lam=lam).to_json()
+    if described is not None:
+        texts[CONTRACT_KEY] = described.contract.with_(lam=lam).to_json()
     return texts
 
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
 
 from openvclip.checkpoints.atomic import atomic_path
 from openvclip.checkpoints.contract import Base, Contract
 from openvclip.models.classifier import VIDEO_TEMPLATES
+from openvclip.models.folders import StoredModel
 from openvclip.models.loading import LoadedModel, brings_weights, name_of_transformers
 from openvclip.models.usage import contract_of
 from openvclip.prompting.classifier import PHOTO_TEMPLATE
@@ -75,7 +81,7 @@ def contract_of_run(
     template = _template(args)
     source = name_of_transformers(args.hf) if args.hf else args.model
     pretrained = args.start_from or (None if brings_weights(source) else args.pretrained)
-    name = loaded.name if source.endswith(".json") else source
+    name = loaded.name if Path(source).exists() else source
     return contract_of(
         loaded.model,
         args.hf or name,
@@ -90,6 +96,31 @@ def contract_of_run(
             weights_hash(named_state(loaded.model)) if hashed else None,
         ),
     )
+
+
+def described_run(
+    args: argparse.Namespace, loaded: LoadedModel, *, hashed: bool = True
+) -> StoredModel | None:
+    """Return what is needed to describe the weights of a run in its folder.
+
+    Call this before the model is wrapped or sharded. The result holds the modules of the model
+    without their values.
+
+    Args:
+        args: see :func:`contract_of_run`.
+        loaded: see :func:`contract_of_run`.
+        hashed: see :func:`contract_of_run`.
+
+    Returns:
+        The model on the meta device, with its contract; ``None`` if the run learns prompts.
+    """
+    contract = contract_of_run(args, loaded, hashed=hashed)
+    if contract is None:
+        return None
+    model = loaded.model
+    empty: dict[int, Any] = {id(b): torch.empty_like(b, device="meta") for b in model.buffers()}
+    empty |= {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in model.parameters()}
+    return StoredModel(copy.deepcopy(model, empty), loaded.tokenizer, contract)
 
 
 def trial_commands(args: argparse.Namespace) -> dict[str, str]:

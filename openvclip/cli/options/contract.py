@@ -117,22 +117,25 @@ def _replace_by_original(
 ) -> dict[str, Tensor]:
     """Load the original CLIP into a fine-tuned model, and return the fine-tuned weights."""
     from openvclip.checkpoints.api import load_checkpoint
-    from openvclip.models.loading import load_model
+    from openvclip.models.folders import load_stored
+    from openvclip.models.loading import brings_weights, load_model
     from openvclip.weights.hashing import weights_hash
     from openvclip.weights.names import named_state
 
     tuned = {name: value.detach().clone() for name, value in named_state(model).items()}
     base, pretrained = contract.base, options.pretrained
-    if pretrained is None:
+    if pretrained is None and (base is None or not brings_weights(base.name)):
         raise UsageError(
             "The original CLIP is needed for these options, and the contract of the model does not "
-            "say which weights it has. Give --pretrained: a tag of open_clip, or a file."
+            "say where its weights are. Give --pretrained: a tag of open_clip, a file or a folder."
         )
-    if Path(pretrained).exists():
+    if pretrained is not None and Path(pretrained).is_file():
         load_checkpoint(pretrained, model)
+    elif pretrained is not None and Path(pretrained).is_dir():
+        model.load_state_dict(load_stored(pretrained).model.state_dict())
     else:
-        original = load_model(contract.model if base is None else base.name, pretrained).model
-        model.load_state_dict(original.state_dict())
+        name = contract.model if base is None else base.name
+        model.load_state_dict(load_model(name, pretrained).model.state_dict())
     known = None if base is None else base.weights_hash
     if known is not None and not options.override and weights_hash(named_state(model)) != known:
         raise UsageError(

@@ -31,6 +31,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, checkpoint: bool = Tru
         checkpoint: whether to add ``--checkpoint`` and ``--expand``. Without them the model has the
             weights of the original CLIP and is not expanded.
     """
+    parser.set_defaults(contract=None)  # use_contract sets it
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
@@ -50,7 +51,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, checkpoint: bool = Tru
     if checkpoint:
         _add_checkpoint_options(group)
     else:
-        parser.set_defaults(checkpoint=None, expand=False, override=False, contract=None)
+        parser.set_defaults(checkpoint=None, expand=False, override=False)
     add_allow_options(group)
     group.add_argument(
         "--window",
