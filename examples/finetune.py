@@ -9,11 +9,10 @@ configuration). --batch-size counts the videos of all devices together. Each lin
 the path and the class index of a video, each line of classes.txt the name of a class.
 
 The output folder holds finetuned.safetensors (the last weights), averaged.safetensors (the average
-of the weights along the run, if the method averages) and final.safetensors (interpolated with the
-original CLIP: the weights to use), with openvclip.json (how the weights are used: the folder is a
---model of openvclip predict) and a model card, README.md. A method that learns prompts writes
-prompts.safetensors in place of the weights. After a stop, by SIGTERM or by a crash, the
-same command resumes the run.
+along the run, if the method averages), final.safetensors (interpolated with the original CLIP: the
+weights to use), openvclip.json (how they are used: the folder is a --model of openvclip predict)
+and a model card, README.md. A method that learns prompts writes prompts.safetensors in place of
+the weights. After a stop, by SIGTERM or by a crash, the same command resumes the run.
 """
 
 from __future__ import annotations

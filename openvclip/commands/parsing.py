@@ -64,6 +64,11 @@ class Parser(argparse.ArgumentParser):
                 hints += [f"{flag} is no option{hint}"] if hint else []
         super().error("; ".join([message, *dict.fromkeys(hints)]))
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        # argparse drops errors of writing, so a closed pipe would look like a success.
+        if message:
+            (file or sys.stderr).write(message)
+
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         try:
             super()._check_value(action, value)
