@@ -6,8 +6,9 @@ r"""Compute the accuracy of a fine-tuned or prompted CLIP on lists of videos.
 
 Each list has its own classes. Use this script for what ``openvclip evaluate`` does not know: the
 texts, the pooling and the prompts of ViFi-CLIP and Vita-CLIP. Give the --preset of the training: it
-sets the method, the frames and the views of the test. The script prints a table with top-1 and
-top-5 accuracy in % for each list.
+sets the method, the frames and the views of the test. A checkpoint with a contract says them
+itself, and a flag that contradicts the contract is an error. The script prints a table with top-1
+and top-5 accuracy in % for each list.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ from torch import nn
 import openvclip
 from openvclip import prompting
 from openvclip.checkpoints import atomic_path, load_checkpoint
+from openvclip.cli.options.contract import use_contract
 from openvclip.commands.parsing import Parser, unused_option
 from openvclip.commands.streams import command
 from openvclip.errors import UsageError
 from openvclip.evaluation import markdown_table
 from openvclip.models.loading import LoadedModel, brings_weights, load_model
+from openvclip.models.usage import expand_as
 from openvclip.processes import Processes
 from openvclip.training import shared_options as options
 from openvclip.training.methods import fixed_text, is_expanded, make_classifier
@@ -54,6 +57,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         type=Path,
         metavar="FILE",
         help="fine-tuned weights (default: the weights of the original CLIP)",
+    )
+    model.add_argument(
+        "--override", action="store_true", help="use flags that contradict the file's contract"
     )
     model.add_argument("--prompts", type=Path, metavar="FILE", help="prompts of bridge or vita")
     _add_test_options(parser)
@@ -123,7 +129,9 @@ def build_model(args: argparse.Namespace, device: torch.device) -> LoadedModel:
     loaded = load_model(args.model, weights, expand=False)
     if args.checkpoint is not None:
         load_checkpoint(args.checkpoint, loaded.model)
-    if is_expanded(args.method):
+    if args.contract is not None:
+        expand_as(loaded.model, args.contract)
+    elif is_expanded(args.method):
         openvclip.expand_temporal_attention(loaded.model)
     if args.prompts is not None:
         prompting.load(loaded.model, args.prompts)
@@ -180,6 +188,9 @@ def as_table(results: Mapping[str, Mapping[str, float]]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Test on each list, and print the accuracies."""
     args = parse_arguments(arguments)
+    args.contract = None
+    if args.prompts is None:  # prompts belong to a frozen model, which was trained in another way
+        use_contract(args, ignored=["pretrained"])
     with training_processes(args.device, args.timeout) as (processes, device):
         loaded = build_model(args, device)
         results = {path.stem: accuracy(args, loaded, path, processes) for path in args.annotations}

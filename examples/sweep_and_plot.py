@@ -8,6 +8,8 @@ videos of the classes that the model was fine-tuned on, ``--zero-shot`` lists vi
 classes. Use videos that are not in the training set. If fine-tuning changed the text tower, the
 class names are encoded again at each λ; ``--text original`` keeps the text tower of CLIP.
 
+If training wrote how the model is used (a contract), the script uses the model in this way.
+
 λ weighs the original CLIP. The printed table has a row for each λ. The numbers are top-1 accuracies
 in %, among the classes of the list. λ = 0 is the fine-tuned model and λ = 1 is CLIP's weights in
 the expanded model.
@@ -30,11 +32,13 @@ import torch
 from torch.utils.data import DataLoader
 
 import openvclip
+from openvclip.cli.options.contract import load_with_contract, use_contract
 from openvclip.commands import Parser, command
 from openvclip.errors import AnnotationError
 from openvclip.evaluation import FIGURE_LAMBDAS, Curve, sweep, tradeoff_figure
 from openvclip.models.drawing import require_matplotlib
 from openvclip.models.loading import LoadedModel, brings_weights, load_model
+from openvclip.models.usage import sampling_of
 from openvclip.video import Sampling, VideoDataset, read_annotations
 
 
@@ -43,14 +47,18 @@ def accuracies(loaded: LoadedModel, annotations: Path, args: Namespace) -> dict[
     samples, names = read_annotations(annotations, root=args.videos)
     if names is None:
         raise AnnotationError(f"{annotations}: got class numbers, expected lines path,class name.")
-    model, tuned = loaded.model, loaded.tuned or {}
+    model, tuned, contract = loaded.model, loaded.tuned or {}, args.contract
     sampling = Sampling(args.frames, args.sampling_rate, views=args.views)
+    more: dict[str, Any] = {}
+    if contract is not None:
+        sampling = sampling_of(contract)
+        more = {"templates": contract.templates, "pooling": contract.pooling}
     videos = VideoDataset(
         samples, args.videos, transform=loaded.transform, sampling=sampling, details=True
     )
     loader = DataLoader[Any](videos, args.batch_size, num_workers=args.num_workers)
     # The model has the weights of the original CLIP. After the sweep it has them again.
-    classifier = openvclip.ZeroShotClassifier(model, loaded.tokenizer, names)
+    classifier = openvclip.ZeroShotClassifier(model, loaded.tokenizer, names, **more)
     clip, title = model.state_dict(), annotations.stem
     results = sweep(
         classifier, clip, tuned, loader, lams=args.lam, text=args.text, description=title
@@ -63,8 +71,12 @@ def accuracies(loaded: LoadedModel, annotations: Path, args: Namespace) -> dict[
 def run(args: Namespace) -> None:
     """Evaluate both lists, print the table and draw the picture."""
     require_matplotlib()
-    weights = None if brings_weights(args.model) else args.pretrained
-    loaded = load_model(args.model, weights, checkpoint=args.checkpoint, device=args.device)
+    use_contract(args)
+    if args.contract is not None:
+        loaded = load_with_contract(args, args.contract, torch.device(args.device))
+    else:
+        weights = None if brings_weights(args.model) else args.pretrained
+        loaded = load_model(args.model, weights, checkpoint=args.checkpoint, device=args.device)
     closed, zero = (accuracies(loaded, path, args) for path in (args.closed_set, args.zero_shot))
     print("λ     closed set  zero-shot")
     for lam in args.lam:
@@ -96,6 +108,11 @@ def main(arguments: list[str] | None = None) -> None:
     add("--frames", type=int, default=8, help="frames of a clip; default: %(default)s")
     add("--sampling-rate", type=int, default=16, help="use every N-th frame at 30 fps; default: 16")
     add("--views", type=int, default=3, help="clips of a video; default: %(default)s")
+    add(
+        "--override",
+        action="store_true",
+        help="use flags that contradict the checkpoint's contract",
+    )
     add("--batch-size", type=int, default=8, help="videos at a time; default: %(default)s")
     add("--num-workers", type=int, default=2, help="decoding processes; default: %(default)s")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import openvclip
+from examples import sweep_and_plot
 from examples.shapes.model import MEAN, STD, WEIGHTS, create_model
 from examples.shapes.world import TEMPLATES, class_names
 from openvclip import cli
@@ -249,3 +250,25 @@ def test_inspect_takes_a_folder(run: Path, capsys: pytest.CaptureFixture[str]) -
     said = capsys.readouterr().out
     assert "final.safetensors" in said.splitlines()[0]
     assert "  attention   window 2, boundary mask, layers" in said
+
+
+def test_the_script_for_a_sweep_uses_the_contract(
+    run: Path, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = class_names("seen")
+    lines = [f"{path},{names[index]}" for path, index in world.samples]
+    (tmp_path / "list.csv").write_text("\n".join(lines))
+    expanded = openvclip.VideoCLIP.from_pretrained(run)
+    labels = list(dict.fromkeys(names[index] for _, index in world.samples))
+    right = [
+        expanded.classify(world.folder / path, labels).label == names[index]
+        for path, index in world.samples
+    ]
+    percent = f"{100 * sum(right) / len(right):.1f}"
+    videos = ["--videos", str(world.folder), "--model", CONFIG, "--pretrained", str(WEIGHTS)]
+    videos += ["--checkpoint", str(run / "final.safetensors"), "--num-workers", "0"]
+    lists = ["--closed-set", str(tmp_path / "list.csv"), "--zero-shot", str(tmp_path / "list.csv")]
+    with pytest.raises(SystemExit, match="--frames 8 contradicts the contract"):
+        sweep_and_plot.main([*videos, *lists, "--frames", "8"])
+    sweep_and_plot.main([*videos, *lists, "--lam", "0", "--out", str(tmp_path / "t.png")])
+    assert re.search(rf"^0 +{percent} +{percent}$", capsys.readouterr().out, re.MULTILINE)

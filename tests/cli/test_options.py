@@ -276,13 +276,8 @@ SCRIPTS = [
 ]
 # Where the options of the scripts are read, besides the script itself.
 READERS = [
-    *(
-        "cli/options/models.py",
-        "cli/options/data.py",
-        "cli/options/contract.py",
-        "training/options.py",
-    ),
-    "training/shared_options.py",
+    *("cli/options/models.py", "cli/options/data.py", "cli/options/contract.py"),
+    *("training/options.py", "training/shared_options.py"),
 ]
 
 
@@ -309,7 +304,7 @@ def test_each_option_of_a_script_is_read(script: str, monkeypatch: pytest.Monkey
         module.get("parse_arguments", module["main"])([])
     (parser,) = caught.value.args
     read = set(attributes(REPO / "examples" / f"{script}.py"))
-    if script in ("accuracy", "evaluate", "finetune", "tradeoff"):
+    if script in ("accuracy", "evaluate", "finetune", "sweep_and_plot", "tradeoff"):
         read |= {name for file in READERS for name in attributes(REPO / "openvclip" / file)}
     if script == "finetune":
         read |= {*Recipe.__dataclass_fields__, *Run.__dataclass_fields__}

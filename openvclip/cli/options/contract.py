@@ -7,6 +7,7 @@ is an error, unless ``--override`` is given.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,14 +21,17 @@ if TYPE_CHECKING:
     from openvclip.models.loading import LoadedModel
 
 
-def use_contract(options: argparse.Namespace) -> None:
+def use_contract(options: argparse.Namespace, ignored: Collection[str] = ()) -> None:
     """Read the contract of the model that the options name, and set the options that it decides.
+
+    The options need the attributes ``checkpoint``, ``model``, ``override`` and ``given``.
 
     Afterwards ``options.contract`` is the contract with which the model is used, or ``None``.
     Call this first: other checks read the options that the contract sets.
 
     Args:
         options: the options of a command that runs a model.
+        ignored: names of options that the contract does not decide for this command.
 
     Raises:
         UsageError: an option that is given contradicts the contract, and ``--override`` is not
@@ -44,7 +48,7 @@ def use_contract(options: argparse.Namespace) -> None:
             )
         return
     for name, value in _decided(contract).items():
-        if not hasattr(options, name):
+        if name in ignored or not hasattr(options, name):
             continue
         if name not in options.given:
             setattr(options, name, value)
@@ -160,11 +164,12 @@ def _decided(contract: Contract) -> dict[str, Any]:
         "transform": pixels.name,
         "short_side": pixels.short_side,
         "crops": pixels.crops,
+        "method": contract.method,
     }
     if contract.expansion is not None:
         values |= {"window": contract.expansion.window, "boundary": contract.expansion.boundary}
     if frames.sampler != "uniform":
-        values["sampling_rate"] = frames.sampling_rate
+        values |= {"sampling_rate": frames.sampling_rate, "target_fps": frames.target_fps}
     if base is not None and base.pretrained is not None:
         values["pretrained"] = base.pretrained
     return values
@@ -198,29 +203,38 @@ def _effective(contract: Contract, options: argparse.Namespace) -> Contract:
     from dataclasses import replace
 
     from openvclip.checkpoints.contract import Expansion
-    from openvclip.cli.options.models import templates_of
+    from openvclip.models.labels import read_labels
 
+    def value(name: str, default: Any) -> Any:
+        return getattr(options, name, default)
+
+    present, frames, pixels = contract.expansion, contract.frames, contract.pixels
     expansion = None
-    if options.expand:
-        layers = None if contract.expansion is None else contract.expansion.layers
-        expansion = Expansion(options.window, options.boundary, layers)
+    if value("expand", present is not None):
+        present = present or Expansion()
+        window, boundary = value("window", present.window), value("boundary", present.boundary)
+        expansion = Expansion(window, boundary, present.layers)
     frames = replace(
-        contract.frames,
-        num_frames=options.frames,
-        sampling_rate=options.sampling_rate,
-        sampler=options.sampler,
-        views=options.views,
+        frames,
+        num_frames=value("frames", frames.num_frames),
+        sampling_rate=value("sampling_rate", frames.sampling_rate),
+        target_fps=value("target_fps", frames.target_fps),
+        sampler=value("sampler", frames.sampler),
+        views=value("views", frames.views),
     )
     pixels = replace(
-        contract.pixels,
-        name=options.transform,
-        short_side=getattr(options, "short_side", contract.pixels.short_side),
-        crops=getattr(options, "crops", contract.pixels.crops),
+        pixels,
+        name=value("transform", pixels.name),
+        short_side=value("short_side", pixels.short_side),
+        crops=value("crops", pixels.crops),
     )
+    templates = value("templates", contract.templates)
+    if not isinstance(templates, tuple):
+        templates = tuple(read_labels(templates))
     return contract.with_(
         expansion=expansion,
         frames=frames,
         pixels=pixels,
-        templates=templates_of(options),
-        text=options.text,
+        templates=templates,
+        text=value("text", contract.text),
     )
