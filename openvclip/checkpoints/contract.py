@@ -145,7 +145,7 @@ class Contract(Checked):
         content = asdict(self)
         unknown = content.pop("unknown")
         ordered = {"format": _MARK, "version": VERSION, **_with_unknown(content, unknown)}
-        return json.dumps(ordered, indent=1, ensure_ascii=False, default=str)
+        return json.dumps(ordered, indent=1, ensure_ascii=False, default=_plain)
 
     @classmethod
     def from_json(cls, text: str, source: str) -> Contract:
@@ -234,6 +234,12 @@ def _split(section: type, content: Any, prefix: str = "") -> tuple[dict[str, Any
         raise ContractError(f"{listed(missing, 10)} is missing in the contract.")
     values = {key: value for key, value in content.items() if key in known}
     return values, {key: value for key, value in content.items() if key not in known}
+
+
+def _plain(value: Any) -> Any:
+    """Return what JSON stores for an object: a scalar of NumPy or PyTorch is a number."""
+    is_scalar = callable(getattr(value, "item", None)) and getattr(value, "shape", None) == ()
+    return value.item() if is_scalar else str(value)
 
 
 def _with_unknown(content: dict[str, Any], unknown: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import product
 
@@ -324,6 +324,8 @@ def require_names(class_names: Sequence[str]) -> list[str]:
     """
     if isinstance(class_names, str):
         raise ClassNamesError(f"class_names is one string, {class_names!r}; expected a list.")
+    if not isinstance(class_names, Iterable):
+        raise ClassNamesError(f"class_names is {class_names!r}; expected a list of names.")
     names = list(class_names)
     if not names:
         raise ClassNamesError("class_names is empty; expected at least one name.")

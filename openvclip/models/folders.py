@@ -112,6 +112,10 @@ def load_stored(
         dtype: the dtype of the weights. Default: float32.
         hub_options: attributes of :class:`openvclip.models.hub_files.HubSource`.
     """
+    if dtype is not None and not getattr(dtype, "is_floating_point", False):
+        raise UsageError(
+            f"dtype={dtype!r}; expected a floating-point dtype such as torch.bfloat16."
+        )
     text = os.fspath(source)
     is_named = text.endswith(".json") or (pretrained is not None and text in _known_names())
     is_stored = text.startswith((*_HUB, _LOCAL)) or (not is_named and Path(text).exists())

@@ -231,9 +231,12 @@ def read_image(image: Any) -> Tensor:
         raise MissingDependencyError(
             'Images are read with Pillow: pip install "openvclip[video]".'
         ) from error
-    if isinstance(image, Image.Image):
-        return _upright(image)
     name = source_name(image)
+    if isinstance(image, Image.Image):
+        try:
+            return _upright(image)
+        except (OSError, SyntaxError, ValueError) as error:  # closed, or its file is damaged
+            raise VideoError(f"{name}: can't be read as an image ({error}).") from error
     is_path = isinstance(image, (str, os.PathLike)) and not is_url(image)
     file = image if is_path else io.BytesIO(all_bytes(image))
     try:

@@ -119,6 +119,10 @@ class VideoCLIP(HandOver):
         require_usable(inner, contract)
         self.model: Any = inner
         self.tokenizer = default_tokenizer(inner) if tokenizer is None else tokenizer
+        if autocast is not None and not getattr(autocast, "is_floating_point", False):
+            raise UsageError(
+                f"autocast={autocast!r}; expected a floating-point dtype such as torch.bfloat16."
+            )
         self.autocast = autocast
         self._contract = contract
         self.confidence: Confidence | None = None if contract is None else contract.confidence
@@ -444,7 +448,11 @@ class VideoCLIP(HandOver):
         several = [texts] if isinstance(texts, str) else texts
         if isinstance(several, Iterable):
             several = list(several)
-        if not several or not all(isinstance(text, str) for text in several):
+        if (
+            not isinstance(several, list)
+            or not several
+            or not all(isinstance(text, str) for text in several)
+        ):
             raise UsageError(f"texts is {texts!r}; expected a text or a list of texts.")
         features = self._texts.encode(several).float().cpu()
         return features[0] if isinstance(texts, str) else features

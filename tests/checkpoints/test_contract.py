@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -332,3 +333,9 @@ def test_the_activation_is_in_the_config_of_transformers(
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     assert open_clip_name(path, "ViT-B-16") == name
     assert open_clip_name(path, None) is None
+
+
+@pytest.mark.parametrize("value", [np.float32(0.5), np.float64(0.5), torch.tensor(0.5)])
+def test_numbers_of_numpy_and_torch_are_numbers_in_the_file(value: Any) -> None:
+    stored = json.loads(CONTRACT.with_(results={"UCF-101": value}).to_json())
+    assert stored["results"] == {"UCF-101": 0.5}

@@ -478,3 +478,9 @@ def test_models_that_can_not_be_saved(model: StoredModel, tmp_path: Path) -> Non
     with pytest.raises(UsageError, match="for a CLIPModel: transformers loads another tokenizer"):
         saving(hf.model, changed)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", ["float16", torch.int8])
+def test_a_dtype_that_is_not_floating_is_refused(saved: Path, dtype: Any) -> None:
+    with pytest.raises(UsageError, match=r"dtype=.*; expected a floating-point dtype"):
+        openvclip.VideoCLIP.from_pretrained(saved, dtype=dtype)

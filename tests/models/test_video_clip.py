@@ -428,3 +428,21 @@ def test_labels_and_texts_that_are_refused(clip: VideoCLIP) -> None:
     for texts in ([], [1], None, b"text"):
         with pytest.raises(UsageError, match="expected a text or a list of texts"):
             clip.encode_text(texts)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="texts is 3; expected a text or a list of texts"):
+        clip.encode_text(3)  # type: ignore[arg-type]
+    for labels in (None, 3):
+        with pytest.raises(ClassNamesError, match=f"class_names is {labels}; expected a list"):
+            clip.classify(video, labels)  # type: ignore[call-overload]
+
+
+def test_a_closed_image_is_refused(clip: VideoCLIP) -> None:
+    picture = pytest.importorskip("PIL.Image").fromarray(frames()[0])
+    picture.close()
+    with pytest.raises(VideoError, match="can't be read as an image"):
+        clip.classify(picture, LABELS)
+
+
+@pytest.mark.parametrize("autocast", ["bfloat16", torch.int8])
+def test_an_autocast_that_is_no_floating_dtype_is_refused(autocast: Any) -> None:
+    with pytest.raises(UsageError, match=r"autocast=.*; expected .* torch.bfloat16"):
+        wrapped(autocast=autocast)
