@@ -114,9 +114,7 @@ class Mixture:
         if (
             self.tuned is None
             or self.text == "original"
-            or same_text(
-                live, canonical_model(self.tuned_state(model) or {}, "tuned", like=live)[0]
-            )
+            or same_text(live, canonical_model(resolved(self.tuned, live), "tuned", like=live)[0])
         ):
             return [encode()] * max(1, len(self.lams))
         features = []

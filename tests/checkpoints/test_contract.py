@@ -96,6 +96,8 @@ def test_unknown_fields_are_written_again() -> None:
         (changed(library="keras"), "library is 'keras' in the contract; expected 'open_clip' or"),
         (changed(frames={"num_frames": 0}), "here: frames.num_frames is 0"),
         (changed(frames={"num_frames": True}), "frames.num_frames is True"),
+        (changed(frames={"target_fps": 10**400}), "frames.target_fps is 10+ in the contract"),
+        (changed(lam={"visual.*": 10**400}), "expected a number, or an object of numbers"),
         (changed(frames=3), "frames is 3; expected an object"),
         (changed(frames=None), "frames is None in the contract; expected an object"),
         (changed(pixels={"size": 224}), "pixels.name, pixels.mean, pixels.std is missing"),
