@@ -292,7 +292,6 @@ class _ClassTexts:
     def _encoded(self, model: nn.Module) -> Tensor:
         encoded = encode_texts(model, self._tokens)
         mean = encoded.unflatten(0, (self._n_classes, -1)).mean(dim=1)
-        require_finite(mean, lambda: text_state(model), "The text features")
         return functional.normalize(mean, dim=-1)
 
 
@@ -305,6 +304,9 @@ def encode_texts(model: nn.Module, tokens: Sequence[Tensor]) -> Tensor:
     Args:
         model: a CLIP model of open_clip or transformers.
         tokens: token ids of the texts, in batches.
+
+    Raises:
+        NonFiniteWeightsError, EvaluationError: the features are not finite.
     """
     hidden = None if len(tokens) > 4 else True
     with evaluation_mode(model):
@@ -312,7 +314,9 @@ def encode_texts(model: nn.Module, tokens: Sequence[Tensor]) -> Tensor:
             functional.normalize(encode_text(model, batch), dim=-1)
             for batch in progress_bar(tokens, desc="text features", disable=hidden)
         ]
-    return torch.cat(encoded)
+    features = torch.cat(encoded)
+    require_finite(features, lambda: text_state(model), "The text features")
+    return features
 
 
 def require_names(class_names: Sequence[str]) -> list[str]:

@@ -31,16 +31,14 @@ from openvclip.errors import (
     listed,
     near_path,
 )
-from openvclip.models import hub_files as hub
+from openvclip.models import hub, open_clip_folder, transformers_folder
 from openvclip.models import loading as named_models
-from openvclip.models import open_clip_folder, transformers_folder
-from openvclip.models.hub import image_processor_of
 from openvclip.models.open_clip_config import (
     CONFIG_FILE,
     name_of_config,
     open_clip_config,
 )
-from openvclip.models.preprocess import transform_for
+from openvclip.models.preprocess import image_processor_of, transform_for
 from openvclip.models.tokenizers import tokenizer_of_folder
 from openvclip.models.usage import contract_of, expand_as
 
@@ -110,7 +108,7 @@ def load_stored(
         pretrained: with a name of open_clip: a tag of open_clip, or a file of weights.
         device: the device of the model.
         dtype: the dtype of the weights. Default: float32.
-        hub_options: attributes of :class:`openvclip.models.hub_files.HubSource`.
+        hub_options: attributes of :class:`openvclip.models.hub.HubSource`.
     """
     if dtype is not None and not getattr(dtype, "is_floating_point", False):
         raise UsageError(

@@ -17,8 +17,8 @@ from transformers.utils import logging
 from openvclip.errors import ModelNameError, StateMismatchError, UnsupportedModelError
 from openvclip.models.building import building
 from openvclip.models.features import require_clip
-from openvclip.models.hub import image_processor_of, is_offline
-from openvclip.models.preprocess import transform_for
+from openvclip.models.hub import is_offline
+from openvclip.models.preprocess import image_processor_of, transform_for
 from openvclip.models.tokenizers import Tokenizer, tokenizer_of_folder
 from openvclip.video.transforms import Transform
 

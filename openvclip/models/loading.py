@@ -22,7 +22,7 @@ from openvclip.errors import (
     listed,
     near_path,
 )
-from openvclip.models import hub_files as hub
+from openvclip.models import hub
 from openvclip.models.building import building
 from openvclip.models.model_names import unknown_model, unknown_weights
 from openvclip.models.open_clip_config import remember_config

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -18,7 +20,7 @@ from openvclip.errors import (
     VideoNotFoundError,
 )
 from openvclip.models.features import is_transformers, model_type
-from openvclip.models.hub import image_processor_of
+from openvclip.models.hub import is_offline
 from openvclip.video.sources import all_bytes, image_planes, is_array, is_url, source_name
 from openvclip.video.transforms import CLIP_MEAN, CLIP_STD, Transform, build
 
@@ -109,6 +111,27 @@ def _moments(model: nn.Module) -> tuple[Sequence[float], Sequence[float]]:
     visual = cast(Any, getattr(model, "visual", None))
     mean, std = getattr(visual, "image_mean", None), getattr(visual, "image_std", None)
     return mean or CLIP_MEAN, std or CLIP_STD
+
+
+def image_processor_of(name: str) -> Any | None:
+    """Return the image processor that is stored with a model of transformers, or ``None``.
+
+    Args:
+        name: a folder, or a name on the Hub. A name on the Hub is looked up once in a program.
+    """
+    return _load_processor(name) if Path(name).is_dir() else _load_processor_once(name)
+
+
+def _load_processor(name: str) -> Any | None:
+    from transformers import AutoImageProcessor
+
+    try:
+        return AutoImageProcessor.from_pretrained(name, local_files_only=is_offline(name))
+    except (ImportError, OSError, ValueError, KeyError):
+        return None
+
+
+_load_processor_once = lru_cache(maxsize=None)(_load_processor)
 
 
 def transform_of_processor(

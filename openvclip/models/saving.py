@@ -21,8 +21,7 @@ from openvclip.checkpoints.model_files import save_model_file
 from openvclip.checkpoints.sharding import shard_names_in
 from openvclip.checkpoints.texts import add_texts
 from openvclip.errors import CheckpointError, UsageError, listed
-from openvclip.models import hub_files as hub
-from openvclip.models import model_card, open_clip_folder, transformers_folder
+from openvclip.models import hub, model_card, open_clip_folder, transformers_folder
 from openvclip.models.folders import RUN_CONFIG_FILE, STANDARD_WEIGHTS, StoredModel
 from openvclip.models.open_clip_config import CONFIG_FILE, name_of_config
 from openvclip.models.tokenizers import as_tokenizer
@@ -89,7 +88,7 @@ def push_stored(
         stored: the model.
         repo: the repository, such as ``"user/name"``.
         options: how the model is written.
-        hub_options: the options of :func:`openvclip.models.hub_files.upload`.
+        hub_options: the options of :func:`openvclip.models.hub.upload`.
 
     Returns:
         The address of the commit, or of the pull request.

@@ -22,6 +22,7 @@ from openvclip import VideoCLIP, ZeroShotClassifier, expand_temporal_attention, 
 from openvclip.errors import (
     ClassNamesError,
     LabelWarning,
+    NonFiniteWeightsError,
     PromptingError,
     UnsupportedModelError,
     UsageError,
@@ -415,6 +416,18 @@ def test_videos_that_are_refused(
         clip.classify(videos, LABELS, **options)
     with pytest.raises(error, match=text):
         clip.encode_video(videos, **options)
+
+
+def test_features_of_broken_weights_are_refused() -> None:
+    clip = wrapped()
+    for weights, call in (
+        (clip.model.text_projection, lambda: clip.encode_text("archery")),
+        (clip.model.visual.proj, lambda: clip.encode_video(VideoFrames(frames(), 30))),
+    ):
+        with torch.no_grad():
+            weights.fill_(torch.nan)
+        with pytest.raises(NonFiniteWeightsError, match=r"features are NaN or infinite.*proj"):
+            call()
 
 
 def test_labels_and_texts_that_are_refused(clip: VideoCLIP) -> None:
