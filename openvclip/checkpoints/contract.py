@@ -1,6 +1,6 @@
 """The contract of a model: the settings that the model was trained with and must be used with.
 
-This module knows no video and no tower: ``openvclip.models.usage`` turns a contract into a
+This module needs no video and no tower. ``openvclip.models.usage`` turns a contract into a
 sampling, a transform and an expanded model. :mod:`openvclip.checkpoints.contract_files` reads
 contracts from folders and from files of weights.
 """
@@ -103,8 +103,8 @@ class Contract(Checked):
         text: the weights that encode the class names: ``"own"`` or ``"original"``.
         weights: name of the file of weights in the folder; ``None`` for the usual name.
         method: name of the method that trained the model.
-        lam: weight of the original CLIP in the weights, or weights by pattern of names; ``None`` if
-            it is not known.
+        lam: weight of the original CLIP in the weights, or such a weight for each pattern of names;
+            ``None`` if it is not known.
         base: the original CLIP.
         confidence: the calibration of the model.
         data: facts about the training videos, by name.
@@ -173,7 +173,7 @@ class Contract(Checked):
             raise ContractError(f"{source}: {error}") from error
 
     def difference(self, other: Contract) -> tuple[str, Any, Any] | None:
-        """Return the first setting of use that differs: its name and the value in each contract.
+        """Return the first setting that differs: its name, and its value in each contract.
 
         Args:
             other: the contract of another model.

@@ -55,7 +55,7 @@ def read_contract(path: str | os.PathLike[str]) -> Contract | None:
 
 
 def contract_of_file(path: Path, texts: Mapping[str, str]) -> Contract | None:
-    """Return the contract of a file of weights whose texts are known.
+    """Return the contract of a file of weights, from the texts in its header.
 
     Args:
         path: the file.

@@ -1,4 +1,4 @@
-"""What the integrations share: alpha of a step, steps that changed weights, states, refusals."""
+"""Functions for all integrations: passes of IWR, counted steps, saved states, checks."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class InterpolatedPasses:
 
     @contextmanager
     def interpolated(self, step: int, wrapper: nn.Module) -> Iterator[float]:
-        """Interpolate the weights in a ``with`` block, which does not reduce its gradients.
+        """Interpolate the weights in a ``with`` block. Processes do not reduce its gradients.
 
         Args:
             step: number of the optimizer step.
@@ -137,7 +137,7 @@ def load_states(
         averages: the averages of the resumed run.
         averaged: the model that is averaged.
         source: where the states are from, for an error.
-        owner: what has the regulariser and the averages, for an error: ``"trainer"``.
+        owner: the object with the regulariser and the averages, such as ``"trainer"``, for errors.
 
     Raises:
         CheckpointError: the saved run had another number of averages, or a regulariser where the
@@ -197,7 +197,7 @@ def _description(has_regularizer: bool, n_averages: int) -> str:
 
 
 def require_whole_weights(model: nn.Module, *, deepspeed: bool) -> None:
-    """Raise a :class:`UsageError` if the parameters are not those of the model in a training step.
+    """Raise a :class:`UsageError` if a training step has flattened or partitioned parameters.
 
     Args:
         model: the model with the wrapper of the library.

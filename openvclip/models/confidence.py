@@ -1,6 +1,6 @@
 """How sure a prediction is: scores, a threshold for "none of these", and the temperature.
 
-The functions on tensors know no model. :func:`calibrate` takes predictions on clips of one's own
+Most functions take tensors and need no model. :func:`calibrate` takes predictions on clips of one's own
 and returns the settings that :func:`openvclip.predict` uses afterwards.
 """
 
@@ -27,7 +27,7 @@ Score = Literal["cosine", "probability", "energy"]
 SCORES: tuple[Score, ...] = get_args(Score)
 """All scores."""
 DEFAULT_SCORE: Score = "cosine"
-"""The score of a threshold that names none. docs/none-of-these.md compares the scores."""
+"""The score if none is given. docs/none-of-these.md compares the scores."""
 
 _RANGES: dict[Score, tuple[float, float]] = {
     "cosine": (-1.0, 1.0),
@@ -88,7 +88,7 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> float:
     true = values.gather(1, indices[:, None])[:, 0]
 
     def slope(inverse: float) -> float:
-        """The derivative of the NLL by 1 / T, at 1 / T. It grows with 1 / T."""
+        """The derivative of the NLL with respect to 1 / T. It grows with 1 / T."""
         weights = (inverse * values).softmax(dim=1)
         return float(((weights * values).sum(dim=1) - true).mean())
 
@@ -346,7 +346,7 @@ def calibrate(
         predictions: predictions on N clips that the model was not trained on, all with the labels
             and background texts of later use.
         targets: the label of each clip, or its index; ``None`` or -1 for a clip that is none of the
-            labels. Such clips change neither number. Default: every clip belongs to some label.
+            labels. Such clips do not change the result. Default: every clip belongs to some label.
         keep: share of clips of the labels that a threshold must not reject, in (0, 1).
         score: the score to compare with the threshold; see :func:`confidence_score`.
 

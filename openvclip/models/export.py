@@ -103,8 +103,8 @@ def export_model(
     """Write a part of a model as an ONNX file, or as an archive of ``torch.export``.
 
     The exported model takes any number of clips and of frames from 1 to 65,536, also if its
-    attention is expanded. Prompts of Vita-CLIP belong to a number of frames, so only the number of
-    clips is open. The model is exported in eval mode and in float32 on the CPU, and is not changed.
+    attention is expanded. A model with prompts of Vita-CLIP takes only the number of frames of its
+    prompts. The model is exported in eval mode and in float32 on the CPU, and is not changed.
 
     The file carries the contract and :class:`ExportFacts` as texts.
     :func:`openvclip.checkpoints.read_contract` and :func:`read_export` read them without the

@@ -56,7 +56,7 @@ class HandOver:
             dtype: the dtype of the weights. Default: float32.
             revision: a branch, a tag or a commit of the repository. Default: the main branch.
             cache_dir: the folder of downloaded files. Default: the cache of huggingface_hub.
-            local_files_only: whether only files are used that were downloaded before. Default:
+            local_files_only: whether to use only files that were downloaded before. Default:
                 only if the Hub does not answer, or if ``HF_HUB_OFFLINE`` is set.
             token: a token of the Hub. Default: the stored token, if there is one.
 
@@ -99,15 +99,15 @@ class HandOver:
         open_clip loads the folder of a model of open_clip with ``local-dir:FOLDER``. transformers
         loads the folder of a model of transformers with ``from_pretrained``. Both see a plain CLIP.
 
-        The folder is written atomically: after a kill, :meth:`from_pretrained` loads the old or the
-        new model. Other files in the folder are not changed. A ``README.md`` that somebody wrote or
+        The folder is written atomically: if the process is killed, :meth:`from_pretrained` loads
+        the old or the new model. Other files in the folder are not changed. A ``README.md`` that somebody wrote or
         changed is kept.
 
         Args:
             folder: the folder. Missing folders are created.
             config: the open_clip configuration of the model: a dictionary, a JSON file, or a name
                 in open_clip. Default: the configuration that the model was loaded with, or the
-                configuration of the model of open_clip that is built alike.
+                configuration of an open_clip model with the same modules, names and shapes.
             max_shard_size: bytes of the weights in a file. Larger models are written in several
                 files and an index, which open_clip can't load. Default: one file.
             title: name of the model in the model card. Default: the name of the folder.

@@ -57,9 +57,9 @@ __all__ = ["VideoCLIP"]
 class VideoCLIP(HandOver):
     """A CLIP model together with everything that its use on videos needs.
 
-    The settings belong to the model: a model that is used with other frames, pixels, templates or
-    pooling than in its training is another, worse model. The window, the boundary and the expanded
-    layers are read from the model.
+    Use a model with the frames, pixels, templates and pooling of its training. With other settings
+    its accuracy falls without an error. The window, the boundary and the expanded layers are read
+    from the model.
 
     All methods run in eval mode and without gradients. Several threads can use one object.
 
@@ -91,7 +91,7 @@ class VideoCLIP(HandOver):
         pooling: as the argument.
         autocast: as the argument.
         confidence: the calibration of the model: that of ``contract``, or the result of
-            :meth:`calibrate`. ``None`` before.
+            :meth:`calibrate`. ``None`` if the model is not calibrated.
 
     Raises:
         UnsupportedModelError: ``model`` is neither a CLIP of open_clip nor of transformers.
@@ -234,7 +234,7 @@ class VideoCLIP(HandOver):
             background: texts of what else a video can show; see :func:`openvclip.predict`.
             reject: which videos are rejected as none of the labels; see :func:`openvclip.predict`.
                 Default: those below the threshold of ``confidence`` if the model is calibrated, and
-                those of which a background text is more probable than every label.
+                those for which a background text is more probable than every label.
             fps: frames per second, if the videos are arrays of frames.
             batch_size: number of videos to encode at a time. The batches change the probabilities
                 only by rounding.
@@ -250,7 +250,7 @@ class VideoCLIP(HandOver):
             ClassNamesError: ``labels`` is empty, or ``labels`` or ``background`` hold an empty or
                 repeated text.
             VideoError, VideoShapeError, VideoOptionError: a video can't be read. For several
-                videos, the error begins with the place of the video.
+                videos, the error begins with the index of the video.
             UsageError: ``videos`` is empty, a video is of an unknown kind, or ``batch_size`` is not
                 above 0; or ``reject`` is ``True`` and the model is not calibrated, or is a number
                 that the score can't have.

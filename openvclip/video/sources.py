@@ -1,6 +1,6 @@
 """What a video can be: a file, bytes, a URL, an array of frames, an open decoder.
 
-:func:`~openvclip.video.read_clip` and everything that reads a single video take each
+:func:`~openvclip.video.read_clip` and all other functions that read a video take every
 :data:`VideoSource`. :func:`opened` turns a source into what the reader needs.
 """
 

@@ -1,6 +1,6 @@
 """A LoRA fine-tune as a value: the changes that it makes to the weights of a base model.
 
-All arithmetic is that of the merged weights ``W + s B A``. Changes of low rank stay factors where
+All results equal the same operation on the merged weights ``W + s B A``. Changes of low rank stay factors where
 the result is again of low rank: interpolation scales a product, and a mean joins the factors.
 """
 
@@ -43,7 +43,8 @@ class Adapter(RelativeWeights):
         theta = openvclip.interpolate(clip, adapter, 0.5)
         theta = merging.ties(clip, [adapter, other])
 
-    The methods of this class compute in factors, without the base model.
+    :meth:`interpolated`, :meth:`mean`, :meth:`total` and :meth:`compressed` compute in factors. They
+    need the base model only for ``values``.
 
     Attributes:
         updates: changes of low rank, by the name of the entry that they are added to.
@@ -151,7 +152,7 @@ class Adapter(RelativeWeights):
                 of an entry do not add up to 1.
 
         Raises:
-            MergeError: there are no adapters, or the number of scales is another.
+            MergeError: there are no adapters, or the number of scales differs.
             LambdaError: a scale is not a finite number.
             StateMismatchError: shapes differ.
             UsageError: ``base`` is needed, but not given.
@@ -213,7 +214,7 @@ class Adapter(RelativeWeights):
             copy.
 
         Raises:
-            StateMismatchError: ``base`` lacks an entry of the adapter, or has another shape.
+            StateMismatchError: ``base`` lacks an entry of the adapter, or its shape differs.
             WeightTypeError: an entry that changes is quantised, sparse or without values.
             LambdaError: a weight is not a finite number.
 

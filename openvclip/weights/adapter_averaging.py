@@ -43,7 +43,7 @@ from openvclip.weights.shards import is_sharded
 class AdapterTracker(Tracker):
     """Base class of averages of LoRA fine-tunes.
 
-    The average is that of the merged weights ``W + s B A``. The base model is neither copied nor
+    The average equals the average of the merged weights ``W + s B A``. The base model is neither copied nor
     changed. Entries that are trained whole (``modules_to_save``, biases) are averaged one by one.
     Buffers of the model are not averaged.
 
@@ -159,7 +159,7 @@ class AdapterTracker(Tracker):
     def averaged_adapter(self) -> Adapter:
         """Return the average as an adapter: the means of the products.
 
-        The ranks are larger than that of the model, at most ``max_rank``. To get an adapter of a
+        Its rank is larger than the rank of the model, and at most ``max_rank`` if given. To get an adapter of a
         given rank, call :meth:`Adapter.compressed`. To get whole weights, call
         :meth:`Adapter.merged`.
 

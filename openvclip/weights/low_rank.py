@@ -1,7 +1,7 @@
 """A change of low rank of one weight, as LoRA trains it: ``scale * up @ down``.
 
-A sum of such changes is again one: the factors are joined, and the ranks add up. The singular value
-decomposition gives the closest change of a smaller rank.
+A sum of such changes is again a change of low rank: the factors are joined, and the ranks add up.
+The singular value decomposition gives the closest change of a smaller rank.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ class LowRank:
             weights: one number for each change. Default: 1 for each.
 
         Raises:
-            MergeError: there are no changes, or the number of weights is another.
+            MergeError: there are no changes, or the number of weights differs.
             StateMismatchError: the changes are for weights of different shapes.
         """
         weights = [1.0] * len(updates) if weights is None else weights

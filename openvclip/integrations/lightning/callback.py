@@ -1,4 +1,4 @@
-"""What the callbacks for Lightning share: their base class, and how a module is looked at."""
+"""The base class of the callbacks for Lightning, and functions that inspect a module."""
 
 from __future__ import annotations
 

@@ -57,8 +57,8 @@ class IWRCallback(LightningCallback):
         regularizer: a regulariser of the module or of a part of it, created without an optimizer;
             or a function that returns the regulariser for a model. The function is called when
             ``fit()`` begins, before a checkpoint is loaded. If the module overrides
-            ``configure_model()``, the function is called after this method, and after the
-            checkpoint was loaded: pass the anchor to the regulariser.
+            ``configure_model()``, the function is called later: after this method, and after the
+            checkpoint was loaded. The function must then pass ``anchor=`` to the regulariser.
         model: name of the submodule that is passed to the function. Default: the whole module.
 
     Raises:
@@ -118,7 +118,7 @@ class IWRCallback(LightningCallback):
             self._passes.forget()
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Create the regulariser, if the module has its parameters only now.
+        """Create the regulariser, if ``configure_model()`` creates the parameters.
 
         Args:
             trainer: see ``Callback.on_fit_start`` of Lightning.
