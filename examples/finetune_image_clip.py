@@ -29,13 +29,8 @@ from torchvision.transforms.functional import pil_to_tensor  # type: ignore[impo
 
 import openvclip
 from openvclip.commands import Parser, command, progress_bar, refuse_unused
+from openvclip.models import loading
 from openvclip.models.features import encode_text, similarity_logits
-from openvclip.models.loading import (
-    brings_weights,
-    load_model,
-    name_of_transformers,
-    transformers_name,
-)
 from openvclip.towers import encode_images
 from openvclip.video import read_annotations
 
@@ -96,16 +91,10 @@ def accuracy(model: Any, tokenizer: Any, data: Any, args: Namespace) -> float:
 
 def run(args: Namespace) -> None:
     """Fine-tune, choose λ, evaluate, and save the model."""
-    name = name_of_transformers(args.hf) if args.hf else args.model
-    of_transformers, has_weights = transformers_name(name) is not None, brings_weights(name)
-    refuse_unused(
-        args.given,
-        {
-            "model": "with --hf" if args.hf else "",
-            "pretrained": "with a model that has weights already" if has_weights else "",
-        },
-    )
-    loaded = load_model(name, None if has_weights else args.pretrained)
+    name = loading.name_of_transformers(args.hf) if args.hf else args.model
+    whole = "with a model that has weights already" if loading.brings_weights(name) else ""
+    refuse_unused(args.given, {"model": "with --hf" if args.hf else "", "pretrained": whole})
+    loaded = loading.load_model(name, None if whole else args.pretrained)
     model, tokenizer, transform = loaded.model, loaded.tokenizer, loaded.transform
     test = transform.with_(name="clip")
     folders = [ImageFolder(root, test, loader=read_image) for root in (args.validation, *args.test)]
@@ -126,7 +115,7 @@ def run(args: Namespace) -> None:
         cells = "".join(f"{accuracy(model, tokenizer, data, args):<12.3f}" for data in folders)
         print(f"{lam:<5g} {cells}{'chosen' if lam == chosen else ''}")
     openvclip.interpolate_into(model, clip, average, chosen)
-    if of_transformers:
+    if loading.transformers_name(name) is not None:
         model.save_pretrained(args.out)
     else:
         openvclip.save_checkpoint(model.state_dict(), args.out / "model.safetensors")
@@ -142,12 +131,8 @@ def main(arguments: list[str] | None = None) -> None:
     add("--test", type=Path, nargs="+", default=[], help="images that are only evaluated")
     add("--captions", type=Path, help="a CSV file; default: train with the class names")
     add("--out", type=Path, required=True, help="folder for the model")
-    add(
-        "--model",
-        default="ViT-B-16-quickgelu",
-        help="a name of open_clip, a folder of "
-        "transformers, or transformers:NAME of the Hub; default: %(default)s",
-    )
+    names = "name of open_clip, folder of transformers, or transformers:NAME; default: %(default)s"
+    add("--model", default="ViT-B-16-quickgelu", help=names)
     add("--pretrained", default="openai", help="tag or file of weights; default: %(default)s")
     add("--hf", help="name or folder of a CLIP of transformers, in place of --model")
     add("--train-text", action="store_true", help="train the text tower; default: it is frozen")

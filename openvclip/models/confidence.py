@@ -1,7 +1,7 @@
 """How sure a prediction is: scores, a threshold for "none of these", and the temperature.
 
-Most functions take tensors and need no model. :func:`calibrate` takes predictions on clips of one's own
-and returns the settings that :func:`openvclip.predict` uses afterwards.
+Most functions take tensors and need no model. :func:`calibrate` takes predictions on clips of one's
+own and returns the settings that :func:`openvclip.predict` uses afterwards.
 """
 
 from __future__ import annotations

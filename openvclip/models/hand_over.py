@@ -100,8 +100,8 @@ class HandOver:
         loads the folder of a model of transformers with ``from_pretrained``. Both see a plain CLIP.
 
         The folder is written atomically: if the process is killed, :meth:`from_pretrained` loads
-        the old or the new model. Other files in the folder are not changed. A ``README.md`` that somebody wrote or
-        changed is kept.
+        the old or the new model. Other files in the folder are not changed. A ``README.md`` that
+        somebody wrote or changed is kept.
 
         Args:
             folder: the folder. Missing folders are created.

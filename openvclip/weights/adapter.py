@@ -1,7 +1,8 @@
 """A LoRA fine-tune as a value: the changes that it makes to the weights of a base model.
 
-All results equal the same operation on the merged weights ``W + s B A``. Changes of low rank stay factors where
-the result is again of low rank: interpolation scales a product, and a mean joins the factors.
+All results equal the same operation on the merged weights ``W + s B A``. Changes of low rank stay
+factors where the result is again of low rank: interpolation scales a product, and a mean joins the
+factors.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ class Adapter(RelativeWeights):
         theta = openvclip.interpolate(clip, adapter, 0.5)
         theta = merging.ties(clip, [adapter, other])
 
-    :meth:`interpolated`, :meth:`mean`, :meth:`total` and :meth:`compressed` compute in factors. They
-    need the base model only for ``values``.
+    :meth:`interpolated`, :meth:`mean`, :meth:`total` and :meth:`compressed` compute in factors.
+    They need the base model only for ``values``.
 
     Attributes:
         updates: changes of low rank, by the name of the entry that they are added to.

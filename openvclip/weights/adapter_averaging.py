@@ -43,9 +43,9 @@ from openvclip.weights.shards import is_sharded
 class AdapterTracker(Tracker):
     """Base class of averages of LoRA fine-tunes.
 
-    The average equals the average of the merged weights ``W + s B A``. The base model is neither copied nor
-    changed. Entries that are trained whole (``modules_to_save``, biases) are averaged one by one.
-    Buffers of the model are not averaged.
+    The average equals the average of the merged weights ``W + s B A``. The base model is neither
+    copied nor changed. Entries that are trained whole (``modules_to_save``, biases) are averaged
+    one by one. Buffers of the model are not averaged.
 
     Args:
         model: a model of peft, of open_clip or Hugging Face, with or without wrappers.
@@ -159,8 +159,8 @@ class AdapterTracker(Tracker):
     def averaged_adapter(self) -> Adapter:
         """Return the average as an adapter: the means of the products.
 
-        Its rank is larger than the rank of the model, and at most ``max_rank`` if given. To get an adapter of a
-        given rank, call :meth:`Adapter.compressed`. To get whole weights, call
+        Its rank is larger than the rank of the model, and at most ``max_rank`` if given. To get an
+        adapter of a given rank, call :meth:`Adapter.compressed`. To get whole weights, call
         :meth:`Adapter.merged`.
 
         Raises:
