@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -44,7 +45,8 @@ def read_exported_texts(path: str | os.PathLike[str]) -> dict[str, str]:
     try:
         with open(path, "rb") as file:
             return _texts_of_pt2(file) if Path(path).suffix == ".pt2" else _texts_of_onnx(file)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
+        # RuntimeError: an archive with a password, or with a compression that Python lacks.
         raise CheckpointError(
             f"{os.fspath(path)}: can't be read as an exported model ({error}). Export the model "
             "again, or copy the file again."
@@ -59,12 +61,12 @@ def _texts_of_pt2(file: BinaryIO) -> dict[str, str]:
 
 
 def _texts_of_onnx(file: BinaryIO) -> dict[str, str]:
-    pairs = [dict(_fields(entry)) for field, entry in _large_fields(file) if field == _METADATA]
+    pairs = [dict(_fields(entry)) for entry in _metadata(file)]
     return {pair.get(_KEY, b"").decode(): pair.get(_VALUE, b"").decode() for pair in pairs}
 
 
-def _large_fields(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """Yield the number and the content of the metadata fields; skip all other fields."""
+def _metadata(file: BinaryIO) -> Iterator[bytes]:
+    """Yield the content of each metadata field; skip all other fields."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     if size == 0:
@@ -82,7 +84,7 @@ def _large_fields(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
         if file.tell() + length > size:
             raise ValueError("the file is cut off")
         if field == _METADATA and kind == _BYTES:
-            yield field, file.read(length)
+            yield file.read(length)
         else:
             file.seek(length, os.SEEK_CUR)
 

@@ -329,6 +329,18 @@ def test_files_that_are_no_exported_models(tmp_path: Path) -> None:
 # --- bad input -----------------------------------------------------------------------------------
 
 
+def test_an_archive_with_a_password(tmp_path: Path) -> None:
+    path = tmp_path / "m.pt2"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("m/extra/openvclip.json", "{}")
+    content = bytearray(path.read_bytes())
+    for header, place_of_flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        content[content.index(header) + place_of_flags] |= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"m\.pt2: can't be read as an exported model"):
+        read_contract(path)
+
+
 def refuse(error: type[Exception], text: str, name: str = "m.pt2", **options: Any) -> None:
     model = options.pop("model", None) or tiny_clip(layers=1)
     with pytest.raises(error, match=text):
