@@ -4,15 +4,14 @@ r"""Fine-tune a CLIP on videos with Open-VCLIP, or with a method that the paper 
         --annotations train.csv --videos videos/ --classes classes.txt --out run/
     torchrun --nproc-per-node 8 finetune.py --shards "k400-{0000..0999}.tar" ...
 
-The defaults are the paper's recipe for Kinetics-400 (Section 5.1.3 and the released
-configuration). --batch-size counts the videos of all devices together. Each line of train.csv has
-the path and the class index of a video, each line of classes.txt the name of a class.
+The defaults are the paper's recipe for Kinetics-400 (Section 5.1.3 and the released configuration).
+--batch-size counts the videos of all devices together. Each line of train.csv has the path and the
+class index of a video, each line of classes.txt the name of a class.
 
-The output folder holds finetuned.safetensors (the last weights), averaged.safetensors (the average
-along the run, if the method averages), final.safetensors (interpolated with the original CLIP: the
-weights to use), openvclip.json (how they are used: the folder is a --model of openvclip predict)
-and a model card, README.md. A method that learns prompts writes prompts.safetensors in place of
-the weights. After a stop, by SIGTERM or by a crash, the same command resumes the run.
+The output folder holds the last weights, their average along the run if the method averages, and
+final.safetensors (interpolated with the original CLIP: use this file), or prompts.safetensors; also
+openvclip.json, so that the folder is a --model of openvclip predict, and a model card. After a
+stop, by SIGTERM or by a crash, the same command resumes the run.
 """
 
 from __future__ import annotations
@@ -169,9 +168,8 @@ def train(
     model.train()
     # Sharded text weights can't be used outside of a forward pass of the whole classifier.
     text = nullcontext() if run.fsdp else methods.text_made_once(classifier)
-    hide_bar = None if processes.is_first else True
-    title = recipe.method
-    with text, progress_bar(total=total, initial=first, desc=title, disable=hide_bar) as bar:
+    about: Any = {"desc": recipe.method, "disable": None if processes.is_first else True}
+    with text, progress_bar(total=total, initial=first, **about) as bar:
         if on_epoch is not None and first and first % steps_per_epoch == 0:
             on_epoch(first)  # a killed run may have ended before this call
         started = time.perf_counter()

@@ -8,7 +8,7 @@ The script follows the paper:
 1. expand: each frame also attends to the two neighbouring frames;
 2. IWR: add a second loss, computed with weights between CLIP and the fine-tuned model;
 3. SWA: average the weights at the end of each epoch after the first tenth of the epochs;
-4. interpolate the average with the original CLIP, and save the result.
+4. interpolate the average with the original CLIP, and save a folder that knows how it is used.
 
 A fifth of the videos of each class is held out of the training. The printed table has the top-1
 accuracy on these videos, in [0, 1], at three weights λ of the original CLIP: 0 is the fine-tuned
@@ -33,7 +33,7 @@ import openvclip
 from openvclip.commands import Parser, command, progress_bar
 from openvclip.errors import AnnotationError
 from openvclip.evaluation import sweep
-from openvclip.models.loading import brings_weights, load_model
+from openvclip.models.loading import load_model
 from openvclip.video import Sampling, VideoDataset, find_videos, read_annotations
 
 Samples = list[tuple[str, int]]  # (path below --videos, class index)
@@ -111,14 +111,15 @@ def run(args: Namespace) -> None:
     print(f"\n{len(train)} training videos, {len(tests)} held out\nλ     held-out accuracy")
     print(*(f"{lam:<5g} {result.top1:.2f}" for lam, result in results.items()), sep="\n")
     print(*(f"not read: {f.path}: {f.reason}\n" for f in data.failures + tests.failures))
-    checkpoint, labels = args.out / "model.safetensors", args.out / "classes.txt"
-    openvclip.save_checkpoint(openvclip.interpolate(clip, average, args.lam), checkpoint)
-    openvclip.save_checkpoint(average, args.out / "averaged.safetensors")
+    openvclip.interpolate_into(loaded.model, clip, average, args.lam)
+    final = openvclip.VideoCLIP(loaded.model, loaded.tokenizer, sampling=views, transform=pixels)
+    final.save_pretrained(args.out, method="openvclip", lam=args.lam)
+    about = {"openvclip": final.contract.with_(method="openvclip", lam=0.0).to_json()}
+    openvclip.save_checkpoint(average, args.out / "averaged.safetensors", metadata=about)
+    labels = args.out / "classes.txt"
     labels.write_text("\n".join(names) + "\n", encoding="utf-8")
-    words = ["openvclip", "predict", args.videos / held_out[0][0], "--labels-file", labels]
-    words += [] if brings_weights(args.model) else ["--pretrained", args.pretrained]
-    words += ["--model", args.model, "--checkpoint", checkpoint]
-    words += ["--frames", args.frames, "--sampling-rate", args.sampling_rate]
+    words = ["openvclip", "predict", args.videos / held_out[0][0], "--model", args.out]
+    words += ["--labels-file", labels]
     print(f"\nTry the model:\n{shlex.join(map(str, words))}")
 
 

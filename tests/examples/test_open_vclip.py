@@ -49,7 +49,7 @@ def test_the_saved_model_is_the_interpolation_and_keeps_the_text_tower(
         options = [*model_flags(), *FRAMES, "--videos", str(clips), "--out", str(out)]
         options += ["--annotations", str(clips / "zero.csv"), "--epochs", "1", "--lr", "1e-3"]
         open_vclip.main([*options, "--lam", lam])
-        saved[lam] = openvclip.load_checkpoint(out / "model.safetensors")
+        saved[lam] = openvclip.load_checkpoint(out / "open_clip_model.safetensors")
         assert (out / "classes.txt").read_text().splitlines() == sorted(OTHERS)
     assert_same_state({name: saved["1"][name] for name in original}, original)
     moved = {name for name in original if not same_bits(saved["0"][name], original[name])}

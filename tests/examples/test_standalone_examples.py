@@ -75,7 +75,7 @@ def test_an_example_runs_in_an_empty_folder(clips: Path, tmp_path: Path) -> None
     assert set(rows_of(text)) >= {"0", "0.5", "1"}
     command = shlex.split(text.splitlines()[-1])
     assert command[:2] == ["openvclip", "predict"]
-    command = [str(empty / part) if part.startswith("run/") else part for part in command]
+    command = [str(empty / part) if f"{part}/".startswith("run/") else part for part in command]
     with started(_predict, command[1:], log=tmp_path / "predicted") as process:
         process.join(120)
         answer = (tmp_path / "predicted").read_text()
