@@ -145,7 +145,7 @@ def test_weights_that_open_clip_brings_are_checked(
     model = tiny_clip()
     model.load_state_dict(damaged("visual.proj", torch.inf))
     monkeypatch.setattr(open_clip, "create_model", lambda *_, **__: model)
-    monkeypatch.setattr("openvclip.models.hub_files.is_offline", lambda repo: False)
+    monkeypatch.setattr("openvclip.models.hub.is_offline", lambda repo: False)
     for name, tag in (("local-dir:clip", None), ("ViT-B-16-quickgelu", "openai")):
         with pytest.raises(NonFiniteWeightsError, match=f"of {tag or name} hold NaN .*visual.proj"):
             load_model(name, tag)
