@@ -31,7 +31,7 @@ def read_contract(path: str | os.PathLike[str]) -> Contract | None:
     Args:
         path: a folder, whose ``openvclip.json`` is read; a contract in a JSON file; or a file of
             weights. The contract of a safetensors file (or of the index of a sharded model) is in
-            its header. A file without a contract in its header has the contract of its folder if
+            its header. If the header has no contract, the contract of the folder is returned, if
             this contract names the file. An exported model (``.onnx``, ``.pt2``) holds its
             contract.
 

@@ -26,7 +26,7 @@ __all__ = ["RegularizedLoop"]
 class RegularizedLoop:
     """Add IWR and weight averages to a loop of accelerate, and to its saved states.
 
-    The loop stays that of accelerate's documentation. :meth:`backward` replaces
+    The loop stays as in accelerate's documentation. :meth:`backward` replaces
     ``accelerator.backward``, and :meth:`update` follows the step of the optimizer::
 
         model, optimizer, loader = accelerator.prepare(model, optimizer, loader)

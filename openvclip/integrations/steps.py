@@ -136,7 +136,7 @@ def load_states(
         regularizer: the regulariser of the resumed run.
         averages: the averages of the resumed run.
         averaged: the model that is averaged.
-        source: where the states are from, for an error.
+        source: the file or object that held the states, for errors.
         owner: the object with the regulariser and the averages, such as ``"trainer"``, for errors.
 
     Raises:

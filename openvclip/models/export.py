@@ -68,7 +68,7 @@ class ExportSettings:
             as a transform returns them. ``"uint8"``: 8-bit frames of the same size; the exported
             model normalises them.
         weights: ``"float32"``, or ``"int8"`` for 8-bit weights of the linear layers. The weights of
-            ``"int8"`` are chosen by torchao, and the model computes in float32.
+            ``"int8"`` are rounded by torchao, and the model computes in float32.
         opset: version of the ONNX operators. Default: the version that PyTorch prefers.
         check: whether the written file is run and compared with PyTorch. For an ONNX file this
             needs onnxruntime; without onnxruntime the file is not checked.

@@ -246,7 +246,7 @@ class AdapterTracker(Tracker):
     # --- saving and resuming ---------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the tracker, with which a run resumes bitwise.
+        """Return the state of the tracker. A run that loads the state resumes bitwise.
 
         The tensors are not copied. Save them, or clone them before the next call of
         :meth:`update`.
