@@ -19,9 +19,11 @@ from openvclip.integrations.steps import (
     InterpolatedPasses,
     is_sharded_model,
     load_states,
+    require_trained,
     require_whole_weights,
     states_of,
 )
+from openvclip.weights.gradients import innermost, require_one_evaluation
 from openvclip.weights.regularization import InterpolatedWeightRegularizer
 from openvclip.weights.schedule import Tracker
 
@@ -91,7 +93,8 @@ class RegularizedTrainerMixin(_Trainer):
 
     Raises:
         UsageError: the trainer runs under DeepSpeed, whose weights are not whole in a training
-            step; or the weights are sharded and the averages would be saved.
+            step; or the weights are sharded and the averages would be saved; or the regulariser
+            belongs to another model; or the optimizer evaluates the loss several times (LBFGS).
         CheckpointError: a checkpoint to resume from holds no state of this regulariser and these
             averages, or the state can't be written.
     """
@@ -223,6 +226,10 @@ def _callback_for(trainer: RegularizedTrainerMixin) -> Any:
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if trainer.regularizer is not None or trainer.averages:
                 require_whole_weights(kwargs["model"], deepspeed=False)
+            if trainer.regularizer is not None:
+                optimizer = innermost(kwargs["optimizer"])
+                require_one_evaluation(optimizer)
+                require_trained(trainer.regularizer.model, [optimizer], "regularised")
             if (
                 trainer.averages
                 and args.save_strategy != "no"

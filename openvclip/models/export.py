@@ -201,13 +201,13 @@ class _Export:
                     f"torch.export can't export {type(self.clip).__name__} ({reason[0]}). Remove "
                     "hooks and layers that other tools added to the model."
                 ) from error
-            expected = [module(other) for other in others]
             remove_unused(program)
             if self.settings.weights == "int8":
                 quantise_linear(program)
-                expected = [program.module()(other) for other in others]
+                module = program.module()  # the model that the file must agree with
+            expected = [(other, module(other)) for other in others if self.settings.check]
         names = ("tokens" if self.part == "text" else "frames", _OUTPUTS[self.part])
-        return Program(program, names, axes, list(zip(others, expected, strict=True)))
+        return Program(program, names, axes, expected)
 
     def texts(self) -> dict[str, str]:
         """Return the texts that the file carries, by key."""
@@ -294,6 +294,7 @@ class _Export:
             UsageError: they do not.
         """
         classifier = isinstance(self.model, TextClassifier)
+        self._require_own_text(classifier)
         if self.labels is not None and (self.part != "labels" or classifier):
             what = f'part="{self.part}"' if self.part != "labels" else "a classifier"
             raise UsageError(
@@ -307,9 +308,13 @@ class _Export:
                 f'{missing} is None; part="labels" needs labels and a tokenizer, or a classifier '
                 "such as openvclip.ZeroShotClassifier."
             )
+
+    def _require_own_text(self, classifier: bool) -> None:
+        if self.part not in ("labels", "text") or (classifier and self.part == "labels"):
+            return  # a classifier can have the text features of the original CLIP
         if self.contract is not None and self.contract.text == "original":
             raise UsageError(
-                'The contract says text="original": the original CLIP encodes the labels, and the '
+                'The contract says text="original": the original CLIP encodes the texts, and the '
                 "model has other weights. Export a classifier with the text features of the "
                 "original CLIP: ZeroShotClassifier(..., text_features=...)."
             )

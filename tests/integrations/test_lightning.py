@@ -204,12 +204,16 @@ def test_logs_and_metrics_are_those_of_the_weights_themselves() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.mean, self.kept = metrics.MeanMetric(), metrics.CatMetric()
+            self.collection = metrics.MetricCollection(
+                {"mean": metrics.MeanMetric(), "highest": metrics.MaxMetric()}
+            )
             self.runs: list[bool] = []
 
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             loss = self.loss_of(batch)
             self.mean.update(loss.detach())
             self.kept.update(loss.detach())
+            self.collection.update(loss.detach())
             self.log_dict({"loss": loss}, on_step=True)
             self.runs.append(iwr.is_interpolating)
             return loss
@@ -227,6 +231,9 @@ def test_logs_and_metrics_are_those_of_the_weights_themselves() -> None:
     expected = torch.stack(losses).detach()
     torch.testing.assert_close(module.kept.compute(), expected, check_dtype=False)
     torch.testing.assert_close(module.mean.compute(), expected.mean(), check_dtype=False)
+    collected = module.collection.compute()
+    torch.testing.assert_close(collected["mean"], expected.mean(), check_dtype=False)
+    torch.testing.assert_close(collected["highest"], expected.max(), check_dtype=False)
     torch.testing.assert_close(trainer.logged_metrics["loss"], expected[1], check_dtype=False)
 
 

@@ -256,3 +256,20 @@ def test_two_processes_train_on_the_mean_of_their_losses(tmp_path: Path) -> None
     expected, expected_mean = by_hand(accumulate=2)
     assert_close(weights, expected)
     assert_close(mean, expected_mean)
+
+
+def test_a_regulariser_of_another_model_is_an_error(tmp_path: Path) -> None:
+    """The run would not be regularised, and nothing else would say so."""
+    trainer = trainer_of(tmp_path)
+    trainer.regularizer = InterpolatedWeightRegularizer(tiny_clip())
+    before = snapshot(trainer.model)
+    with pytest.raises(UsageError, match="none of the trained parameters of the model that is reg"):
+        trainer.train()
+    assert_same_state(snapshot(trainer.model), before)
+
+
+def test_an_optimizer_that_evaluates_the_loss_several_times_is_an_error(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path)
+    trainer.optimizer = torch.optim.LBFGS(trainer.model.parameters())
+    with pytest.raises(UsageError, match="LBFGS"):
+        trainer.train()

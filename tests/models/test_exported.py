@@ -376,7 +376,9 @@ def test_a_contract_of_another_model() -> None:
     refuse(ContractError, "is not JSON", contract="{")
     original = contract_for(model, text="original")
     labels = {"labels": LABELS, "tokenizer": tiny_tokenizer}
-    refuse(UsageError, "the original CLIP encodes the labels", contract=original, **labels)
+    refuse(UsageError, "the original CLIP encodes the texts", contract=original, **labels)
+    text = ExportSettings(part="text")
+    refuse(UsageError, "the original CLIP encodes the texts", contract=original, settings=text)
 
 
 def test_a_prompted_model_is_expanded_or_not() -> None:

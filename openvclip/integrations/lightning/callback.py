@@ -160,7 +160,9 @@ def _log_nothing(*args: Any, **kwargs: Any) -> None:
 @contextmanager
 def keeping_metrics(pl_module: Any) -> Iterator[None]:
     """Restore the metrics of ``torchmetrics`` in a module after the block."""
-    metrics = [part for part in pl_module.modules() if hasattr(part, "metric_state")]
+    # A MetricCollection has no update_count. Its metrics are submodules of their own.
+    names = ("metric_state", "update_count")
+    metrics = [part for part in pl_module.modules() if all(hasattr(part, n) for n in names)]
     kept = [
         ({n: _copied(v) for n, v in metric.metric_state.items()}, metric.update_count)
         for metric in metrics
