@@ -17,7 +17,6 @@ from openvclip.checkpoints.contract import (
     Expansion,
     Frames,
     Pixels,
-    Pooling,
 )
 from openvclip.checkpoints.contract_files import read_contract
 from openvclip.checkpoints.formats import WeightFile, read_weights
@@ -33,7 +32,6 @@ __all__ = [
     "Frames",
     "Merge",
     "Pixels",
-    "Pooling",
     "Sizes",
     "WeightFile",
     "atomic_path",

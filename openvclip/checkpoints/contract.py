@@ -36,7 +36,6 @@ __all__ = [
     "Frames",
     "Library",
     "Pixels",
-    "Pooling",
 ]
 
 VERSION = 1
@@ -44,10 +43,6 @@ VERSION = 1
 
 Library = Literal["open_clip", "transformers"]
 """The library that defines the class of a model."""
-Pooling = Literal["unit_frames", "frames"]
-"""How the features of frames become the feature of a clip: the mean of the L2-normalised features
-(``"unit_frames"``, Open-VCLIP), or the mean of the features, L2-normalised (``"frames"``, ViFi-CLIP
-and Vita-CLIP)."""
 
 _MARK = "openvclip"
 
@@ -99,7 +94,8 @@ class Contract(Checked):
         templates: the texts of a class, with ``{}`` for its name.
         expansion: the temporal attention; ``None`` if the model sees each frame alone.
         frames: the frames of a video that the model is given.
-        pooling: how the features of frames become the feature of a clip.
+        pooling: how the features of frames become the feature of a clip; see
+            :func:`openvclip.encode_video`.
         text: the weights that encode the class names: ``"own"`` or ``"original"``.
         weights: name of the file of weights in the folder; ``None`` for the usual name.
         method: name of the method that trained the model.
@@ -123,8 +119,8 @@ class Contract(Checked):
     templates: Annotated[tuple[str, ...], _TEMPLATES]
     expansion: Expansion | None = None
     frames: Annotated[Frames, _FRAMES] = field(default_factory=Frames)
-    pooling: Annotated[Pooling, _one_of(Pooling)] = "unit_frames"
-    text: Annotated[Literal["own", "original"], _one_of(Literal["own", "original"])] = "own"
+    pooling: Annotated[str, TEXT] = "unit_frames"
+    text: Annotated[str, TEXT] = "own"
     weights: Annotated[str | None, _FILE_NAME.or_none()] = None
     method: Annotated[str | None, TEXT.or_none()] = None
     lam: Annotated[float | dict[str, float] | None, _LAM.or_none()] = None

@@ -42,7 +42,7 @@ from openvclip.models.exported_writing import (
 from openvclip.models.modes import evaluation_mode
 from openvclip.models.preprocess import transform_for
 from openvclip.models.tokenizers import Tokenizer, as_tokenizer
-from openvclip.models.usage import expansion_section, transform_of
+from openvclip.models.usage import expansion_section, pooling_of, text_source_of, transform_of
 from openvclip.towers.families import tower_facts
 from openvclip.towers.view import Pooling
 from openvclip.video.transforms import Transform
@@ -243,7 +243,7 @@ class _Export:
         return label_logits(self.model, text, self._pooling())
 
     def _pooling(self) -> Pooling:
-        return "unit_frames" if self.contract is None else self.contract.pooling
+        return "unit_frames" if self.contract is None else pooling_of(self.contract)
 
     def _labels(self) -> Sequence[str]:
         if isinstance(self.model, TextClassifier):
@@ -312,7 +312,7 @@ class _Export:
     def _require_own_text(self, classifier: bool) -> None:
         if self.part not in ("labels", "text") or (classifier and self.part == "labels"):
             return  # a classifier can have the text features of the original CLIP
-        if self.contract is not None and self.contract.text == "original":
+        if self.contract is not None and text_source_of(self.contract) == "original":
             raise UsageError(
                 'The contract says text="original": the original CLIP encodes the texts, and the '
                 "model has other weights. Export a classifier with the text features of the "

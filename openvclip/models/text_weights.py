@@ -72,11 +72,13 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return torch.equal(first.to(second.device), second)
 
 
-def require_text_source(text: str) -> None:
-    """Raise :class:`UsageError` unless ``text`` is a :data:`TextSource`."""
-    if text not in get_args(TextSource):
-        names = " or ".join(repr(name) for name in get_args(TextSource))
-        raise UsageError(f"text={text!r}: expected {names}.")
+def require_text_source(text: str) -> TextSource:
+    """Return ``text``, or raise :class:`UsageError` unless it is a :data:`TextSource`."""
+    known: tuple[TextSource, ...] = get_args(TextSource)
+    for name in known:
+        if text == name:
+            return name
+    raise UsageError(f"text={text!r}: expected {' or '.join(map(repr, known))}.")
 
 
 def require_whole_text(state: Mapping[str, Tensor]) -> None:

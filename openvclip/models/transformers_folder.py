@@ -31,7 +31,7 @@ STANDARD_WEIGHTS = (
 )
 """The files of weights that transformers loads, the first that exists."""
 
-_BICUBIC = 3  # of Pillow
+_BILINEAR, _BICUBIC = 2, 3  # of Pillow
 # SigLIP resizes an image to a square. CLIP and its relatives cut out the centre.
 _SQUARE = {"siglip": "SiglipImageProcessor"}
 
@@ -137,11 +137,12 @@ def tokenizer_of_transformers(tokenizer: Any) -> Any:
 def _processor(config: Any, pixels: Pixels) -> dict[str, Any]:
     kind = _SQUARE.get(config.model_type)
     square = {"height": pixels.size, "width": pixels.size}
-    sizes: dict[str, Any] = {
+    cropped: dict[str, Any] = {
         "do_center_crop": True,
         "crop_size": square,
-        "size": {"shortest_edge": pixels.size},
+        "size": {"shortest_edge": pixels.short_side or pixels.size},
     }
+    is_square = kind is not None or pixels.name in ("squash", "squash_bilinear")
     return {
         "image_processor_type": kind or "CLIPImageProcessor",
         "do_convert_rgb": True,
@@ -150,9 +151,9 @@ def _processor(config: Any, pixels: Pixels) -> dict[str, Any]:
         "do_resize": True,
         "image_mean": list(pixels.mean),
         "image_std": list(pixels.std),
-        "resample": _BICUBIC,
+        "resample": _BILINEAR if pixels.name == "squash_bilinear" else _BICUBIC,
         "rescale_factor": 1 / 255,
-        **({"size": square} if kind else sizes),
+        **({"do_center_crop": False, "size": square} if is_square else cropped),
     }
 
 

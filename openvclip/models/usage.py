@@ -11,16 +11,19 @@ from typing import Any
 
 from torch import nn
 
-from openvclip.checkpoints.contract import Contract, Expansion, Frames, Library, Pixels, Pooling
+from openvclip.checkpoints.contract import Contract, Expansion, Frames, Library, Pixels
 from openvclip.errors import (
     ClassNamesError,
     ContractError,
     ExpansionOptionError,
+    UsageError,
     VideoOptionError,
 )
 from openvclip.models.classifier import VIDEO_TEMPLATES, Template
+from openvclip.models.text_weights import TextSource, require_text_source
 from openvclip.models.versions import package_versions
 from openvclip.towers.temporal import expand_temporal_attention, expansion_of, is_expanded
+from openvclip.towers.view import Pooling, require_pooling
 from openvclip.video import transforms
 from openvclip.video.sampling import PAPER_SAMPLING, Backend, Sampling
 from openvclip.video.transforms import Transform
@@ -143,6 +146,26 @@ def transform_of(contract: Contract) -> Transform:
         return transforms.build(**_values(contract.pixels))
 
 
+def pooling_of(contract: Contract) -> Pooling:
+    """Return the pooling of a contract.
+
+    Raises:
+        ContractError: the contract names a pooling that this version of openvclip does not know.
+    """
+    with _errors_of_contract():
+        return require_pooling(contract.pooling)
+
+
+def text_source_of(contract: Contract) -> TextSource:
+    """Return which weights encode the class names: ``"own"`` or ``"original"``.
+
+    Raises:
+        ContractError: the contract names weights that this version of openvclip does not know.
+    """
+    with _errors_of_contract():
+        return require_text_source(contract.text)
+
+
 def expand_as(model: nn.Module, contract: Contract) -> None:
     """Expand the temporal attention of a model as a contract says, in place.
 
@@ -188,7 +211,7 @@ def _errors_of_contract() -> Iterator[None]:
     """Context manager that raises errors about settings as errors about the contract."""
     try:
         yield
-    except (VideoOptionError, ExpansionOptionError) as error:
+    except (VideoOptionError, ExpansionOptionError, UsageError) as error:
         raise ContractError(
             f"The contract of the model can't be used: {error} If the model was made by a newer "
             "openvclip, update openvclip."

@@ -12,7 +12,7 @@ from openvclip.errors import ClassNamesError, PromptingError, UsageError, VideoO
 from openvclip.models.classifier import VIDEO_TEMPLATES, Template, TextClassifier
 from openvclip.models.features import require_clip
 from openvclip.models.preprocess import transform_for
-from openvclip.models.usage import sampling_of, transform_of
+from openvclip.models.usage import pooling_of, sampling_of, text_source_of, transform_of
 from openvclip.towers.prompted import PromptedTower
 from openvclip.towers.view import Pooling, require_pooling
 from openvclip.video.sampling import PAPER_SAMPLING, Sampling
@@ -59,7 +59,7 @@ def usage_for(
     if templates is None:
         templates = VIDEO_TEMPLATES if contract is None else contract.templates
     if pooling is None:
-        pooling = "unit_frames" if contract is None else contract.pooling
+        pooling = "unit_frames" if contract is None else pooling_of(contract)
     _require_fixed(sampling, transform)
     require_pooling(pooling)
     if isinstance(templates, str):
@@ -85,7 +85,7 @@ def require_usable(model: nn.Module, contract: Contract | None) -> None:
             "openvclip.prompting.VideoClassifier, and call openvclip.predict(classifier, video)."
         )
     require_clip(model)
-    if contract is not None and contract.text == "original":
+    if contract is not None and text_source_of(contract) == "original":
         raise UsageError(
             "The contract says that class names are encoded by the original CLIP, whose text "
             "weights the model does not hold. Create a ZeroShotClassifier with text_features= of "

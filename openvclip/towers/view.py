@@ -63,11 +63,13 @@ class ExpansionSettings:
     layers: tuple[int, ...] | None = None
 
 
-def require_pooling(pooling: object) -> None:
-    """Raise :class:`UsageError` unless ``pooling`` is a :data:`Pooling`."""
-    if pooling not in get_args(Pooling):
-        names = " or ".join(repr(name) for name in get_args(Pooling))
-        raise UsageError(f"pooling={pooling!r}: expected {names}.")
+def require_pooling(pooling: object) -> Pooling:
+    """Return ``pooling``, or raise :class:`UsageError` unless it is a :data:`Pooling`."""
+    known: tuple[Pooling, ...] = get_args(Pooling)
+    for name in known:
+        if pooling == name:
+            return name
+    raise UsageError(f"pooling={pooling!r}: expected {' or '.join(map(repr, known))}.")
 
 
 def require_window(window: object, minimum: int = 1) -> None:

@@ -17,6 +17,7 @@ from examples.shapes.model import MEAN, STD, WEIGHTS, create_model
 from examples.shapes.world import TEMPLATES, class_names
 from openvclip import cli
 from openvclip.checkpoints import Base, Confidence, load_checkpoint, read_contract
+from openvclip.models import usage
 from openvclip.models.classifier import ZeroShotClassifier
 from openvclip.models.folders import StoredModel
 from openvclip.models.saving import describe_folder
@@ -83,7 +84,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 def pooling_of(run: Path) -> Pooling:
     contract = read_contract(run)
     assert contract is not None
-    return contract.pooling
+    return usage.pooling_of(contract)
 
 
 def test_a_folder_says_all(

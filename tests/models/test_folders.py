@@ -30,7 +30,9 @@ from openvclip.models.features import encode_text
 from openvclip.models.folders import RUN_CONFIG_FILE, StoredModel, load_stored
 from openvclip.models.open_clip_config import build, config_of
 from openvclip.models.saving import SaveOptions, describe_folder, save_stored
+from openvclip.models.usage import pixels_section
 from openvclip.towers import encode_frames, encode_images
+from openvclip.video import transforms
 from tests.helpers import assert_same_state, randomise, same_bits
 from tests.models.stored_models import (
     OPEN_CLIP,
@@ -98,6 +100,33 @@ def test_a_model_of_open_clip_comes_back_and_open_clip_loads_it(kind: str, tmp_p
         assert torch.equal(tokens, stored.tokenizer(TEXTS))
     assert (plain.visual.image_mean, plain.visual.image_std) == ([0.5, 0.4, 0.3], [0.2, 0.3, 0.4])
     assert "bilinear" in str(preprocess)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "short_side"),
+    [
+        ("CLIPModel", "clip", 40),
+        ("CLIPModel", "squash", None),
+        ("CLIPModel", "squash_bilinear", None),
+        ("SiglipModel", "squash", None),
+        ("SiglipModel", "squash_bilinear", None),
+    ],
+)
+def test_transformers_resizes_images_as_the_contract_says(
+    kind: str, name: str, short_side: int | None, tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers", minversion="5")
+    stored = TRANSFORMERS[kind](tmp_path)
+    made = transforms.build(name, stored.contract.pixels.size, short_side=short_side)
+    contract = stored.contract.with_(pixels=pixels_section(made))
+    save_stored(StoredModel(stored.model, stored.tokenizer, contract), tmp_path / "out")
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "out").image_processor
+    image = torch.randint(256, (1, 3, 24, 40), dtype=torch.uint8)
+    expected = made(image)
+    got = processor(images=[image[0]], return_tensors="pt").pixel_values
+    # The processors round the pixels of bilinear resizing in another way.
+    level = 1.1 / 255 / made.std[0] if name == "squash_bilinear" else 1e-5
+    torch.testing.assert_close(got, expected, rtol=0, atol=level)
 
 
 @pytest.mark.parametrize("kind", TRANSFORMERS)

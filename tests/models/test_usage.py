@@ -7,14 +7,14 @@ import torch
 from torch import nn
 
 import openvclip
-from openvclip.checkpoints import Expansion, Frames
+from openvclip.checkpoints import Contract, Expansion, Frames
 from openvclip.errors import ClassNamesError, ContractError
 from openvclip.models.usage import contract_of, expand_as, library_of, sampling_of, transform_of
 from openvclip.towers import expansion_of
 from openvclip.towers.view import ExpansionSettings
 from openvclip.video import Sampling
 from openvclip.video.transforms import build
-from tests.helpers import tiny_clip
+from tests.helpers import tiny_clip, tiny_tokenizer
 
 TRANSFORM = build("clip", 32, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0), short_side=40, crops=3)
 SAMPLING = Sampling(num_frames=4, sampling_rate=2, target_fps=25.0, views=2, sampler="uniform")
@@ -68,6 +68,13 @@ def test_names_of_a_newer_version_are_refused_as_the_contracts() -> None:
         expand_as(tiny_clip(), contract.with_(expansion=Expansion(1, "wrap")))
     with pytest.raises(ContractError, match=r"The contract .*sampler='odd'"):
         sampling_of(contract.with_(frames=Frames(sampler="odd")))
+    for changes, words in (
+        ({"pooling": "last"}, "pooling='last'"),
+        ({"text": "ours"}, "text='ours'"),
+    ):
+        later = Contract.from_json(contract.with_(**changes).to_json(), "here")
+        with pytest.raises(ContractError, match=rf"The contract .*{words}.*update openvclip"):
+            openvclip.VideoCLIP(tiny_clip(), tiny_tokenizer, contract=later)
 
 
 def test_what_can_not_be_stored_is_refused() -> None:
