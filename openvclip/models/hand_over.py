@@ -1,9 +1,10 @@
-"""Load a VideoCLIP from a folder or the Hugging Face Hub, save it, and upload it."""
+"""Load a VideoCLIP from a folder or the Hugging Face Hub, save it, upload it, and export it."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -12,13 +13,16 @@ from openvclip.checkpoints.contract import Contract
 from openvclip.models.tokenizers import Tokenizer
 
 if TYPE_CHECKING:
+    from openvclip.models.classifier import ZeroShotClassifier
+    from openvclip.models.export import WeightKind
+    from openvclip.models.exported_parts import Part, PixelKind
     from openvclip.models.folders import StoredModel
 
 Model = TypeVar("Model", bound="HandOver")
 
 
 class HandOver:
-    """The methods with which :class:`openvclip.VideoCLIP` is loaded, saved and uploaded."""
+    """The methods of :class:`openvclip.VideoCLIP` that load, save, upload and export it."""
 
     model: Any
     tokenizer: Tokenizer
@@ -26,6 +30,10 @@ class HandOver:
     @property
     def contract(self) -> Contract:
         """How the model is used."""
+        raise NotImplementedError
+
+    def classifier(self, labels: Sequence[str]) -> ZeroShotClassifier:
+        """Return the classifier of labels."""
         raise NotImplementedError
 
     @classmethod
@@ -197,6 +205,53 @@ class HandOver:
             revision=revision,
             commit_message=commit_message,
             create_pr=create_pr,
+        )
+
+    def export(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        labels: Sequence[str] | None = None,
+        part: Part | None = None,
+        pixels: PixelKind = "float",
+        weights: WeightKind = "float32",
+        opset: int | None = None,
+    ) -> Path:
+        """Write a part of the model, with its contract, for programs without this package.
+
+        See :func:`openvclip.models.export_model`.
+
+        Args:
+            path: the file to write: ``.onnx`` (onnxruntime) or ``.pt2`` (``torch.export``).
+            labels: K different labels. Then the file returns their logits.
+            part: ``"image"`` (one feature for each clip), ``"frames"``, ``"text"`` or
+                ``"labels"``. Default: ``"labels"`` if there are labels, and ``"image"`` otherwise.
+            pixels: ``"float"`` for normalised frames, ``"uint8"`` for 8-bit frames of the same
+                size.
+            weights: ``"float32"``, or ``"int8"`` for 8-bit weights of the linear layers.
+            opset: version of the ONNX operators. Default: the version that PyTorch prefers.
+
+        Returns:
+            The path of the file.
+
+        Raises:
+            UsageError, MissingDependencyError, UnsupportedModelError, CheckpointError: see
+                :func:`openvclip.models.export_model`.
+            ClassNamesError: ``labels`` is empty, or holds an empty or repeated label.
+        """
+        from openvclip.models.export import ExportSettings, export_model
+
+        settings = ExportSettings(part, pixels, weights, opset)
+        if labels is not None and part in (None, "labels"):
+            classifier = self.classifier(labels)
+            return export_model(classifier, path, contract=self.contract, settings=settings)
+        return export_model(
+            self.model,
+            path,
+            contract=self.contract,
+            labels=labels,
+            tokenizer=self.tokenizer,
+            settings=settings,
         )
 
     def _stored(self, facts: Mapping[str, Any]) -> StoredModel:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from openvclip.checkpoints.contract import Confidence, Contract
 from openvclip.errors import UsageError
 from openvclip.models.background import with_background
-from openvclip.models.batching import VideoReader, encode_each, encode_one
+from openvclip.models.batching import encode_each, encode_one
 from openvclip.models.classifier import (
     Template,
     ZeroShotClassifier,
@@ -27,12 +23,8 @@ from openvclip.models.confidence import (
     effective_confidence,
     require_calibration,
 )
-from openvclip.models.export import ExportSettings, WeightKind, export_model
-from openvclip.models.exported_parts import Part, PixelKind
-from openvclip.models.features import device_of, video_features
-from openvclip.models.finite import require_finite
+from openvclip.models.features import device_of
 from openvclip.models.hand_over import HandOver
-from openvclip.models.modes import evaluation_mode
 from openvclip.models.prediction import (
     Prediction,
     default_tokenizer,
@@ -43,18 +35,19 @@ from openvclip.models.text_side import TextSide
 from openvclip.models.timeline import Timeline, predict_timeline
 from openvclip.models.tokenizers import Tokenizer
 from openvclip.models.usage import contract_of
+from openvclip.models.video_features import VideoFeatures
 from openvclip.models.video_usage import name_of, require_usable, usage_for
 from openvclip.towers.temporal import expansion_of, is_expanded
 from openvclip.towers.view import ExpansionSettings, Pooling
 from openvclip.video.sampling import Sampling
 from openvclip.video.sources import VideoSource, is_several
 from openvclip.video.transforms import Transform
-from openvclip.weights.names import named_state, unwrap
+from openvclip.weights.names import unwrap
 
 __all__ = ["VideoCLIP"]
 
 
-class VideoCLIP(HandOver):
+class VideoCLIP(VideoFeatures, HandOver):
     """A CLIP model together with everything that its use on videos needs.
 
     Use a model with the frames, pixels, templates and pooling of its training. With other settings
@@ -364,99 +357,6 @@ class VideoCLIP(HandOver):
                 confidence=self.confidence,
             )
 
-    # --- features ------------------------------------------------------------------------------
-
-    def encode_video(
-        self,
-        videos: VideoSource | Iterable[VideoSource],
-        *,
-        fps: float | None = None,
-        batch_size: int = 4,
-        num_threads: int | None = None,
-        progress: bool | None = None,
-    ) -> Tensor:
-        """Return the feature of a video, or of each of several videos, with unit length.
-
-        The features of the views are pooled as ``pooling`` says, averaged, and L2-normalised.
-
-        Args:
-            videos: see :meth:`classify`.
-            fps: see :meth:`classify`.
-            batch_size: see :meth:`classify`.
-            num_threads: see :meth:`classify`.
-            progress: see :meth:`classify`.
-
-        Returns:
-            float32 ``[D]`` for a video, ``[n, D]`` for several videos, on the CPU.
-
-        Raises:
-            VideoError, VideoShapeError, VideoOptionError, UsageError: see :meth:`classify`.
-            NonFiniteWeightsError, EvaluationError: the features are not finite.
-        """
-        reader = self._reader(fps, batch_size, num_threads, progress)
-        if is_several(videos):
-            rows = [row.cpu() for _, row in encode_each(videos, self._features, reader)]
-            return functional.normalize(torch.stack(rows), dim=-1)
-        return functional.normalize(encode_one(videos, self._features, reader)[1], dim=-1).cpu()
-
-    def encode_image(
-        self,
-        images: VideoSource | Iterable[VideoSource],
-        *,
-        batch_size: int = 32,
-        num_threads: int | None = None,
-        progress: bool | None = None,
-    ) -> Tensor:
-        """Return the feature of an image, or of each of several images, with unit length.
-
-        The features are those of plain CLIP, also if the model is expanded.
-
-        Args:
-            images: an image: the path of a file, its bytes, a file object, an image of Pillow, or
-                uint8 ``[H, W, C]`` or ``[C, H, W]``; or a list of images. A file must have the
-                extension of an image format.
-            batch_size: number of images to encode at a time.
-            num_threads: see :meth:`classify`.
-            progress: see :meth:`classify`.
-
-        Returns:
-            float32 ``[D]`` for an image, ``[n, D]`` for several images, on the CPU.
-
-        Raises:
-            VideoError, VideoShapeError, UsageError: an image can't be read.
-            NonFiniteWeightsError, EvaluationError: the features are not finite.
-        """
-        return self.encode_video(
-            images, batch_size=batch_size, num_threads=num_threads, progress=progress
-        )
-
-    def encode_text(self, texts: str | Sequence[str]) -> Tensor:
-        """Return the feature of a text, or of each of several texts, with unit length.
-
-        The texts are encoded as they are, without templates.
-
-        Args:
-            texts: a text, or n texts.
-
-        Returns:
-            float32 ``[D]`` for a text, ``[n, D]`` for several texts, on the CPU.
-
-        Raises:
-            UsageError: ``texts`` is empty, or holds something else than texts.
-            NonFiniteWeightsError, EvaluationError: the features are not finite.
-        """
-        several = [texts] if isinstance(texts, str) else texts
-        if isinstance(several, Iterable):
-            several = list(several)
-        if (
-            not isinstance(several, list)
-            or not several
-            or not all(isinstance(text, str) for text in several)
-        ):
-            raise UsageError(f"texts is {texts!r}; expected a text or a list of texts.")
-        features = self._texts.encode(several).float().cpu()
-        return features[0] if isinstance(texts, str) else features
-
     def classifier(self, labels: Sequence[str]) -> ZeroShotClassifier:
         """Return the classifier of labels. It is kept for the next call with these labels.
 
@@ -473,71 +373,6 @@ class VideoCLIP(HandOver):
             LabelWarning: the text tower can't tell some labels apart, or there is only one label.
         """
         return self._texts.classifier(labels, self.templates, self.pooling)
-
-    def _autocast(self) -> AbstractContextManager[None]:
-        dtype = self.autocast
-        context: AbstractContextManager[None] = torch.autocast(
-            self.device.type, dtype, enabled=dtype is not None
-        )
-        return context
-
-    @torch.no_grad()
-    def _features(self, views: Tensor) -> Tensor:
-        """Return the features ``[n, D]`` of views or images, pooled over the frames."""
-        first = next(self.model.parameters())
-        with self._autocast(), evaluation_mode(self.model):
-            pixels = views.to(first.device, first.dtype)
-            features = video_features(self.model, pixels, self.pooling).float()
-        require_finite(features, lambda: named_state(self.model), "The features")
-        return features
-
-    def _reader(self, *options: Any) -> VideoReader:
-        return VideoReader(self.sampling, self.transform, *options)
-
-    def export(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        labels: Sequence[str] | None = None,
-        part: Part | None = None,
-        pixels: PixelKind = "float",
-        weights: WeightKind = "float32",
-        opset: int | None = None,
-    ) -> Path:
-        """Write a part of the model, with its contract, for programs without this package.
-
-        See :func:`openvclip.models.export_model`.
-
-        Args:
-            path: the file to write: ``.onnx`` (onnxruntime) or ``.pt2`` (``torch.export``).
-            labels: K different labels. Then the file returns their logits.
-            part: ``"image"`` (one feature for each clip), ``"frames"``, ``"text"`` or
-                ``"labels"``. Default: ``"labels"`` if there are labels, and ``"image"`` otherwise.
-            pixels: ``"float"`` for normalised frames, ``"uint8"`` for 8-bit frames of the same
-                size.
-            weights: ``"float32"``, or ``"int8"`` for 8-bit weights of the linear layers.
-            opset: version of the ONNX operators. Default: the version that PyTorch prefers.
-
-        Returns:
-            The path of the file.
-
-        Raises:
-            UsageError, MissingDependencyError, UnsupportedModelError, CheckpointError: see
-                :func:`openvclip.models.export_model`.
-            ClassNamesError: ``labels`` is empty, or holds an empty or repeated label.
-        """
-        settings = ExportSettings(part, pixels, weights, opset)
-        if labels is not None and part in (None, "labels"):
-            classifier = self.classifier(labels)
-            return export_model(classifier, path, contract=self.contract, settings=settings)
-        return export_model(
-            self.model,
-            path,
-            contract=self.contract,
-            labels=labels,
-            tokenizer=self.tokenizer,
-            settings=settings,
-        )
 
     # --- the object ----------------------------------------------------------------------------
 

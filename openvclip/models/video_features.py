@@ -1,0 +1,145 @@
+"""The features of videos, images and texts that a VideoCLIP computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from openvclip.errors import UsageError
+from openvclip.models.batching import VideoReader, encode_each, encode_one
+from openvclip.models.features import device_of, video_features
+from openvclip.models.finite import require_finite
+from openvclip.models.modes import evaluation_mode
+from openvclip.models.text_side import TextSide
+from openvclip.towers.view import Pooling
+from openvclip.video.sampling import Sampling
+from openvclip.video.sources import VideoSource, is_several
+from openvclip.video.transforms import Transform
+from openvclip.weights.names import named_state
+
+
+class VideoFeatures:
+    """The methods of :class:`openvclip.VideoCLIP` that return features."""
+
+    model: Any
+    sampling: Sampling
+    transform: Transform
+    pooling: Pooling
+    autocast: torch.dtype | None
+    _texts: TextSide
+
+    def encode_video(
+        self,
+        videos: VideoSource | Iterable[VideoSource],
+        *,
+        fps: float | None = None,
+        batch_size: int = 4,
+        num_threads: int | None = None,
+        progress: bool | None = None,
+    ) -> Tensor:
+        """Return the feature of a video, or of each of several videos, with unit length.
+
+        The features of the views are pooled as ``pooling`` says, averaged, and L2-normalised.
+
+        Args:
+            videos: see :meth:`classify`.
+            fps: see :meth:`classify`.
+            batch_size: see :meth:`classify`.
+            num_threads: see :meth:`classify`.
+            progress: see :meth:`classify`.
+
+        Returns:
+            float32 ``[D]`` for a video, ``[n, D]`` for several videos, on the CPU.
+
+        Raises:
+            VideoError, VideoShapeError, VideoOptionError, UsageError: see :meth:`classify`.
+            NonFiniteWeightsError, EvaluationError: the features are not finite.
+        """
+        reader = self._reader(fps, batch_size, num_threads, progress)
+        if is_several(videos):
+            rows = [row.cpu() for _, row in encode_each(videos, self._features, reader)]
+            return functional.normalize(torch.stack(rows), dim=-1)
+        return functional.normalize(encode_one(videos, self._features, reader)[1], dim=-1).cpu()
+
+    def encode_image(
+        self,
+        images: VideoSource | Iterable[VideoSource],
+        *,
+        batch_size: int = 32,
+        num_threads: int | None = None,
+        progress: bool | None = None,
+    ) -> Tensor:
+        """Return the feature of an image, or of each of several images, with unit length.
+
+        The features are those of plain CLIP, also if the model is expanded.
+
+        Args:
+            images: an image: the path of a file, its bytes, a file object, an image of Pillow, or
+                uint8 ``[H, W, C]`` or ``[C, H, W]``; or a list of images. A file must have the
+                extension of an image format.
+            batch_size: number of images to encode at a time.
+            num_threads: see :meth:`classify`.
+            progress: see :meth:`classify`.
+
+        Returns:
+            float32 ``[D]`` for an image, ``[n, D]`` for several images, on the CPU.
+
+        Raises:
+            VideoError, VideoShapeError, UsageError: an image can't be read.
+            NonFiniteWeightsError, EvaluationError: the features are not finite.
+        """
+        return self.encode_video(
+            images, batch_size=batch_size, num_threads=num_threads, progress=progress
+        )
+
+    def encode_text(self, texts: str | Sequence[str]) -> Tensor:
+        """Return the feature of a text, or of each of several texts, with unit length.
+
+        The texts are encoded as they are, without templates.
+
+        Args:
+            texts: a text, or n texts.
+
+        Returns:
+            float32 ``[D]`` for a text, ``[n, D]`` for several texts, on the CPU.
+
+        Raises:
+            UsageError: ``texts`` is empty, or holds something else than texts.
+            NonFiniteWeightsError, EvaluationError: the features are not finite.
+        """
+        several = [texts] if isinstance(texts, str) else texts
+        if isinstance(several, Iterable):
+            several = list(several)
+        if (
+            not isinstance(several, list)
+            or not several
+            or not all(isinstance(text, str) for text in several)
+        ):
+            raise UsageError(f"texts is {texts!r}; expected a text or a list of texts.")
+        features = self._texts.encode(several).float().cpu()
+        return features[0] if isinstance(texts, str) else features
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        dtype = self.autocast
+        context: AbstractContextManager[None] = torch.autocast(
+            device_of(self.model).type, dtype, enabled=dtype is not None
+        )
+        return context
+
+    @torch.no_grad()
+    def _features(self, views: Tensor) -> Tensor:
+        """Return the features ``[n, D]`` of views or images, pooled over the frames."""
+        first = next(self.model.parameters())
+        with self._autocast(), evaluation_mode(self.model):
+            pixels = views.to(first.device, first.dtype)
+            features = video_features(self.model, pixels, self.pooling).float()
+        require_finite(features, lambda: named_state(self.model), "The features")
+        return features
+
+    def _reader(self, *options: Any) -> VideoReader:
+        return VideoReader(self.sampling, self.transform, *options)
