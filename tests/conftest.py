@@ -13,6 +13,11 @@ import torch
 from hypothesis import HealthCheck, settings
 from open_clip import SimpleTokenizer
 
+# The first backward pass of a process starts threads for the devices that PyTorch knows then.
+# torch.export adds devices, and a fork of a process with such threads can't run a backward pass. So
+# the first backward pass comes before all tests, because some tests fork after others export.
+torch.ones(1, requires_grad=True).backward()
+
 # Test files and tests that take 1.5 seconds of a core or more. They get the mark "slow", so that
 # pytest -m "not slow" answers in about a minute. A file is named as a whole if its tests share a
 # slow fixture.
