@@ -205,7 +205,7 @@ def require_whole_weights(model: nn.Module, *, deepspeed: bool) -> None:
     """
     if deepspeed:
         raise UsageError(
-            "The trainer runs under DeepSpeed, which does not keep whole weights in a training "
+            "The training runs under DeepSpeed, which does not keep whole weights in a training "
             "step. Train without DeepSpeed, for example with DistributedDataParallel."
         )
     fsdp = sys.modules.get("torch.distributed.fsdp")
