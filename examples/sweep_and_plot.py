@@ -38,7 +38,7 @@ from openvclip.errors import AnnotationError
 from openvclip.evaluation import FIGURE_LAMBDAS, Curve, sweep, tradeoff_figure
 from openvclip.models.drawing import require_matplotlib
 from openvclip.models.loading import LoadedModel, brings_weights, load_model
-from openvclip.models.usage import sampling_of
+from openvclip.models.usage import pooling_of, sampling_of
 from openvclip.video import Sampling, VideoDataset, read_annotations
 
 
@@ -52,7 +52,7 @@ def accuracies(loaded: LoadedModel, annotations: Path, args: Namespace) -> dict[
     more: dict[str, Any] = {}
     if contract is not None:
         sampling = sampling_of(contract)
-        more = {"templates": contract.templates, "pooling": contract.pooling}
+        more = {"templates": contract.templates, "pooling": pooling_of(contract)}
     videos = VideoDataset(
         samples, args.videos, transform=loaded.transform, sampling=sampling, details=True
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -41,7 +42,8 @@ _COMPLETE = ".openvclip-complete"  # a folder of files that are complete and get
 _UNFINISHED = ".openvclip-unfinished-"
 _ABANDONED = 86400  # seconds after which a temporary folder was left by a kill
 _REMOVED = ".remove-"  # before the name of an old file, in a complete folder
-_turn = threading.RLock()
+_NOT_EMPTY = (errno.ENOTEMPTY, errno.EEXIST)
+_turn = threading.Lock()
 
 
 @contextmanager
@@ -83,13 +85,24 @@ def atomic_folder(
         for entry in temporary.iterdir():
             _flush(entry)
         _flush(temporary)
-        with _turn:  # of two threads that save at the same time, one waits for the other
-            finish_folder(folder)
-            os.rename(temporary, folder / _COMPLETE)
-            _flush(folder)
-            finish_folder(folder)
+        _complete(temporary, folder)
+        finish_folder(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _complete(temporary: Path, folder: Path) -> None:
+    """Mark a temporary folder as complete, after the files of an earlier complete folder moved."""
+    while True:
+        finish_folder(folder)
+        try:
+            os.rename(temporary, folder / _COMPLETE)
+        except OSError as error:
+            if error.errno not in _NOT_EMPTY:
+                raise
+        else:  # otherwise another process has completed its folder in between
+            _flush(folder)
+            return
 
 
 def finish_folder(path: str | os.PathLike[str]) -> None:
@@ -101,12 +114,19 @@ def finish_folder(path: str | os.PathLike[str]) -> None:
     Raises:
         OSError: the files can't be moved.
     """
-    folder = Path(path)
+    with _turn:  # of two threads, one waits for the other
+        _move_files(Path(path))
+
+
+def _move_files(folder: Path) -> None:
     complete = folder / _COMPLETE
     if not complete.is_dir():
         return
     # New files first: the old files are removed when nothing refers to them.
-    entries = sorted(complete.iterdir(), key=lambda entry: entry.name.startswith(_REMOVED))
+    try:
+        entries = sorted(complete.iterdir(), key=lambda entry: entry.name.startswith(_REMOVED))
+    except FileNotFoundError:  # another process moved all files
+        return
     for entry in entries:
         with suppress(FileNotFoundError):  # another process moved the file
             if entry.name.startswith(_REMOVED):
@@ -115,8 +135,13 @@ def finish_folder(path: str | os.PathLike[str]) -> None:
             else:
                 os.replace(entry, folder / entry.name)
     _flush(folder)
-    with suppress(FileNotFoundError):
+    try:
         complete.rmdir()
+    except FileNotFoundError:  # another process removed it
+        pass
+    except OSError as error:
+        if error.errno not in _NOT_EMPTY:
+            raise  # otherwise another process has completed a folder, and moves its files
 
 
 @contextmanager

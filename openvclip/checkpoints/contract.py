@@ -137,11 +137,26 @@ class Contract(Checked):
         return replace(self, **changes)
 
     def to_json(self) -> str:
-        """Return the contract as JSON, with the format and the version first."""
+        """Return the contract as JSON, with the format and the version first.
+
+        Raises:
+            ContractError: a fact is NaN or infinite, or a text is not valid Unicode. JSON can't
+                hold either.
+        """
         content = asdict(self)
         unknown = content.pop("unknown")
         ordered = {"format": _MARK, "version": VERSION, **_with_unknown(content, unknown)}
-        return json.dumps(ordered, indent=1, ensure_ascii=False, default=_plain)
+        try:
+            text = json.dumps(
+                ordered, indent=1, ensure_ascii=False, allow_nan=False, default=_plain
+            )
+            text.encode()
+        except ValueError as error:  # UnicodeEncodeError is one
+            raise ContractError(
+                f"The contract can't be written as JSON ({error}). Look for NaN, infinities and "
+                "broken texts in data, results and the other facts."
+            ) from error
+        return text
 
     @classmethod
     def from_json(cls, text: str, source: str) -> Contract:

@@ -14,10 +14,8 @@ from typing import Any
 
 from openvclip.checkpoints.contract import Contract
 from openvclip.checkpoints.exported_files import is_exported, read_exported_texts
-from openvclip.checkpoints.folders import advice_for_folder, whole_files
 from openvclip.checkpoints.formats import read_texts
-from openvclip.checkpoints.layout import read_errors
-from openvclip.errors import CheckpointError, ContractError, listed, near_path
+from openvclip.errors import ContractError, near_path
 
 CONTRACT_FILE = "openvclip.json"
 """The name of the file that holds the contract of a folder."""
@@ -69,43 +67,6 @@ def contract_of_file(path: Path, texts: Mapping[str, str]) -> Contract | None:
     beside = path.parent / CONTRACT_FILE
     contract = _read_file(beside) if beside.is_file() else None
     return contract if contract is not None and contract.weights == path.name else None
-
-
-def weights_in(folder: Path) -> Path:
-    """Return the file of weights in the folder of a model.
-
-    This is the file that the contract of the folder names, or else the only file of weights.
-
-    Args:
-        folder: the folder.
-
-    Raises:
-        CheckpointError: the folder holds no weights, or several files of weights and no contract
-            that names one of them; or the file that the contract names is missing.
-        ContractError: see :func:`read_contract`.
-    """
-    contract = read_contract(folder)
-    with read_errors(folder):
-        names = whole_files(folder, sorted(folder.iterdir()))
-        advice = "" if names else advice_for_folder(folder)
-    if contract is not None and contract.weights is not None:
-        if (folder / contract.weights).is_file():
-            return folder / contract.weights
-        raise CheckpointError(
-            f"{folder / contract.weights}: no such file, though {folder / CONTRACT_FILE} names it "
-            f"as the weights of the model. Files of weights there: {listed(names) or 'none'}."
-        )
-    if not names:
-        raise CheckpointError(
-            f"{folder}: there are no weights in this folder; expected a file such as "
-            f"open_clip_model.safetensors. {advice}".rstrip()
-        )
-    if len(names) > 1:
-        raise CheckpointError(
-            f"{folder}: there are {len(names)} files of weights in this folder ({listed(names)}). "
-            f'Give one of the files, or name one as "weights" in {CONTRACT_FILE}.'
-        )
-    return folder / names[0]
 
 
 def merged_contract(

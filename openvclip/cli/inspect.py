@@ -36,7 +36,11 @@ def add(commands: Commands) -> None:
 
 def _inspect(options: argparse.Namespace) -> None:
     from openvclip.checkpoints.api import inspect_checkpoint
-    from openvclip.checkpoints.contract_files import weights_in
 
     file: Path = options.file
-    print(inspect_checkpoint(weights_in(file) if file.is_dir() else file))
+    if file.is_dir():
+        from openvclip.checkpoints.contract_files import read_contract
+        from openvclip.models.folders import weights_of
+
+        file = weights_of(file, read_contract(file))
+    print(inspect_checkpoint(file))

@@ -1,4 +1,4 @@
-"""One lock for the functions of other libraries that build a model."""
+"""One lock for the functions of other libraries that build or export a model."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ _one_at_a_time = threading.RLock()
 
 @contextmanager
 def building() -> Iterator[None]:
-    """Context manager in which a library builds a model whose weights are loaded later.
+    """Context manager in which another library builds or exports a model, without its log.
 
-    The warning about random weights is silenced. The level of the log and the settings with which
-    transformers builds a model belong to the whole process, so threads build one after the other.
+    The log would warn of random weights, which are loaded later. The level of the log and the
+    settings with which transformers builds a model belong to the whole process, so threads build
+    one after the other.
     """
     with _one_at_a_time:
         before = logging.root.manager.disable

@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import importlib.util
 import json
-import logging
 import os
 import secrets
 import tempfile
@@ -23,6 +22,7 @@ from openvclip.checkpoints import Contract, atomic_path, write_errors
 from openvclip.checkpoints.contract_files import CONTRACT_KEY
 from openvclip.checkpoints.exported_files import EXTRA_FILE, read_exported_texts
 from openvclip.errors import CheckpointError, MissingDependencyError, UnsupportedModelError
+from openvclip.models.building import building
 from openvclip.models.exported_graph import weight_bytes
 from openvclip.models.versions import package_versions
 
@@ -88,12 +88,17 @@ def read_export(path: str | os.PathLike[str]) -> ExportFacts:
             f"{os.fspath(path)}: has no text {FACTS_KEY!r}; expected a file that "
             "openvclip.models.export_model wrote."
         )
-    content = json.loads(text)
     known = {field.name for field in fields(ExportFacts)}
-    values = {name: value for name, value in content.items() if name in known}
-    if values.get("labels") is not None:
-        values["labels"] = tuple(values["labels"])
-    return ExportFacts(**values)
+    try:
+        values = {name: value for name, value in json.loads(text).items() if name in known}
+        if values.get("labels") is not None:
+            values["labels"] = tuple(values["labels"])
+        return ExportFacts(**values)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{os.fspath(path)}: its text {FACTS_KEY!r} is damaged ({error}). Export the model "
+            "again, or copy the file again."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -206,14 +211,9 @@ def require_same_results(program: Program, function: Callable[[Tensor], Tensor])
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence the notes of the exporters about constants and deprecated functions."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
+    with building(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 @contextmanager

@@ -189,7 +189,7 @@ def _load_folder(path: Path, name: str | None = None) -> StoredModel:
     folder = path if path.is_dir() else path.parent
     _finish(folder)
     contract = read_contract(path)
-    weights = path if path.is_file() else _weights_of(folder, contract)
+    weights = path if path.is_file() else weights_of(folder, contract)
     contract = _agreed(contract, weights)
     library = _library(folder, contract)
     load = _load_transformers if library == "transformers" else _load_open_clip
@@ -232,8 +232,12 @@ def _finish(folder: Path) -> None:
         ) from error
 
 
-def _weights_of(folder: Path, contract: Contract | None) -> Path:
-    """Return the file that stands for the weights of a folder.
+def weights_of(folder: Path, contract: Contract | None) -> Path:
+    """Return the file that stands for the weights of a folder; see :func:`choose_weights`.
+
+    Args:
+        folder: the folder of a model.
+        contract: the contract of the folder.
 
     Raises:
         CheckpointError: there is none, or several and no contract names one.

@@ -13,7 +13,7 @@ from openvclip.models.classifier import VIDEO_TEMPLATES, Template, TextClassifie
 from openvclip.models.features import require_clip
 from openvclip.models.preprocess import transform_for
 from openvclip.models.usage import pooling_of, sampling_of, text_source_of, transform_of
-from openvclip.towers.prompted import PromptedTower
+from openvclip.towers.prompted import is_prompted
 from openvclip.towers.view import Pooling, require_pooling
 from openvclip.video.sampling import PAPER_SAMPLING, Sampling
 from openvclip.video.transforms import Transform
@@ -78,8 +78,7 @@ def require_usable(model: nn.Module, contract: Contract | None) -> None:
             f"model is a {type(model).__name__}; expected a CLIP model. Pass classifier.model, or "
             "call openvclip.predict(classifier, video)."
         )
-    prompted = any(isinstance(module, PromptedTower) for module in model.modules())
-    if prompted or hasattr(model, "openvclip_prompts"):
+    if is_prompted(model) or hasattr(model, "openvclip_prompts"):
         raise PromptingError(
             "The model has prompts, which VideoCLIP does not support. Create an "
             "openvclip.prompting.VideoClassifier, and call openvclip.predict(classifier, video)."

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from openvclip.errors import PromptingError, UsageError
 from openvclip.prompting.text import TextPrompts
 from openvclip.towers.families import find_tower_for_prompts
-from openvclip.towers.prompted import PromptedTower, VisionPrompts
+from openvclip.towers.prompted import VisionPrompts, is_prompted
 from openvclip.weights.names import canonical_state, require_match, unwrap
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -62,8 +62,7 @@ def require_unprompted(model: nn.Module) -> None:
             "Attach prompts first, then wrap the model."
         )
     attached = [module for module in model.modules() if isinstance(module, Prompts)]
-    prompted = any(isinstance(module, PromptedTower) for module in model.modules())
-    if attached or prompted:
+    if attached or is_prompted(model):
         method = f" ({attached[0].method})" if attached else ""
         raise PromptingError(
             f"The model has prompts already{method}. Call openvclip.prompting.detach(model) first "

@@ -26,7 +26,7 @@ from torch import nn
 
 from openvclip.errors import ExpansionError, UnsupportedModelError
 from openvclip.towers.family import Family, TowerFacts
-from openvclip.towers.prompted import PromptedTower
+from openvclip.towers.prompted import is_prompted
 
 
 def _open_clip() -> Family:
@@ -189,7 +189,7 @@ def find_tower(model: nn.Module, purpose: str = "be expanded in time") -> tuple[
             f"The model holds {len(towers)} towers that can {purpose}; expected one. Pass the "
             "tower itself, for example model.visual."
         )
-    if any(isinstance(module, PromptedTower) for module in model.modules()):
+    if is_prompted(model):
         raise ExpansionError(
             "The tower has prompts. A tower can be expanded or restored only without prompts. "
             "Call openvclip.prompting.detach(model) first."

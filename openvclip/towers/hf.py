@@ -125,8 +125,13 @@ class TemporalCLIPVisionModel(CLIPTower, CLIPVisionModel):  # type: ignore[misc]
     """``CLIPVisionModel`` for videos ``[B, T, C, H, W]`` and images."""
 
 
-class TemporalSiglipVisionModel(FrameTower, SiglipVisionModel):  # type: ignore[misc]
-    """``SiglipVisionModel`` for videos ``[B, T, C, H, W]`` and images."""
+class SiglipTower(FrameTower):
+    """Base of the vision models of SigLIP and SigLIP 2."""
+
+    encoder: Any
+    post_layernorm: nn.Module
+    use_head: bool
+    head: nn.Module
 
     def _encode(self, tokens: Tensor, **kwargs: Any) -> Tensor:
         hidden: Tensor = self.encoder(inputs_embeds=tokens, **kwargs).last_hidden_state
@@ -137,6 +142,10 @@ class TemporalSiglipVisionModel(FrameTower, SiglipVisionModel):  # type: ignore[
         if not self.use_head:
             return hidden, None
         return hidden, self.head(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
+
+
+class TemporalSiglipVisionModel(SiglipTower, SiglipVisionModel):  # type: ignore[misc]
+    """``SiglipVisionModel`` for videos ``[B, T, C, H, W]`` and images."""
 
 
 @capture_outputs(tie_last_hidden_states=False)  # type: ignore[untyped-decorator]

@@ -23,8 +23,8 @@ from openvclip.towers.checks import require_video
 from openvclip.towers.family import Encoder, Family, pooled
 from openvclip.towers.hf import (
     FrameAttention,
-    FrameTower,
     PromptedFrameTower,
+    SiglipTower,
     attentions,
     facts,
     register_as,
@@ -37,7 +37,7 @@ class TemporalSiglip2Attention(FrameAttention, Siglip2Attention):  # type: ignor
     """``Siglip2Attention`` over neighbouring frames."""
 
 
-class TemporalSiglip2VisionModel(FrameTower, Siglip2VisionModel):  # type: ignore[misc]
+class TemporalSiglip2VisionModel(SiglipTower, Siglip2VisionModel):  # type: ignore[misc]
     """``Siglip2VisionModel`` for videos ``[B, T, C, H, W]`` and patches of images ``[B, N, P]``."""
 
     def forward(self, pixel_values: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -88,16 +88,6 @@ class TemporalSiglip2VisionModel(FrameTower, Siglip2VisionModel):  # type: ignor
         )
         return resized[0]
 
-    def _encode(self, tokens: Tensor, **kwargs: Any) -> Tensor:
-        hidden: Tensor = self.encoder(inputs_embeds=tokens, **kwargs).last_hidden_state
-        return hidden
-
-    def _pool(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        hidden = self.post_layernorm(hidden)
-        if not self.use_head:
-            return hidden, None
-        return hidden, self.head(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
-
 
 class PromptedSiglip2VisionModel(PromptedFrameTower, TemporalSiglip2VisionModel):
     """``Siglip2VisionModel`` with prompts, for videos ``[B, T, C, H, W]`` and images."""
@@ -109,9 +99,8 @@ class PromptedTemporalSiglip2VisionModel(PromptedExpandedTower, PromptedSiglip2V
 
 def _patches(images: Tensor, side: int) -> Tensor:
     """Return the patches ``[n, N, side * side * C]`` of images ``[n, C, H, W]``, row by row."""
-    cut = images.unflatten(3, (-1, side)).unflatten(
-        2, (-1, side)
-    )  # [n, C, rows, side, columns, side]
+    # Sizes of cut: n, C, rows, side, columns, side.
+    cut = images.unflatten(3, (-1, side)).unflatten(2, (-1, side))
     patches: Tensor = cut.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
     return patches
 

@@ -96,6 +96,11 @@ class PromptedTower(TemporalTower):
         return clips
 
 
+def is_prompted(model: nn.Module) -> bool:
+    """Return whether a tower of ``model`` has prompts."""
+    return any(isinstance(module, PromptedTower) for module in model.modules())
+
+
 class PromptedExpandedTower(PromptedTower):
     """Base of the expanded towers with prompts.
 

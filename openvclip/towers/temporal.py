@@ -18,7 +18,7 @@ from openvclip.towers.families import (
     is_library_model,
 )
 from openvclip.towers.family import Encoder, TemporalTower, image_features
-from openvclip.towers.prompted import PromptedTower
+from openvclip.towers.prompted import is_prompted
 from openvclip.towers.view import (
     Boundary,
     ExpansionSettings,
@@ -141,8 +141,8 @@ def expansion_of(model: nn.Module) -> ExpansionSettings | None:
     Raises:
         UnsupportedModelError: if the model has no supported tower, or several.
     """
-    prompted = any(isinstance(module, PromptedTower) for module in model.modules())
-    family, tower = find_tower_for_prompts(model) if prompted else find_tower(model)
+    find = find_tower_for_prompts if is_prompted(model) else find_tower
+    family, tower = find(model)
     attentions = family.layers(tower) if isinstance(tower, TemporalTower) else []
     views: list[FrameView | None] = [getattr(layer, "view", None) for layer in attentions]
     wide = {i: view for i, view in enumerate(views) if view is not None and view.window > 0}

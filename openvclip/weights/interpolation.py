@@ -224,7 +224,7 @@ def as_number(value: SupportsFloat, what: str) -> float:
         if isinstance(value, str):
             raise TypeError("text is not accepted as a number")
         number = float(value)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise LambdaError(
             f"{what}: expected a number or a function from a name to a number, got {value!r}."
         ) from error

@@ -101,6 +101,37 @@ def test_threads_write_one_after_the_other(folder: Path) -> None:
     assert not list(folder.glob(".*"))
 
 
+def test_another_process_can_complete_its_folder_at_any_moment(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each rename and each removal of the complete folder meets one of another process."""
+    other = folder / ".openvclip-complete"
+    renames, removals = os.rename, Path.rmdir
+
+    def complete(of_other: str) -> None:
+        other.mkdir(exist_ok=True)
+        (other / of_other).write_text("of another process")
+
+    def rename(source: Path, target: Path) -> None:
+        if not (folder / "first").exists():
+            complete("first")
+        renames(source, target)
+
+    def rmdir(path: Path) -> None:
+        if path == other and not (folder / "second").exists():
+            complete("second")
+        removals(path)
+
+    monkeypatch.setattr(os, "rename", rename)
+    monkeypatch.setattr(Path, "rmdir", rmdir)
+    write(folder, NEW)
+    finish_folder(folder)
+    after = read(folder)
+    assert {after.pop(name) for name in ("first", "second")} == {"of another process"}
+    assert after == {**NEW, "notes": "mine"}
+    assert not list(folder.glob(".*"))
+
+
 def test_what_a_kill_left_long_ago_is_removed(folder: Path) -> None:
     for name, age in (("long-ago", 200_000), ("now", 0)):
         left = folder / f".openvclip-unfinished-{name}"

@@ -24,7 +24,6 @@ from openvclip.checkpoints import (
     api,
     read_contract,
 )
-from openvclip.checkpoints.contract_files import weights_in
 from openvclip.checkpoints.hugging_face import open_clip_name
 from openvclip.errors import CheckpointError, ContractError
 from tests.checkpoints.test_conversion_hugging_face import hugging_face_model
@@ -74,6 +73,14 @@ def test_the_json_names_format_and_version_first() -> None:
 
 def changed(**fields: Any) -> str:
     return json.dumps({**json.loads(CONTRACT.to_json()), **fields})
+
+
+@pytest.mark.parametrize(
+    "facts", [{"results": {"top1": float("nan")}}, {"data": {"a": "\ud800"}}], ids=str
+)
+def test_what_json_can_not_hold_is_refused(facts: dict[str, Any]) -> None:
+    with pytest.raises(ContractError, match="can't be written as JSON"):
+        CONTRACT.with_(**facts).to_json()
 
 
 def test_unknown_fields_are_written_again() -> None:
@@ -257,21 +264,6 @@ def test_inspect_says_that_a_contract_can_not_be_read(tmp_path: Path) -> None:
     )
     assert "contract     can't be read" in str(openvclip.inspect_checkpoint(path))
     assert "a" in openvclip.load_checkpoint(path)  # the tensors alone need no contract
-
-
-def test_the_weights_of_a_folder_are_those_that_its_contract_names(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="there are no weights in this folder"):
-        weights_in(tmp_path)
-    first, second = written(tmp_path, [CONTRACT, CONTRACT])  # the second is named
-    assert weights_in(tmp_path) == second
-    second.unlink()
-    with pytest.raises(CheckpointError, match=r"1\.safetensors: no such file, though .*names it"):
-        weights_in(tmp_path)
-    (tmp_path / "openvclip.json").unlink()
-    assert weights_in(tmp_path) == first
-    torch.save({"a": torch.ones(2)}, tmp_path / "w.pth")
-    with pytest.raises(CheckpointError, match=r"2 files of weights .*0\.safetensors, w\.pth"):
-        weights_in(tmp_path)
 
 
 def test_the_names_of_a_file_can_be_kept(tmp_path: Path) -> None:

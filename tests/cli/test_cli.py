@@ -131,7 +131,7 @@ def test_failures_are_one_line(tmp_path: Path, capsys: Captured) -> None:
     out = tmp_path / "out.safetensors"
     calls = {
         ("inspect", tmp_path / "absent"): "There is no file",
-        ("inspect", tmp_path): "there are no weights in this folder",
+        ("inspect", tmp_path): "holds no weights",
         ("inspect", text): "it is a text",
         ("convert", text, "-o", out): "it is a text",
         ("convert", tmp_path / "w", "-o", tmp_path / "out.pt"): "ending in .safetensors",

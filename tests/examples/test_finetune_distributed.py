@@ -46,7 +46,7 @@ def torchrun(logs: Path, arguments: list[str]) -> tuple[int, str, str]:
 
 
 def as_torchrun(logs: Path, arguments: list[str]) -> tuple[int, str, str]:
-    """The same with processes that start at once, of which SIGTERM ends the one that is left."""
+    """The same with two processes that are forks. SIGTERM ends the process that still runs."""
     with together(dying_process.main, arguments, logs=logs) as processes:
         while all(process.is_alive() for process in processes):
             time.sleep(0.1)  # as torchrun looks at its processes

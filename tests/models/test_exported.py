@@ -329,6 +329,14 @@ def test_files_that_are_no_exported_models(tmp_path: Path) -> None:
 # --- bad input -----------------------------------------------------------------------------------
 
 
+def test_damaged_facts(tmp_path: Path) -> None:
+    for text in ("{", "[]", '{"labels": 3}'):
+        with zipfile.ZipFile(tmp_path / "m.pt2", "w") as archive:
+            archive.writestr(f"m/extra/{exported_writing.FACTS_KEY}.json", text)
+        with pytest.raises(CheckpointError, match=r"m\.pt2: .*is damaged"):
+            read_export(tmp_path / "m.pt2")
+
+
 def test_an_archive_with_a_password(tmp_path: Path) -> None:
     path = tmp_path / "m.pt2"
     with zipfile.ZipFile(path, "w") as archive:

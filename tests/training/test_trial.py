@@ -36,7 +36,7 @@ def arguments(*words: str, out: Path = Path("my run")) -> argparse.Namespace:
 
 
 def contract_of(args: argparse.Namespace) -> Contract:
-    """The contract of a run with a tiny model in place of the one that the arguments name."""
+    """The contract of a run whose model is tiny, whatever model the arguments name."""
     model = tiny_clip()
     if sees_neighbours(args):
         expand_temporal_attention(model)

@@ -1,7 +1,7 @@
 """Merge files of weights without loading the models."""
 
+from openvclip.checkpoints.streaming.arithmetic import Merge
 from openvclip.checkpoints.streaming.merges import (
-    Merge,
     average_files,
     interpolate_files,
     merge_files,

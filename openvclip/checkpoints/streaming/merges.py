@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,27 +20,21 @@ from openvclip.checkpoints.contract_files import (
     merged_contract,
 )
 from openvclip.checkpoints.layout import require_storable
+from openvclip.checkpoints.streaming.arithmetic import Mean, Merge, apply_merge
 from openvclip.checkpoints.streaming.inputs import WeightInput, open_inputs
 from openvclip.checkpoints.streaming.outputs import check_outputs, in_writing_order, weight_output
 from openvclip.checkpoints.streaming.pipeline import Compute, stream
 from openvclip.checkpoints.streaming.provenance import Provenance
 from openvclip.errors import (
     EmptyAverageError,
-    NonFiniteWeightsError,
     UsageError,
     WeightTypeError,
-    listed,
 )
 from openvclip.weights.interpolation import Lambda, weights_of, write_interpolated
 from openvclip.weights.names import is_extra_state
 from openvclip.weights.numerics import common_dtype, is_interpolable
 
 StrPath: TypeAlias = str | os.PathLike[str]
-Merge: TypeAlias = Callable[[list[dict[str, Tensor]]], Mapping[str, Tensor]]
-"""A merge method: maps a list of state dicts, one for each model, to one state dict.
-
-All state dicts have the same names.
-"""
 
 
 @overload
@@ -202,7 +196,7 @@ def average_files(
         contract = merged_contract(_contracts(inputs), override=override)
         provenance = Provenance("average", inputs, {}, contract)
         options = _Options(dtype, max_shard_size, progress)
-        _write(inputs, [Path(out)], [provenance], _Mean(inputs), options)
+        _write(inputs, [Path(out)], [provenance], Mean(inputs), options)
 
 
 def merge_files(
@@ -251,7 +245,7 @@ def merge_files(
         inputs = open_inputs([Path(path) for path in paths], stack)
         method_name = method or str(getattr(merge, "__qualname__", type(merge).__name__))
         options = _Options(dtype, max_shard_size, progress, whole_entries=True)
-        compute = functools.partial(_apply, merge, inputs[-1].sizes, dtype)
+        compute = functools.partial(apply_merge, merge, inputs[-1].sizes, dtype)
         contract = merged_contract(_contracts(inputs), override=override)
         provenance = Provenance(method_name, inputs, {}, contract)
         _write(inputs, [Path(out)], [provenance], compute, options)
@@ -338,66 +332,3 @@ def _pairs(
             f"out={out}, lam={lam}: expected one output for each value of lam, and at least one."
         )
     return [Path(path) for path in out], list(lam)
-
-
-# --- arithmetic ----------------------------------------------------------------------------------
-
-
-class _Mean:
-    """The mean over the inputs, with sums in float64."""
-
-    def __init__(self, inputs: list[WeightInput]) -> None:
-        self._inputs = inputs
-
-    def __call__(self, name: str, values: list[Tensor], results: list[Tensor]) -> None:
-        last = values[-1]
-        if not is_interpolable(last):
-            results[0].copy_(last)
-            return
-        wide = torch.complex128 if last.is_complex() else torch.float64
-        total = values[0].to(wide, copy=True)
-        addend = torch.empty_like(total)
-        for value in values[1:]:
-            total.add_(addend.copy_(value))  # twice as fast as adding a tensor of another dtype
-        mean = total.div_(len(values))
-        if not bool(torch.isfinite(mean.sum())):
-            self._require_same_infinities(name, values, mean)
-        results[0].copy_(mean)
-
-    def _require_same_infinities(self, name: str, values: list[Tensor], mean: Tensor) -> None:
-        non_finite = ~torch.isfinite(mean)
-        if all(bool((value[non_finite] == mean[non_finite]).all()) for value in values):
-            return
-        files = [
-            str(source.path)
-            for source, value in zip(self._inputs, values, strict=True)
-            if not bool(torch.isfinite(value).all())
-        ]
-        raise NonFiniteWeightsError(
-            f"{name} holds NaN or infinity in {listed(files)}. The mean would hold it too. Leave "
-            "that file out. Look for a learning rate that is too high or a loss that overflows."
-        )
-
-
-def _apply(
-    merge: Merge,
-    sizes: Mapping[str, Tensor],
-    dtype: torch.dtype | None,
-    name: str,
-    values: list[Tensor],
-    results: list[Tensor],
-) -> None:
-    """Compute one entry with a merge method, see ``Compute``."""
-    shape, result = sizes[name].shape, results[0]
-    merged = merge([{name: value.view(shape)} for value in values])
-    entry = merged.get(name) if isinstance(merged, Mapping) and len(merged) == 1 else None
-    if not isinstance(entry, Tensor):
-        raise WeightTypeError(
-            f"The method gave {str(merged)[:200]}; expected {{{name!r}: tensor}}."
-        )
-    if entry.shape != shape or (dtype is None and entry.dtype != result.dtype):
-        raise WeightTypeError(
-            f"The method gave {name} as {entry.dtype} of shape {list(entry.shape)}; expected "
-            f"{result.dtype} of shape {list(shape)}."
-        )
-    result.copy_(entry.detach().reshape(-1))

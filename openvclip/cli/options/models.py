@@ -237,13 +237,15 @@ def sampling_of(options: argparse.Namespace) -> Sampling:
 
 def pooling_of(options: argparse.Namespace) -> Pooling:
     """Return the pooling of the contract. Default: the pooling of Open-VCLIP."""
-    return "unit_frames" if options.contract is None else options.contract.pooling
+    from openvclip.models import usage
+
+    return "unit_frames" if options.contract is None else usage.pooling_of(options.contract)
 
 
 def load(options: argparse.Namespace) -> LoadedModel:
     """Load the model that the options describe, with the weights of the original CLIP.
 
-    A model with a contract of its own is loaded as :func:`load_with_contract` says.
+    If the model has a contract, see :func:`load_with_contract`.
     """
     from openvclip.cli.options.contract import load_with_contract
     from openvclip.models.loading import brings_weights, load_model

@@ -168,16 +168,6 @@ class AveragingCallback(LightningCallback):
             if trainer.is_global_zero or is_sharded_model(pl_module):
                 save_checkpoint(average, self.file)
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Restore the weights of the module.
-
-        Args:
-            trainer: see ``Callback.on_exception`` of Lightning.
-            pl_module: see ``Callback.on_exception`` of Lightning.
-            exception: see ``Callback.on_exception`` of Lightning.
-        """
-        self._stop()
-
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Restore the weights of the module.
 

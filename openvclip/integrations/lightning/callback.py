@@ -98,6 +98,19 @@ class LightningCallback:
                 "Look at the argument callbacks of the trainer and at configure_callbacks()."
             )
 
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Take the callback's changes to the module back.
+
+        Args:
+            trainer: see ``Callback.on_exception`` of Lightning.
+            pl_module: see ``Callback.on_exception`` of Lightning.
+            exception: see ``Callback.on_exception`` of Lightning.
+        """
+        self._stop()
+
+    def _stop(self) -> None:
+        """Take back what the callback changed for the run."""
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state of a checkpoint until the run begins.
 

@@ -275,16 +275,6 @@ class IWRCallback(LightningCallback):
         """
         self._stop()
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Remove the second pass.
-
-        Args:
-            trainer: see ``Callback.on_exception`` of Lightning.
-            pl_module: see ``Callback.on_exception`` of Lightning.
-            exception: see ``Callback.on_exception`` of Lightning.
-        """
-        self._stop()
-
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the regulariser, for a checkpoint."""
         if self._saved is not None:
