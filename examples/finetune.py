@@ -249,12 +249,9 @@ def fine_tune(args: argparse.Namespace, processes: Processes, device: torch.devi
         keep=args.keep,
         processes=processes,
     )
-    log = RunLog(
-        args.out if processes.is_first else None,
-        total_steps(recipe, run, videos.batches.steps),
-        first=checkpoints.last_step,
-        every=args.log_every,
-    )
+    total = total_steps(recipe, run, videos.batches.steps)
+    folder = args.out if processes.is_first else None  # the first process writes the log
+    log = RunLog(folder, total, first=checkpoints.last_step, every=args.log_every)
     if processes.is_first:
         unseen = read_labels(args.zero_shot_classes) if args.zero_shot_classes else []
         warnings = class_warnings(videos.labels, videos.names, unseen)
