@@ -312,6 +312,10 @@ class EvaluationError(OpenVCLIPError, ValueError):
     """Raised when videos, splits or settings cannot be evaluated."""
 
 
+class SearchError(OpenVCLIPError, ValueError):
+    """Raised when an index of videos can't be made, read, changed or searched as requested."""
+
+
 class RecordsError(OpenVCLIPError, ValueError):
     """Raised when a results folder belongs to another evaluation or is not writable."""
 

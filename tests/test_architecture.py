@@ -30,8 +30,9 @@ ARROWS: dict[str, set[str]] = {
     "models": {"towers", "video", "checkpoints"},
     "prompting": {"models"},
     "evaluation": {"models"},
+    "search": {"models"},
     "training": {"evaluation", "prompting"},
-    "cli": {"training", "merging"},
+    "cli": {"training", "merging", "search"},
     "__main__": {"cli"},
 }
 WEIGHT_SPACE = {"weights", "merging", "checkpoints"}

@@ -105,6 +105,7 @@ PUBLIC = {
     "prompting",
     "restore_spatial_attention",
     "save_checkpoint",
+    "search",
     "towers",
     "training",
     "update_statistics",
