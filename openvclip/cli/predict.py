@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import glob
 import json
-import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -28,7 +26,7 @@ from openvclip.cli.options.rejection import add_rejection_options, require_thres
 from openvclip.cli.options.types import Commands
 from openvclip.commands.parsing import refuse_unused
 from openvclip.commands.progress import progress_bar
-from openvclip.errors import UsageError, VideoError, VideoNotFoundError, near_path
+from openvclip.errors import UsageError, VideoError
 
 if TYPE_CHECKING:
     from openvclip.checkpoints.contract import Confidence
@@ -321,38 +319,14 @@ def _figure_paths(paths: list[str], options: argparse.Namespace) -> list[Path]:
 
 
 def _paths(arguments: list[str]) -> list[str]:
-    """Return the video files that the arguments name, each once."""
-    paths = [path for argument in arguments for path in _files_of(argument)]
-    return list(dict.fromkeys(paths))
-
-
-def _files_of(argument: str) -> list[str]:
-    """Return the video files of a file, folder or pattern.
+    """Return the video files that the arguments name, each once.
 
     This runs before the model is loaded, so that a wrong path is reported first.
     """
-    from openvclip.video import find_videos
-    from openvclip.video.sources import is_url
+    from openvclip.video.files import video_paths
 
-    if is_url(argument):
-        return [argument]
-    if os.path.isdir(argument):
-        files = [os.path.join(argument, path) for path in find_videos(argument)]
-        if not files:
-            raise VideoNotFoundError(
-                f"{argument}: no video files in this folder or its subfolders."
-            )
-        return files
-    if os.path.exists(argument):
-        return [argument]
-    if glob.has_magic(argument):
-        files = [path for path in glob.glob(argument, recursive=True) if os.path.isfile(path)]
-        if not files:
-            raise VideoNotFoundError(f"{argument}: no file matches this pattern.")
-        return sorted(files)
-    raise VideoNotFoundError(
-        f"{argument}: no such file{near_path(argument)}; expected a file, folder or pattern."
-    )
+    paths = [path for argument in arguments for path in video_paths(argument)]
+    return list(dict.fromkeys(paths))
 
 
 def _classifier(

@@ -26,6 +26,8 @@ class HandOver:
 
     model: Any
     tokenizer: Tokenizer
+    origin: tuple[str, str | None] | None = None
+    """The ``source`` and the ``pretrained`` of :meth:`from_pretrained`, or ``None``."""
 
     @property
     def contract(self) -> Contract:
@@ -91,7 +93,10 @@ class HandOver:
             local_files_only=local_files_only,
             token=token,
         )
-        return cls(stored.model, stored.tokenizer, contract=stored.contract)  # type: ignore[call-arg]
+        loaded = cls(stored.model, stored.tokenizer, contract=stored.contract)  # type: ignore[call-arg]
+        if revision is None:
+            loaded.origin = os.fspath(source), None if pretrained is None else os.fspath(pretrained)
+        return loaded
 
     def save_pretrained(
         self,

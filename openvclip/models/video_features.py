@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from openvclip.errors import UsageError
+from openvclip.errors import UsageError, VideoShapeError
 from openvclip.models.batching import VideoReader, encode_each, encode_one
 from openvclip.models.features import device_of, video_features
 from openvclip.models.finite import require_finite
@@ -96,6 +96,26 @@ class VideoFeatures:
         return self.encode_video(
             images, batch_size=batch_size, num_threads=num_threads, progress=progress
         )
+
+    def encode_clips(self, clips: Tensor) -> Tensor:
+        """Return the feature of each of several clips that are preprocessed already.
+
+        Args:
+            clips: float ``[n, T, C, H, W]``, as ``transform`` returns them, on any device.
+
+        Returns:
+            float32 ``[n, D]`` with rows of unit length, on the device of the model.
+
+        Raises:
+            VideoShapeError: ``clips`` has another shape.
+            NonFiniteWeightsError, EvaluationError: the features are not finite.
+        """
+        if clips.ndim != 5:
+            raise VideoShapeError(
+                f"clips has the shape {list(clips.shape)}; expected [n, T, C, H, W]. Add an axis "
+                "to a single clip: clip[None]."
+            )
+        return functional.normalize(self._features(clips), dim=-1)
 
     def encode_text(self, texts: str | Sequence[str]) -> Tensor:
         """Return the feature of a text, or of each of several texts, with unit length.

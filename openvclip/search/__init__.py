@@ -1,5 +1,19 @@
 """An index of videos, and search by a sentence, an image or a clip."""
 
+from openvclip.search.index import Index
 from openvclip.search.moments import Moment
+from openvclip.search.recorded import ModelSource
+from openvclip.search.storage import Block, Snapshot
+from openvclip.search.updating import Report
+from openvclip.search.windows import Window, WindowOptions
 
-__all__ = ["Moment"]
+__all__ = [
+    "Block",
+    "Index",
+    "ModelSource",
+    "Moment",
+    "Report",
+    "Snapshot",
+    "Window",
+    "WindowOptions",
+]

@@ -62,6 +62,7 @@ def sliding_windows(
     seconds: float = 128 / 30,
     step: float | None = None,
     fps: float | None = None,
+    alone: bool = True,
 ) -> Iterator[SlidingWindow]:
     """Iterate over windows of equal length, from the beginning to the end of a video.
 
@@ -79,6 +80,8 @@ def sliding_windows(
         step: time from the start of a window to the start of the next window, in seconds. Default:
             half of ``seconds``.
         fps: frames per second, if ``path`` is an array of frames.
+        alone: whether this thread is the only one that decodes videos. If not, the decoder uses one
+            thread.
 
     Yields:
         A :class:`SlidingWindow` for each window.
@@ -97,7 +100,7 @@ def sliding_windows(
     if isinstance(num_frames, bool) or not isinstance(num_frames, int) or num_frames < 1:
         raise VideoOptionError(f"num_frames={num_frames!r}: expected a whole number, at least 1.")
     with ExitStack() as stack:
-        source = stack.enter_context(opened(path, fps))
+        source = stack.enter_context(opened(path, fps, alone=alone))
         if isinstance(source, NumberedVideo):
             source.require_rate("a timeline")
         cut = _Cut(transform, num_frames, seconds, step)

@@ -1,0 +1,307 @@
+"""The index of videos: windows of a few seconds, searched by a sentence, an image or a clip."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from openvclip.checkpoints.contract import Contract
+from openvclip.errors import SearchError
+from openvclip.models.video_clip import VideoCLIP
+from openvclip.search.building import BuildOptions
+from openvclip.search.identity import require_same_model
+from openvclip.search.inputs import VideoPaths
+from openvclip.search.moments import Moment
+from openvclip.search.recorded import ModelSource
+from openvclip.search.storage import Block, IndexSettings, Snapshot, Storage
+from openvclip.search.updating import Report, Updating
+from openvclip.search.windows import Window, WindowOptions, WindowSettings
+from openvclip.weights.hashing import weights_hash
+from openvclip.weights.names import named_state
+
+__all__ = ["Index"]
+
+
+class Index:
+    """An index of videos: a folder with unit vectors of windows of a few seconds.
+
+    :meth:`create` makes an index and :meth:`open` opens one. Each change is on the disk when its
+    method returns. If the process is killed, the folder holds the index before or after a change,
+    never a part of a change. One process at a time can change an index; any number of processes and
+    threads can search it meanwhile, and their next search sees the changes.
+
+    Attributes:
+        path: the folder.
+    """
+
+    def __init__(self, storage: Storage, model: VideoCLIP | None, device: Any = "cpu") -> None:
+        self._storage = storage
+        self._model = model
+        self._device = device
+        self._snapshot: Snapshot | None = None
+        self._lock = threading.RLock()
+        self.path = storage.folder
+
+    @classmethod
+    def create(
+        cls,
+        path: str | os.PathLike[str],
+        model: VideoCLIP | str | os.PathLike[str],
+        *,
+        windows: WindowOptions | None = None,
+        source: ModelSource | None = None,
+    ) -> Index:
+        """Make an index without videos.
+
+        Args:
+            path: the folder of the index, such as ``"library.ovx"``. It must not exist, or be
+                empty.
+            model: the model that encodes the videos and the queries; or the ``source`` of
+                :meth:`openvclip.VideoCLIP.from_pretrained`.
+            windows: length and step of the windows. Default: those of the contract of the model.
+            source: where the model is, so that :attr:`model` can load it later. Default: where
+                :meth:`openvclip.VideoCLIP.from_pretrained` loaded it from.
+
+        Raises:
+            SearchError: the folder holds an index or other files, or is not writable.
+            OpenVCLIPError: the model can't be loaded.
+        """
+        loaded = model if isinstance(model, VideoCLIP) else VideoCLIP.from_pretrained(model)
+        contract = loaded.contract
+        settings = IndexSettings(
+            contract,
+            weights_hash(named_state(loaded.model)),
+            (windows or WindowOptions()).settings(contract),
+            source or ModelSource.of(loaded),
+        )
+        return cls(Storage.create(path, settings), loaded)
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        model: VideoCLIP | None = None,
+        *,
+        device: str | torch.device = "cpu",
+    ) -> Index:
+        """Open an index.
+
+        Args:
+            path: the folder of the index.
+            model: the model that made the index. Default: :attr:`model` loads it when it is needed.
+            device: the device of a model that is loaded.
+
+        Raises:
+            SearchError: there is no index, or it is damaged, or a newer version of openvclip made
+                it, or another model made it.
+        """
+        storage = Storage(path)
+        if model is not None:
+            require_same_model(storage, model)
+        return cls(storage, model, device)
+
+    # --- what the index is ---------------------------------------------------------------------
+
+    @property
+    def model(self) -> VideoCLIP:
+        """The model of the index, which is loaded when it is first needed.
+
+        Raises:
+            SearchError: the index does not say where the model is, or another model is there now.
+            OpenVCLIPError: the model can't be loaded.
+        """
+        with self._lock:
+            if self._model is None:
+                source = self._storage.settings.source
+                if source is None:
+                    raise SearchError(
+                        f"{self.path}: the index does not say where its model is. Give the model: "
+                        "Index.open(path, model)."
+                    )
+                model = source.load(self.contract, self._device)
+                require_same_model(self._storage, model)
+                self._model = model
+            return self._model
+
+    @property
+    def contract(self) -> Contract:
+        """How the model of the index is used."""
+        return self._storage.settings.contract
+
+    @property
+    def window_settings(self) -> WindowSettings:
+        """The length and the step of the windows."""
+        return self._storage.settings.windows
+
+    @property
+    def videos(self) -> list[str]:
+        """The paths of the videos, in the order in which they were added."""
+        return list(self.snapshot().paths)
+
+    def __len__(self) -> int:
+        """Return the number of windows."""
+        return self.snapshot().count
+
+    def blocks(self) -> list[Block]:
+        """Return the vectors of all windows. They are read from the disk when they are used."""
+        return self.snapshot().blocks
+
+    def windows(self, rows: Sequence[int] | NDArray[np.int64]) -> list[Window]:
+        """Return the windows of some rows.
+
+        Args:
+            rows: rows, counted from 0 over all blocks.
+
+        Raises:
+            SearchError: a row does not exist, or belongs to a removed video.
+        """
+        return self.snapshot().windows(rows)
+
+    def snapshot(self) -> Snapshot:
+        """Return the present content: blocks, paths and times that belong together.
+
+        Raises:
+            SearchError: the index can't be read.
+        """
+        with self._lock:
+            if self._snapshot is None or not self._storage.is_current(self._snapshot):
+                self._snapshot = self._storage.snapshot()
+            return self._snapshot
+
+    def __repr__(self) -> str:
+        now = self.snapshot()
+        return (
+            f"Index({str(self.path)!r}: {len(now.paths)} videos, {now.count} windows of "
+            f"{self.window_settings}; model {self.contract.model!r})"
+        )
+
+    # --- search --------------------------------------------------------------------------------
+
+    def search(
+        self,
+        query: Any,
+        k: int = 10,
+        *,
+        negative: Sequence[str] = (),
+        min_score: float | None = None,
+    ) -> Any:
+        """Return the moments that fit a query best.
+
+        Args:
+            query: a sentence, an image, a clip or a vector; or a list of queries.
+            k: number of moments.
+            negative: sentences of what the moments must not show.
+            min_score: smallest score of a moment.
+
+        Returns:
+            A list of :class:`~openvclip.search.Moment`, or a list of lists for several queries.
+        """
+        if isinstance(query, list):
+            return [self.search(q, k, negative=negative, min_score=min_score) for q in query]
+        now = self.snapshot()
+        text = isinstance(query, str) and not os.path.exists(query)
+        vector = self.model.encode_text(query) if text else self.model.encode_video(query)
+        scores = np.full(len(now.video), -np.inf, dtype=np.float32)
+        for block in now.blocks:
+            part = block.vectors.astype(np.float32) @ vector.numpy()
+            scores[block.first_row : block.first_row + len(part)] = part
+        scores[now.video < 0] = -np.inf
+        best = [row for row in np.argsort(-scores, kind="stable")[:k] if scores[row] > -np.inf]
+        moments = []
+        for row, window in zip(best, now.windows(best), strict=True):
+            middle = (window.start + window.end) / 2
+            moments.append(Moment(*window, float(scores[row]), middle))
+        return [m for m in moments if min_score is None or m.score >= min_score]
+
+    # --- changes -------------------------------------------------------------------------------
+
+    def add(
+        self,
+        videos: VideoPaths,
+        *,
+        batch_size: int = 16,
+        num_threads: int | None = None,
+        progress: bool | None = None,
+    ) -> Report:
+        """Add videos. A video that the index has is encoded again if its file changed.
+
+        The videos that are done are on the disk after every few seconds. If the process is killed,
+        the next call with the same videos continues with those that are left.
+
+        Args:
+            videos: a file, a folder with its subfolders, a pattern such as ``"clips/**/*.mp4"`` or
+                a URL; or several of them.
+            batch_size: number of windows to encode at a time.
+            num_threads: number of threads that decode videos; see
+                :func:`openvclip.video.read_clips`.
+            progress: whether to show a progress bar. Default: only in a terminal.
+
+        Returns:
+            What was added, and the reason for each video that can't be read.
+
+        Raises:
+            SearchError: another process changes the index, or it can't be written. The videos of
+                the last commit are in the index.
+            UsageError, VideoOptionError: an option is out of range.
+            NonFiniteWeightsError, EvaluationError: the features are not finite.
+        """
+        return self._updating(batch_size, num_threads, progress).add(videos)
+
+    def update(
+        self,
+        *,
+        batch_size: int = 16,
+        num_threads: int | None = None,
+        progress: bool | None = None,
+    ) -> Report:
+        """Compare the videos of the index with their files.
+
+        Videos whose file changed (size or time of the last change) are encoded again. Videos whose
+        file is gone are removed.
+
+        Args:
+            batch_size: see :meth:`add`.
+            num_threads: see :meth:`add`.
+            progress: see :meth:`add`.
+
+        Raises:
+            SearchError, UsageError, VideoOptionError: see :meth:`add`.
+            NonFiniteWeightsError, EvaluationError: see :meth:`add`.
+        """
+        return self._updating(batch_size, num_threads, progress).update()
+
+    def remove(self, videos: VideoPaths) -> list[str]:
+        """Remove videos from the index. Their files stay.
+
+        Args:
+            videos: paths of videos in the index, folders of such videos, or patterns.
+
+        Returns:
+            The paths that were removed.
+
+        Raises:
+            SearchError: the index has no such video, or it can't be written.
+        """
+        return self._updating().remove(videos)
+
+    def save(self) -> None:
+        """Free the space of removed videos, and join small files.
+
+        The other methods save their changes themselves.
+
+        Raises:
+            SearchError: another process changes the index, or it can't be written.
+        """
+        with self._storage.writing() as writer:
+            writer.compact(whole=True)
+
+    def _updating(self, *options: Any) -> Updating:
+        batch_size, num_threads, progress = options or (16, None, None)
+        build = BuildOptions(batch_size, num_threads)
+        return Updating(self._storage, lambda: self.model, build, progress)

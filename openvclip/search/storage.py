@@ -1,0 +1,339 @@
+"""The folder of an index: its table, its shards and the contract of its model."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from openvclip.checkpoints.atomic import atomic_path
+from openvclip.checkpoints.contract import Contract
+from openvclip.checkpoints.contract_files import CONTRACT_FILE
+from openvclip.errors import SearchError, near_path
+from openvclip.search import table
+from openvclip.search.changes import Writer
+from openvclip.search.locking import LOCK_FILE, writer_lock
+from openvclip.search.recorded import ModelSource
+from openvclip.search.shards import Vectors, map_shard, shard_name
+from openvclip.search.windows import Window, WindowSettings
+
+__all__ = ["Block", "IndexSettings", "Snapshot", "Storage", "is_index"]
+
+VERSION = 1
+"""The newest version of the table that this version of openvclip reads and writes."""
+
+_FORMAT = "openvclip-index"
+_OWN_FILES = {table.TABLE_FILE, f"{table.TABLE_FILE}-journal", LOCK_FILE, CONTRACT_FILE}
+_TRIES = 10  # another process can remove shards while they are opened
+
+
+class Block(NamedTuple):
+    """The vectors of a shard.
+
+    Attributes:
+        first_row: the row of the first vector, counted over all blocks.
+        vectors: float16 ``[n, D]``, rows of unit length.
+        live: bool ``[n]``, false for the rows of removed videos; ``None`` if all rows are live.
+    """
+
+    first_row: int
+    vectors: Vectors
+    live: NDArray[np.bool_] | None
+
+
+@dataclass(frozen=True)
+class IndexSettings:
+    """What an index was made with.
+
+    Attributes:
+        contract: the contract of the model.
+        weights_hash: :func:`openvclip.weights.weights_hash` of the weights of the model.
+        windows: the windows of the videos.
+        source: where the model is; ``None`` if that is not known.
+    """
+
+    contract: Contract
+    weights_hash: str
+    windows: WindowSettings
+    source: ModelSource | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """The content of an index at one moment.
+
+    The rows are numbered from 0 over all blocks.
+
+    Attributes:
+        blocks: the vectors.
+        paths: the videos, in the order of the attribute ``video``.
+        durations: float64 ``[videos]``, the seconds of each video.
+        video: int32 ``[rows]``, the place in ``paths`` of each row; -1 for removed videos.
+        start: float64 ``[rows]``, seconds.
+        end: float64 ``[rows]``, seconds.
+        counter: see :func:`openvclip.search.table.change_counter`.
+    """
+
+    blocks: list[Block]
+    paths: list[str]
+    durations: NDArray[np.float64]
+    video: NDArray[np.int32]
+    start: NDArray[np.float64]
+    end: NDArray[np.float64]
+    counter: bytes
+
+    @cached_property
+    def count(self) -> int:
+        """The number of windows."""
+        return int((self.video >= 0).sum())
+
+    def windows(self, rows: Any) -> list[Window]:
+        """Return the windows of some rows.
+
+        Raises:
+            SearchError: a row does not exist, or belongs to a removed video.
+        """
+        chosen = np.asarray(rows, dtype=np.int64).reshape(-1)
+        total = len(self.video)
+        for row in chosen.tolist():
+            if not 0 <= row < total or self.video[row] < 0:
+                raise SearchError(f"The index has no row {row}; it has {total} rows.")
+        values = zip(
+            self.video[chosen].tolist(),
+            self.start[chosen].tolist(),
+            self.end[chosen].tolist(),
+            strict=True,
+        )
+        return [Window(self.paths[video], start, end) for video, start, end in values]
+
+
+class Storage:
+    """The folder of an index.
+
+    Args:
+        folder: the folder, which :meth:`create` made.
+
+    Attributes:
+        folder: as the argument.
+        settings: what the index was made with.
+
+    Raises:
+        SearchError: there is no index in the folder, or it can't be read, or a newer version of
+            openvclip made it.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        self.settings = _settings_of(self.folder)
+
+    @classmethod
+    def create(cls, folder: str | os.PathLike[str], settings: IndexSettings) -> Storage:
+        """Make an index without videos in a folder.
+
+        Args:
+            folder: the folder. Missing folders are created.
+            settings: what the index is made with.
+
+        Raises:
+            SearchError: the folder holds an index or other files, or is not writable.
+        """
+        path = Path(folder)
+        _require_free(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SearchError(
+                f"{path}: the folder can't be made ({error.strerror}). Check the path, the free "
+                "space and the permissions."
+            ) from error
+        with writer_lock(path):
+            if is_index(path):
+                raise SearchError(f"{path}: another process has made this index. Open the index.")
+            try:
+                with atomic_path(path / CONTRACT_FILE) as temporary:
+                    temporary.write_text(settings.contract.to_json(), encoding="utf-8")
+            except OSError as error:
+                raise SearchError(
+                    f"{path}: the index can't be made ({error.strerror}). Check the free space and "
+                    "the permissions."
+                ) from error
+            with table.writing(path) as connection:
+                connection.execute("BEGIN")
+                with connection:
+                    for statement in table.SCHEMA.split(";"):
+                        connection.execute(statement)
+                    connection.executemany("INSERT INTO meta VALUES (?, ?)", _meta(settings))
+        return cls(path)
+
+    def snapshot(self) -> Snapshot:
+        """Return the present content of the index.
+
+        Raises:
+            SearchError: the index can't be read.
+        """
+        missing = ""
+        for _ in range(_TRIES):
+            try:
+                return self._read()
+            except FileNotFoundError as error:  # another process removed a shard in between
+                missing = os.path.basename(str(error.filename))
+        raise SearchError(
+            f"{self.folder}: the file {missing} is missing. Copy the index again, or make a new "
+            "one."
+        )
+
+    def is_current(self, snapshot: Snapshot) -> bool:
+        """Return whether no process has changed the index since a snapshot."""
+        try:
+            return table.change_counter(self.folder) == snapshot.counter
+        except OSError:  # the folder is gone: what was read can still be searched
+            return True
+
+    @contextmanager
+    def writing(self) -> Iterator[Writer]:
+        """Context manager in which this process alone changes the index.
+
+        Raises:
+            SearchError: another process changes the index, or the folder is not writable.
+        """
+        with writer_lock(self.folder), table.writing(self.folder) as connection:
+            yield Writer(self.folder, connection)
+
+    def _read(self) -> Snapshot:
+        counter = table.change_counter(self.folder)  # first: a later commit is then noticed
+        with table.reading(self.folder) as connection:
+            videos = connection.execute(
+                "SELECT id, path, duration FROM videos ORDER BY id"
+            ).fetchall()
+            shards = connection.execute(
+                "SELECT id, first, rows FROM shards ORDER BY first"
+            ).fetchall()
+            rows = _rows(connection)
+        identities = np.array([identity for identity, _, _ in videos], dtype=np.int64)
+        return _snapshot(self.folder, counter, videos, shards, rows, identities)
+
+
+def is_index(path: str | os.PathLike[str]) -> bool:
+    """Return whether a folder holds an index."""
+    file = Path(path) / table.TABLE_FILE
+    try:
+        if file.stat().st_size == 0:  # a kill left it before the first commit
+            return False
+        with table.reading(Path(path)) as connection:
+            return bool(connection.execute("SELECT 1 FROM sqlite_master").fetchone())
+    except OSError:
+        return False
+
+
+_ROW = np.dtype([("row", "<i8"), ("video", "<i8"), ("start", "<f8"), ("end", "<f8")])
+
+
+def _rows(connection: sqlite3.Connection) -> NDArray[Any]:
+    (count,) = connection.execute("SELECT count(*) FROM windows").fetchone()
+    rows = connection.execute("SELECT row, video, start, end FROM windows ORDER BY row")
+    return np.fromiter(rows, dtype=_ROW, count=count)
+
+
+def _snapshot(
+    folder: Path,
+    counter: bytes,
+    videos: list[tuple[int, str | bytes, float]],
+    shards: list[tuple[int, int, int]],
+    rows: NDArray[Any],
+    identities: NDArray[np.int64],
+) -> Snapshot:
+    total = sum(count for _, _, count in shards)
+    video = np.full(total, -1, dtype=np.int32)
+    times = np.zeros((2, total), dtype=np.float64)
+    blocks, position = [], 0
+    for number, first, count in shards:
+        begin, end = np.searchsorted(rows["row"], (first, first + count))
+        part = rows[begin:end]
+        places = part["row"] - first + position
+        video[places] = np.searchsorted(identities, part["video"])
+        times[0, places], times[1, places] = part["start"], part["end"]
+        live = None if len(part) == count else video[position : position + count] >= 0
+        blocks.append(Block(position, map_shard(folder / shard_name(number), count), live))
+        position += count
+    return Snapshot(
+        blocks,
+        [table.path_of(path) for _, path, _ in videos],
+        np.array([duration for _, _, duration in videos], dtype=np.float64),
+        video,
+        times[0],
+        times[1],
+        counter,
+    )
+
+
+def _require_free(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise SearchError(f"{path} is a file; expected a folder for the index, such as name.ovx.")
+    if not path.is_dir():
+        return
+    if is_index(path):
+        raise SearchError(
+            f"{path} holds an index already. Open the index, or choose another folder."
+        )
+    others = sorted(entry.name for entry in path.iterdir() if not _is_own(entry.name))
+    if others:
+        raise SearchError(
+            f"{path} holds other files ({others[0]}) and no index; expected a new or an empty "
+            "folder for the index."
+        )
+
+
+def _is_own(name: str) -> bool:
+    return name in _OWN_FILES or (name.startswith(".") and name.endswith(".tmp"))
+
+
+def _meta(settings: IndexSettings) -> list[tuple[str, str]]:
+    source = settings.source
+    return [
+        ("format", _FORMAT),
+        ("version", str(VERSION)),
+        ("weights_hash", settings.weights_hash),
+        ("contract", settings.contract.to_json()),
+        ("windows", json.dumps(asdict(settings.windows))),
+        ("source", json.dumps(None if source is None else asdict(source))),
+    ]
+
+
+def _settings_of(folder: Path) -> IndexSettings:
+    if not is_index(folder):
+        kind = (
+            "is not an index" if folder.exists() else f"there is no such index{near_path(folder)}"
+        )
+        raise SearchError(
+            f"{folder}: {kind}; expected a folder that 'openvclip index' or Index.create made."
+        )
+    with table.reading(folder) as connection:
+        try:
+            meta: dict[str, str] = dict(connection.execute("SELECT key, value FROM meta"))
+        except sqlite3.OperationalError:
+            meta = {}
+    if meta.get("format") != _FORMAT:
+        raise SearchError(f"{folder / table.TABLE_FILE}: is a table of another program.")
+    version = meta.get("version", "")
+    if not version.isdecimal() or int(version) > VERSION:
+        raise SearchError(
+            f"{folder}: the index has version {version}; this openvclip reads version {VERSION} "
+            "and older. Update openvclip: pip install -U openvclip."
+        )
+    contract = Contract.from_json(meta["contract"], os.fspath(folder / table.TABLE_FILE))
+    source = json.loads(meta["source"])
+    return IndexSettings(
+        contract,
+        meta["weights_hash"],
+        WindowSettings(**json.loads(meta["windows"])),
+        None if source is None else ModelSource(**source),
+    )
