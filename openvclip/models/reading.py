@@ -18,6 +18,7 @@ from openvclip.video.sources import (
     VideoSource,
     first_bytes,
     is_url,
+    member_of,
     rereadable,
     source_name,
 )
@@ -91,7 +92,7 @@ def is_image(video: Any) -> bool:
     arrays by their three axes.
     """
     if isinstance(video, (str, os.PathLike)):
-        return is_image_file(urlsplit(os.fspath(video)).path if is_url(video) else video)
+        return is_image_file(_name_in(os.fspath(video)) if is_url(video) else video)
     if isinstance(video, (np.ndarray, Tensor)):
         return video.ndim == 3
     if isinstance(video, VideoFrames):
@@ -100,6 +101,12 @@ def is_image(video: Any) -> bool:
     if head is None:
         return _is_pillow(video)
     return head.startswith(_SIGNATURES) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
+
+
+def _name_in(url: str) -> str:
+    """Return the path in a URL, or the name in an archive."""
+    member = member_of(url)
+    return urlsplit(url).path if member is None else member[0]
 
 
 def _is_pillow(image: object) -> bool:

@@ -10,6 +10,7 @@ import inspect
 import io
 import os
 import re
+import tarfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -24,10 +25,20 @@ from openvclip.errors import (
     VideoNotFoundError,
 )
 
-__all__ = ["EncodedVideo", "SharedFile", "check_path", "is_file_object", "is_url", "opened_input"]
+__all__ = [
+    "EncodedVideo",
+    "SharedFile",
+    "check_path",
+    "is_file_object",
+    "is_url",
+    "member_of",
+    "open_file",
+    "opened_input",
+]
 
 _URL = re.compile(r"[a-z][\w+.-]+(::[a-z][\w+.-]*)*://", re.IGNORECASE)
 _COPY = "Copy or download it again."
+_TAR = "tar://"
 
 
 class SharedFile:
@@ -138,6 +149,15 @@ def is_url(video: object) -> bool:
     return isinstance(video, str) and bool(_URL.match(video)) and not os.path.exists(video)
 
 
+def member_of(url: str) -> tuple[str, str] | None:
+    """Return the name in the archive and the archive of ``"tar://NAME::ARCHIVE"``, or ``None``.
+
+    This is fsspec's notation for a member of an archive.
+    """
+    name, separator, archive = url[len(_TAR) :].partition("::")
+    return (name, archive) if url.lower().startswith(_TAR) and separator else None
+
+
 def is_file_object(video: object) -> bool:
     """Return whether ``video`` has a method ``read``."""
     return callable(getattr(video, "read", None))
@@ -233,7 +253,40 @@ def _as_video_error(name: str) -> Iterator[None]:
         raise VideoError(f"{name}: can't be read ({error}).") from error
 
 
+def open_file(address: str, stack: ExitStack) -> Any:
+    """Open the file of a path or a URL for reading; the stack closes it.
+
+    Raises:
+        VideoNotFoundError, VideoError, MissingDependencyError: see :func:`opened_input`.
+    """
+    if is_url(address) and not address.lower().startswith("file:"):
+        return _open_url(address, stack)
+    path = url2pathname(urlsplit(address).path) if is_url(address) else address
+    return stack.enter_context(open(check_path(path), "rb"))
+
+
+def _open_member(url: str, name: str, archive: str, stack: ExitStack) -> Any:
+    """Open a member of a tar file.
+
+    fsspec opens such a URL too, but two threads that read one archive there disturb each other.
+    """
+    file = open_file(archive, stack)
+    try:
+        members = tarfile.open(fileobj=file)  # noqa: SIM115  # the stack closes it
+        stack.enter_context(members)
+        return stack.enter_context(members.extractfile(name) or io.BytesIO())
+    except KeyError as error:
+        raise VideoNotFoundError(
+            f"{url}: the archive holds no file {name!r}. Check the name with its folders."
+        ) from error
+    except Exception as error:  # the errors of a file system have any class
+        raise VideoError(f"{url}: can't be read from the archive ({error}). {_COPY}") from error
+
+
 def _open_url(url: str, stack: ExitStack) -> Any:
+    member = member_of(url)
+    if member is not None:
+        return _open_member(url, *member, stack)
     try:
         import fsspec
     except ImportError as error:

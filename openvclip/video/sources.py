@@ -22,6 +22,7 @@ from openvclip.video._inputs import (
     EncodedVideo,
     is_file_object,
     is_url,
+    member_of,
     opened_input,
     position_of,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "is_several",
     "is_url",
     "kinds_of_sources",
+    "member_of",
     "opened",
     "position_holder",
     "position_of",
@@ -117,7 +119,8 @@ VideoSource: TypeAlias = Union[
 """A video: everything that :func:`~openvclip.video.read_clip` reads.
 
 - The path of a file.
-- A URL that fsspec opens, such as ``"https://..."``, ``"s3://..."`` or ``"hf://..."``.
+- A URL that fsspec opens, such as ``"https://..."``, ``"s3://..."`` or ``"hf://..."``; or a file in
+  a tar archive: ``"tar://clips/a.mp4::s3://bucket/0001.tar"``.
 - The ``bytes`` of a file, or a file object that is open in binary mode.
 - uint8 frames ``[T, H, W, C]`` or ``[T, C, H, W]``, an array of NumPy or a tensor, with ``fps=``;
   or :class:`VideoFrames`, which holds the frames and their rate.
