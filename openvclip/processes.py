@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 from torch import distributed
 
+from openvclip.errors import UsageError
+
 T = TypeVar("T")
 
 # A process that finishes early waits for the others, which may need hours for their videos.
@@ -76,6 +78,33 @@ def joined_processes() -> Iterator[Processes]:
             distributed.destroy_process_group()
 
 
+def started_processes() -> Processes:
+    """Return the rank of this process and the number of processes, without a process group.
+
+    ``torchrun`` sets the environment variables ``RANK`` and ``WORLD_SIZE``, and ``srun`` of SLURM
+    sets ``SLURM_PROCID`` and ``SLURM_STEP_NUM_TASKS``. Without them the result has rank 0 and world
+    size 1. Processes that need nothing from each other use this function: a process that ends then
+    does not stop the others.
+
+    Raises:
+        UsageError: the variables are no numbers, or the rank is not below the number of processes.
+    """
+    for names in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
+        rank, world_size = (os.environ.get(name) for name in names)
+        if rank is None or world_size is None:
+            continue
+        if rank.isdecimal() and world_size.isdecimal() and int(rank) < int(world_size):
+            return Processes(int(rank), int(world_size))
+        raise UsageError(
+            f"{names[0]}={rank} and {names[1]}={world_size}: expected a number of processes, and a "
+            "rank from 0 to this number less 1."
+        )
+    return Processes()
+
+
 def local_rank() -> int:
-    """Return the rank of this process on its machine, as set by ``torchrun``. Default: 0."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    """Return the rank of this process on its machine, as set by ``torchrun`` or ``srun``.
+
+    Default: 0.
+    """
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
