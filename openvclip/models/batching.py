@@ -5,20 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from openvclip.commands.progress import progress_bar
-from openvclip.errors import UsageError
+from openvclip.errors import OpenVCLIPError, UsageError, VideoError, VideoShapeError
 from openvclip.models.reading import read_input
 from openvclip.video.ahead import default_threads, in_order
 from openvclip.video.sampling import Sampling
 from openvclip.video.sources import source_name
 from openvclip.video.transforms import Transform
 
-__all__ = ["VideoReader", "encode_each", "encode_one"]
+__all__ = ["UNREADABLE", "VideoReader", "encode_each", "encode_one", "encode_readable"]
+
+Name = TypeVar("Name")
+
+UNREADABLE = (VideoError, VideoShapeError, UsageError)
+"""The errors of a single video. Wrong options and missing packages concern all videos."""
 
 Encode = Callable[[Tensor], Tensor]
 """A function from views ``[n, T, C, H, W]`` or images ``[n, C, H, W]`` to rows ``[n, D]``."""
@@ -93,9 +98,40 @@ def encode_each(videos: Any, encode: Encode, reader: VideoReader) -> list[tuple[
     return rows
 
 
-def _batched(items: Iterable[tuple[str, Tensor]], size: int) -> Iterator[list[tuple[str, Tensor]]]:
+def encode_readable(
+    videos: Iterable[Any], encode: Encode, reader: VideoReader
+) -> tuple[dict[int, Tensor], dict[int, OpenVCLIPError]]:
+    """Return the results of :func:`encode_one` for the videos that can be read, and the errors.
+
+    Both dicts have the places of the videos as keys.
+    """
+    rows: dict[int, Tensor] = {}
+    errors: dict[int, OpenVCLIPError] = {}
+
+    def read(item: tuple[int, Any]) -> tuple[int, Tensor | None]:
+        place, video = item
+        try:
+            return place, reader.read(video)[1]
+        except UNREADABLE as error:
+            errors[place] = error
+            return place, None
+
+    threads = reader.num_threads
+    ahead = in_order(read, enumerate(videos), threads, source=lambda item: item[1])
+    with closing(ahead):
+        readable = ((place, views) for place, views in ahead if views is not None)
+        for batch in _batched(readable, reader.batch_size):
+            encoded = encode(torch.cat([views for _, views in batch]))
+            parts = encoded.split([len(views) for _, views in batch])
+            rows |= {place: part.mean(dim=0) for (place, _), part in zip(batch, parts, strict=True)}
+    return rows, errors
+
+
+def _batched(
+    items: Iterable[tuple[Name, Tensor]], size: int
+) -> Iterator[list[tuple[Name, Tensor]]]:
     """Yield lists of at most ``size`` neighbours whose tensors can be concatenated."""
-    batch: list[tuple[str, Tensor]] = []
+    batch: list[tuple[Name, Tensor]] = []
     for name, views in items:
         if batch and batch[0][1].shape[1:] != views.shape[1:]:
             yield batch

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from openvclip.errors import UsageError, VideoShapeError
-from openvclip.models.batching import VideoReader, encode_each, encode_one
+from openvclip.errors import OpenVCLIPError, UsageError, VideoShapeError
+from openvclip.models.batching import VideoReader, encode_each, encode_one, encode_readable
 from openvclip.models.features import device_of, video_features
 from openvclip.models.finite import require_finite
 from openvclip.models.modes import evaluation_mode
@@ -32,6 +33,12 @@ class VideoFeatures:
     pooling: Pooling
     autocast: torch.dtype | None
     _texts: TextSide
+
+    @cached_property
+    def embed_dim(self) -> int:
+        """D, the length of a feature."""
+        size = self.transform.size
+        return self._features(torch.zeros(1, 1, 3, size, size)).shape[-1]
 
     def encode_video(
         self,
@@ -65,6 +72,41 @@ class VideoFeatures:
             rows = [row.cpu() for _, row in encode_each(videos, self._features, reader)]
             return functional.normalize(torch.stack(rows), dim=-1)
         return functional.normalize(encode_one(videos, self._features, reader)[1], dim=-1).cpu()
+
+    def try_encode_videos(
+        self,
+        videos: Iterable[VideoSource],
+        *,
+        fps: float | None = None,
+        batch_size: int = 4,
+        num_threads: int | None = None,
+    ) -> tuple[Tensor, dict[int, OpenVCLIPError]]:
+        """Return the feature of each of several videos, and the errors of unreadable videos.
+
+        The features are those of :meth:`encode_video`. A video that can't be read raises no error.
+
+        Args:
+            videos: n videos; see :meth:`classify`. The list may be empty.
+            fps: see :meth:`classify`.
+            batch_size: see :meth:`classify`.
+            num_threads: see :meth:`classify`.
+
+        Returns:
+            float32 ``[n, D]`` on the CPU, NaN for each unreadable video; and the errors by the
+            place of the video.
+
+        Raises:
+            VideoOptionError: an option is out of range, or the frame rate of an array is not given.
+            NonFiniteWeightsError, EvaluationError: the features are not finite.
+        """
+        several = list(videos)
+        reader = self._reader(fps, batch_size, num_threads, False)
+        found, errors = encode_readable(several, self._features, reader)
+        width = next(iter(found.values())).shape[-1] if found else self.embed_dim
+        features = torch.full((len(several), width), torch.nan)
+        for place, row in found.items():
+            features[place] = functional.normalize(row, dim=-1)
+        return features, errors
 
     def encode_image(
         self,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +22,14 @@ from openvclip.video.ahead import default_threads
 from openvclip.video.sliding import SlidingWindow, sliding_windows
 from openvclip.video.sources import VideoSource
 
-__all__ = ["BuildOptions", "Encoded", "Ended", "encode_windows"]
+__all__ = [
+    "BuildOptions",
+    "Encoded",
+    "EncodedVideo",
+    "Ended",
+    "encode_windows",
+    "whole_videos",
+]
 
 _WAIT = 0.1  # seconds after which a decoding thread looks whether it should end
 
@@ -79,7 +86,7 @@ class Ended(NamedTuple):
 
 def encode_windows(
     model: VideoCLIP,
-    videos: Sequence[VideoSource],
+    videos: Iterable[VideoSource],
     windows: WindowSettings,
     options: BuildOptions | None = None,
 ) -> Generator[Encoded | Ended, None, None]:
@@ -91,7 +98,7 @@ def encode_windows(
 
     Args:
         model: the model.
-        videos: the videos.
+        videos: the videos. An iterator is read ahead by one video for each thread.
         windows: how a video is cut into windows.
         options: how videos are decoded and encoded.
 
@@ -104,12 +111,14 @@ def encode_windows(
         MissingDependencyError: PyAV is not installed.
     """
     options = options or BuildOptions()
-    threads = min(default_threads(options.num_threads), len(videos))
+    threads = default_threads(options.num_threads)
+    if isinstance(videos, Sized):
+        threads = min(threads, len(videos))
     transform = model.transform.with_(crops=1)  # a vector of each window, of its centre
 
-    def decode(place: int) -> Iterator[SlidingWindow]:
+    def decode(video: VideoSource) -> Iterator[SlidingWindow]:
         return sliding_windows(
-            videos[place],
+            video,
             transform=transform,
             num_frames=windows.num_frames,
             seconds=windows.seconds,
@@ -117,9 +126,46 @@ def encode_windows(
             alone=threads < 2,
         )
 
-    decoded = _Decoding(decode, len(videos), threads, 2 * options.batch_size).events()
+    decoded = _Decoding(decode, videos, threads, 2 * options.batch_size).events()
     with closing(decoded):
         yield from _encoded(model, decoded, options.batch_size)
+
+
+class EncodedVideo(NamedTuple):
+    """All windows of a video.
+
+    Attributes:
+        place: the place of the video among all videos.
+        times: start and end in seconds, float64 ``[n, 2]``.
+        vectors: float16 ``[n, D]``, rows of unit length.
+        error: why the video can't be read, and then there are no windows; or ``None``.
+    """
+
+    place: int
+    times: NDArray[np.float64]
+    vectors: Vectors
+    error: str | None
+
+
+def whole_videos(events: Iterable[Encoded | Ended]) -> Iterator[EncodedVideo]:
+    """Yield all windows of a video together, in the order in which the videos end.
+
+    Args:
+        events: see :func:`encode_windows`.
+    """
+    begun: dict[int, list[Encoded]] = {}
+    for event in events:
+        if isinstance(event, Encoded):
+            begun.setdefault(event.place, []).append(event)
+            continue
+        parts = begun.pop(event.place, [])
+        if event.error is not None:
+            nothing = np.empty((0, 0), np.float16)
+            yield EncodedVideo(event.place, np.empty((0, 2)), nothing, event.error)
+        else:
+            times = np.concatenate([part.times for part in parts])
+            vectors = np.concatenate([part.vectors for part in parts])
+            yield EncodedVideo(event.place, times, vectors, None)
 
 
 def _encoded(
@@ -161,38 +207,44 @@ class _Decoding:
     """Decodes videos in threads, which wait when enough windows are ready.
 
     Args:
-        decode: function from the place of a video to its windows.
-        count: number of videos.
+        decode: function from a video to its windows.
+        videos: the videos.
         threads: number of threads; with 0 the thread of the caller decodes.
         ready: number of windows that wait to be encoded, at most.
     """
 
     def __init__(
-        self, decode: Callable[[int], Iterator[SlidingWindow]], count: int, threads: int, ready: int
+        self,
+        decode: Callable[[Any], Iterator[SlidingWindow]],
+        videos: Iterable[Any],
+        threads: int,
+        ready: int,
     ) -> None:
-        self._decode, self._count, self._threads = decode, count, threads
-        self._ready: queue.Queue[_Event | BaseException] = queue.Queue(ready)
-        self._places = iter(range(count))
+        self._decode, self._threads = decode, threads
+        self._ready: queue.Queue[_Event | BaseException | None] = queue.Queue(ready)
+        self._videos = enumerate(videos)
         self._turn = threading.Lock()
         self._stopped = threading.Event()
 
     def events(self) -> Generator[_Event, None, None]:
         """Yield the windows and the ends of all videos. Close the generator to end the threads."""
         if not self._threads:
-            for place in self._places:
-                yield from self._events_of(place)
+            for place, video in self._videos:
+                yield from self._events_of(place, video)
             return
         with ThreadPoolExecutor(self._threads, thread_name_prefix="openvclip-index") as pool:
             for _ in range(self._threads):
                 pool.submit(self._work)
             try:
-                left = self._count
-                while left:
+                working = self._threads
+                while working:
                     event = self._ready.get()
                     if isinstance(event, BaseException):
                         raise event
-                    left -= not isinstance(event[1], SlidingWindow)
-                    yield event
+                    if event is None:
+                        working -= 1
+                    else:
+                        yield event
             finally:
                 self._stopped.set()
 
@@ -200,17 +252,18 @@ class _Decoding:
         try:
             while True:
                 with self._turn:
-                    place = next(self._places, None)
-                if place is None:
+                    item = next(self._videos, None)
+                if item is None:
+                    self._put(None)
                     return
-                with closing(self._events_of(place)) as events:
+                with closing(self._events_of(*item)) as events:
                     for event in events:
                         if not self._put(event):
                             return
         except BaseException as error:  # an error of the program, which the caller gets
             self._put(error)
 
-    def _put(self, event: _Event | BaseException) -> bool:
+    def _put(self, event: _Event | BaseException | None) -> bool:
         """Hand over an event; return ``False`` if the caller needs no more."""
         while not self._stopped.is_set():
             try:
@@ -220,9 +273,9 @@ class _Decoding:
             return True
         return False
 
-    def _events_of(self, place: int) -> Generator[_Event, None, None]:
+    def _events_of(self, place: int, video: Any) -> Generator[_Event, None, None]:
         try:
-            for window in self._decode(place):
+            for window in self._decode(video):
                 yield place, window
         except (VideoError, VideoShapeError, VideoOptionError, UsageError) as error:
             yield place, str(error)

@@ -19,7 +19,7 @@ from openvclip.errors import MissingDependencyError, UsageError, VideoError, lis
 from openvclip.video._inputs import is_url, open_file
 from openvclip.video.files import VIDEO_SUFFIXES
 
-__all__ = ["TarVideo", "expand_braces", "shard_videos", "shards_of"]
+__all__ = ["TarVideo", "expand_braces", "shard_size", "shard_videos", "shards_of"]
 
 _IN_MEMORY = 64 * 2**20  # bytes; a larger video is copied to a temporary file
 _NUMBERS = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?")
@@ -245,6 +245,24 @@ def shard_videos(shard: str) -> Iterator[TarVideo]:
                 f"{shard}: can't be read to its end ({error or type(error).__name__}). Copy it "
                 "again, or check the connection."
             ) from error
+
+
+def shard_size(shard: str) -> int | None:
+    """Return the number of bytes of a shard; ``None`` if that is not known.
+
+    Args:
+        shard: the path or the URL of a tar file.
+    """
+    try:
+        if not is_url(shard):
+            return os.stat(shard).st_size
+        from fsspec.core import url_to_fs
+
+        files, path = url_to_fs(shard)
+        size = files.info(path).get("size")
+    except Exception:  # the errors of a file system have any class; reading the shard reports them
+        return None
+    return None if size is None else int(size)
 
 
 # Between the members of an archive, tarfile takes such a header for the end of the archive.
