@@ -11,6 +11,7 @@ from openvclip.cli import (
     check_videos,
     convert,
     evaluate,
+    index,
     inspect,
     interpolate,
     predict,
@@ -20,7 +21,7 @@ from openvclip.commands.streams import CLOSED_PIPE, standard_streams
 from openvclip.errors import OpenVCLIPError
 
 # A new subcommand is a module with a function add(commands), imported above and listed here.
-_SUBCOMMANDS = (inspect, convert, interpolate, average, check_videos, evaluate, predict)
+_SUBCOMMANDS = (inspect, convert, interpolate, average, check_videos, evaluate, predict, index)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,65 +2,66 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from pathlib import Path
 
 from openvclip.errors import SearchError
 from openvclip.models.video_clip import VideoCLIP
-from openvclip.search.storage import Storage
-from openvclip.search.windows import WindowOptions
+from openvclip.search.storage import IndexSettings
+from openvclip.search.windows import WindowOptions, WindowSettings
 from openvclip.weights.hashing import weights_hash
 from openvclip.weights.names import named_state
 
 __all__ = ["require_same_model", "require_same_windows"]
 
-# The settings that change the vector of a window.
-_SETTINGS = ("library", "model", "expansion", "pixels", "pooling")
+# The settings that change the vector of a window. The name of the model does not.
+_SETTINGS = ("expansion", "pixels", "pooling")
+_QUICK = "-quickgelu"
 
 
-def require_same_model(storage: Storage, model: VideoCLIP) -> None:
+def require_same_model(folder: Path, settings: IndexSettings, model: VideoCLIP) -> None:
     """Check that a model computes the vectors of an index.
+
+    Args:
+        folder: the index.
+        settings: what the index was made with.
+        model: the model.
 
     Raises:
         SearchError: its weights or settings differ from those of the index. The error shows both.
     """
-    settings, contract = storage.settings, model.contract
-    for name in _SETTINGS:
-        own, given = getattr(settings.contract, name), getattr(contract, name)
-        if own != given:
-            raise _other_model(storage, name, own, given)
-    frames = settings.windows.num_frames, contract.frames.num_frames
-    if frames[0] != frames[1]:
-        raise _other_model(storage, "frames.num_frames", *frames)
-    given_hash = weights_hash(named_state(model.model))
-    if given_hash != settings.weights_hash:
-        raise _other_model(storage, "weights_hash", settings.weights_hash, given_hash)
+    own, given = settings.contract, model.contract
+    pairs = [(name, getattr(own, name), getattr(given, name)) for name in _SETTINGS]
+    pairs.append(("frames.num_frames", settings.windows.num_frames, given.frames.num_frames))
+    names = own.model, given.model
+    if names[0] != names[1] and names[0].removesuffix(_QUICK) == names[1].removesuffix(_QUICK):
+        pairs.append(("model", *names))  # the same weights with another activation
+    pairs.append(("weights_hash", settings.weights_hash, weights_hash(named_state(model.model))))
+    for name, first, second in pairs:
+        if first != second:
+            source = "" if settings.source is None else f" ({settings.source})"
+            raise SearchError(
+                f"{folder}: another model made this index: {name} is {first} in the index and "
+                f"{second} in the model that is given. Give the model of the index{source}, or "
+                "make a new index with this model."
+            )
 
 
-def require_same_windows(storage: Storage, windows: WindowOptions) -> None:
+def require_same_windows(folder: Path, settings: WindowSettings, windows: WindowOptions) -> None:
     """Check that options for windows agree with an index.
+
+    Args:
+        folder: the index.
+        settings: the windows of the index.
+        windows: the options. An option that is ``None`` agrees with every index.
 
     Raises:
         SearchError: they differ. The error shows both.
     """
-    own = storage.settings.windows
     for name in ("seconds", "step"):
-        given = getattr(windows, name)
-        if given is not None and abs(given - getattr(own, name)) > 1e-9:
+        own, given = getattr(settings, name), getattr(windows, name)
+        if given is not None and not math.isclose(given, own, rel_tol=1e-6):
             raise SearchError(
-                f"{storage.folder}: the index has windows of {own}, but {name}={given:g} is given. "
-                f"Leave {name} out, or make a new index."
+                f"{folder}: {name} is {own:g} in the index, but {given:g} is given. Leave the "
+                "option out, or make a new index with other windows."
             )
-
-
-def _other_model(storage: Storage, name: str, own: Any, given: Any) -> SearchError:
-    source = storage.settings.source
-    where = f" The index was made with the model {source}." if source is not None else ""
-    return SearchError(
-        f"{storage.folder}: another model made this index: {name} is {_shown(own)} in the index, "
-        f"and {_shown(given)} in the model that is given.{where} Give that model, or make a new "
-        "index with this model."
-    )
-
-
-def _shown(value: Any) -> str:
-    return f"{value[:12]}..." if isinstance(value, str) and len(value) > 60 else str(value)

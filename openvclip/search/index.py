@@ -40,10 +40,16 @@ class Index:
         path: the folder.
     """
 
-    def __init__(self, storage: Storage, model: VideoCLIP | None, device: Any = "cpu") -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        model: VideoCLIP | None,
+        device: str | torch.device = "cpu",
+        autocast: torch.dtype | None = None,
+    ) -> None:
         self._storage = storage
         self._model = model
-        self._device = device
+        self._device, self._autocast = device, autocast
         self._snapshot: Snapshot | None = None
         self._lock = threading.RLock()
         self.path = storage.folder
@@ -89,6 +95,7 @@ class Index:
         model: VideoCLIP | None = None,
         *,
         device: str | torch.device = "cpu",
+        autocast: torch.dtype | None = None,
     ) -> Index:
         """Open an index.
 
@@ -96,6 +103,7 @@ class Index:
             path: the folder of the index.
             model: the model that made the index. Default: :attr:`model` loads it when it is needed.
             device: the device of a model that is loaded.
+            autocast: see :class:`openvclip.VideoCLIP`; for a model that is loaded.
 
         Raises:
             SearchError: there is no index, or it is damaged, or a newer version of openvclip made
@@ -103,8 +111,8 @@ class Index:
         """
         storage = Storage(path)
         if model is not None:
-            require_same_model(storage, model)
-        return cls(storage, model, device)
+            require_same_model(storage.folder, storage.settings, model)
+        return cls(storage, model, device, autocast)
 
     # --- what the index is ---------------------------------------------------------------------
 
@@ -125,7 +133,8 @@ class Index:
                         "Index.open(path, model)."
                     )
                 model = source.load(self.contract, self._device)
-                require_same_model(self._storage, model)
+                model.autocast = self._autocast
+                require_same_model(self.path, self._storage.settings, model)
                 self._model = model
             return self._model
 

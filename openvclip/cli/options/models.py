@@ -23,13 +23,16 @@ if TYPE_CHECKING:
     from openvclip.video import Sampling
 
 
-def add_model_options(parser: argparse.ArgumentParser, *, checkpoint: bool = True) -> None:
+def add_model_options(
+    parser: argparse.ArgumentParser, *, checkpoint: bool = True, labels: bool = True
+) -> None:
     """Add the options for the model, its weights, its templates and its device.
 
     Args:
         parser: the parser.
         checkpoint: whether to add ``--checkpoint`` and ``--expand``. Without them the model has the
             weights of the original CLIP and is not expanded.
+        labels: whether to add the options for the texts of labels.
     """
     parser.set_defaults(contract=None)  # use_contract sets it
     group = parser.add_argument_group("model")
@@ -67,6 +70,21 @@ def add_model_options(parser: argparse.ArgumentParser, *, checkpoint: bool = Tru
         "values, mask gives them no attention weight, replicate repeats the first or the last "
         "frame (default: %(default)s, as in the released code)",
     )
+    if labels:
+        _add_label_options(group)
+    else:
+        parser.set_defaults(templates=None, text="own", no_cache=False)
+    group.add_argument(
+        "--device", help="device, such as cuda or cpu (default: cuda if available, else cpu)"
+    )
+    group.add_argument(
+        "--amp",
+        choices=("bfloat16", "float16"),
+        help="dtype for autocast while encoding (default: no autocast)",
+    )
+
+
+def _add_label_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--templates",
         type=Path,
@@ -87,14 +105,6 @@ def add_model_options(parser: argparse.ArgumentParser, *, checkpoint: bool = Tru
         action="store_true",
         help="encode the texts again (default: text features are kept in the user's folder for "
         "caches, or in the folder that OPENVCLIP_CACHE names)",
-    )
-    group.add_argument(
-        "--device", help="device, such as cuda or cpu (default: cuda if available, else cpu)"
-    )
-    group.add_argument(
-        "--amp",
-        choices=("bfloat16", "float16"),
-        help="dtype for autocast while encoding (default: no autocast)",
     )
 
 
@@ -181,8 +191,13 @@ def _is_expanded(options: argparse.Namespace) -> bool:
     return bool(options.expand)
 
 
-def add_frame_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options for the frames of a video."""
+def add_frame_options(parser: argparse.ArgumentParser, *, views: bool = True) -> None:
+    """Add the options for the frames of a video.
+
+    Args:
+        parser: the parser.
+        views: whether to add the options that choose the views of a video.
+    """
     group = parser.add_argument_group("frames")
     group.add_argument(
         "--frames", type=int, default=8, help="frames in a clip (default: %(default)s)"
@@ -195,6 +210,20 @@ def add_frame_options(parser: argparse.ArgumentParser) -> None:
         help="take every N-th frame of a video with 30 frames per second (default: %(default)s)",
     )
     group.add_argument(
+        "--transform",
+        choices=("released", "clip"),
+        default="released",
+        help="how frames are resized and cropped: as in the released code of Open-VCLIP, or as in "
+        "CLIP (default: %(default)s)",
+    )
+    if views:
+        _add_view_options(group)
+    else:
+        parser.set_defaults(views=3, sampler="released", backend="pyav")
+
+
+def _add_view_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--views", type=int, default=3, help="clips from each video (default: %(default)s)"
     )
     group.add_argument(
@@ -203,13 +232,6 @@ def add_frame_options(parser: argparse.ArgumentParser) -> None:
         default="released",
         help="how the frames of a clip are chosen: as in the released code of Open-VCLIP, or "
         "evenly from the whole video (default: %(default)s)",
-    )
-    group.add_argument(
-        "--transform",
-        choices=("released", "clip"),
-        default="released",
-        help="how frames are resized and cropped: as in the released code of Open-VCLIP, or as in "
-        "CLIP (default: %(default)s)",
     )
     group.add_argument(
         "--backend",
