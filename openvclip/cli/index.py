@@ -180,7 +180,9 @@ def _remove(path: Path, options: argparse.Namespace) -> int:
 
 
 def _print(index: Index, reports: list[Report]) -> int:
-    failed = {path: reason for report in reports for path, reason in report.failed.items()}
+    failed: dict[str, str] = {}
+    for report in reports:
+        failed |= report.failed | report.damaged
     _print_failures(failed)
     texts = [str(report) for report in reports]
     print(f"{index.path}: {'; '.join(texts)}. {_content(index)}")

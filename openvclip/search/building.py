@@ -77,11 +77,13 @@ class Ended(NamedTuple):
 
     Attributes:
         place: the place of the video among all videos.
-        error: why the video can't be read; ``None`` if it was read to its end.
+        error: why the video can't be read; ``None`` if it was read.
+        damage: why only a part of the video was read; ``None`` if all of it was.
     """
 
     place: int
-    error: str | None
+    error: str | None = None
+    damage: str | None = None
 
 
 def encode_windows(
@@ -116,7 +118,7 @@ def encode_windows(
         threads = min(threads, len(videos))
     transform = model.transform.with_(crops=1)  # a vector of each window, of its centre
 
-    def decode(video: VideoSource) -> Iterator[SlidingWindow]:
+    def decode(video: VideoSource, damaged: Callable[[str], object]) -> Iterator[SlidingWindow]:
         return sliding_windows(
             video,
             transform=transform,
@@ -124,6 +126,7 @@ def encode_windows(
             seconds=windows.seconds,
             step=windows.step,
             alone=threads < 2,
+            damaged=damaged,
         )
 
     decoded = _Decoding(decode, videos, threads, 2 * options.batch_size).events()
@@ -173,17 +176,18 @@ def _encoded(
 ) -> Iterator[Encoded | Ended]:
     batch: list[tuple[int, SlidingWindow]] = []
     ended: list[Ended] = []  # videos that end with windows of the batch
-    for place, content in decoded:
-        if isinstance(content, SlidingWindow):
-            batch.append((place, content))
-            if len(batch) == batch_size:
-                yield from _encode(model, batch)
-                yield from ended
-                batch, ended = [], []
-        elif any(place == other for other, _ in batch):
-            ended.append(Ended(place, content))
-        else:
-            yield Ended(place, content)
+    for event in decoded:
+        if isinstance(event, Ended):
+            if all(event.place != place for place, _ in batch):
+                yield event
+            else:
+                ended.append(event)
+            continue
+        batch.append(event)
+        if len(batch) == batch_size:
+            yield from _encode(model, batch)
+            yield from ended
+            batch, ended = [], []
     if batch:
         yield from _encode(model, batch)
         yield from ended
@@ -199,8 +203,10 @@ def _encode(model: VideoCLIP, batch: Sequence[tuple[int, SlidingWindow]]) -> Ite
         yield Encoded(place, times[rows], vectors[rows])
 
 
-_Event = tuple[int, SlidingWindow | str | None]
-"""A window of the video at a place, or the end of the video with the reason of an error."""
+_Event = tuple[int, SlidingWindow] | Ended
+"""The place of a video and one of its windows, or the end of a video."""
+_Decode = Callable[[Any, Callable[[str], object]], Iterator[SlidingWindow]]
+"""A function from a video, and a function that notes damage, to the windows of the video."""
 
 
 class _Decoding:
@@ -213,13 +219,7 @@ class _Decoding:
         ready: number of windows that wait to be encoded, at most.
     """
 
-    def __init__(
-        self,
-        decode: Callable[[Any], Iterator[SlidingWindow]],
-        videos: Iterable[Any],
-        threads: int,
-        ready: int,
-    ) -> None:
+    def __init__(self, decode: _Decode, videos: Iterable[Any], threads: int, ready: int) -> None:
         self._decode, self._threads = decode, threads
         self._ready: queue.Queue[_Event | BaseException | None] = queue.Queue(ready)
         self._videos = enumerate(videos)
@@ -274,10 +274,11 @@ class _Decoding:
         return False
 
     def _events_of(self, place: int, video: Any) -> Generator[_Event, None, None]:
+        damage: list[str] = []
         try:
-            for window in self._decode(video):
+            for window in self._decode(video, damage.append):
                 yield place, window
         except (VideoError, VideoShapeError, VideoOptionError, UsageError) as error:
-            yield place, str(error)
+            yield Ended(place, str(error))
         else:
-            yield place, None
+            yield Ended(place, None, damage[0] if damage else None)

@@ -41,6 +41,8 @@ class Report:
         unchanged: videos that the index had.
         removed: videos whose files are gone, or changed and can't be read.
         failed: the reason for each video, folder or pattern that can't be read.
+        damaged: the reason for each video of which only a part can be decoded. The part is in the
+            index.
     """
 
     added: list[str] = field(default_factory=list)
@@ -48,11 +50,12 @@ class Report:
     unchanged: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
+    damaged: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         counts = [
             f"{len(getattr(self, name))} {name}"
-            for name in ("added", "changed", "unchanged", "removed", "failed")
+            for name in ("added", "changed", "unchanged", "removed", "failed", "damaged")
             if getattr(self, name) or name == "added"
         ]
         return ", ".join(counts)
@@ -156,6 +159,11 @@ class Updating:
                     if isinstance(event, Encoded):
                         run.extend(video, event)
                         continue
+                    if event.damage is not None:
+                        report.damaged[video.path] = (
+                            f"{video.path}: only a part of the video "
+                            f"can be decoded: FFmpeg says {event.damage!r}."
+                        )
                     run.end(video, event.error)
                     bar.set_postfix(windows=run.windows, refresh=False)
                     bar.update()
@@ -217,4 +225,6 @@ def _matching(argument: str, known: Iterable[str]) -> list[str]:
         return [name]
     folder = name.rstrip(os.sep) + os.sep
     inside = [path for path in known if path.startswith(folder)]
-    return inside or [path for path in known if fnmatch.fnmatchcase(path, name)]
+    return inside or [
+        path for path in known if any(fnmatch.fnmatchcase(path, p) for p in (name, argument))
+    ]

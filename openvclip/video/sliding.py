@@ -63,6 +63,7 @@ def sliding_windows(
     step: float | None = None,
     fps: float | None = None,
     alone: bool = True,
+    damaged: Callable[[str], object] | None = None,
 ) -> Iterator[SlidingWindow]:
     """Iterate over windows of equal length, from the beginning to the end of a video.
 
@@ -82,6 +83,8 @@ def sliding_windows(
         fps: frames per second, if ``path`` is an array of frames.
         alone: whether this thread is the only one that decodes videos. If not, the decoder uses one
             thread.
+        damaged: function that is called at the end of a file of which only a part could be
+            decoded, with FFmpeg's first error. Default: nothing is called.
 
     Yields:
         A :class:`SlidingWindow` for each window.
@@ -103,7 +106,7 @@ def sliding_windows(
         source = stack.enter_context(opened(path, fps, alone=alone))
         if isinstance(source, NumberedVideo):
             source.require_rate("a timeline")
-        cut = _Cut(transform, num_frames, seconds, step)
+        cut = _Cut(transform, num_frames, seconds, step, damaged)
         return _windows_of(source, cut, stack.pop_all())
 
 
@@ -115,13 +118,17 @@ class _Cut:
     count: int
     seconds: float
     step: float
+    damaged: Callable[[str], object] | None
 
 
 def _windows_of(
     source: EncodedVideo | NumberedVideo, cut: _Cut, stack: ExitStack
 ) -> Iterator[SlidingWindow]:
     with stack:
-        shown = source.displayed() if isinstance(source, NumberedVideo) else _displayed(source)
+        if isinstance(source, NumberedVideo):
+            shown = source.displayed()
+        else:
+            shown = _displayed(source, cut.damaged)
         yield from _windows(source.name, shown, cut)
 
 
@@ -162,7 +169,9 @@ def _windows(
         yield SlidingWindow(window.start, reached, torch.stack(window.frames))
 
 
-def _displayed(video: EncodedVideo) -> Iterator[tuple[float, Callable[[], Tensor]]]:
+def _displayed(
+    video: EncodedVideo, damaged: Callable[[str], object] | None
+) -> Iterator[tuple[float, Callable[[], Tensor]]]:
     """Yield ``(time at which the frame disappears, frame)`` in display order.
 
     The frame is a function that returns the pixels, uint8 ``[1, C, H, W]``.
@@ -180,6 +189,8 @@ def _displayed(video: EncodedVideo) -> Iterator[tuple[float, Callable[[], Tensor
                 yield until, partial(pictures.tensor, before)
             before = frame
         if before is not None:
+            if damaged is not None and stream.message:
+                damaged(stream.message)
             yield until + 1 / stream.info.fps, partial(pictures.tensor, before)
 
 
