@@ -22,8 +22,8 @@ from openvclip.search.recorded import ModelSource
 from openvclip.search.storage import Block, IndexSettings, Snapshot, Storage
 from openvclip.search.updating import Report, Updating
 from openvclip.search.windows import Window, WindowOptions, WindowSettings
-from openvclip.weights.hashing import weights_hash
-from openvclip.weights.names import named_state
+from openvclip.weights.hashing import fingerprint, weights_hash
+from openvclip.weights.names import named_parameters, named_state
 
 __all__ = ["Index"]
 
@@ -50,6 +50,7 @@ class Index:
         self._storage = storage
         self._model = model
         self._device, self._autocast = device, autocast
+        self._fingerprint = None if model is None else _fingerprint(model)
         self._snapshot: Snapshot | None = None
         self._lock = threading.RLock()
         self.path = storage.folder
@@ -135,7 +136,7 @@ class Index:
                 model = source.load(self.contract, self._device)
                 model.autocast = self._autocast
                 require_same_model(self.path, self._storage.settings, model)
-                self._model = model
+                self._model, self._fingerprint = model, _fingerprint(model)
             return self._model
 
     @property
@@ -313,4 +314,17 @@ class Index:
     def _updating(self, *options: Any) -> Updating:
         batch_size, num_threads, progress = options or (16, None, None)
         build = BuildOptions(batch_size, num_threads)
-        return Updating(self._storage, lambda: self.model, build, progress)
+        return Updating(self._storage, self._unchanged_model, build, progress)
+
+    def _unchanged_model(self) -> VideoCLIP:
+        """Return the model, after a check that its weights are still those of the index."""
+        model = self.model
+        if _fingerprint(model) != self._fingerprint:
+            require_same_model(self.path, self._storage.settings, model)
+        return model
+
+
+def _fingerprint(model: VideoCLIP) -> str:
+    """Return what tells whether the weights of a model changed in this process."""
+    parameters = named_parameters(model.model)
+    return fingerprint({name: value.detach() for name, value in parameters.items()}, parameters)

@@ -161,8 +161,8 @@ class Updating:
                         continue
                     if event.damage is not None:
                         report.damaged[video.path] = (
-                            f"{video.path}: only a part of the video "
-                            f"can be decoded: FFmpeg says {event.damage!r}."
+                            f"{video.path}: only a part of the video can be decoded: "
+                            f"{event.damage}. The part is in the index."
                         )
                     run.end(video, event.error)
                     bar.set_postfix(windows=run.windows, refresh=False)

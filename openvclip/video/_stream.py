@@ -5,6 +5,7 @@ Every error of FFmpeg is converted to :class:`VideoError` in this module.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -176,6 +177,15 @@ class Stream:
         """Duration of the stream, ``None`` if the container does not give it."""
         base, duration = self.time_base, self.info.duration
         return float(duration * base) if base and duration else None
+
+    @property
+    def stated_seconds(self) -> float | None:
+        """Length of the video that the file states, also if its end is missing, or ``None``."""
+        if self.header.duration and self.time_base:
+            return float(self.header.duration * self.time_base)
+        tag = str(self._stream.metadata.get("DURATION", ""))  # of Matroska
+        clock = re.fullmatch(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)", tag)
+        return 3600 * int(clock[1]) + 60 * int(clock[2]) + float(clock[3]) if clock else None
 
     def seconds_at(self, stamp: int) -> float:
         """Convert a time stamp to seconds from the first frame."""

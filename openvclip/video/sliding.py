@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["SlidingWindow", "sliding_windows"]
 
 _ROUNDING = 1e-3  # seconds; Matroska keeps times in milliseconds
+_WHOLE = 0.9  # share of the stated length; players hide some frames at both ends
 _LONGEST = 600.0  # seconds; the longest time for which one frame is displayed
 
 
@@ -84,7 +85,7 @@ def sliding_windows(
         alone: whether this thread is the only one that decodes videos. If not, the decoder uses one
             thread.
         damaged: function that is called at the end of a file of which only a part could be
-            decoded, with FFmpeg's first error. Default: nothing is called.
+            decoded, with the reason. Default: nothing is called.
 
     Yields:
         A :class:`SlidingWindow` for each window.
@@ -189,9 +190,19 @@ def _displayed(
                 yield until, partial(pictures.tensor, before)
             before = frame
         if before is not None:
-            if damaged is not None and stream.message:
-                damaged(stream.message)
-            yield until + 1 / stream.info.fps, partial(pictures.tensor, before)
+            end = until + 1 / stream.info.fps
+            damage = stream.message or _missing_end(stream, end)
+            if damaged is not None and damage:
+                damaged(damage)
+            yield end, partial(pictures.tensor, before)
+
+
+def _missing_end(stream: Stream, end: float) -> str:
+    """Return a text if a video ends long before the time that its file states, or ``""``."""
+    stated = stream.stated_seconds or 0.0
+    if end >= _WHOLE * stated - 1.0:
+        return ""
+    return f"the file ends after {end:.1f} of {stated:.1f} seconds"
 
 
 def _in_order(stream: Stream) -> Iterator[tuple[int, av.VideoFrame]]:
