@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import BinaryIO
 
 from openvclip.errors import SearchError
 
@@ -28,7 +28,7 @@ def writer_lock(folder: Path) -> Iterator[None]:
         SearchError: another process changes the index, or the folder is not writable.
     """
     try:
-        file = (folder / LOCK_FILE).open("a+b")
+        file = (folder / LOCK_FILE).open("a+b", buffering=0)  # nothing is left to write at the end
     except OSError as error:
         raise SearchError(
             f"{folder}: the index can't be changed ({error.strerror}). Searching needs no "
@@ -55,12 +55,11 @@ def writer_lock(folder: Path) -> Iterator[None]:
             _unlock(file)
 
 
-def _note(file: IO[bytes], text: str) -> None:
+def _note(file: BinaryIO, text: str) -> None:
     with suppress(OSError):  # of a full disk: the number is only for the text of an error
         file.seek(0)
         file.truncate()
         file.write(text.encode())
-        file.flush()
 
 
 def _holder(folder: Path) -> str:
@@ -74,22 +73,22 @@ if sys.platform == "win32":
 
     _FAR = 2**30  # a byte that nobody reads: a locked byte can't be read on Windows
 
-    def _lock(file: IO[bytes]) -> None:
+    def _lock(file: BinaryIO) -> None:
         file.seek(_FAR)
         try:
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         except PermissionError as error:
             raise BlockingIOError(*error.args) from error
 
-    def _unlock(file: IO[bytes]) -> None:
+    def _unlock(file: BinaryIO) -> None:
         file.seek(_FAR)
         msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
 
 else:
     import fcntl
 
-    def _lock(file: IO[bytes]) -> None:
+    def _lock(file: BinaryIO) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
-    def _unlock(file: IO[bytes]) -> None:
+    def _unlock(file: BinaryIO) -> None:
         fcntl.flock(file, fcntl.LOCK_UN)
