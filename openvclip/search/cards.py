@@ -10,7 +10,7 @@ from typing import NamedTuple
 from openvclip.models.timeline import clock
 from openvclip.search.moments import Moment
 
-__all__ = ["CARD_STYLE", "PLAYER_SCRIPT", "Media", "card", "cards", "display_name"]
+__all__ = ["CARD_STYLE", "DARK", "LIGHT", "PLAYER_SCRIPT", "Media", "card", "cards", "display_name"]
 
 
 class Media(NamedTuple):
@@ -35,7 +35,18 @@ class Media(NamedTuple):
     muted: bool = True
 
 
-# The colours are variables, which a page sets for light and for dark.
+LIGHT = """\
+--ov-page: #f6f7f9; --ov-card: #fff; --ov-line: #dde1e8; --ov-text: #1b212c; --ov-soft: #5b6472;
+  --ov-accent: #2456a6; --ov-accent-deep: #2456a6; --ov-screen: #10141b; --ov-track: #e9eef7;
+  --ov-won: #e08a1e; --ov-mark: #c4302b;"""
+"""The colours of a light page, variables of CSS."""
+
+DARK = """\
+--ov-page: #12161d; --ov-card: #1b212b; --ov-line: #2e3643; --ov-text: #e6e9ef; --ov-soft: #9ba5b5;
+  --ov-accent: #8fb4ef; --ov-accent-deep: #3a6cc0; --ov-screen: #090c11; --ov-track: #232b38;
+  --ov-won: #f0a94a; --ov-mark: #ff8a80;"""
+"""The colours of a dark page, variables of CSS."""
+
 CARD_STYLE = """\
 .ov-cards { display: grid; gap: 1rem; margin: 0; padding: 0; list-style: none;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 15rem), 1fr)); }
@@ -60,7 +71,8 @@ CARD_STYLE = """\
 .ov-name { grid-column: 1 / -1; font-weight: 600; overflow-wrap: anywhere; color: inherit; }
 .ov-name a { color: inherit; text-decoration-color: var(--ov-line); text-underline-offset: 3px; }
 .ov-name a:hover { text-decoration-color: currentColor; }
-.ov-time, .ov-score { white-space: nowrap; font-size: .85rem; font-variant-numeric: tabular-nums; color: var(--ov-soft); }
+.ov-time, .ov-score { white-space: nowrap; font-size: .85rem; color: var(--ov-soft);
+  font-variant-numeric: tabular-nums; }
 .ov-score b { color: var(--ov-accent); font-weight: 600; }
 .ov-note { grid-column: 1 / -1; color: var(--ov-soft); font-size: .8rem; overflow-wrap: anywhere; }
 """

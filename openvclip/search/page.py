@@ -15,7 +15,7 @@ from urllib.parse import quote
 from openvclip.checkpoints.atomic import atomic_path, write_errors
 from openvclip.commands.progress import progress_bar
 from openvclip.errors import SearchError, VideoError
-from openvclip.search.cards import CARD_STYLE, PLAYER_SCRIPT, Media, cards
+from openvclip.search.cards import CARD_STYLE, DARK, LIGHT, PLAYER_SCRIPT, Media, cards
 from openvclip.search.moments import Moment
 from openvclip.search.posters import Poster, Preview, moment_poster, moment_preview
 from openvclip.video.sources import is_url
@@ -248,12 +248,9 @@ def _link(moment: Moment, folder: str) -> str:
 
 
 _STYLE = (
+    f":root {{ color-scheme: light dark; {LIGHT} }}\n"
+    f"@media (prefers-color-scheme: dark) {{ :root {{ {DARK} }} }}\n"
     """\
-:root { color-scheme: light dark; --ov-page: #f6f7f9; --ov-card: #fff; --ov-line: #dde1e8;
-  --ov-text: #1b212c; --ov-soft: #5b6472; --ov-accent: #2456a6; --ov-accent-deep: #2456a6; --ov-screen: #10141b; }
-@media (prefers-color-scheme: dark) { :root { --ov-page: #12161d; --ov-card: #1b212b;
-  --ov-line: #2e3643; --ov-text: #e6e9ef; --ov-soft: #9ba5b5; --ov-accent: #8fb4ef; --ov-accent-deep: #3a6cc0;
-  --ov-screen: #090c11; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--ov-page); color: var(--ov-text);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
@@ -277,8 +274,7 @@ footer dt, footer dd { margin: 0; }
 footer p { margin: .6rem 0 0; }
 @media (max-width: 480px) { main { padding: 1.1rem .8rem 2rem; } }
 @media print { .ov-card { break-inside: avoid; } }
-"""
-    + CARD_STYLE
+""" + CARD_STYLE
 )
 
 

@@ -143,7 +143,7 @@ def moment_preview(moment: Moment, *, width: int = 320, seconds: float = 8.0) ->
 
 
 def _image(picture: ShownPicture, longest: int) -> Any:
-    """Return a picture as an image of Pillow with square pixels, at most ``longest`` pixels long."""
+    """Return a picture as an image of Pillow with square pixels, ``longest`` pixels or less."""
     Image = _pillow()  # noqa: N806
     height, width = picture.pixels.shape[:2]
     if picture.aspect >= width / height:  # square pixels, without a loss

@@ -1,4 +1,4 @@
-"""What the app's server refuses: foreign pages, foreign addresses and everything it doesn't need."""
+"""What the app's server refuses: foreign pages, foreign names and addresses that no page needs."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _PATHS = frozenset(
     | {
         f"/gradio_api/{name}"
         for name in (
-            "app_id cancel info login_check queue/data queue/join reset startup-events theme.css "
-            "upload upload_progress"
-        ).split()
+            *("app_id", "cancel", "info", "login_check", "queue/data", "queue/join", "reset"),
+            *("startup-events", "theme.css", "upload", "upload_progress"),
+        )
     }
 )
 _FOLDERS = ("/assets/", "/static/", "/media/", "/gradio_api/heartbeat/")
@@ -85,9 +85,9 @@ class Guard:
         if cross_site and headers.get(b"sec-fetch-mode") != "navigate":
             return 403, "Requests of other sites are refused."
         length = headers.get(b"content-length", "0")
-        if path == _UPLOAD and length.isdecimal():
-            if int(length) > self._upload_bytes + _MULTIPART:
-                return 413, f"The file is larger than {self._upload_bytes:,} bytes."
+        size = int(length) if length.isdecimal() else 0
+        if path == _UPLOAD and size > self._upload_bytes + _MULTIPART:
+            return 413, f"The file is larger than {self._upload_bytes:,} bytes."
         return None
 
 

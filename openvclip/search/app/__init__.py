@@ -1,0 +1,6 @@
+"""A page to search an index of videos, which this machine serves. It needs ``openvclip[app]``."""
+
+from openvclip.search.app.answers import Limits
+from openvclip.search.app.server import serve
+
+__all__ = ["Limits", "serve"]
