@@ -116,12 +116,16 @@ class Answers:
             raise SearchError(
                 f"The query has {len(text)} letters; at most {_LONGEST_TEXT} are searched."
             )
-        without = [line.strip() for line in str(negative or "").splitlines() if line.strip()]
+        without = [
+            _sentence(line.strip()) for line in str(negative or "").splitlines() if line.strip()
+        ]
         count = max(1, min(int(k), self._limits.results))
         score = None if least is None else float(least)
         with self._turn:
             begun = time.perf_counter()
-            moments = self._index.search(text, k=count, negative=without, min_score=score)
+            moments = self._index.search(
+                _sentence(text), k=count, negative=without, min_score=score
+            )
             took = time.perf_counter() - begun
         if not moments:
             return say("Nothing fits this query.")
@@ -209,6 +213,17 @@ class Answers:
             timeline = model.timeline(path, labels, progress=False)
         end = float(timeline.times[-1, 1])
         return clip_view(display_name(path), self._files.whole(path, end), prediction, timeline)
+
+
+def _sentence(text: str) -> str:
+    """Return a text that the index takes for a sentence, also if a file has this name.
+
+    The index reads a query that is the path of a file. A visitor must not reach files this way.
+    Tokenizers ignore the added space.
+    """
+    while os.path.exists(text):
+        text += " "
+    return text
 
 
 def labels_of(text: str) -> list[str]:
