@@ -16,6 +16,7 @@ The first ``k`` moments are therefore the same for every ``k``.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -159,7 +160,7 @@ class _Search:
             own[scores[1:].max(axis=0) >= own] = -np.inf
         start, end = windows.start[rows], windows.end[rows]
         edges = np.flatnonzero(np.diff(parts, prepend=-1, append=-1)).tolist()
-        for first, last in zip(edges[:-1], edges[1:], strict=True):
+        for first, last in pairwise(edges):
             path = windows.paths[int(windows.video[rows[first]])]
             yield from _moments_of(
                 path, start[first:last], end[first:last], own[first:last], lowest

@@ -8,8 +8,8 @@ once, in half precision if the processor is fast at it, and says how far its res
 from __future__ import annotations
 
 import ctypes
-import time
-from collections.abc import Callable, Iterator, Sequence
+import platform
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -28,9 +28,8 @@ _HALF_ROUNDING = 2.0**-11  # the largest relative error of a number that is roun
 _NORM = 1.001  # the largest length of a unit vector that was rounded to float16
 _GROUP_BYTES = 64 << 20  # of the scores in half precision that are in memory at a time
 _GROUP_VECTORS = 16  # queries of one product; the time grows slowly up to this number
-_CACHED_NUMBERS = 131_072  # numbers of a block in float32 that stay in the cache of a core
+_CACHED_NUMBERS = 524_288  # numbers of a block in float32, which stay in the cache of a core
 _EXACT_ROWS = 4096  # rows that are in memory in float64 at a time
-_TRIAL_ROWS = 4096
 
 
 class VectorBlock(Protocol):
@@ -88,7 +87,8 @@ def unit_vectors(vectors: Any, width: int | None = None) -> Floats:
             "A query vector is zero, NaN or infinite; expected the feature of a text, an image or "
             "a clip."
         )
-    return (rows / lengths).astype(np.float32)
+    unit: Floats = (rows / lengths).astype(np.float32)
+    return unit
 
 
 def approximate_scores(
@@ -120,7 +120,7 @@ def approximate_scores(
             part = values[:, block.first_row : block.first_row + len(block.vectors)]
             products = torch.from_numpy(part)
             rows = _tensor(block.vectors)
-            if rows.dtype == torch.float16 and _is_half_fast(rows.shape[1]):
+            if rows.dtype == torch.float16 and _is_half_fast(len(vectors) > 1):
                 error = np.maximum(error, _half_products(rows, vectors, products))
             else:
                 _float_products(rows, torch.from_numpy(vectors), products)
@@ -153,10 +153,12 @@ def exact_scores(
     for block in blocks:
         inside = (rows >= block.first_row) & (rows < block.first_row + len(block.vectors))
         places = np.flatnonzero(inside)
-        stored = _tensor(block.vectors)
+        stored = block.vectors
+        if isinstance(stored, Tensor):
+            stored = stored.numpy()
         for begin in range(0, len(places), _EXACT_ROWS):
             chosen = places[begin : begin + _EXACT_ROWS]
-            part = stored[torch.from_numpy(rows[chosen] - block.first_row)].double().numpy()
+            part = stored[rows[chosen] - block.first_row].astype(np.float64)
             for place, vector in enumerate(vectors.astype(np.float64)):
                 scores[place, chosen] = (part * vector).sum(axis=1)
     return scores.clip(-1.0, 1.0)
@@ -216,34 +218,17 @@ def _float_products(rows: Tensor, vectors: Tensor, products: Tensor) -> None:
         products[:, begin : begin + size] = vectors @ block.T
 
 
-@lru_cache(maxsize=8)
-def _is_half_fast(width: int) -> bool:
-    """Return whether this processor multiplies in half precision about as fast as in float32.
+@lru_cache(maxsize=2)
+def _is_half_fast(several: bool) -> bool:
+    """Return whether this processor multiplies vectors in half precision as fast as it reads them.
 
-    Some processors convert half precision number by number, which is many times slower.
+    Args:
+        several: whether there are several query vectors. Without instructions for half precision,
+            each of them takes the time of one pass. Blocks in float32 then take one pass for all.
     """
-    with torch.no_grad():
-        rows = torch.linspace(-1, 1, _TRIAL_ROWS * width).view(_TRIAL_ROWS, width)
-        rows = (rows / rows.norm(dim=1, keepdim=True)).half()
-        query = rows[:1].float().numpy()
-        exact = query.astype(np.float64) @ rows.double().numpy().T
-        products = torch.empty(1, _TRIAL_ROWS)
-        error = 0.0
-
-        def half() -> None:
-            nonlocal error
-            error = float(_half_products(rows, query, products)[0])
-
-        fast = _seconds(half)
-        is_right = np.abs(products.numpy() - exact).max() <= error
-        plain = _seconds(lambda: _float_products(rows, torch.from_numpy(query), products))
-    return bool(is_right and fast <= 2 * plain)
-
-
-def _seconds(function: Callable[[], None]) -> float:
-    times = []
-    for _ in range(4):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    if several:
+        supported = getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", None)
+        return supported is not None and bool(supported())
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    # Every processor with AVX2 converts half precision in hardware.
+    return not is_x86 or torch.backends.cpu.get_cpu_capability() != "DEFAULT"

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openvclip.search import moments as moments_module
 from openvclip.search import scoring
-from openvclip.search.moments import Moment, find_moments
+from openvclip.search.moments import find_moments
 from openvclip.search.scoring import unit_vectors
 from tests.search.reference import Library, Rows, slow_moments
 
@@ -32,7 +33,7 @@ def library_of(
     rows = unit_vectors(vectors).astype(np.float16) if len(vectors) else vectors
     edges = [0, *sorted({min(cut, len(rows)) for cut in cuts}), len(rows)]
     blocks = []
-    for first, end_row in zip(edges[:-1], edges[1:], strict=True):
+    for first, end_row in pairwise(edges):
         live = video[first:end_row] >= 0
         blocks.append(Rows(first, rows[first:end_row], None if live.all() else live))
     # Paths that are not in the order of their numbers.
@@ -61,14 +62,14 @@ def libraries(draw: st.DrawFn) -> tuple[Library, np.ndarray]:
 
 
 @pytest.mark.parametrize("half", [True, False])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(case=libraries(), k=st.integers(1, 20))
 def test_moments_are_those_of_a_loop_over_all_windows(
     half: bool, case: tuple[Library, np.ndarray], k: int
 ) -> None:
     library, query = case
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scoring, "_is_half_fast", lambda width: half)
+        patch.setattr(scoring, "_is_half_fast", lambda several: half)
         patch.setattr(moments_module, "_FIRST", 1)
         patch.setattr(moments_module, "_BUCKETS", 2)
         expected = slow_moments(library, query)
