@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from openvclip.cli import (
+    app,
     average,
     check_videos,
     convert,
@@ -21,7 +22,7 @@ from openvclip.commands.streams import CLOSED_PIPE, standard_streams
 from openvclip.errors import OpenVCLIPError
 
 # A new subcommand is a module with a function add(commands), imported above and listed here.
-_SUBCOMMANDS = (inspect, convert, interpolate, average, check_videos, evaluate, predict, index)
+_SUBCOMMANDS = (inspect, convert, interpolate, average, check_videos, evaluate, predict, index, app)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -99,12 +99,12 @@ class Timeline:
         Raises:
             MissingDependencyError: matplotlib is not installed.
         """
-        indices = self._most_probable(top)
+        indices = self.most_probable(top)
         figure = new_figure(8, 1.6 + 0.34 * len(indices))
         _draw(figure, figure.add_subplot(), self, indices)
         save_figure(figure, path)
 
-    def _most_probable(self, top: int) -> list[int]:
+    def most_probable(self, top: int) -> list[int]:
         """Return the indices of the labels to draw.
 
         Labels are ranked by their highest probability over all windows, and the first ``top``

@@ -161,6 +161,27 @@ class Stream:
         """Whether the time stamps of the packets are the time stamps of the frames."""
         return self.seekable or not self._stream.codec_context.has_b_frames
 
+    @property
+    def container(self) -> str:
+        """FFmpeg's names of the container, separated by commas."""
+        return str(self._container.format.name)
+
+    @property
+    def codec(self) -> str:
+        """FFmpeg's name of the codec."""
+        return str(self._stream.codec_context.codec.canonical_name)
+
+    @property
+    def pixel_format(self) -> str:
+        """FFmpeg's name of the pixel format, or ``""``."""
+        return str(self._stream.codec_context.pix_fmt or "")
+
+    @property
+    def pixel_ratio(self) -> float:
+        """Width of a pixel on a screen divided by its height."""
+        ratio = self._stream.sample_aspect_ratio or self._stream.codec_context.sample_aspect_ratio
+        return float(ratio) if ratio and 0.1 <= ratio <= 10 else 1.0
+
     def ticks(self, seconds: float) -> int:
         """Convert seconds to ticks of the stream; return at least 1."""
         base = self.time_base
