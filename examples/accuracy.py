@@ -69,6 +69,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--method {args.method} needs --prompts, the file that finetune.py wrote")
     if args.harmonic_mean and len(args.annotations) < 2:
         parser.error("--harmonic-mean needs several lists, such as base.csv novel.csv")
+    names = [path.stem for path in args.annotations]
+    if len(set(names)) < len(names):  # the table and the file have one row for each name
+        parser.error(f"--annotations: expected lists with different names, got {' '.join(names)}")
     one_view = "on one view" if args.views == args.crops == 1 else ""
     unused = {**options.unused_weight_options(args), **options.unused_frame_options(args)}
     problem = unused_option(args.given, {"average": one_view, **unused})

@@ -199,7 +199,7 @@ def _temperature_of(logits: Tensor, indices: Tensor) -> float:
 def effective_confidence(
     confidence: Confidence | None, reject: bool | float | None
 ) -> tuple[Confidence, Score]:
-    """Return the settings of a prediction, with the threshold that ``reject`` asks for.
+    """Return the settings of a prediction, with ``reject`` as the threshold if it is a number.
 
     Args:
         confidence: see :func:`openvclip.predict`.
@@ -214,18 +214,14 @@ def effective_confidence(
     """
     settings = confidence or Confidence()
     score = require_score(DEFAULT_SCORE if settings.score is None else settings.score)
-    if reject is None or reject is False:
-        threshold = None if reject is False else settings.threshold
-    elif reject is True:
-        if settings.threshold is None:
-            raise UsageError(
-                "reject=True needs a calibrated threshold. Call calibrate with clips of your own "
-                "first, or give a number: reject=0.2 rejects videos with a lower score."
-            )
-        threshold = settings.threshold
-    else:
-        threshold = _number_of(reject, score)
-    return replace(settings, threshold=threshold), score
+    if reject is True and settings.threshold is None:
+        raise UsageError(
+            "reject=True needs a calibrated threshold. Call calibrate with clips of your own "
+            "first, or give a number: reject=0.2 rejects videos with a lower score."
+        )
+    if reject is None or isinstance(reject, bool):
+        return settings, score
+    return replace(settings, threshold=_number_of(reject, score)), score
 
 
 def _number_of(reject: object, score: Score) -> float:

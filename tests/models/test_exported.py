@@ -126,6 +126,23 @@ def test_the_file_says_what_it_is(model: Any, contract: Contract, served: Path) 
     assert json.loads(texts["openvclip"]) == json.loads(contract.with_(weights=None).to_json())
 
 
+def test_a_contract_decides_texts_pixels_and_pooling(model: Any, tmp_path: Path) -> None:
+    pixels = build("released", 16, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0))
+    contract = contract_of(model, "tiny", pixels, templates=["a {}", "{}"], pooling="frames")
+    settings = ExportSettings(pixels="uint8")
+    chosen: Any = {"labels": LABELS, "tokenizer": tiny_tokenizer}
+    path = export_model(
+        model, tmp_path / "labels.pt2", contract=contract, settings=settings, **chosen
+    )
+    video = torch.randint(256, (2, 3, 3, 16, 16), dtype=torch.uint8)
+    mean, std = (torch.tensor(row)[:, None, None] for row in (pixels.mean, pixels.std))
+    templates = ["a {}", "{}"]
+    classifier = ZeroShotClassifier(model, tiny_tokenizer, LABELS, templates, pooling="frames")
+    with torch.no_grad():
+        expected = classifier((video / 255 - mean) / std)
+        torch.testing.assert_close(runner(path)(video), expected, **CLOSE)
+
+
 # --- an archive of torch.export -------------------------------------------------------------------
 
 
@@ -167,6 +184,13 @@ def test_an_older_file_stays_if_the_check_fails(
         write_pt2(program, path, {}, partial(require_same_results, program))
     assert path.read_bytes() == b"older"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_nan_is_no_agreement() -> None:
+    program = Program(None, ("frames", "features"), {}, [(torch.zeros(1), torch.zeros(1, 8))])
+    require_same_results(program, lambda _: torch.zeros(1, 8))
+    with pytest.raises(UnsupportedModelError, match="differs from the model by nan"):
+        require_same_results(program, lambda _: torch.full((1, 8), torch.nan))
 
 
 # --- the other parts, families, boundaries and windows -------------------------------------------

@@ -12,6 +12,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 
+from openvclip.checkpoints import Base
 from openvclip.checkpoints.contract_files import CONTRACT_FILE
 from openvclip.errors import CheckpointError, HubError
 from openvclip.models.folders import StoredModel, load_stored
@@ -61,6 +62,17 @@ def test_transformers_loads_an_uploaded_model(hub: FakeHub, tmp_path: Path) -> N
     assert not [request for request in asked if "optimizer" in request or ".bin" in request]
     plain = transformers.CLIPModel.from_pretrained("user/name")
     assert all(map(same_bits, features(plain, stored), features(stored.model, stored)))
+
+
+def test_a_model_without_a_contract_is_the_base_of_what_is_trained(
+    hub: FakeHub, tmp_path: Path
+) -> None:
+    words = pytest.importorskip("tests.tiny_transformers")
+    words.save_folder("CLIPModel", tmp_path / "plain")
+    hub.files["user/plain"] = {p.name: p.read_bytes() for p in (tmp_path / "plain").iterdir()}
+    loaded = load_stored("hf-hub:user/plain")
+    assert loaded.contract.base == Base("user/plain")
+    assert load_stored(tmp_path / "plain").contract.base is None  # a folder is no name
 
 
 def test_downloaded_files_are_used_without_a_connection(

@@ -291,8 +291,11 @@ def test_classifiers_are_kept_until_the_text_weights_change(clip: VideoCLIP) -> 
     torch.testing.assert_close(changed.text_features, -first.text_features)
     assert clip.to("cpu") is clip
     assert clip.classifier(LABELS) is not changed
+    used = clip.classifier(LABELS)
     for i in range(40):  # many sets of labels do not fill the memory
-        clip.classifier([f"label {i}", "other"])
+        last = clip.classifier([f"label {i}", "other"])
+        assert clip.classifier(LABELS) is used  # those that were used last are kept
+        assert clip.classifier([f"label {i}", "other"]) is last
     assert len(clip._texts._classifiers) == 16
 
 
