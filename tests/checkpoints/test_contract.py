@@ -24,6 +24,7 @@ from openvclip.checkpoints import (
     api,
     read_contract,
 )
+from openvclip.checkpoints.contract_files import merged_contract
 from openvclip.checkpoints.hugging_face import open_clip_name
 from openvclip.errors import CheckpointError, ContractError
 from tests.checkpoints.test_conversion_hugging_face import hugging_face_model
@@ -229,6 +230,44 @@ def test_the_difference_inside_a_section_is_named(tmp_path: Path) -> None:
     paths = written(tmp_path, [first, CONTRACT.with_(expansion=Expansion(2, "zero"))])
     with pytest.raises(ContractError, match=r'expansion.boundary = "mask" and .* with "zero"'):
         openvclip.average_files(paths, tmp_path / "out.safetensors")
+
+
+OTHER = {
+    "library": "transformers", "model": "ViT-L-14", "expansion": Expansion(), "frames": Frames(4),
+    "pixels": Pixels("clip", 224, PIXELS.mean, PIXELS.std), "templates": ("{}",),
+    "pooling": "frames", "text": "original",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_each_setting_of_use_counts_in_a_merge(name: str) -> None:
+    other = CONTRACT.with_(**{name: OTHER[name]})
+    difference = CONTRACT.difference(other)
+    assert difference is not None
+    assert difference[0].partition(".")[0] == name
+    assert merged_contract([(Path("a"), CONTRACT), (Path("b"), other)], override=True) == other
+    with pytest.raises(ContractError, match=f"a is used with {name}"):
+        merged_contract([(Path("a"), CONTRACT), (Path("b"), other)])
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [("licence", ("mit", "cc-by-4.0")), ("method", ("a", "b")), ("lam", (0.0, 1.0)),
+     ("base", (Base("a"), Base("b")))],
+)  # fmt: skip
+def test_facts_that_differ_are_left_out_of_a_merge(name: str, values: tuple[Any, Any]) -> None:
+    contracts = [(Path(f"{v}"), CONTRACT.with_(**{name: v})) for v in values]
+    merged = merged_contract(contracts)
+    assert merged is not None
+    assert getattr(merged, name) is None
+    assert merged_contract(contracts[:1] * 2) == contracts[0][1]
+
+
+def test_inspect_shows_the_crops(tmp_path: Path) -> None:
+    crops = Pixels("released", 224, PIXELS.mean, PIXELS.std, 256, crops=3)
+    (path,) = written(tmp_path, [CONTRACT.with_(pixels=crops)])
+    text = str(openvclip.inspect_checkpoint(path))
+    assert "224, transform released, short side 256, 3 crops, mean 0.5" in text
 
 
 def test_inspect_shows_the_contract(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 import openvclip
-from openvclip.checkpoints import read_contract, save_checkpoint
+from openvclip.checkpoints import Expansion, read_contract, save_checkpoint
 from openvclip.checkpoints.contract_files import CONTRACT_FILE, CONTRACT_KEY
 from openvclip.errors import (
     CheckpointError,
@@ -321,6 +321,18 @@ def test_a_model_of_another_library_replaces_the_old_one(folder: Path, tmp_path:
     save_stored(back, folder)
     assert not (folder / "config.json").exists()
     assert_same(back, load_stored(folder))
+
+
+def test_the_contract_of_a_folder_has_the_attention_of_the_model(tmp_path: Path) -> None:
+    stored = of_open_clip(PLAIN)
+    openvclip.restore_spatial_attention(stored.model)
+    openvclip.expand_temporal_attention(stored.model, window=2, boundary="replicate")
+    assert stored.contract.expansion != Expansion(2, "replicate")
+    save_stored(stored, tmp_path)
+    saved = read_contract(tmp_path)
+    assert saved is not None
+    assert saved.expansion == Expansion(2, "replicate")
+    assert not load_stored(tmp_path).model.training
 
 
 def test_weights_that_another_program_wrote_are_kept(tmp_path: Path, model: StoredModel) -> None:

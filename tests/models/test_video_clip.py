@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 import openvclip
@@ -31,6 +31,7 @@ from openvclip.errors import (
     VideoShapeError,
 )
 from openvclip.models.preprocess import read_image, transform_for
+from openvclip.models.text_side import TextSide
 from openvclip.video import Sampling, VideoFrames, read_clip, transforms
 from tests.helpers import TINY_PIXELS, random_video, tiny_clip, tiny_tokenizer
 
@@ -297,6 +298,27 @@ def test_classifiers_are_kept_until_the_text_weights_change(clip: VideoCLIP) -> 
         assert clip.classifier(LABELS) is used  # those that were used last are kept
         assert clip.classifier([f"label {i}", "other"]) is last
     assert len(clip._texts._classifiers) == 16
+
+
+def test_classifiers_of_other_templates_or_poolings_are_others() -> None:
+    texts = TextSide(expanded(), tiny_tokenizer)
+    first = texts.classifier(LABELS, FORMS, "unit_frames")
+    assert texts.classifier(LABELS, ["{}"], "unit_frames") is not first
+    assert texts.classifier(LABELS, FORMS, "frames") is not first
+    assert texts.classifier(LABELS, FORMS, "unit_frames") is first
+
+
+def test_a_model_in_train_mode_encodes_as_in_eval_mode() -> None:
+    clip, video = wrapped(), VideoFrames(frames(), 30)
+    expected = clip.encode_video(video)
+
+    def drop(visual: nn.Module, _: Any, output: Tensor) -> Tensor:
+        return functional.dropout(output, 0.5, visual.training)
+
+    clip.model.visual.register_forward_hook(drop)
+    clip.model.train()
+    assert torch.equal(clip.encode_video(video), expected)
+    assert all(module.training for module in clip.model.modules())
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="measures through /proc")
