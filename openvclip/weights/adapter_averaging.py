@@ -35,7 +35,7 @@ from openvclip.weights.numerics import (
     overwriting,
 )
 from openvclip.weights.product_sums import ProductSum
-from openvclip.weights.schedule import Tracker
+from openvclip.weights.schedule import Tracker, require_decay, warmed_up
 from openvclip.weights.schedule_free import warn_of_training_weights, watch_optimizers
 from openvclip.weights.shards import is_sharded
 
@@ -370,8 +370,7 @@ class AdapterEMATracker(AdapterTracker):
         adapter: str | None = None,
         check_finite: bool = True,
     ) -> None:
-        if not 0.0 <= decay < 1.0:
-            raise UsageError(f"decay={decay!r}: expected a number in [0, 1), such as 0.9999.")
+        decay = require_decay(decay)
         super().__init__(
             model,
             start=start,
@@ -380,14 +379,13 @@ class AdapterEMATracker(AdapterTracker):
             adapter=adapter,
             check_finite=check_finite,
         )
-        self.decay = float(decay)
+        self.decay = decay
         self.warmup = warmup
 
     def _shares(self) -> tuple[float, float]:
-        n = self._n_averaged
-        if n == 0:
+        if self._n_averaged == 0:
             return 1.0, 1.0
-        decay = min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
+        decay = warmed_up(self.decay, self._n_averaged) if self.warmup else self.decay
         return decay, 1.0 - decay
 
     def _scale(self) -> float:
