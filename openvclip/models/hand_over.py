@@ -80,6 +80,8 @@ class HandOver:
             NonFiniteWeightsError: a weight is NaN or infinite.
             ModelNameError: there is no such model, or it can't be built.
             HubError: the Hub has no such repository or revision, or does not answer.
+            UsageError: ``source`` or ``pretrained`` is no path and no name, or this machine does
+                not have the ``device``.
         """
         from openvclip.models.folders import load_stored
 
@@ -129,7 +131,8 @@ class HandOver:
 
         Raises:
             UsageError: the configuration is not known; or the tokenizer can't be saved; or the
-                model has adapters or sharded weights; or a fact is unknown.
+                model has adapters or sharded weights, or weights without values (on the meta
+                device); or a fact is unknown; or ``folder`` is no path.
             ClassNamesError: a template is a function.
             CheckpointError: the folder can't be written. An older model in it is unchanged.
         """
