@@ -54,7 +54,9 @@ class HandOver:
         """Load a model with everything that its use on videos needs.
 
         The model is expanded and used as its contract says. A model without a contract is not
-        expanded and has the released settings. Only safe files are loaded.
+        expanded and has the released settings. If transformers wrote the folder and the image
+        processor in it scales images to a square (SigLIP), the frames are scaled to a square too.
+        Only safe files are loaded.
 
         Args:
             source: a folder that :meth:`save_pretrained`, a training run, open_clip or transformers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from openvclip.models.folders import StoredModel
 from openvclip.models.usage import expand_as
 from openvclip.video import Sampling, VideoFrames, read_clip, transforms
 from openvclip.video import _inputs as inputs
+from openvclip.video.ahead import in_order
 from openvclip.video.sliding import sliding_windows
 from tests.helpers import tiny_clip, tiny_tokenizer
 from tests.models.stored_models import PLAIN, of_open_clip
@@ -302,6 +304,26 @@ def test_a_server_that_never_answers(
         clip.classify(silent, LABELS)
     with pytest.raises(VideoError, match=r"^videos\[0\]: "):
         clip.classify([silent, silent], LABELS)
+
+
+def test_an_interrupt_does_not_wait_for_a_video_that_is_read() -> None:
+    """Ctrl-C while a server does not answer: the threads end later."""
+    answer, ended = threading.Event(), threading.Event()
+
+    def read(item: int) -> int:
+        answer.wait(20)
+        ended.set()
+        return item
+
+    def items() -> Iterator[int]:
+        yield 0
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(in_order(read, items(), 2))
+    assert not ended.is_set()
+    answer.set()
+    assert ended.wait(20)
 
 
 def test_frozen_weights_change_results_by_rounding_alone(stored: StoredModel) -> None:
