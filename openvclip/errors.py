@@ -336,6 +336,10 @@ class ActivationWarning(UserWarning):
     """Issued when weights trained with QuickGELU are loaded into a model that uses GELU."""
 
 
+class ContractWarning(UserWarning):
+    """Issued when a contract that can't be read is left out, because ``override`` is given."""
+
+
 class LabelWarning(UserWarning):
     """Issued when labels can't be told apart by the text tower, or when there is only one label."""
 

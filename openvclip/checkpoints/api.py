@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from openvclip.checkpoints.adapter_files import read_fine_tune
 from openvclip.checkpoints.atomic import atomic_path, write_errors
 from openvclip.checkpoints.contract import Contract
-from openvclip.checkpoints.contract_files import CONTRACT_KEY
+from openvclip.checkpoints.contract_files import CONTRACT_KEY, contract_to_merge
 from openvclip.checkpoints.extra_state import encode
 from openvclip.checkpoints.families import convert, plan_as_named, require_one_model
 from openvclip.checkpoints.fit import (
@@ -307,7 +307,7 @@ def convert_checkpoint(
 
 def _converted_contract(info: CheckpointInfo, override: bool) -> Contract | None:
     """Return the contract of a converted file, whose weights have open_clip's names."""
-    contract = info.contract
+    contract = contract_to_merge(Path(info.path), info.metadata, override=override)
     if contract is None or contract.library == "open_clip" or not info.converted:
         return contract
     name = open_clip_name(Path(info.path), info.backbone)

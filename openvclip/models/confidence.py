@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -226,14 +227,17 @@ def effective_confidence(
 
 def _number_of(reject: object, score: Score) -> float:
     lowest, highest = _RANGES[score]
-    is_number = isinstance(reject, (int, float)) and math.isfinite(reject)
-    if not is_number or not lowest <= float(reject) <= highest:  # type: ignore[arg-type]
+    if not _is_number(reject) or not lowest <= float(reject) <= highest:  # type: ignore[arg-type]
         within = f" from {lowest:g} to {highest:g}" if math.isfinite(lowest) else ""
         raise UsageError(
             f"reject={reject!r}: expected True, False, or a number{within}, which is compared with "
             f"the score {score!r}."
         )
     return float(reject)  # type: ignore[arg-type]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and math.isfinite(value)
 
 
 def require_score(score: str) -> Score:
@@ -254,7 +258,7 @@ def require_calibration(keep: float, score: str = DEFAULT_SCORE) -> None:
         UsageError: ``keep`` is not in (0, 1), or ``score`` is not known.
     """
     require_score(score)
-    if not 0 < keep < 1:
+    if not _is_number(keep) or not 0 < keep < 1:
         raise UsageError(f"keep={keep!r}: expected a share between 0 and 1, such as 0.95.")
 
 
@@ -272,6 +276,8 @@ def target_indices(
     Raises:
         UsageError: there are not N targets, a label is not known, or an index is out of range.
     """
+    if isinstance(targets, str) or not isinstance(targets, Iterable):
+        raise UsageError(f"targets is {targets!r}; expected a target for each clip.")
     values = targets.tolist() if isinstance(targets, Tensor) else list(targets)
     if len(values) != n_clips:
         raise UsageError(f"{len(values)} targets are given for {n_clips} clips; expected one each.")

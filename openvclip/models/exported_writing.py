@@ -180,7 +180,7 @@ def write_onnx(
         with quiet():
             converted.save(written, external_data=large)
         if check is not None and importlib.util.find_spec("onnxruntime") is not None:
-            check(_onnx_function(written, program.names[0]))
+            check(_runnable(written, program.names[0]))
         os.replace(written, temporary)
         if data.exists():
             with atomic_path(path.with_name(data.name)) as place:
@@ -223,6 +223,22 @@ def _folder(path: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
+def _runnable(path: Path, name: str) -> Callable[[Tensor], Tensor]:
+    """Return the function of an ONNX file.
+
+    Raises:
+        UnsupportedModelError: onnxruntime can't load the file.
+    """
+    try:
+        return _onnx_function(path, name)
+    except Exception as error:  # the errors of onnxruntime have no common class
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UnsupportedModelError(
+            f"onnxruntime can't load the exported model ({reason[0][:300]}). Leave opset out, or "
+            "update onnxruntime."
+        ) from error
+
+
 def _converted(program: Program, opset: int | None) -> Any:
     """Return the ``torch.onnx.ONNXProgram``, without the source lines of the model."""
     with quiet():
@@ -244,6 +260,12 @@ def _converted(program: Program, opset: int | None) -> Any:
                 "update torch and onnxscript."
             ) from error
         assert converted is not None
+        version = converted.model.opset_imports.get("")
+        if opset is not None and version != opset:
+            raise UnsupportedModelError(
+                f"opset={opset}: PyTorch writes the model with version {version}. Give "
+                f"opset={version}, or leave opset out."
+            )
         for node in _nodes(converted.model):
             node.metadata_props.clear()
             for value in node.outputs:

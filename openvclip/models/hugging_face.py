@@ -66,16 +66,19 @@ def load(name: str, transform: str = "train") -> tuple[Any, Tokenizer, Transform
         StateMismatchError: weights of the model are missing in the file.
         UnsupportedModelError: the model is not a CLIP. The error says what to do.
     """
-    model, _ = load_clip(name)
-    pixels = transform_for(model, transform, processor=image_processor_of(name))
-    return model, tokenizer_of_folder(model, name), pixels
+    offline = is_offline(name)  # one request for the three parts
+    model, _ = load_clip(name, offline=offline)
+    processor = image_processor_of(name, offline=offline)
+    pixels = transform_for(model, transform, processor=processor)
+    return model, tokenizer_of_folder(model, name, offline=offline), pixels
 
 
-def load_clip(name: str) -> tuple[Any, list[str]]:
+def load_clip(name: str, *, offline: bool | None = None) -> tuple[Any, list[str]]:
     """Load a CLIP model of transformers.
 
     Args:
         name: see :func:`load`.
+        offline: whether the Hub can't be reached. Default: the Hub is asked.
 
     Returns:
         The model in eval mode and in float32, and the names of weights that it has no place for.
@@ -83,7 +86,8 @@ def load_clip(name: str) -> tuple[Any, list[str]]:
     Raises:
         ModelNameError, StateMismatchError, UnsupportedModelError: see :func:`load`.
     """
-    where: dict[str, Any] = {"local_files_only": is_offline(name)}
+    offline = is_offline(name) if offline is None else offline
+    where: dict[str, Any] = {"local_files_only": offline}
     try:
         config = AutoConfig.from_pretrained(name, **where)
         with without_progress():
@@ -100,7 +104,7 @@ def load_clip(name: str) -> tuple[Any, list[str]]:
         raise ModelNameError(
             f"transformers can't load {name}: {reason}. Expected a folder that save_pretrained "
             "wrote, or the name of a model on the Hugging Face Hub"
-            f"{', which can not be reached from here' if where['local_files_only'] else ''}."
+            f"{', which can not be reached from here' if offline else ''}."
         ) from error
     try:
         require_clip(model)

@@ -9,7 +9,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from openvclip.models.classifier import Template, ZeroShotClassifier, encode_texts, require_names
+from openvclip.models.classifier import (
+    Template,
+    ZeroShotClassifier,
+    encode_texts,
+    require_names,
+    require_templates,
+)
 from openvclip.models.features import device_of
 from openvclip.models.labels import warn_of_single_label
 from openvclip.models.tokenizers import Tokenizer, as_tokenizer
@@ -48,8 +54,9 @@ class TextSide:
         self, labels: Sequence[str], templates: Sequence[Template], pooling: Pooling
     ) -> ZeroShotClassifier:
         """Return the classifier of labels, a kept one if it fits the present weights."""
-        names = require_names(labels)
-        key = (tuple(names), templates if isinstance(templates, str) else tuple(templates), pooling)
+        names = require_names(labels, "labels")
+        templates = require_templates(templates)
+        key = (tuple(names), templates, pooling)
         with self._lock:
             kept = self._classifiers.pop(key, None)
             if kept is None or not self._is_current(kept):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from openvclip.checkpoints.contract import Confidence
 from openvclip.commands.progress import progress_bar
+from openvclip.models.batching import require_batch_size
 from openvclip.models.classifier import VIDEO_TEMPLATES, Template
 from openvclip.models.drawing import new_figure, save_figure
 from openvclip.models.prediction import classifier_for, logits_of
@@ -162,6 +163,7 @@ def predict_timeline(
         LabelWarning, TextFeaturesWarning: see :func:`openvclip.predict`.
     """
     require_source(video)
+    require_batch_size(batch_size)
     classifier = classifier_for(model, labels, tokenizer, templates)
     windows = sliding_windows(
         video,

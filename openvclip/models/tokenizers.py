@@ -132,20 +132,22 @@ def tokens_of(tokenizer: Tokenizer, texts: list[str]) -> Tensor:
     return tokens
 
 
-def tokenizer_of_folder(model: nn.Module, name: str) -> Tokenizer:
+def tokenizer_of_folder(model: nn.Module, name: str, *, offline: bool | None = None) -> Tokenizer:
     """Return the tokenizer that is stored with a model of transformers.
 
     Args:
         model: the model.
         name: a folder, or a name on the Hugging Face Hub.
+        offline: whether the Hub can't be reached. Default: the Hub is asked.
 
     Raises:
         ModelNameError: there is no tokenizer, or it can't be loaded.
     """
     from transformers import AutoTokenizer
 
+    offline = is_offline(name) if offline is None else offline
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=is_offline(name))
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=offline)
     except (ImportError, OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise ModelNameError(

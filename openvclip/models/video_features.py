@@ -14,7 +14,7 @@ from torch.nn import functional
 from openvclip.errors import OpenVCLIPError, UsageError, VideoShapeError
 from openvclip.models.batching import VideoReader, encode_each, encode_one, encode_readable
 from openvclip.models.features import device_of, video_features
-from openvclip.models.finite import require_finite
+from openvclip.models.finite import require_finite, require_values
 from openvclip.models.modes import evaluation_mode
 from openvclip.models.text_side import TextSide
 from openvclip.towers.view import Pooling
@@ -187,6 +187,7 @@ class VideoFeatures:
         return features[0] if isinstance(texts, str) else features
 
     def _autocast(self) -> AbstractContextManager[None]:
+        require_values(self.model)  # autocast has no meta device
         dtype = self.autocast
         context: AbstractContextManager[None] = torch.autocast(
             device_of(self.model).type, dtype, enabled=dtype is not None

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, Literal, get_args
 
 import torch
@@ -47,6 +48,9 @@ SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 """All backends."""
 
+_MOST_FRAMES = 2**16  # frames of all views together; a video of 30 frames per second has 36 minutes
+_LONGEST = 1e6  # the largest sampling rate, and the largest frame rate
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -66,6 +70,9 @@ class Sampling:
             Open-VCLIP code: a random start).
         backend: ``"pyav"`` or ``"torchcodec"``. Both return the same frames.
 
+    The frames of all views are in memory together, so ``num_frames * views`` is at most 65,536.
+    ``sampling_rate`` is at most 1,000,000, and ``target_fps`` lies between 0.000001 and 1,000,000.
+
     Raises:
         VideoOptionError: ``sampler`` or ``backend`` is not known, or a number is out of range.
     """
@@ -82,9 +89,19 @@ class Sampling:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise VideoOptionError(f"{name}={value!r}: expected a whole number of at least 1.")
-        if not (math.isfinite(self.target_fps) and self.target_fps > 0):
+        if self.num_frames * self.views > _MOST_FRAMES:
             raise VideoOptionError(
-                f"target_fps={self.target_fps!r}: expected frames per second above 0."
+                f"num_frames={self.num_frames} and views={self.views}: these are more than "
+                f"{_MOST_FRAMES} frames, which are in memory together. Give fewer."
+            )
+        if self.sampling_rate > _LONGEST:
+            raise VideoOptionError(
+                f"sampling_rate={self.sampling_rate}: expected at most {_LONGEST:,.0f} frames."
+            )
+        if not _is_rate(self.target_fps):
+            raise VideoOptionError(
+                f"target_fps={self.target_fps!r}: expected frames per second above 0, from "
+                f"{1 / _LONGEST:.6f} to {_LONGEST:,.0f}."
             )
         choices: dict[str, tuple[str, ...]] = {"sampler": SAMPLERS, "backend": BACKENDS}
         for name, known in choices.items():
@@ -96,6 +113,11 @@ class Sampling:
     def with_(self, **changes: Any) -> Sampling:
         """Return a copy with some attributes changed."""
         return replace(self, **changes)
+
+
+def _is_rate(value: object) -> bool:
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    return is_number and 1 / _LONGEST <= float(value) <= _LONGEST  # type: ignore[arg-type]
 
 
 PAPER_SAMPLING = Sampling(views=3)

@@ -26,7 +26,8 @@ from openvclip.checkpoints import (
 )
 from openvclip.checkpoints.contract_files import merged_contract
 from openvclip.checkpoints.hugging_face import open_clip_name
-from openvclip.errors import CheckpointError, ContractError
+from openvclip.errors import CheckpointError, ContractError, ContractWarning
+from openvclip.weights import weights_hash
 from tests.checkpoints.test_conversion_hugging_face import hugging_face_model
 from tests.helpers import assert_same_state, tiny_clip
 
@@ -82,6 +83,50 @@ def changed(**fields: Any) -> str:
 def test_what_json_can_not_hold_is_refused(facts: dict[str, Any]) -> None:
     with pytest.raises(ContractError, match="can't be written as JSON"):
         CONTRACT.with_(**facts).to_json()
+
+
+@pytest.mark.parametrize("place", ["results", "data", "mood"])
+@pytest.mark.parametrize("value", ["NaN", "[1, -Infinity]", "1e999"])
+def test_numbers_that_json_does_not_have_are_refused(place: str, value: str) -> None:
+    text = changed(**{place: {"a": "HERE"}}).replace('"HERE"', value)
+    with pytest.raises(ContractError, match=r"here: .*Look for NaN"):
+        Contract.from_json(text, "here")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"expansion": {"window": 2}},
+        {"base": "ViT-B-16"},
+        {"confidence": 0.5},
+        {"unknown": [1]},
+        {"frames": None},
+        {"pixels": {"size": 2}},
+    ],
+    ids=str,
+)
+def test_sections_made_in_python_are_checked(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ContractError, match=f"{next(iter(wrong))} is .* in the contract; expected"):
+        CONTRACT.with_(**wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": float("nan")},
+        {"temperature": 1e-300},
+        {"threshold": float("nan")},
+        {"threshold": float("inf")},
+        {"keep": 2.0},
+        {"keep": float("nan")},
+        {"clips": 0},
+        {"score": 3},
+    ],
+    ids=str,
+)
+def test_a_calibration_made_in_python_is_checked(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ContractError, match=f"{next(iter(wrong))} is "):
+        Confidence(**wrong)
 
 
 def test_unknown_fields_are_written_again() -> None:
@@ -203,6 +248,53 @@ def test_an_interpolation_knows_its_share_of_the_original(
     contract = read_contract(tmp_path / "out.safetensors")
     assert contract is not None
     assert contract.lam == share
+
+
+def test_the_share_is_unknown_if_the_first_model_is_not_the_original(tmp_path: Path) -> None:
+    """The first model has no contract. The contract of the second names the original CLIP."""
+    out = tmp_path / "out.safetensors"
+    for named, share in (("0", 0.5), ("1", None)):
+        base = Base("ViT-B-16", None, weights_hash({"a": torch.full((2,), float(named))}))
+        a, b = written(tmp_path, [None, CONTRACT.with_(lam=0.0, base=base, licence="é")])
+        save_file({"a": torch.zeros(2)}, a)
+        for lam in (0.5, [0.5, 1.0]):
+            outs = [out, tmp_path / "more.safetensors"] if isinstance(lam, list) else out
+            openvclip.interpolate_files(a, b, outs, lam)
+            contract = read_contract(out)
+            assert contract is not None
+            assert (contract.lam, contract.licence) == (share, "é")
+    # A merged file without a contract is not the original CLIP.
+    openvclip.average_files([a], tmp_path / "merged.safetensors")
+    a, b = written(tmp_path, [None, CONTRACT.with_(lam=0.0)])
+    openvclip.interpolate_files(tmp_path / "merged.safetensors", b, out, 0.5)
+    contract = read_contract(out)
+    assert contract is not None
+    assert contract.lam is None
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_contract_that_can_not_be_read_is_left_out_with_override(
+    beside: bool, tmp_path: Path
+) -> None:
+    a, b = written(tmp_path, [None, None])
+    if beside:
+        (tmp_path / "openvclip.json").write_bytes(b"\xff\xfe")
+    else:
+        save_file({"a": torch.ones(2)}, b, {"openvclip": "{", "format": "pt"})
+    out = tmp_path / "new" / "out.safetensors"
+    for write in (
+        lambda **options: openvclip.average_files([a, b], out, **options),
+        lambda **options: openvclip.interpolate_files(a, b, out, 0.5, **options),
+        lambda **options: openvclip.merge_files([a, b], out, lambda s: s[0], **options),
+        lambda **options: openvclip.convert_checkpoint(b, out, **options),
+    ):
+        with pytest.raises(ContractError, match=r"Give --override \(override=True\) to go on"):
+            write()
+        assert not out.exists()
+        with pytest.warns(ContractWarning, match="is used without its contract"):
+            write(override=True)
+        assert read_contract(out) is None
+        out.unlink()
 
 
 def test_models_that_are_used_differently_are_not_merged_without_a_choice(tmp_path: Path) -> None:

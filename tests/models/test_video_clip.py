@@ -457,7 +457,7 @@ def test_features_of_broken_weights_are_refused() -> None:
 
 def test_labels_and_texts_that_are_refused(clip: VideoCLIP) -> None:
     video = VideoFrames(frames(), 30)
-    with pytest.raises(ClassNamesError, match="class_names is empty"):
+    with pytest.raises(ClassNamesError, match="labels is empty"):
         clip.classify(video, [])
     with pytest.raises(ClassNamesError, match="more than once: 'a'"):
         clip.classify(video, ["a", "a"])
@@ -469,7 +469,7 @@ def test_labels_and_texts_that_are_refused(clip: VideoCLIP) -> None:
     with pytest.raises(UsageError, match="texts is 3; expected a text or a list of texts"):
         clip.encode_text(3)  # type: ignore[arg-type]
     for labels in (None, 3):
-        with pytest.raises(ClassNamesError, match=f"class_names is {labels}; expected a list"):
+        with pytest.raises(ClassNamesError, match=f"labels is {labels}; expected a list"):
             clip.classify(video, labels)  # type: ignore[call-overload]
 
 
