@@ -82,7 +82,20 @@ def read_export(path: str | os.PathLike[str]) -> ExportFacts:
     Raises:
         CheckpointError: the file can't be read, or was not written by ``export_model``.
     """
-    text = read_exported_texts(path).get(FACTS_KEY)
+    return facts_of_texts(read_exported_texts(path), path)
+
+
+def facts_of_texts(texts: Mapping[str, str], path: str | os.PathLike[str]) -> ExportFacts:
+    """Return what an exported model is, from the texts that the file carries.
+
+    Args:
+        texts: the texts by key.
+        path: the file, for errors.
+
+    Raises:
+        CheckpointError: see :func:`read_export`.
+    """
+    text = texts.get(FACTS_KEY)
     if text is None:
         raise CheckpointError(
             f"{os.fspath(path)}: has no text {FACTS_KEY!r}; expected a file that "
