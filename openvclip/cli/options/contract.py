@@ -61,6 +61,41 @@ def use_contract(options: argparse.Namespace, ignored: Collection[str] = ()) -> 
     options.contract = _effective(contract, options)
 
 
+def options_for_file(
+    options: argparse.Namespace, path: Path, *, expand: bool, ignored: Collection[str] = ()
+) -> argparse.Namespace:
+    """Return the options with which one of several files of weights is used.
+
+    Args:
+        options: the options of a command that takes several files. They are not changed.
+        path: the file of weights.
+        expand: whether the command uses the file with temporal attention.
+        ignored: see :func:`use_contract`.
+
+    Returns:
+        The options of the file; ``options`` if the file has no contract.
+
+    Raises:
+        UsageError: an option or ``expand`` contradicts the contract, and ``--override`` is not
+            given.
+        ContractError, CheckpointError: see :func:`use_contract`.
+    """
+    chosen = argparse.Namespace(**{**vars(options), "checkpoint": path, "expand": expand})
+    contract, _ = _contract_of(chosen)
+    if contract is None:
+        return options
+    if expand != (contract.expansion is not None) and not options.override:
+        without = "with" if expand else "without"
+        trained = "without" if expand else "with"
+        raise UsageError(
+            f"{path} is to be used {without} temporal attention, but its contract says that it "
+            f"was trained {trained} it. Give --override to use it all the same."
+        )
+    chosen.given = {*options.given, "expand"}
+    use_contract(chosen, ignored)
+    return chosen
+
+
 def _contract_of(options: argparse.Namespace) -> tuple[Contract | None, Path]:
     """Return the contract of the weights that the options name, and the file or folder."""
     from openvclip.checkpoints.contract_files import read_contract
@@ -123,7 +158,6 @@ def _replace_by_original(
     from openvclip.checkpoints.api import load_checkpoint
     from openvclip.models.folders import load_stored
     from openvclip.models.loading import brings_weights, load_model
-    from openvclip.weights.hashing import weights_hash
     from openvclip.weights.names import named_state
 
     tuned = {name: value.detach().clone() for name, value in named_state(model).items()}
@@ -140,14 +174,32 @@ def _replace_by_original(
     else:
         name = contract.model if base is None else base.name
         model.load_state_dict(load_model(name, pretrained).model.state_dict())
-    known = None if base is None else base.weights_hash
-    if known is not None and not options.override and weights_hash(named_state(model)) != known:
-        raise UsageError(
-            f"The weights {pretrained} are not those from which the model was trained: their hash "
-            "differs from the hash in the contract. Give the right file with --pretrained, or give "
-            "--override to use these weights all the same."
-        )
+    if not options.override:
+        require_base(model, contract, f"The weights {pretrained}")
     return tuned
+
+
+def require_base(model: nn.Module, contract: Contract, what: str) -> None:
+    """Check that a model has the weights of the original CLIP that a contract names.
+
+    Args:
+        model: the model.
+        contract: the contract of a fine-tuned model.
+        what: the weights of the model, for the error.
+
+    Raises:
+        UsageError: the contract has a hash of the weights, and the weights have another hash.
+    """
+    from openvclip.weights.hashing import weights_hash
+    from openvclip.weights.names import named_state
+
+    known = None if contract.base is None else contract.base.weights_hash
+    if known is not None and weights_hash(named_state(model)) != known:
+        raise UsageError(
+            f"{what} are not those from which the model was trained: their hash differs from the "
+            "hash in the contract. Give the right file with --pretrained, or give --override to "
+            "use these weights all the same."
+        )
 
 
 def _decided(contract: Contract) -> dict[str, Any]:
@@ -170,8 +222,8 @@ def _decided(contract: Contract) -> dict[str, Any]:
         values |= {"window": contract.expansion.window, "boundary": contract.expansion.boundary}
     if frames.sampler != "uniform":
         values |= {"sampling_rate": frames.sampling_rate, "target_fps": frames.target_fps}
-    if base is not None and base.pretrained is not None:
-        values["pretrained"] = base.pretrained
+    # An original CLIP that is not known is not replaced by the default of the option.
+    values["pretrained"] = None if base is None else base.pretrained
     return values
 
 
@@ -184,7 +236,7 @@ def _agree(name: str, given: Any, decided: Any) -> bool:
     if name == "templates":
         return tuple(read_labels(given)) == tuple(decided)
     if name == "pretrained":  # the weights of a file are compared when they are loaded
-        return given == decided or Path(given).exists()
+        return decided is None or given == decided or Path(given).exists()
     return bool(given == decided)
 
 
