@@ -38,7 +38,7 @@ from torch import Tensor
 from openvclip import expand_temporal_attention, restore_spatial_attention
 from openvclip.checkpoints import Contract, atomic_path, write_errors
 from openvclip.cli.options import data, models
-from openvclip.cli.options.contract import options_for_file, require_base
+from openvclip.cli.options.contract import options_for_files, require_base
 from openvclip.cli.options.outputs import add_override_option
 from openvclip.commands.parsing import Parser, unused_option
 from openvclip.commands.streams import command
@@ -375,11 +375,10 @@ def run(args: argparse.Namespace, processes: Processes) -> None:
     data_sets = [(options, read_splits(options)) for options in (args.closed_set, *args.zero_shot)]
     lines = args.lines
     # The curves share one original CLIP, so no contract decides its name and its weights alone.
+    ignored = ["model", "pretrained"]
     options_by_line = {
-        line: args
-        if line.path is None
-        else options_for_file(
-            args, line.path, expand=line.temporal, ignored=["model", "pretrained"]
+        line: options_for_files(
+            args, [line.path] if line.path else [], expand=line.temporal, ignored=ignored
         )
         for line in lines
     }

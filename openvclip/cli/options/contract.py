@@ -7,7 +7,7 @@ is an error, unless ``--override`` is given.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,36 +61,44 @@ def use_contract(options: argparse.Namespace, ignored: Collection[str] = ()) -> 
     options.contract = _effective(contract, options)
 
 
-def options_for_file(
-    options: argparse.Namespace, path: Path, *, expand: bool, ignored: Collection[str] = ()
+def options_for_files(
+    options: argparse.Namespace,
+    paths: Sequence[Path],
+    *,
+    expand: bool,
+    ignored: Collection[str] = (),
 ) -> argparse.Namespace:
-    """Return the options with which one of several files of weights is used.
+    """Return the options with which files of weights are used that share one model.
 
     Args:
-        options: the options of a command that takes several files. They are not changed.
-        path: the file of weights.
-        expand: whether the command uses the file with temporal attention.
+        options: the options of a command that takes several files, with the attributes
+            ``override`` and ``given``. They are not changed.
+        paths: the files of weights.
+        expand: whether the command uses the files with temporal attention.
         ignored: see :func:`use_contract`.
 
     Returns:
-        The options of the file; ``options`` if the file has no contract.
+        The options, with the attribute ``contract``: the contract of the files, or ``None``.
 
     Raises:
         UsageError: an option or ``expand`` contradicts the contract, and ``--override`` is not
             given.
-        ContractError, CheckpointError: see :func:`use_contract`.
+        ContractError, CheckpointError: see :func:`use_contract`; or the contracts differ.
     """
-    chosen = argparse.Namespace(**{**vars(options), "checkpoint": path, "expand": expand})
-    contract, _ = _contract_of(chosen)
+    from openvclip.checkpoints.contract_files import merged_contract, read_contract
+
+    files = [(path, read_contract(path) if path.is_file() else None) for path in paths]
+    contract = merged_contract(files, override=options.override)
     if contract is None:
-        return options
+        return argparse.Namespace(**{**vars(options), "contract": None})
+    source = next(path for path, known in reversed(files) if known is not None)
     if expand != (contract.expansion is not None) and not options.override:
-        without = "with" if expand else "without"
-        trained = "without" if expand else "with"
+        used, trained = ("with", "without") if expand else ("without", "with")
         raise UsageError(
-            f"{path} is to be used {without} temporal attention, but its contract says that it "
-            f"was trained {trained} it. Give --override to use it all the same."
+            f"{source} is to be used {used} temporal attention, but its contract says that it was "
+            f"trained {trained} it. Give --override to use it all the same."
         )
+    chosen = argparse.Namespace(**{**vars(options), "checkpoint": source, "expand": expand})
     chosen.given = {*options.given, "expand"}
     use_contract(chosen, ignored)
     return chosen
