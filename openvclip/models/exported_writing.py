@@ -21,7 +21,12 @@ from torch import Tensor
 from openvclip.checkpoints import Contract, atomic_path, write_errors
 from openvclip.checkpoints.contract_files import CONTRACT_KEY
 from openvclip.checkpoints.exported_files import EXTRA_FILE, read_exported_texts
-from openvclip.errors import CheckpointError, MissingDependencyError, UnsupportedModelError
+from openvclip.errors import (
+    CheckpointError,
+    MissingDependencyError,
+    UnsupportedModelError,
+    reason_of,
+)
 from openvclip.models.building import building
 from openvclip.models.exported_graph import weight_bytes
 from openvclip.models.versions import package_versions
@@ -251,10 +256,9 @@ def _converted(program: Program, opset: int | None) -> Any:
                 output_names=[program.names[1]],
             )
         except Exception as error:
-            reason = str(error).strip().splitlines() or [type(error).__name__]
             raise UnsupportedModelError(
-                f"PyTorch can't translate the model to ONNX ({reason[0]}). Export a .pt2 file, or "
-                "update torch and onnxscript."
+                f"PyTorch can't translate the model to ONNX ({reason_of(error)}). Export a .pt2 "
+                "file, or update torch and onnxscript."
             ) from error
         assert converted is not None
         for node in _nodes(converted.model):
