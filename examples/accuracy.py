@@ -7,8 +7,9 @@ r"""Compute the accuracy of a fine-tuned or prompted CLIP on lists of videos.
 Each list has its own classes. Use this script for what ``openvclip evaluate`` does not know: the
 texts, the pooling and the prompts of ViFi-CLIP and Vita-CLIP. Give the --preset of the training: it
 sets the method, the frames and the views of the test. A checkpoint with a contract says them
-itself, and a flag that contradicts the contract is an error. The script prints a table with top-1
-and top-5 accuracy in % for each list.
+itself, and a flag that contradicts the contract is an error. With --prompts the contract of the
+checkpoint is not used: prompts are trained and tested in another way. The script prints a table
+with top-1 and top-5 accuracy in % for each list.
 """
 
 from __future__ import annotations

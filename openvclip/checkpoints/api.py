@@ -126,7 +126,7 @@ def _require_storable(entries: Mapping[str, Tensor], dtype: torch.dtype | None) 
     require_values(entries, "state")
     refuse("quantized", [name for name, v in entries.items() if v.is_quantized], "state")
     for name, value in entries.items():
-        require_storable(_stored_dtype(value, dtype), name)
+        require_storable(stored_dtype(value, dtype), name)
 
 
 def _write(
@@ -150,12 +150,13 @@ def _write(
 def _to_store(value: Tensor, dtype: torch.dtype | None) -> Tensor:
     # A copy, since safetensors refuses entries that share memory (tied weights, views).
     copied = value.to(
-        "cpu", _stored_dtype(value, dtype), copy=True, memory_format=torch.contiguous_format
+        "cpu", stored_dtype(value, dtype), copy=True, memory_format=torch.contiguous_format
     )
     return copied.resolve_conj().resolve_neg()
 
 
-def _stored_dtype(value: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+def stored_dtype(value: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """Return the dtype in which an entry is stored if floating-point entries get ``dtype``."""
     return dtype if dtype is not None and value.is_floating_point() else value.dtype
 
 

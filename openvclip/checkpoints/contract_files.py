@@ -13,10 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from openvclip.checkpoints.atomic import atomic_path, write_errors
 from openvclip.checkpoints.contract import Contract
 from openvclip.checkpoints.exported_files import is_exported, read_exported_texts
 from openvclip.checkpoints.formats import read_texts
 from openvclip.checkpoints.paths import require_path
+from openvclip.checkpoints.texts import add_texts
 from openvclip.errors import ContractError, ContractWarning, near_path
 
 CONTRACT_FILE = "openvclip.json"
@@ -101,6 +103,38 @@ def contract_of_file(path: Path, texts: Mapping[str, str]) -> Contract | None:
     beside = path.parent / CONTRACT_FILE
     contract = _read_file(beside) if beside.is_file() else None
     return contract if contract is not None and contract.weights == path.name else None
+
+
+def store_confidence(
+    folder: str | os.PathLike[str], contract: Contract, weights: Path
+) -> list[Path]:
+    """Store the calibration of a contract in the folder of a model.
+
+    The contract of the folder is written, and the calibration in the header of the weights. Each
+    file is written atomically. After a kill in between, the folder has its old calibration.
+
+    Args:
+        folder: the folder of the model.
+        contract: the contract of the model with its calibration.
+        weights: the file of weights in the folder.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        CheckpointError: a file can't be written. It is unchanged then.
+    """
+    written = []
+    text = read_texts(weights).get(CONTRACT_KEY)
+    if text is not None:
+        header = Contract.from_json(text, os.fspath(weights))
+        add_texts(weights, {CONTRACT_KEY: header.with_(confidence=contract.confidence).to_json()})
+        written.append(weights)
+    path = Path(folder) / CONTRACT_FILE
+    with write_errors(path), atomic_path(path) as temporary:
+        text = contract.with_(weights=weights.name).to_json()
+        temporary.write_text(f"{text}\n", encoding="utf-8")
+    return [path, *written]
 
 
 def merged_contract(

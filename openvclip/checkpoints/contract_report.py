@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from openvclip.checkpoints.contract import Contract
+from openvclip.checkpoints.contract_files import contract_of_file
 from openvclip.checkpoints.contract_sections import Expansion, Frames, Pixels
+from openvclip.errors import ContractError
+
+
+def contract_text(path: str | os.PathLike[str], texts: Mapping[str, str]) -> str:
+    """Return the lines that show the contract of a file, or ``""`` if there is no contract.
+
+    Args:
+        path: the file.
+        texts: the texts in its header.
+    """
+    try:
+        contract = contract_of_file(Path(path), texts)
+    except ContractError as error:
+        return f"{'contract':<12} can't be read: {error}"
+    return "" if contract is None else rows_text(contract)
+
+
+def rows_text(contract: Contract) -> str:
+    """Return the lines that show a contract."""
+    rows = [f"  {title:<11} {text}" for title, text in contract_rows(contract)]
+    return "\n".join(["contract", *rows])
 
 
 def contract_rows(contract: Contract) -> list[tuple[str, str]]:

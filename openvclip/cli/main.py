@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from openvclip.cli import (
     app,
     average,
+    calibrate,
     check_videos,
     convert,
     evaluate,
@@ -22,7 +23,18 @@ from openvclip.commands.streams import CLOSED_PIPE, standard_streams
 from openvclip.errors import OpenVCLIPError
 
 # A new subcommand is a module with a function add(commands), imported above and listed here.
-_SUBCOMMANDS = (inspect, convert, interpolate, average, check_videos, evaluate, predict, index, app)
+_SUBCOMMANDS = (
+    inspect,
+    convert,
+    interpolate,
+    average,
+    check_videos,
+    evaluate,
+    predict,
+    calibrate,
+    index,
+    app,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from openvclip.checkpoints import Contract
 from openvclip.checkpoints.exported_files import EXPORTED
 from openvclip.checkpoints.paths import require_path
-from openvclip.errors import ContractError, UnsupportedModelError, UsageError
+from openvclip.errors import ContractError, UnsupportedModelError, UsageError, reason_of
 from openvclip.models.classifier import VIDEO_TEMPLATES, TextClassifier, class_features
 from openvclip.models.exported_graph import quantise_linear, remove_unused
 from openvclip.models.exported_parts import (
@@ -201,10 +201,9 @@ class _Export:
                     module, (example,), dynamic_shapes=(sizes,), strict=False
                 )
             except Exception as error:
-                reason = str(error).strip().splitlines() or [type(error).__name__]
                 raise UnsupportedModelError(
-                    f"torch.export can't export {type(self.clip).__name__} ({reason[0]}). Remove "
-                    "hooks and layers that other tools added to the model."
+                    f"torch.export can't export {type(self.clip).__name__} ({reason_of(error)}). "
+                    "Remove hooks and layers that other tools added to the model."
                 ) from error
             remove_unused(program)
             if self.settings.weights == "int8":

@@ -21,7 +21,12 @@ from torch import Tensor
 from openvclip.checkpoints import Contract, atomic_path, write_errors
 from openvclip.checkpoints.contract_files import CONTRACT_KEY
 from openvclip.checkpoints.exported_files import EXTRA_FILE, read_exported_texts
-from openvclip.errors import CheckpointError, MissingDependencyError, UnsupportedModelError
+from openvclip.errors import (
+    CheckpointError,
+    MissingDependencyError,
+    UnsupportedModelError,
+    reason_of,
+)
 from openvclip.models.building import building
 from openvclip.models.exported_graph import weight_bytes
 from openvclip.models.versions import package_versions
@@ -82,7 +87,20 @@ def read_export(path: str | os.PathLike[str]) -> ExportFacts:
     Raises:
         CheckpointError: the file can't be read, or was not written by ``export_model``.
     """
-    text = read_exported_texts(path).get(FACTS_KEY)
+    return facts_of_texts(read_exported_texts(path), path)
+
+
+def facts_of_texts(texts: Mapping[str, str], path: str | os.PathLike[str]) -> ExportFacts:
+    """Return what an exported model is, from the texts that the file carries.
+
+    Args:
+        texts: the texts by key.
+        path: the file, for errors.
+
+    Raises:
+        CheckpointError: see :func:`read_export`.
+    """
+    text = texts.get(FACTS_KEY)
     if text is None:
         raise CheckpointError(
             f"{os.fspath(path)}: has no text {FACTS_KEY!r}; expected a file that "
@@ -254,10 +272,9 @@ def _converted(program: Program, opset: int | None) -> Any:
                 output_names=[program.names[1]],
             )
         except Exception as error:
-            reason = str(error).strip().splitlines() or [type(error).__name__]
             raise UnsupportedModelError(
-                f"PyTorch can't translate the model to ONNX ({reason[0]}). Export a .pt2 file, or "
-                "update torch and onnxscript."
+                f"PyTorch can't translate the model to ONNX ({reason_of(error)}). Export a .pt2 "
+                "file, or update torch and onnxscript."
             ) from error
         assert converted is not None
         version = converted.model.opset_imports.get("")

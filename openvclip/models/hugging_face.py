@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, CLIPModel
 from transformers.utils import logging
 
-from openvclip.errors import ModelNameError, StateMismatchError, UnsupportedModelError
+from openvclip.errors import ModelNameError, StateMismatchError, UnsupportedModelError, reason_of
 from openvclip.models.building import building
 from openvclip.models.features import require_clip
 from openvclip.models.hub import is_offline
@@ -95,7 +95,7 @@ def load_clip(name: str, *, offline: bool | None = None) -> tuple[Any, list[str]
                 name, config=config, dtype=torch.float32, output_loading_info=True, **where
             )
     except (ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+        reason = reason_of(error)
         if "size" in reason and isinstance(error, RuntimeError):
             raise StateMismatchError(
                 f"{name}: the weights do not fit the model of config.json: {reason}.",
@@ -134,7 +134,7 @@ def empty_clip(folder: str) -> Any:
         with without_progress():
             model = AutoModel.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
     except (ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+        reason = reason_of(error)
         raise ModelNameError(f"transformers can't build the model of {folder}: {reason}.") from (
             error
         )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openvclip.errors import ModelNameError, UsageError
+from openvclip.errors import ModelNameError, UsageError, reason_of
 from openvclip.models.features import is_transformers, text_rules
 from openvclip.models.hub import is_offline
 
@@ -149,7 +149,7 @@ def tokenizer_of_folder(model: nn.Module, name: str, *, offline: bool | None = N
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=offline)
     except (ImportError, OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+        reason = reason_of(error)
         raise ModelNameError(
             f"The tokenizer of {name} can't be loaded: {reason}. Save the tokenizer in the folder "
             "of the model, with processor.save_pretrained(folder)."

@@ -87,7 +87,9 @@ def require_usable(model: nn.Module, contract: Contract | None) -> None:
     if is_prompted(model) or hasattr(model, "openvclip_prompts"):
         raise PromptingError(
             "The model has prompts, which VideoCLIP does not support. Create an "
-            "openvclip.prompting.VideoClassifier, and call openvclip.predict(classifier, video)."
+            "openvclip.prompting.VideoClassifier, and call openvclip.predict(classifier, video). "
+            "To hand the model over, save the prompts with openvclip.prompting.save(model, path), "
+            "and give the model without prompts with the file."
         )
     require_clip(model)
     if contract is not None and not isinstance(contract, Contract):

@@ -37,7 +37,6 @@ from openvclip.weights.numerics import (
 from openvclip.weights.product_sums import ProductSum
 from openvclip.weights.schedule import Tracker, require_decay, warmed_up
 from openvclip.weights.schedule_free import warn_of_training_weights, watch_optimizers
-from openvclip.weights.shards import is_sharded
 
 
 class AdapterTracker(Tracker):
@@ -83,7 +82,6 @@ class AdapterTracker(Tracker):
         self._sums: dict[str, ProductSum] = {}
         self._values: dict[str, Tensor] = {}
         present = adapter_of(model, adapter, copy=False)
-        _require_whole(present)
         # What the average needs beside its sums: the layouts and the settings, without values.
         self._like = Adapter({}, {}, present.layouts, present.modules_to_save, present.base)
         self._names = {name: update.shape for name, update in present.updates.items()}
@@ -296,15 +294,6 @@ def _holding(layers: list[LiveLayer], updates: Mapping[str, LowRank]) -> Iterato
     finally:
         for parameter, data in kept:
             parameter.data = data
-
-
-def _require_whole(present: Adapter) -> None:
-    parts = [part for update in present.updates.values() for part in (update.up, update.down)]
-    if any(is_sharded(part) for part in (*parts, *present.values.values())):
-        raise UsageError(
-            "The weights of the adapter are sharded (fully_shard), which averages of adapters do "
-            "not support. Train the adapter with DistributedDataParallel, which keeps it whole."
-        )
 
 
 class AdapterSWATracker(AdapterTracker):

@@ -304,7 +304,8 @@ def test_each_option_of_a_script_is_read(script: str, monkeypatch: pytest.Monkey
         module.get("parse_arguments", module["main"])([])
     (parser,) = caught.value.args
     read = set(attributes(REPO / "examples" / f"{script}.py"))
-    if script in ("accuracy", "evaluate", "finetune", "sweep_and_plot", "tradeoff"):
+    with_contract = ("evaluate", "merge_two_finetunes", "sweep_and_plot", "tradeoff")
+    if script in ("accuracy", "finetune", *with_contract):
         read |= {name for file in READERS for name in attributes(REPO / "openvclip" / file)}
     if script == "finetune":
         read |= {*Recipe.__dataclass_fields__, *Run.__dataclass_fields__}

@@ -20,10 +20,12 @@ from openvclip import (
     VIDEO_TEMPLATES,
     VideoCLIP,
     ZeroShotClassifier,
+    cli,
     encode_video,
     expand_temporal_attention,
 )
 from openvclip.checkpoints import Confidence, Contract, Expansion, Frames, read_contract
+from openvclip.checkpoints.contract_report import contract_rows
 from openvclip.errors import (
     CheckpointError,
     ContractError,
@@ -169,6 +171,36 @@ def test_an_archive_holds_the_image_tower_alone(archive: tuple[Any, Contract, Pa
         mean = full.encode_image(video).mean(dim=1)
         expected = functional.normalize(mean, dim=-1)
         torch.testing.assert_close(program.module()(video), expected, **CLOSE)
+
+
+def test_inspect_shows_the_part_and_the_contract(
+    contract: Contract,
+    served: Path,
+    archive: tuple[Any, Contract, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Every row of the contract, as of a file of weights with this contract."""
+    for path, known in ((served, contract), (archive[2], archive[1])):
+        assert cli.main(["inspect", str(path)]) == 0
+        lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+        shown = {words[0]: words[1] for words in lines if len(words) > 1}
+        assert contract_rows(known.with_(weights=None)) == [
+            (title, shown[title]) for title, _ in contract_rows(known)
+        ]
+        if path == served:
+            assert shown["labels"] == "'surfing', 'archery', 'juggling balls'"
+            assert shown["takes"] == "clips with any number of 8-bit frames"
+            assert shown["returns"].startswith("logits of 3 labels, scale ")
+        else:
+            assert shown["returns"] == "one feature for each clip"
+    foreign = tmp_path / "foreign.pt2"
+    with zipfile.ZipFile(foreign, "w") as file:
+        file.writestr("archive/extra/note.json", "of another program")
+    assert cli.main(["inspect", str(foreign)]) == 0
+    assert "metadata     note=of another program" in capsys.readouterr().out
+    assert cli.main(["inspect", str(tmp_path / "absent.onnx")]) == 2
+    assert "absent.onnx: can't be read as an exported model" in capsys.readouterr().err
 
 
 def test_an_older_file_stays_if_the_check_fails(

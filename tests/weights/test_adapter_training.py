@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import fully_shard
 from torch.func import functional_call
 from torch.nn import functional
 
-from openvclip import EMATracker, InterpolatedWeightRegularizer
+from openvclip import EMATracker, InterpolatedWeightRegularizer, LAWATracker
 from openvclip.errors import (
     EmptyAverageError,
     NonFiniteWeightsError,
@@ -427,3 +428,27 @@ def test_what_trackers_refuse() -> None:
         AdapterSWATracker(model).load_state_dict(tracker.state_dict())
     with pytest.raises(StateMismatchError, match="saved average does not fit"):
         AdapterEMATracker(tuned("biases")).load_state_dict(tracker.state_dict())
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A process group of this process alone."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+def test_what_does_not_work_on_factors_is_refused_by_name(alone: None) -> None:
+    """Latest weight averaging of both factors, and sharded factors."""
+    model = tuned("wide")
+    with pytest.raises(WeightTypeError, match=r"Or use .*AdapterSWATracker or .*AdapterEMATracker"):
+        LAWATracker(model, k=2)
+    fully_shard(model)
+    with pytest.raises(UsageError, match=r"sharded \(fully_shard\), .*DistributedDataParallel"):
+        adapter_of(model)
+    with pytest.raises(UsageError, match=r"sharded \(fully_shard\), .*DistributedDataParallel"):
+        AdapterSWATracker(model).update(model)
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1)
+    iwr = InterpolatedWeightRegularizer(model, optimizer, anchor=lora_anchor(model))
+    with pytest.raises(UsageError, match="Under fully_shard, freeze lora_A and train lora_B only"):
+        iwr.step(lambda: model.base_model.model.wide(torch.ones(1, 40)).square().sum())

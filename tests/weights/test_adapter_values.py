@@ -311,6 +311,7 @@ def test_models_without_plain_lora_are_refused() -> None:
         adapter_of(nn.Linear(2, 2))
     for changes, text in (
         ({"use_dora": True}, "LoRA with DoRA"),
+        ({"target_parameters": ["text_projection.weight"]}, "LoRA with target_parameters"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa', which changes the weights"),
         ({"init_lora_weights": "olora"}, "path_initial_model_for_weight_conversion"),
     ):
