@@ -16,13 +16,25 @@ from openvclip.cli import (
     inspect,
     interpolate,
     predict,
+    search,
 )
 from openvclip.commands.parsing import Parser
 from openvclip.commands.streams import CLOSED_PIPE, standard_streams
 from openvclip.errors import OpenVCLIPError
 
 # A new subcommand is a module with a function add(commands), imported above and listed here.
-_SUBCOMMANDS = (inspect, convert, interpolate, average, check_videos, evaluate, predict, index, app)
+_SUBCOMMANDS = (
+    inspect,
+    convert,
+    interpolate,
+    average,
+    check_videos,
+    evaluate,
+    predict,
+    index,
+    search,
+    app,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

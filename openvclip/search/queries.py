@@ -207,7 +207,8 @@ def _checked_part(clip: Clip) -> tuple[float, float]:
     length = stream_facts(clip.path).seconds
     if length is not None and start >= length:
         raise SearchError(
-            f"{name}: start={start:g}, but the video has {length:.1f} seconds. Give an earlier start."
+            f"{name}: start={start:g}, but the video has {length:.1f} seconds. Give an earlier "
+            "start."
         )
     end = end if length is None else min(end, length)
     if math.isinf(end):

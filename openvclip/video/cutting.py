@@ -114,12 +114,11 @@ def _with_first(first: ShownPicture, others: Iterator[ShownPicture]) -> Iterator
 
 def _video_stream(output: Any, picture: ShownPicture, fps: Fraction) -> Any:
     av = require_av()
-    for name, options in _ENCODERS:
-        if name in av.codecs_available:
-            break
-    else:
+    known = [encoder for encoder in _ENCODERS if encoder[0] in av.codecs_available]
+    if not known:
         names = " or ".join(name for name, _ in _ENCODERS)
         raise VideoError(f"This PyAV has no encoder {names}, so videos can't be cut.")
+    name, options = known[0]
     stream = output.add_stream(name, rate=fps, options=options)
     height, width = picture.pixels.shape[:2]
     context = stream.codec_context
