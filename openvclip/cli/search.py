@@ -88,14 +88,12 @@ def _add_query_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--from",
-        dest="start",
         metavar="SECONDS",
         type=float,
         help="where the part of --clip begins (default: the start of the video)",
     )
     group.add_argument(
         "--to",
-        dest="end",
         metavar="SECONDS",
         type=float,
         help="where the part of --clip ends (default: the end of the video)",
@@ -175,7 +173,7 @@ def _queries(options: argparse.Namespace) -> list[Any]:
     from openvclip.search import Clip
 
     if not options.clip:
-        refuse_unused(options.given, dict.fromkeys(("start", "end"), "without --clip"))
+        refuse_unused(options.given, dict.fromkeys(("from", "to"), "without --clip"))
     for sentence in options.sentences:
         if os.path.isfile(sentence):
             raise UsageError(
@@ -185,7 +183,8 @@ def _queries(options: argparse.Namespace) -> list[Any]:
     for path in (*options.image, *options.clip):
         if not path.exists():
             raise VideoNotFoundError(f"{path}: no such file{near_path(path)}.")
-    clips = [Clip(path, options.start, options.end) for path in options.clip]
+    part = getattr(options, "from"), options.to
+    clips = [Clip(path, *part) for path in options.clip]
     queries = [*options.sentences, *options.image, *clips]
     if not queries:
         raise UsageError(
