@@ -17,6 +17,7 @@ from openvclip.cli import (
     inspect,
     interpolate,
     predict,
+    search,
 )
 from openvclip.commands.parsing import Parser
 from openvclip.commands.streams import CLOSED_PIPE, standard_streams
@@ -33,6 +34,7 @@ _SUBCOMMANDS = (
     predict,
     calibrate,
     index,
+    search,
     app,
 )
 

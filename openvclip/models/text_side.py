@@ -18,7 +18,7 @@ from openvclip.models.classifier import (
 )
 from openvclip.models.features import device_of
 from openvclip.models.labels import warn_of_single_label
-from openvclip.models.tokenizers import Tokenizer, as_tokenizer
+from openvclip.models.tokenizers import Tokenizer, as_tokenizer, tokens_left_out
 from openvclip.towers.view import Pooling
 
 __all__ = ["TextSide"]
@@ -49,6 +49,11 @@ class TextSide:
             starts = range(0, len(texts), _TEXTS)
             tokens = [self._tokenize(texts[i : i + _TEXTS]) for i in starts]
         return encode_texts(self._model, tokens)
+
+    def left_out(self, text: str) -> int:
+        """Return the number of tokens of a text that the tokenizer cuts off."""
+        with self._lock:
+            return tokens_left_out(self._tokenize, text)
 
     def classifier(
         self, labels: Sequence[str], templates: Sequence[Template], pooling: Pooling

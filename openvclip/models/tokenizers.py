@@ -172,3 +172,38 @@ def same_tokens(first: Tokenizer, second: Tokenizer) -> bool:
     """
     tokens, others = first(list(_SAMPLES)).cpu(), second(list(_SAMPLES)).cpu()
     return tokens.shape == others.shape and torch.equal(tokens, others)
+
+
+def tokens_left_out(tokenizer: Tokenizer, text: str) -> int:
+    """Return the number of tokens of a text that a tokenizer cuts off, 0 if it cuts nothing.
+
+    Tokenizers do not say that they cut a text. So the tokens of its parts are counted too.
+
+    Args:
+        tokenizer: a function from a list of texts to a tensor; see :func:`as_tokenizer`.
+        text: the text.
+    """
+
+    def counts(*texts: str) -> list[int]:
+        """The tokens of texts, without the marks at the beginning and at the end."""
+        tokens = tokens_of(tokenizer, ["", *texts]).cpu()
+        if tokens.ndim == 3:  # the attention mask is below the ids
+            used = tokens[:, 1].sum(dim=1)
+        else:  # the places before the padding, which the empty text has at its end
+            other = tokens != tokens[0, -1]
+            places = torch.arange(1, tokens.shape[1] + 1)
+            used = (other * places).max(dim=1).values
+        return [int(count) for count in (used - used[0]).tolist()[1:]]
+
+    def all_of(part: str) -> int:
+        count, longer = counts(part, f"{part} a a a")
+        if longer > count or len(part) < 2:
+            return count
+        middle = len(part) // 2
+        spaces = [i for i, letter in enumerate(part) if letter.isspace()]
+        cut = min(spaces, key=lambda i: abs(i - middle), default=middle)
+        cut = cut if 0 < cut < len(part) - 1 else middle
+        return all_of(part[:cut]) + all_of(part[cut:])
+
+    count, longer = counts(text, f"{text} a a a")
+    return 0 if longer > count or count == 0 else max(0, all_of(text) - count)

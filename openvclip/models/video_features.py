@@ -186,6 +186,19 @@ class VideoFeatures:
         features = self._texts.encode(several).float().cpu()
         return features[0] if isinstance(texts, str) else features
 
+    def tokens_left_out(self, text: str) -> int:
+        """Return the number of tokens of a text that exceed the length of a text of the model.
+
+        :meth:`encode_text` cuts these tokens off, so they have no effect.
+
+        Args:
+            text: the text.
+
+        Returns:
+            0 if the text fits.
+        """
+        return self._texts.left_out(text)
+
     def _autocast(self) -> AbstractContextManager[None]:
         require_values(self.model)  # autocast has no meta device
         dtype = self.autocast

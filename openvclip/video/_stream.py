@@ -44,6 +44,7 @@ __all__ = [
     "Stream",
     "decoder_errors",
     "index_packets",
+    "open_container",
     "require_av",
     "with_count",
 ]
@@ -103,7 +104,7 @@ class Stream:
         self.video = EncodedVideo(video, video) if isinstance(video, str) else video
         self.path = path = self.video.name
         with decoder_errors(path):
-            self._container = _open(self.video)
+            self._container = open_container(self.video)
         try:
             with decoder_errors(path):
                 self._stream = _video_stream(self._container, path, self.video.alone)
@@ -286,7 +287,8 @@ def index_packets(video: str | EncodedVideo) -> PacketIndex:
         return count_packets(stream._packets())
 
 
-def _open(video: EncodedVideo) -> Any:
+def open_container(video: EncodedVideo) -> Any:
+    """Return a container that PyAV has opened for reading."""
     av = require_av()
     # A media file can name other files and addresses. Only the file itself is read.
     protocol = "file" if isinstance(video.data, str) else "none"
