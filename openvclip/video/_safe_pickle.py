@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import pickletools
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from openvclip.errors import AnnotationError
@@ -24,6 +25,7 @@ _PLAIN = {
     *("TUPLE3", "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS"),
     *("GET", "BINGET", "LONG_BINGET", "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"),
 }
+_KINDS = {kind.code: kind for kind in pickletools.opcodes}
 _PUTS = {"PUT", "BINPUT", "LONG_BINPUT"}
 
 
@@ -61,21 +63,39 @@ def plain_data(content: bytes, path: str, expected: str) -> Any:
         ) from error
 
 
+def _instructions(content: bytes) -> Iterator[tuple[str, Any]]:
+    """Yield the name and the argument of each instruction, without executing any.
+
+    ``pickletools.genops`` does the same, and refuses the accents that Python 2 wrote.
+    """
+    file = io.BytesIO(content)
+    while code := file.read(1):
+        kind = _KINDS.get(code.decode("latin-1"))
+        if kind is None:
+            raise ValueError(f"unknown instruction {code!r}")
+        if kind.name == "STRING":
+            yield kind.name, file.readline()
+        else:
+            yield kind.name, None if kind.arg is None else kind.arg.reader(file)
+        if kind.name == "STOP":
+            return
+
+
 def _require_plain(content: bytes, path: str) -> None:
     names: list[str] = []
-    for code, argument, _ in pickletools.genops(content):
-        if code.name not in _PLAIN:
+    for name, argument in _instructions(content):
+        if name not in _PLAIN:
             what = str(argument).replace(" ", ".") if argument is not None else ""
             # STACK_GLOBAL takes the names from the stack: they are the last two texts.
-            what = ".".join(names[-2:]) if code.name == "STACK_GLOBAL" else what
+            what = ".".join(names[-2:]) if name == "STACK_GLOBAL" else what
             raise AnnotationError(
                 f"{path}: the pickle holds more than dicts, lists, texts and numbers "
-                f"({code.name}{f' {what}' if what else ''}), so loading it could run code. "
+                f"({name}{f' {what}' if what else ''}), so loading it could run code. "
                 "Nothing was loaded. Get the file from its publisher again, or save the captions "
                 "as JSON."
             )
         # The memo of the unpickler is an array: a large index would fill the memory.
-        if code.name in _PUTS and int(argument or 0) > len(content):
+        if name in _PUTS and int(argument or 0) > len(content):
             raise AnnotationError(f"{path}: the pickle is damaged (a memo index of {argument}).")
         if isinstance(argument, str):
             names = [*names[-1:], argument]

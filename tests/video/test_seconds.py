@@ -150,7 +150,7 @@ def test_options_that_do_not_fit() -> None:
     with pytest.raises(VideoOptionError, match="last_second=3 with the sampler 'released': only"):
         Sampling(last_second=3)
     for wrong in (-1, 1.5, True):
-        with pytest.raises(VideoOptionError, match="last_second=.*whole number"):
+        with pytest.raises(VideoOptionError, match=r"last_second=.*whole number"):
             Sampling(sampler="seconds", last_second=wrong)  # type: ignore[arg-type]
     assert frames_section(Sampling(sampler="seconds")).sampler == "seconds"
     with pytest.raises(ContractError, match="last_second=31, which can't be stored"):
