@@ -26,6 +26,7 @@ from openvclip.cli.options.models import (
     templates_of,
 )
 from openvclip.cli.options.retrieval import (
+    NAMES,
     check_retrieval,
     is_retrieval,
     pixels_of,
@@ -35,7 +36,6 @@ from openvclip.cli.options.retrieval import (
 from openvclip.cli.options.types import Commands
 from openvclip.commands.parsing import refuse_unused
 from openvclip.errors import UsageError
-from openvclip.video.retrieval import PROTOCOLS
 
 if TYPE_CHECKING:
     from openvclip.evaluation import ProtocolEvaluation, RetrievalEvaluation, RunOptions
@@ -83,7 +83,7 @@ def add(commands: Commands) -> None:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_data_options(parser, retrieval=PROTOCOLS)
+    add_data_options(parser, retrieval=NAMES)
     add_model_options(parser)
     add_lam_option(parser, several=True)
     add_frame_options(parser)

@@ -27,7 +27,7 @@ from openvclip.video.captions import (
 )
 from openvclip.video.sampling import Sampling
 
-__all__ = ["PROTOCOLS", "RetrievalSet", "load", "published_videos"]
+__all__ = ["PROTOCOLS", "RetrievalSet", "from_captions", "load", "published_videos"]
 
 
 class RetrievalSet(NamedTuple):
@@ -41,8 +41,9 @@ class RetrievalSet(NamedTuple):
         words: the largest number of tokens of a caption, with the marks of its begin and its end.
             A longer caption is cut, and still ends with the end mark. ``None``: the length of the
             text tower.
-        several: whether the protocol counts several captions of a video as one video has them; see
-            :func:`openvclip.evaluation.retrieval_metrics`.
+        several: whether the protocol has several captions of a video. The metrics are then those of
+            ``captions_per_video``; see :func:`openvclip.evaluation.retrieval_metrics`. They are in
+            any case if a video has several captions.
     """
 
     name: str
@@ -202,6 +203,31 @@ def load(
     )
     texts = list(captions.values())
     return RetrievalSet(name, paths, texts, sampling, protocol.words, protocol.several)
+
+
+def from_captions(
+    annotations: str | os.PathLike[str], *, videos: str | os.PathLike[str] | None = None
+) -> RetrievalSet:
+    """Make a test set of captions of your own, with the frames of MSR-VTT 1k-A.
+
+    A caption is cut only at the length of the text tower. A video can have several captions.
+
+    Args:
+        annotations: a file that :func:`openvclip.video.read_captions` reads.
+        videos: see :func:`load`.
+
+    Returns:
+        The test set. Its name is the name of the file. ``_replace`` changes frames and words.
+
+    Raises:
+        AnnotationError: the file can't be read.
+        VideoNotFoundError: the folder ``videos`` does not exist.
+    """
+    captions = read_captions(annotations)
+    names = list(captions)
+    paths = names if videos is None else locate_captioned(names, videos)
+    name = os.path.splitext(os.path.basename(os.fspath(annotations)))[0]
+    return RetrievalSet(name, paths, list(captions.values()), words=None)
 
 
 def published_videos(name: str) -> int:

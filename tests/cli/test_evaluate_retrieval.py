@@ -155,6 +155,20 @@ def test_a_model_of_transformers(films: Films, tmp_path: Path) -> None:
     assert results(tmp_path / "out")["settings"]["transform"]["size"] == PIXELS
 
 
+def test_captions_of_ones_own(films: Films, tmp_path: Path, capsys: Captured) -> None:
+    lines = [f"{path};a video of {i}" for i, (path, _) in enumerate(films.world.samples)]
+    lines += [lines[0] + " again"]
+    (tmp_path / "mine.csv").write_text("\n".join(["path;text", *lines]))
+    words = films.of_shapes(tmp_path / "out")
+    words.remove("--allow-incomplete")
+    words[words.index("--annotations") + 1] = str(tmp_path / "mine.csv")
+    words[words.index("msrvtt-1ka")] = "captions"
+    assert cli.main(words) == 0
+    assert "mine: 10 videos, 11 captions\n" in capsys.readouterr().out
+    (entry,) = results(tmp_path / "out")["results"]
+    assert (entry["protocol"], entry["videos"], entry["texts"]) == ("mine", 10, 11)
+
+
 def failure(capsys: Captured, words: list[str]) -> str:
     assert cli.main(words) == 2
     text = capsys.readouterr().err

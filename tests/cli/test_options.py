@@ -161,6 +161,10 @@ def _light(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     monkeypatch.setattr("openvclip.evaluation.evaluate_retrieval", evaluate_retrieval)
     monkeypatch.setattr("openvclip.video.retrieval.load", load_captions)
+    monkeypatch.setattr(
+        "openvclip.video.retrieval.from_captions",
+        lambda *_, **__: RetrievalSet("own", ["v.mp4"], [["a"]]),
+    )
     checks = [VideoCheck("v.mp4", "ok")]
     monkeypatch.setattr("openvclip.video.check_videos", lambda *_, **__: (c for c in checks))
     monkeypatch.setattr("openvclip.evaluation.require_videos", lambda *_: None)
@@ -179,6 +183,10 @@ def cli_split(name: str, samples: list[tuple[str, int]]) -> Any:
 
 FRAME_BY_FRAME = {"window", "boundary"}
 OF_THE_FILE = {"allow_missing", "allow_unexpected", "text"}
+NOT_OF_RETRIEVAL = {
+    *("views", "sampler", "sampling_rate", "crops", "short_side", "templates"),
+    *("classes", "per_class", "confusion"),
+}
 OVER_TIME = {"views", "sampler", "backend", "background", "reject"}
 PREDICT = "predict v.mp4 --labels a b"
 LIST = "evaluate --videos . --out out --annotations list.csv"
@@ -200,10 +208,8 @@ MODES: dict[str, set[str]] = {
     LIST: {"lam", "allow_incomplete", "dual_softmax"} | FRAME_BY_FRAME | OF_THE_FILE,
     f"{LIST} {TUNED} --sampler uniform": {"allow_incomplete", "sampling_rate", "dual_softmax"},
     f"{LIST} {TUNED} --protocol ucf101-ep1": {"classes", "dual_softmax"},
-    f"{LIST} {TUNED} --protocol lsmdc": {
-        *("views", "sampler", "sampling_rate", "crops", "short_side", "templates"),
-        *("classes", "per_class", "confusion"),
-    },
+    f"{LIST} {TUNED} --protocol lsmdc": NOT_OF_RETRIEVAL,
+    f"{LIST} {TUNED} --protocol captions": {*NOT_OF_RETRIEVAL, "allow_incomplete"},
     "inspect w.safetensors": set(),
     "convert w.safetensors -o c.safetensors --allow-missing *": set(),
     "interpolate w.safetensors x.safetensors --lam 0.5 -o i.safetensors": {"max_shard_size"},

@@ -95,6 +95,18 @@ def test_json_of_the_1k_a_set(tmp_path: Path) -> None:
         retrieval.load("msrvtt-1ka", annotations=tmp_path / "MSRVTT_data.json")
 
 
+def test_captions_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "mine.csv").write_text("video,caption\na.mp4,one\nb.mp4,two\na.mp4,three\n")
+    (tmp_path / "videos" / "part").mkdir(parents=True)
+    (tmp_path / "videos" / "part" / "a.webm").touch()
+    found = retrieval.from_captions(tmp_path / "mine.csv", videos=tmp_path / "videos")
+    assert (found.name, found.words, found.sampling.num_frames) == ("mine", None, 12)
+    assert dict(zip(found.videos, found.captions, strict=True)) == {
+        "part/a.webm": ["one", "three"],
+        "b.mp4": ["two"],
+    }
+
+
 def test_files_are_looked_for(tmp_path: Path) -> None:
     write_all(tmp_path)
     (tmp_path / "videos" / "part").mkdir(parents=True)

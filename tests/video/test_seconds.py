@@ -23,6 +23,7 @@ from openvclip.video import (
     Sampling,
     VideoDataset,
     VideoFrames,
+    _pictures,
     pad_clips,
     pad_samples,
     read_clip,
@@ -96,13 +97,21 @@ def test_the_frames_of_files(
 
 
 @pytest.mark.parametrize("backend", ["pyav", "torchcodec"])
-def test_a_long_video_is_read_with_seeks(backend: Any, encode: Any, numbers: Any) -> None:
+def test_a_long_video_is_read_with_seeks(
+    backend: Any, encode: Any, numbers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if backend == "torchcodec":
         pytest.importorskip("torchcodec")
     options = {"x264-params": "keyint=10", "preset": "ultrafast"}
     path = encode("sparse.mp4", frames=300, fps=3, options=options)  # 100 seconds
+    made = []
+    original = _pictures.Pictures.__call__
+    monkeypatch.setattr(
+        _pictures.Pictures, "__call__", lambda self, frame: made.append(1) or original(self, frame)
+    )
     clip = read_clip(path, sampler="seconds", num_frames=5, backend=backend)
     assert numbers(clip) == [released(3, 300, 5)]
+    assert len(made) <= 5, "the other frames are decoded, but never converted or kept"
 
 
 def test_a_file_that_ends_early_has_the_seconds_that_it_has(

@@ -22,9 +22,9 @@ def add_data_options(parser: argparse.ArgumentParser, *, retrieval: Sequence[str
         parser: the parser.
         retrieval: the retrieval protocols that the command knows.
     """
-    also = (
-        f"; or a protocol of text-to-video retrieval: {', '.join(retrieval)}" if retrieval else ""
-    )
+    also = ""
+    if retrieval:
+        also = f"; or a protocol of text-to-video retrieval: {', '.join(retrieval)}"
     group = parser.add_argument_group("videos")
     group.add_argument(
         "--protocol",

@@ -27,9 +27,15 @@ _UNUSED = {
 }
 
 
+OWN = "captions"
+"""The name of ``--protocol`` for captions of one's own."""
+NAMES: tuple[str, ...] = (*retrieval.PROTOCOLS, OWN)
+"""The names of ``--protocol`` that are retrieval."""
+
+
 def is_retrieval(options: argparse.Namespace) -> bool:
     """Return whether ``--protocol`` names a retrieval protocol."""
-    return any(name in retrieval.PROTOCOLS for name in options.protocol)
+    return any(name in NAMES for name in options.protocol)
 
 
 def check_retrieval(options: argparse.Namespace) -> None:
@@ -46,7 +52,8 @@ def check_retrieval(options: argparse.Namespace) -> None:
             f"--protocol {' '.join(options.protocol)}: expected one retrieval protocol. Run one "
             "command for each data set."
         )
-    refuse_unused(options.given, _UNUSED)
+    own = "with captions of your own, which are complete" if OWN in options.protocol else ""
+    refuse_unused(options.given, {**_UNUSED, "allow_incomplete": own})
     use_contract(options, ignored=options.given & {"frames", "transform"})
     require_effects(options)
 
@@ -62,12 +69,15 @@ def test_set_of(options: argparse.Namespace) -> RetrievalSet:
     """
     from openvclip.evaluation import require_captioned
 
-    test_set = retrieval.load(
-        options.protocol[0],
-        annotations=options.annotations,
-        videos=options.videos,
-        allow_incomplete=options.allow_incomplete,
-    )
+    if OWN in options.protocol:
+        test_set = retrieval.from_captions(options.annotations, videos=options.videos)
+    else:
+        test_set = retrieval.load(
+            options.protocol[0],
+            annotations=options.annotations,
+            videos=options.videos,
+            allow_incomplete=options.allow_incomplete,
+        )
     sampling = test_set.sampling.with_(backend=options.backend)
     if "frames" in options.given:
         sampling = sampling.with_(num_frames=options.frames)
@@ -96,8 +106,10 @@ def setting(test_set: RetrievalSet, transform: Transform, pooling: str) -> str:
     """Return the setting of a retrieval result in words. Results depend on it by several points."""
     frames, last = test_set.sampling.num_frames, test_set.sampling.last_second
     until = "" if last is None else f", up to second {last}"
-    words = "whole captions" if test_set.words is None else f"{test_set.words} tokens of a caption"
+    words = "whole captions"
+    if test_set.words is not None:
+        words = f"at most {test_set.words} tokens of a caption"
     return (
-        f"at most {frames} frames of a video, one for each second{until}; at most {words}; "
+        f"at most {frames} frames of a video, one for each second{until}; {words}; "
         f"pixels {transform.name!r}, {transform.size} x {transform.size}; pooling {pooling!r}"
     )
