@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from examples.shapes.model import create_model
 from examples.shapes.world import class_names
 from openvclip import cli
 from openvclip.checkpoints import load_checkpoint
+from openvclip.cli.main import build_parser
+from openvclip.cli.options.retrieval import NAMES, is_retrieval
 from openvclip.evaluation import (
     Mixture,
     RetrievalEvaluation,
@@ -26,6 +30,7 @@ from openvclip.evaluation import (
 from openvclip.models import transform_for
 from openvclip.models.usage import contract_of
 from openvclip.video import retrieval
+from tests.helpers import REPO
 from tests.world import World
 
 Captured = pytest.CaptureFixture[str]
@@ -224,3 +229,15 @@ def test_missing_videos(films: Films, tmp_path: Path, capsys: Captured) -> None:
     (entry,) = results(out)["results"]
     assert (entry["videos"], entry["texts"], entry["left_out"]) == (7, 7, 3)
     assert len(results(out)["unreadable"]) == 3
+
+
+def test_the_commands_of_the_page_are_commands() -> None:
+    page = (REPO / "docs" / "retrieval.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```bash\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    commands = "".join(blocks).replace("\\\n", " ").splitlines()
+    assert len(commands) == 4
+    for command in commands:
+        options = build_parser().parse_args(shlex.split(command)[1:])
+        assert is_retrieval(options)
+    for name in NAMES:
+        assert f"| `{name}` |" in page
