@@ -64,6 +64,8 @@ def _attention(expansion: Expansion | None) -> str:
 
 
 def _frames(frames: Frames) -> str:
+    if frames.sampler == "seconds":
+        return f"{frames.num_frames} at most, one for each second"
     distance = f"{frames.sampling_rate} apart at {frames.target_fps:g} frames per second"
     return f"{frames.views} x {frames.num_frames}, {distance}, sampler {frames.sampler}"
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openvclip.errors import UsageError
+from openvclip.video.sampling import BY_NUMBER
 
 if TYPE_CHECKING:
     import torch
@@ -228,7 +229,7 @@ def _decided(contract: Contract) -> dict[str, Any]:
     }
     if contract.expansion is not None:
         values |= {"window": contract.expansion.window, "boundary": contract.expansion.boundary}
-    if frames.sampler != "uniform":
+    if frames.sampler not in BY_NUMBER:
         values |= {"sampling_rate": frames.sampling_rate, "target_fps": frames.target_fps}
     # An original CLIP that is not known is not replaced by the default of the option.
     values["pretrained"] = None if base is None else base.pretrained
