@@ -234,7 +234,8 @@ def test_missing_videos(films: Films, tmp_path: Path, capsys: Captured) -> None:
 def test_the_commands_of_the_page_are_commands() -> None:
     page = (REPO / "docs" / "retrieval.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```bash\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    commands = "".join(blocks).replace("\\\n", " ").splitlines()
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    commands = [line for line in lines if line.startswith("openvclip ")]
     assert len(commands) == 4
     for command in commands:
         options = build_parser().parse_args(shlex.split(command)[1:])
