@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import re
@@ -168,7 +169,8 @@ def _of_table(text: str, path: str) -> Iterator[tuple[str, str]]:
 def _rows(
     text: str, separator: str, columns: tuple[int, int], path: str
 ) -> Iterator[tuple[str, str]]:
-    reader = csv.reader(text.strip("\n").split("\n"), delimiter=separator, skipinitialspace=True)
+    file = io.StringIO(text.strip("\n"))  # a caption in quotes can have several lines
+    reader = csv.reader(file, delimiter=separator, skipinitialspace=True)
     try:
         next(reader)
         for fields in reader:

@@ -45,6 +45,7 @@ TEXTS: dict[str, str] = {
     "test.tsv": table("\t", ["video", "text"]),
     "semicolons.csv": table(";", ["filename", "description"]),
     "lsmdc.csv": LSMDC,
+    "lines.csv": 'video,caption\nvideo7,"a man,\nrunning"\nvideo7,someone runs\nvideo8,a dog',
     "msrvtt.json": json.dumps(
         {
             "info": {},
