@@ -344,7 +344,7 @@ def _checked(
     if first is None:
         names = listed([folder.name for folder in folders])
         raise SearchError(
-            f"{names}: holds no part of an index; expected a folder that 'openvclip index --shards' "
-            "wrote."
+            f"{names} holds no part of an index; expected a folder that "
+            "'openvclip index --shards' wrote."
         )
     return checked, first.settings

@@ -23,6 +23,7 @@ from tests.models.stored_models import PLAIN, of_open_clip
 
 def tiny_model(seed: float = 0.0) -> VideoCLIP:
     """A model whose windows are 0.64 seconds long. Other seeds have other weights."""
+    torch.manual_seed(0)
     stored = of_open_clip(PLAIN)
     with torch.no_grad():
         stored.model.visual.proj += seed
