@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from openvclip.cli.options.library import add_library_model_options, load_video_clip, open_index
+from openvclip.cli.options.shards import add_shard_options, index_or_merge, is_sharded
 from openvclip.cli.options.types import Commands
 from openvclip.commands.parsing import refuse_unused
 from openvclip.errors import UsageError
@@ -34,6 +35,8 @@ _USAGE = """\
 openvclip index VIDEO [VIDEO ...] -o INDEX [--update] [options]
        openvclip index INDEX --update [options]
        openvclip index INDEX --remove PATH [PATH ...]
+       openvclip index --shards PATTERN [PATTERN ...] -o PARTS [options]
+       openvclip index --merge PARTS [PARTS ...] -o INDEX [--shards PATTERN ...]
 """
 _EXAMPLES = """\
 examples:
@@ -42,6 +45,9 @@ examples:
   openvclip index videos/ -o library.ovx --seconds 10 --step 5
   openvclip index library.ovx --update
   openvclip index library.ovx --remove videos/old
+  torchrun --nproc-per-node 8 -m openvclip index \\
+      --shards 's3://bucket/{0000..0999}.tar' -o s3://bucket/parts --model runs/b16
+  openvclip index --merge s3://bucket/parts -o library.ovx
 """
 _BATCH = 16
 
@@ -59,14 +65,13 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "videos",
         metavar="VIDEO",
-        nargs="+",
+        nargs="*",
         help="a file, folder, pattern or URL; or an index, with --update or --remove",
     )
     parser.add_argument(
         "-o",
         "--output",
         metavar="INDEX",
-        type=Path,
         help="folder of the index, such as library.ovx; videos are added to an index that exists",
     )
     parser.add_argument(
@@ -81,6 +86,7 @@ def add(commands: Commands) -> None:
         nargs="+",
         help="remove videos from the index: files, folders or patterns; the files stay",
     )
+    add_shard_options(parser)
     windows = parser.add_argument_group("windows")
     windows.add_argument(
         "--seconds",
@@ -112,6 +118,8 @@ def add(commands: Commands) -> None:
 
 
 def _index(options: argparse.Namespace) -> int:
+    if is_sharded(options):
+        return index_or_merge(options)
     path, videos = _index_and_videos(options)
     if options.remove is not None:
         return _remove(path, options)
@@ -130,13 +138,17 @@ def _index(options: argparse.Namespace) -> int:
 def _index_and_videos(options: argparse.Namespace) -> tuple[Path, list[str]]:
     """Return the folder of the index, and the videos to add."""
     videos: list[str] = options.videos
+    if not videos and (options.output is None or not options.update):
+        raise UsageError(
+            "Nothing to index is given; expected VIDEO, --shards PATTERN or --merge PARTS."
+        )
     if options.output is not None:
         if options.remove is not None:
             raise UsageError(
                 "--remove with --output: to remove videos, give the index alone: openvclip index "
                 f"{options.output} --remove PATH."
             )
-        return options.output, videos
+        return Path(options.output), videos
     if not options.update and options.remove is None:
         raise UsageError("Give the folder of the index: --output library.ovx.")
     if len(videos) > 1:

@@ -142,12 +142,14 @@ class EncodedVideo(NamedTuple):
         times: start and end in seconds, float64 ``[n, 2]``.
         vectors: float16 ``[n, D]``, rows of unit length.
         error: why the video can't be read, and then there are no windows; or ``None``.
+        damage: see :class:`Ended`.
     """
 
     place: int
     times: NDArray[np.float64]
     vectors: Vectors
-    error: str | None
+    error: str | None = None
+    damage: str | None = None
 
 
 def whole_videos(events: Iterable[Encoded | Ended]) -> Iterator[EncodedVideo]:
@@ -168,7 +170,7 @@ def whole_videos(events: Iterable[Encoded | Ended]) -> Iterator[EncodedVideo]:
         else:
             times = np.concatenate([part.times for part in parts])
             vectors = np.concatenate([part.vectors for part in parts])
-            yield EncodedVideo(event.place, times, vectors, None)
+            yield EncodedVideo(event.place, times, vectors, damage=event.damage)
 
 
 def _encoded(

@@ -49,7 +49,8 @@ class VideoEmbedder:
     - ``path``: the name of the video.
     - ``vector``: float32 ``[n, D]`` with rows of unit length.
     - ``error``: why the video could not be read, or an empty text. The vector of such a video is
-      NaN. One unreadable video does not end the job.
+      NaN. One unreadable video does not end the job. With ``windows``, a video of which only a
+      part could be decoded has its vectors and a reason too.
     - ``start`` and ``end``, only with ``windows``: the part of the video in seconds. Each window is
       a row, and the other columns are repeated. A video that could not be read has one row.
 
@@ -195,8 +196,8 @@ class VideoEmbedder:
             "end": np.concatenate([nan[:0, 1], *(rows[:, 1] for rows in times)]),
             "vector": np.concatenate([nan[:0, 2:], *vectors], dtype=np.float32),
         }
-        errors = {video.place: video.error for video in found if video.error is not None}
-        return _Found(places, columns, errors)
+        reasons = {video.place: video.error or video.damage for video in found}
+        return _Found(places, columns, {place: why for place, why in reasons.items() if why})
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from openvclip.errors import SearchError
 from openvclip.models.video_clip import VideoCLIP
@@ -12,7 +14,7 @@ from openvclip.search.windows import WindowOptions, WindowSettings
 from openvclip.weights.hashing import weights_hash
 from openvclip.weights.names import named_state
 
-__all__ = ["require_same_model", "require_same_windows"]
+__all__ = ["model_difference", "require_same_model", "require_same_windows"]
 
 # The settings that change the vector of a window. The name of the model does not.
 _SETTINGS = ("expansion", "pixels", "pooling")
@@ -30,21 +32,38 @@ def require_same_model(folder: Path, settings: IndexSettings, model: VideoCLIP) 
     Raises:
         SearchError: its weights or settings differ from those of the index. The error shows both.
     """
-    own, given = settings.contract, model.contract
-    pairs = [(name, getattr(own, name), getattr(given, name)) for name in _SETTINGS]
-    pairs.append(("frames.num_frames", settings.windows.num_frames, given.frames.num_frames))
-    names = own.model, given.model
+    contract = model.contract
+    windows = replace(settings.windows, num_frames=contract.frames.num_frames)
+    found = IndexSettings(contract, weights_hash(named_state(model.model)), windows)
+    difference = model_difference(settings, found)
+    if difference is not None:
+        name, first, second = difference
+        source = "" if settings.source is None else f" ({settings.source})"
+        raise SearchError(
+            f"{folder}: another model made this index: {name} is {first} in the index and "
+            f"{second} in the model that is given. Give the model of the index{source}, or "
+            "make a new index with this model."
+        )
+
+
+def model_difference(own: IndexSettings, given: IndexSettings) -> tuple[str, Any, Any] | None:
+    """Return the first setting of two models that changes the vector of a window, if they differ.
+
+    Args:
+        own: the settings of a model.
+        given: the settings of another model.
+
+    Returns:
+        The name of the setting, and its values; ``None`` if the vectors can be compared.
+    """
+    first, second = own.contract, given.contract
+    pairs = [(name, getattr(first, name), getattr(second, name)) for name in _SETTINGS]
+    pairs.append(("frames.num_frames", own.windows.num_frames, given.windows.num_frames))
+    names = first.model, second.model
     if names[0] != names[1] and names[0].removesuffix(_QUICK) == names[1].removesuffix(_QUICK):
         pairs.append(("model", *names))  # the same weights with another activation
-    pairs.append(("weights_hash", settings.weights_hash, weights_hash(named_state(model.model))))
-    for name, first, second in pairs:
-        if first != second:
-            source = "" if settings.source is None else f" ({settings.source})"
-            raise SearchError(
-                f"{folder}: another model made this index: {name} is {first} in the index and "
-                f"{second} in the model that is given. Give the model of the index{source}, or "
-                "make a new index with this model."
-            )
+    pairs.append(("weights_hash", own.weights_hash, given.weights_hash))
+    return next((pair for pair in pairs if pair[1] != pair[2]), None)
 
 
 def require_same_windows(folder: Path, settings: WindowSettings, windows: WindowOptions) -> None:

@@ -7,6 +7,7 @@ and what could not be read.
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,7 @@ from openvclip.checkpoints.atomic import atomic_path
 from openvclip.checkpoints.contract import Contract
 from openvclip.checkpoints.contract_files import CONTRACT_KEY
 from openvclip.errors import MissingDependencyError, OpenVCLIPError, SearchError
+from openvclip.search.identity import model_difference
 from openvclip.search.recorded import ModelSource
 from openvclip.search.shards import Vectors
 from openvclip.search.storage import IndexSettings
@@ -64,6 +66,7 @@ class PartHeader:
         settings: the model and the windows.
         videos: the videos whose windows are in the part, in the order of their rows.
         failed: why a video could not be read, by its address.
+        damaged: why only a part of a video could be read, by its address.
         error: why the shard could not be read to its end; ``None`` if it was.
     """
 
@@ -72,6 +75,7 @@ class PartHeader:
     settings: IndexSettings
     videos: list[PartVideo] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
+    damaged: dict[str, str] = field(default_factory=dict)
     error: str | None = None
 
     @property
@@ -116,6 +120,7 @@ class Part:
             "source": None if header.settings.source is None else asdict(header.settings.source),
             "videos": [[video.path, video.size, video.windows] for video in header.videos],
             "failed": header.failed,
+            "damaged": header.damaged,
             "error": header.error,
         }
         texts = {_KEY: json.dumps(about), CONTRACT_KEY: header.settings.contract.to_json()}
@@ -283,9 +288,8 @@ def _header(texts: Mapping[str, str], name: str) -> PartHeader:
         None if source is None else ModelSource(**source),
     )
     videos = [PartVideo(*video) for video in about["videos"]]
-    return PartHeader(
-        about["shard"], about["shard_size"], settings, videos, about["failed"], about["error"]
-    )
+    rest = {key: about[key] for key in ("failed", "damaged", "error")}
+    return PartHeader(about["shard"], about["shard_size"], settings, videos, **rest)
 
 
 def require_same(ours: IndexSettings, other: IndexSettings, name: str, whose: str) -> None:
@@ -300,17 +304,21 @@ def require_same(ours: IndexSettings, other: IndexSettings, name: str, whose: st
     Raises:
         SearchError: the settings differ.
     """
-    difference = ours.contract.difference(other.contract)
-    if ours.windows != other.windows:
-        reason = f"has windows of {other.windows}, and {whose} has windows of {ours.windows}"
-    elif difference is not None:
+    difference = model_difference(ours, other)
+    if difference is not None:
         setting, expected, found = difference
-        reason = f"was made with {setting} = {found!r}, and {whose} with {expected!r}"
-    elif ours.weights_hash != other.weights_hash:
-        reason = f"was made with other weights than {whose}"
+        reason = f"{setting} is {found} there and {expected} in {whose}"
+    elif not _same_windows(ours.windows, other.windows):
+        reason = f"the windows are {other.windows} there and {ours.windows} in {whose}"
     else:
         return
     raise SearchError(
-        f"{name} {reason}. Such vectors can't be compared: use one folder of parts for each model "
-        "and each length of windows."
+        f"{name} was made with another model or other windows: {reason}. Use one folder of parts "
+        "for each model and each length of windows."
     )
+
+
+def _same_windows(ours: WindowSettings, other: WindowSettings) -> bool:
+    """Return whether two settings cut videos into the same windows."""
+    lengths = (ours.seconds, other.seconds), (ours.step, other.step)
+    return all(math.isclose(*pair, rel_tol=1e-6) for pair in lengths)

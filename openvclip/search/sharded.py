@@ -43,6 +43,7 @@ class ShardReport:
         videos: number of videos in its part.
         windows: number of windows in its part.
         failed: why a video could not be read, by its address.
+        damaged: why only a part of a video could be read, by its address.
         error: why the shard could not be read to its end; ``None`` if it was.
         skipped: whether an earlier run had finished the part.
     """
@@ -51,13 +52,15 @@ class ShardReport:
     videos: int
     windows: int
     failed: dict[str, str]
+    damaged: dict[str, str]
     error: str | None = None
     skipped: bool = False
 
     def __str__(self) -> str:
         text = f"{self.shard}: {self.videos} videos, {self.windows} windows"
-        if self.failed:
-            text += f", {len(self.failed)} failed"
+        for name in ("failed", "damaged"):
+            if getattr(self, name):
+                text += f", {len(getattr(self, name))} {name}"
         if self.error is not None:
             text += f"; not read to its end: {self.error}"
         return text + (", finished before" if self.skipped else "")
@@ -73,6 +76,7 @@ class MergeReport:
         unchanged: number of videos that the index had.
         repeated: videos that several parts hold; the first part counts.
         failed: why a video could not be read, by its address.
+        damaged: why only a part of a video could be read, by its address.
         incomplete: why a shard could not be read to its end, by its address.
         missing: shards without a part.
     """
@@ -82,6 +86,7 @@ class MergeReport:
     unchanged: int = 0
     repeated: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
+    damaged: dict[str, str] = field(default_factory=dict)
     incomplete: dict[str, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
 
@@ -183,7 +188,13 @@ def _index_shard(shard: str, folder: PartFolder, run: _Run, old: PartHeader | No
 
 def _report(header: PartHeader, *, skipped: bool = False) -> ShardReport:
     return ShardReport(
-        header.shard, len(header.videos), header.windows, header.failed, header.error, skipped
+        header.shard,
+        len(header.videos),
+        header.windows,
+        header.failed,
+        header.damaged,
+        header.error,
+        skipped,
     )
 
 
@@ -242,7 +253,8 @@ def _encoded_shard(shard: str, size: int | None, run: _Run) -> Part:
         size,
         run.settings,
         [PartVideo(video.path, video.size, len(encoded.times)) for video, encoded in read],
-        {path: encoded.error for path, (_, encoded) in last.items() if encoded.error is not None},
+        {path: encoded.error for path, (_, encoded) in last.items() if encoded.error},
+        {path: encoded.damage for path, (_, encoded) in last.items() if encoded.damage},
         videos.error,
     )
     vectors = [encoded.vectors for _, encoded in read] or [np.empty((0, 0), np.float16)]
@@ -338,6 +350,7 @@ def _checked(
                 f"the part of {first.shard}",
             )
             report.failed |= header.failed
+            report.damaged |= header.damaged
             if header.error is not None:
                 report.incomplete[header.shard] = header.error
             checked.append(_Checked(folder, name, header.shard))

@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 from openvclip import VideoCLIP
 from openvclip.checkpoints import read_contract
+from openvclip.cli import main
 from openvclip.errors import SearchError, UsageError
 from openvclip.processes import Processes
 from openvclip.search import (
@@ -259,17 +260,17 @@ def test_parts_of_another_model_are_refused(model: VideoCLIP, tmp_path: Path) ->
     parts, library = tmp_path / "parts", tmp_path / "library.ovx"
     index_shards(pattern, parts, model)
     before = next(parts.iterdir()).read_bytes()
-    with pytest.raises(SearchError, match="other weights than this run"):
+    with pytest.raises(SearchError, match=r"weights_hash is .* in this run"):
         index_shards(pattern, parts, other)
-    with pytest.raises(SearchError, match=r"windows of 0\.64 s, .* this run has windows of 0\.5 s"):
+    with pytest.raises(SearchError, match=r"windows are 0\.64 s, .* 0\.5 s, .* in this run"):
         index_shards(pattern, parts, model, windows=WindowOptions(seconds=0.5))
     assert next(parts.iterdir()).read_bytes() == before
     index_shards(pattern, tmp_path / "others", other)
-    with pytest.raises(SearchError, match="other weights than the part of"):
+    with pytest.raises(SearchError, match=r"weights_hash is .* in the part of"):
         merge_parts([parts, tmp_path / "others"], library)
     assert not library.exists()
     merge_parts(parts, library)
-    with pytest.raises(SearchError, match="other weights than the index"):
+    with pytest.raises(SearchError, match=r"weights_hash is .* in the index"):
         merge_parts(tmp_path / "others", library)
     assert len(Index.open(library).videos) == 3
 
@@ -325,3 +326,61 @@ def test_ranks_of_the_environment(
             started_processes()
     else:
         assert started_processes() == Processes(*expected)
+
+
+# --- the command -------------------------------------------------------------------------------
+
+
+def test_the_command(
+    model: VideoCLIP,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pattern, parts = write_shards(tmp_path, 3), "memory://command/parts"
+    (tmp_path / "002.tar").write_bytes(tar_of({"a.mp4": video(1), "bad.mp4": b"no video"}))
+    run = ["index", "--shards", pattern, "-o", parts, "--model", save_model(tmp_path / "model")]
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    assert main(run) == 0  # a failed process would end the others
+    out, err = capsys.readouterr()
+    assert out.count("3 videos, 9 windows") == 1
+    assert "process 0 of 2" in out
+    assert "bad.mp4" in err
+    monkeypatch.delenv("SLURM_PROCID")
+    merge = ["index", "--merge", parts, "-o", str(tmp_path / "library.ovx")]
+    assert main([*merge, "--shards", pattern]) == 1
+    out, err = capsys.readouterr()
+    assert f"{tmp_path / '001.tar'}: has no part." in err
+    assert "4 videos added, 1 failed, 1 shards without a part" in out
+    assert main(run) == 1
+    assert "3 shards (2 finished before)" in capsys.readouterr().out
+    assert main(merge) == 1  # a video failed
+    assert "3 videos added, 4 unchanged, 1 failed" in capsys.readouterr().out
+    assert len(Index.open(tmp_path / "library.ovx").videos) == 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--shards", "a.tar", "-o", "parts"], "none of the 1 shards exists"),
+        (["--shards", "a.tar"], "--output PARTS"),
+        (["--merge", "parts"], "--output INDEX"),
+        (["--merge", "parts", "-o", "x.ovx", "--model", "m"], "--model has no effect with --merge"),
+        (["--merge", "parts", "-o", "x.ovx", "--update"], "--merge and --update can't be"),
+        (["v.mp4", "--shards", "a.tar", "-o", "parts"], "--shards and videos can't be"),
+        (["-o", "x.ovx"], "Nothing to index"),
+        (["--update"], "Nothing to index"),
+    ],
+)
+def test_command_lines_that_are_mistakes(
+    arguments: list[str],
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["index", *arguments]) == 2
+    assert reason in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
