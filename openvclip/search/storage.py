@@ -26,7 +26,7 @@ from openvclip.search.recorded import ModelSource
 from openvclip.search.shards import Vectors, map_shard, shard_name
 from openvclip.search.windows import Window, WindowSettings
 
-__all__ = ["Block", "IndexSettings", "Snapshot", "Storage", "is_index"]
+__all__ = ["Block", "IndexSettings", "Snapshot", "Storage", "is_index", "require_free"]
 
 VERSION = 1
 """The newest version of the table that this version of openvclip reads and writes."""
@@ -147,7 +147,7 @@ class Storage:
             SearchError: the folder holds an index or other files, or is not writable.
         """
         path = Path(folder)
-        _require_free(path)
+        require_free(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -275,7 +275,12 @@ def _snapshot(
     )
 
 
-def _require_free(path: Path) -> None:
+def require_free(path: Path) -> None:
+    """Check that an index can be made in a folder: it does not exist, or is empty.
+
+    Raises:
+        SearchError: the folder holds an index or other files, or is a file.
+    """
     if path.exists() and not path.is_dir():
         raise SearchError(f"{path} is a file; expected a folder for the index, such as name.ovx.")
     if not path.is_dir():

@@ -1,0 +1,166 @@
+"""Measure the making of an index: the time beside the encoder's, and the memory of a long video.
+
+    python -m tests.benchmarks.indexing time --clips ../shared/data/clips
+    python -m tests.benchmarks.indexing memory --minutes 5 30 120
+
+``time`` compares the whole run of ``Index.add`` with the encoder alone on as many windows in the
+same batches. The processor's time counts all threads, and changes less with other work on the
+machine than the time on the clock. The weights are random, which does not change the time.
+
+``memory`` makes videos of some lengths, and prints by how much the resident size of a process grows
+while it indexes one of them with a tiny model, over its size after a video of one minute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import open_clip
+import torch
+from torch import Tensor
+
+from openvclip import VideoCLIP, expand_temporal_attention
+from openvclip.evaluation import markdown_table
+from openvclip.search import Index
+from openvclip.video import find_videos
+from tests.benchmarks.machine import EXACT_MALLOC, forget_peak, machine, resident_megabytes
+from tests.helpers import tiny_tokenizer
+from tests.search.small_index import tiny_model
+
+
+def seconds(function: Callable[[], object]) -> tuple[float, float]:
+    """The time on the clock and the time of the processor."""
+    clock, processor = time.perf_counter(), time.process_time()
+    function()
+    return time.perf_counter() - clock, time.process_time() - processor
+
+
+def compare_time(args: argparse.Namespace) -> None:
+    """Print the time of an index and of the encoder alone."""
+    model = VideoCLIP(expand_temporal_attention(open_clip.create_model(args.model)), tiny_tokenizer)
+    encode, batches = model.encode_clips, list[Tensor]()
+
+    def noted(clips: Tensor) -> Tensor:
+        batches.append(torch.empty_like(clips, device="meta"))
+        return encode(clips)
+
+    def alone() -> None:
+        for batch in batches:
+            encode(torch.zeros_like(batch, device="cpu"))
+
+    paths = [args.clips / path for path in find_videos(args.clips)[: args.n]]
+    rounds = []
+    with tempfile.TemporaryDirectory() as folder:
+        encode(torch.zeros(args.batch_size, 8, 3, 224, 224))  # kernels are chosen once
+        for number in range(args.rounds):
+            index = Index.create(Path(folder) / f"{number}.ovx", model)
+            batches.clear()
+            model.encode_clips = noted  # type: ignore[method-assign]
+            whole = seconds(
+                lambda index=index: index.add(  # type: ignore[misc]
+                    paths, batch_size=args.batch_size, num_threads=args.num_threads
+                )
+            )
+            rounds.append((whole, seconds(alone)))
+        content = f"{len(index.videos)} videos, {len(index)} windows"
+    rows = []
+    for name, place in (("clock", 0), ("processor", 1)):
+        total = median(whole[place] for whole, _ in rounds)
+        encoder = median(part[place] for _, part in rounds)
+        share = median(1 - part[place] / whole[place] for whole, part in rounds)
+        rows.append([name, f"{total:.1f} s", f"{encoder:.1f} s", f"{share:.1%}"])
+    print(
+        f"{machine()}; {args.model}, {content}, batches of "
+        f"{args.batch_size}, {args.rounds} rounds\n"
+    )
+    print(markdown_table(["", "index", "encoder alone", "all but the encoder"], rows))
+
+
+def compare_memory(args: argparse.Namespace) -> None:
+    """Print the growth of the memory for videos of some lengths."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for minutes in args.minutes:
+            command = [sys.executable, "-m", "tests.benchmarks.indexing", "grow", str(minutes)]
+            done = subprocess.run(
+                [*command, folder],
+                check=True,
+                capture_output=True,
+                text=True,
+                env=os.environ | EXACT_MALLOC,
+            )
+            rows.append([f"{minutes} minutes", *done.stdout.split()])
+    print(f"{machine()}\n")
+    print(markdown_table(["video", "windows", "growth (MB)", "seconds"], rows))
+
+
+def grow(minutes: int, folder: Path) -> None:
+    """Print the windows, the growth of the resident size in megabytes, and the seconds."""
+    index = Index.create(folder / f"{minutes}.ovx", tiny_model())
+    for name, length in (("short", 1), ("long", minutes)):
+        path = folder / f"{minutes}-{name}.mp4"
+        write_long_video(path, length)
+        if name == "short":
+            index.add(path)
+            forget_peak()
+            before = resident_megabytes("VmRSS")
+    start = time.perf_counter()
+    index.add(path)
+    grown = resident_megabytes("VmHWM") - before
+    print(len(index), f"{grown:.1f}", f"{time.perf_counter() - start:.1f}")
+
+
+def write_long_video(path: Path, minutes: int) -> None:
+    """A video of 320 x 240 pixels, 30 frames per second, in which a square moves."""
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=30)
+        stream.width, stream.height, stream.gop_size = 320, 240, 300
+        picture = np.zeros((240, 320, 3), dtype=np.uint8)
+        for number in range(1800 * minutes):
+            if number % 15 == 0:
+                picture[:] = number // 15 % 200
+                picture[100:140, number // 15 % 280 : number // 15 % 280 + 40] = 255
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
+        container.mux(stream.encode())
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parts = parser.add_subparsers(dest="part", required=True)
+    timed = parts.add_parser("time")
+    timed.add_argument("--clips", type=Path, required=True, help="a folder of videos")
+    timed.add_argument("--n", type=int, default=20, help="number of videos")
+    timed.add_argument("--model", default="ViT-B-32-quickgelu")
+    timed.add_argument("--batch-size", type=int, default=16)
+    timed.add_argument("--num-threads", type=int)
+    timed.add_argument("--rounds", type=int, default=3)
+    memory = parts.add_parser("memory")
+    memory.add_argument("--minutes", type=int, nargs="+", default=[5, 30, 120])
+    one = parts.add_parser("grow")
+    one.add_argument("minutes", type=int)
+    one.add_argument("folder", type=Path)
+    args = parser.parse_args()
+    if args.part == "time":
+        compare_time(args)
+    elif args.part == "memory":
+        compare_memory(args)
+    else:
+        grow(args.minutes, args.folder)
+
+
+if __name__ == "__main__":
+    main()
