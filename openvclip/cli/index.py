@@ -45,8 +45,8 @@ examples:
   openvclip index videos/ -o library.ovx --seconds 10 --step 5
   openvclip index library.ovx --update
   openvclip index library.ovx --remove videos/old
-  torchrun --nproc-per-node 8 -m openvclip index \\
-      --shards 's3://bucket/{0000..0999}.tar' -o s3://bucket/parts --model runs/b16
+  torchrun --nproc-per-node 8 -m openvclip index --model runs/b16 \\
+      --shards 's3://bucket/{0000..0999}.tar' -o s3://bucket/parts
   openvclip index --merge s3://bucket/parts -o library.ovx
 """
 _BATCH = 16

@@ -3,9 +3,10 @@
     python -m tests.benchmarks.indexing time --clips ../shared/data/clips
     python -m tests.benchmarks.indexing memory --minutes 5 30 120
 
-``time`` compares the whole run of ``Index.add`` with the encoder alone on as many windows in the
-same batches. The processor's time counts all threads, and changes less with other work on the
-machine than the time on the clock. The weights are random, which does not change the time.
+``time`` compares the whole run of ``Index.add`` with the encoder. PyTorch uses one thread, so the
+encoder's processor time is that of the thread that calls it. The processor time of the whole run
+is that of all threads; it changes less with other work on the machine than the time on the clock.
+The weights are random, which does not change the time.
 
 ``memory`` makes videos of some lengths, and prints by how much the resident size of a process grows
 while it indexes one of them with a tiny model, over its size after a video of one minute.
@@ -19,9 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 import open_clip
@@ -37,52 +36,34 @@ from tests.helpers import tiny_tokenizer
 from tests.search.small_index import tiny_model
 
 
-def seconds(function: Callable[[], object]) -> tuple[float, float]:
-    """The time on the clock and the time of the processor."""
-    clock, processor = time.perf_counter(), time.process_time()
-    function()
-    return time.perf_counter() - clock, time.process_time() - processor
-
-
 def compare_time(args: argparse.Namespace) -> None:
-    """Print the time of an index and of the encoder alone."""
+    """Print the time of an index and of the encoder."""
+    torch.set_num_threads(1)
     model = VideoCLIP(expand_temporal_attention(open_clip.create_model(args.model)), tiny_tokenizer)
-    encode, batches = model.encode_clips, list[Tensor]()
+    encode, parts = model.encode_clips, list[tuple[float, float]]()
 
-    def noted(clips: Tensor) -> Tensor:
-        batches.append(torch.empty_like(clips, device="meta"))
-        return encode(clips)
+    def timed(clips: Tensor) -> Tensor:
+        clock, processor = time.perf_counter(), time.thread_time()
+        features = encode(clips)
+        parts.append((time.perf_counter() - clock, time.thread_time() - processor))
+        return features
 
-    def alone() -> None:
-        for batch in batches:
-            encode(torch.zeros_like(batch, device="cpu"))
-
+    model.encode_clips = timed  # type: ignore[method-assign]
+    encode(torch.zeros(args.batch_size, 8, 3, 224, 224))  # kernels are chosen once
     paths = [args.clips / path for path in find_videos(args.clips)[: args.n]]
-    rounds = []
     with tempfile.TemporaryDirectory() as folder:
-        encode(torch.zeros(args.batch_size, 8, 3, 224, 224))  # kernels are chosen once
-        for number in range(args.rounds):
-            index = Index.create(Path(folder) / f"{number}.ovx", model)
-            batches.clear()
-            model.encode_clips = noted  # type: ignore[method-assign]
-            whole = seconds(
-                lambda index=index: index.add(  # type: ignore[misc]
-                    paths, batch_size=args.batch_size, num_threads=args.num_threads
-                )
-            )
-            rounds.append((whole, seconds(alone)))
+        index = Index.create(Path(folder) / "x.ovx", model)
+        clock, processor = time.perf_counter(), time.process_time()
+        index.add(paths, batch_size=args.batch_size, num_threads=args.num_threads)
+        whole = time.perf_counter() - clock, time.process_time() - processor
         content = f"{len(index.videos)} videos, {len(index)} windows"
     rows = []
     for name, place in (("clock", 0), ("processor", 1)):
-        total = median(whole[place] for whole, _ in rounds)
-        encoder = median(part[place] for _, part in rounds)
-        share = median(1 - part[place] / whole[place] for whole, part in rounds)
-        rows.append([name, f"{total:.1f} s", f"{encoder:.1f} s", f"{share:.1%}"])
-    print(
-        f"{machine()}; {args.model}, {content}, batches of "
-        f"{args.batch_size}, {args.rounds} rounds\n"
-    )
-    print(markdown_table(["", "index", "encoder alone", "all but the encoder"], rows))
+        encoder = sum(part[place] for part in parts)
+        share = 1 - encoder / whole[place]
+        rows.append([name, f"{whole[place]:.1f} s", f"{encoder:.1f} s", f"{share:.1%}"])
+    print(f"{machine()}; {args.model}, {content}, batches of {args.batch_size}\n")
+    print(markdown_table(["", "index", "encoder", "all but the encoder"], rows))
 
 
 def compare_memory(args: argparse.Namespace) -> None:
@@ -147,7 +128,6 @@ def main() -> None:
     timed.add_argument("--model", default="ViT-B-32-quickgelu")
     timed.add_argument("--batch-size", type=int, default=16)
     timed.add_argument("--num-threads", type=int)
-    timed.add_argument("--rounds", type=int, default=3)
     memory = parts.add_parser("memory")
     memory.add_argument("--minutes", type=int, nargs="+", default=[5, 30, 120])
     one = parts.add_parser("grow")
