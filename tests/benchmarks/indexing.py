@@ -101,17 +101,17 @@ def grow(minutes: int, folder: Path) -> None:
 
 
 def write_long_video(path: Path, minutes: int) -> None:
-    """A video of 320 x 240 pixels, 30 frames per second, in which a square moves."""
+    """A video of 160 x 120 pixels, 10 frames per second, in which a square moves."""
     import av
 
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=30)
-        stream.width, stream.height, stream.gop_size = 320, 240, 300
-        picture = np.zeros((240, 320, 3), dtype=np.uint8)
-        for number in range(1800 * minutes):
-            if number % 15 == 0:
-                picture[:] = number // 15 % 200
-                picture[100:140, number // 15 % 280 : number // 15 % 280 + 40] = 255
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.gop_size = 160, 120, 100
+        picture = np.zeros((120, 160, 3), dtype=np.uint8)
+        for number in range(600 * minutes):
+            if number % 5 == 0:
+                picture[:] = number // 5 % 200
+                picture[40:80, number // 5 % 120 : number // 5 % 120 + 40] = 255
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
         container.mux(stream.encode())
 
