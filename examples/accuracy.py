@@ -7,8 +7,9 @@ r"""Compute the accuracy of a fine-tuned or prompted CLIP on lists of videos.
 Each list has its own classes. Use this script for what ``openvclip evaluate`` does not know: the
 texts, the pooling and the prompts of ViFi-CLIP and Vita-CLIP. Give the --preset of the training: it
 sets the method, the frames and the views of the test. A checkpoint with a contract says them
-itself, and a flag that contradicts the contract is an error. The script prints a table with top-1
-and top-5 accuracy in % for each list.
+itself, and a flag that contradicts the contract is an error. With --prompts the contract of the
+checkpoint is not used: prompts are trained and tested in another way. The script prints a table
+with top-1 and top-5 accuracy in % for each list.
 """
 
 from __future__ import annotations
@@ -69,6 +70,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--method {args.method} needs --prompts, the file that finetune.py wrote")
     if args.harmonic_mean and len(args.annotations) < 2:
         parser.error("--harmonic-mean needs several lists, such as base.csv novel.csv")
+    names = [path.stem for path in args.annotations]
+    if len(set(names)) < len(names):  # the table and the file have one row for each name
+        parser.error(f"--annotations: expected lists with different names, got {' '.join(names)}")
     one_view = "on one view" if args.views == args.crops == 1 else ""
     unused = {**options.unused_weight_options(args), **options.unused_frame_options(args)}
     problem = unused_option(args.given, {"average": one_view, **unused})

@@ -11,6 +11,11 @@ finetune.py, and the released checkpoints. --lam is the weight of the original C
 final.safetensors, which is interpolated already. Without --checkpoint the original CLIP is
 evaluated frame by frame. ``openvclip evaluate`` has more options; this script shows how to use
 the library.
+
+A checkpoint of finetune.py has a contract: the model is then evaluated with the attention, the
+frames, the pixels and the templates of its training. A flag that contradicts the contract is an
+error. A checkpoint without a contract is evaluated with the settings of the paper. With --model
+the folder of a model can be given, in place of --checkpoint.
 """
 
 from __future__ import annotations
@@ -24,9 +29,10 @@ from typing import get_args
 import torch
 
 from openvclip.checkpoints import atomic_path, write_errors
+from openvclip.cli.options.contract import load_with_contract, use_contract
 from openvclip.commands.parsing import Parser, unused_option
 from openvclip.commands.streams import command
-from openvclip.errors import OpenVCLIPError
+from openvclip.errors import OpenVCLIPError, UsageError
 from openvclip.evaluation import (
     Mixture,
     ProtocolEvaluation,
@@ -36,8 +42,10 @@ from openvclip.evaluation import (
     markdown_table,
     mean_and_std,
 )
-from openvclip.models.loading import brings_weights, load_model
+from openvclip.models.classifier import VIDEO_TEMPLATES
+from openvclip.models.loading import LoadedModel, brings_weights, load_model
 from openvclip.models.text_weights import TextSource
+from openvclip.models.usage import pooling_of, sampling_of
 from openvclip.processes import Processes, joined_processes, local_rank
 from openvclip.training.shared_options import (
     HelpFormatter,
@@ -46,6 +54,7 @@ from openvclip.training.shared_options import (
 )
 from openvclip.video import class_names, protocols, read_annotations
 from openvclip.video.protocols import Split
+from openvclip.video.sampling import PAPER_SAMPLING
 
 DATA_SETS = ("ucf101", "hmdb51", "kinetics600", "kinetics400")
 
@@ -108,7 +117,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         metavar="FILE",
         help="fine-tuned weights, in any supported format",
     )
-    parser.add_argument("--lam", type=float, default=0.0, help="weight of the original CLIP")
+    parser.add_argument(
+        "--override", action="store_true", help="use flags that contradict the file's contract"
+    )
+    parser.add_argument("--lam", type=float, help="weight of the original CLIP (default: 0)")
     help_text = "weights that encode the class names: those that are evaluated, or the original's"
     parser.add_argument("--text", choices=get_args(TextSource), default="own", help=help_text)
     for name in DATA_SETS:
@@ -139,13 +151,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     args = parser.parse_args(arguments)
     if not any(getattr(args, name) for name in DATA_SETS):
         parser.error(f"give a data set: {', '.join(f'--{name}' for name in DATA_SETS)}")
-    if not 0 <= args.lam <= 1 or (args.lam and args.checkpoint is None):
+    fine_tuned = args.checkpoint is not None or Path(args.model).is_dir()
+    if args.lam is not None and (not 0 <= args.lam <= 1 or (args.lam and not fine_tuned)):
         parser.error(f"--lam {args.lam:g}: expected a weight in [0, 1], with --checkpoint")
-    alone = "without --checkpoint: there are no other weights" if args.checkpoint is None else ""
+    alone = "" if fine_tuned else "without --checkpoint: there are no other weights"
     problem = unused_option(args.given, {"text": alone, **unused_weight_options(args)})
     if problem:
         parser.error(problem)
-    args.published = args.published or ("Open-VCLIP" if args.checkpoint else "CLIP")
     return args
 
 
@@ -176,6 +188,25 @@ def table(results: Sequence[ProtocolEvaluation], method: str, model: str) -> str
     return markdown_table(["protocol", "videos", "here", f"paper, {method}"], rows)
 
 
+def load(args: argparse.Namespace, device: str) -> LoadedModel:
+    """Return the original CLIP and the fine-tuned weights; with a contract, as it says.
+
+    Raises:
+        UsageError: a flag contradicts the contract; or there is no contract and no checkpoint, and
+            a flag is for fine-tuned weights.
+    """
+    use_contract(args)
+    if args.contract is not None:
+        return load_with_contract(args, args.contract, torch.device(device))
+    if args.checkpoint is None and (args.lam or args.text != "own"):
+        raise UsageError(
+            f"{args.model} has no contract, so it is an original CLIP. --lam and --text are for "
+            "fine-tuned weights: give --checkpoint too."
+        )
+    weights = None if brings_weights(args.model) else args.pretrained
+    return load_model(args.model, weights, checkpoint=args.checkpoint, device=device)
+
+
 @command
 def main(arguments: Sequence[str] | None = None) -> None:
     """Evaluate on each data set, and print the table."""
@@ -191,21 +222,25 @@ def _evaluate(args: argparse.Namespace, processes: Processes) -> None:
     device = args.device or (f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu")
     data_sets = {name: pair for name in DATA_SETS if (pair := getattr(args, name))}
     splits = {name: read_splits(name, *pair) for name, pair in data_sets.items()}
-    weights = None if brings_weights(args.model) else args.pretrained
-    clip = load_model(args.model, weights, checkpoint=args.checkpoint, device=device)
+    clip = load(args, device)
+    contract = args.contract
+    tuned = contract is not None or args.checkpoint is not None
     results = {
         name: evaluate_protocol(
             clip.model,
             clip.tokenizer,
             splits[name],
             videos,
-            mixture=Mixture(clip.tuned, [args.lam] if clip.tuned is not None else (), args.text),
+            mixture=Mixture(clip.tuned, [args.lam or 0.0] if clip.tuned else (), args.text),
+            sampling=PAPER_SAMPLING if contract is None else sampling_of(contract),
             transform=clip.transform,
+            templates=VIDEO_TEMPLATES if contract is None else contract.templates,
             out=args.out / name,
             run=RunOptions(
                 batch_size=args.batch_size,
                 num_workers=args.num_workers,
                 amp=getattr(torch, args.amp) if args.amp else None,
+                pooling="unit_frames" if contract is None else pooling_of(contract),
                 description=name,
                 leave_out_broken=args.leave_out_broken,
                 allow_missing=args.allow_missing_videos,
@@ -214,7 +249,8 @@ def _evaluate(args: argparse.Namespace, processes: Processes) -> None:
         for name, (_, videos) in data_sets.items()
     }
     if processes.is_first:
-        text = table(list(results.values()), args.published, clip.name)
+        method = args.published or ("Open-VCLIP" if tuned else "CLIP")
+        text = table(list(results.values()), method, clip.name)
         numbers = json.dumps({name: as_json(result) for name, result in results.items()}, indent=1)
         for path, content in ((args.out / "table.md", text), (args.out / "results.json", numbers)):
             with write_errors(path), atomic_path(path) as temporary:

@@ -201,7 +201,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return options.parse_arguments(__doc__ or "", arguments)
 
 
-def load_model(args: argparse.Namespace, recipe: Recipe, device: torch.device) -> LoadedModel:
+def load_model(args: argparse.Namespace, device: torch.device) -> LoadedModel:
     """Return the original CLIP on its device, expanded if the method expands it."""
     loaded = inputs.load_original(
         args.model, args.pretrained, hugging_face=args.hf, start_from=args.start_from
@@ -227,7 +227,7 @@ def fine_tune(args: argparse.Namespace, processes: Processes, device: torch.devi
     """Load the model and the videos, train, and write the outputs."""
     recipe = options.recipe_of(args)
     torch.manual_seed(recipe.seed)
-    loaded = load_model(args, recipe, device)
+    loaded = load_model(args, device)
     model, described = loaded.model, trial.described_run(args, loaded, hashed=processes.is_first)
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     if args.fsdp:

@@ -2,21 +2,21 @@ r"""Fine-tune an image CLIP with IWR, average its weights, and interpolate with 
 
     python finetune_image_clip.py --images train/ --validation val/ --test test/ other/ --out run/
     python finetune_image_clip.py --model transformers:openai/clip-vit-base-patch32 ...
-    python finetune_image_clip.py --captions captions.csv ...
 
 Each folder has a subfolder of images for each class, with the name of the class. The loss is the
 cross-entropy over the class names. With ``--captions`` (lines ``path,caption``), the loss is CLIP's
 contrastive loss. ``fine_tune`` takes any data set of ``(pixels [1, C, H, W], index into texts)``.
 
-λ weighs the original CLIP. The script chooses the λ with the highest accuracy on ``--validation``.
-If several λ have this accuracy, it chooses the largest. To choose λ for classes without training
-images, give validation images of such classes. The table has the top-1 accuracy in [0, 1] at λ = 0
-(the fine-tuned average), at the chosen λ, and at λ = 1 (the original CLIP). Report the test
-columns: the validation accuracy is too high, because λ was chosen on these images.
+λ weighs the original CLIP. The script chooses the λ with the highest accuracy on ``--validation``;
+of several, the largest. To choose λ for classes without training images, give validation images of
+such classes. The table has the top-1 accuracy in [0, 1] at λ = 0 (fine-tuned), at the chosen λ, and
+at λ = 1 (the original CLIP). Report the test columns: λ was chosen on the validation images, so
+their accuracy is too high. ``VideoCLIP.from_pretrained`` loads the saved folder.
 """
 
 from __future__ import annotations
 
+import shlex
 from argparse import Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,13 @@ from torchvision.transforms.functional import pil_to_tensor  # type: ignore[impo
 
 import openvclip
 from openvclip.commands import Parser, command, progress_bar, refuse_unused
+from openvclip.evaluation import evaluate
 from openvclip.models import loading
 from openvclip.models.features import encode_text, similarity_logits
 from openvclip.towers import encode_images
 from openvclip.video import read_annotations
+
+TEMPLATE = "a photo of a {}."
 
 
 def read_image(path: str) -> Any:
@@ -42,8 +45,8 @@ def read_image(path: str) -> Any:
 
 def encode_texts(model: Any, tokenizer: Any, texts: list[str]) -> torch.Tensor:
     """Return unit features ``[N, D]`` from the weights that the model has now."""
-    pieces = tokenizer(texts).split(256)
-    return torch.cat([normalize(encode_text(model, tokens), dim=-1) for tokens in pieces])
+    features = [encode_text(model, tokens) for tokens in tokenizer(texts).split(256)]
+    return normalize(torch.cat(features), dim=-1)
 
 
 def fine_tune(
@@ -78,15 +81,11 @@ def fine_tune(
     return clip, swa.averaged_state_dict()
 
 
-@torch.no_grad()
 def accuracy(model: Any, tokenizer: Any, data: Any, args: Namespace) -> float:
     """Return the top-1 accuracy. Text features are recomputed: λ may change the text tower."""
-    prompts = [f"a photo of a {name}." for name in data.classes]
-    text, right = encode_texts(model.eval(), tokenizer, prompts), 0
-    for pixels, label in DataLoader(data, args.batch_size, num_workers=args.num_workers):
-        scores = encode_images(model, pixels.flatten(0, 1).to(args.device)) @ text.T
-        right += int((scores.argmax(dim=1).cpu() == label).sum())
-    return right / len(data)
+    loader = DataLoader[Any](data, args.batch_size, num_workers=args.num_workers)
+    classifier = openvclip.ZeroShotClassifier(model, tokenizer, data.classes, [TEMPLATE])
+    return evaluate(classifier, loader, progress=False).top1
 
 
 def run(args: Namespace) -> None:
@@ -99,7 +98,7 @@ def run(args: Namespace) -> None:
     test = transform.with_(name="clip")
     folders = [ImageFolder(root, test, loader=read_image) for root in (args.validation, *args.test)]
     data = ImageFolder(args.images, transform.with_(name="train"), loader=read_image)
-    texts: Any = [f"a photo of a {name}." for name in data.classes]
+    texts: Any = [TEMPLATE.format(name) for name in data.classes]
     if args.captions:
         samples, texts = read_annotations(args.captions)
         data.samples = [(str(args.images / path), index) for path, index in samples]
@@ -115,10 +114,12 @@ def run(args: Namespace) -> None:
         cells = "".join(f"{accuracy(model, tokenizer, data, args):<12.3f}" for data in folders)
         print(f"{lam:<5g} {cells}{'chosen' if lam == chosen else ''}")
     openvclip.interpolate_into(model, clip, average, chosen)
-    if loading.transformers_name(name) is not None:
-        model.save_pretrained(args.out)
-    else:
-        openvclip.save_checkpoint(model.state_dict(), args.out / "model.safetensors")
+    final = openvclip.VideoCLIP(model, tokenizer, transform=test, templates=[TEMPLATE])
+    path, out = args.out / "model.safetensors", shlex.quote(str(args.out))
+    openvclip.save_checkpoint(model.state_dict(), path, metadata={"format": "pt"})
+    final.describe_folder(args.out, path.name, lam=chosen)
+    (args.out / "classes.txt").write_text("\n".join(data.classes) + "\n", encoding="utf-8")
+    print(f"\nTry it: openvclip predict IMAGE --model {out} --labels-file {out}/classes.txt")
 
 
 @command
@@ -131,8 +132,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--test", type=Path, nargs="+", default=[], help="images that are only evaluated")
     add("--captions", type=Path, help="a CSV file; default: train with the class names")
     add("--out", type=Path, required=True, help="folder for the model")
-    names = "name of open_clip, folder of transformers, or transformers:NAME; default: %(default)s"
-    add("--model", default="ViT-B-16-quickgelu", help=names)
+    add("--model", default="ViT-B-16-quickgelu", help="name or folder; default: %(default)s")
     add("--pretrained", default="openai", help="tag or file of weights; default: %(default)s")
     add("--hf", help="name or folder of a CLIP of transformers, in place of --model")
     add("--train-text", action="store_true", help="train the text tower; default: it is frozen")

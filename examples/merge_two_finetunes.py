@@ -3,17 +3,15 @@ r"""Merge two fine-tuned models of one CLIP with several methods, and compare th
     python merge_two_finetunes.py --first sports.safetensors --second music.safetensors \
         --videos videos/ --lists sports.csv music.csv --model ViT-B-16-quickgelu
 
-Each list has lines ``path,class name``; the paths are below ``--videos``. A list may hold images in
-place of videos. Plain CLIP encodes images. Give ``--frame-by-frame`` if models that were fine-tuned
-on images get videos.
+Each list has lines ``path,class name``; the paths are below ``--videos``. A list may hold images,
+which plain CLIP encodes. Give ``--frame-by-frame`` if models that were fine-tuned on images get
+videos. If the models have a contract, they are used as it says; two that differ are an error.
 
 The printed table has a row for each model and a column for each list. The numbers are top-1
-accuracies in [0, 1], among the classes of the list; ``mean`` is the mean of the columns. ``CLIP``
-is the original CLIP, and ``first`` and ``second`` are the fine-tuned models. A good merge comes
-close to ``first`` on the list of the first model and close to ``second`` on the list of the second
-model. ``average, λ=0.5`` is half the original CLIP and half the average. Each method has the
-settings of its paper, or gives both models the same weight. To tune the settings, use files that
-are not in the reported lists.
+accuracies in [0, 1], among the classes of the list. ``CLIP`` is the original CLIP. A good merge
+comes close to ``first`` on the list of the first model and to ``second`` on the other list.
+``average, λ=0.5`` is half the original CLIP and half the average. Each method has the settings of
+its paper, or gives both models the same weight. Tune the settings on files of other lists.
 """
 
 from __future__ import annotations
@@ -31,10 +29,13 @@ from torchvision.transforms.functional import pil_to_tensor  # type: ignore[impo
 
 import openvclip
 from openvclip import merging
+from openvclip.cli.options.contract import options_for_files
 from openvclip.commands import Parser, command, refuse_unused
 from openvclip.errors import AnnotationError
 from openvclip.evaluation import evaluate
 from openvclip.models.loading import brings_weights, fine_tuned, load_model
+from openvclip.models.usage import expand_as
+from openvclip.models.video_usage import VideoUsage, usage_for
 from openvclip.video import Sampling, VideoDataset, read_annotations
 from openvclip.video.transforms import Transform
 
@@ -81,41 +82,43 @@ def merges(clip: State, first: State, second: State) -> dict[str, Callable[[], S
     }
 
 
-def read_list(
-    path: Path, transform: Transform, args: Namespace
-) -> tuple[DataLoader[Any], list[str]]:
+def read_list(path: Path, usage: VideoUsage, args: Namespace) -> tuple[DataLoader[Any], list[str]]:
     """Return the clips of a list of videos or of images, and its class names."""
     samples, names = read_annotations(path, root=args.videos)
     if names is None:
         raise AnnotationError(f"{path}: got class numbers, expected lines path,class name.")
     data: Dataset[Any]
     if Path(samples[0][0]).suffix.lower() in (".jpg", ".jpeg", ".png"):
-        data = Images(samples, args.videos, transform)
+        data = Images(samples, args.videos, usage.transform)
     else:
-        sampling = Sampling(args.frames, args.sampling_rate)
-        data = VideoDataset(
-            samples, args.videos, transform=transform, sampling=sampling, details=True
-        )
+        frames: Any = {"transform": usage.transform, "sampling": usage.sampling}
+        data = VideoDataset(samples, args.videos, **frames, details=True)
     return DataLoader(data, args.batch_size, num_workers=args.num_workers), names
 
 
 def run(args: Namespace) -> None:
     """Evaluate each merge on each list, and print the table."""
-    expand = not args.frame_by_frame
-    weights = None if brings_weights(args.model) else args.pretrained
-    loaded = load_model(args.model, weights, expand=expand, device=args.device)
-    model = loaded.model
+    expand, files = not args.frame_by_frame, [args.first, args.second]
+    args = options_for_files(args, files, expand=expand, ignored=["pretrained"])
+    base = None if brings_weights(args.model) else args.pretrained
+    loaded = load_model(args.model, base, expand=expand and not args.contract, device=args.device)
+    model, contract = loaded.model, args.contract
+    usage = usage_for(model, None, Sampling(args.frames, args.sampling_rate), loaded.transform)
+    if contract is not None:
+        expand_as(model, contract)
+        usage = usage_for(model, contract)
     clip = {name: value.clone() for name, value in model.state_dict().items()}
-    first, second = (fine_tuned(model, path) for path in (args.first, args.second))
-    lists = [read_list(path, loaded.transform, args) for path in args.lists]
-    if all(isinstance(loader.dataset, Images) for loader, _ in lists):
-        refuse_unused(args.given, dict.fromkeys(("frames", "sampling_rate"), "on images"))
+    first, second = (fine_tuned(model, path) for path in files)
+    lists = [read_list(path, usage, args) for path in args.lists]
+    still = "on images" if all(isinstance(data.dataset, Images) for data, _ in lists) else ""
+    refuse_unused(args.given, dict.fromkeys(("frames", "sampling_rate"), still))
     print(f"{'model':<16}" + "".join(f"{path.stem[:11]:<12}" for path in args.lists) + "mean")
     for row, merge in merges(clip, first, second).items():
         model.load_state_dict(merge())
         accuracies = []
         for loader, names in lists:  # new text features: a merge may change the text tower
-            classifier = openvclip.ZeroShotClassifier(model, loaded.tokenizer, names)
+            texts = (loaded.tokenizer, names, usage.templates)
+            classifier = openvclip.ZeroShotClassifier(model, *texts, pooling=usage.pooling)
             accuracies.append(evaluate(classifier, loader, description=row).top1)
         cells = [*accuracies, sum(accuracies) / len(accuracies)]
         print(f"{row:<16}" + "".join(f"{cell:<12.3f}" for cell in cells), flush=True)
@@ -132,11 +135,8 @@ def main(arguments: list[str] | None = None) -> None:
     add("--videos", type=Path, required=True, help="folder of the videos or images")
     add("--model", default="ViT-B-16-quickgelu", help="default: %(default)s")
     add("--pretrained", default="openai", help="weights of the CLIP; default: %(default)s")
-    add(
-        "--frame-by-frame",
-        action="store_true",
-        help="apply CLIP to each frame alone; default: frames attend to their neighbours",
-    )
+    add("--frame-by-frame", action="store_true", help="apply CLIP to each frame alone")
+    add("--override", action="store_true", help="use flags that contradict the contract")
     add("--frames", type=int, default=8, help="frames of a clip; default: %(default)s")
     add("--sampling-rate", type=int, default=16, help="use every N-th frame at 30 fps; default: 16")
     add("--batch-size", type=int, default=16, help="files at a time; default: %(default)s")

@@ -10,6 +10,10 @@ A data set is given by the options of ``openvclip evaluate``: ``annotations=FILE
 ``--annotations FILE``, and a word without ``=`` is a flag. There are two more options: ``split=N``
 takes one split of a protocol, and ``label=TEXT`` names the data set in tables and figures.
 
+If training wrote how a model is used (a contract), its curve uses the model in this way: with its
+attention, frames, pixels, templates and pooling. A flag that contradicts a contract is an error,
+unless ``--override`` is given. The other curves and the baseline use the flags or their defaults.
+
 lambda weighs the original CLIP. Each video is decoded once for all lambdas of a curve. The same
 command resumes after a stop, also with more curves or data sets. A folder with results of other
 settings raises an error. The output folder holds ``results.json``, ``table.md`` and a figure for
@@ -32,8 +36,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from openvclip import expand_temporal_attention, restore_spatial_attention
-from openvclip.checkpoints import atomic_path, write_errors
+from openvclip.checkpoints import Contract, atomic_path, write_errors
 from openvclip.cli.options import data, models
+from openvclip.cli.options.contract import options_for_files, require_base
+from openvclip.cli.options.outputs import add_override_option
 from openvclip.commands.parsing import Parser, unused_option
 from openvclip.commands.streams import command
 from openvclip.errors import OpenVCLIPError, UsageError
@@ -51,6 +57,7 @@ from openvclip.evaluation import (
 )
 from openvclip.models.drawing import require_matplotlib
 from openvclip.models.loading import LoadedModel, fine_tuned, name_of_transformers
+from openvclip.models.usage import expand_as, transform_of
 from openvclip.processes import Processes, joined_processes
 from openvclip.training.shared_options import (
     HelpFormatter,
@@ -109,6 +116,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     text = "draw this curve thick, with a star at the reported lambda; repeatable"
     add("--mark", metavar="LABEL=LAM", action="append", default=[], help=text)
     models.add_model_options(parser, checkpoint=False)
+    add_override_option(parser, "use options that contradict the contract of a curve")
     text = "name or folder of a CLIP of transformers, in place of --model"
     parser.add_argument("--hf", metavar="NAME|FOLDER", help=text)
     models.add_frame_options(parser)
@@ -213,11 +221,29 @@ def read_splits(options: argparse.Namespace) -> list[Split]:
     return [splits[options.split - 1]]
 
 
-def load_clip(args: argparse.Namespace) -> LoadedModel:
-    """Return the original CLIP on its device, not expanded."""
+def load_clip(args: argparse.Namespace, contracts: Sequence[Contract]) -> LoadedModel:
+    """Return the original CLIP on its device, not expanded.
+
+    Args:
+        args: the arguments. ``--model`` and ``--pretrained`` come from the contracts if they are
+            not given.
+        contracts: the contracts of the curves.
+
+    Raises:
+        UsageError: the curves were trained from another original CLIP.
+    """
+    chosen = argparse.Namespace(**vars(args))
+    bases = [contract.base for contract in contracts if contract.base is not None]
     if args.hf:
-        args = argparse.Namespace(**{**vars(args), "model": name_of_transformers(args.hf)})
-    return models.load(args)
+        chosen.model = name_of_transformers(args.hf)
+    elif bases and "model" not in args.given:
+        chosen.model = bases[0].name
+        if "pretrained" not in args.given:
+            chosen.pretrained = bases[0].pretrained
+    clip = models.load(chosen)
+    for contract in contracts if not args.override else ():
+        require_base(clip.model, contract, "The weights of the original CLIP")
+    return clip
 
 
 def load_tuned(clip: LoadedModel, path: Path, args: argparse.Namespace) -> dict[str, Tensor]:
@@ -237,11 +263,16 @@ def evaluate(
     data_set: tuple[argparse.Namespace, Sequence[Split]],
     args: argparse.Namespace,
 ) -> ProtocolEvaluation:
-    """Evaluate a curve on a data set. Records of earlier runs are reused."""
+    """Evaluate a curve on a data set. Records of earlier runs are reused.
+
+    ``args`` are the options of the curve, with the contract of its weights.
+    """
     options, splits = data_set
     device = next(clip.model.parameters()).device
     moved = None if tuned is None else {n: v.to(device) for n, v in tuned.items()}
-    if line.temporal:
+    if args.contract is not None:
+        expand_as(clip.model, args.contract)
+    elif line.temporal:
         expand_temporal_attention(clip.model, window=args.window, boundary=args.boundary)
     try:
         return evaluate_protocol(
@@ -250,7 +281,7 @@ def evaluate(
             splits,
             options.videos,
             mixture=Mixture(moved, args.lam if tuned is not None else (), args.text),
-            transform=clip.transform,
+            transform=clip.transform if args.contract is None else transform_of(args.contract),
             sampling=models.sampling_of(args),
             templates=models.templates_of(args),
             out=args.out / "records" / file_name(line.label) / file_name(options.label),
@@ -258,6 +289,7 @@ def evaluate(
                 batch_size=args.batch_size,
                 num_workers=args.num_workers,
                 amp=models.amp_of(args),
+                pooling=models.pooling_of(args),
                 description=f"{line.label} on {options.label}",
                 leave_out_broken=options.leave_out_broken,
                 allow_missing=options.allow_missing_videos,
@@ -341,13 +373,26 @@ def run(args: argparse.Namespace, processes: Processes) -> None:
     """Evaluate all curves on all data sets, then report."""
     require_matplotlib()
     data_sets = [(options, read_splits(options)) for options in (args.closed_set, *args.zero_shot)]
-    clip, lines = load_clip(args), args.lines
+    lines = args.lines
+    # The curves share one original CLIP, so no contract decides its name and its weights alone.
+    ignored = ["model", "pretrained"]
+    options_by_line = {
+        line: options_for_files(
+            args, [line.path] if line.path else [], expand=line.temporal, ignored=ignored
+        )
+        for line in lines
+    }
+    contracts = [options.contract for options in options_by_line.values() if options.contract]
+    if args.override and not contracts:
+        raise UsageError("--override has no effect: no curve has a contract. Leave it out.")
+    clip = load_clip(args, contracts)
     # All checkpoints are read before the first video, so that a wrong checkpoint fails at once.
     tuned = {line: load_tuned(clip, line.path, args) for line in lines if line.path is not None}
     results: Results = {line.label: {} for line in lines}
     for line in lines:
         for data_set in data_sets:
-            evaluation = evaluate(line, tuned.get(line), clip, data_set, args)
+            options = options_by_line[line]
+            evaluation = evaluate(line, tuned.get(line), clip, data_set, options)
             results[line.label][data_set[0].label] = evaluation
             if processes.is_first:
                 write_results(results, args.out)

@@ -27,6 +27,12 @@ def listed(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
+def reason_of(error: BaseException) -> str:
+    """Return the first line of the text of an error, or the name of its class without a text."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
 def near_matches(name: str, known: Iterable[str], most: int = 3) -> list[str]:
     """Return the known names that are close to a name, the closest first.
 
@@ -334,6 +340,10 @@ class UnsafeCheckpointError(CheckpointError):
 
 class ActivationWarning(UserWarning):
     """Issued when weights trained with QuickGELU are loaded into a model that uses GELU."""
+
+
+class ContractWarning(UserWarning):
+    """Issued when a contract that can't be read is left out, because ``override`` is given."""
 
 
 class LabelWarning(UserWarning):

@@ -52,6 +52,7 @@ IMPORTED_ON_USE = {
     "onnxscript",
     "open_clip",
     "peft",
+    "pyarrow",
     "pytorch_lightning",
     "timm",
     "torchao",

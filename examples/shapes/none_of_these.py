@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -361,10 +360,13 @@ def main(arguments: list[str] | None = None) -> None:
     settings, started = FULL, time.perf_counter()
     if args.smoke:  # a threshold needs 19 clips of the labels
         settings = replace(SMOKE, clips=replace(SMOKE.clips, test=128))
-    measures: Measures = defaultdict(list)
-    for seed in range(args.seeds):
-        measure_seed(settings, seed, args.out, measures)
-        print(f"seed {seed}: {(time.perf_counter() - started) / 60:.1f} minutes", flush=True)
+    measures: Measures = {}
+    try:
+        for seed in range(args.seeds):
+            measure_seed(settings, seed, args.out, measures)
+            print(f"seed {seed}: {(time.perf_counter() - started) / 60:.1f} minutes", flush=True)
+    except (openvclip.OpenVCLIPError, FileExistsError) as error:
+        raise SystemExit(str(error)) from error
     content = {"clips": asdict(settings.clips), "seeds": args.seeds, "measures": measures}
     with atomic_path(args.out / "none-of-these.json") as temporary:
         temporary.write_text(json.dumps(content, separators=(",", ":")) + "\n", encoding="utf-8")

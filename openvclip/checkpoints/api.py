@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from openvclip.checkpoints.adapter_files import read_fine_tune
 from openvclip.checkpoints.atomic import atomic_path, write_errors
 from openvclip.checkpoints.contract import Contract
-from openvclip.checkpoints.contract_files import CONTRACT_KEY
+from openvclip.checkpoints.contract_files import CONTRACT_KEY, contract_to_merge
 from openvclip.checkpoints.extra_state import encode
 from openvclip.checkpoints.families import convert, plan_as_named, require_one_model
 from openvclip.checkpoints.fit import (
@@ -126,7 +126,7 @@ def _require_storable(entries: Mapping[str, Tensor], dtype: torch.dtype | None) 
     require_values(entries, "state")
     refuse("quantized", [name for name, v in entries.items() if v.is_quantized], "state")
     for name, value in entries.items():
-        require_storable(_stored_dtype(value, dtype), name)
+        require_storable(stored_dtype(value, dtype), name)
 
 
 def _write(
@@ -150,12 +150,13 @@ def _write(
 def _to_store(value: Tensor, dtype: torch.dtype | None) -> Tensor:
     # A copy, since safetensors refuses entries that share memory (tied weights, views).
     copied = value.to(
-        "cpu", _stored_dtype(value, dtype), copy=True, memory_format=torch.contiguous_format
+        "cpu", stored_dtype(value, dtype), copy=True, memory_format=torch.contiguous_format
     )
     return copied.resolve_conj().resolve_neg()
 
 
-def _stored_dtype(value: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+def stored_dtype(value: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """Return the dtype in which an entry is stored if floating-point entries get ``dtype``."""
     return dtype if dtype is not None and value.is_floating_point() else value.dtype
 
 
@@ -307,7 +308,7 @@ def convert_checkpoint(
 
 def _converted_contract(info: CheckpointInfo, override: bool) -> Contract | None:
     """Return the contract of a converted file, whose weights have open_clip's names."""
-    contract = info.contract
+    contract = contract_to_merge(Path(info.path), info.metadata, override=override)
     if contract is None or contract.library == "open_clip" or not info.converted:
         return contract
     name = open_clip_name(Path(info.path), info.backbone)

@@ -62,6 +62,12 @@ def _one_of(literal: Any) -> Rule:
     return Rule(" or ".join(map(repr, choices)), lambda value: value in choices)
 
 
+def _section(kind: type) -> Rule:
+    """Return the rule of a section that can be left out."""
+    text = f"openvclip.checkpoints.{kind.__name__}(...), or null"
+    return Rule(text, lambda value: value is None or isinstance(value, kind))
+
+
 def _is_lam(value: Any) -> bool:
     if OBJECT.allows(value):
         return all(map(NUMBER.allows, value.values()))
@@ -75,6 +81,7 @@ _FILE_NAME = Rule(
 )
 _PIXELS = Rule("an object", lambda value: isinstance(value, Pixels))
 _FRAMES = Rule("an object", lambda value: isinstance(value, Frames))
+_UNKNOWN = Rule("an object", lambda value: isinstance(value, Mapping))
 _TEMPLATES = Rule(
     "a list of texts with {} for the class name",
     lambda value: (
@@ -117,20 +124,20 @@ class Contract(Checked):
     model: Annotated[str, TEXT]
     pixels: Annotated[Pixels, _PIXELS]
     templates: Annotated[tuple[str, ...], _TEMPLATES]
-    expansion: Expansion | None = None
+    expansion: Annotated[Expansion | None, _section(Expansion)] = None
     frames: Annotated[Frames, _FRAMES] = field(default_factory=Frames)
     pooling: Annotated[str, TEXT] = "unit_frames"
     text: Annotated[str, TEXT] = "own"
     weights: Annotated[str | None, _FILE_NAME.or_none()] = None
     method: Annotated[str | None, TEXT.or_none()] = None
     lam: Annotated[float | dict[str, float] | None, _LAM.or_none()] = None
-    base: Base | None = None
-    confidence: Confidence | None = None
+    base: Annotated[Base | None, _section(Base)] = None
+    confidence: Annotated[Confidence | None, _section(Confidence)] = None
     data: Annotated[Mapping[str, Any], OBJECT] = field(default_factory=dict)
     results: Annotated[Mapping[str, Any], OBJECT] = field(default_factory=dict)
     licence: Annotated[str | None, TEXT.or_none()] = None
     versions: Annotated[Mapping[str, Any], OBJECT] = field(default_factory=dict)
-    unknown: Mapping[str, Any] = field(default_factory=dict)
+    unknown: Annotated[Mapping[str, Any], _UNKNOWN] = field(default_factory=dict)
 
     def with_(self, **changes: Any) -> Contract:
         """Return a copy with some attributes changed."""
@@ -151,7 +158,7 @@ class Contract(Checked):
                 ordered, indent=1, ensure_ascii=False, allow_nan=False, default=_plain
             )
             text.encode()
-        except ValueError as error:  # UnicodeEncodeError is one
+        except (ValueError, RecursionError) as error:  # UnicodeEncodeError is a ValueError
             raise ContractError(
                 f"The contract can't be written as JSON ({error}). Look for NaN, infinities and "
                 "broken texts in data, results and the other facts."
@@ -179,7 +186,9 @@ class Contract(Checked):
                 if known.get(name) is not None:
                     known[name], more = _read_section(section, name, known[name])
                     unknown |= {name: more} if more else {}
-            return cls(**known, unknown=unknown)
+            contract = cls(**known, unknown=unknown)
+            contract.to_json()  # Python reads NaN, which JSON does not have
+            return contract
         except ContractError as error:
             raise ContractError(f"{source}: {error}") from error
 

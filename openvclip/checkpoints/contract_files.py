@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from openvclip.checkpoints.atomic import atomic_path, write_errors
 from openvclip.checkpoints.contract import Contract
 from openvclip.checkpoints.exported_files import is_exported, read_exported_texts
 from openvclip.checkpoints.formats import read_texts
-from openvclip.errors import ContractError, near_path
+from openvclip.checkpoints.paths import require_path
+from openvclip.checkpoints.texts import add_texts
+from openvclip.errors import ContractError, ContractWarning, near_path
 
 CONTRACT_FILE = "openvclip.json"
 """The name of the file that holds the contract of a folder."""
@@ -39,8 +43,9 @@ def read_contract(path: str | os.PathLike[str]) -> Contract | None:
     Raises:
         ContractError: there is a contract and it can't be used; see :meth:`Contract.from_json`.
         CheckpointError: there is no such file or folder, or a safetensors file is damaged.
+        UsageError: ``path`` is no path.
     """
-    path = Path(path)
+    path = Path(require_path(path, "path", "a folder or a file of weights"))
     if path.is_dir():
         return _read_file(path / CONTRACT_FILE) if (path / CONTRACT_FILE).is_file() else None
     if not path.exists():
@@ -50,6 +55,37 @@ def read_contract(path: str | os.PathLike[str]) -> Contract | None:
     if is_exported(path):
         return contract_of_file(path, read_exported_texts(path))
     return contract_of_file(path, read_texts(path))
+
+
+def contract_to_merge(
+    path: Path, texts: Mapping[str, str], *, override: bool = False
+) -> Contract | None:
+    """Return the contract of a file that is merged or converted; see :func:`contract_of_file`.
+
+    Args:
+        path: the file.
+        texts: the texts in its header.
+        override: whether a contract that can't be read is left out, with a warning.
+
+    Raises:
+        ContractError: there is a contract, and it can't be read.
+
+    Warns:
+        ContractWarning: a contract that can't be read is left out.
+    """
+    try:
+        return contract_of_file(path, texts)
+    except ContractError as error:
+        if not override:
+            raise ContractError(
+                f"{error} Give --override (override=True) to go on without this contract."
+            ) from error
+        warnings.warn(
+            f"{path} is used without its contract, which can't be read: {error}",
+            ContractWarning,
+            stacklevel=4,
+        )
+        return None
 
 
 def contract_of_file(path: Path, texts: Mapping[str, str]) -> Contract | None:
@@ -67,6 +103,38 @@ def contract_of_file(path: Path, texts: Mapping[str, str]) -> Contract | None:
     beside = path.parent / CONTRACT_FILE
     contract = _read_file(beside) if beside.is_file() else None
     return contract if contract is not None and contract.weights == path.name else None
+
+
+def store_confidence(
+    folder: str | os.PathLike[str], contract: Contract, weights: Path
+) -> list[Path]:
+    """Store the calibration of a contract in the folder of a model.
+
+    The contract of the folder is written, and the calibration in the header of the weights. Each
+    file is written atomically. After a kill in between, the folder has its old calibration.
+
+    Args:
+        folder: the folder of the model.
+        contract: the contract of the model with its calibration.
+        weights: the file of weights in the folder.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        CheckpointError: a file can't be written. It is unchanged then.
+    """
+    written = []
+    text = read_texts(weights).get(CONTRACT_KEY)
+    if text is not None:
+        header = Contract.from_json(text, os.fspath(weights))
+        add_texts(weights, {CONTRACT_KEY: header.with_(confidence=contract.confidence).to_json()})
+        written.append(weights)
+    path = Path(folder) / CONTRACT_FILE
+    with write_errors(path), atomic_path(path) as temporary:
+        text = contract.with_(weights=weights.name).to_json()
+        temporary.write_text(f"{text}\n", encoding="utf-8")
+    return [path, *written]
 
 
 def merged_contract(
@@ -110,18 +178,22 @@ def merged_contract(
     return last.with_(**alike, weights=None, data=data, results={}, confidence=None)
 
 
-def interpolated_lam(a: Contract | None, b: Contract | None, lam: object) -> float | None:
+def interpolated_lam(
+    a: Contract | None, b: Contract | None, lam: object, *, a_is_original: bool
+) -> float | None:
     """Return the weight of the original CLIP in ``lam * A + (1 - lam) * B``.
 
     Args:
-        a: the contract of A. A model without a contract is the original CLIP.
+        a: the contract of A.
         b: the contract of B.
         lam: the interpolation weight of A.
+        a_is_original: whether A is the original CLIP if A has no contract. If not, its share of the
+            original CLIP is not known.
 
     Returns:
         The weight, or ``None`` if it is not known, or differs from entry to entry.
     """
-    share_a = 1.0 if a is None else a.lam
+    share_a = (1.0 if a_is_original else None) if a is None else a.lam
     share_b = None if b is None else b.lam
     shares = (lam, share_a, share_b)
     if not all(isinstance(share, (int, float)) for share in shares):

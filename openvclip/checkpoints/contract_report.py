@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from openvclip.checkpoints.contract import Contract
+from openvclip.checkpoints.contract_files import contract_of_file
 from openvclip.checkpoints.contract_sections import Expansion, Frames, Pixels
+from openvclip.errors import ContractError
+
+
+def contract_text(path: str | os.PathLike[str], texts: Mapping[str, str]) -> str:
+    """Return the lines that show the contract of a file, or ``""`` if there is no contract.
+
+    Args:
+        path: the file.
+        texts: the texts in its header.
+    """
+    try:
+        contract = contract_of_file(Path(path), texts)
+    except ContractError as error:
+        return f"{'contract':<12} can't be read: {error}"
+    return "" if contract is None else rows_text(contract)
+
+
+def rows_text(contract: Contract) -> str:
+    """Return the lines that show a contract."""
+    rows = [f"  {title:<11} {text}" for title, text in contract_rows(contract)]
+    return "\n".join(["contract", *rows])
 
 
 def contract_rows(contract: Contract) -> list[tuple[str, str]]:
@@ -40,6 +64,8 @@ def _attention(expansion: Expansion | None) -> str:
 
 
 def _frames(frames: Frames) -> str:
+    if frames.sampler == "seconds":
+        return f"{frames.num_frames} at most, one for each second"
     distance = f"{frames.sampling_rate} apart at {frames.target_fps:g} frames per second"
     return f"{frames.views} x {frames.num_frames}, {distance}, sampler {frames.sampler}"
 

@@ -64,6 +64,11 @@ NUMBER = Rule("a number", _is_number)
 ABOVE_0 = Rule("a number above 0", lambda value: _is_number(value) and value > 0)
 WHOLE = Rule("a whole number", _is_whole)
 COUNT = Rule("a whole number of at least 1", lambda value: _is_whole(value) and value >= 1)
+_SHARE = Rule("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1)
+# Logits divided by such a temperature are finite in float32.
+_TEMPERATURE = Rule(
+    "a number from 1e-30 to 1e30", lambda value: _is_number(value) and 1e-30 <= value <= 1e30
+)
 TEXT = Rule("a text", lambda value: isinstance(value, str) and value != "")
 OBJECT = Rule("an object", lambda value: isinstance(value, dict) and all(map(TEXT.allows, value)))
 COLOURS = NUMBER.list("three numbers", length=3)
@@ -175,8 +180,8 @@ class Confidence(Checked):
         clips: number of clips of the calibration.
     """
 
-    temperature: Annotated[float, ABOVE_0] = 1.0
+    temperature: Annotated[float, _TEMPERATURE] = 1.0
     threshold: Annotated[float | None, NUMBER.or_none()] = None
     score: Annotated[str | None, TEXT.or_none()] = None
-    keep: Annotated[float | None, NUMBER.or_none()] = None
+    keep: Annotated[float | None, _SHARE.or_none()] = None
     clips: Annotated[int | None, COUNT.or_none()] = None

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from openvclip.checkpoints.contract import Contract
 from openvclip.checkpoints.contract_files import CONTRACT_KEY, contract_of_file
-from openvclip.checkpoints.contract_report import contract_rows
+from openvclip.checkpoints.contract_report import contract_text
 from openvclip.checkpoints.families import FAMILIES, Origin, Plan, has_quick_gelu, plan_conversion
 from openvclip.checkpoints.file_kinds import TORCHSCRIPT
 from openvclip.checkpoints.formats import WeightFile, read_weights
 from openvclip.checkpoints.sizes import Shape, Sizes, sizes_of
-from openvclip.errors import ContractError, listed
+from openvclip.errors import listed
 from openvclip.weights.adapters import factor_names
 from openvclip.weights.kinds import quantized_names
 
@@ -97,7 +97,7 @@ class CheckpointInfo:
             ("missing", _names_text(self.missing)),
         ]  # fmt: skip
         report = "\n".join(f"{title:<12} {text}" for title, text in rows if text)
-        return f"{report}\n{self._contract_text()}".rstrip()
+        return f"{report}\n{contract_text(self.path, self.metadata)}".rstrip()
 
     @property
     def contract(self) -> Contract | None:
@@ -121,14 +121,6 @@ class CheckpointInfo:
     def _metadata_text(self) -> str:
         texts = {name: text for name, text in self.metadata.items() if name != CONTRACT_KEY}
         return ", ".join(f"{name}={text}" for name, text in texts.items())
-
-    def _contract_text(self) -> str:
-        try:
-            contract = self.contract
-        except ContractError as error:
-            return f"{'contract':<12} can't be read: {error}"
-        rows = [] if contract is None else contract_rows(contract)
-        return "\n".join(["contract", *(f"  {t:<11} {text}" for t, text in rows)]) if rows else ""
 
     def _activation_text(self) -> str:
         is_clip = self.family != FAMILIES[-1].name

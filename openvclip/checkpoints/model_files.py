@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from openvclip.checkpoints.api import save_checkpoint
+from openvclip.checkpoints.api import save_checkpoint, stored_dtype
 from openvclip.checkpoints.atomic import write_errors
 from openvclip.checkpoints.sharding import INDEX_ENDING, index_bytes
 from openvclip.checkpoints.streaming.outputs import split_into_shards
@@ -49,7 +48,10 @@ def save_model_file(
     require_shard_size(max_shard_size)
     path = Path(folder) / f"{stem}.safetensors"
     entries, extra_state = canonical_model(state, "state")
-    sizes = {name: _stored_size(value, dtype) for name, value in entries.items()}
+    sizes = {
+        name: torch.empty(value.shape, dtype=stored_dtype(value, dtype), device="meta")
+        for name, value in entries.items()
+    }
     shards = split_into_shards(sizes, max_shard_size) if max_shard_size else [sizes]
     if len(shards) == 1:
         save_checkpoint(state, path, dtype=dtype, metadata=metadata)
@@ -71,8 +73,3 @@ def require_shard_size(size: object) -> None:
         raise UsageError(
             f"max_shard_size={size!r}: expected a number of bytes, such as 5_000_000_000."
         )
-
-
-def _stored_size(value: Tensor, dtype: torch.dtype | None) -> Tensor:
-    stored = dtype if dtype is not None and value.is_floating_point() else value.dtype
-    return torch.empty(value.shape, dtype=stored, device="meta")

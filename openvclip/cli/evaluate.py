@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,26 +25,40 @@ from openvclip.cli.options.models import (
     sampling_of,
     templates_of,
 )
+from openvclip.cli.options.retrieval import (
+    NAMES,
+    check_retrieval,
+    is_retrieval,
+    pixels_of,
+    setting,
+    test_set_of,
+)
 from openvclip.cli.options.types import Commands
+from openvclip.commands.parsing import refuse_unused
 from openvclip.errors import UsageError
 
 if TYPE_CHECKING:
-    from openvclip.evaluation import ProtocolEvaluation, RunOptions
+    from openvclip.evaluation import ProtocolEvaluation, RetrievalEvaluation, RunOptions
+    from openvclip.video import Failure
 
 # Options that do not change the name of the default folder for the results. (The type of the
 # device is added to the name separately.)
 _NOT_SETTINGS = {"run", "command", "out", "json", "per_class", "confusion", "num_workers", "device"}
-_NOT_SETTINGS |= {"leave_out_broken", "allow_missing_videos", "no_cache", "given"}
+_NOT_SETTINGS |= {"leave_out_broken", "allow_missing_videos", "no_cache", "given", "dual_softmax"}
 
 _DESCRIPTION = """\
 Compute the zero-shot accuracy of a model on published protocols, or on your
-own list of videos.
+own list of videos; or its recall on a protocol of text-to-video retrieval.
 
 Every video is decoded once, and encoded once for each value of --lam. Several
 protocols and splits share these features. Results are saved while they are
 computed: the same command continues where it was stopped. Under torchrun, each
 process encodes a part of the videos.
 """
+_DUAL = (
+    "With the dual softmax, which uses all captions of the test set at once: not comparable with "
+    "results without it."
+)
 _EXAMPLES = """\
 examples:
   openvclip evaluate --model ViT-B-16-quickgelu --pretrained openai \\
@@ -53,6 +68,8 @@ examples:
       --annotations testTrainMulti_7030_splits/ --videos hmdb51/
   openvclip evaluate --checkpoint swa.pth --lam 0 0.2 0.4 0.6 0.8 \\
       --annotations test.csv --classes classes.txt --videos videos/
+  openvclip evaluate --model runs/b16 --protocol msrvtt-1ka \\
+      --annotations MSRVTT_JSFUSION_test.csv --videos MSRVTT/videos/
   torchrun --nproc-per-node 8 --no-python openvclip evaluate ...
 """
 
@@ -66,7 +83,7 @@ def add(commands: Commands) -> None:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_data_options(parser)
+    add_data_options(parser, retrieval=NAMES)
     add_model_options(parser)
     add_lam_option(parser, several=True)
     add_frame_options(parser)
@@ -120,11 +137,24 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         "--confusion", action="store_true", help="add confusion matrices to results.json"
     )
     group.add_argument(
+        "--dual-softmax",
+        action="store_true",
+        help="for retrieval: add a table with the dual softmax, which weighs the similarities with "
+        "all captions of the test set at once",
+    )
+    group.add_argument(
         "--json", action="store_true", help="print the results as JSON (default: as a table)"
     )
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    if is_retrieval(options):
+        _evaluate_retrieval(options)
+    else:
+        _evaluate_splits(options)
+
+
+def _evaluate_splits(options: argparse.Namespace) -> None:
     from openvclip.evaluation import Mixture, evaluate_protocol
     from openvclip.processes import joined_processes
 
@@ -154,9 +184,44 @@ def _evaluate(options: argparse.Namespace) -> None:
             _report(result, options, loaded.name, folder)
 
 
+def _evaluate_retrieval(options: argparse.Namespace) -> None:
+    from openvclip.evaluation import Mixture, evaluate_retrieval
+    from openvclip.processes import joined_processes
+
+    check_retrieval(options)
+    _check_run(options)
+    test_set = test_set_of(options)
+    loaded = load(options)
+    folder = options.out or _default_folder(options)
+    transform = pixels_of(options, loaded.transform)
+    words = setting(test_set, transform, pooling_of(options))
+    with cache_of(options), joined_processes() as processes:
+        if processes.is_first and not options.json:
+            captions = _plural(sum(map(len, test_set.captions)), "caption")
+            print(f"{test_set.name}: {_plural(len(test_set.videos), 'video')}, {captions}\n{words}")
+        result = evaluate_retrieval(
+            loaded.model,
+            loaded.tokenizer,
+            test_set,
+            options.videos,
+            mixture=Mixture(loaded.tuned, options.lam, options.text),
+            transform=transform,
+            out=folder,
+            run=_run_options(options, test_set.name, loaded.name),
+        )
+        if processes.is_first:
+            _report_retrieval(result, options, loaded.name, folder, words)
+
+
 def _check(options: argparse.Namespace) -> None:
     use_contract(options)
     require_effects(options)
+    here = "without a retrieval protocol, such as --protocol msrvtt-1ka"
+    refuse_unused(options.given, {"dual_softmax": here})
+    _check_run(options)
+
+
+def _check_run(options: argparse.Namespace) -> None:
     for name, least in (("batch_size", 1), ("num_workers", 0)):
         if getattr(options, name) < least:
             flag = name.replace("_", "-")
@@ -195,14 +260,11 @@ def _report(
     result: ProtocolEvaluation, options: argparse.Namespace, name: str, folder: Path
 ) -> None:
     """Write ``results.json`` and ``table.md``, and print the results."""
-    from openvclip.checkpoints.atomic import atomic_path, write_errors
     from openvclip.evaluation import as_json, as_table, time_spent
 
     content = as_json(result, per_class=options.per_class, confusion=options.confusion)
     table = as_table(result, name)
-    for file, text in (("results.json", json.dumps(content, indent=1)), ("table.md", table)):
-        with write_errors(folder / file), atomic_path(folder / file) as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
+    _write(folder, {"results.json": json.dumps(content, indent=1), "table.md": table})
     if options.json:
         print(json.dumps(content, indent=1))
     else:
@@ -210,16 +272,48 @@ def _report(
         spread = ", mean ± standard deviation over the splits" if several else ""
         print(f"\nAccuracy in %{spread}:\n\n{table}\n")
         print(f"{time_spent(result)}\nwrote {folder / 'results.json'}, {folder / 'table.md'}")
-    _report_failures(result, options)
+    wrong = "not counted" if options.leave_out_broken else "counted as wrong"
+    _report_failures(result.failures, wrong)
 
 
-def _report_failures(result: ProtocolEvaluation, options: argparse.Namespace) -> None:
-    if not result.failures:
+def _report_retrieval(
+    result: RetrievalEvaluation, options: argparse.Namespace, name: str, folder: Path, words: str
+) -> None:
+    """Write ``results.json`` and the tables, and print the results."""
+    from openvclip.evaluation import retrieval_json, retrieval_table, time_spent
+
+    content = retrieval_json(result, dual_softmax=options.dual_softmax)
+    about = f"{result.name}: {words}."
+    tables = {"table.md": f"{retrieval_table(result, name)}\n\n{about}"}
+    if options.dual_softmax:
+        table = retrieval_table(result, name, dual_softmax=True)
+        tables["table-dual-softmax.md"] = f"{table}\n\n{about} {_DUAL}"
+    files = {"results.json": json.dumps(content, indent=1), **tables}
+    _write(folder, files)
+    if options.json:
+        print(json.dumps(content, indent=1))
+    else:
+        for text in tables.values():
+            print(f"\n{text}")
+        print(f"\n{time_spent(result)}\nwrote {', '.join(str(folder / file) for file in files)}")
+    wrong = "left out with their captions" if options.leave_out_broken else "with the worst ranks"
+    _report_failures(result.failures, wrong)
+
+
+def _write(folder: Path, files: dict[str, str]) -> None:
+    from openvclip.checkpoints.atomic import atomic_path, write_errors
+
+    for file, text in files.items():
+        with write_errors(folder / file), atomic_path(folder / file) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def _report_failures(failures: Sequence[Failure], treatment: str) -> None:
+    if not failures:
         return
-    n = len(result.failures)
-    treatment = "not counted" if options.leave_out_broken else "counted as wrong"
+    n = len(failures)
     print(f"{_plural(n, 'video')} that can't be read, {treatment}:", file=sys.stderr)
-    for failure in result.failures[:5]:
+    for failure in failures[:5]:
         print(f"  {failure.reason}", file=sys.stderr)
     if n > 5:
         print(f"  and {n - 5} more, see results.json", file=sys.stderr)

@@ -7,7 +7,9 @@ import sys
 from collections.abc import Sequence
 
 from openvclip.cli import (
+    app,
     average,
+    calibrate,
     check_videos,
     convert,
     evaluate,
@@ -15,13 +17,26 @@ from openvclip.cli import (
     inspect,
     interpolate,
     predict,
+    search,
 )
 from openvclip.commands.parsing import Parser
 from openvclip.commands.streams import CLOSED_PIPE, standard_streams
 from openvclip.errors import OpenVCLIPError
 
 # A new subcommand is a module with a function add(commands), imported above and listed here.
-_SUBCOMMANDS = (inspect, convert, interpolate, average, check_videos, evaluate, predict, index)
+_SUBCOMMANDS = (
+    inspect,
+    convert,
+    interpolate,
+    average,
+    check_videos,
+    evaluate,
+    predict,
+    calibrate,
+    index,
+    search,
+    app,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -296,8 +296,8 @@ def _labels(options: argparse.Namespace) -> list[str]:
     if options.dataset:
         labels = class_names(options.dataset)
     else:
-        labels = require_names(options.labels or read_labels(options.labels_file))
-    return require_names(with_background(labels, options.background))
+        labels = require_names(options.labels or read_labels(options.labels_file), "labels")
+    return require_names(with_background(labels, options.background), "labels")
 
 
 def _figure_paths(paths: list[str], options: argparse.Namespace) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Evaluate models: accuracy on a data set, published protocols, curves along λ, tables, figures."""
+"""Evaluate models: accuracy, retrieval, published protocols, curves along λ, tables, figures."""
 
 from openvclip.evaluation.accuracy import NO_RANK, Evaluation, evaluate, evaluate_each, score
 from openvclip.evaluation.confidence import (
@@ -13,8 +13,16 @@ from openvclip.evaluation.encoding import BatchOptions, encode_videos
 from openvclip.evaluation.figures import Curve, tradeoff_figure
 from openvclip.evaluation.lambda_sweep import FIGURE_LAMBDAS, sweep
 from openvclip.evaluation.mixture import Mixture
+from openvclip.evaluation.ranking import dual_softmax, retrieval_metrics
 from openvclip.evaluation.records import Record, Records
 from openvclip.evaluation.results import ProtocolEvaluation, SplitScore
+from openvclip.evaluation.retrieval import evaluate_retrieval, require_captioned
+from openvclip.evaluation.retrieval_results import (
+    RetrievalEvaluation,
+    RetrievalScore,
+    retrieval_json,
+    retrieval_table,
+)
 from openvclip.evaluation.runner import RunOptions, evaluate_protocol, require_videos
 from openvclip.evaluation.tables import (
     as_json,
@@ -38,6 +46,8 @@ __all__ = [
     "ProtocolEvaluation",
     "Record",
     "Records",
+    "RetrievalEvaluation",
+    "RetrievalScore",
     "RunOptions",
     "Sampling",
     "SplitScore",
@@ -47,14 +57,20 @@ __all__ = [
     "as_table",
     "auroc",
     "confidence_report",
+    "dual_softmax",
     "encode_videos",
     "evaluate",
     "evaluate_each",
     "evaluate_protocol",
+    "evaluate_retrieval",
     "expected_calibration_error",
     "markdown_table",
     "mean_and_std",
+    "require_captioned",
     "require_videos",
+    "retrieval_json",
+    "retrieval_metrics",
+    "retrieval_table",
     "score",
     "sweep",
     "time_spent",

@@ -24,6 +24,7 @@ from openvclip.processes import Processes
 from openvclip.towers.temporal import encode_video
 from openvclip.towers.view import Pooling, require_pooling
 from openvclip.video import VideoDataset, VideoSample
+from openvclip.video.padding import PaddedSamples, pad_samples
 from openvclip.weights.names import named_state
 
 
@@ -83,7 +84,9 @@ def encode_videos(
 
     Args:
         model: encodes clips. On exit the model has its original weights, bitwise.
-        dataset: returns :class:`openvclip.video.VideoSample` (``details=True``).
+        dataset: returns :class:`openvclip.video.VideoSample` (``details=True``). The clips of the
+            sampler ``"seconds"`` differ in length: they are padded, and their features are those of
+            their own frames alone.
         records: batches that have a record without errors are skipped. The key of a record is the
             number of the batch.
         mixture: the weights to encode with. Each video is read once for all of them. Default: the
@@ -111,6 +114,7 @@ def encode_videos(
         dataset,
         batch_sampler=[batches[key] for key in keys],
         num_workers=min(options.num_workers, len(keys)),
+        collate_fn=pad_samples if dataset.sampling.sampler == "seconds" else None,
         pin_memory=next(model.parameters()).device.type == "cuda",
     )
     bar = _bar(len(dataset), sum(len(batches[key]) for key in remaining), processes, options)
@@ -131,7 +135,7 @@ def encode_videos(
 def _encoded(
     model: nn.Module,
     key: int,
-    sample: VideoSample,
+    sample: VideoSample | PaddedSamples,
     setters: Sequence[Callable[[], None]],
     options: BatchOptions,
     clock: Clock,
@@ -140,13 +144,16 @@ def _encoded(
     first = next(model.parameters())
     errors = {index: reason for index, reason in enumerate(sample.error) if reason}
     video = _readable(sample.video, errors).to(first.device, first.dtype)
+    lengths = None
+    if isinstance(sample, PaddedSamples):
+        lengths = _readable(sample.mask, errors).sum(dim=1).tolist()
     clock.lap("copy")
     features = []
     for set_weights in setters if len(video) else ():
         set_weights()
         clock.lap("other")
         with _autocast(first.device, options.amp):
-            features.append(_summed_over_views(model, video, options.pooling).float().cpu())
+            features.append(_clip_features(model, video, lengths, options.pooling).float().cpu())
         clock.lap("encode")
         require_finite(features[-1], lambda: named_state(model), "The features of videos")
     values = torch.stack(features, dim=1) if features else torch.empty(0)
@@ -171,6 +178,24 @@ def _readable(video: Tensor, errors: Mapping[int, str]) -> Tensor:
     if not errors:
         return video
     return video[[index for index in range(len(video)) if index not in errors]]
+
+
+def _clip_features(
+    model: nn.Module, video: Tensor, lengths: list[int] | None, pooling: Pooling
+) -> Tensor:
+    """Encode a batch to ``[B, D]``, with the frames in front of the padding alone.
+
+    Clips of one length are encoded together. So no frame of padding is computed, and the frames of
+    an expanded model do not attend to the padding.
+    """
+    if lengths is None:
+        return _summed_over_views(model, video, pooling)
+    rows: dict[int, Tensor] = {}
+    for length in sorted(set(lengths)):
+        clips = [index for index, other in enumerate(lengths) if other == length]
+        part = _summed_over_views(model, video[clips][..., :length, :, :, :], pooling)
+        rows.update(zip(clips, part, strict=True))
+    return torch.stack([rows[index] for index in range(len(lengths))])
 
 
 def _summed_over_views(model: nn.Module, video: Tensor, pooling: Pooling) -> Tensor:

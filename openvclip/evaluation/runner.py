@@ -2,60 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Container, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from openvclip.errors import EvaluationError, UsageError, VideoNotFoundError, listed, near_path
+from openvclip.errors import EvaluationError
 from openvclip.evaluation.accuracy import score
-from openvclip.evaluation.encoding import BatchOptions, batches_of, encode_videos
 from openvclip.evaluation.mixture import Mixture
-from openvclip.evaluation.records import Records
 from openvclip.evaluation.results import ProtocolEvaluation, SplitScore
+from openvclip.evaluation.video_pass import RunOptions, VideoPass, require_videos
 from openvclip.models.classifier import VIDEO_TEMPLATES, class_features
-from openvclip.models.finite import require_finite
 from openvclip.models.labels import warn_of_equal_labels
 from openvclip.models.preprocess import transform_for
-from openvclip.processes import Processes, joined_processes
-from openvclip.towers.view import FrameView
-from openvclip.video import Failure, VideoDataset
 from openvclip.video.protocols import Split
 from openvclip.video.sampling import PAPER_SAMPLING, Sampling
 from openvclip.video.transforms import Transform
-from openvclip.weights.hashing import weights_hash
-from openvclip.weights.names import named_state
 
-
-@dataclass(frozen=True)
-class RunOptions(BatchOptions):
-    """How :func:`evaluate_protocol` runs, and how it treats videos that can't be read.
-
-    Attributes:
-        batch_size: number of videos to encode at a time, each with all its views.
-        num_workers: number of processes that decode. 0 decodes in the calling process.
-        amp: dtype for autocast while encoding. ``None`` encodes without autocast.
-        progress: whether to show a progress bar. Default: only in a terminal.
-        description: text in front of the progress bar.
-        pooling: how the features of frames become the feature of a clip.
-        leave_out_broken: whether the accuracies are computed without the videos that can't be read.
-            Default: such videos count as wrong.
-        allow_missing: whether to treat missing videos as videos that can't be read. Default:
-            missing videos are an error, which is raised before a video is encoded.
-        settings: further settings of the run, as JSON objects, such as the name of the model. A run
-            with different settings can't continue in the same folder.
-    """
-
-    description: str = "evaluate"
-    leave_out_broken: bool = False
-    allow_missing: bool = False
-    settings: Mapping[str, Any] = field(default_factory=dict)
+__all__ = ["RunOptions", "evaluate_protocol", "require_videos"]
 
 
 def evaluate_protocol(
@@ -118,31 +83,21 @@ def evaluate_protocol(
         VideoOptionError: the videos can't be read with this ``sampling``.
     """
     mixture, run = mixture or Mixture(), run or RunOptions()
-    transform = transform or transform_for(model)
     paths, split_indices = _all_videos(splits)
     root = os.fspath(videos)
     if not run.allow_missing:
         require_videos(paths, root)
-    settings = _settings(model, paths, mixture, sampling, transform, run)
     names = list(dict.fromkeys(name for split in splits for name in split.class_names))
-    samples = [(path, 0) for path in paths]
-    dataset = VideoDataset(samples, root, transform=transform, sampling=sampling, details=True)
-    with joined_processes() as processes:
-        _require_folder(processes, out)
-        with Records(None if out is None else Path(out), settings, processes.rank) as records:
-            texts = mixture.text_features(
-                model, lambda: class_features(model, tokenizer, names, templates)
-            )
-            _warn_of_equal_labels(splits, names, texts[0])
-            timing = encode_videos(
-                model, dataset, records, mixture=mixture, options=run, processes=processes
-            )
+    job = VideoPass(paths, root, mixture, sampling, transform or transform_for(model), out, run)
+    encoded = job.encode(
+        model,
+        lambda: class_features(model, tokenizer, names, templates),
+        lambda texts: _warn_of_equal_labels(splits, names, texts),
+    )
     weights: list[float | None] = [*mixture.lams] or [None]
-    shape = (len(paths), len(weights), texts[0].shape[1])
-    features, errors = _features_of(records, shape, run.batch_size)
-    _require_finite(features, errors, model, mixture)
+    features, texts = encoded.features, encoded.texts
+    left_out = encoded.errors if run.leave_out_broken else ()
     rows = [dict(zip(names, text.float().cpu(), strict=True)) for text in texts]
-    left_out = errors if run.leave_out_broken else ()
     scores = {
         lam: [
             _scored(split, indices, features[:, i], left_out, rows[i])
@@ -150,39 +105,7 @@ def evaluate_protocol(
         ]
         for i, lam in enumerate(weights)
     }
-    failures = [Failure(index, dataset.path(index), why) for index, why in sorted(errors.items())]
-    # The features of the videos do not depend on the texts, so a run with other texts reuses them.
-    return ProtocolEvaluation(scores, failures, timing, {**settings, "text": mixture.text})
-
-
-def require_videos(paths: Sequence[str], root: str) -> None:
-    """Check that all videos exist.
-
-    Args:
-        paths: paths of the videos, relative to ``root``.
-        root: the folder of the videos.
-
-    Raises:
-        VideoNotFoundError: the folder or videos do not exist. The error states how many videos are
-            missing.
-    """
-    if not os.path.isdir(root):
-        raise VideoNotFoundError(f"{root}: no such folder of videos{near_path(root)}.")
-    missing = [path for path in paths if not os.path.isfile(os.path.join(root, path))]
-    if missing:
-        raise VideoNotFoundError(
-            f"{len(missing)} of {len(paths)} videos are not in {root} ({listed(missing)})"
-            f"{near_path(os.path.join(root, missing[0]))}. Check that the paths start from this "
-            "folder, or allow missing videos."
-        )
-
-
-def _require_folder(processes: Processes, out: str | os.PathLike[str] | None) -> None:
-    if processes.world_size > 1 and out is None:
-        raise UsageError(
-            f"out is None with {processes.world_size} processes. Give out, a folder that all "
-            "processes can reach: the processes exchange their results through this folder."
-        )
+    return ProtocolEvaluation(scores, encoded.failures, encoded.timing, encoded.settings)
 
 
 def _all_videos(splits: Sequence[Split]) -> tuple[list[str], list[list[int]]]:
@@ -204,36 +127,6 @@ def _all_videos(splits: Sequence[Split]) -> tuple[list[str], list[list[int]]]:
                 )
         indices.append([index_of.setdefault(path, len(index_of)) for path, _ in split.samples])
     return list(index_of), indices
-
-
-def _features_of(
-    records: Records, shape: tuple[int, ...], batch_size: int
-) -> tuple[Tensor, dict[int, str]]:
-    """Return the features ``[N, L, D]`` of all videos, NaN for unreadable videos, and the errors.
-
-    The errors are the reasons why videos are unreadable, by index of the video.
-    """
-    features = torch.full(shape, float("nan"))
-    errors: dict[int, str] = {}
-    for key, indices in enumerate(batches_of(len(features), batch_size)):
-        record = records.by_key[key]
-        errors.update({indices[index]: reason for index, reason in record.errors.items()})
-        readable = [index for index in indices if index not in errors]
-        if readable:
-            features[readable] = record.values
-    return features, errors
-
-
-def _require_finite(
-    features: Tensor, errors: Container[int], model: nn.Module, mixture: Mixture
-) -> None:
-    """Raise if the features of a readable video are NaN or infinite."""
-    readable = [index for index in range(len(features)) if index not in errors]
-    require_finite(
-        features[readable],
-        lambda: {**named_state(model), **(mixture.tuned_state(model) or {})},
-        "The features of videos",
-    )
 
 
 def _warn_of_equal_labels(splits: Sequence[Split], names: list[str], texts: Tensor) -> None:
@@ -267,48 +160,3 @@ def _scored(
         left_out=int((~counted).sum()),
         protocol=split.protocol,
     )
-
-
-def _settings(
-    model: nn.Module,
-    paths: Sequence[str],
-    mixture: Mixture,
-    sampling: Sampling,
-    transform: Transform,
-    run: RunOptions,
-) -> dict[str, Any]:
-    """Return everything that the features depend on. The names are those of ``settings.json``."""
-    tuned = mixture.tuned_state(model)
-    return {
-        **run.settings,
-        "videos": len(paths),
-        "list": _digest_text(json.dumps(paths)),
-        **_model_settings(model),
-        "tuned": None if tuned is None else weights_hash(tuned),
-        "lams": list(mixture.lams),
-        **asdict(sampling),
-        "transform": asdict(transform),
-        "batch_size": run.batch_size,
-        "amp": None if run.amp is None else str(run.amp),
-        "device": next(model.parameters()).device.type,
-        # Folders of results that were written before there was this option go on.
-        **({} if run.pooling == "unit_frames" else {"pooling": run.pooling}),
-    }
-
-
-def _model_settings(model: nn.Module) -> dict[str, Any]:
-    """Return the settings of a model that its features depend on.
-
-    These are the temporal attention, a hash of the architecture and a hash of the weights.
-    """
-    views = [getattr(module, "view", None) for module in model.modules()]
-    windows = [f"{view.window} {view.boundary}" for view in views if isinstance(view, FrameView)]
-    return {
-        "expand": ", ".join(sorted(set(windows))) or None,
-        "architecture": _digest_text(f"{model} {windows}"),
-        "weights": weights_hash(model.state_dict()),
-    }
-
-
-def _digest_text(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -5,9 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from itertools import product
-from typing import Any
+from typing import Any, Protocol
 
 from openvclip.evaluation.results import ProtocolEvaluation, SplitScore
+from openvclip.evaluation.timing import Timing
+
+
+class _Timed(Protocol):
+    @property
+    def timing(self) -> Timing: ...
 
 
 def mean_and_std(values: Iterable[float], digits: int = 1) -> str:
@@ -62,17 +68,21 @@ def as_json(
         scores = result.of(lam, protocol)
         entry["splits"] = [_split_as_json(score, per_class, confusion) for score in scores]
         results.append(entry)
-    timing = result.timing
     return {
         "settings": result.settings,
         "results": results,
         "unreadable": [failure._asdict() for failure in result.failures],
-        "timing": {
-            "clips": timing.clips,
-            "seconds": timing.wall,
-            "clips_per_second": _number(timing.clips_per_second),
-            "shares": {name: _number(value) for name, value in timing.shares().items()},
-        },
+        "timing": timing_as_json(result.timing),
+    }
+
+
+def timing_as_json(timing: Timing) -> dict[str, Any]:
+    """Return the time of a run as JSON objects; NaN becomes ``None``."""
+    return {
+        "clips": timing.clips,
+        "seconds": timing.wall,
+        "clips_per_second": _number(timing.clips_per_second),
+        "shares": {name: _number(value) for name, value in timing.shares().items()},
     }
 
 
@@ -98,11 +108,12 @@ def as_table(result: ProtocolEvaluation, name: str, columns: str = "top-{k}") ->
     return markdown_table([*header, *(columns.format(k=k) for k in (1, 5))], rows)
 
 
-def time_spent(result: ProtocolEvaluation) -> str:
+def time_spent(result: _Timed) -> str:
     """Summarise throughput and time in one line.
 
     Args:
-        result: the result of :func:`openvclip.evaluation.evaluate_protocol`.
+        result: the result of :func:`openvclip.evaluation.evaluate_protocol` or of
+            :func:`openvclip.evaluation.evaluate_retrieval`.
     """
     timing = result.timing
     if not timing.clips:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 from openvclip.errors import ClassNamesError, UsageError, did_you_mean, listed
 
@@ -18,11 +19,13 @@ def with_background(labels: Sequence[str], background: Sequence[str]) -> Sequenc
         The K labels, then the B background texts. ``labels`` itself without background texts.
 
     Raises:
-        ClassNamesError: ``background`` is one string, one of its texts is empty or is also a label.
+        ClassNamesError: ``background`` is no list, or one of its texts is empty, repeated or also a
+            label.
     """
-    _require_list(background)
-    if not background or isinstance(labels, str):
+    background = background_texts(background)
+    if not background or isinstance(labels, str) or not isinstance(labels, Iterable):
         return labels
+    labels = list(labels)
     known = set(labels)
     shared = [repr(text) for text in background if text in known]
     if shared:
@@ -41,10 +44,10 @@ def divide(class_names: Sequence[str], background: Sequence[str]) -> tuple[list[
         background: those of the class names that are never the answer.
 
     Raises:
-        ClassNamesError: ``background`` is one string.
+        ClassNamesError: ``background`` is no list, or one of its texts is empty or repeated.
         UsageError: a background text is not a class name, or no label is left.
     """
-    _require_list(background)
+    background = background_texts(background)
     unknown = [text for text in background if text not in class_names]
     if unknown:
         raise UsageError(
@@ -65,9 +68,23 @@ def divide(class_names: Sequence[str], background: Sequence[str]) -> tuple[list[
     )
 
 
-def _require_list(background: Sequence[str]) -> None:
-    if isinstance(background, str):
+def background_texts(background: Iterable[str]) -> list[str]:
+    """Check background texts and return them as a list.
+
+    Raises:
+        ClassNamesError: ``background`` is no list, or one of its texts is empty or repeated.
+    """
+    if isinstance(background, (str, bytes)):
         raise ClassNamesError(f"background is one string, {background!r}; expected a list.")
-    for index, text in enumerate(background):
+    if not isinstance(background, Iterable):
+        raise ClassNamesError(f"background is {background!r}; expected a list of texts.")
+    texts = list(background)
+    for index, text in enumerate(texts):
         if not isinstance(text, str) or not text.strip():
             raise ClassNamesError(f"background[{index}] is {text!r}; expected a non-empty text.")
+    repeated = [repr(text) for text, count in Counter(texts).items() if count > 1]
+    if repeated:
+        raise ClassNamesError(
+            f"Background texts occur more than once: {listed(repeated)}. Give each text once."
+        )
+    return texts

@@ -18,7 +18,14 @@ from openvclip.video.sampling import Sampling
 from openvclip.video.sources import source_name
 from openvclip.video.transforms import Transform
 
-__all__ = ["UNREADABLE", "VideoReader", "encode_each", "encode_one", "encode_readable"]
+__all__ = [
+    "UNREADABLE",
+    "VideoReader",
+    "encode_each",
+    "encode_one",
+    "encode_readable",
+    "require_batch_size",
+]
 
 Name = TypeVar("Name")
 
@@ -55,9 +62,7 @@ class VideoReader:
 
     def __post_init__(self) -> None:
         default_threads(self.num_threads)
-        size = self.batch_size
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise UsageError(f"batch_size={size!r}: expected a whole number of at least 1.")
+        require_batch_size(self.batch_size)
 
     def read(self, video: Any, alone: bool = False) -> tuple[str, Tensor]:
         """Return the name and the views of a video, or the crops of an image.
@@ -68,6 +73,12 @@ class VideoReader:
         """
         views = read_input(video, self.sampling, self.transform, fps=self.fps, alone=alone)
         return source_name(video), views
+
+
+def require_batch_size(size: object) -> None:
+    """Raise :class:`UsageError` unless ``size`` is a whole number of at least 1."""
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise UsageError(f"batch_size={size!r}: expected a whole number of at least 1.")
 
 
 def encode_one(video: Any, encode: Encode, reader: VideoReader) -> tuple[str, Tensor]:

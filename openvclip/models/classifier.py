@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import product
@@ -20,7 +21,7 @@ from openvclip.models.features import (
     similarity_logits,
     video_features,
 )
-from openvclip.models.finite import require_finite
+from openvclip.models.finite import require_finite, require_values
 from openvclip.models.labels import warn_of_equal_labels
 from openvclip.models.modes import evaluation_mode
 from openvclip.models.text_cache import cached_features
@@ -269,13 +270,8 @@ class _ClassTexts:
         templates: Sequence[Template],
         batch_size: int,
     ) -> None:
-        if isinstance(templates, str):
-            raise ClassNamesError(f"templates is one string, {templates!r}; expected a list.")
+        templates = require_templates(templates)
         texts = [fill_template(form, name) for name in class_names for form in templates]
-        if not texts:
-            raise ClassNamesError(
-                "templates is empty; expected at least one template, such as '{}'."
-            )
         self._n_classes = len(class_names)
         starts = range(0, len(texts), batch_size)
         self._tokens = [tokens_of(tokenizer, texts[i : i + batch_size]) for i in starts]
@@ -307,7 +303,9 @@ def encode_texts(model: nn.Module, tokens: Sequence[Tensor]) -> Tensor:
 
     Raises:
         NonFiniteWeightsError, EvaluationError: the features are not finite.
+        UsageError: weights are on the meta device.
     """
+    require_values(model)
     hidden = None if len(tokens) > 4 else True
     with evaluation_mode(model):
         encoded = [
@@ -319,33 +317,63 @@ def encode_texts(model: nn.Module, tokens: Sequence[Tensor]) -> Tensor:
     return features
 
 
-def require_names(class_names: Sequence[str]) -> list[str]:
+def require_names(class_names: Sequence[str], argument: str = "class_names") -> list[str]:
     """Check class names and return them as a list.
+
+    Args:
+        class_names: the class names.
+        argument: what the caller's argument is called, for the error.
 
     Raises:
         ClassNamesError: ``class_names`` is one string, is empty, or holds an empty or repeated
             name.
     """
-    if isinstance(class_names, str):
-        raise ClassNamesError(f"class_names is one string, {class_names!r}; expected a list.")
+    kind = "class names" if argument == "class_names" else argument
+    if isinstance(class_names, (str, bytes)):
+        raise ClassNamesError(f"{argument} is one string, {class_names!r}; expected a list.")
     if not isinstance(class_names, Iterable):
-        raise ClassNamesError(f"class_names is {class_names!r}; expected a list of names.")
+        raise ClassNamesError(f"{argument} is {class_names!r}; expected a list of names.")
     names = list(class_names)
     if not names:
-        raise ClassNamesError("class_names is empty; expected at least one name.")
+        raise ClassNamesError(f"{argument} is empty; expected at least one name.")
     invalid = [i for i, name in enumerate(names) if not (isinstance(name, str) and name.strip())]
     if invalid:
         raise ClassNamesError(
-            f"class_names[{invalid[0]}] is {names[invalid[0]]!r}; expected a non-empty string. "
-            f"Number of invalid class names: {len(invalid)}."
+            f"{argument}[{invalid[0]}] is {names[invalid[0]]!r}; expected a non-empty string. "
+            f"Number of invalid {kind}: {len(invalid)}."
         )
-    repeated = sorted({name for name in names if names.count(name) > 1})
+    repeated = sorted(name for name, count in Counter(names).items() if count > 1)
     if repeated:
         raise ClassNamesError(
-            f"Class names occur more than once: {', '.join(map(repr, repeated[:5]))}"
+            f"{kind.capitalize()} occur more than once: {', '.join(map(repr, repeated[:5]))}"
             f"{', ...' if len(repeated) > 5 else ''}. Give each class a different name."
         )
     return names
+
+
+def require_templates(templates: Sequence[Template]) -> tuple[Template, ...]:
+    """Check templates and return them as a tuple.
+
+    Raises:
+        ClassNamesError: ``templates`` is one string, is empty, or holds something else than
+            functions and strings with ``{}``.
+    """
+    if isinstance(templates, (str, bytes)):
+        raise ClassNamesError(f"templates is one string, {templates!r}; expected a list.")
+    if not isinstance(templates, Iterable):
+        raise ClassNamesError(f"templates is {templates!r}; expected a list of texts with {{}}.")
+    forms = tuple(templates)
+    if not forms:
+        raise ClassNamesError("templates is empty; expected at least one template, such as '{}'.")
+    for form in forms:
+        if not isinstance(form, str) and not callable(form):
+            raise ClassNamesError(
+                f"templates holds {form!r}; expected a text with {{}}, or a function from a class "
+                "name to a text."
+            )
+        if isinstance(form, str) and "{}" not in form:
+            raise ClassNamesError(f"Template {form!r} has no {{}} for the class name.")
+    return forms
 
 
 def fill_template(template: Template, name: str) -> str:
@@ -357,10 +385,15 @@ def fill_template(template: Template, name: str) -> str:
         name: the class name.
 
     Raises:
-        ClassNamesError: the string has no ``{}``.
+        ClassNamesError: the string has no ``{}``, or the function returns no text.
     """
     if callable(template):
-        return template(name)
+        text: object = template(name)
+        if not isinstance(text, str):
+            raise ClassNamesError(
+                f"Template {template!r} returned {text!r} for {name!r}; expected a text."
+            )
+        return text
     if "{}" not in template:
         raise ClassNamesError(f"Template {template!r} has no {{}} for the class name.")
     return template.replace("{}", name)

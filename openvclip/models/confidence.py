@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -199,7 +200,7 @@ def _temperature_of(logits: Tensor, indices: Tensor) -> float:
 def effective_confidence(
     confidence: Confidence | None, reject: bool | float | None
 ) -> tuple[Confidence, Score]:
-    """Return the settings of a prediction, with the threshold that ``reject`` asks for.
+    """Return the settings of a prediction, with ``reject`` as the threshold if it is a number.
 
     Args:
         confidence: see :func:`openvclip.predict`.
@@ -214,30 +215,29 @@ def effective_confidence(
     """
     settings = confidence or Confidence()
     score = require_score(DEFAULT_SCORE if settings.score is None else settings.score)
-    if reject is None or reject is False:
-        threshold = None if reject is False else settings.threshold
-    elif reject is True:
-        if settings.threshold is None:
-            raise UsageError(
-                "reject=True needs a calibrated threshold. Call calibrate with clips of your own "
-                "first, or give a number: reject=0.2 rejects videos with a lower score."
-            )
-        threshold = settings.threshold
-    else:
-        threshold = _number_of(reject, score)
-    return replace(settings, threshold=threshold), score
+    if reject is True and settings.threshold is None:
+        raise UsageError(
+            "reject=True needs a calibrated threshold. Call calibrate with clips of your own "
+            "first, or give a number: reject=0.2 rejects videos with a lower score."
+        )
+    if reject is None or isinstance(reject, bool):
+        return settings, score
+    return replace(settings, threshold=_number_of(reject, score)), score
 
 
 def _number_of(reject: object, score: Score) -> float:
     lowest, highest = _RANGES[score]
-    is_number = isinstance(reject, (int, float)) and math.isfinite(reject)
-    if not is_number or not lowest <= float(reject) <= highest:  # type: ignore[arg-type]
+    if not _is_number(reject) or not lowest <= float(reject) <= highest:  # type: ignore[arg-type]
         within = f" from {lowest:g} to {highest:g}" if math.isfinite(lowest) else ""
         raise UsageError(
             f"reject={reject!r}: expected True, False, or a number{within}, which is compared with "
             f"the score {score!r}."
         )
     return float(reject)  # type: ignore[arg-type]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and math.isfinite(value)
 
 
 def require_score(score: str) -> Score:
@@ -258,7 +258,7 @@ def require_calibration(keep: float, score: str = DEFAULT_SCORE) -> None:
         UsageError: ``keep`` is not in (0, 1), or ``score`` is not known.
     """
     require_score(score)
-    if not 0 < keep < 1:
+    if not _is_number(keep) or not 0 < keep < 1:
         raise UsageError(f"keep={keep!r}: expected a share between 0 and 1, such as 0.95.")
 
 
@@ -276,6 +276,8 @@ def target_indices(
     Raises:
         UsageError: there are not N targets, a label is not known, or an index is out of range.
     """
+    if isinstance(targets, str) or not isinstance(targets, Iterable):
+        raise UsageError(f"targets is {targets!r}; expected a target for each clip.")
     values = targets.tolist() if isinstance(targets, Tensor) else list(targets)
     if len(values) != n_clips:
         raise UsageError(f"{len(values)} targets are given for {n_clips} clips; expected one each.")

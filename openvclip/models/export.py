@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from openvclip.checkpoints import Contract
 from openvclip.checkpoints.exported_files import EXPORTED
-from openvclip.errors import ContractError, UnsupportedModelError, UsageError
+from openvclip.checkpoints.paths import require_path
+from openvclip.errors import ContractError, UnsupportedModelError, UsageError, reason_of
 from openvclip.models.classifier import VIDEO_TEMPLATES, TextClassifier, class_features
 from openvclip.models.exported_graph import quantise_linear, remove_unused
 from openvclip.models.exported_parts import (
@@ -39,6 +40,7 @@ from openvclip.models.exported_writing import (
     write_onnx,
     write_pt2,
 )
+from openvclip.models.finite import require_values
 from openvclip.models.modes import evaluation_mode
 from openvclip.models.preprocess import transform_for
 from openvclip.models.tokenizers import Tokenizer, as_tokenizer
@@ -89,6 +91,8 @@ class ExportSettings:
             if value not in known and not (name == "part" and value is None):
                 names = ", ".join(map(repr, known))
                 raise UsageError(f"{name}={value!r} is not known: choose one of {names}.")
+        if self.opset is not None and (type(self.opset) is not int or self.opset < 1):
+            raise UsageError(f"opset={self.opset!r}: expected a whole number such as 18.")
 
 
 def export_model(
@@ -136,7 +140,8 @@ def export_model(
             values than the model.
         CheckpointError: the file can't be written.
     """
-    path, settings = Path(path), settings or ExportSettings()
+    path = Path(require_path(path, "path", "a file to write, with the ending .onnx or .pt2"))
+    settings = settings or ExportSettings()
     if path.suffix not in EXPORTED:
         raise UsageError(
             f"{path}: the ending is {path.suffix!r}; expected .onnx (onnxruntime and other "
@@ -196,10 +201,9 @@ class _Export:
                     module, (example,), dynamic_shapes=(sizes,), strict=False
                 )
             except Exception as error:
-                reason = str(error).strip().splitlines() or [type(error).__name__]
                 raise UnsupportedModelError(
-                    f"torch.export can't export {type(self.clip).__name__} ({reason[0]}). Remove "
-                    "hooks and layers that other tools added to the model."
+                    f"torch.export can't export {type(self.clip).__name__} ({reason_of(error)}). "
+                    "Remove hooks and layers that other tools added to the model."
                 ) from error
             remove_unused(program)
             if self.settings.weights == "int8":
@@ -276,7 +280,7 @@ class _Export:
     def _size(self) -> tuple[int, int]:
         """Return height and width of a frame."""
         if self.contract is not None:
-            return (self.contract.pixels.size,) * 2
+            return (transform_of(self.contract).size,) * 2
         size = getattr(getattr(self.clip, "visual", None), "image_size", None)
         if size is None:
             size = tower_facts(self.clip).image_size
@@ -346,6 +350,7 @@ _OUTPUTS: dict[str, str] = {
 
 def _float_on_cpu(model: nn.Module) -> nn.Module:
     """Return a model whose parameters are float32 on the CPU: the model itself, or a copy."""
+    require_values(model)
     tensors = [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]
     if all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors):
         return model

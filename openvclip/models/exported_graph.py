@@ -41,7 +41,7 @@ def remove_unused(program: Any) -> None:
     program.example_inputs = None
 
 
-def quantise_linear(program: Any) -> list[str]:
+def quantise_linear(program: Any) -> None:
     """Store the weights of linear layers as 8-bit integers, with a scale for each output.
 
     torchao chooses integers and scales (``Int8WeightOnlyConfig``). The program multiplies them when
@@ -49,9 +49,6 @@ def quantise_linear(program: Any) -> list[str]:
 
     Args:
         program: a ``torch.export.ExportedProgram`` that :func:`remove_unused` has changed.
-
-    Returns:
-        The names of the weights that became integers.
     """
     by_node = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
     weights = {
@@ -59,16 +56,13 @@ def quantise_linear(program: Any) -> list[str]:
         for node in program.graph.nodes
         if node.op == "call_function" and node.target is torch.ops.aten.linear.default
     }
-    names = []
     for node in sorted((w for w in weights if w.op == "placeholder"), key=lambda w: w.name):
         spec = by_node[node.name]
         weight = program.state_dict.get(spec.target)
         if weight is None or weight.ndim != 2 or not weight.is_floating_point():
             continue
         _replace(program, node, spec, _eight_bits(weight))
-        names.append(spec.target)
     program.graph_module.recompile()
-    return names
 
 
 def _eight_bits(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,12 @@ from torch import Tensor
 from openvclip.checkpoints import Contract, atomic_path, write_errors
 from openvclip.checkpoints.contract_files import CONTRACT_KEY
 from openvclip.checkpoints.exported_files import EXTRA_FILE, read_exported_texts
-from openvclip.errors import CheckpointError, MissingDependencyError, UnsupportedModelError
+from openvclip.errors import (
+    CheckpointError,
+    MissingDependencyError,
+    UnsupportedModelError,
+    reason_of,
+)
 from openvclip.models.building import building
 from openvclip.models.exported_graph import weight_bytes
 from openvclip.models.versions import package_versions
@@ -82,7 +87,20 @@ def read_export(path: str | os.PathLike[str]) -> ExportFacts:
     Raises:
         CheckpointError: the file can't be read, or was not written by ``export_model``.
     """
-    text = read_exported_texts(path).get(FACTS_KEY)
+    return facts_of_texts(read_exported_texts(path), path)
+
+
+def facts_of_texts(texts: Mapping[str, str], path: str | os.PathLike[str]) -> ExportFacts:
+    """Return what an exported model is, from the texts that the file carries.
+
+    Args:
+        texts: the texts by key.
+        path: the file, for errors.
+
+    Raises:
+        CheckpointError: see :func:`read_export`.
+    """
+    text = texts.get(FACTS_KEY)
     if text is None:
         raise CheckpointError(
             f"{os.fspath(path)}: has no text {FACTS_KEY!r}; expected a file that "
@@ -180,7 +198,7 @@ def write_onnx(
         with quiet():
             converted.save(written, external_data=large)
         if check is not None and importlib.util.find_spec("onnxruntime") is not None:
-            check(_onnx_function(written, program.names[0]))
+            check(_runnable(written, program.names[0]))
         os.replace(written, temporary)
         if data.exists():
             with atomic_path(path.with_name(data.name)) as place:
@@ -223,6 +241,22 @@ def _folder(path: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
+def _runnable(path: Path, name: str) -> Callable[[Tensor], Tensor]:
+    """Return the function of an ONNX file.
+
+    Raises:
+        UnsupportedModelError: onnxruntime can't load the file.
+    """
+    try:
+        return _onnx_function(path, name)
+    except Exception as error:  # the errors of onnxruntime have no common class
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UnsupportedModelError(
+            f"onnxruntime can't load the exported model ({reason[0][:300]}). Leave opset out, or "
+            "update onnxruntime."
+        ) from error
+
+
 def _converted(program: Program, opset: int | None) -> Any:
     """Return the ``torch.onnx.ONNXProgram``, without the source lines of the model."""
     with quiet():
@@ -238,12 +272,17 @@ def _converted(program: Program, opset: int | None) -> Any:
                 output_names=[program.names[1]],
             )
         except Exception as error:
-            reason = str(error).strip().splitlines() or [type(error).__name__]
             raise UnsupportedModelError(
-                f"PyTorch can't translate the model to ONNX ({reason[0]}). Export a .pt2 file, or "
-                "update torch and onnxscript."
+                f"PyTorch can't translate the model to ONNX ({reason_of(error)}). Export a .pt2 "
+                "file, or update torch and onnxscript."
             ) from error
         assert converted is not None
+        version = converted.model.opset_imports.get("")
+        if opset is not None and version != opset:
+            raise UnsupportedModelError(
+                f"opset={opset}: PyTorch writes the model with version {version}. Give "
+                f"opset={version}, or leave opset out."
+            )
         for node in _nodes(converted.model):
             node.metadata_props.clear()
             for value in node.outputs:

@@ -136,6 +136,31 @@ def device_of(model: nn.Module) -> torch.device:
     return _temperature(model).device
 
 
+def usable_device(device: object) -> torch.device:
+    """Return a device on which models can run here.
+
+    Args:
+        device: a device, or its name such as ``"cuda"``.
+
+    Raises:
+        UsageError: there is no such device, or this machine does not have it; or it is the meta
+            device, which holds no values.
+    """
+    expected = "expected a device of this machine, such as 'cpu' or 'cuda'"
+    if isinstance(device, bool) or not isinstance(device, (str, int, torch.device)):
+        raise UsageError(f"device={device!r}: {expected}.")
+    try:
+        known = torch.device(device)
+        if known.type != "meta":
+            torch.empty(0, device=known)
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError, ImportError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise UsageError(f"device={device!r} can't be used here ({reason}); {expected}.") from error
+    if known.type == "meta":
+        raise UsageError(f"device={device!r}: the meta device holds no values; {expected}.")
+    return known
+
+
 def encode_text(model: nn.Module, tokens: Tensor) -> Tensor:
     """Return the features ``[n, D]`` of texts, not normalised.
 

@@ -1,15 +1,35 @@
-"""Errors for logits and features that are not finite."""
+"""Errors for weights without values, and for logits and features that are not finite."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from openvclip.errors import EvaluationError, NonFiniteWeightsError, listed
+from openvclip.errors import EvaluationError, NonFiniteWeightsError, UsageError, listed
 from openvclip.weights.numerics import non_finite_names
 from openvclip.weights.shards import local
+
+
+def require_values(model: nn.Module) -> None:
+    """Check that no parameter of a model is on the meta device, which holds no values.
+
+    Accelerate keeps the weights that it offloads there, and loads them when they are used. Such
+    models pass.
+
+    Raises:
+        UsageError: a parameter is on the meta device. The error names the first of them.
+    """
+    if not any(value.is_meta for value in model.parameters()):
+        return
+    names = [name for name, value in model.named_parameters() if value.is_meta]
+    if not any(hasattr(part, "_hf_hook") for part in model.modules()):
+        raise UsageError(
+            f"The model has no values in {len(names)} weights, which are on the meta device "
+            f"({listed(names)}). Call model.to_empty(device='cpu') and load the weights, or create "
+            "the model outside of torch.device('meta')."
+        )
 
 
 def require_finite(values: Tensor, weights: Callable[[], Mapping[str, Tensor]], what: str) -> None:

@@ -21,6 +21,7 @@ from openvclip.checkpoints.contract_files import CONTRACT_FILE, CONTRACT_KEY, re
 from openvclip.checkpoints.contract_sections import Base
 from openvclip.checkpoints.folders import advice_for_folder
 from openvclip.checkpoints.formats import read_texts
+from openvclip.checkpoints.paths import require_path
 from openvclip.checkpoints.sharding import shard_names_in
 from openvclip.errors import (
     CheckpointError,
@@ -33,12 +34,17 @@ from openvclip.errors import (
 )
 from openvclip.models import hub, open_clip_folder, transformers_folder
 from openvclip.models import loading as named_models
+from openvclip.models.features import usable_device
 from openvclip.models.open_clip_config import (
     CONFIG_FILE,
     name_of_config,
     open_clip_config,
 )
-from openvclip.models.preprocess import image_processor_of, transform_for
+from openvclip.models.preprocess import (
+    image_processor_of,
+    released_or_square,
+    transform_for,
+)
 from openvclip.models.tokenizers import tokenizer_of_folder
 from openvclip.models.usage import contract_of, expand_as
 
@@ -50,6 +56,7 @@ open_clip would load one of them without a choice.
 """
 _LOCAL = "local-dir:"
 _HUB = (hub.PREFIX, "transformers:")
+_SOURCES = "the folder of a model, 'hf-hub:user/name', or the name of a model of open_clip"
 
 STANDARD_WEIGHTS = {
     "open_clip": open_clip_folder.STANDARD_WEIGHTS,
@@ -114,19 +121,23 @@ def load_stored(
         raise UsageError(
             f"dtype={dtype!r}; expected a floating-point dtype such as torch.bfloat16."
         )
-    text = os.fspath(source)
+    device = usable_device(device)
+    text = require_path(source, "source", _SOURCES)
+    if pretrained is not None:
+        pretrained = require_path(pretrained, "pretrained", "a tag of open_clip, or a file")
     is_named = text.endswith(".json") or (pretrained is not None and text in _known_names())
-    is_stored = text.startswith((*_HUB, _LOCAL)) or (not is_named and Path(text).exists())
+    is_stored = text.startswith((*_HUB, _LOCAL)) or (not is_named and os.path.exists(text))
     if is_stored and pretrained is not None:
         raise UsageError(
-            f"pretrained={os.fspath(pretrained)!r} with {text}: this source has weights of its "
+            f"pretrained={pretrained!r} with {text}: this source has weights of its "
             "own. Leave pretrained out, or give the name of a model of open_clip."
         )
     if text.startswith(_HUB):
         origin = hub.HubSource(text.partition(":")[2], **hub_options)
         stored = _load_folder(hub.download(origin, _weights_to_download), name=origin.repo)
     elif is_stored:
-        stored = _load_folder(Path(text.removeprefix(_LOCAL)))
+        folder = require_path(text.removeprefix(_LOCAL), "source", _SOURCES)
+        stored = _load_folder(Path(folder))
     elif _looks_like_path(text):
         raise CheckpointError(
             f"There is no folder {text}{near_path(text)}; expected the folder of a model, "
@@ -217,7 +228,7 @@ def _load_transformers(
     model = transformers_folder.load_model(folder, weights)
     tokenizer = tokenizer_of_folder(model, str(folder))
     if contract is None:
-        pixels = transform_for(model, "released", processor=image_processor_of(str(folder)))
+        pixels = released_or_square(model, image_processor_of(str(folder)))
         contract = contract_of(model, name, pixels)
     return StoredModel(model, tokenizer, contract)
 

@@ -54,7 +54,9 @@ class HandOver:
         """Load a model with everything that its use on videos needs.
 
         The model is expanded and used as its contract says. A model without a contract is not
-        expanded and has the released settings. Only safe files are loaded.
+        expanded and has the released settings. If transformers wrote the folder and the image
+        processor in it scales images to a square (SigLIP), the frames are scaled to a square too.
+        Only safe files are loaded.
 
         Args:
             source: a folder that :meth:`save_pretrained`, a training run, open_clip or transformers
@@ -80,6 +82,8 @@ class HandOver:
             NonFiniteWeightsError: a weight is NaN or infinite.
             ModelNameError: there is no such model, or it can't be built.
             HubError: the Hub has no such repository or revision, or does not answer.
+            UsageError: ``source`` or ``pretrained`` is no path and no name, or this machine does
+                not have the ``device``.
         """
         from openvclip.models.folders import load_stored
 
@@ -129,7 +133,8 @@ class HandOver:
 
         Raises:
             UsageError: the configuration is not known; or the tokenizer can't be saved; or the
-                model has adapters or sharded weights; or a fact is unknown.
+                model has adapters or sharded weights, or weights without values (on the meta
+                device); or a fact is unknown; or ``folder`` is no path.
             ClassNamesError: a template is a function.
             CheckpointError: the folder can't be written. An older model in it is unchanged.
         """

@@ -40,7 +40,7 @@ class HubSource:
     token: str | None = None
 
     def __post_init__(self) -> None:
-        if not _REPOSITORY.fullmatch(self.repo):
+        if not isinstance(self.repo, str) or not _REPOSITORY.fullmatch(self.repo):
             raise HubError(
                 f"{self.repo!r} is not the name of a repository on the Hugging Face Hub; expected "
                 f"user/name, as in VideoCLIP.from_pretrained('{PREFIX}user/name')."

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, CLIPModel
 from transformers.utils import logging
 
-from openvclip.errors import ModelNameError, StateMismatchError, UnsupportedModelError
+from openvclip.errors import ModelNameError, StateMismatchError, UnsupportedModelError, reason_of
 from openvclip.models.building import building
 from openvclip.models.features import require_clip
 from openvclip.models.hub import is_offline
@@ -66,16 +66,19 @@ def load(name: str, transform: str = "train") -> tuple[Any, Tokenizer, Transform
         StateMismatchError: weights of the model are missing in the file.
         UnsupportedModelError: the model is not a CLIP. The error says what to do.
     """
-    model, _ = load_clip(name)
-    pixels = transform_for(model, transform, processor=image_processor_of(name))
-    return model, tokenizer_of_folder(model, name), pixels
+    offline = is_offline(name)  # one request for the three parts
+    model, _ = load_clip(name, offline=offline)
+    processor = image_processor_of(name, offline=offline)
+    pixels = transform_for(model, transform, processor=processor)
+    return model, tokenizer_of_folder(model, name, offline=offline), pixels
 
 
-def load_clip(name: str) -> tuple[Any, list[str]]:
+def load_clip(name: str, *, offline: bool | None = None) -> tuple[Any, list[str]]:
     """Load a CLIP model of transformers.
 
     Args:
         name: see :func:`load`.
+        offline: whether the Hub can't be reached. Default: the Hub is asked.
 
     Returns:
         The model in eval mode and in float32, and the names of weights that it has no place for.
@@ -83,7 +86,8 @@ def load_clip(name: str) -> tuple[Any, list[str]]:
     Raises:
         ModelNameError, StateMismatchError, UnsupportedModelError: see :func:`load`.
     """
-    where: dict[str, Any] = {"local_files_only": is_offline(name)}
+    offline = is_offline(name) if offline is None else offline
+    where: dict[str, Any] = {"local_files_only": offline}
     try:
         config = AutoConfig.from_pretrained(name, **where)
         with without_progress():
@@ -91,7 +95,7 @@ def load_clip(name: str) -> tuple[Any, list[str]]:
                 name, config=config, dtype=torch.float32, output_loading_info=True, **where
             )
     except (ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+        reason = reason_of(error)
         if "size" in reason and isinstance(error, RuntimeError):
             raise StateMismatchError(
                 f"{name}: the weights do not fit the model of config.json: {reason}.",
@@ -100,7 +104,7 @@ def load_clip(name: str) -> tuple[Any, list[str]]:
         raise ModelNameError(
             f"transformers can't load {name}: {reason}. Expected a folder that save_pretrained "
             "wrote, or the name of a model on the Hugging Face Hub"
-            f"{', which can not be reached from here' if where['local_files_only'] else ''}."
+            f"{', which can not be reached from here' if offline else ''}."
         ) from error
     try:
         require_clip(model)
@@ -130,7 +134,7 @@ def empty_clip(folder: str) -> Any:
         with without_progress():
             model = AutoModel.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
     except (ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+        reason = reason_of(error)
         raise ModelNameError(f"transformers can't build the model of {folder}: {reason}.") from (
             error
         )

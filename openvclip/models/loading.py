@@ -218,7 +218,7 @@ def transformers_name(name: str) -> str | None:
     """
     if name.startswith(_TRANSFORMERS):
         return name.removeprefix(_TRANSFORMERS)
-    if (Path(name) / "open_clip_config.json").is_file():
+    if os.path.isfile(os.path.join(name, "open_clip_config.json")):
         return None  # config.json is the configuration of a text tower of transformers
     try:
         config = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))
@@ -244,7 +244,7 @@ def _registered_name(name: str) -> str:
         return name
     if Path(name).suffix == ".json":
         return _register(Path(name), name)
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         raise ModelNameError(
             f"{name}: this folder has no config.json with a model_type, so it is no model of "
             f"transformers. If open_clip wrote the folder, give 'local-dir:{name}'."

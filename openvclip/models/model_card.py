@@ -199,7 +199,9 @@ def _settings(contract: Contract) -> dict[str, Any]:
         "frames of a view": frames.num_frames,
         "views": frames.views,
         "sampler": frames.sampler,
-        "sampling rate": f"every {frames.sampling_rate}th frame at {frames.target_fps:g} fps",
+        "sampling rate": "one frame per second"
+        if frames.sampler == "seconds"
+        else f"every {frames.sampling_rate}th frame at {frames.target_fps:g} fps",
         "pixels": f"{pixels.size} x {pixels.size}, `{pixels.name}`",
         "mean and std": f"{list(pixels.mean)}, {list(pixels.std)}",
         "templates": f"{len(contract.templates)}, such as `{contract.templates[0]}`",

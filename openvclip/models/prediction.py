@@ -12,17 +12,18 @@ from torch import Tensor, nn
 from openvclip.checkpoints.contract import Confidence
 from openvclip.checkpoints.sizes import CLIP_VOCABULARY
 from openvclip.errors import UsageError
-from openvclip.models.background import divide, with_background
+from openvclip.models.background import background_texts, divide, with_background
 from openvclip.models.classifier import (
     VIDEO_TEMPLATES,
     Template,
     TextClassifier,
     ZeroShotClassifier,
+    require_names,
     warn_of_other_text,
 )
 from openvclip.models.confidence import confidence_score, effective_confidence
 from openvclip.models.features import cosines_of_logits, is_transformers, require_clip
-from openvclip.models.finite import require_finite
+from openvclip.models.finite import require_finite, require_values
 from openvclip.models.labels import warn_of_single_label
 from openvclip.models.modes import evaluation_mode
 from openvclip.models.preprocess import transform_for
@@ -188,6 +189,7 @@ def predict(
     """
     require_source(video)
     effective_confidence(confidence, reject)  # a wrong value is an error before the video is read
+    background = background_texts(background)
     names = None if labels is None else with_background(labels, background)
     classifier = classifier_for(model, names, tokenizer, templates)
     divide(classifier.class_names, background)
@@ -290,7 +292,8 @@ def _classifier_for(
     require_clip(model)
     if labels is None:
         raise UsageError("labels is None; expected a list of labels to choose from.")
-    return ZeroShotClassifier(model, tokenizer or default_tokenizer(model), labels, templates)
+    names = require_names(labels, "labels")
+    return ZeroShotClassifier(model, tokenizer or default_tokenizer(model), names, templates)
 
 
 @torch.no_grad()
@@ -299,7 +302,9 @@ def logits_of(classifier: TextClassifier, clips: Tensor) -> Tensor:
 
     Raises:
         NonFiniteWeightsError, EvaluationError: see :func:`openvclip.predict`.
+        UsageError: weights are on the meta device.
     """
+    require_values(classifier)
     first = next(classifier.parameters())
     with evaluation_mode(classifier):
         logits: Tensor = classifier(clips.to(first.device, first.dtype))

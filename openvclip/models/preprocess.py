@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Sequence
-from functools import lru_cache
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -70,6 +68,31 @@ def transform_for(
     return build(transform or "released", _require_size(model), mean=mean, std=std)
 
 
+def released_or_square(model: nn.Module, processor: Any | None) -> Transform:
+    """Return the transform of a model of transformers that nobody fine-tuned for videos.
+
+    Args:
+        model: a model of transformers.
+        processor: the image processor that is stored with the model, if there is one. SigLIP's
+            processor scales an image to a square, and the transform does the same. For other
+            models the transform is ``"released"``.
+    """
+    if processor is None or not _is_square(processor):
+        return transform_for(model, "released", processor=processor)
+    made = transform_of_processor(processor)
+    return made.with_(size=_image_size(model) or made.size)
+
+
+def _is_square(processor: Any) -> bool:
+    """Return whether a processor scales an image to a square, and a transform does the same."""
+    images = getattr(processor, "image_processor", processor)
+    size: Any = getattr(images, "size", None)
+    known = _does(images, "resize") and hasattr(size, "get") and not _does(images, "center_crop")
+    return bool(known and size.get("height") and size.get("height") == size.get("width")) and (
+        _interpolation(images) is not None
+    )
+
+
 def _require_size(model: nn.Module) -> int:
     size = _image_size(model)
     if size is None:
@@ -113,25 +136,30 @@ def _moments(model: nn.Module) -> tuple[Sequence[float], Sequence[float]]:
     return mean or CLIP_MEAN, std or CLIP_STD
 
 
-def image_processor_of(name: str) -> Any | None:
+_downloaded: dict[str, Any] = {}  # image processors by their name on the Hub
+
+
+def image_processor_of(name: str, *, offline: bool | None = None) -> Any | None:
     """Return the image processor that is stored with a model of transformers, or ``None``.
 
     Args:
-        name: a folder, or a name on the Hub. A name on the Hub is looked up once in a program.
+        name: a folder, or a name on the Hub. A processor of the Hub is kept for the next call. If
+            there is none, or the Hub does not answer, the next call looks again.
+        offline: whether the Hub can't be reached. Default: the Hub is asked.
     """
-    return _load_processor(name) if Path(name).is_dir() else _load_processor_once(name)
-
-
-def _load_processor(name: str) -> Any | None:
     from transformers import AutoImageProcessor
 
+    is_folder = os.path.isdir(name)
+    if not is_folder and name in _downloaded:
+        return _downloaded[name]
+    offline = is_offline(name) if offline is None else offline
     try:
-        return AutoImageProcessor.from_pretrained(name, local_files_only=is_offline(name))
+        processor = AutoImageProcessor.from_pretrained(name, local_files_only=offline)
     except (ImportError, OSError, ValueError, KeyError):
         return None
-
-
-_load_processor_once = lru_cache(maxsize=None)(_load_processor)
+    if not is_folder:
+        _downloaded[name] = processor
+    return processor
 
 
 def transform_of_processor(
@@ -172,20 +200,27 @@ def _resized_as(
     """Return the transform with the resizing of an image processor."""
     size: Any = getattr(images, "size", None)
     short = size.get("shortest_edge") if hasattr(size, "get") else None
-    resample = getattr(images, "resample", None)
-    # The numbers of Pillow and of torchvision's fast processors for bilinear and bicubic.
-    kind = {2: "bilinear", 3: "bicubic"}.get(int(getattr(resample, "value", resample) or 0))
+    kind = _interpolation(images)
     if short is not None and cut is not None and kind == "bicubic" and short >= cut:
         return build("clip", cut, mean=mean, std=std, short_side=None if short == cut else short)
     square = None if short is not None else _side(size)
     if square is not None and cut in (None, square) and kind is not None:
         name = "squash" if kind == "bicubic" else "squash_bilinear"
         return build(name, square, mean=mean, std=std)
+    how = f"size {size}, crop {cut}, resample {getattr(images, 'resample', None)}"
+    if size is None and hasattr(images, "max_num_patches"):
+        how = "it keeps the shape of each image (NaFlex), and the frames of a transform are square"
     raise UsageError(
-        f"{type(images).__name__} resizes in a way that no transform has (size {size}, crop {cut}, "
-        f"resample {resample}). Give transform= too, such as transform='clip': the mean and "
-        "standard deviation of the processor are used."
+        f"{type(images).__name__} resizes in a way that no transform has ({how}). Give transform= "
+        "too, such as transform='clip': the mean and standard deviation of the processor are used."
     )
+
+
+def _interpolation(images: Any) -> str | None:
+    """Return ``"bilinear"`` or ``"bicubic"``, or ``None`` for another interpolation."""
+    resample = getattr(images, "resample", None)
+    # The numbers of Pillow and of torchvision's fast processors.
+    return {2: "bilinear", 3: "bicubic"}.get(int(getattr(resample, "value", resample) or 0))
 
 
 def _moments_of_processor(images: Any) -> tuple[list[float], list[float]]:

@@ -18,10 +18,12 @@ from openvclip.checkpoints.atomic import atomic_folder, write_errors
 from openvclip.checkpoints.contract import Contract
 from openvclip.checkpoints.contract_files import CONTRACT_FILE, CONTRACT_KEY
 from openvclip.checkpoints.model_files import save_model_file
+from openvclip.checkpoints.paths import require_path
 from openvclip.checkpoints.sharding import shard_names_in
 from openvclip.checkpoints.texts import add_texts
 from openvclip.errors import CheckpointError, UsageError, listed
 from openvclip.models import hub, model_card, open_clip_folder, transformers_folder
+from openvclip.models.finite import require_values
 from openvclip.models.folders import RUN_CONFIG_FILE, STANDARD_WEIGHTS, StoredModel
 from openvclip.models.open_clip_config import CONFIG_FILE, name_of_config
 from openvclip.models.tokenizers import as_tokenizer
@@ -55,6 +57,17 @@ class SaveOptions:
     max_shard_size: int | None = None
     title: str | None = None
 
+    def require_valid(self) -> None:
+        """Raise :class:`UsageError` if a value is of another kind."""
+        if not isinstance(self.config, (str, os.PathLike, Mapping, type(None))):
+            raise UsageError(
+                f"config={self.config!r}: expected a dictionary, a JSON file, or a name in "
+                "open_clip."
+            )
+        title = "" if self.title is None else self.title
+        if not isinstance(title, str) or title.encode(errors="ignore").decode() != title:
+            raise UsageError(f"title={self.title!r}: expected a text.")
+
 
 _USUAL = SaveOptions()
 
@@ -69,7 +82,8 @@ def save_stored(
             known; or its tokenizer can't be saved.
         CheckpointError: the folder can't be written.
     """
-    path = Path(folder)
+    path = _folder(folder)
+    options.require_valid()
     if path.is_file():
         raise CheckpointError(f"{path} is a file; expected the path of a folder.")
     with write_errors(path), atomic_folder(path, lambda new: _outdated(path, new)) as temporary:
@@ -98,6 +112,7 @@ def push_stored(
         HubError: there is no token, access is denied, or the Hub can't be reached.
     """
     hub.require_token(repo, hub_options.get("token"))
+    options.require_valid()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         contract = _write_model(stored, folder, options, repo=repo)
@@ -128,9 +143,11 @@ def describe_folder(
         UsageError: the configuration is not known, or the tokenizer can't be saved.
         CheckpointError: the folder can't be written.
     """
-    path = Path(folder)
+    path = _folder(folder)
+    weights = require_path(weights, "weights", "the name of a file of weights")
+    options = SaveOptions(config)
+    options.require_valid()
     with write_errors(path), atomic_folder(path) as temporary:
-        options = SaveOptions(config)
         stored = _prepared(stored)
         name = _write_config(stored, temporary, options, config_file=RUN_CONFIG_FILE)
         text = stored.contract.with_(weights=weights, model=name).to_json()
@@ -199,7 +216,12 @@ def _write_config(
     return name_of_config(config, contract.model)
 
 
+def _folder(folder: object) -> Path:
+    return Path(require_path(folder, "folder", "the path of a folder"))
+
+
 def _require_storable(model: nn.Module) -> None:
+    require_values(model)
     state = named_state(model)
     sharded = [name for name, value in state.items() if is_sharded(value)]
     if sharded:

@@ -9,10 +9,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from openvclip.models.classifier import Template, ZeroShotClassifier, encode_texts, require_names
+from openvclip.models.classifier import (
+    Template,
+    ZeroShotClassifier,
+    encode_texts,
+    require_names,
+    require_templates,
+)
 from openvclip.models.features import device_of
 from openvclip.models.labels import warn_of_single_label
-from openvclip.models.tokenizers import Tokenizer, as_tokenizer
+from openvclip.models.tokenizers import Tokenizer, as_tokenizer, tokens_left_out
 from openvclip.towers.view import Pooling
 
 __all__ = ["TextSide"]
@@ -44,12 +50,18 @@ class TextSide:
             tokens = [self._tokenize(texts[i : i + _TEXTS]) for i in starts]
         return encode_texts(self._model, tokens)
 
+    def left_out(self, text: str) -> int:
+        """Return the number of tokens of a text that the tokenizer cuts off."""
+        with self._lock:
+            return tokens_left_out(self._tokenize, text)
+
     def classifier(
         self, labels: Sequence[str], templates: Sequence[Template], pooling: Pooling
     ) -> ZeroShotClassifier:
         """Return the classifier of labels, a kept one if it fits the present weights."""
-        names = require_names(labels)
-        key = (tuple(names), templates if isinstance(templates, str) else tuple(templates), pooling)
+        names = require_names(labels, "labels")
+        templates = require_templates(templates)
+        key = (tuple(names), templates, pooling)
         with self._lock:
             kept = self._classifiers.pop(key, None)
             if kept is None or not self._is_current(kept):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from openvclip.checkpoints.contract import Confidence
 from openvclip.commands.progress import progress_bar
+from openvclip.models.batching import require_batch_size
 from openvclip.models.classifier import VIDEO_TEMPLATES, Template
 from openvclip.models.drawing import new_figure, save_figure
 from openvclip.models.prediction import classifier_for, logits_of
@@ -99,12 +100,12 @@ class Timeline:
         Raises:
             MissingDependencyError: matplotlib is not installed.
         """
-        indices = self._most_probable(top)
+        indices = self.most_probable(top)
         figure = new_figure(8, 1.6 + 0.34 * len(indices))
         _draw(figure, figure.add_subplot(), self, indices)
         save_figure(figure, path)
 
-    def _most_probable(self, top: int) -> list[int]:
+    def most_probable(self, top: int) -> list[int]:
         """Return the indices of the labels to draw.
 
         Labels are ranked by their highest probability over all windows, and the first ``top``
@@ -162,6 +163,7 @@ def predict_timeline(
         LabelWarning, TextFeaturesWarning: see :func:`openvclip.predict`.
     """
     require_source(video)
+    require_batch_size(batch_size)
     classifier = classifier_for(model, labels, tokenizer, templates)
     windows = sliding_windows(
         video,

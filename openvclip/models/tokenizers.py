@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openvclip.errors import ModelNameError, UsageError
+from openvclip.errors import ModelNameError, UsageError, reason_of
 from openvclip.models.features import is_transformers, text_rules
 from openvclip.models.hub import is_offline
 
@@ -132,22 +132,24 @@ def tokens_of(tokenizer: Tokenizer, texts: list[str]) -> Tensor:
     return tokens
 
 
-def tokenizer_of_folder(model: nn.Module, name: str) -> Tokenizer:
+def tokenizer_of_folder(model: nn.Module, name: str, *, offline: bool | None = None) -> Tokenizer:
     """Return the tokenizer that is stored with a model of transformers.
 
     Args:
         model: the model.
         name: a folder, or a name on the Hugging Face Hub.
+        offline: whether the Hub can't be reached. Default: the Hub is asked.
 
     Raises:
         ModelNameError: there is no tokenizer, or it can't be loaded.
     """
     from transformers import AutoTokenizer
 
+    offline = is_offline(name) if offline is None else offline
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=is_offline(name))
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=offline)
     except (ImportError, OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+        reason = reason_of(error)
         raise ModelNameError(
             f"The tokenizer of {name} can't be loaded: {reason}. Save the tokenizer in the folder "
             "of the model, with processor.save_pretrained(folder)."
@@ -170,3 +172,38 @@ def same_tokens(first: Tokenizer, second: Tokenizer) -> bool:
     """
     tokens, others = first(list(_SAMPLES)).cpu(), second(list(_SAMPLES)).cpu()
     return tokens.shape == others.shape and torch.equal(tokens, others)
+
+
+def tokens_left_out(tokenizer: Tokenizer, text: str) -> int:
+    """Return the number of tokens of a text that a tokenizer cuts off, 0 if it cuts nothing.
+
+    Tokenizers do not say that they cut a text. So the tokens of its parts are counted too.
+
+    Args:
+        tokenizer: a function from a list of texts to a tensor; see :func:`as_tokenizer`.
+        text: the text.
+    """
+
+    def counts(*texts: str) -> list[int]:
+        """The tokens of texts, without the marks at the beginning and at the end."""
+        tokens = tokens_of(tokenizer, ["", *texts]).cpu()
+        if tokens.ndim == 3:  # the attention mask is below the ids
+            used = tokens[:, 1].sum(dim=1)
+        else:  # the places before the padding, which the empty text has at its end
+            other = tokens != tokens[0, -1]
+            places = torch.arange(1, tokens.shape[1] + 1)
+            used = (other * places).max(dim=1).values
+        return [int(count) for count in (used - used[0]).tolist()[1:]]
+
+    def all_of(part: str) -> int:
+        count, longer = counts(part, f"{part} a a a")
+        if longer > count or len(part) < 2:
+            return count
+        middle = len(part) // 2
+        spaces = [i for i, letter in enumerate(part) if letter.isspace()]
+        cut = min(spaces, key=lambda i: abs(i - middle), default=middle)
+        cut = cut if 0 < cut < len(part) - 1 else middle
+        return all_of(part[:cut]) + all_of(part[cut:])
+
+    count, longer = counts(text, f"{text} a a a")
+    return 0 if longer > count or count == 0 else max(0, all_of(text) - count)

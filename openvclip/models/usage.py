@@ -95,9 +95,19 @@ def expansion_section(model: nn.Module) -> Expansion | None:
 
 
 def frames_section(sampling: Sampling) -> Frames:
-    """Return the frames of a sampling. The library that decodes is left out."""
+    """Return the frames of a sampling. The library that decodes is left out.
+
+    Raises:
+        ContractError: the sampling has a ``last_second``, which is of one data set alone.
+    """
     values = asdict(sampling)
     values.pop("backend")
+    last = values.pop("last_second")
+    if last is not None:
+        raise ContractError(
+            f"sampling has last_second={last}, which can't be stored with a model. Give "
+            "sampling.with_(last_second=None)."
+        )
     return Frames(**values)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 _PACKAGES = ("openvclip", "torch", "open_clip_torch", "transformers", "av", "webdataset", "numpy")
@@ -10,6 +11,11 @@ _PACKAGES = ("openvclip", "torch", "open_clip_torch", "transformers", "av", "web
 
 def package_versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that are installed, by name."""
+    return dict(_versions())
+
+
+@cache  # the files of the packages are searched once
+def _versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from openvclip.checkpoints.contract import Confidence, Contract
 from openvclip.errors import UsageError
-from openvclip.models.background import with_background
+from openvclip.models.background import background_texts, with_background
 from openvclip.models.batching import encode_each, encode_one
 from openvclip.models.classifier import (
     Template,
     ZeroShotClassifier,
+    require_names,
 )
 from openvclip.models.confidence import (
     DEFAULT_SCORE,
@@ -22,8 +23,9 @@ from openvclip.models.confidence import (
     calibrate,
     effective_confidence,
     require_calibration,
+    target_indices,
 )
-from openvclip.models.features import device_of
+from openvclip.models.features import device_of, usable_device
 from openvclip.models.hand_over import HandOver
 from openvclip.models.prediction import (
     Prediction,
@@ -54,7 +56,9 @@ class VideoCLIP(VideoFeatures, HandOver):
     its accuracy falls without an error. The window, the boundary and the expanded layers are read
     from the model.
 
-    All methods run in eval mode and without gradients. Several threads can use one object.
+    All methods run in eval mode and without gradients. Several threads can use one object. Frozen
+    weights (``requires_grad_(False)``) can change results by rounding, because PyTorch chooses
+    other kernels for them.
 
     Args:
         model: an open_clip model, or a model of transformers such as ``CLIPModel`` or
@@ -90,9 +94,10 @@ class VideoCLIP(VideoFeatures, HandOver):
         UnsupportedModelError: ``model`` is neither a CLIP of open_clip nor of transformers.
         PromptingError: the model has prompts.
         UsageError: ``model`` is a classifier; or the tokenizer of the model is not known; or
-            ``pooling`` is unknown; or the contract says that class names are encoded by the
-            original CLIP, whose weights are not in the model.
-        VideoOptionError: ``transform`` or ``sampling`` is random.
+            ``contract`` is no contract; or ``pooling`` is unknown; or the contract says that class
+            names are encoded by the original CLIP, whose weights are not in the model.
+        VideoOptionError: ``transform`` or ``sampling`` is random or of another kind.
+        ClassNamesError: ``templates`` is empty, or holds something else than templates.
         ContractError: the contract names something that this version of openvclip does not know.
     """
 
@@ -167,8 +172,11 @@ class VideoCLIP(VideoFeatures, HandOver):
 
         Args:
             device: the device, such as ``"cuda"``.
+
+        Raises:
+            UsageError: this machine has no such device.
         """
-        self.model.to(device)
+        self.model.to(device if isinstance(device, torch.dtype) else usable_device(device))
         self._texts.clear()
         return self
 
@@ -255,6 +263,7 @@ class VideoCLIP(VideoFeatures, HandOver):
         reader = self._reader(fps, batch_size, num_threads, progress)
         confidence = self.confidence
         effective_confidence(confidence, reject)  # a wrong value is an error before videos are read
+        background = background_texts(background)
         classifier = self.classifier(with_background(labels, background))
 
         def prediction(name: str, row: Tensor) -> Prediction:
@@ -307,7 +316,10 @@ class VideoCLIP(VideoFeatures, HandOver):
             CalibrationWarning: all videos are classified correctly, so the temperature stays 1.
         """
         require_calibration(keep, score)
+        labels = require_names(labels, "labels")
         several: list[Any] = list(videos) if is_several(videos) else [videos]
+        if targets is not None:  # wrong targets are an error before videos are read
+            targets = target_indices(targets, labels, len(several))
         predictions = self.classify(several, labels, background=background, reject=False, **reading)
         self.confidence = calibrate(predictions, targets, keep=keep, score=score)
         return self.confidence

@@ -14,7 +14,7 @@ from torch.nn import functional
 from openvclip.errors import OpenVCLIPError, UsageError, VideoShapeError
 from openvclip.models.batching import VideoReader, encode_each, encode_one, encode_readable
 from openvclip.models.features import device_of, video_features
-from openvclip.models.finite import require_finite
+from openvclip.models.finite import require_finite, require_values
 from openvclip.models.modes import evaluation_mode
 from openvclip.models.text_side import TextSide
 from openvclip.towers.view import Pooling
@@ -186,7 +186,21 @@ class VideoFeatures:
         features = self._texts.encode(several).float().cpu()
         return features[0] if isinstance(texts, str) else features
 
+    def tokens_left_out(self, text: str) -> int:
+        """Return the number of tokens of a text that exceed the length of a text of the model.
+
+        :meth:`encode_text` cuts these tokens off, so they have no effect.
+
+        Args:
+            text: the text.
+
+        Returns:
+            0 if the text fits.
+        """
+        return self._texts.left_out(text)
+
     def _autocast(self) -> AbstractContextManager[None]:
+        require_values(self.model)  # autocast has no meta device
         dtype = self.autocast
         context: AbstractContextManager[None] = torch.autocast(
             device_of(self.model).type, dtype, enabled=dtype is not None

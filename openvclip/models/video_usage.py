@@ -8,8 +8,13 @@ from dataclasses import dataclass
 from torch import nn
 
 from openvclip.checkpoints.contract import Contract
-from openvclip.errors import ClassNamesError, PromptingError, UsageError, VideoOptionError
-from openvclip.models.classifier import VIDEO_TEMPLATES, Template, TextClassifier
+from openvclip.errors import PromptingError, UsageError, VideoOptionError
+from openvclip.models.classifier import (
+    VIDEO_TEMPLATES,
+    Template,
+    TextClassifier,
+    require_templates,
+)
 from openvclip.models.features import require_clip
 from openvclip.models.preprocess import transform_for
 from openvclip.models.usage import pooling_of, sampling_of, text_source_of, transform_of
@@ -19,6 +24,9 @@ from openvclip.video.sampling import PAPER_SAMPLING, Sampling
 from openvclip.video.transforms import Transform
 
 __all__ = ["VideoUsage", "name_of", "require_usable", "usage_for"]
+
+
+_MOST_VALUES = 2**32  # of the input of one video, which is in memory as a whole
 
 
 @dataclass(frozen=True)
@@ -62,9 +70,7 @@ def usage_for(
         pooling = "unit_frames" if contract is None else pooling_of(contract)
     _require_fixed(sampling, transform)
     require_pooling(pooling)
-    if isinstance(templates, str):
-        raise ClassNamesError(f"templates is one string, {templates!r}; expected a list.")
-    return VideoUsage(sampling, transform, tuple(templates), pooling)
+    return VideoUsage(sampling, transform, require_templates(templates), pooling)
 
 
 def require_usable(model: nn.Module, contract: Contract | None) -> None:
@@ -81,9 +87,16 @@ def require_usable(model: nn.Module, contract: Contract | None) -> None:
     if is_prompted(model) or hasattr(model, "openvclip_prompts"):
         raise PromptingError(
             "The model has prompts, which VideoCLIP does not support. Create an "
-            "openvclip.prompting.VideoClassifier, and call openvclip.predict(classifier, video)."
+            "openvclip.prompting.VideoClassifier, and call openvclip.predict(classifier, video). "
+            "To hand the model over, save the prompts with openvclip.prompting.save(model, path), "
+            "and give the model without prompts with the file."
         )
     require_clip(model)
+    if contract is not None and not isinstance(contract, Contract):
+        raise UsageError(
+            f"contract is {contract!r}; expected a Contract, such as "
+            "openvclip.checkpoints.read_contract(path) returns."
+        )
     if contract is not None and text_source_of(contract) == "original":
         raise UsageError(
             "The contract says that class names are encoded by the original CLIP, whose text "
@@ -94,7 +107,26 @@ def require_usable(model: nn.Module, contract: Contract | None) -> None:
 
 
 def _require_fixed(sampling: Sampling, transform: Transform) -> None:
-    """Raise :class:`VideoOptionError` if two predictions of one video would differ."""
+    """Raise :class:`VideoOptionError` unless the settings give each video one input, of some size.
+
+    Two predictions of one video must not differ, and the input must fit into memory.
+    """
+    if not isinstance(sampling, Sampling):
+        raise VideoOptionError(
+            f"sampling is {sampling!r}; expected openvclip.video.Sampling(num_frames=8, ...)."
+        )
+    if not isinstance(transform, Transform):
+        raise VideoOptionError(
+            f"transform is {transform!r}; expected openvclip.models.transform_for(model), or "
+            "openvclip.video.transforms.build(name, size): the contract stores the transform."
+        )
+    values = sampling.views * sampling.num_frames * transform.crops * 3 * transform.size**2
+    if values > _MOST_VALUES:
+        raise VideoOptionError(
+            f"A video would be {values:,} numbers: {sampling.views} views of "
+            f"{sampling.num_frames} frames, {transform.crops} crops, {transform.size} pixels. "
+            f"Expected at most {_MOST_VALUES:,} (16 GiB). Give fewer frames, views or pixels."
+        )
     if transform.random:
         raise VideoOptionError(
             f"transform is {transform.name!r}, which is random. Give "

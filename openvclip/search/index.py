@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -18,7 +18,9 @@ from openvclip.search.building import BuildOptions
 from openvclip.search.identity import require_same_model
 from openvclip.search.inputs import VideoPaths
 from openvclip.search.moments import Moment
+from openvclip.search.queries import as_queries
 from openvclip.search.recorded import ModelSource
+from openvclip.search.searching import search_index
 from openvclip.search.storage import Block, IndexSettings, Snapshot, Storage
 from openvclip.search.updating import Report, Updating
 from openvclip.search.windows import Window, WindowOptions, WindowSettings
@@ -193,41 +195,62 @@ class Index:
 
     # --- search --------------------------------------------------------------------------------
 
+    @overload
+    def search(
+        self,
+        query: list[Any] | tuple[Any, ...],
+        k: int = ...,
+        *,
+        negative: Any = ...,
+        min_score: float | None = ...,
+    ) -> list[list[Moment]]: ...
+
+    @overload
+    def search(
+        self, query: Any, k: int = ..., *, negative: Any = ..., min_score: float | None = ...
+    ) -> list[Moment]: ...
+
     def search(
         self,
         query: Any,
         k: int = 10,
         *,
-        negative: Sequence[str] = (),
+        negative: Any = (),
         min_score: float | None = None,
     ) -> Any:
         """Return the moments that fit a query best.
 
+        The score of a window is its cosine similarity with the query. Neighbouring windows that fit
+        about as well are one moment; see :mod:`openvclip.search.moments`.
+
         Args:
-            query: a sentence, an image, a clip or a vector; or a list of queries.
-            k: number of moments.
-            negative: sentences of what the moments must not show.
-            min_score: smallest score of a moment.
+            query: a sentence; an image or a video: a ``pathlib.Path``, an image of Pillow, an array
+                or another :data:`openvclip.video.VideoSource`; a :class:`~openvclip.search.Clip`;
+                or a vector, floats ``[D]``. A list is several queries. A ``str`` is always a
+                sentence. It is encoded as it is, without templates.
+            k: number of moments. If there are fewer, all are returned.
+            negative: a query or several queries of what the moments must not show, such as
+                sentences. A window that is at least as similar to one of them as to ``query`` is
+                in no moment.
+            min_score: lowest score of a moment, from -1 to 1. Default: for a sentence the threshold
+                of a calibrated model, see :meth:`openvclip.VideoCLIP.calibrate`; otherwise no
+                limit. With -1 there is no limit.
 
         Returns:
-            A list of :class:`~openvclip.search.Moment`, or a list of lists for several queries.
+            A list of :class:`~openvclip.search.Moment`, best first; equal scores are sorted by path
+            and time. The list is empty if nothing fits. For several queries, a list of such lists.
+
+        Raises:
+            SearchError: a sentence is empty or longer than the model reads, a part of a video is
+                empty, a vector has another length, ``k`` or ``min_score`` is out of range, or the
+                index can't be read.
+            VideoError, VideoNotFoundError, VideoShapeError, VideoOptionError, UsageError: an image
+                or a video can't be read.
+            OpenVCLIPError: the model of the index can't be loaded.
         """
-        if isinstance(query, list):
-            return [self.search(q, k, negative=negative, min_score=min_score) for q in query]
-        now = self.snapshot()
-        text = isinstance(query, str) and not os.path.exists(query)
-        vector = self.model.encode_text(query) if text else self.model.encode_video(query)
-        scores = np.full(len(now.video), -np.inf, dtype=np.float32)
-        for block in now.blocks:
-            part = block.vectors.astype(np.float32) @ vector.numpy()
-            scores[block.first_row : block.first_row + len(part)] = part
-        scores[now.video < 0] = -np.inf
-        best = [row for row in np.argsort(-scores, kind="stable")[:k] if scores[row] > -np.inf]
-        moments = []
-        for row, window in zip(best, now.windows(best), strict=True):
-            middle = (window.start + window.end) / 2
-            moments.append(Moment(*window, float(scores[row]), middle))
-        return [m for m in moments if min_score is None or m.score >= min_score]
+        results = search_index(self, query, k, negative=negative, min_score=min_score)
+        moments = [result.moments for result in results]
+        return moments if as_queries(query)[1] else moments[0]
 
     # --- changes -------------------------------------------------------------------------------
 

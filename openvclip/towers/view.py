@@ -7,6 +7,8 @@ from typing import Literal, get_args
 
 from openvclip.errors import ExpansionOptionError, UsageError
 
+_WIDEST = 1024  # frames on either side
+
 Boundary = Literal["zero", "mask", "replicate"]
 """How temporal attention treats the frames in view that lie outside the clip.
 
@@ -73,8 +75,16 @@ def require_pooling(pooling: object) -> Pooling:
 
 
 def require_window(window: object, minimum: int = 1) -> None:
-    """Raise :class:`ExpansionOptionError` unless ``window`` is an int of at least ``minimum``."""
+    """Raise :class:`ExpansionOptionError` unless ``window`` is an int in ``[minimum, 1024]``.
+
+    Each frame gets copies of the keys and values of the frames in view, so memory grows with the
+    window.
+    """
     if isinstance(window, bool) or not isinstance(window, int) or window < minimum:
         raise ExpansionOptionError(
             f"window={window!r}: expected a number of frames on either side, {minimum} or more."
+        )
+    if window > _WIDEST:
+        raise ExpansionOptionError(
+            f"window={window}: expected at most {_WIDEST} frames on either side."
         )

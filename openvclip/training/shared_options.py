@@ -9,7 +9,7 @@ import torch
 
 from openvclip.models.loading import brings_weights
 from openvclip.training.presets import PRESETS, Preset
-from openvclip.video.sampling import Sampler, Sampling
+from openvclip.video.sampling import BY_NUMBER, Sampler, Sampling
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -105,9 +105,9 @@ def add_frame_options(group: argparse._ArgumentGroup) -> None:
 
 def unused_frame_options(args: argparse.Namespace) -> dict[str, str]:
     """Return why options of frames have no effect, for ``openvclip.commands.parsing``."""
-    whole = "with --sampler uniform: its frames span the whole video"
+    whole = f"with --sampler {args.sampler}: its frames span the whole video"
     return dict.fromkeys(
-        ("sampling_rate", "target_fps"), whole if args.sampler == "uniform" else ""
+        ("sampling_rate", "target_fps"), whole if args.sampler in BY_NUMBER else ""
     )
 
 

@@ -37,6 +37,7 @@ __all__ = [
 ]
 
 _URL = re.compile(r"[a-z][\w+.-]+(::[a-z][\w+.-]*)*://", re.IGNORECASE)
+_SILENCE = 30.0  # seconds without an answer of a web server
 _COPY = "Copy or download it again."
 _TAR = "tar://"
 
@@ -283,6 +284,21 @@ def _open_member(url: str, name: str, archive: str, stack: ExitStack) -> Any:
         raise VideoError(f"{url}: can't be read from the archive ({error}). {_COPY}") from error
 
 
+def _limits(url: str) -> dict[str, Any]:
+    """Return the options of fsspec with which a web server that does not answer is an error."""
+    from fsspec.config import conf
+
+    is_web = url.lower().startswith(("http://", "https://"))
+    if not is_web or "client_kwargs" in {**conf.get("http", {}), **conf.get("https", {})}:
+        return {}
+    try:
+        from fsspec.implementations.http import aiohttp
+    except ImportError:  # fsspec says what is missing
+        return {}
+    limit = aiohttp.ClientTimeout(total=None, sock_connect=_SILENCE, sock_read=_SILENCE)
+    return {"client_kwargs": {"timeout": limit}}
+
+
 def _open_url(url: str, stack: ExitStack) -> Any:
     member = member_of(url)
     if member is not None:
@@ -295,12 +311,13 @@ def _open_url(url: str, stack: ExitStack) -> Any:
             "download the video first."
         ) from error
     try:
-        return stack.enter_context(fsspec.open(url, "rb"))
+        return stack.enter_context(fsspec.open(url, "rb", **_limits(url)))
     except ImportError as error:
         raise MissingDependencyError(f"{url}: fsspec can't open it: {error}.") from error
     except FileNotFoundError as error:
         raise VideoNotFoundError(
-            f"{url}: no such file, or no connection. Check the URL and the connection."
+            f"{url}: no such file, or no connection, or no answer for {_SILENCE:g} seconds. Check "
+            "the URL and the connection."
         ) from error
     except Exception as error:  # the errors of a file system have any class
         reason = str(error) or type(error).__name__

@@ -32,11 +32,16 @@ def is_array(video: object) -> bool:
 
 
 def require_bytes(frames: Any, name: str, expected: str = _LAYOUTS) -> None:
-    """Check that an array has the dtype uint8.
+    """Check that an array has the dtype uint8, and values.
 
     Raises:
-        VideoShapeError: the dtype is another. The error says how to convert the array.
+        VideoShapeError: the dtype is another; the error says how to convert the array. Or the
+            tensor is on the meta device, which holds no values.
     """
+    if isinstance(frames, Tensor) and frames.is_meta:
+        raise VideoShapeError(
+            f"{name}: the tensor is on the meta device and has no values; expected {expected}."
+        )
     if frames.dtype not in (torch.uint8, np.uint8):
         kind = "array" if isinstance(frames, np.ndarray) else "tensor"
         shape = f"{frames.dtype} {list(frames.shape)}"

@@ -44,6 +44,7 @@ __all__ = [
     "Stream",
     "decoder_errors",
     "index_packets",
+    "open_container",
     "require_av",
     "with_count",
 ]
@@ -103,7 +104,7 @@ class Stream:
         self.video = EncodedVideo(video, video) if isinstance(video, str) else video
         self.path = path = self.video.name
         with decoder_errors(path):
-            self._container = _open(self.video)
+            self._container = open_container(self.video)
         try:
             with decoder_errors(path):
                 self._stream = _video_stream(self._container, path, self.video.alone)
@@ -160,6 +161,27 @@ class Stream:
     def in_order(self) -> bool:
         """Whether the time stamps of the packets are the time stamps of the frames."""
         return self.seekable or not self._stream.codec_context.has_b_frames
+
+    @property
+    def container(self) -> str:
+        """FFmpeg's names of the container, separated by commas."""
+        return str(self._container.format.name)
+
+    @property
+    def codec(self) -> str:
+        """FFmpeg's name of the codec."""
+        return str(self._stream.codec_context.codec.canonical_name)
+
+    @property
+    def pixel_format(self) -> str:
+        """FFmpeg's name of the pixel format, or ``""``."""
+        return str(self._stream.codec_context.pix_fmt or "")
+
+    @property
+    def pixel_ratio(self) -> float:
+        """Width of a pixel on a screen divided by its height."""
+        ratio = self._stream.sample_aspect_ratio or self._stream.codec_context.sample_aspect_ratio
+        return float(ratio) if ratio and 0.1 <= ratio <= 10 else 1.0
 
     def ticks(self, seconds: float) -> int:
         """Convert seconds to ticks of the stream; return at least 1."""
@@ -265,7 +287,8 @@ def index_packets(video: str | EncodedVideo) -> PacketIndex:
         return count_packets(stream._packets())
 
 
-def _open(video: EncodedVideo) -> Any:
+def open_container(video: EncodedVideo) -> Any:
+    """Return a container that PyAV has opened for reading."""
     av = require_av()
     # A media file can name other files and addresses. Only the file itself is read.
     protocol = "file" if isinstance(video.data, str) else "none"

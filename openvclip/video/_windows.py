@@ -95,6 +95,11 @@ class Picker:
     def empty(self) -> bool:
         return self._last is None
 
+    @property
+    def lacks_frames(self) -> bool:
+        """Whether the stream ended before the last frame of the window."""
+        return self.ended and self._count <= self.window.offsets[-1]
+
     def fall_back(self, frame: Any) -> None:
         """Use a frame for a window that begins after the end of the video."""
         if self.empty:

@@ -105,7 +105,8 @@ def in_order(
 ) -> Generator[Result, None, None]:
     """Return an iterator over ``read(item)`` for each item, computed ahead by threads.
 
-    When the iterator is closed, no further item is read, and the threads end.
+    When the iterator is closed, no further item is read, and the threads end. An interrupt by the
+    user (Ctrl-C) is raised at once. Threads that read an item then end later.
 
     Args:
         read: function of an item. It should give the decoder one thread (``alone=False`` of
@@ -130,17 +131,22 @@ def _in_order(
             yield reading(place, item)
         return
     waiting: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(threads, thread_name_prefix="openvclip-video") as pool:
-        try:
-            for place, item in enumerate(items):
-                waiting.append(pool.submit(reading, place, item))
-                if len(waiting) > threads:
-                    yield waiting.popleft().result()
-            while waiting:
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="openvclip-video")
+    interrupted = False
+    try:
+        for place, item in enumerate(items):
+            waiting.append(pool.submit(reading, place, item))
+            if len(waiting) > threads:
                 yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+        while waiting:
+            yield waiting.popleft().result()
+    except KeyboardInterrupt:  # a server may not answer: the user does not wait for the threads
+        interrupted = True
+        raise
+    finally:
+        for future in waiting:
+            future.cancel()
+        pool.shutdown(wait=not interrupted)
 
 
 class _Reading(Generic[Item, Result]):

@@ -23,7 +23,16 @@ from openvclip.video._stream import Stream
 from openvclip.video._torchcodec import decode_frames, require_torchcodec
 from openvclip.video._windows import REORDER, Part, SeekMissedError, groups, parts_of
 from openvclip.video._windows import Picker as _Picker
-from openvclip.video.sampling import Backend, Sampler, Sampling, StreamInfo, Window, plan, select
+from openvclip.video.sampling import (
+    BY_NUMBER,
+    Backend,
+    Sampler,
+    Sampling,
+    StreamInfo,
+    Window,
+    plan,
+    select,
+)
 from openvclip.video.sources import VideoSource, opened
 from openvclip.video.transforms import Transform
 
@@ -50,6 +59,7 @@ def read_clip(
     generator: torch.Generator | None = None,
     transform: Callable[[Tensor], Tensor] | None = None,
     fps: float | None = None,
+    last_second: int | None = None,
 ) -> Tensor:
     """Read one or more clips from a video.
 
@@ -61,13 +71,15 @@ def read_clip(
             :data:`~openvclip.video.VideoSource`. A file object is read from its beginning, and its
             position is restored. A container of PyAV is opened again and stays unchanged. Frames
             of arrays and of torchcodec's decoders are taken as they are.
-        num_frames: T, the number of frames in a view.
+        num_frames: T, the number of frames in a view. For ``"seconds"``, the largest number of
+            frames: a short video has fewer, and no frame is repeated.
         sampling_rate: distance between two frames of a view, in frames at ``target_fps``.
         target_fps: the frame rate to which ``sampling_rate`` refers, in frames per second.
         views: V, the number of clips taken from the video. The clips are spread over its length.
         sampler: ``"released"`` (the test path of the released Open-VCLIP code), ``"uniform"``
-            (centres of equal segments of the whole video, ViFi-CLIP) or ``"dense"`` (the training
-            path of the released code: a random start); see :mod:`openvclip.video.sampling`.
+            (centres of equal segments of the whole video, ViFi-CLIP), ``"dense"`` (the training
+            path of the released code: a random start) or ``"seconds"`` (a frame for each second,
+            as in text-to-video retrieval); see :mod:`openvclip.video.sampling`.
         backend: ``"pyav"`` or ``"torchcodec"``. Both return the same frames. torchcodec needs
             right time stamps in the packets. Damaged files, files without these time stamps (AVI
             and MPEG-TS with B-frames), HDR videos and mirrored videos are always decoded by PyAV.
@@ -79,6 +91,7 @@ def read_clip(
             numbers come from ``generator``. Any other function gets all clips at once.
         fps: frames per second, if ``path`` is an array of frames. The sampler ``"uniform"`` needs
             no frame rate.
+        last_second: the sampler ``"seconds"`` takes no frame after this second.
 
     Returns:
         uint8 RGB ``[V, T, C, H, W]`` on the CPU, or the result of ``transform``. An alpha channel
@@ -101,7 +114,8 @@ def read_clip(
       released code. A film of 720x576 pixels that is shown as 1024x576 stays 720x576. To apply the
       ratio, convert the file with ``ffmpeg -i in.mp4 -vf scale=iw*sar:ih,setsar=1 out.mp4``.
 
-    If a video is shorter than a view, its last frame is repeated. If the size of the frames changes
+    If a video is shorter than a view, its last frame is repeated, except with the sampler
+    ``"seconds"``. If the size of the frames changes
     inside a video, all frames are scaled to the size of the first frame.
 
     Raises:
@@ -119,7 +133,7 @@ def read_clip(
 
     Source: the released code of Open-VCLIP (PySlowFast's PyAV path).
     """
-    sampling = Sampling(num_frames, sampling_rate, target_fps, views, sampler, backend)
+    sampling = Sampling(num_frames, sampling_rate, target_fps, views, sampler, backend, last_second)
     return read_views(path, sampling, transform=transform, generator=generator, fps=fps)
 
 
@@ -148,7 +162,7 @@ def read_views(
             rows = _numbered_rows(source, sampling, transform, generator)
         else:
             rows = _decoded_rows(source, sampling, transform, generator)
-    clip = rows.view(sampling.views, sampling.num_frames, *rows.shape[1:])
+    clip = rows.view(sampling.views, len(rows) // sampling.views, *rows.shape[1:])
     if isinstance(transform, Transform):
         return clip.transpose(1, 2) if transform.crops > 1 else clip[:, :, 0]
     return clip if transform is None else transform(clip)
@@ -173,7 +187,7 @@ def _decoded_rows(
             frames = decode_frames(stream, numbers, len(stamps))
             if frames is not None:
                 return _changed(frames, changes)
-        reading = _Reading(stream, info, changes)
+        reading = _Reading(stream, info, changes, exact=sampling.sampler == "seconds")
         try:
             return reading.read(windows, stamps if stream.seekable else None)
         except _FewerFramesError as fewer:
@@ -190,8 +204,8 @@ def _numbered_rows(
     generator: torch.Generator | None,
 ) -> Tensor:
     """Return the frames of all views, as :func:`_decoded_rows` does."""
-    timed = sampling.sampler != "uniform"
-    if timed:
+    timed = sampling.sampler not in BY_NUMBER
+    if sampling.sampler != "uniform":
         video.require_rate(f"the sampler {sampling.sampler!r}")
     state = _state(generator) if sampling.sampler == "dense" else None
     windows = plan(video.info, sampling, generator)
@@ -222,7 +236,7 @@ def _changed(frames: Tensor, changes: Sequence[Callable[[Tensor], Tensor]] | Non
 def _metadata(stream: Stream, sampling: Sampling) -> tuple[StreamInfo, Sequence[int] | None]:
     """Return the metadata for :func:`plan`, and the time stamps of the frames if needed."""
     info = stream.info
-    counting = not info.timed or (sampling.sampler == "uniform" and stream.seekable)
+    counting = not info.timed or (sampling.sampler in BY_NUMBER and stream.seekable)
     if not counting and sampling.backend != "torchcodec":
         return info, None
     index = stream.packets
@@ -272,11 +286,13 @@ class _Reading:
         stream: the file.
         info: the metadata that the windows were planned with; ``None`` if the file may end earlier.
         changes: the function that is applied to the frames of each view, or ``None``.
+        exact: whether a frame that does not exist is an end of the file, however near it is.
     """
 
     stream: Stream
     info: StreamInfo | None
     changes: Sequence[Callable[[Tensor], Tensor]] | None
+    exact: bool = False
 
     def read(self, windows: Sequence[Window], stamps: Sequence[int] | None) -> Tensor:
         """Return uint8 ``[V * T, C, H, W]``, or what the changes return.
@@ -330,7 +346,10 @@ class _Reading:
                 "video; copy or download it again."
             )
         if self.info is not None and any(picker.ended for picker in pickers):
-            self._check_count(run, stream.header.fps)
+            if not self.exact:
+                self._check_count(run, stream.header.fps)
+            elif any(picker.lacks_frames for picker in pickers):
+                raise _FewerFramesError(replace(self.info, frames=run.count))
         for picker in pickers:
             picker.fall_back(run.last)
             picker.chosen()

@@ -10,6 +10,7 @@ Units: *ticks* are the time base of the stream; *frames* are counted from 0.
 Samplers: ``"released"`` is the sampling of the released Open-VCLIP code at test time (PySlowFast's
 PyAV path). ``"dense"`` is the sampling of the same code in training: the same window at a random
 start. ``"uniform"`` is the centre of each of ``num_frames`` equal segments, as in ViFi-CLIP.
+``"seconds"`` is one frame for each second, at most ``num_frames``, as in text-to-video retrieval.
 """
 
 from __future__ import annotations
@@ -17,14 +18,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 
 from openvclip.errors import VideoOptionError
 
 __all__ = [
     "BACKENDS",
+    "BY_NUMBER",
     "PAPER_SAMPLING",
     "SAMPLERS",
     "Backend",
@@ -36,16 +40,21 @@ __all__ = [
     "select",
 ]
 
-Sampler = Literal["released", "uniform", "dense"]
+Sampler = Literal["released", "uniform", "dense", "seconds"]
 """The rule that chooses the frames of a clip; see :class:`Sampling`."""
 
 Backend = Literal["pyav", "torchcodec"]
 """The library that decodes video files."""
 
-SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
-"""All samplers."""
+SAMPLERS: tuple[Sampler, ...] = ("released", "uniform", "dense")
+"""The samplers whose views all have ``num_frames`` frames. ``"seconds"`` is the other sampler."""
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 """All backends."""
+BY_NUMBER: tuple[Sampler, ...] = ("uniform", "seconds")
+"""The samplers that choose frames by their numbers, not by their times."""
+
+_MOST_FRAMES = 2**16  # frames of all views together; a video of 30 frames per second has 36 minutes
+_LONGEST = 1e6  # the largest sampling rate, and the largest frame rate
 
 
 @dataclass(frozen=True)
@@ -56,18 +65,25 @@ class Sampling:
     pixels (rotation, sample aspect ratio, HDR): see :func:`~openvclip.video.read_clip`.
 
     Attributes:
-        num_frames: T, the number of frames in a view.
+        num_frames: T, the number of frames in a view. For ``"seconds"``, the largest number of
+            frames: a short video has fewer.
         sampling_rate: distance between two frames of a view, in frames at ``target_fps``. The
-            sampler ``"uniform"`` ignores it, because its frames span the whole video.
+            samplers ``"uniform"`` and ``"seconds"`` ignore it.
         target_fps: the frame rate to which ``sampling_rate`` refers, in frames per second.
         views: V, the number of clips taken from each video.
         sampler: ``"released"`` (the test path of the released Open-VCLIP code), ``"uniform"``
-            (centres of equal segments, ViFi-CLIP) or ``"dense"`` (the training path of the released
-            Open-VCLIP code: a random start).
+            (centres of equal segments, ViFi-CLIP), ``"dense"`` (the training path of the released
+            Open-VCLIP code: a random start) or ``"seconds"`` (a frame for each second, CLIP4Clip).
         backend: ``"pyav"`` or ``"torchcodec"``. Both return the same frames.
+        last_second: ``"seconds"`` takes no frame after this second of a video. 31 for DiDeMo.
+            Default: the whole video.
+
+    The frames of all views are in memory together, so ``num_frames * views`` is at most 65,536.
+    ``sampling_rate`` is at most 1,000,000, and ``target_fps`` lies between 0.000001 and 1,000,000.
 
     Raises:
-        VideoOptionError: ``sampler`` or ``backend`` is not known, or a number is out of range.
+        VideoOptionError: ``sampler`` or ``backend`` is not known, a number is out of range,
+            ``"seconds"`` has several views, or another sampler has a ``last_second``.
     """
 
     num_frames: int = 8
@@ -76,26 +92,59 @@ class Sampling:
     views: int = 1
     sampler: Sampler = "released"
     backend: Backend = "pyav"
+    last_second: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_frames", "sampling_rate", "views"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise VideoOptionError(f"{name}={value!r}: expected a whole number of at least 1.")
-        if not (math.isfinite(self.target_fps) and self.target_fps > 0):
+        if self.num_frames * self.views > _MOST_FRAMES:
             raise VideoOptionError(
-                f"target_fps={self.target_fps!r}: expected frames per second above 0."
+                f"num_frames={self.num_frames} and views={self.views}: these are more than "
+                f"{_MOST_FRAMES} frames, which are in memory together. Give fewer."
             )
-        choices: dict[str, tuple[str, ...]] = {"sampler": SAMPLERS, "backend": BACKENDS}
+        if self.sampling_rate > _LONGEST:
+            raise VideoOptionError(
+                f"sampling_rate={self.sampling_rate}: expected at most {_LONGEST:,.0f} frames."
+            )
+        if not _is_rate(self.target_fps):
+            raise VideoOptionError(
+                f"target_fps={self.target_fps!r}: expected frames per second above 0, from "
+                f"{1 / _LONGEST:.6f} to {_LONGEST:,.0f}."
+            )
+        choices: dict[str, tuple[str, ...]] = {"sampler": get_args(Sampler), "backend": BACKENDS}
         for name, known in choices.items():
             value = getattr(self, name)
             if value not in known:
                 names = ", ".join(map(repr, known))
                 raise VideoOptionError(f"{name}={value!r} is not known: choose one of {names}.")
+        self._check_seconds()
+
+    def _check_seconds(self) -> None:
+        last = self.last_second
+        if self.sampler == "seconds" and self.views != 1:
+            raise VideoOptionError(
+                f"views={self.views} with the sampler 'seconds', whose frames span the whole "
+                "video: expected views=1."
+            )
+        if last is None:
+            return
+        if self.sampler != "seconds":
+            raise VideoOptionError(
+                f"last_second={last!r} with the sampler {self.sampler!r}: only 'seconds' uses it."
+            )
+        if isinstance(last, bool) or not isinstance(last, int) or last < 0:
+            raise VideoOptionError(f"last_second={last!r}: expected a whole number of at least 0.")
 
     def with_(self, **changes: Any) -> Sampling:
         """Return a copy with some attributes changed."""
         return replace(self, **changes)
+
+
+def _is_rate(value: object) -> bool:
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    return is_number and 1 / _LONGEST <= float(value) <= _LONGEST  # type: ignore[arg-type]
 
 
 PAPER_SAMPLING = Sampling(views=3)
@@ -166,13 +215,17 @@ def plan(
             generator.
 
     Returns:
-        V windows with ``num_frames`` offsets each.
+        V windows with ``num_frames`` offsets each; for ``"seconds"``, a window with at most
+        ``num_frames`` offsets.
 
-    Source: the released code of Open-VCLIP (PySlowFast's PyAV path) and of ViFi-CLIP (uniform).
+    Source: the released code of Open-VCLIP (PySlowFast's PyAV path), of ViFi-CLIP (uniform) and of
+    CLIP4Clip (seconds).
     """
     sampling = sampling or Sampling()
     if sampling.sampler == "dense":
         return _dense(info, sampling, generator)
+    if sampling.sampler == "seconds":
+        return _seconds(info, sampling)
     return _released(info, sampling) if sampling.sampler == "released" else _uniform(info, sampling)
 
 
@@ -237,6 +290,18 @@ def _uniform(info: StreamInfo, sampling: Sampling) -> list[Window]:
         offsets = tuple(int((i + inside) * segment) for i in range(sampling.num_frames))
         windows.append(Window(None, None, offsets))
     return windows
+
+
+def _seconds(info: StreamInfo, sampling: Sampling) -> list[Window]:
+    # The frame rate is rounded down, as in the released code. Below one frame per second, each
+    # frame is taken.
+    numbers = range(0, max(info.frames or 0, 1), max(int(info.fps), 1))
+    if sampling.last_second is not None:
+        numbers = numbers[: sampling.last_second + 1]
+    if len(numbers) > sampling.num_frames:
+        places = np.linspace(0, len(numbers) - 1, sampling.num_frames, dtype=int).tolist()
+        return [Window(None, None, tuple(numbers[place] for place in places))]
+    return [Window(None, None, tuple(numbers))]
 
 
 def _span(info: StreamInfo, sampling: Sampling) -> int:

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from heapq import heappop, heappush
+from numbers import Real
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ __all__ = ["SlidingWindow", "sliding_windows"]
 
 _ROUNDING = 1e-3  # seconds; Matroska keeps times in milliseconds
 _WHOLE = 0.9  # share of the stated length; players hide some frames at both ends
+_MOST_AT_ONCE = 100_000  # windows that begin while one frame is displayed: all are in memory
 _LONGEST = 600.0  # seconds; the longest time for which one frame is displayed
 
 
@@ -97,10 +99,9 @@ def sliding_windows(
             shape or dtype.
         MissingDependencyError: PyAV is not installed.
     """
+    _require_seconds("seconds", seconds)
     step = seconds / 2 if step is None else step
-    for name, value in (("seconds", seconds), ("step", step)):
-        if not (math.isfinite(value) and value > 0):
-            raise VideoOptionError(f"{name}={value!r}: expected a number of seconds above 0.")
+    _require_seconds("step", step)
     if isinstance(num_frames, bool) or not isinstance(num_frames, int) or num_frames < 1:
         raise VideoOptionError(f"num_frames={num_frames!r}: expected a whole number, at least 1.")
     with ExitStack() as stack:
@@ -109,6 +110,12 @@ def sliding_windows(
             source.require_rate("a timeline")
         cut = _Cut(transform, num_frames, seconds, step, damaged)
         return _windows_of(source, cut, stack.pop_all())
+
+
+def _require_seconds(name: str, value: object) -> None:
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or value <= 0:  # type: ignore[arg-type, operator]
+        raise VideoOptionError(f"{name}={value!r}: expected a number of seconds above 0.")
 
 
 @dataclass(frozen=True)
@@ -142,6 +149,11 @@ def _windows(
     frame: Callable[[], Tensor] | None = None
     pixels: Tensor | None = None
     for until, frame in shown:
+        if (until - begun * step) / step > _MOST_AT_ONCE:
+            raise VideoOptionError(
+                f"{name}: one frame is displayed until {until:g} seconds, so more than "
+                f"{_MOST_AT_ONCE} windows begin in it with step={step:g}. Give a larger step."
+            )
         while begun == 0 or begun * step + _ROUNDING < until:
             start = begun * step
             times = deque(start + i * seconds / count for i in range(count))

@@ -51,6 +51,9 @@ __all__ = [
 ]
 
 
+_FASTEST = 1e9  # frames per second
+
+
 class FrameDecoder(Protocol):
     """A decoder with the methods of torchcodec's ``VideoDecoder``."""
 
@@ -120,7 +123,8 @@ VideoSource: TypeAlias = Union[
 
 - The path of a file.
 - A URL that fsspec opens, such as ``"https://..."``, ``"s3://..."`` or ``"hf://..."``; or a file in
-  a tar archive: ``"tar://clips/a.mp4::s3://bucket/0001.tar"``.
+  a tar archive: ``"tar://clips/a.mp4::s3://bucket/0001.tar"``. A web server that sends nothing for
+  30 seconds is an error. ``client_kwargs`` in the configuration of fsspec set another time.
 - The ``bytes`` of a file, or a file object that is open in binary mode.
 - uint8 frames ``[T, H, W, C]`` or ``[T, C, H, W]``, an array of NumPy or a tensor, with ``fps=``;
   or :class:`VideoFrames`, which holds the frames and their rate.
@@ -303,10 +307,13 @@ def _checked_rate(fps: Any) -> float | None:
         return None
     try:
         rate = float(fps)  # PyAV gives a Fraction
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         rate = math.nan
-    if isinstance(fps, bool) or not (math.isfinite(rate) and rate > 0):
-        raise VideoOptionError(f"fps={fps!r}: expected a number of frames per second above 0.")
+    if isinstance(fps, bool) or not 1 / _FASTEST <= rate <= _FASTEST:
+        raise VideoOptionError(
+            f"fps={fps!r}: expected a number of frames per second above 0, from "
+            f"{1 / _FASTEST:.9f} to {_FASTEST:,.0f}."
+        )
     return rate
 
 

@@ -11,7 +11,7 @@ Source: the released code of Open-VCLIP, and Section 5.1.3 of its paper.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -33,6 +33,7 @@ CLIP_STD: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
 Change = Callable[[Tensor], Tensor]
 
+_MOST_PIXELS = 2**14  # the largest side of a frame
 # Frames are resized in chunks of at most this many values: 256 MB in float32.
 _CHUNK = 2**26
 
@@ -176,19 +177,22 @@ def build(
             crops of multi-view testing. Only possible with ``"released"`` and ``"clip"``.
 
     Raises:
-        VideoOptionError: ``name`` is not known; ``size`` is below 1; ``mean`` or ``std`` does not
-            have three values; ``color_jitter`` is negative, has another length, or is used with a
-            transform other than ``"train"``; ``short_side`` is below ``size``, or is used with a
-            transform that does not crop; or ``crops`` is neither 1 nor 3.
+        VideoOptionError: ``name`` is not known; ``size`` is below 1 or above 16,384; ``mean`` or
+            ``std`` does not have three finite values; ``color_jitter`` is negative, has another
+            length, or is used with a transform other than ``"train"``; ``short_side`` is below
+            ``size`` or above 16,384, or is used with a transform that does not crop; or ``crops``
+            is neither 1 nor 3.
     """
     if name not in _RECIPES:
         known = ", ".join(map(repr, TRANSFORMS))
         raise VideoOptionError(f"transform {name!r} is not known: choose one of {known}.")
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise VideoOptionError(f"size={size!r}: expected a whole number of pixels, at least 1.")
-    if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
+    if size > _MOST_PIXELS:
+        raise VideoOptionError(f"size={size}: expected at most {_MOST_PIXELS} pixels.")
+    if not (_are_moments(mean) and _are_moments(std) and all(value >= 1e-6 for value in std)):
         raise VideoOptionError(
-            f"mean={list(mean)}, std={list(std)}: expected three numbers each, std above 0."
+            f"mean={mean!r}, std={std!r}: expected three finite numbers each, std above 0."
         )
     jitter = _jitter(color_jitter)
     if any(jitter) and name != "train":
@@ -209,15 +213,27 @@ def build(
     return Transform(name, size, *moments, bool(hflip), jitter, short, crops)
 
 
+def _are_moments(values: object) -> bool:
+    """Return whether values are a finite number for each of three channels."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        return False
+    try:
+        numbers = [float(value) for value in values]
+    except (TypeError, ValueError):
+        return False
+    return len(numbers) == 3 and all(abs(number) < 1e6 for number in numbers)  # NaN is not
+
+
 def _short_side(option: int | Sequence[int] | None, size: int, name: str) -> tuple[int, int] | None:
     if option is None:
         return None
     ends = [option] * 2 if isinstance(option, int) else list(option)
     whole = all(isinstance(end, int) and not isinstance(end, bool) for end in ends)
-    if len(ends) != 2 or not whole or not size <= ends[0] <= ends[1]:
+    if len(ends) != 2 or not whole or not size <= ends[0] <= ends[1] <= _MOST_PIXELS:
         raise VideoOptionError(
             f"short_side={option!r}: expected a whole number of pixels, or the two ends of a range "
-            f"in ascending order. Each number must be at least the size of the crop ({size})."
+            f"in ascending order. Each number must be at least the size of the crop ({size}), and "
+            f"at most {_MOST_PIXELS}."
         )
     if ends[0] < ends[1] and name != "train":
         raise VideoOptionError(

@@ -188,8 +188,7 @@ class Adapter(RelativeWeights):
         """
         updates, lost, kept = {}, {}, {}
         for name, update in self.updates.items():
-            updates[name], lost[name] = update.compressed(rank)
-            kept[name] = updates[name].norm()
+            updates[name], lost[name], kept[name] = update.compressed_with_norm(rank)
         return replace(self, updates=updates), CompressionLoss(lost, kept)
 
     # --- in weights ----------------------------------------------------------------------------

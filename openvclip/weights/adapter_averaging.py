@@ -35,9 +35,8 @@ from openvclip.weights.numerics import (
     overwriting,
 )
 from openvclip.weights.product_sums import ProductSum
-from openvclip.weights.schedule import Tracker
+from openvclip.weights.schedule import Tracker, require_decay, warmed_up
 from openvclip.weights.schedule_free import warn_of_training_weights, watch_optimizers
-from openvclip.weights.shards import is_sharded
 
 
 class AdapterTracker(Tracker):
@@ -83,7 +82,6 @@ class AdapterTracker(Tracker):
         self._sums: dict[str, ProductSum] = {}
         self._values: dict[str, Tensor] = {}
         present = adapter_of(model, adapter, copy=False)
-        _require_whole(present)
         # What the average needs beside its sums: the layouts and the settings, without values.
         self._like = Adapter({}, {}, present.layouts, present.modules_to_save, present.base)
         self._names = {name: update.shape for name, update in present.updates.items()}
@@ -298,15 +296,6 @@ def _holding(layers: list[LiveLayer], updates: Mapping[str, LowRank]) -> Iterato
             parameter.data = data
 
 
-def _require_whole(present: Adapter) -> None:
-    parts = [part for update in present.updates.values() for part in (update.up, update.down)]
-    if any(is_sharded(part) for part in (*parts, *present.values.values())):
-        raise UsageError(
-            "The weights of the adapter are sharded (fully_shard), which averages of adapters do "
-            "not support. Train the adapter with DistributedDataParallel, which keeps it whole."
-        )
-
-
 class AdapterSWATracker(AdapterTracker):
     r"""Stochastic weight averaging of a LoRA fine-tune: the mean of the products at chosen steps.
 
@@ -370,8 +359,7 @@ class AdapterEMATracker(AdapterTracker):
         adapter: str | None = None,
         check_finite: bool = True,
     ) -> None:
-        if not 0.0 <= decay < 1.0:
-            raise UsageError(f"decay={decay!r}: expected a number in [0, 1), such as 0.9999.")
+        decay = require_decay(decay)
         super().__init__(
             model,
             start=start,
@@ -380,14 +368,13 @@ class AdapterEMATracker(AdapterTracker):
             adapter=adapter,
             check_finite=check_finite,
         )
-        self.decay = float(decay)
+        self.decay = decay
         self.warmup = warmup
 
     def _shares(self) -> tuple[float, float]:
-        n = self._n_averaged
-        if n == 0:
+        if self._n_averaged == 0:
             return 1.0, 1.0
-        decay = min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
+        decay = warmed_up(self.decay, self._n_averaged) if self.warmup else self.decay
         return decay, 1.0 - decay
 
     def _scale(self) -> float:

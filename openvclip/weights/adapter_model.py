@@ -34,6 +34,7 @@ from openvclip.weights.names import (
     named_parameters,
     unwrap,
 )
+from openvclip.weights.shards import is_sharded
 
 _INSIDE_PEFT = re.compile(r"(^|\.)base_model\.model\.")
 
@@ -92,9 +93,26 @@ def lora_layers(model: nn.Module, adapter: str | None = None) -> list[LiveLayer]
             into the weights now.
         WeightTypeError: the adapter is not plain LoRA.
     """
+    return _layers(*checked_adapter(model, adapter))
+
+
+def checked_adapter(model: nn.Module, adapter: str | None) -> tuple[dict[str, Any], str]:
+    """Return the layers of LoRA by name, and the name of the adapter to use.
+
+    Args:
+        model: see :func:`lora_layers`.
+        adapter: see :func:`lora_layers`.
+
+    Raises:
+        UsageError, WeightTypeError: see :func:`lora_layers`.
+    """
     modules = dict(_lora_modules(model))
-    adapter = adapter_name(model, modules, adapter)
-    _require_plain(model, modules, adapter)
+    name = adapter_name(model, modules, adapter)
+    _require_plain(model, modules, name)
+    return modules, name
+
+
+def _layers(modules: Mapping[str, Any], adapter: str) -> list[LiveLayer]:
     factors: dict[str, Factors] = {}
     parameters: dict[str, tuple[nn.Parameter, nn.Parameter, nn.Parameter | None]] = {}
     scales: dict[str, float] = {}
@@ -249,12 +267,12 @@ def adapter_of(model: nn.Module, adapter: str | None = None, *, copy: bool = Tru
         parameters that require gradients.
 
     Raises:
-        UsageError: the model has no LoRA, several adapters are active, or the adapter is merged
-            into the weights now.
+        UsageError: the model has no LoRA, several adapters are active, the adapter is merged into
+            the weights now, or its weights are sharded (``fully_shard``).
         WeightTypeError: the adapter is not plain LoRA: DoRA, AdaLoRA, LoHa, LoKr, IA3 and others.
     """
-    layers = lora_layers(model, adapter)
-    name = adapter_name(model, dict(_lora_modules(model)), adapter)
+    modules, name = checked_adapter(model, adapter)
+    layers = _layers(modules, name)
     settings = settings_of(model, name)
     values = {base_name(_saved(n, name)): v for n, v in trained_values(model, name).items()}
     result = Adapter(
@@ -264,7 +282,18 @@ def adapter_of(model: nn.Module, adapter: str | None = None, *, copy: bool = Tru
         settings.modules_to_save if settings else (),
         settings.base if settings else None,
     )
+    _require_whole(result)
     return copied(result) if copy else result
+
+
+def _require_whole(adapter: Adapter) -> None:
+    parts = [part for update in adapter.updates.values() for part in (update.up, update.down)]
+    if any(is_sharded(part) for part in (*parts, *adapter.values.values())):
+        raise UsageError(
+            "The weights of the adapter are sharded (fully_shard), which adapters and their "
+            "averages do not support. Train the adapter with DistributedDataParallel, which keeps "
+            "it whole."
+        )
 
 
 def copied(adapter: Adapter) -> Adapter:
@@ -351,15 +380,13 @@ def lora_anchor(
         WeightTypeError: the adapter is not plain LoRA, or its initialisation changed the weights of
             the base model (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA).
     """
-    modules = dict(_lora_modules(model))
-    name = adapter_name(model, modules, adapter)
-    _require_plain(model, modules, name)
+    modules, name = checked_adapter(model, adapter)
     trained = {n: p for n, p in named_parameters(model).items() if p.requires_grad}
     if not any(_is_lora(n) for n in trained):
         raise UsageError(
             "No factor of LoRA requires gradients. Set requires_grad before you take the anchor."
         )
-    _require_trained(lora_layers(model, name))
+    _require_trained(_layers(modules, name))
     anchor = _zeros(trained)
     originals = {} if original is None else canonical_model(original, "original")[0]
     entries, _ = live_model(model)

@@ -7,6 +7,7 @@ from torch import nn
 
 from openvclip.errors import UsageError
 from openvclip.weights.numerics import computable, foreach, lerp_
+from openvclip.weights.schedule import require_decay, warmed_up
 from openvclip.weights.tracker import Entries, WeightTracker, shards
 
 _BLOCK = 128  # models in one partial sum
@@ -152,12 +153,11 @@ class EMATracker(WeightTracker):
         check_finite: bool = True,
         device: torch.device | str | None = None,
     ) -> None:
-        if not 0.0 <= decay < 1.0:
-            raise UsageError(f"decay={decay!r}: expected a number in [0, 1), such as 0.9999.")
+        decay = require_decay(decay)
         super().__init__(
             model, start=start, every=every, dtype=dtype, check_finite=check_finite, device=device
         )
-        self.decay = float(decay)
+        self.decay = decay
         self.warmup = warmup
         self._average: Entries = {}
 
@@ -168,8 +168,7 @@ class EMATracker(WeightTracker):
             lerp_(shards(self._average), shards(weights), 1.0 - self._current_decay())
 
     def _current_decay(self) -> float:
-        n = self._n_averaged
-        return min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
+        return warmed_up(self.decay, self._n_averaged) if self.warmup else self.decay
 
     def _mean(self) -> Entries:
         return {name: value.clone() for name, value in self._average.items()}

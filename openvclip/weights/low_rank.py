@@ -135,10 +135,25 @@ class LowRank:
         Raises:
             MergeError: ``rank`` is below 1.
         """
+        update, lost, _ = self.compressed_with_norm(rank)
+        return update, lost
+
+    @torch.no_grad()
+    def compressed_with_norm(self, rank: int) -> tuple[LowRank, float, float]:
+        """Return the result of :meth:`compressed`, and the Frobenius norm of what was kept.
+
+        One decomposition gives all three.
+
+        Args:
+            rank: see :meth:`compressed`.
+
+        Raises:
+            MergeError: ``rank`` is below 1.
+        """
         if not (isinstance(rank, int) and rank >= 1):
             raise MergeError(f"rank={rank!r}: expected a whole number, at least 1.")
         if self.rank <= rank:
-            return self, 0.0
+            return self, 0.0, self.norm()
         left, values, right = self._decomposed()
         root = values[:rank].sqrt()
         dtype = compute_dtype(torch.promote_types(self.up.dtype, self.down.dtype))
@@ -148,7 +163,8 @@ class LowRank:
             down=(root[:, None] * right[:rank]).to(dtype),
             scale=1.0,
         )
-        return kept, float(torch.linalg.vector_norm(values[rank:]))
+        lost, norm = (float(torch.linalg.vector_norm(v)) for v in (values[rank:], values[:rank]))
+        return kept, lost, norm
 
     @torch.no_grad()
     def _decomposed(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,6 +20,18 @@ from openvclip.errors import (
 from openvclip.weights.numerics import non_finite_names
 
 
+def require_decay(decay: float) -> float:
+    """Return the decay of an exponential average, or raise :class:`UsageError`."""
+    if not 0.0 <= decay < 1.0:
+        raise UsageError(f"decay={decay!r}: expected a number in [0, 1), such as 0.9999.")
+    return float(decay)
+
+
+def warmed_up(decay: float, n_averaged: int) -> float:
+    """Return the decay of an exponential average after ``n_averaged`` models, with a warm-up."""
+    return min(decay, (1 + n_averaged) / (10 + n_averaged))
+
+
 class Tracker(ABC):
     """An average along a training run: of whole weights, or of LoRA adapters.
 

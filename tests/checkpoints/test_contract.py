@@ -24,8 +24,10 @@ from openvclip.checkpoints import (
     api,
     read_contract,
 )
+from openvclip.checkpoints.contract_files import merged_contract
 from openvclip.checkpoints.hugging_face import open_clip_name
-from openvclip.errors import CheckpointError, ContractError
+from openvclip.errors import CheckpointError, ContractError, ContractWarning
+from openvclip.weights import weights_hash
 from tests.checkpoints.test_conversion_hugging_face import hugging_face_model
 from tests.helpers import assert_same_state, tiny_clip
 
@@ -81,6 +83,50 @@ def changed(**fields: Any) -> str:
 def test_what_json_can_not_hold_is_refused(facts: dict[str, Any]) -> None:
     with pytest.raises(ContractError, match="can't be written as JSON"):
         CONTRACT.with_(**facts).to_json()
+
+
+@pytest.mark.parametrize("place", ["results", "data", "mood"])
+@pytest.mark.parametrize("value", ["NaN", "[1, -Infinity]", "1e999"])
+def test_numbers_that_json_does_not_have_are_refused(place: str, value: str) -> None:
+    text = changed(**{place: {"a": "HERE"}}).replace('"HERE"', value)
+    with pytest.raises(ContractError, match=r"here: .*Look for NaN"):
+        Contract.from_json(text, "here")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"expansion": {"window": 2}},
+        {"base": "ViT-B-16"},
+        {"confidence": 0.5},
+        {"unknown": [1]},
+        {"frames": None},
+        {"pixels": {"size": 2}},
+    ],
+    ids=str,
+)
+def test_sections_made_in_python_are_checked(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ContractError, match=f"{next(iter(wrong))} is .* in the contract; expected"):
+        CONTRACT.with_(**wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": float("nan")},
+        {"temperature": 1e-300},
+        {"threshold": float("nan")},
+        {"threshold": float("inf")},
+        {"keep": 2.0},
+        {"keep": float("nan")},
+        {"clips": 0},
+        {"score": 3},
+    ],
+    ids=str,
+)
+def test_a_calibration_made_in_python_is_checked(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ContractError, match=f"{next(iter(wrong))} is "):
+        Confidence(**wrong)
 
 
 def test_unknown_fields_are_written_again() -> None:
@@ -204,6 +250,53 @@ def test_an_interpolation_knows_its_share_of_the_original(
     assert contract.lam == share
 
 
+def test_the_share_is_unknown_if_the_first_model_is_not_the_original(tmp_path: Path) -> None:
+    """The first model has no contract. The contract of the second names the original CLIP."""
+    out = tmp_path / "out.safetensors"
+    for named, share in (("0", 0.5), ("1", None)):
+        base = Base("ViT-B-16", None, weights_hash({"a": torch.full((2,), float(named))}))
+        a, b = written(tmp_path, [None, CONTRACT.with_(lam=0.0, base=base, licence="é")])
+        save_file({"a": torch.zeros(2)}, a)
+        for lam in (0.5, [0.5, 1.0]):
+            outs = [out, tmp_path / "more.safetensors"] if isinstance(lam, list) else out
+            openvclip.interpolate_files(a, b, outs, lam)
+            contract = read_contract(out)
+            assert contract is not None
+            assert (contract.lam, contract.licence) == (share, "é")
+    # A merged file without a contract is not the original CLIP.
+    openvclip.average_files([a], tmp_path / "merged.safetensors")
+    a, b = written(tmp_path, [None, CONTRACT.with_(lam=0.0)])
+    openvclip.interpolate_files(tmp_path / "merged.safetensors", b, out, 0.5)
+    contract = read_contract(out)
+    assert contract is not None
+    assert contract.lam is None
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_contract_that_can_not_be_read_is_left_out_with_override(
+    beside: bool, tmp_path: Path
+) -> None:
+    a, b = written(tmp_path, [None, None])
+    if beside:
+        (tmp_path / "openvclip.json").write_bytes(b"\xff\xfe")
+    else:
+        save_file({"a": torch.ones(2)}, b, {"openvclip": "{", "format": "pt"})
+    out = tmp_path / "new" / "out.safetensors"
+    for write in (
+        lambda **options: openvclip.average_files([a, b], out, **options),
+        lambda **options: openvclip.interpolate_files(a, b, out, 0.5, **options),
+        lambda **options: openvclip.merge_files([a, b], out, lambda s: s[0], **options),
+        lambda **options: openvclip.convert_checkpoint(b, out, **options),
+    ):
+        with pytest.raises(ContractError, match=r"Give --override \(override=True\) to go on"):
+            write()
+        assert not out.exists()
+        with pytest.warns(ContractWarning, match="is used without its contract"):
+            write(override=True)
+        assert read_contract(out) is None
+        out.unlink()
+
+
 def test_models_that_are_used_differently_are_not_merged_without_a_choice(tmp_path: Path) -> None:
     first, second = CONTRACT.with_(expansion=Expansion(2, "mask")), CONTRACT.with_(frames=Frames(4))
     a, b = written(tmp_path, [first, second])
@@ -229,6 +322,44 @@ def test_the_difference_inside_a_section_is_named(tmp_path: Path) -> None:
     paths = written(tmp_path, [first, CONTRACT.with_(expansion=Expansion(2, "zero"))])
     with pytest.raises(ContractError, match=r'expansion.boundary = "mask" and .* with "zero"'):
         openvclip.average_files(paths, tmp_path / "out.safetensors")
+
+
+OTHER = {
+    "library": "transformers", "model": "ViT-L-14", "expansion": Expansion(), "frames": Frames(4),
+    "pixels": Pixels("clip", 224, PIXELS.mean, PIXELS.std), "templates": ("{}",),
+    "pooling": "frames", "text": "original",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_each_setting_of_use_counts_in_a_merge(name: str) -> None:
+    other = CONTRACT.with_(**{name: OTHER[name]})
+    difference = CONTRACT.difference(other)
+    assert difference is not None
+    assert difference[0].partition(".")[0] == name
+    assert merged_contract([(Path("a"), CONTRACT), (Path("b"), other)], override=True) == other
+    with pytest.raises(ContractError, match=f"a is used with {name}"):
+        merged_contract([(Path("a"), CONTRACT), (Path("b"), other)])
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [("licence", ("mit", "cc-by-4.0")), ("method", ("a", "b")), ("lam", (0.0, 1.0)),
+     ("base", (Base("a"), Base("b")))],
+)  # fmt: skip
+def test_facts_that_differ_are_left_out_of_a_merge(name: str, values: tuple[Any, Any]) -> None:
+    contracts = [(Path(f"{v}"), CONTRACT.with_(**{name: v})) for v in values]
+    merged = merged_contract(contracts)
+    assert merged is not None
+    assert getattr(merged, name) is None
+    assert merged_contract(contracts[:1] * 2) == contracts[0][1]
+
+
+def test_inspect_shows_the_crops(tmp_path: Path) -> None:
+    crops = Pixels("released", 224, PIXELS.mean, PIXELS.std, 256, crops=3)
+    (path,) = written(tmp_path, [CONTRACT.with_(pixels=crops)])
+    text = str(openvclip.inspect_checkpoint(path))
+    assert "224, transform released, short side 256, 3 crops, mean 0.5" in text
 
 
 def test_inspect_shows_the_contract(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from openvclip import cli
 from openvclip.cli.main import build_parser
 from openvclip.commands.parsing import Parser, unused_option
 from openvclip.errors import OpenVCLIPError, UsageError
+from openvclip.evaluation import RetrievalEvaluation, RetrievalScore, retrieval_metrics
 from openvclip.evaluation.accuracy import score
 from openvclip.evaluation.results import ProtocolEvaluation, SplitScore
 from openvclip.evaluation.timing import Timing
@@ -29,6 +30,7 @@ from openvclip.models.timeline import Timeline
 from openvclip.training.options import parse_arguments
 from openvclip.training.recipe import Recipe, Run
 from openvclip.video import VideoCheck, transforms
+from openvclip.video.retrieval import RetrievalSet
 from tests.helpers import REPO, snapshot, tiny_clip, tiny_tokenizer
 
 # Functions that check options. What they read is not used by them.
@@ -143,6 +145,26 @@ def _light(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("openvclip.models.timeline.predict_timeline", predict_timeline)
     monkeypatch.setattr(Timeline, "figure", lambda *_, **__: None)
     monkeypatch.setattr("openvclip.evaluation.evaluate_protocol", evaluate_protocol)
+
+    def evaluate_retrieval(*_: object, out: Path, **__: object) -> RetrievalEvaluation:
+        out.mkdir(exist_ok=True)
+        metrics = retrieval_metrics(torch.eye(2))
+        return RetrievalEvaluation(
+            "s",
+            {None: RetrievalScore(metrics, metrics, 2, 2, 0, torch.eye(2))},
+            [],
+            Timing(),
+        )
+
+    def load_captions(name: str, *, allow_incomplete: bool, **_: object) -> RetrievalSet:
+        return RetrievalSet(name, ["v.mp4"], [["a"]])
+
+    monkeypatch.setattr("openvclip.evaluation.evaluate_retrieval", evaluate_retrieval)
+    monkeypatch.setattr("openvclip.video.retrieval.load", load_captions)
+    monkeypatch.setattr(
+        "openvclip.video.retrieval.from_captions",
+        lambda *_, **__: RetrievalSet("own", ["v.mp4"], [["a"]]),
+    )
     checks = [VideoCheck("v.mp4", "ok")]
     monkeypatch.setattr("openvclip.video.check_videos", lambda *_, **__: (c for c in checks))
     monkeypatch.setattr("openvclip.evaluation.require_videos", lambda *_: None)
@@ -161,6 +183,10 @@ def cli_split(name: str, samples: list[tuple[str, int]]) -> Any:
 
 FRAME_BY_FRAME = {"window", "boundary"}
 OF_THE_FILE = {"allow_missing", "allow_unexpected", "text"}
+NOT_OF_RETRIEVAL = {
+    *("views", "sampler", "sampling_rate", "crops", "short_side", "templates"),
+    *("classes", "per_class", "confusion"),
+}
 OVER_TIME = {"views", "sampler", "backend", "background", "reject"}
 PREDICT = "predict v.mp4 --labels a b"
 LIST = "evaluate --videos . --out out --annotations list.csv"
@@ -179,9 +205,11 @@ MODES: dict[str, set[str]] = {
     f"{PREDICT} {TUNED} --model hf-hub:a/b": {"seconds", "step", "out", "pretrained"},
     f"{PREDICT} {TUNED} --timeline": OVER_TIME,
     f"{PREDICT} {TUNED} --timeline --seconds 1": {*OVER_TIME, "sampling_rate"},
-    LIST: {"lam", "allow_incomplete"} | FRAME_BY_FRAME | OF_THE_FILE,
-    f"{LIST} {TUNED} --sampler uniform": {"allow_incomplete", "sampling_rate"},
-    f"{LIST} {TUNED} --protocol ucf101-ep1": {"classes"},
+    LIST: {"lam", "allow_incomplete", "dual_softmax"} | FRAME_BY_FRAME | OF_THE_FILE,
+    f"{LIST} {TUNED} --sampler uniform": {"allow_incomplete", "sampling_rate", "dual_softmax"},
+    f"{LIST} {TUNED} --protocol ucf101-ep1": {"classes", "dual_softmax"},
+    f"{LIST} {TUNED} --protocol lsmdc": NOT_OF_RETRIEVAL,
+    f"{LIST} {TUNED} --protocol captions": {*NOT_OF_RETRIEVAL, "allow_incomplete"},
     "inspect w.safetensors": set(),
     "convert w.safetensors -o c.safetensors --allow-missing *": set(),
     "interpolate w.safetensors x.safetensors --lam 0.5 -o i.safetensors": {"max_shard_size"},
@@ -304,7 +332,8 @@ def test_each_option_of_a_script_is_read(script: str, monkeypatch: pytest.Monkey
         module.get("parse_arguments", module["main"])([])
     (parser,) = caught.value.args
     read = set(attributes(REPO / "examples" / f"{script}.py"))
-    if script in ("accuracy", "evaluate", "finetune", "sweep_and_plot", "tradeoff"):
+    with_contract = ("evaluate", "merge_two_finetunes", "sweep_and_plot", "tradeoff")
+    if script in ("accuracy", "finetune", *with_contract):
         read |= {name for file in READERS for name in attributes(REPO / "openvclip" / file)}
     if script == "finetune":
         read |= {*Recipe.__dataclass_fields__, *Run.__dataclass_fields__}

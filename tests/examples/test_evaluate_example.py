@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 
 from examples import evaluate
-from examples.shapes.model import WEIGHTS, create_model
-from openvclip import cli
-from openvclip.checkpoints import save_checkpoint
-from openvclip.video import class_names, protocols
+from examples.shapes.model import MEAN, STD, WEIGHTS, create_model
+from openvclip import VideoCLIP, cli, expand_temporal_attention
+from openvclip.checkpoints import Base, load_checkpoint, save_checkpoint
+from openvclip.video import Sampling, class_names, protocols
 from openvclip.video.protocols import Split
+from openvclip.video.transforms import build
+from openvclip.weights import weights_hash
 from tests.examples.tiny_videos import MODEL, write_videos
 
 NAMES = [name for name in class_names("kinetics400") if "," not in name][:12]
@@ -75,6 +77,37 @@ def test_the_same_as_the_command(
     (entry,), (expected,) = own["results"], results(tmp_path / "command" / "results.json")
     assert [entry["top1"], entry["top5"]] == [expected["top1"], expected["top5"]]
     assert entry["lam"] == expected["lam"] == (0.5 if tuned else None)
+
+
+def test_a_checkpoint_with_a_contract(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same as VideoCLIP gives for the same file, and as its folder alone."""
+    model, tokenizer = create_model()
+    expand_temporal_attention(model, window=2, boundary="mask")
+    state = load_checkpoint(world / "tuned.safetensors")
+    model.load_state_dict(state)
+    frames, pixels = Sampling(4, 1, views=1), build("clip", 32, mean=MEAN, std=STD)
+    clip = VideoCLIP(
+        model, tokenizer, sampling=frames, transform=pixels, templates=["{}"], pooling="frames"
+    )
+    base = Base("shapes-clip", WEIGHTS.name, weights_hash(create_model()[0].state_dict()))
+    clip.save_pretrained(tmp_path / "run", base=base, config=str(MODEL))
+    right = [clip.classify(world / f"{i}.mp4", NAMES).label == NAMES[i] for i in range(6)]
+    given = ["--kinetics400", str(world / "k400.csv"), str(world), "--device", "cpu"]
+    weights = str(tmp_path / "run" / "open_clip_model.safetensors")
+    by_file = [*given, "--num-workers", "0", "--model", str(MODEL), "--checkpoint", weights]
+    by_folder = [*given, "--num-workers", "0", "--model", str(tmp_path / "run")]
+    for number, words in enumerate((by_file, by_folder)):
+        out = tmp_path / str(number)
+        evaluate.main([*words, "--out", str(out)])
+        (own,) = json.loads((out / "results.json").read_text()).values()
+        assert own["results"][0]["top1"]["mean"] == pytest.approx(mean(right))
+        assert "paper, Open-VCLIP" in (out / "table.md").read_text()
+    with pytest.raises(SystemExit, match="--model ViT-B-32 contradicts the contract"):
+        evaluate.main([*by_file, "--out", str(tmp_path / "no"), "--model", "ViT-B-32"])
+    with pytest.raises(SystemExit, match=r"shapes-clip\.safetensors"):  # is not in this folder
+        evaluate.main([*by_file, "--out", str(tmp_path / "no"), "--lam", "0.5"])
 
 
 def test_all_protocols_of_a_data_set_with_the_papers_figures(

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +21,8 @@ from torch.utils.data import TensorDataset
 import openvclip
 from examples import finetune_image_clip
 from examples.shapes.model import create_model, normalise
-from tests.examples.single_files import CLASSES, rows_of
+from openvclip import VideoCLIP, cli
+from tests.examples.single_files import CLASSES, OTHERS, rows_of
 from tests.examples.tiny_videos import model_flags
 from tests.helpers import assert_same_state, same_bits
 
@@ -65,7 +70,8 @@ def test_lambda_is_chosen_on_the_validation_images(
         start[name], end[name] = value + change, value - change
     monkeypatch.setattr(finetune_image_clip, "fine_tune", lambda *_: (start, end))
     finetune_image_clip.main(image_options(stills, tmp_path / "out", *model_flags()))
-    table = rows_of(capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    table = rows_of(printed.partition("Try it")[0])
     expected = {}
     for lam in [step / 10 for step in range(11)]:
         clip.load_state_dict(openvclip.interpolate(start, end, lam))
@@ -80,6 +86,29 @@ def test_lambda_is_chosen_on_the_validation_images(
     saved = openvclip.load_checkpoint(tmp_path / "out" / "model.safetensors")
     merged = openvclip.interpolate(start, end, chosen)
     assert_same_state({name: saved[name] for name in merged}, merged)
+    if not train_text:
+        try_the_model(printed, stills, tmp_path / "out", chosen)
+
+
+def try_the_model(printed: str, stills: Path, out: Path, lam: float | None = None) -> None:
+    """The folder has the templates and pixels of the accuracy, and the printed command runs."""
+    clip = VideoCLIP.from_pretrained(out)
+    assert clip.templates == ("a photo of a {}.",)
+    assert clip.transform.name == "clip"
+    assert clip.expansion is None
+    assert lam is None or clip.contract.lam == lam
+    words = shlex.split(printed.rpartition("Try it: openvclip ")[2])
+    image = stills / "other" / OTHERS[0] / "0.png"
+    words[words.index("IMAGE")] = str(image)
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        assert cli.main([*words, "--json", "--no-cache"]) == 0
+    (entry,) = json.loads(shown.getvalue())
+    pixels = torch.from_numpy(np.array(Image.open(image))).permute(2, 0, 1)
+    answer = clip.classify(pixels, sorted(CLASSES))
+    for row in entry["labels"]:
+        expected = float(answer.probabilities[sorted(CLASSES).index(row["label"])])
+        assert row["probability"] == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("captioned", [False, True])
@@ -133,7 +162,9 @@ def test_captions_train_the_text_tower(stills: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-def test_a_hugging_face_clip(stills: Path, tmp_path: Path) -> None:
+def test_a_hugging_face_clip(
+    stills: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from transformers import CLIPModel
 
     from tests.examples.test_finetune_command import _write_tokenizer
@@ -148,6 +179,9 @@ def test_a_hugging_face_clip(stills: Path, tmp_path: Path) -> None:
     text = {name for name in start if not name.startswith(image)}
     assert text
     assert all(same_bits(saved[name], start[name]) for name in text)
+    clip = VideoCLIP.from_pretrained(out).model.state_dict()
+    assert_same_state({name: clip[name] for name in saved}, saved)
+    try_the_model(capsys.readouterr().out, stills, out)
 
 
 def tiny_hugging_face_clip(folder: Path) -> nn.Module:

@@ -13,7 +13,7 @@ from torch import Tensor
 import openvclip
 from examples import merge_two_finetunes
 from examples.shapes.model import WEIGHTS, create_model
-from openvclip.video import transforms
+from openvclip.video import Sampling, transforms
 from tests.examples.single_files import FRAMES, OTHERS, rows_of
 from tests.examples.tiny_videos import model_flags
 from tests.helpers import assert_same_state
@@ -73,6 +73,50 @@ def test_merges_are_evaluated_on_videos_and_on_images(
             right = (classifier(torch.stack(batch)).argmax(dim=1) == label).double().mean()
         assert table[row][1] == pytest.approx(float(right), abs=6e-4)
         assert table[row][2] == pytest.approx(sum(table[row][:2]) / 2, abs=1.1e-3)
+
+
+def test_models_with_a_contract_are_used_as_it_says(
+    clips: Path,
+    tuned: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The row of the first model is what VideoCLIP gives for its folder."""
+    monkeypatch.setattr(
+        merge_two_finetunes, "merges", lambda clip, first, second: {"first": lambda: first}
+    )
+    paths = []
+    for number, path in enumerate(tuned):
+        model, tokenizer = create_model()
+        openvclip.load_checkpoint(path, model)
+        openvclip.expand_temporal_attention(model, window=2, boundary="mask")
+        frames, pixels = Sampling(2, 3, views=2), transforms.build("clip", 32)
+        clip = openvclip.VideoCLIP(
+            model, tokenizer, sampling=frames, transform=pixels, templates=["{}", "a {}"]
+        )
+        folder = tmp_path / str(number)
+        clip.save_pretrained(folder, config=model_flags()[1])
+        paths.append(folder / "open_clip_model.safetensors")
+    first = openvclip.VideoCLIP.from_pretrained(tmp_path / "0")
+    lines = [line.split(",") for line in (clips / "closed.csv").read_text().splitlines()]
+    labels = sorted({name for _, name in lines})
+    answers = first.classify([clips / path for path, _ in lines], labels)
+    right = [answer.label == name for answer, (_, name) in zip(answers, lines, strict=True)]
+    words = ["--first", str(paths[0]), "--second", str(paths[1]), "--videos", str(clips)]
+    words += ["--lists", str(clips / "closed.csv"), *model_flags(), *FRAMES[4:]]
+    merge_two_finetunes.main(words)
+    table = rows_of(capsys.readouterr().out)
+    assert table["first"][0] == pytest.approx(sum(right) / len(right), abs=6e-4)
+    with pytest.raises(SystemExit, match="without temporal attention, but its contract says"):
+        merge_two_finetunes.main([*words, "--frame-by-frame"])
+    with pytest.raises(SystemExit, match="--frames 8 contradicts the contract"):
+        merge_two_finetunes.main([*words, "--frames", "8"])
+    other = openvclip.VideoCLIP.from_pretrained(tmp_path / "1")
+    other.sampling = Sampling(4, 3, views=2)
+    other.save_pretrained(tmp_path / "1")
+    with pytest.raises(SystemExit, match=r"is used with frames\.num_frames = 2 and"):
+        merge_two_finetunes.main(words)
 
 
 def test_a_model_of_another_size_is_an_error(clips: Path, tmp_path: Path) -> None:

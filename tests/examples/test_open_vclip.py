@@ -52,6 +52,12 @@ def test_the_saved_model_is_the_interpolation_and_keeps_the_text_tower(
         saved[lam] = openvclip.load_checkpoint(out / "open_clip_model.safetensors")
         assert (out / "classes.txt").read_text().splitlines() == sorted(OTHERS)
     assert_same_state({name: saved["1"][name] for name in original}, original)
+    model = openvclip.VideoCLIP.from_pretrained(tmp_path / "0.5")
+    loaded = model.model.state_dict()
+    assert all(same_bits(loaded[name], saved["0.5"][name]) for name in original)
+    frames = int(FRAMES[FRAMES.index("--frames") + 1])
+    assert (model.sampling.num_frames, model.contract.lam) == (frames, 0.5)
+    assert model.expansion is not None
     moved = {name for name in original if not same_bits(saved["0"][name], original[name])}
     assert moved
     assert all(name.startswith("visual.") or name == "logit_scale" for name in moved)

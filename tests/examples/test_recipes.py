@@ -60,6 +60,13 @@ def test_a_model_is_tested_with_the_preset_of_its_training() -> None:
     assert tested == 6
 
 
+def test_lists_of_one_name_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    lists_of_seeds = ["--annotations", "seed-1/base.csv", "seed-2/base.csv", "--videos", "v"]
+    with pytest.raises(SystemExit):
+        accuracy.parse_arguments([*lists_of_seeds, "--harmonic-mean"])
+    assert "different names, got base base" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_table_has_the_numbers_of_each_preset(name: str) -> None:
     (line,) = (text for text in PAGE.splitlines() if text.startswith(f"| `{name}`"))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from examples.shapes import none_of_these
+from examples.shapes.experiment import clips_folder
 from examples.shapes.model import create_model
 from examples.shapes.none_of_these import MODELS, OTHERS, SCORES, SPLITS, Clips, Measures, tables
 from examples.shapes.world import ACTIONS, class_names
@@ -93,3 +94,11 @@ def test_the_command_measures_a_seed(tmp_path: Path, capsys: pytest.CaptureFixtu
     first = (tmp_path / "none-of-these.json").read_text(encoding="utf-8")
     none_of_these.main(arguments)  # from the saved weights
     assert (tmp_path / "none-of-these.json").read_text(encoding="utf-8") == first
+
+
+def test_clips_of_other_settings_are_refused(tmp_path: Path) -> None:
+    folder = clips_folder(tmp_path, 0)
+    folder.mkdir(parents=True)
+    (folder / "settings.json").write_text("{}")
+    with pytest.raises(SystemExit, match=r"holds clips made with \{\}"):
+        none_of_these.main(["--out", str(tmp_path), "--smoke"])

@@ -23,8 +23,10 @@ from examples import tradeoff
 from examples.shapes.clips import ClipSettings, make_clips
 from examples.shapes.model import MEAN, STD, WEIGHTS, create_model
 from examples.shapes.world import TEMPLATES, class_names
-from openvclip.checkpoints import save_checkpoint
-from openvclip.video import dataset, read_clip, transforms
+from openvclip.checkpoints import Base, save_checkpoint
+from openvclip.models.usage import contract_of
+from openvclip.video import Sampling, dataset, read_clip, transforms
+from openvclip.weights import weights_hash
 from tests.examples.tiny_videos import MODEL
 from tests.forked import run_by_path, started
 from tests.helpers import tiny_clip
@@ -112,7 +114,7 @@ def slow_texts(path: Path) -> Tensor:
 
 @torch.no_grad()
 def slow_accuracies(
-    world: World, name: str, tuned: Path | None, lam: float, *, expand: bool
+    world: World, name: str, tuned: Path | None, lam: float, *, expand: bool, **expansion: Any
 ) -> tuple[float, float]:
     """Top-1 and top-5, video by video from the equations."""
     model = copy.deepcopy(original()[0])
@@ -121,7 +123,7 @@ def slow_accuracies(
         other, clip = load_file(tuned), model.state_dict()
         model.load_state_dict({n: lam * v.double() + (1 - lam) * other[n] for n, v in clip.items()})
     if expand:
-        openvclip.expand_temporal_attention(model)
+        openvclip.expand_temporal_attention(model, **expansion)
     pixels = transforms.build("released", 32, mean=MEAN, std=STD)
     better = []
     for line in (world.folder / f"{name}.csv").read_text().splitlines():
@@ -251,6 +253,58 @@ def test_a_stopped_run_goes_on(
     fresh = tmp_path / "fresh"
     tradeoff.main(world.arguments(fresh, *curves))
     assert accuracies(fresh) == accuracies(tmp_path)
+
+
+# --- contracts ---
+
+
+def with_contract(world: World, out: Path, **expansion: Any) -> Path:
+    """Weights whose contract says window 2 and 3 views, which are no defaults."""
+    model, _ = create_model()
+    if expansion:
+        openvclip.expand_temporal_attention(model, **expansion)
+    contract = contract_of(
+        model,
+        "shapes-clip",
+        transforms.build("released", 32, mean=MEAN, std=STD),
+        sampling=Sampling(num_frames=4, views=2, sampler="uniform"),
+        templates=TEMPLATES[:2],
+        base=Base("shapes-clip", WEIGHTS.name, weights_hash(original()[0].state_dict())),
+    )
+    state = load_file(world.weights["one"])
+    save_checkpoint(state, out, metadata={"openvclip": contract.to_json()})
+    return out
+
+
+def test_a_curve_with_a_contract_is_used_as_it_says(world: World, tmp_path: Path) -> None:
+    """The other flags are the defaults, which the contract replaces for its curve alone."""
+    expansion = {"window": 2, "boundary": "mask", "layers": [-1]}
+    path = with_contract(world, tmp_path / "w.safetensors", **expansion)
+    arguments = world.arguments(tmp_path / "out", "--curve", f"known={path}")
+    removed = ("--templates", "--sampler", "--frames", "--views")
+    places = [arguments.index(flag) for flag in removed]
+    plain = [w for i, w in enumerate(arguments) if i not in places and i - 1 not in places]
+    tradeoff.main(plain)
+    for (line, name, lam), measured in accuracies(tmp_path / "out").items():
+        assert line == "known"
+        assert lam is not None
+        data = "seen_test" if name == "seen" else name
+        expected = slow_accuracies(world, data, world.weights["one"], lam, expand=True, **expansion)
+        assert measured == pytest.approx(expected)
+    given = [*plain, "--frames", "4", "--boundary", "mask"]  # which agrees with the contract
+    tradeoff.main([*given, "--override"])
+    text = "--views 3 contradicts the contract of the model: .*w.safetensors was trained with"
+    with pytest.raises(SystemExit, match=text):
+        tradeoff.main([*plain, "--views", "3"])
+    with pytest.raises(SystemExit, match="without temporal attention, but its contract says"):
+        tradeoff.main([("--frame-curve" if w == "--curve" else w) for w in plain])
+    other = tmp_path / "other.safetensors"
+    save_checkpoint({n: v + 1 for n, v in original()[0].state_dict().items()}, other)
+    with pytest.raises(SystemExit, match="The weights of the original CLIP are not those from"):
+        tradeoff.main([*plain, "--pretrained", str(other)])
+    plain[plain.index(f"known={path}")] = f"one={world.weights['one']}"
+    with pytest.raises(SystemExit, match="--override has no effect: no curve has a contract"):
+        tradeoff.main([*plain, "--override"])
 
 
 # --- bad input ---------------------------------------------------------------------------------

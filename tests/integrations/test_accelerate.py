@@ -137,20 +137,20 @@ def test_a_scaler_changes_nothing_and_its_skipped_steps_are_not_averaged() -> No
     assert run.loop.averages[0].n_averaged == STEPS + 1
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(("accumulate", "every"), [(1, 1), (2, 1), (1, 2)])
 def test_a_loaded_state_equals_a_run_that_was_never_stopped(
-    tmp_path: Path, accumulate: int
+    tmp_path: Path, accumulate: int, every: int
 ) -> None:
     """The state is saved in the middle of an epoch, and the run is killed one batch later."""
     batches = accumulate * STEPS
-    whole = Run(accumulate).train(batches)
+    whole = Run(accumulate, every).train(batches)
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    stopped = Run(accumulate).train(3 * accumulate)
+    stopped = Run(accumulate, every).train(3 * accumulate)
     assert 3 * accumulate < BATCHES
     stopped.accelerator.save_state(str(tmp_path / "state"))
     stopped.train(1, first=3 * accumulate)  # lost
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    resumed = Run(accumulate)
+    resumed = Run(accumulate, every)
     resumed.accelerator.load_state(str(tmp_path / "state"))
     resumed.train(batches - 3 * accumulate, first=3 * accumulate)
     assert_same_state(resumed.weights, whole.weights)
@@ -160,6 +160,15 @@ def test_a_loaded_state_equals_a_run_that_was_never_stopped(
 
 
 # --- wrong use ---------------------------------------------------------------------------------
+
+
+def test_a_step_before_a_state_is_loaded_is_forgotten() -> None:
+    run = Run(accumulate=2).train(2)
+    state = copy.deepcopy(run.loop.state_dict())
+    run.optimizer.optimizer.step()  # the loop ended before its update()
+    run.loop.load_state_dict(state)
+    run.train(2, first=2)
+    assert run.loop.averages[0].n_averaged == 2
 
 
 def test_states_of_other_objects_are_refused() -> None:

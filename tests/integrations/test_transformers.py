@@ -159,6 +159,26 @@ def test_without_regularizer_and_averages_it_is_the_plain_trainer(tmp_path: Path
     assert_same_state(*states)
 
 
+def test_a_second_run_draws_its_own_alphas_and_skipped_steps_are_not_averaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(tmp_path, max_steps=1)
+    assert trainer.regularizer is not None
+    interpolated, known = trainer.regularizer.interpolated, list[Any]()
+
+    def recorded(alpha: float | None = None) -> Any:
+        known.append(alpha)
+        return interpolated(alpha)
+
+    monkeypatch.setattr(trainer.regularizer, "interpolated", recorded)
+    trainer.train()
+    skipped = property(lambda accelerator: True)
+    monkeypatch.setattr(type(trainer.accelerator), "optimizer_step_was_skipped", skipped)
+    trainer.train()
+    assert known == [None, None]
+    assert [average.n_averaged for average in trainer.averages] == [1, 1]
+
+
 @pytest.mark.parametrize("named", [True, False])
 def test_a_resumed_run_equals_a_run_that_was_never_stopped(tmp_path: Path, named: bool) -> None:
     saving = {"save_strategy": "steps", "save_steps": 3}

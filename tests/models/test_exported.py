@@ -20,10 +20,12 @@ from openvclip import (
     VIDEO_TEMPLATES,
     VideoCLIP,
     ZeroShotClassifier,
+    cli,
     encode_video,
     expand_temporal_attention,
 )
 from openvclip.checkpoints import Confidence, Contract, Expansion, Frames, read_contract
+from openvclip.checkpoints.contract_report import contract_rows
 from openvclip.errors import (
     CheckpointError,
     ContractError,
@@ -126,6 +128,23 @@ def test_the_file_says_what_it_is(model: Any, contract: Contract, served: Path) 
     assert json.loads(texts["openvclip"]) == json.loads(contract.with_(weights=None).to_json())
 
 
+def test_a_contract_decides_texts_pixels_and_pooling(model: Any, tmp_path: Path) -> None:
+    pixels = build("released", 16, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0))
+    contract = contract_of(model, "tiny", pixels, templates=["a {}", "{}"], pooling="frames")
+    settings = ExportSettings(pixels="uint8")
+    chosen: Any = {"labels": LABELS, "tokenizer": tiny_tokenizer}
+    path = export_model(
+        model, tmp_path / "labels.pt2", contract=contract, settings=settings, **chosen
+    )
+    video = torch.randint(256, (2, 3, 3, 16, 16), dtype=torch.uint8)
+    mean, std = (torch.tensor(row)[:, None, None] for row in (pixels.mean, pixels.std))
+    templates = ["a {}", "{}"]
+    classifier = ZeroShotClassifier(model, tiny_tokenizer, LABELS, templates, pooling="frames")
+    with torch.no_grad():
+        expected = classifier((video / 255 - mean) / std)
+        torch.testing.assert_close(runner(path)(video), expected, **CLOSE)
+
+
 # --- an archive of torch.export -------------------------------------------------------------------
 
 
@@ -154,6 +173,36 @@ def test_an_archive_holds_the_image_tower_alone(archive: tuple[Any, Contract, Pa
         torch.testing.assert_close(program.module()(video), expected, **CLOSE)
 
 
+def test_inspect_shows_the_part_and_the_contract(
+    contract: Contract,
+    served: Path,
+    archive: tuple[Any, Contract, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Every row of the contract, as of a file of weights with this contract."""
+    for path, known in ((served, contract), (archive[2], archive[1])):
+        assert cli.main(["inspect", str(path)]) == 0
+        lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+        shown = {words[0]: words[1] for words in lines if len(words) > 1}
+        assert contract_rows(known.with_(weights=None)) == [
+            (title, shown[title]) for title, _ in contract_rows(known)
+        ]
+        if path == served:
+            assert shown["labels"] == "'surfing', 'archery', 'juggling balls'"
+            assert shown["takes"] == "clips with any number of 8-bit frames"
+            assert shown["returns"].startswith("logits of 3 labels, scale ")
+        else:
+            assert shown["returns"] == "one feature for each clip"
+    foreign = tmp_path / "foreign.pt2"
+    with zipfile.ZipFile(foreign, "w") as file:
+        file.writestr("archive/extra/note.json", "of another program")
+    assert cli.main(["inspect", str(foreign)]) == 0
+    assert "metadata     note=of another program" in capsys.readouterr().out
+    assert cli.main(["inspect", str(tmp_path / "absent.onnx")]) == 2
+    assert "absent.onnx: can't be read as an exported model" in capsys.readouterr().err
+
+
 def test_an_older_file_stays_if_the_check_fails(
     archive: tuple[Any, Contract, Path], tmp_path: Path
 ) -> None:
@@ -167,6 +216,13 @@ def test_an_older_file_stays_if_the_check_fails(
         write_pt2(program, path, {}, partial(require_same_results, program))
     assert path.read_bytes() == b"older"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_nan_is_no_agreement() -> None:
+    program = Program(None, ("frames", "features"), {}, [(torch.zeros(1), torch.zeros(1, 8))])
+    require_same_results(program, lambda _: torch.zeros(1, 8))
+    with pytest.raises(UnsupportedModelError, match="differs from the model by nan"):
+        require_same_results(program, lambda _: torch.full((1, 8), torch.nan))
 
 
 # --- the other parts, families, boundaries and windows -------------------------------------------

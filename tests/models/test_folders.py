@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 import openvclip
-from openvclip.checkpoints import read_contract, save_checkpoint
+from openvclip.checkpoints import Expansion, read_contract, save_checkpoint
 from openvclip.checkpoints.contract_files import CONTRACT_FILE, CONTRACT_KEY
 from openvclip.errors import (
     CheckpointError,
@@ -27,7 +27,7 @@ from openvclip.errors import (
     UsageError,
 )
 from openvclip.models.features import encode_text
-from openvclip.models.folders import RUN_CONFIG_FILE, StoredModel, load_stored
+from openvclip.models.folders import RUN_CONFIG_FILE, StoredModel, choose_weights, load_stored
 from openvclip.models.open_clip_config import build, config_of
 from openvclip.models.saving import SaveOptions, describe_folder, save_stored
 from openvclip.models.usage import pixels_section
@@ -323,6 +323,27 @@ def test_a_model_of_another_library_replaces_the_old_one(folder: Path, tmp_path:
     assert_same(back, load_stored(folder))
 
 
+def test_the_contract_of_a_folder_has_the_attention_of_the_model(tmp_path: Path) -> None:
+    stored = of_open_clip(PLAIN)
+    openvclip.restore_spatial_attention(stored.model)
+    openvclip.expand_temporal_attention(stored.model, window=2, boundary="replicate")
+    assert stored.contract.expansion != Expansion(2, "replicate")
+    save_stored(stored, tmp_path)
+    saved = read_contract(tmp_path)
+    assert saved is not None
+    assert saved.expansion == Expansion(2, "replicate")
+    assert not load_stored(tmp_path).model.training
+
+
+def test_weights_that_another_program_wrote_are_kept(tmp_path: Path, model: StoredModel) -> None:
+    for name in ("pytorch_model.bin", "model.safetensors"):
+        (tmp_path / name).write_bytes(b"not of this library")
+    save_stored(model, tmp_path)
+    assert (tmp_path / "pytorch_model.bin").read_bytes() == b"not of this library"
+    assert (tmp_path / "model.safetensors").exists()
+    assert_same(model, load_stored(tmp_path))
+
+
 def test_a_card_that_somebody_changed_is_kept(folder: Path, model: StoredModel) -> None:
     card = folder / "README.md"
     assert "| λ" not in card.read_text()
@@ -374,6 +395,14 @@ def test_a_folder_with_two_files_of_weights(folder: Path) -> None:
     ):
         load_stored(folder)
     load_stored(folder / "final.safetensors")
+
+
+def test_the_usual_weights_are_those_of_the_library(model: StoredModel) -> None:
+    names = ["model.safetensors", WEIGHTS, "other.safetensors"]
+    unnamed = model.contract.with_(weights=None)
+    assert choose_weights(names, unnamed, "here") == WEIGHTS
+    of_transformers = unnamed.with_(library="transformers")
+    assert choose_weights(names, of_transformers, "here") == "model.safetensors"
 
 
 def test_a_folder_that_says_nothing_about_its_model(tmp_path: Path, model: StoredModel) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import socket
 import time
 from collections.abc import Iterator
@@ -12,11 +13,13 @@ import pytest
 import torch
 from huggingface_hub import constants
 
+from openvclip.checkpoints import Base
 from openvclip.checkpoints.contract_files import CONTRACT_FILE
 from openvclip.errors import CheckpointError, HubError
 from openvclip.models.folders import StoredModel, load_stored
 from openvclip.models.loading import load_model
-from openvclip.models.saving import SaveOptions, push_stored
+from openvclip.models.preprocess import image_processor_of
+from openvclip.models.saving import SaveOptions, push_stored, save_stored
 from tests.helpers import same_bits
 from tests.models.fake_hub import TOKEN, FakeHub, fake_hub
 from tests.models.stored_models import OPEN_CLIP, PLAIN, TRANSFORMERS, of_open_clip
@@ -61,6 +64,48 @@ def test_transformers_loads_an_uploaded_model(hub: FakeHub, tmp_path: Path) -> N
     assert not [request for request in asked if "optimizer" in request or ".bin" in request]
     plain = transformers.CLIPModel.from_pretrained("user/name")
     assert all(map(same_bits, features(plain, stored), features(stored.model, stored)))
+
+
+def test_a_model_without_a_contract_is_the_base_of_what_is_trained(
+    hub: FakeHub, tmp_path: Path
+) -> None:
+    words = pytest.importorskip("tests.tiny_transformers")
+    words.save_folder("CLIPModel", tmp_path / "plain")
+    hub.files["user/plain"] = {p.name: p.read_bytes() for p in (tmp_path / "plain").iterdir()}
+    loaded = load_stored("hf-hub:user/plain")
+    assert loaded.contract.base == Base("user/plain")
+    assert load_stored(tmp_path / "plain").contract.base is None  # a folder is no name
+
+
+def test_one_question_is_enough_to_know_that_the_hub_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers", minversion="5")
+    save_stored(TRANSFORMERS["SiglipModel"](tmp_path), tmp_path)
+    asked: list[str] = []
+    for module in ("hugging_face", "preprocess", "tokenizers"):
+        importlib.import_module(f"openvclip.models.{module}")
+        monkeypatch.setattr(
+            f"openvclip.models.{module}.is_offline", lambda n: bool(asked.append(n))
+        )
+    load_model(str(tmp_path))
+    assert asked == [str(tmp_path)]
+
+
+def test_a_processor_that_was_not_found_is_looked_for_again(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers", minversion="5")
+    push_stored(TRANSFORMERS["SiglipModel"](tmp_path), "user/two", token=TOKEN)
+    address = hub.address
+    refuse_connections(monkeypatch)
+    assert image_processor_of("user/two") is None
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    found = image_processor_of("user/two")
+    assert found is not None
+    asked = len(hub.requests)
+    assert image_processor_of("user/two") is found
+    assert len(hub.requests) == asked
 
 
 def test_downloaded_files_are_used_without_a_connection(

@@ -111,6 +111,30 @@ def test_a_loaded_model_has_the_mean_of_the_processor_beside_it(tmp_path: Path) 
         assert (made.name, made.mean, made.std) == ("released", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
 
 
+@pytest.mark.parametrize(
+    ("model", "images", "settings", "transform"),
+    [
+        ("SiglipModel", "Siglip", {"size": square(PIXELS), "resample": 2}, "squash_bilinear"),
+        ("SiglipModel", "Siglip", {"size": square(PIXELS), "resample": 3}, "squash"),
+        ("SiglipModel", "Siglip", {"size": square(PIXELS), "resample": 0}, "released"),
+        ("CLIPModel", "CLIP", CLIP, "released"),
+        ("Siglip2Model", "Siglip2", {"max_num_patches": 4}, "released"),
+    ],
+)
+def test_a_folder_without_a_contract_has_the_pixels_of_its_processor(
+    model: str, images: str, settings: dict[str, Any], transform: str, tmp_path: Path
+) -> None:
+    save_folder(model, tmp_path)
+    processor(images, image_mean=[0.1, 0.2, 0.3], **settings).save_pretrained(tmp_path)
+    made = openvclip.VideoCLIP.from_pretrained(tmp_path).transform
+    assert (made.name, made.size, made.mean) == (transform, PIXELS, (0.1, 0.2, 0.3))
+
+
+def test_the_processor_of_naflex_is_refused_by_name() -> None:
+    with pytest.raises(UsageError, match=r"Siglip2ImageProcessor\w* .* keeps the shape .*NaFlex"):
+        transform_of_processor(processor("Siglip2"))
+
+
 def test_processors_that_no_transform_repeats() -> None:
     for name, settings in (
         ("Siglip2", {}),

@@ -77,7 +77,7 @@ def test_wrong_use(world: World, model: Any) -> None:
         openvclip.predict(model, video)
     with pytest.raises(ClassNamesError, match="more than once: 'a'"):
         openvclip.predict(model, video, ["a", "b", "a"])
-    with pytest.raises(ClassNamesError, match=r"class_names\[1\] is ' '"):
+    with pytest.raises(ClassNamesError, match=r"labels\[1\] is ' '"):
         openvclip.predict(model, video, ["a", " "])
     with pytest.raises(UsageError, match="vocabulary of 64 tokens"):
         openvclip.predict(tiny_clip(), video, ["a", "b"])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -31,12 +34,11 @@ def test_a_contract_says_how_its_model_is_used(settings: ExpansionSettings | Non
     model = tiny_clip()
     if settings is not None:
         openvclip.expand_temporal_attention(model, **vars(settings))
-    contract = contract_of(model, "tiny", TRANSFORM, sampling=SAMPLING, templates=["a {}"])
-    assert (contract.library, contract.model, contract.templates) == (
-        "open_clip",
-        "tiny",
-        ("a {}",),
+    contract = contract_of(
+        model, "tiny", TRANSFORM, sampling=SAMPLING, templates=["a {}"], pooling="frames"
     )
+    assert (contract.library, contract.model) == ("open_clip", "tiny")
+    assert (contract.templates, contract.pooling) == (("a {}",), "frames")
     assert sampling_of(contract) == SAMPLING
     assert transform_of(contract) == TRANSFORM
     other = tiny_clip()
@@ -82,6 +84,14 @@ def test_what_can_not_be_stored_is_refused() -> None:
         contract_of(tiny_clip(), "tiny", build("train", 32))
     with pytest.raises(ClassNamesError, match="a function, which can't be stored"):
         contract_of(tiny_clip(), "tiny", TRANSFORM, templates=["{}", str.upper])
+
+
+def test_a_folder_is_no_name_of_a_model(tmp_path: Path) -> None:
+    words = pytest.importorskip("tests.tiny_transformers")
+    model = words.make("CLIPModel")
+    for folder in (str(tmp_path), "./gone", os.path.abspath("gone")):
+        assert contract_of(model, folder, TRANSFORM).model == "CLIPModel"
+    assert contract_of(model, "openai/clip", TRANSFORM).model == "openai/clip"
 
 
 def test_the_library_is_that_of_the_class() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 import openvclip
@@ -31,6 +31,7 @@ from openvclip.errors import (
     VideoShapeError,
 )
 from openvclip.models.preprocess import read_image, transform_for
+from openvclip.models.text_side import TextSide
 from openvclip.video import Sampling, VideoFrames, read_clip, transforms
 from tests.helpers import TINY_PIXELS, random_video, tiny_clip, tiny_tokenizer
 
@@ -291,9 +292,33 @@ def test_classifiers_are_kept_until_the_text_weights_change(clip: VideoCLIP) -> 
     torch.testing.assert_close(changed.text_features, -first.text_features)
     assert clip.to("cpu") is clip
     assert clip.classifier(LABELS) is not changed
+    used = clip.classifier(LABELS)
     for i in range(40):  # many sets of labels do not fill the memory
-        clip.classifier([f"label {i}", "other"])
+        last = clip.classifier([f"label {i}", "other"])
+        assert clip.classifier(LABELS) is used  # those that were used last are kept
+        assert clip.classifier([f"label {i}", "other"]) is last
     assert len(clip._texts._classifiers) == 16
+
+
+def test_classifiers_of_other_templates_or_poolings_are_others() -> None:
+    texts = TextSide(expanded(), tiny_tokenizer)
+    first = texts.classifier(LABELS, FORMS, "unit_frames")
+    assert texts.classifier(LABELS, ["{}"], "unit_frames") is not first
+    assert texts.classifier(LABELS, FORMS, "frames") is not first
+    assert texts.classifier(LABELS, FORMS, "unit_frames") is first
+
+
+def test_a_model_in_train_mode_encodes_as_in_eval_mode() -> None:
+    clip, video = wrapped(), VideoFrames(frames(), 30)
+    expected = clip.encode_video(video)
+
+    def drop(visual: nn.Module, _: Any, output: Tensor) -> Tensor:
+        return functional.dropout(output, 0.5, visual.training)
+
+    clip.model.visual.register_forward_hook(drop)
+    clip.model.train()
+    assert torch.equal(clip.encode_video(video), expected)
+    assert all(module.training for module in clip.model.modules())
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="measures through /proc")
@@ -432,7 +457,7 @@ def test_features_of_broken_weights_are_refused() -> None:
 
 def test_labels_and_texts_that_are_refused(clip: VideoCLIP) -> None:
     video = VideoFrames(frames(), 30)
-    with pytest.raises(ClassNamesError, match="class_names is empty"):
+    with pytest.raises(ClassNamesError, match="labels is empty"):
         clip.classify(video, [])
     with pytest.raises(ClassNamesError, match="more than once: 'a'"):
         clip.classify(video, ["a", "a"])
@@ -444,7 +469,7 @@ def test_labels_and_texts_that_are_refused(clip: VideoCLIP) -> None:
     with pytest.raises(UsageError, match="texts is 3; expected a text or a list of texts"):
         clip.encode_text(3)  # type: ignore[arg-type]
     for labels in (None, 3):
-        with pytest.raises(ClassNamesError, match=f"class_names is {labels}; expected a list"):
+        with pytest.raises(ClassNamesError, match=f"labels is {labels}; expected a list"):
             clip.classify(video, labels)  # type: ignore[call-overload]
 
 

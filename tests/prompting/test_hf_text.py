@@ -14,6 +14,7 @@ from openvclip import expand_temporal_attention
 from openvclip import prompting as P
 from openvclip.errors import PromptOptionError, UnsupportedModelError
 from openvclip.models.tokenizers import as_tokenizer
+from openvclip.towers.hf_text import find_text_tower
 from tests.helpers import assert_same_state, gradients, random_video, randomise, same_bits, snapshot
 from tests.prompting.test_text_towers import CLOSE, unit
 from tests.tiny_transformers import TEXT_PROMPTS, VOCABULARY, WORDS, make, make_tokenizer
@@ -138,3 +139,21 @@ def test_text_towers_that_take_no_prompts() -> None:
         P.attach_vifi(model, vision_depth=1, text_depth=1)
     with pytest.raises(PromptOptionError, match="text_depth=3: the tower has 2 layers"):
         P.attach_vifi(model, vision_depth=1, text_prompts=2, text_depth=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "place"), [("MetaClip2Model", 3), ("CLIPModel", 2)]
+)  # CLIP's first configurations name 2, and mean the largest id
+def test_the_end_token_with_the_id_2(name: str, place: int) -> None:
+    model = make(name)
+    model.text_model.eos_token_id = 2
+    tokens = torch.tensor([[0, 5, 9, 2, 1, 1]])
+    tower = find_text_tower(model)
+    assert tower is not None
+    x, mask = tower.embed(tokens)
+    for layer in range(tower.layers):
+        x = tower.run_layer(layer, x, mask)
+    expected = model.get_text_features(input_ids=tokens).pooler_output
+    torch.testing.assert_close(tower.pool_and_project(tokens, x), expected, **CLOSE)
+    ends = model.text_projection(model.text_model.final_layer_norm(x[:, place]))
+    torch.testing.assert_close(ends, expected, **CLOSE)

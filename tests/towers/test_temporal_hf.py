@@ -257,6 +257,11 @@ def test_attention_weights_and_masks_of_videos_are_refused(name: str) -> None:
     call = getattr(model, "get_image_features", model)
     with pytest.raises(UsageError, match="output_attentions is for images"):
         call(pixel_values=random_video(1, 2), output_attentions=True)
+    tower = getattr(model, "vision_model", model)
+    tower.config.output_attentions = True
+    with pytest.raises(UsageError, match="output_attentions is for images"):
+        tower(pixel_values=random_video(1, 2))
+    tower.config.output_attentions = False
     with pytest.raises(UsageError, match="attention_mask is for images"):
         call(pixel_values=random_video(1, 2), attention_mask=torch.zeros(1, 1, 5, 5))
 

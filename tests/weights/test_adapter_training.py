@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import fully_shard
 from torch.func import functional_call
 from torch.nn import functional
 
-from openvclip import InterpolatedWeightRegularizer
+from openvclip import EMATracker, InterpolatedWeightRegularizer, LAWATracker
 from openvclip.errors import (
     EmptyAverageError,
     NonFiniteWeightsError,
@@ -27,9 +28,12 @@ from openvclip.weights import (
     AdapterEMATracker,
     AdapterSWATracker,
     AdapterTracker,
+    LowRank,
     adapter_of,
     lora_anchor,
 )
+from openvclip.weights.factor_gradients import unscaled_factors
+from openvclip.weights.product_sums import ProductSum
 from tests.helpers import same_bits
 from tests.weights.lora_models import (
     State,
@@ -280,6 +284,45 @@ def test_averages_are_those_of_the_merged_weights(kind: str, name: str, count: i
     assert all(same_bits(before[n], after[n]) for n in trained)
 
 
+def test_a_warm_up_is_that_of_the_average_of_whole_weights() -> None:
+    model, plain = tuned("wide"), base("wide")
+    clip = copied(plain)
+    tracker = AdapterEMATracker(model, decay=0.3, warmup=True)
+    whole = EMATracker(plain, decay=0.3, warmup=True)
+    for seed in range(6):
+        randomise(model, seed)
+        tracker.update(model)
+        plain.load_state_dict(adapter_of(model).merged(clip))
+        whole.update(plain)
+    close(tracker.averaged_adapter().merged(clip), whole.averaged_state_dict())
+
+
+def test_weights_that_are_not_finite_are_averaged_only_if_wanted() -> None:
+    model = tuned("wide")
+    trackers = [AdapterSWATracker(model), AdapterSWATracker(model, check_finite=False)]
+    next(p for p in model.parameters() if p.requires_grad).data[0] = torch.nan
+    with pytest.raises(NonFiniteWeightsError):
+        trackers[0].update(model)
+    assert trackers[1].update(model)
+
+
+def test_what_was_left_out_shrinks_with_the_sum() -> None:
+    products = ProductSum(max_rank=1)
+    torch.manual_seed(0)
+    products.add(LowRank(torch.randn(6, 4), torch.randn(4, 5)), 1.0)
+    assert products.lost > 0
+    lost = products.value(1.0)[1]
+    products.scale(-0.5)
+    assert products.value(1.0)[1] == pytest.approx(0.5 * lost)
+
+
+def test_factors_without_any_anchor_are_not_scaled() -> None:
+    a, b = (f"layer.lora_{part}.default.weight" for part in "AB")
+    assert unscaled_factors([a, b], [b]) == [a]
+    assert unscaled_factors([a, b], [a]) == [b]
+    assert unscaled_factors([a, b], []) == unscaled_factors([a, b], [a, b]) == []
+
+
 @pytest.mark.parametrize("name", TRACKERS)
 def test_a_bounded_rank_bounds_the_memory_and_tells_the_error(name: str) -> None:
     torch.manual_seed(0)
@@ -385,3 +428,27 @@ def test_what_trackers_refuse() -> None:
         AdapterSWATracker(model).load_state_dict(tracker.state_dict())
     with pytest.raises(StateMismatchError, match="saved average does not fit"):
         AdapterEMATracker(tuned("biases")).load_state_dict(tracker.state_dict())
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A process group of this process alone."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+def test_what_does_not_work_on_factors_is_refused_by_name(alone: None) -> None:
+    """Latest weight averaging of both factors, and sharded factors."""
+    model = tuned("wide")
+    with pytest.raises(WeightTypeError, match=r"Or use .*AdapterSWATracker or .*AdapterEMATracker"):
+        LAWATracker(model, k=2)
+    fully_shard(model)
+    with pytest.raises(UsageError, match=r"sharded \(fully_shard\), .*DistributedDataParallel"):
+        adapter_of(model)
+    with pytest.raises(UsageError, match=r"sharded \(fully_shard\), .*DistributedDataParallel"):
+        AdapterSWATracker(model).update(model)
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1)
+    iwr = InterpolatedWeightRegularizer(model, optimizer, anchor=lora_anchor(model))
+    with pytest.raises(UsageError, match="Under fully_shard, freeze lora_A and train lora_B only"):
+        iwr.step(lambda: model.base_model.model.wide(torch.ones(1, 40)).square().sum())

@@ -22,6 +22,7 @@ from openvclip.errors import (
 )
 from openvclip.merging import apply_task_vectors, average, greedy_soup, slerp, task_vector
 from openvclip.weights import Adapter, LowRank, adapter_of
+from openvclip.weights.low_rank import CompressionLoss
 from tests.helpers import same_bits
 from tests.merging.methods import MERGES
 from tests.weights.lora_models import BASES, State, base, close, copied, inputs, merged, tuned
@@ -62,6 +63,20 @@ def test_a_sum_joins_the_factors(scales: list[float]) -> None:
     assert total.rank == sum(change.rank for change in changes)
     expected = sum((s * exact(c) for s, c in zip(scales, changes, strict=True)), torch.zeros(5, 7))
     torch.testing.assert_close(total.product().double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_sum_has_the_widest_dtype_in_any_order() -> None:
+    narrow, wide = update((5, 7)), update((5, 7), seed=1).to(dtype=torch.float64)
+    for changes in ([narrow, wide], [wide, narrow]):
+        total = LowRank.total(changes)
+        assert total.up.dtype == total.down.dtype == torch.float64
+        torch.testing.assert_close(total.product(), sum(map(exact, changes)))
+
+
+def test_the_relative_error_compares_with_the_whole_change() -> None:
+    loss = CompressionLoss({"a": 3.0, "b": 0.0}, {"a": 0.0, "b": 4.0})
+    assert loss.relative == pytest.approx(3 / 5)
+    assert CompressionLoss({"a": 0.0}, {"a": 0.0}).relative == 0.0
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -158,6 +173,26 @@ def test_the_mean_is_that_of_the_merged_weights(case: Case) -> None:
     lost = {n: (smaller.merged(case.clip)[n].double() - expected[n]).norm() for n in expected}
     total = float(torch.stack(list(lost.values())).norm())
     assert total == pytest.approx(sum(x**2 for x in error.lost.values()) ** 0.5, rel=1e-3, abs=1e-5)
+
+
+def test_a_sum_keeps_the_layouts_and_modules_of_each_adapter() -> None:
+    first = Adapter({"a": update((5, 7))}, {}, {"a": "transposed"}, ("head",))
+    second = Adapter({"b": update((5, 7))}, {}, {"b": "embedding"}, ("head", "norm"))
+    total = Adapter.total([first, second], [1.0, 1.0])
+    assert total.layouts == {"a": "transposed", "b": "embedding"}
+    assert total.modules_to_save == ("head", "norm")
+
+
+def test_an_adapter_of_a_model_does_not_change_with_the_model() -> None:
+    model = tuned("all kinds of layers")
+    taken, live = adapter_of(model), adapter_of(model, copy=False)
+    before = taken.merged(copied(base("all kinds of layers")))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    after = taken.merged(copied(base("all kinds of layers")))
+    assert all(same_bits(before[name], after[name]) for name in before)
+    assert any(not torch.equal(live.updates[n].up, u.up) for n, u in taken.updates.items())
 
 
 def test_task_arithmetic_is_that_of_the_merged_weights(case: Case) -> None:
@@ -276,6 +311,7 @@ def test_models_without_plain_lora_are_refused() -> None:
         adapter_of(nn.Linear(2, 2))
     for changes, text in (
         ({"use_dora": True}, "LoRA with DoRA"),
+        ({"target_parameters": ["text_projection.weight"]}, "LoRA with target_parameters"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa', which changes the weights"),
         ({"init_lora_weights": "olora"}, "path_initial_model_for_weight_conversion"),
     ):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from openvclip.checkpoints.contract import Contract
 from openvclip.checkpoints.contract_files import (
-    contract_of_file,
+    contract_to_merge,
     interpolated_lam,
     merged_contract,
 )
@@ -24,7 +24,7 @@ from openvclip.checkpoints.streaming.arithmetic import Mean, Merge, apply_merge
 from openvclip.checkpoints.streaming.inputs import WeightInput, open_inputs
 from openvclip.checkpoints.streaming.outputs import check_outputs, in_writing_order, weight_output
 from openvclip.checkpoints.streaming.pipeline import Compute, stream
-from openvclip.checkpoints.streaming.provenance import Provenance
+from openvclip.checkpoints.streaming.provenance import PROVENANCE_KEY, Provenance
 from openvclip.errors import (
     EmptyAverageError,
     UsageError,
@@ -98,7 +98,8 @@ def interpolate_files(
         max_shard_size: the largest size of a shard in bytes. Only for an index. Default: 5 GB.
         progress: whether to show a progress bar. Default: only if standard error is a terminal.
         override: whether the contract of ``b`` is used if both inputs have a contract and the
-            contracts differ. Default: ``False``, raise an error.
+            contracts differ, and whether a contract that can't be read is left out. Default:
+            ``False``, raise an error.
 
     **Metadata.** The texts in the headers of the inputs are kept. If both inputs have a text of the
     same name, the text of ``b`` is kept. The text ``openvclip_recipe`` is added. It is JSON with
@@ -107,6 +108,8 @@ def interpolate_files(
     ``name dtype shape crc32`` for each entry, sorted by name. It covers all values, and it does not
     depend on how the weights are distributed over files. The contract of the inputs is passed on,
     with the weight of the original CLIP in the result; see :class:`openvclip.checkpoints.Contract`.
+    If ``a`` has no contract, it counts as the original CLIP. The weight is unknown if ``a`` is a
+    merged file, or if its weights differ from the original CLIP that the contract of ``b`` names.
 
     **Crashes.** A file gets its name when it is complete and flushed to the disk. After an
     exception, a kill or a crash, ``out`` is the old file or the new file. A kill can leave files
@@ -123,11 +126,13 @@ def interpolate_files(
             then). Or an output can't be written, has another ending, or would replace a shard of an
             input.
         UnsafeCheckpointError: an input contains a pickle that could run arbitrary code.
-        ContractError: the contracts of the inputs differ, and ``override`` is false.
+        ContractError: the contracts of the inputs differ, or a contract can't be read, and
+            ``override`` is false.
         LambdaError: an interpolation weight is not a finite number.
         UsageError: the number of outputs is not the number of interpolation weights.
 
     Warns:
+        ContractWarning: a contract that can't be read is left out.
         ExtrapolationWarning: an interpolation weight lies outside [0, 1].
     """
     outs, lams = _pairs(out, lam)
@@ -142,15 +147,23 @@ def interpolate_files(
             for weight_of, result in zip(weights, results, strict=True):
                 write_interpolated({name: result}, {name: values[0]}, {name: values[1]}, weight_of)
 
-        contracts = _contracts(inputs)
+        contracts = _contracts(inputs, override)
         contract = merged_contract(contracts, override=override)
         provenances = []
         for one_lam, weight_of in zip(lams, weights, strict=True):
             settings = {"lam": weight_of if callable(one_lam) else float(one_lam)}
             if contract is not None:
-                share = interpolated_lam(contracts[0][1], contracts[1][1], settings["lam"])
+                share = interpolated_lam(
+                    contracts[0][1],
+                    contracts[1][1],
+                    settings["lam"],
+                    a_is_original=PROVENANCE_KEY not in inputs[0].metadata,
+                )
                 contract = contract.with_(lam=share)
-            provenances.append(Provenance("interpolate", inputs, settings, contract))
+            original_hash = _original_hash(contracts)
+            provenances.append(
+                Provenance("interpolate", inputs, settings, contract, original_hash=original_hash)
+            )
         _write(inputs, outs, provenances, compute, _Options(dtype, max_shard_size, progress))
 
 
@@ -178,7 +191,8 @@ def average_files(
             entry. If the files differ, the narrowest dtype that holds the values of all files.
         max_shard_size: as in :func:`interpolate_files`.
         progress: as in :func:`interpolate_files`.
-        override: whether the contract of the last file is used if the contracts differ.
+        override: whether the contract of the last file is used if the contracts differ, and
+            whether a contract that can't be read is left out.
 
     Raises:
         EmptyAverageError: ``paths`` is empty.
@@ -193,7 +207,7 @@ def average_files(
         raise EmptyAverageError("There are no files to average; give at least one.")
     with ExitStack() as stack:
         inputs = open_inputs([Path(path) for path in paths], stack)
-        contract = merged_contract(_contracts(inputs), override=override)
+        contract = merged_contract(_contracts(inputs, override), override=override)
         provenance = Provenance("average", inputs, {}, contract)
         options = _Options(dtype, max_shard_size, progress)
         _write(inputs, [Path(out)], [provenance], Mean(inputs), options)
@@ -231,7 +245,8 @@ def merge_files(
             in this default dtype.
         max_shard_size: as in :func:`interpolate_files`.
         progress: as in :func:`interpolate_files`.
-        override: whether the contract of the last file is used if the contracts differ.
+        override: whether the contract of the last file is used if the contracts differ, and
+            whether a contract that can't be read is left out.
 
     Raises:
         WeightTypeError: ``merge`` did not return the entry in its shape and dtype.
@@ -246,7 +261,7 @@ def merge_files(
         method_name = method or str(getattr(merge, "__qualname__", type(merge).__name__))
         options = _Options(dtype, max_shard_size, progress, whole_entries=True)
         compute = functools.partial(apply_merge, merge, inputs[-1].sizes, dtype)
-        contract = merged_contract(_contracts(inputs), override=override)
+        contract = merged_contract(_contracts(inputs, override), override=override)
         provenance = Provenance(method_name, inputs, {}, contract)
         _write(inputs, [Path(out)], [provenance], compute, options)
 
@@ -294,8 +309,19 @@ def _write(
             provenance.add_hashes()
 
 
-def _contracts(inputs: Sequence[WeightInput]) -> list[tuple[Path, Contract | None]]:
-    return [(source.path, contract_of_file(source.path, source.metadata)) for source in inputs]
+def _contracts(inputs: Sequence[WeightInput], override: bool) -> list[tuple[Path, Contract | None]]:
+    return [
+        (source.path, contract_to_merge(source.path, source.metadata, override=override))
+        for source in inputs
+    ]
+
+
+def _original_hash(contracts: Sequence[tuple[Path, Contract | None]]) -> str | None:
+    """Return the hash of the original CLIP, if a first model without a contract must have it."""
+    first, last = contracts[0][1], contracts[-1][1]
+    if first is not None or last is None or last.base is None:
+        return None
+    return last.base.weights_hash
 
 
 def _compute_weights(

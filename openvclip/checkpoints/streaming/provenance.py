@@ -27,6 +27,8 @@ class Provenance:
             of the later input is kept.
         settings: the settings of the method, such as ``{"lam": 0.5}``.
         contract: the contract of the merged model.
+        original_hash: hash of the weights of the original CLIP. If the first input turns out to
+            have other weights, ``lam`` of the contract becomes unknown. Default: no comparison.
     """
 
     def __init__(
@@ -35,6 +37,8 @@ class Provenance:
         inputs: Sequence[WeightInput],
         settings: Mapping[str, object],
         contract: Contract | None,
+        *,
+        original_hash: str | None = None,
     ) -> None:
         import openvclip
 
@@ -43,8 +47,8 @@ class Provenance:
         self._input_texts = {
             key: text for source in inputs for key, text in source.metadata.items()
         }
-        if contract is not None:
-            self._input_texts[CONTRACT_KEY] = contract.to_json()
+        self._input_texts.pop(CONTRACT_KEY, None)
+        self._contract, self._original_hash = contract, original_hash
         self._method = {"method": method, **settings, "openvclip": openvclip.__version__}
 
     def add_hashes(self) -> None:
@@ -61,7 +65,22 @@ class Provenance:
             }
             for source, weights_hash in zip(self._inputs, self._hashes, strict=True)
         ]
-        return {**self._input_texts, PROVENANCE_KEY: json.dumps({**self._method, "inputs": inputs})}
+        contract = (
+            {} if self._contract is None else {CONTRACT_KEY: self._contract_text(self._contract)}
+        )
+        return {
+            **self._input_texts,
+            **contract,
+            PROVENANCE_KEY: json.dumps({**self._method, "inputs": inputs}),
+        }
+
+    def _contract_text(self, contract: Contract) -> str:
+        """Return the contract as JSON. The length is the same before and after the hashes."""
+        text, unknown = contract.to_json(), contract.with_(lam=None).to_json()
+        if self._original_hash is None:
+            return text
+        is_other = self._hashes[0] not in (_NO_HASH, self._original_hash)
+        return (unknown if is_other else text).ljust(max(len(text), len(unknown)))
 
 
 def _provenance_of_input(metadata: Mapping[str, str]) -> dict[str, object]:

@@ -7,11 +7,12 @@ is an error, unless ``--override`` is given.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openvclip.errors import UsageError
+from openvclip.video.sampling import BY_NUMBER
 
 if TYPE_CHECKING:
     import torch
@@ -59,6 +60,49 @@ def use_contract(options: argparse.Namespace, ignored: Collection[str] = ()) -> 
                 "--override to use it all the same."
             )
     options.contract = _effective(contract, options)
+
+
+def options_for_files(
+    options: argparse.Namespace,
+    paths: Sequence[Path],
+    *,
+    expand: bool,
+    ignored: Collection[str] = (),
+) -> argparse.Namespace:
+    """Return the options with which files of weights are used that share one model.
+
+    Args:
+        options: the options of a command that takes several files, with the attributes
+            ``override`` and ``given``. They are not changed.
+        paths: the files of weights.
+        expand: whether the command uses the files with temporal attention.
+        ignored: see :func:`use_contract`.
+
+    Returns:
+        The options, with the attribute ``contract``: the contract of the files, or ``None``.
+
+    Raises:
+        UsageError: an option or ``expand`` contradicts the contract, and ``--override`` is not
+            given.
+        ContractError, CheckpointError: see :func:`use_contract`; or the contracts differ.
+    """
+    from openvclip.checkpoints.contract_files import merged_contract, read_contract
+
+    files = [(path, read_contract(path) if path.is_file() else None) for path in paths]
+    contract = merged_contract(files, override=options.override)
+    if contract is None:
+        return argparse.Namespace(**{**vars(options), "contract": None})
+    source = next(path for path, known in reversed(files) if known is not None)
+    if expand != (contract.expansion is not None) and not options.override:
+        used, trained = ("with", "without") if expand else ("without", "with")
+        raise UsageError(
+            f"{source} is to be used {used} temporal attention, but its contract says that it was "
+            f"trained {trained} it. Give --override to use it all the same."
+        )
+    chosen = argparse.Namespace(**{**vars(options), "checkpoint": source, "expand": expand})
+    chosen.given = {*options.given, "expand"}
+    use_contract(chosen, ignored)
+    return chosen
 
 
 def _contract_of(options: argparse.Namespace) -> tuple[Contract | None, Path]:
@@ -123,7 +167,6 @@ def _replace_by_original(
     from openvclip.checkpoints.api import load_checkpoint
     from openvclip.models.folders import load_stored
     from openvclip.models.loading import brings_weights, load_model
-    from openvclip.weights.hashing import weights_hash
     from openvclip.weights.names import named_state
 
     tuned = {name: value.detach().clone() for name, value in named_state(model).items()}
@@ -140,14 +183,32 @@ def _replace_by_original(
     else:
         name = contract.model if base is None else base.name
         model.load_state_dict(load_model(name, pretrained).model.state_dict())
-    known = None if base is None else base.weights_hash
-    if known is not None and not options.override and weights_hash(named_state(model)) != known:
-        raise UsageError(
-            f"The weights {pretrained} are not those from which the model was trained: their hash "
-            "differs from the hash in the contract. Give the right file with --pretrained, or give "
-            "--override to use these weights all the same."
-        )
+    if not options.override:
+        require_base(model, contract, f"The weights {pretrained}")
     return tuned
+
+
+def require_base(model: nn.Module, contract: Contract, what: str) -> None:
+    """Check that a model has the weights of the original CLIP that a contract names.
+
+    Args:
+        model: the model.
+        contract: the contract of a fine-tuned model.
+        what: the weights of the model, for the error.
+
+    Raises:
+        UsageError: the contract has a hash of the weights, and the weights have another hash.
+    """
+    from openvclip.weights.hashing import weights_hash
+    from openvclip.weights.names import named_state
+
+    known = None if contract.base is None else contract.base.weights_hash
+    if known is not None and weights_hash(named_state(model)) != known:
+        raise UsageError(
+            f"{what} are not those from which the model was trained: their hash differs from the "
+            "hash in the contract. Give the right file with --pretrained, or give --override to "
+            "use these weights all the same."
+        )
 
 
 def _decided(contract: Contract) -> dict[str, Any]:
@@ -168,10 +229,10 @@ def _decided(contract: Contract) -> dict[str, Any]:
     }
     if contract.expansion is not None:
         values |= {"window": contract.expansion.window, "boundary": contract.expansion.boundary}
-    if frames.sampler != "uniform":
+    if frames.sampler not in BY_NUMBER:
         values |= {"sampling_rate": frames.sampling_rate, "target_fps": frames.target_fps}
-    if base is not None and base.pretrained is not None:
-        values["pretrained"] = base.pretrained
+    # An original CLIP that is not known is not replaced by the default of the option.
+    values["pretrained"] = None if base is None else base.pretrained
     return values
 
 
@@ -184,7 +245,7 @@ def _agree(name: str, given: Any, decided: Any) -> bool:
     if name == "templates":
         return tuple(read_labels(given)) == tuple(decided)
     if name == "pretrained":  # the weights of a file are compared when they are loaded
-        return given == decided or Path(given).exists()
+        return decided is None or given == decided or Path(given).exists()
     return bool(given == decided)
 
 

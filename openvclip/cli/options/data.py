@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,17 +15,25 @@ if TYPE_CHECKING:
     from openvclip.video.protocols import Split
 
 
-def add_data_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options for the videos and classes: published protocols, or a list of videos."""
+def add_data_options(parser: argparse.ArgumentParser, *, retrieval: Sequence[str] = ()) -> None:
+    """Add the options for the videos and classes: published protocols, or a list of videos.
+
+    Args:
+        parser: the parser.
+        retrieval: the retrieval protocols that the command knows.
+    """
+    also = ""
+    if retrieval:
+        also = f"; or a protocol of text-to-video retrieval: {', '.join(retrieval)}"
     group = parser.add_argument_group("videos")
     group.add_argument(
         "--protocol",
-        choices=PROTOCOLS,
+        choices=(*PROTOCOLS, *retrieval),
         nargs="+",
         default=[],
         metavar="NAME",
         help=f"published protocols of one data set: {', '.join(PROTOCOLS)}; each video is encoded "
-        "once for all of them (default: evaluate on the list of --annotations)",
+        f"once for all of them{also} (default: evaluate on the list of --annotations)",
     )
     group.add_argument(
         "--annotations",

@@ -49,6 +49,6 @@ def require_threshold(options: argparse.Namespace, confidence: Confidence | None
     if options.reject is True and (confidence is None or confidence.threshold is None):
         raise UsageError(
             "--reject without a number uses the threshold of a calibrated model, and this model "
-            "has none. Give a number, such as --reject 0.2, or calibrate the model."
+            "has none. Give a number, such as --reject 0.2, or run openvclip calibrate."
         )
     effective_confidence(confidence, options.reject)
