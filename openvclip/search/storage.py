@@ -7,7 +7,7 @@ import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -121,6 +121,8 @@ class Storage:
 
     Args:
         folder: the folder, which :meth:`create` made.
+        in_memory: whether :meth:`snapshot` reads all vectors into memory. Otherwise they are read
+            from the disk when they are used, and the system keeps them in its cache.
 
     Attributes:
         folder: as the argument.
@@ -131,8 +133,9 @@ class Storage:
             openvclip made it.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], *, in_memory: bool = False) -> None:
         self.folder = Path(folder)
+        self._in_memory = in_memory
         self.settings = _settings_of(self.folder)
 
     @classmethod
@@ -219,7 +222,11 @@ class Storage:
             ).fetchall()
             rows = _rows(connection)
         identities = np.array([identity for identity, _, _ in videos], dtype=np.int64)
-        return _snapshot(self.folder, counter, videos, shards, rows, identities)
+        found = _snapshot(self.folder, counter, videos, shards, rows, identities)
+        if not self._in_memory:
+            return found
+        blocks = [block._replace(vectors=np.array(block.vectors)) for block in found.blocks]
+        return replace(found, blocks=blocks)
 
 
 def is_index(path: str | os.PathLike[str]) -> bool:

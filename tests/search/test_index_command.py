@@ -126,7 +126,7 @@ def test_the_help_shows_examples_and_fits_a_terminal(
     assert max(map(len, text.splitlines())) <= 80
 
 
-@pytest.mark.parametrize("case", ["folder", "config", "checkpoint", "lam", "frame by frame"])
+@pytest.mark.parametrize("case", ["folder", "config", "checkpoint"])
 def test_an_index_loads_its_model_again(
     case: str, videos: Path, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,9 +140,12 @@ def test_an_index_loads_its_model_again(
     options = {
         "folder": ["--model", "model"],
         "config": named,
-        "checkpoint": [*named, "--checkpoint", "tuned.safetensors", "--window", "2"],
-        "lam": [*named, "--checkpoint", "tuned.safetensors", "--lam", "0.25"],
-        "frame by frame": [*named, "--checkpoint", "tuned.safetensors", "--no-expand"],
+        "checkpoint": [
+            *named,
+            "--checkpoint",
+            "tuned.safetensors",
+            *("--window", "2", "--lam", "0.25"),
+        ],
     }[case]
     assert run("index", "videos", "-o", "x.ovx", *options) == 0
     (tmp_path / "elsewhere").mkdir()
@@ -150,8 +153,7 @@ def test_an_index_loads_its_model_again(
     index = Index.open("../x.ovx")
     before = content(index)
     expansion = index.model.expansion
-    assert (expansion is None) == (case in ("config", "frame by frame"))
-    assert expansion is None or expansion.window == (2 if case in ("checkpoint", "folder") else 1)
+    assert (None if expansion is None else expansion.window) == (None if case == "config" else 2)
     other = write_video(videos / "a copy.mp4", 10)
     index.add(other)
     found, again = before[str(videos / "a.mp4")], content(index)[str(other)]
