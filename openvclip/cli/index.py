@@ -36,7 +36,7 @@ openvclip index VIDEO [VIDEO ...] -o INDEX [--update] [options]
        openvclip index INDEX --update [options]
        openvclip index INDEX --remove PATH [PATH ...]
        openvclip index --shards PATTERN [PATTERN ...] -o PARTS [options]
-       openvclip index --merge PARTS [PARTS ...] -o INDEX [--shards PATTERN ...]
+       openvclip index --merge PARTS [PARTS ...] -o INDEX [--shards ...]
 """
 _EXAMPLES = """\
 examples:
@@ -45,8 +45,8 @@ examples:
   openvclip index videos/ -o library.ovx --seconds 10 --step 5
   openvclip index library.ovx --update
   openvclip index library.ovx --remove videos/old
-  torchrun --nproc-per-node 8 -m openvclip index \\
-      --shards 's3://bucket/{0000..0999}.tar' -o s3://bucket/parts --model runs/b16
+  torchrun --nproc-per-node 8 -m openvclip index --model runs/b16 \\
+      --shards 's3://bucket/{0000..0999}.tar' -o s3://bucket/parts
   openvclip index --merge s3://bucket/parts -o library.ovx
 """
 _BATCH = 16
@@ -164,7 +164,7 @@ def _opened(path: Path, videos: list[str], options: argparse.Namespace) -> Index
     from openvclip.search import Index, WindowOptions
     from openvclip.search.identity import require_same_windows
     from openvclip.search.inputs import named_videos
-    from openvclip.search.storage import is_index
+    from openvclip.search.storage import is_index, require_free
 
     windows = WindowOptions(options.seconds, options.step)
     if is_index(path) or not videos:
@@ -176,6 +176,7 @@ def _opened(path: Path, videos: list[str], options: argparse.Namespace) -> Index
         _print_failures(failed)
         print(f"There is nothing to index; {path} was not made.", file=sys.stderr)
         return None
+    require_free(path)
     model, source = load_video_clip(options)
     return Index.create(path, model, windows=windows, source=source)
 
@@ -187,7 +188,7 @@ def _remove(path: Path, options: argparse.Namespace) -> int:
     refuse_unused(options.given, dict.fromkeys(sorted(names), "with --remove"))
     index = Index.open(path)
     removed = index.remove(options.remove)
-    print(f"{path}: {len(removed)} removed; {_content(index)}")
+    print(f"{path}: {len(removed)} removed. {_content(index)}")
     return 0
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 _WAIT = 0.1  # seconds after which a decoding thread looks whether it should end
+_PATIENCE = 5.0  # seconds to wait for the threads at the end; a server may not answer
 
 
 @dataclass(frozen=True)
@@ -234,21 +235,28 @@ class _Decoding:
             for place, video in self._videos:
                 yield from self._events_of(place, video)
             return
-        with ThreadPoolExecutor(self._threads, thread_name_prefix="openvclip-index") as pool:
-            for _ in range(self._threads):
-                pool.submit(self._work)
-            try:
-                working = self._threads
-                while working:
-                    event = self._ready.get()
-                    if isinstance(event, BaseException):
-                        raise event
-                    if event is None:
-                        working -= 1
-                    else:
-                        yield event
-            finally:
-                self._stopped.set()
+        # At its end, Python waits for the threads of a pool, but not for these.
+        threads = [
+            threading.Thread(target=self._work, name=f"openvclip-index-{number}", daemon=True)
+            for number in range(self._threads)
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            working = self._threads
+            while working:
+                event = self._ready.get()
+                if isinstance(event, BaseException):
+                    raise event
+                if event is None:
+                    working -= 1
+                else:
+                    yield event
+        finally:
+            self._stopped.set()
+            patience = time.monotonic() + _PATIENCE
+            for thread in threads:
+                thread.join(max(0.0, patience - time.monotonic()))
 
     def _work(self) -> None:
         try:

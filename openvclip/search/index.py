@@ -99,6 +99,7 @@ class Index:
         *,
         device: str | torch.device = "cpu",
         autocast: torch.dtype | None = None,
+        in_memory: bool = False,
     ) -> Index:
         """Open an index.
 
@@ -107,12 +108,15 @@ class Index:
             model: the model that made the index. Default: :attr:`model` loads it when it is needed.
             device: the device of a model that is loaded.
             autocast: see :class:`openvclip.VideoCLIP`; for a model that is loaded.
+            in_memory: whether all vectors are read into memory: 2 bytes for each number, 1 GB for a
+                million windows of 512 numbers. Default: they are read from the disk when they are
+                used, and the system keeps them in its cache.
 
         Raises:
             SearchError: there is no index, or it is damaged, or a newer version of openvclip made
                 it, or another model made it.
         """
-        storage = Storage(path)
+        storage = Storage(path, in_memory=in_memory)
         if model is not None:
             require_same_model(storage.folder, storage.settings, model)
         return cls(storage, model, device, autocast)

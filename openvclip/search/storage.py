@@ -7,7 +7,7 @@ import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ from openvclip.search.recorded import ModelSource
 from openvclip.search.shards import Vectors, map_shard, shard_name
 from openvclip.search.windows import Window, WindowSettings
 
-__all__ = ["Block", "IndexSettings", "Snapshot", "Storage", "is_index"]
+__all__ = ["Block", "IndexSettings", "Snapshot", "Storage", "is_index", "require_free"]
 
 VERSION = 1
 """The newest version of the table that this version of openvclip reads and writes."""
@@ -121,6 +121,8 @@ class Storage:
 
     Args:
         folder: the folder, which :meth:`create` made.
+        in_memory: whether :meth:`snapshot` reads all vectors into memory. Otherwise they are read
+            from the disk when they are used, and the system keeps them in its cache.
 
     Attributes:
         folder: as the argument.
@@ -131,8 +133,9 @@ class Storage:
             openvclip made it.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], *, in_memory: bool = False) -> None:
         self.folder = Path(folder)
+        self._in_memory = in_memory
         self.settings = _settings_of(self.folder)
 
     @classmethod
@@ -147,7 +150,7 @@ class Storage:
             SearchError: the folder holds an index or other files, or is not writable.
         """
         path = Path(folder)
-        _require_free(path)
+        require_free(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -219,7 +222,11 @@ class Storage:
             ).fetchall()
             rows = _rows(connection)
         identities = np.array([identity for identity, _, _ in videos], dtype=np.int64)
-        return _snapshot(self.folder, counter, videos, shards, rows, identities)
+        found = _snapshot(self.folder, counter, videos, shards, rows, identities)
+        if not self._in_memory:
+            return found
+        blocks = [block._replace(vectors=np.array(block.vectors)) for block in found.blocks]
+        return replace(found, blocks=blocks)
 
 
 def is_index(path: str | os.PathLike[str]) -> bool:
@@ -275,7 +282,12 @@ def _snapshot(
     )
 
 
-def _require_free(path: Path) -> None:
+def require_free(path: Path) -> None:
+    """Check that an index can be made in a folder: it does not exist, or is empty.
+
+    Raises:
+        SearchError: the folder holds an index or other files, or is a file.
+    """
     if path.exists() and not path.is_dir():
         raise SearchError(f"{path} is a file; expected a folder for the index, such as name.ovx.")
     if not path.is_dir():

@@ -42,6 +42,7 @@ CREATE TABLE windows (
     end REAL NOT NULL                      -- seconds
 );
 """
+_SYNCHRONOUS = "FULL"  # a commit is on the disk when it returns
 _PATIENCE = 30.0  # seconds to wait for the commit of another process
 _COUNTER = slice(24, 28)  # the counter of changes in the header of a SQLite file
 
@@ -91,7 +92,7 @@ def writing(folder: Path) -> Iterator[sqlite3.Connection]:
         SearchError: the table can't be written.
     """
     with _errors_of(folder), closing(_connect(folder, "rwc")) as connection:
-        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute(f"PRAGMA synchronous = {_SYNCHRONOUS}")
         yield connection
 
 

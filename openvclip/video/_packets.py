@@ -33,6 +33,7 @@ _HIGHEST_FPS = 1000.0
 # A rate that FFmpeg estimates from the first frames is replaced if it is this far from the rate of
 # the whole file.
 _RATE_TOLERANCE = 0.1
+_ENTRIES = 4096  # entries of an index that are in memory at a time
 # Many encoders hide one frame before the beginning. The released code counts such a frame.
 _HIDDEN = 1
 
@@ -93,8 +94,14 @@ def header_is_right(stream: Any, container: Container, info: StreamInfo) -> bool
     entries, frames = stream.index_entries, info.frames or 0
     if len(entries) != frames:
         return False
-    # A slice, because a loop over the entries takes longer, and a film has 100,000 entries.
-    shown = sum(1 for entry in entries[:] if entry.size and not entry.is_discard)
+    # Slices, because a loop over the entries takes longer. A film has 100,000 entries, which need
+    # memory as objects of Python.
+    shown = sum(
+        1
+        for begin in range(0, len(entries), _ENTRIES)
+        for entry in entries[begin : begin + _ENTRIES]
+        if entry.size and not entry.is_discard
+    )
     # The index of a fragmented file can have the first fragment alone.
     seconds = (info.duration or 0) * (stream.time_base or 0)
     expected = float(seconds) * info.fps
