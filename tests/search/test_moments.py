@@ -62,7 +62,7 @@ def libraries(draw: st.DrawFn) -> tuple[Library, np.ndarray]:
 
 
 @pytest.mark.parametrize("half", [True, False])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(case=libraries(), k=st.integers(1, 20))
 def test_moments_are_those_of_a_loop_over_all_windows(
     half: bool, case: tuple[Library, np.ndarray], k: int
