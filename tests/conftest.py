@@ -29,6 +29,7 @@ SLOW = frozenset(
         "test_finetune_resume.py",
         "test_leaks.py",
         "test_quickstart.py",
+        "test_ray.py",
         "test_real_clips.py",
         "test_real_footage.py",
         "test_resume.py",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from html import escape
 from typing import NamedTuple
 
 from openvclip.models.timeline import clock
 from openvclip.search.moments import Moment
+from openvclip.video.sources import file_name
 
 __all__ = ["CARD_STYLE", "DARK", "LIGHT", "PLAYER_SCRIPT", "Media", "card", "cards", "display_name"]
 
@@ -131,8 +131,7 @@ data URIs of videos (Safari) the same bytes as a blob.
 
 def display_name(path: str) -> str:
     """Return the last part of a path or a URL."""
-    plain = path.rstrip("/")
-    return os.path.basename(plain) or plain or path
+    return file_name(path)
 
 
 def card(rank: int, moment: Moment, media: Media) -> str:

@@ -14,7 +14,7 @@ from openvclip.errors import VideoError, VideoOptionError
 from openvclip.video._inputs import EncodedVideo
 from openvclip.video._stream import Stream, decoder_errors, open_container, require_av
 from openvclip.video.excerpts import ShownPicture, pictures_at
-from openvclip.video.sources import VideoSource, opened, source_name
+from openvclip.video.sources import VideoSource, file_name, opened, source_name
 
 if TYPE_CHECKING:
     import av
@@ -226,6 +226,6 @@ def part_name(video: object, start: float, end: float) -> str:
         start: seconds from the first frame of the video.
         end: seconds from the first frame of the video.
     """
-    stem = os.path.splitext(os.path.basename(source_name(video).rstrip("/\\")))[0]
+    stem = os.path.splitext(file_name(source_name(video)))[0]
     kept = "".join(letter if letter.isalnum() or letter in " -_." else "_" for letter in stem)
     return f"{kept[:80].strip(' .') or 'video'} {start:06.1f}-{end:06.1f}.mp4"

@@ -36,6 +36,7 @@ __all__ = [
     "VideoFrames",
     "VideoSource",
     "all_bytes",
+    "file_name",
     "first_bytes",
     "image_planes",
     "is_array",
@@ -205,6 +206,13 @@ def source_name(video: object) -> str:
         if isinstance(name, str) and name and not name.startswith("<"):
             return name
     return f"<{type(video).__name__}>"
+
+
+def file_name(path: str) -> str:
+    """Return the last part of a path or a URL, or of the name of a file in an archive."""
+    member = member_of(path)
+    plain = (path if member is None else member[0]).rstrip("/\\")
+    return os.path.basename(plain) or plain or path
 
 
 def is_several(videos: object) -> bool:

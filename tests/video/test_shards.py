@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 
 from openvclip.errors import UsageError, VideoError, VideoNotFoundError
 from openvclip.video import read_clip
+from openvclip.video.cutting import part_name
 from openvclip.video.shards import expand_braces, shard_videos, shards_of
+from openvclip.video.sources import file_name
 
 pytest.importorskip("av")
 fsspec = pytest.importorskip("fsspec")
@@ -149,6 +151,14 @@ def test_videos_come_in_order_and_their_addresses_open(
             read_clip(f"tar://{name}::{shard}", num_frames=4, sampler="uniform"),
             read_clip(content, num_frames=4, sampler="uniform"),
         )
+
+
+def test_names_of_videos_in_shards() -> None:
+    assert file_name("tar://clips/a.mp4::s3://bucket/0001.tar") == "a.mp4"
+    assert file_name("s3://bucket/0001.tar") == "0001.tar"
+    assert file_name("/data/clips/") == "clips"
+    cut = part_name("tar://clips/a.mp4::s3://bucket/0001.tar", 1.0, 2.5)
+    assert cut == "a 0001.0-0002.5.mp4"
 
 
 def test_a_large_video_is_kept_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
