@@ -27,7 +27,7 @@ examples:
   openvclip app library.ovx --port 8000 --open
   openvclip app library.ovx --host 0.0.0.0
 """
-_MEGABYTE = 1_000_000
+_MEGABYTE = 2**20
 
 
 def add(commands: Commands) -> None:
@@ -81,8 +81,8 @@ def _app(options: argparse.Namespace) -> None:
         if not 0 < value < float("inf"):
             raise UsageError(f"--max-{name} {value:g}: expected a number above 0.")
     limits = Limits(int(options.max_upload * _MEGABYTE), options.max_seconds)
-    require_gradio()  # before the model is loaded
     index = open_index(options.index, options)
+    require_gradio()
     _ = index.model  # a model that is not there is reported now, not at the first search
     serve(
         index,

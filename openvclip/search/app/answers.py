@@ -18,7 +18,7 @@ from openvclip.search.app.media import MediaFiles
 from openvclip.search.app.player import clip_view
 from openvclip.search.cards import cards, display_name
 from openvclip.search.page import count_of
-from openvclip.video.checking import check_videos
+from openvclip.video.checking import VideoChecker
 from openvclip.video.excerpts import stream_facts
 
 __all__ = ["Answers", "Limits"]
@@ -44,7 +44,7 @@ class Limits:
         SearchError: a limit is not above 0.
     """
 
-    upload_bytes: int = 200_000_000
+    upload_bytes: int = 200 * 2**20
     clip_seconds: float = 600.0
     results: int = 100
 
@@ -97,7 +97,12 @@ class Answers:
 
     def __init__(self, index: Any, files: MediaFiles, limits: Limits) -> None:
         self._index, self._files, self._limits = index, files, limits
+        self._checker = VideoChecker(timeout=_START + limits.clip_seconds)
         self._turn = threading.Lock()  # one model: two queries at a time are not faster
+
+    def close(self) -> None:
+        """End the process that decodes uploads."""
+        self._checker.close()
 
     @_as_html
     def search(self, query: str, negative: str = "", k: float = 12, least: Any = None) -> str:
@@ -191,8 +196,7 @@ class Answers:
         Raises:
             VideoError: the file can't be read, or decoding takes too long.
         """
-        timeout = _START + self._limits.clip_seconds
-        (check,) = check_videos([path], num_workers=1, timeout=timeout)
+        check = self._checker.check(path)
         if check.status == "bad":
             raise VideoError(
                 f"{display_name(path)} can't be read as a video. Play it in a player, or copy or "

@@ -130,7 +130,7 @@ def _search_tab(gradio: Any, answers: Answers, limits: Limits, filled: bool) -> 
 
 
 def _labels_tab(gradio: Any, answers: Answers, limits: Limits, videos: list[str]) -> None:
-    megabytes = limits.upload_bytes / 1e6
+    megabytes = limits.upload_bytes / 2**20
     with gradio.Row():
         with gradio.Column(scale=1, min_width=280):
             labels = gradio.Textbox(label="Labels", placeholder=_LABELS, lines=5, elem_id="labels")
@@ -147,7 +147,7 @@ def _labels_tab(gradio: Any, answers: Answers, limits: Limits, videos: list[str]
                 of_library = gradio.Button("Show labels", variant="primary")
             with gradio.Tab("Upload"):
                 upload = gradio.File(
-                    label=f"Clip of at most {megabytes:g} MB",
+                    label=f"Clip of at most {megabytes:.3g} MB",
                     file_types=sorted(VIDEO_SUFFIXES),
                     height=140,
                     elem_id="upload",

@@ -22,11 +22,12 @@ DEFAULT_PORT = 7860
 _PORTS = 100  # that are tried from the default port on
 
 
-def build_app(index: Any, files: MediaFiles, *, host: str = "127.0.0.1", limits: Limits) -> Any:
+def build_app(index: Any, answers: Answers, files: MediaFiles, *, host: str, limits: Limits) -> Any:
     """Return the ASGI application.
 
     Args:
         index: the index.
+        answers: the answers.
         files: the files that the server may send.
         host: the address that the server listens on.
         limits: the limits.
@@ -39,10 +40,11 @@ def build_app(index: Any, files: MediaFiles, *, host: str = "127.0.0.1", limits:
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     add_routes(app, files)
-    blocks = build_interface(index, Answers(index, files, limits), limits)
+    blocks = build_interface(index, answers, limits)
     # Uploads lie in the folder that is removed at the end. No other file leaves through Gradio: the
     # guard refuses its addresses for files.
     os.environ["GRADIO_TEMP_DIR"] = str(files.upload_folder)
+    os.environ["GRADIO_RUN_HISTORY"] = "False"  # nothing is kept in the browser
     gradio.mount_gradio_app(
         app,
         blocks,
@@ -51,7 +53,6 @@ def build_app(index: Any, files: MediaFiles, *, host: str = "127.0.0.1", limits:
         max_file_size=limits.upload_bytes,
         show_error=False,
         footer_links=[],
-        run_history=False,
         ssr_mode=False,
         enable_monitoring=False,
         pwa=False,
@@ -102,8 +103,9 @@ def serve(
             if open_browser:
                 webbrowser.open(address)
 
-    with closing(listener), closing(files):
-        app = build_app(index, files, host=host, limits=chosen)
+    answers = Answers(index, files, chosen)
+    with closing(listener), closing(files), closing(answers):
+        app = build_app(index, answers, files, host=host, limits=chosen)
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)
         Server(config).run([listener])
 
