@@ -24,7 +24,7 @@ from tests.search.films import write_film
 
 pytest.importorskip("av")
 pytest.importorskip("PIL")
-pytest.importorskip("fastapi")
+pytest.importorskip("starlette")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the server's libraries
 
 
@@ -79,10 +79,10 @@ def answers(library, files):
 
 @pytest.fixture
 def client(files):
-    from fastapi import FastAPI
+    from starlette.applications import Starlette
     from starlette.testclient import TestClient
 
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app = Starlette()
     add_routes(app, files)
     guard = Guard(app, local=True, upload_bytes=1000)
     return TestClient(guard, base_url="http://127.0.0.1:7860")
@@ -187,7 +187,7 @@ def test_what_the_pages_do_not_need_is_refused(client, path, headers, status):
 @pytest.mark.parametrize("host", ["127.0.0.1:7860", "localhost:1", "[::1]:7860", "192.168.0.4"])
 def test_names_of_this_machine_are_answered(client, host):
     # 404 is the answer of the application: this one has no page
-    assert client.get("/", headers={"host": host}).json() == {"detail": "Not Found"}
+    assert client.get("/", headers={"host": host}).text == "Not Found"
 
 
 def test_loopback_addresses():

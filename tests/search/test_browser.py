@@ -25,8 +25,9 @@ from tests.search.films import write_film
 pytest.importorskip("av")
 pytest.importorskip("PIL")
 pytest.importorskip("gradio", reason="the app needs gradio")
+_BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 playwright = pytest.importorskip("playwright.sync_api", reason="the browser tests need playwright")
-CHROMIUM = shutil.which("chromium")
+CHROMIUM = next(filter(None, map(shutil.which, _BROWSERS)), None)
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium"),

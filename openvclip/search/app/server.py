@@ -36,9 +36,9 @@ def build_app(index: Any, answers: Answers, files: MediaFiles, *, host: str, lim
         MissingDependencyError: Gradio is not installed.
     """
     gradio = require_gradio()
-    from fastapi import FastAPI
+    from starlette.applications import Starlette
 
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app = Starlette()
     add_routes(app, files)
     blocks = build_interface(index, answers, limits)
     # Uploads lie in the folder that is removed at the end. No other file leaves through Gradio: the
@@ -95,19 +95,22 @@ def serve(
     chosen = limits or Limits()
     files = MediaFiles(longest=max(30.0, chosen.clip_seconds))
 
-    class Server(uvicorn.Server):
-        async def startup(self, sockets: Any = None) -> None:
-            await super().startup(sockets)
-            if ready is not None:
-                ready(address)
-            if open_browser:
-                webbrowser.open(address)
-
     answers = Answers(index, files, chosen)
     with closing(listener), closing(files), closing(answers):
         app = build_app(index, answers, files, host=host, limits=chosen)
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)
-        Server(config).run([listener])
+        server: Any = uvicorn.Server(config)
+        begin = server.startup
+
+        async def startup(sockets: Any = None) -> None:
+            await begin(sockets=sockets)
+            if not server.should_exit and ready is not None:
+                ready(address)
+            if not server.should_exit and open_browser:
+                webbrowser.open(address)
+
+        server.startup = startup
+        server.run([listener])
 
 
 def _listener(host: str, port: int | None) -> socket.socket:
