@@ -4,8 +4,8 @@ from openvclip.search.embedder import VideoEmbedder
 from openvclip.search.exporting import export_vectors
 from openvclip.search.index import Index
 from openvclip.search.moments import Moment
-from openvclip.search.queries import Clip
 from openvclip.search.page import PageReport, PageSettings, write_page
+from openvclip.search.queries import Clip
 from openvclip.search.recorded import ModelSource
 from openvclip.search.searching import SearchResult, search_index
 from openvclip.search.sharded import MergeReport, ShardReport, index_shards, merge_parts

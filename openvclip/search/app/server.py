@@ -15,6 +15,7 @@ from openvclip.search.app.guard import Guard, is_loopback
 from openvclip.search.app.interface import HEAD, build_interface, require_gradio, theme
 from openvclip.search.app.media import MediaFiles, add_routes
 from openvclip.search.app.style import APP_STYLE
+from openvclip.search.index import Index
 
 __all__ = ["DEFAULT_PORT", "build_app", "serve"]
 
@@ -22,7 +23,9 @@ DEFAULT_PORT = 7860
 _PORTS = 100  # that are tried from the default port on
 
 
-def build_app(index: Any, answers: Answers, files: MediaFiles, *, host: str, limits: Limits) -> Any:
+def build_app(
+    index: Index, answers: Answers, files: MediaFiles, *, host: str, limits: Limits
+) -> Any:
     """Return the ASGI application.
 
     Args:
@@ -65,7 +68,7 @@ def build_app(index: Any, answers: Answers, files: MediaFiles, *, host: str, lim
 
 
 def serve(
-    index: Any,
+    index: Index,
     *,
     host: str = "127.0.0.1",
     port: int | None = None,
@@ -76,7 +79,7 @@ def serve(
     """Serve the app until it is interrupted.
 
     Args:
-        index: the index; see :class:`openvclip.search.Index`.
+        index: the index.
         host: the address to listen on. The default is reached from this machine alone.
         port: the port; 0 for any free port. Default: the first free port from 7860 on.
         limits: the limits of uploads and results. Default: :class:`Limits`.
