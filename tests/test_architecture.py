@@ -44,6 +44,7 @@ IMPORTED_ON_USE = {
     "accelerate",
     "av",
     "fsspec",
+    "gradio",
     "huggingface_hub",
     "lightning",
     "matplotlib",
@@ -54,12 +55,14 @@ IMPORTED_ON_USE = {
     "peft",
     "pyarrow",
     "pytorch_lightning",
+    "starlette",
     "timm",
     "torchao",
     "torchcodec",
     "torchvision",
     "tqdm",
     "transformers",
+    "uvicorn",
     "webdataset",
 }
 # One file for each library; the registry of families imports a file when its library is in use.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from openvclip.cli.options.library import add_library_model_options, open_index
@@ -27,7 +28,7 @@ examples:
   openvclip app library.ovx --port 8000 --open
   openvclip app library.ovx --host 0.0.0.0
 """
-_MEGABYTE = 1_000_000
+_MEGABYTE = 2**20
 
 
 def add(commands: Commands) -> None:
@@ -81,14 +82,27 @@ def _app(options: argparse.Namespace) -> None:
         if not 0 < value < float("inf"):
             raise UsageError(f"--max-{name} {value:g}: expected a number above 0.")
     limits = Limits(int(options.max_upload * _MEGABYTE), options.max_seconds)
-    require_gradio()  # before the model is loaded
     index = open_index(options.index, options)
+    require_gradio()
     _ = index.model  # a model that is not there is reported now, not at the first search
-    serve(
-        index,
-        host=options.host,
-        port=options.port,
-        limits=limits,
-        open_browser=options.open,
-        ready=lambda address: print(f"{address}  (Ctrl-C ends it)", file=sys.stderr, flush=True),
-    )
+    with suppress(KeyboardInterrupt):  # the usual end
+        serve(
+            index,
+            host=options.host,
+            port=options.port,
+            limits=limits,
+            open_browser=options.open,
+            ready=lambda address: _say_where(address, options.host),
+        )
+
+
+def _say_where(address: str, host: str) -> None:
+    from openvclip.search.app import is_loopback
+
+    print(f"{address}  (Ctrl-C ends it)", file=sys.stderr, flush=True)
+    if not is_loopback(host):
+        print(
+            "Everyone who reaches this machine can search the index and watch its videos.",
+            file=sys.stderr,
+            flush=True,
+        )

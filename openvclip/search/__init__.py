@@ -4,6 +4,7 @@ from openvclip.search.embedder import VideoEmbedder
 from openvclip.search.exporting import export_vectors
 from openvclip.search.index import Index
 from openvclip.search.moments import Moment
+from openvclip.search.page import PageReport, PageSettings, write_page
 from openvclip.search.queries import Clip
 from openvclip.search.recorded import ModelSource
 from openvclip.search.searching import SearchResult, search_index
@@ -21,6 +22,8 @@ __all__ = [
     "MergeReport",
     "ModelSource",
     "Moment",
+    "PageReport",
+    "PageSettings",
     "Report",
     "SearchResult",
     "ShardReport",
@@ -33,4 +36,5 @@ __all__ = [
     "index_shards",
     "merge_parts",
     "search_index",
+    "write_page",
 ]

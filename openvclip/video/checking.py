@@ -21,7 +21,7 @@ from openvclip.video._packets import frame_rate
 from openvclip.video._pictures import Pictures
 from openvclip.video._stream import Stream, require_av
 
-__all__ = ["VideoCheck", "check_video", "check_videos"]
+__all__ = ["VideoCheck", "VideoChecker", "check_video", "check_videos"]
 
 _START_SECONDS = 300.0  # for a process to import PyTorch, from a slow disk
 _END_SECONDS = 30.0  # for a process to end after it has closed its connection
@@ -142,6 +142,42 @@ def check_videos(
     return _run(files, [_Worker(quick, timeout) for _ in range(number)])
 
 
+class VideoChecker:
+    """A process that decodes one video after another, for files that can crash the decoder.
+
+    The process starts with the first check and stays for the next ones. Several threads can use one
+    object; their checks wait for each other.
+
+    Args:
+        quick: see :func:`check_video`.
+        timeout: see :func:`check_videos`.
+    """
+
+    def __init__(self, *, quick: bool = False, timeout: float = 600.0) -> None:
+        self._worker = _Worker(quick, timeout)
+        self._turn = threading.Lock()
+
+    def check(self, path: str | os.PathLike[str]) -> VideoCheck:
+        """Decode a video file in the process and return the result of the check.
+
+        Args:
+            path: the file.
+
+        Raises:
+            MissingDependencyError: PyAV is not installed.
+            UsageError: the process cannot be started; see :func:`check_videos`.
+        """
+        require_av()
+        with self._turn:
+            return self._worker.check(os.fspath(path))
+
+    def close(self) -> None:
+        """End the process."""
+        self._worker.close()
+        with self._turn:
+            self._worker.stop()
+
+
 def _run(files: Sequence[str], workers: Sequence[_Worker]) -> Generator[VideoCheck, None, None]:
     todo: queue.SimpleQueue[str] = queue.SimpleQueue()
     done: queue.SimpleQueue[VideoCheck | UsageError] = queue.SimpleQueue()
@@ -180,13 +216,13 @@ class _Worker:
         """Check files until the queue is empty. Runs in a thread."""
         try:
             while not self._closed.is_set():
-                done.put(self._check(todo.get_nowait()))
+                done.put(self.check(todo.get_nowait()))
         except queue.Empty:
             pass
         except UsageError as error:
             done.put(error)
         finally:
-            self._stop()
+            self.stop()
 
     def close(self) -> None:
         """Kill the process. Called from another thread."""
@@ -195,7 +231,8 @@ class _Worker:
         if process is not None:
             process.kill()
 
-    def _check(self, path: str) -> VideoCheck:
+    def check(self, path: str) -> VideoCheck:
+        """Send a path to the process, which is started if there is none."""
         connection = self._connection or self._start()
         try:
             connection.send(path)
@@ -203,9 +240,9 @@ class _Worker:
                 check: VideoCheck = connection.recv()
                 return check
         except (EOFError, OSError):
-            reason = f"the decoder crashed ({_ending(self._stop(_END_SECONDS))})"
+            reason = f"the decoder crashed ({_ending(self.stop(_END_SECONDS))})"
         else:
-            self._stop()
+            self.stop()
             reason = f"decoding took more than {self._timeout:g} seconds"
         size = os.path.getsize(path) if os.path.isfile(path) else None
         return VideoCheck(path, "bad", f"{path}: {reason}.", bytes=size)
@@ -226,11 +263,11 @@ class _Worker:
         except (EOFError, OSError):
             pass
         raise UsageError(
-            f"A process that decodes videos did not start ({_ending(self._stop(_END_SECONDS))}). "
+            f"A process that decodes videos did not start ({_ending(self.stop(_END_SECONDS))}). "
             'In a script, put the code under if __name__ == "__main__":.'
         )
 
-    def _stop(self, patience: float = 1.0) -> int | None:
+    def stop(self, patience: float = 1.0) -> int | None:
         """End the process, kill it after ``patience`` seconds, and return its exit status."""
         if self._process is None or self._connection is None:
             return None

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ import pytest
 from openvclip.cli import main
 from openvclip.errors import UsageError, VideoError, VideoOptionError
 from openvclip.video import checking, read_clip
-from openvclip.video.checking import VideoCheck, check_video, check_videos
+from openvclip.video.checking import VideoCheck, VideoChecker, check_video, check_videos
 from tests.forked import CONTEXT
 from tests.helpers import REPO
 from tests.video import servers
@@ -218,3 +219,19 @@ def test_the_command_on_real_clips(clips, tmp_path, prompt_workers):
     assert len(results) == 73
     annotated = {str(clips / row["path"]): row["frames"] for row in rows(clips / "labels.csv")}
     assert {row["path"]: row["frames"] for row in results} == annotated
+
+
+@pytest.mark.usefixtures("prompt_workers")
+def test_one_process_for_several_checks(folder, monkeypatch):
+    with closing(VideoChecker()) as checker:
+        for path in sorted(folder.glob("*.m*")):
+            assert checker.check(path) == check_video(path)
+        process = checker._worker._process
+        assert process.is_alive()
+        process.kill()  # as a file that crashes the decoder does
+        process.join()
+        assert "crashed (SIGKILL)" in checker.check(folder / "good.mkv").reason
+        assert checker.check(folder / "good.mkv").status == "ok"
+        process = checker._worker._process
+    process.join(10)
+    assert not process.is_alive()

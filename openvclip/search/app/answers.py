@@ -17,8 +17,10 @@ from openvclip.models.timeline import clock
 from openvclip.search.app.media import MediaFiles
 from openvclip.search.app.player import clip_view
 from openvclip.search.cards import cards, display_name
+from openvclip.search.index import Index
 from openvclip.search.page import count_of
-from openvclip.video.checking import check_videos
+from openvclip.search.searching import search_index
+from openvclip.video.checking import VideoChecker
 from openvclip.video.excerpts import stream_facts
 
 __all__ = ["Answers", "Limits"]
@@ -44,7 +46,7 @@ class Limits:
         SearchError: a limit is not above 0.
     """
 
-    upload_bytes: int = 200_000_000
+    upload_bytes: int = 200 * 2**20
     clip_seconds: float = 600.0
     results: int = 100
 
@@ -89,15 +91,19 @@ class Answers:
     """The answers of the app. Several threads can use one object.
 
     Args:
-        index: an index with ``search``, ``videos`` and ``model``; see
-            :class:`openvclip.search.Index`.
+        index: the index.
         files: the files that the server may send.
         limits: the limits.
     """
 
-    def __init__(self, index: Any, files: MediaFiles, limits: Limits) -> None:
+    def __init__(self, index: Index, files: MediaFiles, limits: Limits) -> None:
         self._index, self._files, self._limits = index, files, limits
+        self._checker = VideoChecker(timeout=_START + limits.clip_seconds)
         self._turn = threading.Lock()  # one model: two queries at a time are not faster
+
+    def close(self) -> None:
+        """End the process that decodes uploads."""
+        self._checker.close()
 
     @_as_html
     def search(self, query: str, negative: str = "", k: float = 12, least: Any = None) -> str:
@@ -105,9 +111,9 @@ class Answers:
 
         Args:
             query: the sentence.
-            negative: sentences that lower the score, one on each line.
+            negative: sentences of what the moments must not show, one on each line.
             k: the number of results.
-            least: the least score; ``None`` for no limit.
+            least: the lowest score; ``None`` for the threshold of a calibrated model, or no limit.
         """
         text = " ".join(str(query or "").split())
         if not text:
@@ -116,19 +122,17 @@ class Answers:
             raise SearchError(
                 f"The query has {len(text)} letters; at most {_LONGEST_TEXT} are searched."
             )
-        without = [
-            _sentence(line.strip()) for line in str(negative or "").splitlines() if line.strip()
-        ]
+        without = [line.strip() for line in str(negative or "").splitlines() if line.strip()]
         count = max(1, min(int(k), self._limits.results))
         score = None if least is None else float(least)
         with self._turn:
             begun = time.perf_counter()
-            moments = self._index.search(
-                _sentence(text), k=count, negative=without, min_score=score
-            )
+            (result,) = search_index(self._index, text, count, negative=without, min_score=score)
             took = time.perf_counter() - begun
+        moments = result.moments
         if not moments:
-            return say("Nothing fits this query.")
+            reason = result.reason()
+            return say(f"{reason[:1].upper()}{reason[1:]}.")
         found = cards(moments, lambda _, moment: self._files.media(moment))
         return f"{say(f'{count_of(moments)}, {took:.2f} s')}{found}"
 
@@ -191,8 +195,7 @@ class Answers:
         Raises:
             VideoError: the file can't be read, or decoding takes too long.
         """
-        timeout = _START + self._limits.clip_seconds
-        (check,) = check_videos([path], num_workers=1, timeout=timeout)
+        check = self._checker.check(path)
         if check.status == "bad":
             raise VideoError(
                 f"{display_name(path)} can't be read as a video. Play it in a player, or copy or "
@@ -213,17 +216,6 @@ class Answers:
             timeline = model.timeline(path, labels, progress=False)
         end = float(timeline.times[-1, 1])
         return clip_view(display_name(path), self._files.whole(path, end), prediction, timeline)
-
-
-def _sentence(text: str) -> str:
-    """Return a text that the index takes for a sentence, also if a file has this name.
-
-    The index reads a query that is the path of a file. A visitor must not reach files this way.
-    Tokenizers ignore the added space.
-    """
-    while os.path.exists(text):
-        text += " "
-    return text
 
 
 def labels_of(text: str) -> list[str]:

@@ -92,7 +92,11 @@ class Guard:
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether a name or an address is that of this machine alone."""
+    """Return whether a name or an address is that of this machine alone.
+
+    Args:
+        host: the name or the address.
+    """
     if host == "localhost":
         return True
     try:

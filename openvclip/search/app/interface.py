@@ -9,6 +9,7 @@ from openvclip.errors import MissingDependencyError
 from openvclip.search.app.answers import Answers, Limits, say
 from openvclip.search.app.player import TIMELINE_SCRIPT
 from openvclip.search.cards import PLAYER_SCRIPT, display_name
+from openvclip.search.index import Index
 from openvclip.video.files import VIDEO_SUFFIXES
 
 __all__ = ["HEAD", "build_interface", "require_gradio", "theme"]
@@ -66,7 +67,7 @@ def theme() -> Any:
     )
 
 
-def build_interface(index: Any, answers: Answers, limits: Limits) -> Any:
+def build_interface(index: Index, answers: Answers, limits: Limits) -> Any:
     """Return the ``gradio.Blocks`` of the app.
 
     Args:
@@ -106,13 +107,20 @@ def _search_tab(gradio: Any, answers: Answers, limits: Limits, filled: bool) -> 
         button = gradio.Button("Search", variant="primary", scale=0, min_width=110)
     with gradio.Accordion("More options", open=False), gradio.Row():
         negative = gradio.Textbox(
-            label="Without", info="sentences that lower the score, one on each line", lines=2
+            label="Not",
+            info="sentences of what the moments must not show, one on each line",
+            lines=2,
         )
         count = gradio.Slider(
             1, limits.results, value=min(12, limits.results), step=1, label="Results"
         )
         least = gradio.Number(
-            None, label="Least score", info="empty: no limit", minimum=-1, maximum=1, step=0.01
+            None,
+            label="Lowest score",
+            info="empty: the threshold of a calibrated model, or no limit",
+            minimum=-1,
+            maximum=1,
+            step=0.01,
         )
     start = say(
         "Type what you are looking for, such as: a person riding a horse."
@@ -130,7 +138,7 @@ def _search_tab(gradio: Any, answers: Answers, limits: Limits, filled: bool) -> 
 
 
 def _labels_tab(gradio: Any, answers: Answers, limits: Limits, videos: list[str]) -> None:
-    megabytes = limits.upload_bytes / 1e6
+    megabytes = limits.upload_bytes / 2**20
     with gradio.Row():
         with gradio.Column(scale=1, min_width=280):
             labels = gradio.Textbox(label="Labels", placeholder=_LABELS, lines=5, elem_id="labels")
@@ -147,7 +155,7 @@ def _labels_tab(gradio: Any, answers: Answers, limits: Limits, videos: list[str]
                 of_library = gradio.Button("Show labels", variant="primary")
             with gradio.Tab("Upload"):
                 upload = gradio.File(
-                    label=f"Clip of at most {megabytes:g} MB",
+                    label=f"Clip of at most {megabytes:.3g} MB",
                     file_types=sorted(VIDEO_SUFFIXES),
                     height=140,
                     elem_id="upload",

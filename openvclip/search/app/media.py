@@ -210,10 +210,10 @@ class MediaFiles:
 
 
 def add_routes(app: Any, files: MediaFiles) -> None:
-    """Add the addresses of videos, pictures and previews to a FastAPI application.
+    """Add the addresses of videos, pictures and previews to a Starlette application.
 
     Args:
-        app: the ``fastapi.FastAPI``.
+        app: the ``starlette.applications.Starlette``.
         files: the files that the server may send.
     """
     from starlette.concurrency import run_in_threadpool

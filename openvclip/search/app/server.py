@@ -15,6 +15,7 @@ from openvclip.search.app.guard import Guard, is_loopback
 from openvclip.search.app.interface import HEAD, build_interface, require_gradio, theme
 from openvclip.search.app.media import MediaFiles, add_routes
 from openvclip.search.app.style import APP_STYLE
+from openvclip.search.index import Index
 
 __all__ = ["DEFAULT_PORT", "build_app", "serve"]
 
@@ -22,11 +23,14 @@ DEFAULT_PORT = 7860
 _PORTS = 100  # that are tried from the default port on
 
 
-def build_app(index: Any, files: MediaFiles, *, host: str = "127.0.0.1", limits: Limits) -> Any:
+def build_app(
+    index: Index, answers: Answers, files: MediaFiles, *, host: str, limits: Limits
+) -> Any:
     """Return the ASGI application.
 
     Args:
         index: the index.
+        answers: the answers.
         files: the files that the server may send.
         host: the address that the server listens on.
         limits: the limits.
@@ -35,14 +39,15 @@ def build_app(index: Any, files: MediaFiles, *, host: str = "127.0.0.1", limits:
         MissingDependencyError: Gradio is not installed.
     """
     gradio = require_gradio()
-    from fastapi import FastAPI
+    from starlette.applications import Starlette
 
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app = Starlette()
     add_routes(app, files)
-    blocks = build_interface(index, Answers(index, files, limits), limits)
+    blocks = build_interface(index, answers, limits)
     # Uploads lie in the folder that is removed at the end. No other file leaves through Gradio: the
     # guard refuses its addresses for files.
     os.environ["GRADIO_TEMP_DIR"] = str(files.upload_folder)
+    os.environ["GRADIO_RUN_HISTORY"] = "False"  # nothing is kept in the browser
     gradio.mount_gradio_app(
         app,
         blocks,
@@ -51,7 +56,6 @@ def build_app(index: Any, files: MediaFiles, *, host: str = "127.0.0.1", limits:
         max_file_size=limits.upload_bytes,
         show_error=False,
         footer_links=[],
-        run_history=False,
         ssr_mode=False,
         enable_monitoring=False,
         pwa=False,
@@ -64,7 +68,7 @@ def build_app(index: Any, files: MediaFiles, *, host: str = "127.0.0.1", limits:
 
 
 def serve(
-    index: Any,
+    index: Index,
     *,
     host: str = "127.0.0.1",
     port: int | None = None,
@@ -75,7 +79,7 @@ def serve(
     """Serve the app until it is interrupted.
 
     Args:
-        index: the index; see :class:`openvclip.search.Index`.
+        index: the index.
         host: the address to listen on. The default is reached from this machine alone.
         port: the port; 0 for any free port. Default: the first free port from 7860 on.
         limits: the limits of uploads and results. Default: :class:`Limits`.
@@ -94,18 +98,22 @@ def serve(
     chosen = limits or Limits()
     files = MediaFiles(longest=max(30.0, chosen.clip_seconds))
 
-    class Server(uvicorn.Server):
-        async def startup(self, sockets: Any = None) -> None:
-            await super().startup(sockets)
-            if ready is not None:
+    answers = Answers(index, files, chosen)
+    with closing(listener), closing(files), closing(answers):
+        app = build_app(index, answers, files, host=host, limits=chosen)
+        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)
+        server: Any = uvicorn.Server(config)
+        begin = server.startup
+
+        async def startup(sockets: Any = None) -> None:
+            await begin(sockets=sockets)
+            if not server.should_exit and ready is not None:
                 ready(address)
-            if open_browser:
+            if not server.should_exit and open_browser:
                 webbrowser.open(address)
 
-    with closing(listener), closing(files):
-        app = build_app(index, files, host=host, limits=chosen)
-        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)
-        Server(config).run([listener])
+        server.startup = startup
+        server.run([listener])
 
 
 def _listener(host: str, port: int | None) -> socket.socket:

@@ -15,6 +15,7 @@ APP_STYLE = (
 .gradio-container { width: 100% !important; max-width: 76rem !important;
   margin: 0 auto !important; }
 .gradio-container .html-container { padding: 0 !important; }
+#upload .download { visibility: hidden; }
 #library input { padding-right: 1.75rem; text-overflow: ellipsis; }
 .ov-head { display: flex; flex-wrap: wrap; align-items: baseline; gap: .1rem .9rem;
   padding: .25rem 0 0; color: var(--ov-text); }
