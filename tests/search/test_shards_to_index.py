@@ -252,6 +252,22 @@ def test_names_that_occur_twice(model: VideoCLIP, tmp_path: Path) -> None:
     assert_is_index_of(Index.open(tmp_path / "library.ovx"), videos, model)
 
 
+def test_names_of_every_kind(model: VideoCLIP, tmp_path: Path) -> None:
+    names = ("./a.mp4", "b\udcff.mp4", "ü 打?#[1].mp4", "long/" * 40 + "c.mp4")
+    shard = tmp_path / "0.tar"
+    files = {name: video(place, 9) for place, name in enumerate(names)}
+    shard.write_bytes(tar_of({**files, "bad\udcff.mp4": b"no video"}))
+    index_shards(str(shard), tmp_path / "parts", model)
+    merged = merge_parts(tmp_path / "parts", tmp_path / "library.ovx")
+    assert list(merged.failed) == [f"tar://bad\udcff.mp4::{shard}"]
+    index = Index.open(tmp_path / "library.ovx", model)
+    videos = {f"tar://{name}::{shard}": content for name, content in files.items()}
+    assert_is_index_of(index, videos, model)
+    for path in videos:
+        assert len(read_clip(path, num_frames=2, sampler="uniform")) == 1
+    assert sorted(index.update().unchanged) == sorted(videos)
+
+
 # --- parts of other models ---------------------------------------------------------------------
 
 
