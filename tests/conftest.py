@@ -88,6 +88,7 @@ SLOW = frozenset(
         "test_shapes_world.py::test_the_command_writes_the_data_set_with_two_processes",
         "test_pictures.py::test_hdr",
         "test_standalone_examples.py::test_an_example_runs_in_an_empty_folder",
+        "test_storage.py::test_a_kill_at_any_moment_leaves_whole_videos",
         "test_streaming_faults.py::test_a_full_disk_and_ctrl_c_leave_the_older_files",
         "test_streaming_faults.py::test_a_kill_at_any_moment_leaves_the_older_model_or_the_new_one",
         "test_streaming_faults.py::test_shards_that_a_kill_left_are_removed_by_the_next_write",
