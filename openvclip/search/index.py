@@ -308,7 +308,9 @@ class Index:
             progress: see :meth:`add`.
 
         Raises:
-            SearchError, UsageError, VideoOptionError: see :meth:`add`.
+            SearchError: the files of all videos are gone, if there are several, because a disk may
+                not be connected; or see :meth:`add`.
+            UsageError, VideoOptionError: see :meth:`add`.
             NonFiniteWeightsError, EvaluationError: see :meth:`add`.
         """
         return self._updating(batch_size, num_threads, progress).update()

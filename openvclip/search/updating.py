@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from openvclip.commands.progress import progress_bar
-from openvclip.errors import SearchError, VideoError, VideoNotFoundError, did_you_mean
+from openvclip.errors import SearchError, VideoError, VideoNotFoundError, did_you_mean, listed
 from openvclip.models.video_clip import VideoCLIP
 from openvclip.search.building import BuildOptions, Encoded, encode_windows
 from openvclip.search.changes import PIECE, FileState, NewVideo, Writer
@@ -111,6 +111,7 @@ class Updating:
                     report.removed.append(path)
                 except VideoError as error:
                     report.failed[path] = str(error)
+            _require_some_left(self._storage, known, report.removed)
             if report.removed:
                 writer.commit(removed=report.removed)
             self._encode(writer, known, states, report)
@@ -216,6 +217,16 @@ class _Run:
             (self._report.changed if changed else self._report.added).append(video.path)
         self._report.removed += broken
         self._last = time.monotonic()
+
+
+def _require_some_left(storage: Storage, known: Mapping[str, Any], removed: list[str]) -> None:
+    """Raise SearchError if all of several files are gone: perhaps a disk is not connected."""
+    if 1 < len(known) == len(removed):
+        raise SearchError(
+            f"{storage.folder}: none of the {len(known)} videos of the index is where it was: "
+            f"{listed(removed)}. Nothing was changed. Connect the disk of the videos; or remove "
+            "the videos: openvclip index INDEX --remove FOLDER, or Index.remove."
+        )
 
 
 def _matching(argument: str, known: Iterable[str]) -> list[str]:

@@ -130,6 +130,20 @@ def test_changed_and_lost_files_are_noticed(copies: list[Path], tmp_path: Path, 
         assert str(copies[0]) in index.videos
 
 
+def test_a_disk_that_is_not_connected_empties_no_index(copies: list[Path], tmp_path: Path) -> None:
+    index = new_index(tmp_path / "x.ovx")
+    index.add(copies)
+    before = content(index)
+    disk = copies[0].parent
+    disk.rename(tmp_path / "elsewhere")
+    with pytest.raises(SearchError, match=f"none of the {len(copies)} videos") as raised:
+        index.update()
+    assert "Connect the disk" in str(raised.value)
+    assert content(index).keys() == before.keys()
+    (tmp_path / "elsewhere").rename(disk)
+    assert index.update().unchanged == list(map(str, copies))
+
+
 def test_a_changed_file_that_cannot_be_read_is_not_found_by_old_vectors(
     copies: list[Path], tmp_path: Path
 ) -> None:
