@@ -28,6 +28,7 @@ from torchvision.datasets.folder import ImageFolder, default_loader  # type: ign
 from torchvision.transforms.functional import pil_to_tensor  # type: ignore[import-untyped]
 
 import openvclip
+from openvclip.checkpoints.contract_files import CONTRACT_FILE, CONTRACT_KEY
 from openvclip.commands import Parser, command, progress_bar, refuse_unused
 from openvclip.evaluation import evaluate
 from openvclip.models import loading
@@ -116,8 +117,12 @@ def run(args: Namespace) -> None:
     openvclip.interpolate_into(model, clip, average, chosen)
     final = openvclip.VideoCLIP(model, tokenizer, transform=test, templates=[TEMPLATE])
     path, out = args.out / "model.safetensors", shlex.quote(str(args.out))
-    openvclip.save_checkpoint(model.state_dict(), path, metadata={"format": "pt"})
     final.describe_folder(args.out, path.name, lam=chosen)
+    # The contract is in the header too, so that the file of weights can be handed over alone.
+    contract = (args.out / CONTRACT_FILE).read_text(encoding="utf-8")
+    openvclip.save_checkpoint(
+        model.state_dict(), path, metadata={"format": "pt", CONTRACT_KEY: contract}
+    )
     (args.out / "classes.txt").write_text("\n".join(data.classes) + "\n", encoding="utf-8")
     print(f"\nTry it: openvclip predict IMAGE --model {out} --labels-file {out}/classes.txt")
 

@@ -42,7 +42,7 @@ from openvclip.cli.options.contract import options_for_files, require_base
 from openvclip.cli.options.outputs import add_override_option
 from openvclip.commands.parsing import Parser, unused_option
 from openvclip.commands.streams import command
-from openvclip.errors import OpenVCLIPError, UsageError
+from openvclip.errors import OpenVCLIPError, RecordsError, UsageError
 from openvclip.evaluation import (
     FIGURE_LAMBDAS,
     Curve,
@@ -309,10 +309,32 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
+def read_results(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the results of earlier runs, by curve and data set.
+
+    Raises:
+        RecordsError: the file is damaged.
+    """
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        content, reason = None, f" ({error})"
+    else:
+        reason = ""
+    if not isinstance(content, dict) or not all(isinstance(v, dict) for v in content.values()):
+        raise RecordsError(
+            f"{path} does not hold the results of earlier runs{reason}. Move the file away: the "
+            "same command writes it again from the records beside it, without decoding videos."
+        )
+    return content
+
+
 def write_results(results: Results, out: Path) -> None:
     """Add the results to ``results.json``, which keeps the results of earlier runs."""
     path = out / "results.json"
-    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    content = read_results(path)
     for line, row in results.items():
         content.setdefault(line, {}).update({name: as_json(result) for name, result in row.items()})
     write_text(path, json.dumps(content, indent=1))
@@ -372,6 +394,7 @@ def report(results: Results, lines: Sequence[Line], out: Path) -> None:
 def run(args: argparse.Namespace, processes: Processes) -> None:
     """Evaluate all curves on all data sets, then report."""
     require_matplotlib()
+    read_results(args.out / "results.json")  # a damaged file is an error before the first video
     data_sets = [(options, read_splits(options)) for options in (args.closed_set, *args.zero_shot)]
     lines = args.lines
     # The curves share one original CLIP, so no contract decides its name and its weights alone.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import openvclip
 from examples.shapes.experiment import FRAMES, classes_of
@@ -40,6 +41,17 @@ def write_final(folder: Path, averaged: Path, lam: float) -> None:
     describe_folder(StoredModel(model, tokenizer, contract), folder, FINAL)
     names = "".join(f"{name}\n" for name in classes_of("all"))
     (folder / CLASSES).write_text(names, encoding="utf-8")
+
+
+def write_averaged(path: Path, averaged: Mapping[str, Tensor]) -> None:
+    """Write the average of the weights along the fine-tuning, and how it is used.
+
+    Args:
+        path: the file to write.
+        averaged: the weights.
+    """
+    contract = contract_of_final(openvclip.expand_temporal_attention(create_model()[0]), 0.0)
+    save_checkpoint(averaged, path, metadata={"lambda": "0", CONTRACT_KEY: contract.to_json()})
 
 
 def contract_of_final(model: nn.Module, lam: float) -> Contract:

@@ -10,6 +10,7 @@ development shapes. They are reported on clips of the unseen shapes, with other 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import time
 from collections.abc import Iterator
@@ -108,7 +109,7 @@ def measure_seed(settings: Settings, seed: int, out: Path, measures: Measures) -
     clips = replace(settings.clips, seed=seed)
     folder = clips_folder(out, seed)
     make_clips(folder, clips)
-    tuned = _trained(settings, seed, folder, out / f"none-of-these-{seed}.safetensors")
+    tuned = _trained(settings, seed, folder, out)
     data = {split: load_clips(folder, split) for split in SPLITS}
     for name, model, tokenizer in _models(tuned):
         features = {split: _features(model, data[split]) for split in SPLITS}
@@ -120,10 +121,17 @@ def measure_seed(settings: Settings, seed: int, out: Path, measures: Measures) -
             _measure_rejection(f"{name}/{others}", sides, measures)
 
 
-def _trained(settings: Settings, seed: int, folder: Path, path: Path) -> dict[str, Tensor]:
-    """Return the averaged weights of Open-VCLIP, from the file of an earlier call if it exists."""
+def _trained(settings: Settings, seed: int, folder: Path, out: Path) -> dict[str, Tensor]:
+    """Return the averaged weights of Open-VCLIP, from the file of an earlier call if it exists.
+
+    The name of the file holds a hash of the recipe and of the clips, so that weights of other
+    settings are not used.
+    """
+    recipe = recipe_of(settings, OPEN_VCLIP, seed)
+    about = repr((recipe, OPEN_VCLIP.how, replace(settings.clips, seed=seed)))
+    key = hashlib.sha256(about.encode()).hexdigest()[:12]
+    path = out / f"none-of-these-{seed}-{key}.safetensors"
     if not path.exists():
-        recipe = recipe_of(settings, OPEN_VCLIP, seed)
         model, tokenizer = create_model()
         openvclip.expand_temporal_attention(model)
         loader = DataLoader(

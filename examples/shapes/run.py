@@ -34,7 +34,7 @@ from examples.shapes.experiment import (
     perform,
     phase_costs,
 )
-from examples.shapes.final_model import CLASSES, FINAL, write_final
+from examples.shapes.final_model import CLASSES, FINAL, write_averaged, write_final
 from examples.shapes.progress import (
     DRAWING,
     MEASUREMENT,
@@ -47,7 +47,6 @@ from examples.shapes.progress import (
 from examples.shapes.schedule import Report, side_by_side
 from examples.shapes.settings import FULL, SMOKE
 from examples.shapes.studies import AVERAGE, MAIN, OPEN_VCLIP, QUICK, STUDIES, Study, Task, plan
-from openvclip.checkpoints import save_checkpoint
 from openvclip.commands.parsing import Parser, unused_option
 from openvclip.commands.streams import command
 
@@ -197,7 +196,7 @@ def _perform(settings: Settings, out: Path, task: Task, report: Report) -> repor
     reporter.started(PROCESS_SECONDS)
     outcome = perform(settings, task, out, reporter)
     if task.run == OPEN_VCLIP and task.seed == 0:
-        save_checkpoint(outcome.weights[AVERAGE], out / AVERAGED)
+        write_averaged(out / AVERAGED, outcome.weights[AVERAGE])
     return reporting.entry_of(task, outcome)
 
 

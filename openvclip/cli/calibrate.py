@@ -5,16 +5,18 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from openvclip.cli.options.failures import report_failures
 from openvclip.cli.options.types import Commands
-from openvclip.errors import UsageError, listed
+from openvclip.errors import UsageError, VideoError, listed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from openvclip.checkpoints.contract import Confidence
     from openvclip.models.prediction import Prediction
+    from openvclip.models.video_clip import VideoCLIP
 
 _DESCRIPTION = """\
 Calibrate a model on videos of your own, and store the result in its folder.
@@ -32,7 +34,9 @@ examples:
   openvclip calibrate runs/b16 clips/ --class-folders
   openvclip calibrate runs/b16 videos/ --annotations mine.csv --keep 0.9
 """
-_SCORES = ("cosine", "probability", "energy")
+
+
+_BATCHES_AT_A_TIME = 16  # threads decode ahead within a group of batches
 
 
 class _Clips(NamedTuple):
@@ -45,6 +49,8 @@ class _Clips(NamedTuple):
 
 def add(commands: Commands) -> None:
     """Add the parser of the subcommand."""
+    from openvclip.models.confidence import DEFAULT_SCORE, SCORES
+
     parser = commands.add_parser(
         "calibrate",
         help="choose the threshold of 'none of these' and the temperature of a model",
@@ -86,8 +92,8 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument(
         "--score",
-        choices=_SCORES,
-        default="cosine",
+        choices=SCORES,
+        default=DEFAULT_SCORE,
         help="the number that is compared with the threshold (default: %(default)s)",
     )
     parser.add_argument(
@@ -115,18 +121,54 @@ def _calibrate(options: argparse.Namespace) -> None:
     require_calibration(options.keep, options.score)
     clips = _clips(options)
     model = VideoCLIP.from_pretrained(folder, device=device_of(options))
-    predictions = model.classify(
-        clips.paths,
-        clips.labels,
-        background=options.background,
-        reject=False,
-        batch_size=options.batch_size,
-    )
+    predictions, clips, reasons = _predictions(model, clips, options)
     confidence = calibrate(predictions, clips.targets, keep=options.keep, score=options.score)
     print(_report(predictions, clips, confidence))
     model.confidence = confidence
     files = store_confidence(folder, model.contract, weights_of(folder, model.contract))
     print("\n".join(f"wrote {file}" for file in files))
+    report_failures(reasons, "left out")
+
+
+def _predictions(
+    model: VideoCLIP, clips: _Clips, options: argparse.Namespace
+) -> tuple[list[Prediction], _Clips, list[str]]:
+    """Return the predictions, the videos that can be read, and the errors of the other videos.
+
+    Raises:
+        VideoError: no video can be read.
+    """
+    from openvclip.commands.progress import progress_bar
+
+    settings: dict[str, Any] = {
+        "labels": clips.labels,
+        "background": options.background,
+        "reject": False,
+        "batch_size": options.batch_size,
+        "progress": False,
+    }
+    predictions: dict[str, Prediction] = {}
+    reasons: list[str] = []
+    # A video that can't be read stops its group: the videos of the group are then read one by one.
+    size = max(options.batch_size, 1) * _BATCHES_AT_A_TIME
+    with progress_bar(total=len(clips.paths), desc="calibrate") as bar:
+        for first in range(0, len(clips.paths), size):
+            group = clips.paths[first : first + size]
+            try:
+                predictions.update(zip(group, model.classify(group, **settings), strict=True))
+            except VideoError:
+                for path in group:
+                    try:
+                        predictions[path] = model.classify(path, **settings)
+                    except VideoError as error:
+                        reasons.append(str(error))
+            bar.update(len(group))
+    if not predictions:
+        raise VideoError(f"None of the {len(reasons)} videos can be read: {reasons[0]}")
+    kept = [i for i, path in enumerate(clips.paths) if path in predictions]
+    targets = None if clips.targets is None else [clips.targets[i] for i in kept]
+    paths = [clips.paths[i] for i in kept]
+    return [predictions[path] for path in paths], _Clips(paths, clips.labels, targets), reasons
 
 
 def _clips(options: argparse.Namespace) -> _Clips:
@@ -181,12 +223,12 @@ def _report(predictions: Sequence[Prediction], clips: _Clips, confidence: Confid
     """Return what was measured, as text."""
     import torch
 
-    from openvclip.models.confidence import confidence_score, require_score, stacked
+    from openvclip.models.confidence import DEFAULT_SCORE, confidence_score, require_score, stacked
 
     _, cosines, logits = stacked(predictions)
     targets = clips.targets or [clips.labels[0]] * len(clips.paths)
     inside = torch.tensor([target is not None for target in targets])
-    score = require_score(confidence.score or "cosine")
+    score = require_score(confidence.score or DEFAULT_SCORE)
     kept = confidence_score(score, cosines, logits / confidence.temperature)
     kept = kept >= (confidence.threshold or 0.0)
     known = "of the labels" if clips.targets else "without known labels"

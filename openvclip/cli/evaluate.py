@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from openvclip.cli.options.contract import use_contract
 from openvclip.cli.options.data import add_data_options, splits_of
+from openvclip.cli.options.failures import plural, report_failures
 from openvclip.cli.options.models import (
     add_frame_options,
     add_lam_option,
@@ -39,7 +38,6 @@ from openvclip.errors import UsageError
 
 if TYPE_CHECKING:
     from openvclip.evaluation import ProtocolEvaluation, RetrievalEvaluation, RunOptions
-    from openvclip.video import Failure
 
 # Options that do not change the name of the default folder for the results. (The type of the
 # device is added to the name separately.)
@@ -167,7 +165,7 @@ def _evaluate_splits(options: argparse.Namespace) -> None:
     with cache_of(options), joined_processes() as processes:
         if processes.is_first and not options.json:
             n_videos = len({path for split in splits for path, _ in split.samples})
-            print(f"{title}: {_plural(len(splits), 'split')}, {_plural(n_videos, 'video')}")
+            print(f"{title}: {plural(len(splits), 'split')}, {plural(n_videos, 'video')}")
         result = evaluate_protocol(
             loaded.model,
             loaded.tokenizer,
@@ -197,8 +195,8 @@ def _evaluate_retrieval(options: argparse.Namespace) -> None:
     words = setting(test_set, transform, pooling_of(options))
     with cache_of(options), joined_processes() as processes:
         if processes.is_first and not options.json:
-            captions = _plural(sum(map(len, test_set.captions)), "caption")
-            print(f"{test_set.name}: {_plural(len(test_set.videos), 'video')}, {captions}\n{words}")
+            captions = plural(sum(map(len, test_set.captions)), "caption")
+            print(f"{test_set.name}: {plural(len(test_set.videos), 'video')}, {captions}\n{words}")
         result = evaluate_retrieval(
             loaded.model,
             loaded.tokenizer,
@@ -273,7 +271,7 @@ def _report(
         print(f"\nAccuracy in %{spread}:\n\n{table}\n")
         print(f"{time_spent(result)}\nwrote {folder / 'results.json'}, {folder / 'table.md'}")
     wrong = "not counted" if options.leave_out_broken else "counted as wrong"
-    _report_failures(result.failures, wrong)
+    report_failures([failure.reason for failure in result.failures], wrong, ", see results.json")
 
 
 def _report_retrieval(
@@ -297,7 +295,7 @@ def _report_retrieval(
             print(f"\n{text}")
         print(f"\n{time_spent(result)}\nwrote {', '.join(str(folder / file) for file in files)}")
     wrong = "left out with their captions" if options.leave_out_broken else "with the worst ranks"
-    _report_failures(result.failures, wrong)
+    report_failures([failure.reason for failure in result.failures], wrong, ", see results.json")
 
 
 def _write(folder: Path, files: dict[str, str]) -> None:
@@ -306,18 +304,3 @@ def _write(folder: Path, files: dict[str, str]) -> None:
     for file, text in files.items():
         with write_errors(folder / file), atomic_path(folder / file) as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")
-
-
-def _report_failures(failures: Sequence[Failure], treatment: str) -> None:
-    if not failures:
-        return
-    n = len(failures)
-    print(f"{_plural(n, 'video')} that can't be read, {treatment}:", file=sys.stderr)
-    for failure in failures[:5]:
-        print(f"  {failure.reason}", file=sys.stderr)
-    if n > 5:
-        print(f"  and {n - 5} more, see results.json", file=sys.stderr)
-
-
-def _plural(n: int, noun: str) -> str:
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"

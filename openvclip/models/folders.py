@@ -133,7 +133,8 @@ def load_stored(
             "own. Leave pretrained out, or give the name of a model of open_clip."
         )
     if text.startswith(_HUB):
-        origin = hub.HubSource(text.partition(":")[2], **hub_options)
+        prefix = next(prefix for prefix in _HUB if text.startswith(prefix))
+        origin = hub.HubSource(text.removeprefix(prefix), prefix=prefix, **hub_options)
         stored = _load_folder(hub.download(origin, _weights_to_download), name=origin.repo)
     elif is_stored:
         folder = require_path(text.removeprefix(_LOCAL), "source", _SOURCES)
@@ -160,7 +161,9 @@ def downloaded_folder(source: str) -> Path | None:
     """
     for prefix in _HUB:
         if source.startswith(prefix):
-            return hub.download(hub.HubSource(source.removeprefix(prefix)), _weights_to_download)
+            return hub.download(
+                hub.HubSource(source.removeprefix(prefix), prefix=prefix), _weights_to_download
+            )
     folder = Path(source.removeprefix(_LOCAL))
     return folder if folder.is_dir() else None
 

@@ -31,6 +31,7 @@ class HubSource:
         cache_dir: the folder of downloaded files. Default: the cache of huggingface_hub.
         local_files_only: whether only downloaded files are used.
         token: a token of the Hub. Default: the stored token, if there is one.
+        prefix: what stands before the repository in errors, as the caller gave it.
     """
 
     repo: str
@@ -38,6 +39,7 @@ class HubSource:
     cache_dir: str | os.PathLike[str] | None = None
     local_files_only: bool = False
     token: str | None = None
+    prefix: str = PREFIX
 
     def __post_init__(self) -> None:
         if not isinstance(self.repo, str) or not _REPOSITORY.fullmatch(self.repo):
@@ -54,7 +56,7 @@ class HubSource:
     @property
     def name(self) -> str:
         """The source as a text for errors."""
-        return f"{PREFIX}{self.repo}" + (f" ({self.revision})" if self.revision else "")
+        return f"{self.prefix}{self.repo}" + (f" ({self.revision})" if self.revision else "")
 
 
 def is_offline(name: str) -> bool:

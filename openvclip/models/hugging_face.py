@@ -26,8 +26,9 @@ from openvclip.video.transforms import Transform
 class HuggingFaceCLIP(CLIPModel):  # type: ignore[misc]
     """A ``CLIPModel`` with the methods ``encode_image`` and ``encode_text`` of open_clip.
 
-    openvclip takes a plain ``CLIPModel`` too. The names of the weights are those of ``CLIPModel``,
-    so transformers can load them.
+    Use this class with code that calls these two methods, for example an evaluation script that
+    was written for open_clip. openvclip itself takes a plain ``CLIPModel`` too. The names of the
+    weights are those of ``CLIPModel``, so transformers can load them.
     """
 
     def encode_image(self, pixels: Tensor) -> Tensor:

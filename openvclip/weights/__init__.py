@@ -5,12 +5,13 @@ depend on a model architecture.
 """
 
 from openvclip.weights.adapter import Adapter
+from openvclip.weights.adapter_anchor import lora_anchor
 from openvclip.weights.adapter_averaging import (
     AdapterEMATracker,
     AdapterSWATracker,
     AdapterTracker,
 )
-from openvclip.weights.adapter_model import adapter_of, lora_anchor
+from openvclip.weights.adapter_model import adapter_of
 from openvclip.weights.averaging import EMATracker, LAWATracker, SWATracker
 from openvclip.weights.hashing import weights_hash
 from openvclip.weights.interpolation import Lambda, interpolate, interpolate_into

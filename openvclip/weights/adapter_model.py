@@ -1,4 +1,4 @@
-"""The LoRA adapter of a model in training: its factors, its scales, and the original weights.
+"""The LoRA adapter of a model in training: its factors and its scales.
 
 The layers are recognised by their attributes, as peft names them. peft itself is not imported.
 """
@@ -25,13 +25,11 @@ from openvclip.weights.adapter_names import (
     peft_factors,
     updates_of,
 )
-from openvclip.weights.adapters import factor_names, factors_by_layer
+from openvclip.weights.adapters import factor_names
 from openvclip.weights.low_rank import LowRank
 from openvclip.weights.names import (
-    canonical_model,
     canonical_names,
     live_model,
-    named_parameters,
     unwrap,
 )
 from openvclip.weights.shards import is_sharded
@@ -93,7 +91,7 @@ def lora_layers(model: nn.Module, adapter: str | None = None) -> list[LiveLayer]
             into the weights now.
         WeightTypeError: the adapter is not plain LoRA.
     """
-    return _layers(*checked_adapter(model, adapter))
+    return live_layers(*checked_adapter(model, adapter))
 
 
 def checked_adapter(model: nn.Module, adapter: str | None) -> tuple[dict[str, Any], str]:
@@ -112,7 +110,13 @@ def checked_adapter(model: nn.Module, adapter: str | None) -> tuple[dict[str, An
     return modules, name
 
 
-def _layers(modules: Mapping[str, Any], adapter: str) -> list[LiveLayer]:
+def live_layers(modules: Mapping[str, Any], adapter: str) -> list[LiveLayer]:
+    """Return the changes of an adapter.
+
+    Args:
+        modules: the layers of LoRA by name; see :func:`checked_adapter`.
+        adapter: the name of the adapter.
+    """
     factors: dict[str, Factors] = {}
     parameters: dict[str, tuple[nn.Parameter, nn.Parameter, nn.Parameter | None]] = {}
     scales: dict[str, float] = {}
@@ -272,9 +276,9 @@ def adapter_of(model: nn.Module, adapter: str | None = None, *, copy: bool = Tru
         WeightTypeError: the adapter is not plain LoRA: DoRA, AdaLoRA, LoHa, LoKr, IA3 and others.
     """
     modules, name = checked_adapter(model, adapter)
-    layers = _layers(modules, name)
+    layers = live_layers(modules, name)
     settings = settings_of(model, name)
-    values = {base_name(_saved(n, name)): v for n, v in trained_values(model, name).items()}
+    values = {base_name(saved_name(n, name)): v for n, v in trained_values(model, name).items()}
     result = Adapter(
         {layer.entry: layer.update for layer in layers},
         {n: value.detach() for n, value in values.items()},
@@ -330,7 +334,7 @@ def trained_values(model: nn.Module, adapter: str) -> dict[str, Tensor]:
         if ".original_module." in name or (".modules_to_save." in name and inside not in name):
             continue
         if name in factors:
-            if value.requires_grad and not _is_lora(name):
+            if value.requires_grad and not is_lora_factor(name):
                 raise WeightTypeError(
                     f"The model trains {name}, which is not a factor of plain LoRA. Merge the "
                     "adapter first (merge_and_unload() in peft)."
@@ -344,86 +348,11 @@ def trained_values(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     return values
 
 
-def _is_lora(name: str) -> bool:
+def is_lora_factor(name: str) -> bool:
+    """Whether an entry is a factor of plain LoRA."""
     return re.search(r"\.lora_(embedding_)?[AB]\.", name) is not None
 
 
-def _saved(name: str, adapter: str) -> str:
+def saved_name(name: str, adapter: str) -> str:
+    """Return the name of an entry without the part that names the adapter."""
     return name.replace(f".modules_to_save.{adapter}.", ".")
-
-
-# --- the anchor of a regulariser -----------------------------------------------------------------
-
-
-def lora_anchor(
-    model: nn.Module, original: Mapping[str, Tensor] | None = None, adapter: str | None = None
-) -> dict[str, Tensor]:
-    """Return the anchor of a LoRA fine-tune for :class:`~openvclip.InterpolatedWeightRegularizer`.
-
-    The original CLIP is the base model without the adapter. The anchor therefore holds zeros for
-    one factor of each product (``lora_B``). The regulariser then scales each product by
-    ``1 - alpha``, which is the exact interpolation of the merged weights::
-
-        iwr = InterpolatedWeightRegularizer(model, optimizer, anchor=lora_anchor(model))
-
-    No copy of the base model is made.
-
-    Args:
-        model: a model of peft.
-        original: state dict of the original CLIP, by the names of the base model. It gives the
-            anchor of entries that are trained whole. Default: ``modules_to_save`` keep their
-            original values in the model, and all other entries have their present values.
-        adapter: the name of the adapter. Default: the active adapter, which must be the only one.
-
-    Raises:
-        UsageError: the model has no LoRA, or no parameter of it is trained, or a change is frozen.
-        WeightTypeError: the adapter is not plain LoRA, or its initialisation changed the weights of
-            the base model (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA).
-    """
-    modules, name = checked_adapter(model, adapter)
-    trained = {n: p for n, p in named_parameters(model).items() if p.requires_grad}
-    if not any(_is_lora(n) for n in trained):
-        raise UsageError(
-            "No factor of LoRA requires gradients. Set requires_grad before you take the anchor."
-        )
-    _require_trained(_layers(modules, name))
-    anchor = _zeros(trained)
-    originals = {} if original is None else canonical_model(original, "original")[0]
-    entries, _ = live_model(model)
-    for n, value in trained_values(model, name).items():
-        if n not in trained:
-            continue
-        inside = n.replace(f".modules_to_save.{name}.", ".original_module.")
-        first = originals.get(base_name(_saved(n, name)), entries.get(inside, value))
-        anchor[n] = first.detach().clone()
-    return anchor
-
-
-def _require_trained(layers: list[LiveLayer]) -> None:
-    """Raise an error if a change is frozen, so that a regulariser could not scale it."""
-    frozen = [
-        layer.entry
-        for layer in layers
-        if not any(p is not None and p.requires_grad for p in (layer.a, layer.b))
-        and bool(layer.update.up.any() and layer.update.down.any())
-    ]
-    if frozen:
-        raise UsageError(
-            f"{len(frozen)} changes of the adapter are frozen ({listed(frozen)}), so they can't be "
-            "interpolated with the original weights. Train lora_B of these layers, or merge the "
-            "adapter first."
-        )
-
-
-def _zeros(trained: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Return zeros for one trained factor of each product: ``lora_B``, or else ``lora_A``."""
-    anchor = {}
-    for parts in factors_by_layer(trained).values():
-        factors = sorted((n for n in parts if not n.endswith(".bias")), key=_is_a)
-        for n in (*factors[:1], *(n for n in parts if n.endswith(".bias"))):
-            anchor[n] = torch.zeros_like(trained[n], requires_grad=False)
-    return anchor
-
-
-def _is_a(name: str) -> bool:
-    return re.search(r"\.lora_(embedding_)?A\.", name) is not None

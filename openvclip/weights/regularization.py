@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from openvclip.errors import StateMismatchError, UsageError, listed
+from openvclip.errors import UsageError
 from openvclip.weights.anchor import follow_devices, stash_for, take_anchor, trained_parameters
 from openvclip.weights.buffers import keeping_buffers
 from openvclip.weights.factor_gradients import product_gradients, unscaled_factors
@@ -26,8 +26,10 @@ from openvclip.weights.names import named_parameters
 from openvclip.weights.numerics import lerp_, overwriting
 from openvclip.weights.regularization_input import (
     require_alpha,
+    require_known,
     require_own_optimizer,
     require_settings,
+    require_state,
 )
 from openvclip.weights.shards import (
     backend_device,
@@ -316,13 +318,7 @@ class InterpolatedWeightRegularizer:
 
     def _anchored(self, trained: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
         """Return the trained parameters that have an anchor."""
-        unknown = [n for n in trained if n not in self._anchor and n not in self._unanchored]
-        if unknown:
-            raise UsageError(
-                f"{len(unknown)} parameters require gradients now but were frozen when the "
-                f"regulariser was created ({listed(unknown)}). Create the regulariser after the "
-                "last change of requires_grad, with the original weights as anchor."
-            )
+        require_known(trained, self._anchor.keys() | self._unanchored)
         return {name: p for name, p in trained.items() if name in self._anchor}
 
     def _require_agreement(self) -> None:
@@ -393,19 +389,7 @@ class InterpolatedWeightRegularizer:
             StateMismatchError: an entry is missing or unknown, or the saved run has another
                 anchor.
         """
-        current = self.state_dict()
-        if state.keys() != current.keys():
-            raise StateMismatchError(
-                "This is not the state of an InterpolatedWeightRegularizer.",
-                missing=current.keys() - state.keys(),
-                unexpected=state.keys() - current.keys(),
-            )
-        if state["anchor_fingerprint"] != current["anchor_fingerprint"]:
-            raise StateMismatchError(
-                "The anchor differs from the anchor of the saved run. Create the regulariser with "
-                "anchor=<state dict of the original CLIP>, or before the fine-tuned weights are "
-                "loaded into the model. The same parameters must require gradients in both runs."
-            )
+        require_state(state, self.state_dict())
         low, high = state["interval"]
         self.interval, self.weight = (float(low), float(high)), float(state["weight"])
         self.every, self._steps = int(state["every"]), int(state["steps"])

@@ -1,14 +1,21 @@
-"""Checks of the settings, the optimizer and the losses that a regulariser accepts."""
+"""Checks of the settings, the optimizer, the losses and the states that a regulariser accepts."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from openvclip.errors import LossError, RegularizationError, UsageError
+from openvclip.errors import (
+    LossError,
+    RegularizationError,
+    StateMismatchError,
+    UsageError,
+    listed,
+)
 from openvclip.weights.anchor import trained_parameters
 
 
@@ -54,6 +61,46 @@ def require_own_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
         raise UsageError(
             "The optimizer holds none of the model's trained parameters. Create the optimizer for "
             "this model, after the model was copied or moved."
+        )
+
+
+def require_known(trained: Mapping[str, nn.Parameter], known: Collection[str]) -> None:
+    """Raise a :class:`UsageError` if parameters are trained that were frozen before.
+
+    Args:
+        trained: the parameters that require gradients now.
+        known: the names of those that required gradients when the regulariser was created.
+    """
+    unknown = [n for n in trained if n not in known]
+    if unknown:
+        raise UsageError(
+            f"{len(unknown)} parameters require gradients now but were frozen when the "
+            f"regulariser was created ({listed(unknown)}). Create the regulariser after the "
+            "last change of requires_grad, with the original weights as anchor."
+        )
+
+
+def require_state(state: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Raise an error if a saved state does not belong to this regulariser.
+
+    Args:
+        state: the saved state.
+        current: the present state of the regulariser.
+
+    Raises:
+        StateMismatchError: an entry is missing or unknown, or the anchors differ.
+    """
+    if state.keys() != current.keys():
+        raise StateMismatchError(
+            "This is not the state of an InterpolatedWeightRegularizer.",
+            missing=current.keys() - state.keys(),
+            unexpected=state.keys() - current.keys(),
+        )
+    if state["anchor_fingerprint"] != current["anchor_fingerprint"]:
+        raise StateMismatchError(
+            "The anchor differs from the anchor of the saved run. Create the regulariser with "
+            "anchor=<state dict of the original CLIP>, or before the fine-tuned weights are "
+            "loaded into the model. The same parameters must require gradients in both runs."
         )
 
 

@@ -85,8 +85,17 @@ def test_class_folders_and_no_labels_at_all(
         shutil.copy(world.folder / file, folder)
     videos = str(tmp_path / "videos")
     base = ["calibrate", str(model), videos, "--keep", "0.5", "--device", "cpu"]
+    broken = folder / "broken.mp4"
+    broken.write_bytes(b"no video")
+    assert cli.main(["calibrate", str(model), str(broken), "--labels", "a", "b"]) == 2
+    assert f"None of the 1 videos can be read: {broken}" in capsys.readouterr().err
+    assert read_contract(model).confidence is None  # type: ignore[union-attr]
     assert cli.main([*base, "--class-folders"]) == 0
-    assert "temperature" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "videos       6 of the labels" in shown.out
+    assert "temperature" in shown.out
+    assert f"1 video that can't be read, left out:\n  {broken}" in shown.err
+    broken.unlink()
     by_folder = read_contract(model)
     assert cli.main([*base, "--labels", "a star", "a tree"]) == 0
     assert "6 without known labels" in capsys.readouterr().out

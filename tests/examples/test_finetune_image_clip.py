@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,10 @@ def test_lambda_is_chosen_on_the_validation_images(
     saved = openvclip.load_checkpoint(tmp_path / "out" / "model.safetensors")
     merged = openvclip.interpolate(start, end, chosen)
     assert_same_state({name: saved[name] for name in merged}, merged)
+    alone = shutil.copy(tmp_path / "out" / "model.safetensors", tmp_path / "alone.safetensors")
+    contract = openvclip.checkpoints.read_contract(alone)
+    assert contract is not None
+    assert (contract.lam, contract.templates) == (chosen, (finetune_image_clip.TEMPLATE,))
     if not train_text:
         try_the_model(printed, stills, tmp_path / "out", chosen)
 

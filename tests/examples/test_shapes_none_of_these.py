@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import TensorDataset
 
 from examples.shapes import none_of_these
 from examples.shapes.experiment import clips_folder
 from examples.shapes.model import create_model
 from examples.shapes.none_of_these import MODELS, OTHERS, SCORES, SPLITS, Clips, Measures, tables
+from examples.shapes.settings import FULL, SMOKE
 from examples.shapes.world import ACTIONS, class_names
+from openvclip import SWATracker
 from openvclip.evaluation import auroc
 from tests.helpers import REPO
 
@@ -94,6 +99,28 @@ def test_the_command_measures_a_seed(tmp_path: Path, capsys: pytest.CaptureFixtu
     first = (tmp_path / "none-of-these.json").read_text(encoding="utf-8")
     none_of_these.main(arguments)  # from the saved weights
     assert (tmp_path / "none-of-these.json").read_text(encoding="utf-8") == first
+
+
+def test_weights_of_another_recipe_are_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[Any] = []
+
+    def train(classifier: Any, *_: Any, **__: Any) -> tuple[Any, SWATracker]:
+        average = SWATracker(classifier.model)
+        average.update(classifier.model)
+        runs.append(classifier)
+        return classifier, average
+
+    data = TensorDataset(torch.zeros(64, 2, 3, 8, 8), torch.zeros(64, dtype=torch.long))
+    monkeypatch.setattr(none_of_these, "train", train)
+    monkeypatch.setattr(none_of_these, "load_clips", lambda *_: data)
+    recipe = replace(SMOKE.recipe, lr=SMOKE.recipe.lr * 2)
+    others = (replace(SMOKE, recipe=recipe), replace(SMOKE, clips=FULL.clips))
+    for count, settings in enumerate((SMOKE, *others), start=1):
+        for _ in range(2):  # the second call reads the file
+            none_of_these._trained(settings, 0, tmp_path, tmp_path)
+            assert len(runs) == count
 
 
 def test_clips_of_other_settings_are_refused(tmp_path: Path) -> None:

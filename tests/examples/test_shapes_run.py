@@ -304,6 +304,12 @@ def test_final_weights_lie_between_clip_and_the_average(finished: tuple[Path, st
     saved = Table(MAIN, json.loads((out / "results.json").read_text()))
     lam = saved.chosen_lambda(ROW_OPEN_VCLIP)
     final = load_checkpoint(out / "openvclip-shapes.safetensors")
+    contracts = [
+        read_contract(out / name) for name in ("openvclip-shapes.safetensors", run.AVERAGED)
+    ]
+    of_final, of_average = (contract for contract in contracts if contract is not None)
+    assert (of_final.lam, of_average.lam) == (lam, 0.0)
+    assert of_average.difference(of_final) is None
     average, clip = load_checkpoint(out / run.AVERAGED), create_model()[0].state_dict()
     for name, value in final.items():
         expected = lam * clip[name] + (1 - lam) * average[name]

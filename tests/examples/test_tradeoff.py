@@ -353,6 +353,21 @@ CASES: dict[str, tuple[Callable[[World, Path], list[str]], str]] = {
 }
 
 
+@pytest.mark.parametrize("text", ["{", "[1]", '{"a": 1}'])
+def test_damaged_results_are_told_before_a_video_is_read(
+    world: World, tmp_path: Path, decoded: list[str], text: str
+) -> None:
+    (tmp_path / "results.json").write_text(text)
+    arguments = [
+        *world.arguments(tmp_path, "--curve", "a=absent.safetensors"),
+        "--out",
+        f"{tmp_path}",
+    ]
+    with pytest.raises(SystemExit, match=r"results.json does not hold .*Move the file away"):
+        tradeoff.main(arguments)
+    assert (decoded, (tmp_path / "results.json").read_text()) == ([], text)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_what_does_not_fit_is_told_before_a_video_is_read(
     name: str, world: World, tmp_path: Path, decoded: list[str]

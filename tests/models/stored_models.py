@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,7 @@ import openvclip
 from openvclip.models.folders import StoredModel
 from openvclip.models.open_clip_config import build
 from openvclip.models.preprocess import transform_for
+from openvclip.models.saving import save_stored
 from openvclip.models.tokenizers import as_tokenizer
 from openvclip.models.usage import contract_of
 from openvclip.video.sampling import Sampling
@@ -121,3 +123,22 @@ TRANSFORMERS: dict[str, Callable[[Path], StoredModel]] = {
 def video_of(model: StoredModel, frames: int = 3) -> torch.Tensor:
     size = model.contract.pixels.size
     return torch.randn(2, frames, 3, size, size, generator=torch.Generator().manual_seed(4))
+
+
+@pytest.fixture(scope="module")
+def model() -> StoredModel:
+    return of_open_clip(PLAIN)
+
+
+@pytest.fixture(scope="module")
+def saved(model: StoredModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    save_stored(model, folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    """A copy of a saved folder, to damage."""
+    shutil.copytree(saved, tmp_path / "model")
+    return tmp_path / "model"

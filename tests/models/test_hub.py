@@ -141,6 +141,8 @@ def test_without_a_connection_the_error_comes_at_once(
     start = time.monotonic()
     with pytest.raises(HubError, match=r"hf-hub:user/name can't be downloaded: http://127.0.0.1:9"):
         load_stored("hf-hub:user/name")
+    with pytest.raises(HubError, match=r"^transformers:user/name can't be downloaded"):
+        load_stored("transformers:user/name")
     with pytest.raises(HubError, match=r"hf-hub:user/name can't be downloaded"):
         load_model("hf-hub:user/name")
     with pytest.raises(HubError, match=r"hf-hub:laion/CLIP-ViT-B-32.* can't be downloaded"):
