@@ -3,10 +3,12 @@ r"""Fine-tune a CLIP on videos with Open-VCLIP, or with a method that the paper 
     python finetune.py --model ViT-B-16-quickgelu --pretrained openai \
         --annotations train.csv --videos videos/ --classes classes.txt --out run/
     torchrun --nproc-per-node 8 finetune.py --shards "k400-{0000..0999}.tar" ...
+    python finetune.py --objective contrastive --annotations captions.csv --videos videos/ ...
 
 The defaults are the paper's recipe for Kinetics-400 (Section 5.1.3 and the released configuration).
 --batch-size counts the videos of all devices together. Each line of train.csv has the path and the
-class index of a video, each line of classes.txt the name of a class.
+class index of a video, each line of classes.txt the name of a class, and each line of captions.csv
+the path and a caption of a video.
 
 The output folder holds the last weights, their average along the run if the method averages, and
 final.safetensors (interpolated with the original CLIP: use this file), or prompts.safetensors; also
@@ -27,7 +29,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 import openvclip
 from openvclip.commands.progress import progress_bar
@@ -35,25 +36,22 @@ from openvclip.commands.streams import command
 from openvclip.models.labels import read_labels
 from openvclip.models.loading import LoadedModel
 from openvclip.processes import Processes
-from openvclip.training import inputs, methods, options, outputs, trial
+from openvclip.training import inputs, methods, objectives, options, outputs, trial
 from openvclip.training import processes as distributed
 from openvclip.training.batches import class_warnings, seed_of, steps_of_run
 from openvclip.training.checkpoints import Checkpoints, TrainingState
 from openvclip.training.log import RunLog, Step
-from openvclip.training.methods import Classifier
+from openvclip.training.objectives import Batches, Learner
+from openvclip.training.pairs import PairEncoder
 from openvclip.training.recipe import Recipe, Run, learning_rate, total_steps
-from openvclip.training.validation import SharedAccuracy, Validation
-from openvclip.weights.shards import clip_gradients, no_sync
-
-Batches = list[Sequence[Any]]  # the micro-batches of a step
+from openvclip.training.validation import Validation, shared_validation
+from openvclip.weights.shards import clip_gradients
 
 
 class Trainer:
     """Holds the model, its optimizer and its regulariser, and does the training steps."""
 
-    def __init__(
-        self, classifier: Classifier, recipe: Recipe, run: Run, processes: Processes
-    ) -> None:
+    def __init__(self, classifier: Learner, recipe: Recipe, run: Run, processes: Processes) -> None:
         self.recipe, self.run, self.processes = recipe, run, processes
         self.model = model = classifier.model
         self.device = next(model.parameters()).device
@@ -69,6 +67,9 @@ class Trainer:
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = methods.make_optimizer(self.trained, recipe, run.betas)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=run.amp is torch.float16)
+        self.objective = objectives.make_objective(
+            classifier, self.forward, self.scaler, run, processes
+        )
         self.iwr = openvclip.InterpolatedWeightRegularizer(
             model,
             wrapper=self.forward,
@@ -89,8 +90,8 @@ class Trainer:
         if self.recipe.uses_iwr and (number - 1) % self.run.every == 0:
             # This pass runs first: its copy of the weights takes no memory in the plain pass.
             with self.iwr.interpolated() as alpha:
-                interpolated = self.add_gradients(batches, self.iwr.weight, reduce=False)
-        losses = self.add_gradients(batches, 1.0, reduce=True)
+                interpolated = self.objective.add_gradients(batches, self.iwr.weight, reduce=False)
+        losses = self.objective.add_gradients(batches, 1.0, reduce=True)
         sums = torch.stack([losses.sum(), interpolated.sum()])
         values, stop = distributed.agree(self.processes, sums, stop_requested())
         if not all(map(math.isfinite, values)):
@@ -105,26 +106,12 @@ class Trainer:
             raise distributed.gradient_error(norm, number, batches, self.processes)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.objective.after_step()
         return values[0], alpha, stop
-
-    def add_gradients(self, batches: Batches, factor: float, *, reduce: bool) -> Tensor:
-        """Add gradients of ``factor`` times the mean loss; return each batch's part of the loss."""
-        videos = sum(len(label) for _, label, *_ in batches)
-        shares = []
-        for number, (video, label, *_) in enumerate(batches, start=1):
-            # The processes sum their gradients once a step, in the last backward pass.
-            with nullcontext() if reduce and number == len(batches) else no_sync([self.forward]):
-                with torch.autocast(self.device.type, self.run.amp, enabled=bool(self.run.amp)):
-                    logits = self.forward(video.to(self.device, non_blocking=True))
-                    label = label.to(self.device, non_blocking=True)
-                    loss = len(label) / videos * functional.cross_entropy(logits, label)
-                self.scaler.scale(factor * loss).backward()
-            shares.append(loss.detach())
-        return torch.stack(shares)
 
 
 def train(
-    classifier: Classifier,
+    classifier: Learner,
     loader: Iterable[Sequence[Any]],
     steps_per_epoch: int,
     recipe: Recipe,
@@ -138,9 +125,10 @@ def train(
     """Fine-tune the model of a classifier in place.
 
     Args:
-        classifier: holds the original CLIP, expanded or with prompts as the method needs it.
-        loader: gives ``(video [B, T, C, H, W], label [B])`` and optionally the names of the
-            videos; iterated once in each epoch.
+        classifier: holds the original CLIP, expanded or with prompts as the method needs it. A
+            ``PairEncoder`` trains on captions, with the contrastive objective.
+        loader: gives ``(video [B, T, C, H, W], label [B])``, or ``(video, B captions)``, and
+            optionally the names of the videos; iterated once in each epoch.
         steps_per_epoch: number of steps in an epoch.
         recipe: the settings of the method.
         run: options of the run.
@@ -214,9 +202,11 @@ def load_model(args: argparse.Namespace, device: torch.device) -> LoadedModel:
     return replace(loaded, model=loaded.model.to(device), transform=pixels)
 
 
-def make_classifier(args: argparse.Namespace, loaded: LoadedModel, names: list[str]) -> Classifier:
+def make_classifier(args: argparse.Namespace, loaded: LoadedModel, names: list[str]) -> Learner:
     """Return the classifier of the training classes, with the prompts that the method learns."""
     model, numbers = loaded.model, options.prompt_numbers_of(args)
+    if args.objective == "contrastive":
+        return PairEncoder(model, loaded.tokenizer)
     methods.attach_prompts(
         model, args.method, names, args.frames, numbers, class_prompts=args.class_prompts
     )
@@ -238,8 +228,8 @@ def fine_tune(args: argparse.Namespace, processes: Processes, device: torch.devi
     if not processes.is_first:
         torch.manual_seed(seed_of(recipe.seed, processes.rank))  # dropout differs by process
     tests = options.validation_videos(args, videos.names, loaded.transform)
-    reading: Any = {"batch_size": args.per_device_batch, "num_workers": args.num_workers}
-    shared = SharedAccuracy(tests, processes, amp=run.amp, **reading) if tests else None
+    reading = {"batch_size": args.per_device_batch, "num_workers": args.num_workers}
+    shared = shared_validation(tests, processes, amp=run.amp, **reading) if tests else None
     validation = Validation(classifier, shared, sharded=args.fsdp)
     settings = options.settings_of(args, recipe, run)
     checkpoints = Checkpoints(
@@ -256,10 +246,10 @@ def fine_tune(args: argparse.Namespace, processes: Processes, device: torch.devi
         unseen = read_labels(args.zero_shot_classes) if args.zero_shot_classes else []
         warnings = class_warnings(videos.labels, videos.names, unseen)
         plan = options.plan(args, recipe, run, processes, videos.batches.batch_size)
-        print(*warnings, plan, sep="\n", flush=True)
+        print(*videos.warnings, *warnings, plan, sep="\n", flush=True)
 
     def validate(step: int) -> None:
-        if not any(processes.gather(log.has(step, "val_top1"))):
+        if not any(processes.gather(log.has(step, f"val_{validation.main}"))):
             log.write(step, **{f"val_{k}": value for k, value in validation.accuracy().items()})
 
     with checkpoints.stop_on(signal.SIGTERM), closing(videos.batches), closing(log):

@@ -16,10 +16,12 @@ from openvclip.training.methods import (
     make_tracker,
 )
 from openvclip.training.model_card import ModelCard
+from openvclip.training.objectives import make_objective
+from openvclip.training.pairs import PairEncoder, contrastive_loss
 from openvclip.training.presets import PRESETS, Preset
 from openvclip.training.processes import training_processes, wrap
 from openvclip.training.recipe import METHODS, Recipe, Run, learning_rate, total_steps
-from openvclip.training.validation import SharedAccuracy, Validation
+from openvclip.training.validation import SharedAccuracy, SharedRetrieval, Validation
 
 __all__ = [
     "METHODS",
@@ -28,11 +30,13 @@ __all__ = [
     "Checkpoints",
     "LoaderWatch",
     "ModelCard",
+    "PairEncoder",
     "Preset",
     "Recipe",
     "Run",
     "RunLog",
     "SharedAccuracy",
+    "SharedRetrieval",
     "Step",
     "TrainingState",
     "Validation",
@@ -41,8 +45,10 @@ __all__ = [
     "attach_prompts",
     "choose_trained",
     "class_warnings",
+    "contrastive_loss",
     "learning_rate",
     "make_classifier",
+    "make_objective",
     "make_optimizer",
     "make_tracker",
     "steps_of_run",

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,8 +17,14 @@ from openvclip.errors import UsageError
 from openvclip.processes import Processes
 from openvclip.video import VideoDataset
 
+if TYPE_CHECKING:
+    from openvclip.training.captions import CaptionedVideos
+
 Batch = tuple[Tensor, Tensor, list[str]]
-"""Videos ``[B, T, C, H, W]``, class indices ``[B]``, and the paths or names of the videos."""
+"""Videos ``[B, T, C, H, W]``, class indices ``[B]``, and the paths or names of the videos.
+
+A batch of captioned videos has a list of B captions in place of the class indices.
+"""
 
 
 def seed_of(*parts: object) -> int:
@@ -74,7 +80,7 @@ class VideoBatches:
     The number of processes and the number of workers do not change the videos of a step.
 
     Args:
-        dataset: the videos.
+        dataset: the videos, with class indices or with captions.
         batching: how the videos are grouped and read.
 
     Attributes:
@@ -87,7 +93,7 @@ class VideoBatches:
         UsageError: the processes can't share the batch evenly.
     """
 
-    def __init__(self, dataset: VideoDataset, batching: Batching) -> None:
+    def __init__(self, dataset: VideoDataset | CaptionedVideos, batching: Batching) -> None:
         processes = batching.processes
         if processes.world_size > 1 and len(dataset) < batching.batch_size:
             raise UsageError(
@@ -147,15 +153,15 @@ class _Order(Sampler[list[int]]):
                 yield share[start : start + batching.micro_batch]
 
 
-class _NamedVideos(Dataset[tuple[Tensor, int, str]]):
+class _NamedVideos(Dataset[tuple[Tensor, Any, str]]):
     """A data set whose items hold the path of the video, too."""
 
-    def __init__(self, dataset: VideoDataset) -> None:
+    def __init__(self, dataset: VideoDataset | CaptionedVideos) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int, str]:
-        video, label = self.dataset[index][:2]
-        return video, label, self.dataset.path(index)
+    def __getitem__(self, index: int) -> tuple[Tensor, Any, str]:
+        item: Any = self.dataset[index]
+        return item if len(item) == 3 else (*item[:2], self.dataset.path(index))
 
 
 def steps_of_run(

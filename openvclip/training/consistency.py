@@ -19,7 +19,9 @@ def require_consistent(args: argparse.Namespace, fail: Callable[[str], object]) 
         fail("give --annotations (with --videos), or --shards")
     if args.annotations is not None and args.videos is None:
         fail("--annotations needs --videos, the folder of the videos")
-    if args.shards is not None and args.classes is None:
+    if args.objective == "contrastive":
+        _require_pairs(args, fail)
+    elif args.shards is not None and args.classes is None:
         fail("--shards needs --classes, a file with a class name on each line")
     if args.val_annotations is not None and args.val_videos is None and args.videos is None:
         fail("--val-annotations needs --val-videos, the folder of the validation videos")
@@ -35,6 +37,24 @@ def require_consistent(args: argparse.Namespace, fail: Callable[[str], object]) 
         fail(problem)
     if args.num_workers < 0:
         fail(f"--num-workers {args.num_workers}: expected at least 0")
+
+
+def _require_pairs(args: argparse.Namespace, fail: Callable[[str], object]) -> None:
+    if args.shards is not None:
+        fail(
+            "--objective contrastive reads captions and not --shards, which hold classes: give "
+            "--annotations, a file of captions, and --videos"
+        )
+    if args.method in PROMPT_METHODS:
+        fail(
+            f"--method {args.method} learns prompts for class names, which captions don't have: "
+            "use another method with --objective contrastive"
+        )
+    if args.batch_size < 2:
+        fail(
+            f"--batch-size {args.batch_size}: --objective contrastive compares the videos of a "
+            "batch and needs at least 2"
+        )
 
 
 def _unused(args: argparse.Namespace) -> dict[str, str]:
@@ -67,4 +87,12 @@ def _unused(args: argparse.Namespace) -> dict[str, str]:
         unused += [*_PROMPT_OPTIONS]
     if not is_expanded(args.method):
         unused += ["frame_by_frame"]
-    return {**reasons, **dict.fromkeys(unused, method)}
+    reasons |= dict.fromkeys(unused, method)
+    if args.objective == "contrastive":
+        captions = "with --objective contrastive, which takes captions as they are"
+        reasons |= dict.fromkeys(("classes", "zero_shot_classes", "template"), captions)
+    else:
+        reasons |= dict.fromkeys(("train_list", "val_list"), "without --objective contrastive")
+    if args.val_annotations is None:
+        reasons["val_list"] = "without --val-annotations"
+    return reasons

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from openvclip.checkpoints.api import load_checkpoint
-from openvclip.errors import UsageError
+from openvclip.errors import AnnotationError, UsageError
 from openvclip.models.loading import (
     LoadedModel,
     brings_weights,
@@ -17,6 +17,7 @@ from openvclip.models.loading import (
     name_of_transformers,
 )
 from openvclip.training.batches import Batching, VideoBatches
+from openvclip.training.captions import CaptionedVideos, find_captioned
 from openvclip.training.shard_batches import ShardBatches
 from openvclip.training.shards import class_indices, find_shards, read_index
 from openvclip.video import VideoDataset
@@ -61,15 +62,17 @@ class TrainingVideos:
 
     Attributes:
         batches: the micro-batches of this process.
-        names: names of the classes.
-        labels: class index of each video.
+        names: names of the classes; empty for captions.
+        labels: class index of each video; empty for captions.
         about: facts about the videos, for the checkpoints and the model card.
+        warnings: what was left out, in words.
     """
 
     batches: VideoBatches | ShardBatches
     names: list[str]
     labels: list[int]
     about: dict[str, Any]
+    warnings: list[str] = field(default_factory=list)
 
 
 def videos_from_files(
@@ -110,6 +113,46 @@ def videos_from_files(
     labels = [label for _, label in dataset.samples]
     about = _about(str(annotations), dataset.samples, labels, dataset.class_names)
     return TrainingVideos(VideoBatches(dataset, batching), dataset.class_names, labels, about)
+
+
+def videos_from_captions(
+    annotations: Path,
+    folder: Path,
+    only: Path | None,
+    transform: Transform,
+    sampling: Sampling,
+    batching: Batching,
+) -> TrainingVideos:
+    """Return the training videos of a file of captions.
+
+    Args:
+        annotations: see :func:`openvclip.training.captions.find_captioned`.
+        folder: folder of the videos.
+        only: a list of the videos to use. ``None``: all videos.
+        transform: transform from 8-bit frames to model input.
+        sampling: the frames that are read from each video.
+        batching: how the videos are grouped and read.
+
+    Raises:
+        AnnotationError: the captions can't be read, or belong to a single video.
+        VideoNotFoundError: none of the videos exists.
+        UsageError: the processes can't share the batch.
+    """
+    paths, captions, warnings = find_captioned(annotations, folder, only)
+    if len(paths) < 2:
+        raise AnnotationError(
+            f"{annotations}: one video ({paths[0]}) is in {folder}; the contrastive objective "
+            "compares videos with each other and needs at least 2."
+        )
+    samples = [(path, position) for position, path in enumerate(paths)]
+    videos = VideoDataset(
+        samples, folder, transform=transform, seed=batching.seed, sampling=sampling
+    )
+    digest = hashlib.blake2b(repr((paths, captions)).encode(), digest_size=4).hexdigest()
+    n_captions = sum(map(len, captions))
+    about = {"source": str(annotations), "videos": len(paths), "captions": n_captions}
+    batches = VideoBatches(CaptionedVideos(videos, captions), batching)
+    return TrainingVideos(batches, [], [], {**about, "digest": digest}, warnings)
 
 
 def videos_from_shards(

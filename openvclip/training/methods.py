@@ -106,14 +106,14 @@ def choose_trained(model: nn.Module, method: str) -> None:
 
 
 @contextmanager
-def text_made_once(classifier: Classifier) -> Iterator[None]:
+def text_made_once(classifier: nn.Module) -> Iterator[None]:
     """Return a context that computes the text features once, if training does not change them."""
     trained = isinstance(classifier, VideoClassifier) and classifier.text_features().requires_grad
     with nullcontext() if trained else fixed_text(classifier):
         yield
 
 
-def fixed_text(classifier: Classifier) -> AbstractContextManager[None]:
+def fixed_text(classifier: nn.Module) -> AbstractContextManager[None]:
     """Return a context in which the text features of a classifier are computed once."""
     return classifier.fixed_text() if isinstance(classifier, VideoClassifier) else nullcontext()
 

@@ -14,8 +14,14 @@ from openvclip.commands.parsing import Parser
 from openvclip.models.labels import read_labels
 from openvclip.processes import Processes
 from openvclip.training.batches import Batching
+from openvclip.training.captions import CaptionedVideos, find_captioned
 from openvclip.training.consistency import require_consistent
-from openvclip.training.inputs import TrainingVideos, videos_from_files, videos_from_shards
+from openvclip.training.inputs import (
+    TrainingVideos,
+    videos_from_captions,
+    videos_from_files,
+    videos_from_shards,
+)
 from openvclip.training.presets import overview
 from openvclip.training.recipe import PROMPT_METHODS, Recipe, Run
 from openvclip.training.shared_options import (
@@ -111,7 +117,7 @@ def load_videos(
     processes: Processes,
     device: torch.device,
 ) -> TrainingVideos:
-    """Return the training videos, from an annotation file or from shards.
+    """Return the training videos, from an annotation file, from captions or from shards.
 
     Args:
         args: the arguments.
@@ -122,6 +128,7 @@ def load_videos(
 
     Raises:
         AnnotationError, ClassNamesError: the lists, the index and the class names do not fit.
+        VideoNotFoundError: none of the videos with captions exists.
         UsageError: the class names are missing, or the processes can't share the batch.
     """
     names = read_labels(args.classes) if args.classes else None
@@ -138,13 +145,19 @@ def load_videos(
         return videos_from_shards(
             args.shards, args.shard_index, names or [], transform, sampling, batching
         )
+    if args.objective == "contrastive":
+        return videos_from_captions(
+            args.annotations, args.videos, args.train_list, transform, sampling, batching
+        )
     return videos_from_files(args.annotations, args.videos, names, transform, sampling, batching)
 
 
 def validation_videos(
     args: argparse.Namespace, names: Sequence[str], transform: Transform
-) -> VideoDataset | None:
+) -> VideoDataset | CaptionedVideos | None:
     """Return the validation videos, one view of each; ``None`` without ``--val-annotations``.
+
+    The videos have captions if the objective is contrastive.
 
     Args:
         args: the arguments.
@@ -154,14 +167,17 @@ def validation_videos(
     """
     if args.val_annotations is None:
         return None
-    return VideoDataset(
-        args.val_annotations,
-        args.val_videos or args.videos,
-        class_names=names,
-        transform=transform.with_(name="released"),
-        sampling=sampling_of(args, TEST_SAMPLERS[args.sampler]),
-        details=True,
-    )
+    folder = args.val_videos or args.videos
+    clips: dict[str, Any] = {
+        "transform": transform.with_(name="released"),
+        "sampling": sampling_of(args, TEST_SAMPLERS[args.sampler]),
+        "details": True,
+    }
+    if args.objective == "contrastive":
+        paths, captions, _ = find_captioned(args.val_annotations, folder, args.val_list)
+        samples = [(path, position) for position, path in enumerate(paths)]
+        return CaptionedVideos(VideoDataset(samples, folder, **clips), captions)
+    return VideoDataset(args.val_annotations, folder, class_names=names, **clips)
 
 
 def prompt_numbers_of(args: argparse.Namespace) -> dict[str, int]:
@@ -177,6 +193,7 @@ def settings_of(args: argparse.Namespace, recipe: Recipe, run: Run) -> dict[str,
     how = {"every": run.every, "alpha_min": run.alpha_min, "amp": amp, "fsdp": run.fsdp}
     how |= {"betas": list(run.betas), "steps": run.steps, "template": args.template}
     how |= {"frame_by_frame": args.frame_by_frame}
+    how |= {} if args.objective == "classification" else {"objective": args.objective}
     how |= {"start_from": None if args.start_from is None else str(args.start_from)}
     pixels = ("frames", "sampling_rate", "target_fps", "sampler", "short_side")
     clips = {name: getattr(args, name) for name in (*pixels, "flip", "color_jitter", "backend")}
@@ -224,7 +241,15 @@ def _add_video_options(parser: argparse.ArgumentParser) -> None:
         "--annotations",
         type=Path,
         metavar="FILE",
-        help="lines of path and class, or the official lists of a data set",
+        help="lines of path and class, or the official lists of a data set; for --objective "
+        "contrastive: captions, as lines of path,caption or as a retrieval data set has them",
+    )
+    group.add_argument(
+        "--train-list",
+        type=Path,
+        metavar="FILE",
+        help="the training videos, one on each line, if the captions in --annotations are also of "
+        "other videos (contrastive)",
     )
     group.add_argument("--videos", type=Path, metavar="FOLDER", help="folder of the videos")
     group.add_argument(
@@ -270,9 +295,21 @@ def _add_video_options(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         help="range of the change of brightness, contrast and saturation",
     )
-    group = parser.add_argument_group("validation on the training classes, after each epoch")
+    group = parser.add_argument_group(
+        "validation on the training classes, or on pairs of video and caption, after each epoch"
+    )
     group.add_argument(
-        "--val-annotations", type=Path, metavar="FILE", help="lines of path and class"
+        "--val-annotations",
+        type=Path,
+        metavar="FILE",
+        help="lines of path and class; captions for --objective contrastive",
+    )
+    group.add_argument(
+        "--val-list",
+        type=Path,
+        metavar="FILE",
+        help="the validation videos, one on each line, if the captions in --val-annotations are "
+        "also of other videos (contrastive)",
     )
     group.add_argument(
         "--val-videos",
@@ -304,6 +341,13 @@ def _add_fields(group: argparse._ArgumentGroup, settings: type[Recipe | Run]) ->
 
 def _add_recipe_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("recipe")
+    group.add_argument(
+        "--objective",
+        choices=("classification", "contrastive"),
+        default="classification",
+        help="classification: the class of each video; contrastive: which caption belongs to which "
+        "video of the batch, for retrieval and search",
+    )
     _add_fields(group, Recipe)
     group = parser.add_argument_group("run")
     _add_fields(group, Run)

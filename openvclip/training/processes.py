@@ -118,7 +118,7 @@ def agree(processes: Processes, losses: Tensor, stop: bool) -> tuple[list[float]
 def loss_error(
     values: list[float],
     step: int,
-    batches: list[Sequence[Any]],
+    batches: Sequence[Sequence[Any]],
     losses: Tensor,
     processes: Processes,
 ) -> FloatingPointError:
@@ -144,7 +144,7 @@ def loss_error(
 
 
 def gradient_error(
-    norm: float, step: int, batches: list[Sequence[Any]], processes: Processes
+    norm: float, step: int, batches: Sequence[Sequence[Any]], processes: Processes
 ) -> FloatingPointError:
     """Return the error for a gradient that is not finite although the loss is finite.
 
@@ -165,7 +165,7 @@ def gradient_error(
     )
 
 
-def _names_of(batches: list[Sequence[Any]], processes: Processes) -> list[str]:
+def _names_of(batches: Sequence[Sequence[Any]], processes: Processes) -> list[str]:
     """The names of the videos in the batches of all processes."""
     names = [name for batch in batches for names in batch[2:] for name in names]
     return [name for part in processes.gather(names) for name in part]

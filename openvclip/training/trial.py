@@ -39,6 +39,8 @@ def sees_neighbours(args: argparse.Namespace) -> bool:
 def write_lists(args: argparse.Namespace, names: Sequence[str]) -> dict[str, str]:
     """Write the class names, which the commands need, to the output folder.
 
+    For the contrastive objective, which has no classes, do nothing.
+
     Args:
         args: the arguments of the training.
         names: names of the training classes.
@@ -46,6 +48,8 @@ def write_lists(args: argparse.Namespace, names: Sequence[str]) -> dict[str, str
     Returns:
         The description of each file, for the model card.
     """
+    if args.objective == "contrastive":
+        return {}
     with atomic_path(args.out / "classes.txt") as temporary:
         temporary.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
     return {"`classes.txt`": "the names of the training classes"}
@@ -53,10 +57,17 @@ def write_lists(args: argparse.Namespace, names: Sequence[str]) -> dict[str, str
 
 def _template(args: argparse.Namespace) -> str | None:
     """Return the template, if it is not the 28 templates of the commands or learned."""
+    if args.objective == "contrastive":
+        return "{}"  # a sentence is encoded as it is
     if args.template is not None:
         return str(args.template)
     learned = args.method in PROMPT_METHODS
     return None if learned or is_expanded(args.method) else PHOTO_TEMPLATE
+
+
+def _pools_units(args: argparse.Namespace) -> bool:
+    """Return whether frame features are L2-normalised before their mean is computed."""
+    return args.objective == "contrastive" or is_expanded(args.method)
 
 
 def contract_of_run(
@@ -88,7 +99,7 @@ def contract_of_run(
         loaded.transform.with_(name="released", crops=testing.get("crops", 1)),
         sampling=sampling_of(args, TEST_SAMPLERS[args.sampler], testing.get("views", 1)),
         templates=VIDEO_TEMPLATES if template is None else [template],
-        pooling="unit_frames" if is_expanded(args.method) else "frames",
+        pooling="unit_frames" if _pools_units(args) else "frames",
         method=args.method,
         base=Base(
             name,
@@ -127,11 +138,19 @@ def trial_commands(args: argparse.Namespace) -> dict[str, str]:
     """Return commands that try the result of a run, by what they do.
 
     ``openvclip predict`` prints the labels of a video. It takes no prompts.
-    ``examples/accuracy.py`` repeats the test of the method.
+    ``examples/accuracy.py`` repeats the test of the method. After training on captions,
+    ``openvclip index`` and ``openvclip search`` find the moments of a sentence.
 
     Args:
-        args: the arguments of the training. VIDEO, LIST and FOLDER stand for files to be chosen.
+        args: the arguments of the training. VIDEO, LIST and FOLDER stand for files to be chosen,
+            TEXT for a sentence.
     """
+    if args.objective == "contrastive":
+        index = ["openvclip", "index", "FOLDER", "-o", "library.ovx", "--model", str(args.out)]
+        return {
+            "index of videos for the search": shlex.join(index),
+            "moments of a sentence": shlex.join(["openvclip", "search", "library.ovx", "TEXT"]),
+        }
     commands = {}
     if args.method not in PROMPT_METHODS:
         labels = ["--labels-file", str(args.out / "classes.txt")]

@@ -45,6 +45,7 @@ def read_captions(path: str | os.PathLike[str]) -> Captions:
       ``caption``; further columns are ignored. ``MSRVTT_JSFUSION_test.csv`` is such a table.
     - a table with tabs and without a header: the first field is the video, the last field is the
       caption, as in the files of LSMDC.
+    - a table with commas and without a header: the path of a video file and a caption.
     - JSON: a list of objects with a video and a caption (DiDeMo, and MSR-VTT as many copies have
       it), the object with ``sentences`` of MSR-VTT, or an object with an entry for each video
       (ActivityNet Captions). JSON Lines are read too.
@@ -152,6 +153,10 @@ def _of_table(text: str, path: str) -> Iterator[tuple[str, str]]:
         if columns is not None:
             yield from _rows(text, separator, columns, path)
             return
+    fields = _split(first, ",", path)
+    if len(fields) == 2 and os.path.splitext(fields[0].strip())[1].lower() in VIDEO_SUFFIXES:
+        yield from _rows("path,caption\n" + text.strip("\n"), ",", (0, 1), path, before=1)
+        return
     if "\t" not in first:
         raise AnnotationError(
             f"{path}: the first line {first[:80]!r} names no columns of videos and captions; "
@@ -167,8 +172,9 @@ def _of_table(text: str, path: str) -> Iterator[tuple[str, str]]:
 
 
 def _rows(
-    text: str, separator: str, columns: tuple[int, int], path: str
+    text: str, separator: str, columns: tuple[int, int], path: str, *, before: int = 0
 ) -> Iterator[tuple[str, str]]:
+    """Yield the pairs below a header. ``before`` lines of the text are not in the file."""
     file = io.StringIO(text.strip("\n"))  # a caption in quotes can have several lines
     reader = csv.reader(file, delimiter=separator, skipinitialspace=True)
     try:
@@ -178,10 +184,10 @@ def _rows(
                 continue
             values = [fields[i].strip() if i < len(fields) else "" for i in columns]
             if not all(values):
-                raise _row_error(path, reader.line_num, separator.join(fields))
+                raise _row_error(path, reader.line_num - before, separator.join(fields))
             yield values[0], values[1]
     except csv.Error as error:
-        raise AnnotationError(f"{path}, line {reader.line_num}: {error}.") from error
+        raise AnnotationError(f"{path}, line {reader.line_num - before}: {error}.") from error
 
 
 def _split(line: str, separator: str, path: str) -> list[str]:
