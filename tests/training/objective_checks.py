@@ -6,19 +6,25 @@ import copy
 import json
 import traceback
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.utils.data import Dataset
 
 import openvclip
+from openvclip.evaluation import retrieval_metrics
 from openvclip.processes import Processes
+from openvclip.training.captions import CaptionedVideos
 from openvclip.training.methods import choose_trained
 from openvclip.training.objectives import Contrastive, make_objective
 from openvclip.training.pairs import PairEncoder
 from openvclip.training.processes import give_scalars_an_axis, wrap
 from openvclip.training.recipe import Run
+from openvclip.training.validation import SharedRetrieval
+from openvclip.video import VideoSample
 from openvclip.weights.shards import whole
 from tests.helpers import random_video, tiny_clip, tiny_tokenizer
 
@@ -124,19 +130,57 @@ def compare(
     objective.after_step()
 
 
+class Clips(Dataset[VideoSample]):
+    """Five clips of noise, of which the second can't be read."""
+
+    videos = random_video(5, 3, 2).double()
+
+    def __getitem__(self, index: int) -> VideoSample:
+        return VideoSample(self.videos[index], index, index, "broken" if index == 1 else "")
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+
+def check_recall(processes: Processes, *, fsdp: bool = False) -> None:
+    """The recall of five videos, which processes share, against that of all features at once."""
+    captions = [["a dog"], ["a cat", "one cat"], ["the sea"], ["a red kite"], ["two men"]]
+    learner, clips = encoder("vifi").eval(), Clips()
+    with torch.no_grad():
+        texts = learner(None, learner.tokens([t for texts in captions for t in texts]))[1]
+        similarities = texts @ learner(clips.videos, None)[0].T
+    similarities[:, 1] = float("-inf")
+    expected = retrieval_metrics(similarities, [1, 2, 1, 1, 1])
+    if fsdp:
+        give_scalars_an_axis(learner.model)
+        wrap(learner, processes, torch.device("cpu"), fsdp=True, compiler=None)
+    videos: Any = clips
+    shared = SharedRetrieval(
+        CaptionedVideos(videos, captions), processes, batch_size=2, num_workers=0, amp=None
+    )
+    measured = shared.of(learner)
+    assert measured == {f"{name}_R1": values["R1"] / 100 for name, values in expected.items()}
+
+
 def main(out: Path) -> None:
     distributed.init_process_group("gloo")
     processes = Processes(distributed.get_rank(), distributed.get_world_size())
-    checks = {
+    runs = {
         "data parallel": ("vifi", False, ([2, 2], [3, 1])),
         "unlike sizes": ("openvclip", False, ([3, 2], [2, 1])),
         "sharded": ("vifi", True, ([4], [4])),
         "sharded, micro-batches": ("openvclip", True, ([2, 2], [2, 2])),
     }
+    checks: dict[str, Any] = {
+        name: partial(compare, processes, method, fsdp=fsdp, sizes=sizes)
+        for name, (method, fsdp, sizes) in runs.items()
+    }
+    checks["recall"] = partial(check_recall, processes)
+    checks["recall, sharded"] = partial(check_recall, processes, fsdp=True)
     results = {}
-    for name, (method, fsdp, sizes) in checks.items():
+    for name, check in checks.items():
         try:
-            compare(processes, method, fsdp=fsdp, sizes=sizes)
+            check()
             results[name] = "passed"
         except Exception:
             results[name] = traceback.format_exc(limit=-8, chain=False)

@@ -15,6 +15,7 @@ from torch import nn
 
 from examples.finetune import train
 from openvclip.errors import PromptingError
+from openvclip.processes import Processes
 from openvclip.training import PairEncoder, contrastive_loss
 from openvclip.training.recipe import Run
 from tests.examples.finetune_reference import TINY, prompted_classifier
@@ -67,7 +68,11 @@ def test_two_processes_have_the_gradients_of_one_process_with_the_whole_batch(
         results = json.loads(file.read_text()) if file.exists() else {}
         failed = {name: text for name, text in results.items() if text != "passed"}
         assert not failed, f"process {rank}:\n" + "\n".join(failed.values())
-        assert len(results) == 4, (tmp_path / f"{rank}.log").read_text()
+        assert len(results) == 6, (tmp_path / f"{rank}.log").read_text()
+
+
+def test_recall_of_one_process() -> None:
+    checks.check_recall(Processes())
 
 
 def test_both_passes_have_the_same_dropout() -> None:
