@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from openvclip.training.pairs import PairEncoder
 from openvclip.video import Sampling, VideoDataset, read_clip
 from tests.examples.test_finetune_resume import terminated_at
 from tests.examples.tiny_videos import model_flags, write_videos
-from tests.helpers import assert_same_state
+from tests.helpers import REPO, assert_same_state
 
 CAPTIONS = {
     "0": ["a red star that is sliding", 'a "star", sliding', "one star"],
@@ -142,7 +143,8 @@ def test_each_video_has_one_caption_in_an_epoch_from_the_seed_and_the_epoch(worl
 
     def drawn(seed: int, epoch: int, order: Callable[[range], object] = list) -> dict[str, str]:
         samples = [(path, i) for i, path in enumerate(paths)]
-        files = VideoDataset(samples, world, transform=None, seed=seed)
+        one = Sampling(num_frames=1, sampler="uniform")
+        files = VideoDataset(samples, world, transform=None, sampling=one, seed=seed)
         videos = CaptionedVideos(files, captions)
         videos.set_epoch(epoch)
         items = [videos[i] for i in order(range(len(videos)))]  # type: ignore[attr-defined]
@@ -201,6 +203,16 @@ def test_what_does_not_go_with_captions_is_refused(
     with pytest.raises(SystemExit):
         finetune.parse_arguments(words)
     assert text in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_commands_of_the_page_are_understood() -> None:
+    page = (REPO / "docs" / "fine-tune-retrieval.md").read_text(encoding="utf-8")
+    block = page.split("```bash\n")[1].split("```")[0].replace("\\\n", " ")
+    commands = [shlex.split(line) for line in block.splitlines() if line.strip()]
+    assert len(commands) == 2
+    for words in commands:
+        start = words.index("examples/finetune.py") + 1
+        assert finetune.parse_arguments(words[start:]).objective == "contrastive"
 
 
 def test_one_video_is_too_few(
