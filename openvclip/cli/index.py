@@ -7,7 +7,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from openvclip.cli.options.library import add_library_model_options, load_video_clip, open_index
+from openvclip.cli.options.library import (
+    add_library_model_options,
+    load_video_clip,
+    open_index_and_source,
+)
 from openvclip.cli.options.shards import add_shard_options, index_or_merge, is_sharded
 from openvclip.cli.options.types import Commands
 from openvclip.commands.parsing import refuse_unused
@@ -113,7 +117,7 @@ def add(commands: Commands) -> None:
         type=int,
         help="threads that decode videos (default: the number of cores, at most 8)",
     )
-    add_library_model_options(parser)
+    add_library_model_options(parser, new=True)
     parser.set_defaults(run=_index)
 
 
@@ -168,8 +172,10 @@ def _opened(path: Path, videos: list[str], options: argparse.Namespace) -> Index
 
     windows = WindowOptions(options.seconds, options.step)
     if is_index(path) or not videos:
-        index = open_index(path, options)
+        index, source = open_index_and_source(path, options)
         require_same_windows(index.path, index.window_settings, windows)
+        if source is not None:  # the model may have been moved
+            index.set_source(source)
         return index
     found, failed = named_videos(videos)
     if not found:  # before the model is loaded
@@ -178,6 +184,10 @@ def _opened(path: Path, videos: list[str], options: argparse.Namespace) -> Index
         return None
     require_free(path)
     model, source = load_video_clip(options)
+    if is_index(path):  # another process made it while the model was loaded
+        index = Index.open(path, model)
+        require_same_windows(index.path, index.window_settings, windows)
+        return index
     return Index.create(path, model, windows=windows, source=source)
 
 

@@ -175,6 +175,11 @@ def _queries(options: argparse.Namespace) -> list[Any]:
     if not options.clip:
         refuse_unused(options.given, dict.fromkeys(("from", "to"), "without --clip"))
     for sentence in options.sentences:
+        if os.path.isfile(os.path.join(sentence, "table.sqlite")):
+            raise UsageError(
+                f"{sentence} is an index, and a query is a sentence. The index comes first: "
+                f"openvclip search {sentence} SENTENCE. Each search has one index."
+            )
         if os.path.isfile(sentence):
             raise UsageError(
                 f"{sentence} is a file, and a query is a sentence. To search by a file, give "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,18 @@ def model_difference(own: IndexSettings, given: IndexSettings) -> tuple[str, Any
     if names[0] != names[1] and names[0].removesuffix(_QUICK) == names[1].removesuffix(_QUICK):
         pairs.append(("model", *names))  # the same weights with another activation
     pairs.append(("weights_hash", own.weights_hash, given.weights_hash))
-    return next((pair for pair in pairs if pair[1] != pair[2]), None)
+    return next((_shown(*pair) for pair in pairs if pair[1] != pair[2]), None)
+
+
+def _shown(name: str, first: Any, second: Any) -> tuple[str, Any, Any]:
+    """Return two values without the settings of a section that are equal."""
+    if not is_dataclass(first) or type(first) is not type(second):
+        return name, first, second
+    names = [f.name for f in fields(first) if getattr(first, f.name) != getattr(second, f.name)]
+    texts = [
+        ", ".join(f"{n}={getattr(section, n)!r}" for n in names) for section in (first, second)
+    ]
+    return name, texts[0], texts[1]
 
 
 def require_same_windows(folder: Path, settings: WindowSettings, windows: WindowOptions) -> None:

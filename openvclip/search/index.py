@@ -12,14 +12,14 @@ import torch
 from numpy.typing import NDArray
 
 from openvclip.checkpoints.contract import Contract
-from openvclip.errors import SearchError
+from openvclip.errors import OpenVCLIPError, SearchError
 from openvclip.models.video_clip import VideoCLIP
 from openvclip.search.building import BuildOptions
 from openvclip.search.identity import require_same_model
 from openvclip.search.inputs import VideoPaths
 from openvclip.search.moments import Moment
 from openvclip.search.queries import as_queries
-from openvclip.search.recorded import ModelSource
+from openvclip.search.recorded import ModelSource, whole_path
 from openvclip.search.searching import search_index
 from openvclip.search.storage import Block, IndexSettings, Snapshot, Storage
 from openvclip.search.updating import Report, Updating
@@ -128,8 +128,8 @@ class Index:
         """The model of the index, which is loaded when it is first needed.
 
         Raises:
-            SearchError: the index does not say where the model is, or another model is there now.
-            OpenVCLIPError: the model can't be loaded.
+            SearchError: the index does not say where the model is, or the model can't be loaded
+                from there, or another model is there now.
         """
         with self._lock:
             if self._model is None:
@@ -137,13 +137,24 @@ class Index:
                 if source is None:
                     raise SearchError(
                         f"{self.path}: the index does not say where its model is. Give the model: "
-                        "Index.open(path, model)."
+                        "Index.open(path, model), or --model on the command line."
                     )
-                model = source.load(self.contract, self._device)
+                model = self._loaded(source)
                 model.autocast = self._autocast
                 require_same_model(self.path, self._storage.settings, model)
                 self._model, self._fingerprint = model, _fingerprint(model)
             return self._model
+
+    def _loaded(self, source: ModelSource) -> VideoCLIP:
+        try:
+            return source.load(self.contract, self._device)
+        except OpenVCLIPError as error:
+            raise SearchError(
+                f"{self.path}: the model of the index can't be loaded. The index says that it is "
+                f"{source}. {error} If the model is in another place now, give the place: "
+                "Index.open(path, model), or --model on the command line. 'openvclip index' with "
+                "--model records the new place."
+            ) from error
 
     @property
     def contract(self) -> Contract:
@@ -328,6 +339,22 @@ class Index:
             SearchError: the index has no such video, or it can't be written.
         """
         return self._updating().remove(videos)
+
+    def set_source(self, source: ModelSource | str | os.PathLike[str]) -> None:
+        """Record where the model is now, if it was moved.
+
+        :attr:`model` loads the model from there. The weights are checked when they are loaded.
+
+        Args:
+            source: a folder, or another source of :meth:`openvclip.VideoCLIP.from_pretrained`; or a
+                :class:`~openvclip.search.ModelSource`.
+
+        Raises:
+            SearchError: another process changes the index, or it can't be written.
+        """
+        if not isinstance(source, ModelSource):
+            source = ModelSource(whole_path(os.fspath(source)))
+        self._storage.set_source(source)
 
     def save(self) -> None:
         """Free the space of removed videos, and join small files.

@@ -112,7 +112,9 @@ def write_page(
     moments = list(dict.fromkeys(moment for _, found in queries for moment in found))
     images = _Images(moments, chosen, os.path.dirname(os.path.abspath(path)), progress)
     with write_errors(path), atomic_path(path) as temporary:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        with open(
+            temporary, "w", encoding="utf-8", errors="backslashreplace", newline="\n"
+        ) as file:
             file.writelines(_parts(queries, images, title, dict(about or {})))
         size = os.path.getsize(temporary)
     return PageReport(
@@ -243,7 +245,7 @@ def _link(moment: Moment, folder: str) -> str:
     relative = os.path.relpath(os.path.abspath(moment.path), folder)
     if os.path.isabs(relative) or relative.split(os.sep)[0] == os.pardir:
         return ""
-    address = "/".join(quote(part) for part in relative.split(os.sep))
+    address = "/".join(quote(os.fsencode(part)) for part in relative.split(os.sep))
     return f"./{address}#t={moment.start:.1f}"
 
 

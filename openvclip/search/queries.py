@@ -22,6 +22,7 @@ from openvclip.video.sources import source_name
 
 __all__ = ["Clip", "Query", "QueryEncoder", "as_queries", "is_sentence", "query_text"]
 
+_LONGEST = 5_000  # characters of a sentence; no model reads as many
 _BATCH = 16  # windows of a clip that are encoded at a time
 
 
@@ -148,6 +149,11 @@ class QueryEncoder:
     def _of_sentence(self, sentence: str) -> Tensor:
         if not sentence.strip():
             raise SearchError("A sentence is empty; expected what the moments show.")
+        if len(sentence) > _LONGEST:  # before the tokenizer, which is slow with a whole book
+            raise SearchError(
+                f"The sentence {sentence[:60]!r}... has {len(sentence)} characters; expected at "
+                f"most {_LONGEST}. Shorten it, or search for several sentences."
+            )
         model = self._model()
         left_out = model.tokens_left_out(sentence)
         if left_out:

@@ -25,7 +25,7 @@ def results_as_text(results: Sequence[SearchResult]) -> str:
     """
     parts = []
     for result in results:
-        title = [result.query] if len(results) > 1 else []
+        title = [_one_line(result.query)] if len(results) > 1 else []
         parts.append("\n".join([*title, *(_table(result) or [result.reason()])]))
     return "\n\n".join(parts)
 
@@ -34,13 +34,21 @@ def _table(result: SearchResult) -> list[str]:
     rows = [("path", "start", "end", "score")]
     for moment in result.moments:
         times = clock(moment.start), clock(moment.end)
-        rows.append((moment.path, *times, f"{moment.score:.3f}"))
+        rows.append((_one_line(moment.path), *times, f"{moment.score:.3f}"))
     if len(rows) == 1:
         return []
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
     ]
+
+
+def _one_line(text: str) -> str:
+    """Return a name with its line breaks and other control characters as in a Python string.
+
+    A name of a file can hold any character, also those that move the cursor of a terminal.
+    """
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def results_as_json(results: Sequence[SearchResult]) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from openvclip.checkpoints.atomic import atomic_path
 from openvclip.checkpoints.contract import Contract
 from openvclip.checkpoints.contract_files import CONTRACT_FILE
-from openvclip.errors import SearchError, near_path
+from openvclip.errors import OpenVCLIPError, SearchError, near_path
 from openvclip.search import table
 from openvclip.search.changes import Writer
 from openvclip.search.locking import LOCK_FILE, writer_lock
@@ -201,6 +201,21 @@ class Storage:
         except OSError:  # the folder is gone: what was read can still be searched
             return True
 
+    def set_source(self, source: ModelSource) -> None:
+        """Record where the model is now.
+
+        Raises:
+            SearchError: another process changes the index, or it can't be written.
+        """
+        if source == self.settings.source:
+            return
+        text = json.dumps(asdict(source))
+        with writer_lock(self.folder), table.writing(self.folder) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            with connection:
+                connection.execute("UPDATE meta SET value = ? WHERE key = 'source'", (text,))
+        self.settings = replace(self.settings, source=source)
+
     @contextmanager
     def writing(self) -> Iterator[Writer]:
         """Context manager in which this process alone changes the index.
@@ -220,7 +235,11 @@ class Storage:
             shards = connection.execute(
                 "SELECT id, first, rows FROM shards ORDER BY first"
             ).fetchall()
-            rows = _rows(connection)
+            try:
+                rows = _rows(connection)
+            except (TypeError, ValueError) as error:
+                raise _damaged(self.folder, f"a window is no row of numbers: {error}") from error
+        _require_whole(self.folder, videos, shards, rows)
         identities = np.array([identity for identity, _, _ in videos], dtype=np.int64)
         found = _snapshot(self.folder, counter, videos, shards, rows, identities)
         if not self._in_memory:
@@ -248,6 +267,30 @@ def _rows(connection: sqlite3.Connection) -> NDArray[Any]:
     (count,) = connection.execute("SELECT count(*) FROM windows").fetchone()
     rows = connection.execute("SELECT row, video, start, end FROM windows ORDER BY row")
     return np.fromiter(rows, dtype=_ROW, count=count)
+
+
+def _require_whole(
+    folder: Path,
+    videos: list[tuple[int, str | bytes, float]],
+    shards: list[tuple[int, int, int]],
+    rows: NDArray[Any],
+) -> None:
+    """Check that each window belongs to a video and to a shard.
+
+    Raises:
+        SearchError: the table is damaged.
+    """
+    if not np.isin(rows["video"], [identity for identity, _, _ in videos]).all():
+        raise _damaged(folder, "windows belong to no video")
+    inside, last = 0, 0
+    for _, first, count in shards:
+        if first < last:
+            raise _damaged(folder, "two shards hold the same rows")
+        begin, last = first, first + count
+        low, high = np.searchsorted(rows["row"], (begin, last))
+        inside += int(high - low)
+    if inside != len(rows):
+        raise _damaged(folder, "windows belong to no file of vectors")
 
 
 def _snapshot(
@@ -341,11 +384,22 @@ def _settings_of(folder: Path) -> IndexSettings:
             f"{folder}: the index has version {version}; this openvclip reads version {VERSION} "
             "and older. Update openvclip: pip install -U openvclip."
         )
-    contract = Contract.from_json(meta["contract"], os.fspath(folder / table.TABLE_FILE))
-    source = json.loads(meta["source"])
-    return IndexSettings(
-        contract,
-        meta["weights_hash"],
-        WindowSettings(**json.loads(meta["windows"])),
-        None if source is None else ModelSource(**source),
+    try:
+        source = json.loads(meta["source"])
+        return IndexSettings(
+            Contract.from_json(meta["contract"], os.fspath(folder / table.TABLE_FILE)),
+            meta["weights_hash"],
+            WindowSettings(**json.loads(meta["windows"])),
+            None if source is None else ModelSource(**source),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, OpenVCLIPError):  # of the contract, which says more
+            raise
+        raise _damaged(folder, f"its settings can't be read: {error!r}") from error
+
+
+def _damaged(folder: Path, reason: str) -> SearchError:
+    return SearchError(
+        f"{folder / table.TABLE_FILE}: is damaged ({reason}). Copy the index again, or make a new "
+        "one."
     )

@@ -161,3 +161,45 @@ def test_an_index_loads_its_model_again(
     with torch.no_grad():
         feature: Any = index.model.encode_text("a star")
     assert feature.shape == (index.blocks()[0].vectors.shape[1],)
+
+
+def test_a_model_that_was_moved_is_named_once(
+    videos: Path, model: str, tmp_path: Path, capsys: Captured
+) -> None:
+    first, second, out = tmp_path / "first", tmp_path / "second", tmp_path / "x.ovx"
+    shutil.copytree(model, first)
+    assert run("index", videos / "a.mp4", "-o", out, "--model", first, "--seconds", 1) == 0
+    first.rename(second)
+    text = failure(capsys, "search", out, "a star")
+    assert str(first) in text
+    assert "--model" in text
+    assert run("search", out, "a star", "--model", second) == 0  # a search changes nothing
+    assert str(first) in failure(capsys, "search", out, "a star")
+    assert run("index", videos, "-o", out, "--model", second) == 0
+    assert run("search", out, "a star") == 0
+    second.rename(first)
+    Index.open(out).set_source(first)
+    assert run("index", out, "--update") == 0
+    assert Index.open(out).search("a star")
+
+
+def test_an_index_that_another_process_makes_meanwhile_is_used(
+    videos: Path, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from openvclip.cli import index as command
+
+    out, load = tmp_path / "x.ovx", command.load_video_clip
+
+    def slow(options: Any) -> Any:
+        monkeypatch.setattr(command, "load_video_clip", load)
+        assert run("index", videos / "a.mp4", "-o", out, "--model", model) == 0
+        return load(options)
+
+    monkeypatch.setattr(command, "load_video_clip", slow)
+    assert run("index", videos, "-o", out, "--model", model) == 0
+    assert len(Index.open(out).videos) == 2
+
+
+def test_an_index_after_the_sentence_is_named(made: dict[str, str], capsys: Captured) -> None:
+    text = failure(capsys, "search", "a horse", made["INDEX"])
+    assert "is an index, and a query is a sentence. The index comes first" in text

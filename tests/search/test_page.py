@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import re
+import sys
 from html.parser import HTMLParser
 
 import pytest
@@ -118,6 +120,18 @@ def test_a_video_below_the_page_is_a_link(folder):
     assert links[1].startswith("./sub%20folder/%3Cscript%3E")
     write_page(folder / "pages" / "page.html", [("a", moments(folder)[:2])])
     assert not Elements((folder / "pages" / "page.html").read_text()).all("a")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are bytes on Linux alone")
+def test_a_name_that_is_no_text_is_shown_and_linked(tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/bad\xff.mp4")
+    write_film(tmp_path / "a.mp4", 2)
+    os.rename(tmp_path / "a.mp4", path)
+    write_page(tmp_path / "p.html", [(os.fsdecode(b"q\xfe"), [Moment(path, 0.0, 1.0, 0.3, 0.5)])])
+    page = Elements((tmp_path / "p.html").read_text("utf-8"))
+    assert [link["href"] for link in page.all("a")] == ["./bad%FF.mp4#t=0.0"]
+    assert "bad\\udcff.mp4" in page.texts
+    assert "q\\udcfe" in page.texts
 
 
 def test_a_page_does_not_grow_beyond_its_size(folder, tmp_path):

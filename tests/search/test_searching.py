@@ -13,6 +13,8 @@ from openvclip import VideoCLIP
 from openvclip.checkpoints.contract import Confidence
 from openvclip.errors import SearchError, VideoError, VideoNotFoundError
 from openvclip.search import Clip, Index, Moment, search_index
+from openvclip.search.results import results_as_text
+from openvclip.search.searching import SearchResult
 from openvclip.video import VideoFrames
 from tests.search.reference import Library, Rows, slow_moments
 from tests.search.small_index import (
@@ -272,6 +274,29 @@ def test_a_sentence_says_how_much_of_it_is_not_read(
     if left_out:
         with pytest.raises(SearchError, match=f"last {left_out} tokens"):
             opened.search(text)
+
+
+def test_a_whole_book_is_refused_before_the_model_is_loaded(index: Index) -> None:
+    opened = Index.open(index.path)  # it does not say where its model is
+    with pytest.raises(SearchError, match="has 500000 characters; expected at most 5000"):
+        opened.search("word " * 100_000)
+
+
+@pytest.mark.parametrize(
+    "name", ["new\nline", "\x1b[31mred", "tab\t", "cr\r", "\u202ertl", "bad\udcff"]
+)
+def test_a_result_is_one_line_whatever_the_names(name: str) -> None:
+    moments = [
+        Moment(f"/{name}.mp4", 0.0, 1.0, 0.3, 0.5),
+        Moment("/ü 日本.mp4", 0.0, 1.0, 0.2, 0.5),
+    ]
+    text = results_as_text([SearchResult(name, moments, None, 0.3, 2)] * 2)
+    lines = text.split("\n")
+    assert len(lines) == 9  # twice the query, the head and two moments; an empty line
+    assert all(line.isprintable() for line in lines)
+    assert len({len(line) for line in lines[1:4]}) == 1
+    assert "/ü 日本.mp4" in text
+    assert ascii(name)[1:-1] in text
 
 
 def test_the_tokenizer_of_clip_says_how_much_it_leaves_out() -> None:

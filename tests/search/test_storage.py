@@ -9,6 +9,7 @@ import sqlite3
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from openvclip.errors import SearchError
+from openvclip.errors import OpenVCLIPError, SearchError
 from openvclip.search import Index, changes, storage, table, updating
 from openvclip.search.building import Encoded, Ended
 from openvclip.search.changes import FileState, NewVideo
@@ -397,6 +398,39 @@ def test_a_damaged_index_is_named(tmp_path: Path, sized: None, damage: Any, mess
     index.add(tmp_path / "a.mp4")
     damage(index.path / "vectors-000001.safetensors", index.path / TABLE_FILE)
     with pytest.raises(SearchError, match=message):
+        Index.open(index.path).videos  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        *(
+            (f"DELETE FROM meta WHERE key = '{key}'", f"settings can't be read: .*'{key}'")
+            for key in ("source", "windows", "contract", "weights_hash")
+        ),
+        ("UPDATE meta SET value = '{' WHERE key = 'source'", "settings can't be read"),
+        ("UPDATE meta SET value = '{' WHERE key = 'contract'", "is not JSON"),
+        ("UPDATE meta SET value = 'null' WHERE key = 'windows'", "settings can't be read"),
+        ("UPDATE meta SET value = '{\"x\": 1}' WHERE key = 'windows'", "settings can't be read"),
+        ("UPDATE meta SET value = '{\"x\": 1}' WHERE key = 'source'", "settings can't be read"),
+        ("UPDATE windows SET start = 'abc'", "a window is no row of numbers"),
+        ("UPDATE windows SET video = 777", "windows belong to no video"),
+        ("DELETE FROM videos", "windows belong to no video"),
+        ("DELETE FROM shards", "windows belong to no file of vectors"),
+        ("UPDATE windows SET row = row + 100", "windows belong to no file of vectors"),
+        ("INSERT INTO shards (first, rows, width) VALUES (1, 2, 8)", "two shards hold the same"),
+    ],
+)
+def test_a_table_that_contradicts_itself_is_named(
+    tmp_path: Path, sized: None, damage: str, message: str
+) -> None:
+    index = new_index(tmp_path / "x.ovx")
+    write(tmp_path / "a.mp4", 3)
+    index.add(tmp_path / "a.mp4")
+    with closing(sqlite3.connect(index.path / TABLE_FILE)) as connection:
+        connection.execute(damage)
+        connection.commit()
+    with pytest.raises(OpenVCLIPError, match=rf"table\.sqlite: .*{message}"):
         Index.open(index.path).videos  # noqa: B018
 
 

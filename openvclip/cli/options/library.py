@@ -41,9 +41,28 @@ _USES = (
 )
 
 
-def add_library_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options for the model of an index."""
-    add_model_options(parser, labels=False)
+_ABOUT = """\
+The index knows its model and how the model is used. Give --model only if
+the model is in another place now."""
+_ABOUT_NEW = """\
+A new index needs a model. Later commands need none of these options,
+because the index knows its model. If the model was moved, --model records
+the new place in the index."""
+
+
+def add_library_model_options(parser: argparse.ArgumentParser, *, new: bool = False) -> None:
+    """Add the options for the model of an index.
+
+    Args:
+        parser: the parser.
+        new: whether the subcommand can make an index.
+    """
+    default = "the model of the index"
+    if new:
+        default += (
+            "; for a new index %(default)s, or the model that the checkpoint was trained from"
+        )
+    add_model_options(parser, labels=False, about=_ABOUT_NEW if new else _ABOUT, default=default)
     add_lam_option(parser)
     add_frame_options(parser, views=False)
 
@@ -60,14 +79,29 @@ def open_index(path: Path, options: argparse.Namespace) -> Index:
         SearchError: there is no index, or another model made it.
         OpenVCLIPError: the model can't be loaded.
     """
+    return open_index_and_source(path, options)[0]
+
+
+def open_index_and_source(
+    path: Path, options: argparse.Namespace
+) -> tuple[Index, ModelSource | None]:
+    """Open an index as :func:`open_index` does.
+
+    Returns:
+        The index, and where the weights are that the options name; ``None`` if they name none.
+
+    Raises:
+        OpenVCLIPError: see :func:`open_index`.
+    """
     from openvclip.search import Index
 
     if names_model(options):
         index = Index.open(path)  # a wrong path is reported before the model is loaded
-        return Index.open(index.path, load_video_clip(options)[0])
+        model, source = load_video_clip(options)
+        return Index.open(index.path, model), source
     reason = "without --model: the index knows how its model is used"
     refuse_unused(options.given, dict.fromkeys(_USES, reason))
-    return Index.open(path, device=device_of(options), autocast=amp_of(options))
+    return Index.open(path, device=device_of(options), autocast=amp_of(options)), None
 
 
 def names_model(options: argparse.Namespace) -> bool:

@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 
 
 def add_model_options(
-    parser: argparse.ArgumentParser, *, checkpoint: bool = True, labels: bool = True
+    parser: argparse.ArgumentParser,
+    *,
+    checkpoint: bool = True,
+    labels: bool = True,
+    about: str | None = None,
+    default: str = "%(default)s, or the model that the checkpoint was trained from",
 ) -> None:
     """Add the options for the model, its weights, its templates and its device.
 
@@ -33,17 +38,18 @@ def add_model_options(
         checkpoint: whether to add ``--checkpoint`` and ``--expand``. Without them the model has the
             weights of the original CLIP and is not expanded.
         labels: whether to add the options for the texts of labels.
+        about: what the help says about all of these options.
+        default: what the help says about the default of ``--model``.
     """
     parser.set_defaults(contract=None)  # use_contract sets it
-    group = parser.add_argument_group("model")
+    group = parser.add_argument_group("model", about)
     group.add_argument(
         "--model",
         default="ViT-B-16-quickgelu",
         metavar="NAME|FILE|FOLDER",
         help="name of an open_clip model, a JSON file with an open_clip model configuration, the "
         "folder of a model, local-dir:... or hf-hub:...; or a CLIP of transformers: its folder, or "
-        "transformers:NAME for a name on the Hugging Face Hub (default: %(default)s, or the model "
-        "that the checkpoint was trained from)",
+        f"transformers:NAME for a name on the Hugging Face Hub (default: {default})",
     )
     group.add_argument(
         "--pretrained",
