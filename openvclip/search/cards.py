@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from openvclip.models.timeline import clock
 from openvclip.search.moments import Moment
+from openvclip.search.names import one_line
 from openvclip.video.sources import file_name
 
 __all__ = ["CARD_STYLE", "DARK", "LIGHT", "PLAYER_SCRIPT", "Media", "card", "cards", "display_name"]
@@ -130,8 +131,8 @@ data URIs of videos (Safari) the same bytes as a blob.
 
 
 def display_name(path: str) -> str:
-    """Return the last part of a path or a URL."""
-    return file_name(path)
+    """Return the last part of a path or a URL, as one line of text."""
+    return one_line(file_name(path))
 
 
 def card(rank: int, moment: Moment, media: Media) -> str:
@@ -145,7 +146,7 @@ def card(rank: int, moment: Moment, media: Media) -> str:
     name = display_name(moment.path)
     time = f"{clock(moment.start)} – {clock(moment.end)}"
     label = f"Result {rank}: {name}, {clock(moment.start)} to {clock(moment.end)}"
-    shown = escape(name)
+    shown, path = escape(name), escape(one_line(moment.path))
     if media.link:
         shown = f'<a href="{escape(media.link)}">{shown}</a>'
     # Without a picture, the note is in its place.
@@ -153,7 +154,7 @@ def card(rank: int, moment: Moment, media: Media) -> str:
     note = f'<span class="ov-note">{escape(words)}</span>' if words else ""
     return (
         f'<li class="ov-card"><div class="ov-screen">{_screen(label, media)}</div>'
-        f'<div class="ov-text"><span class="ov-name" title="{escape(moment.path)}">{shown}</span>'
+        f'<div class="ov-text"><span class="ov-name" title="{path}">{shown}</span>'
         f'<span class="ov-time">{time}</span>'
         f'<span class="ov-score">score <b>{moment.score:.3f}</b></span>{note}</div></li>'
     )

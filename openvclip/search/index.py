@@ -19,7 +19,7 @@ from openvclip.search.identity import require_same_model
 from openvclip.search.inputs import VideoPaths
 from openvclip.search.moments import Moment
 from openvclip.search.queries import as_queries
-from openvclip.search.recorded import ModelSource, whole_path
+from openvclip.search.recorded import ModelSource
 from openvclip.search.searching import search_index
 from openvclip.search.storage import Block, IndexSettings, Snapshot, Storage
 from openvclip.search.updating import Report, Updating
@@ -95,7 +95,7 @@ class Index:
     def open(
         cls,
         path: str | os.PathLike[str],
-        model: VideoCLIP | None = None,
+        model: VideoCLIP | str | os.PathLike[str] | None = None,
         *,
         device: str | torch.device = "cpu",
         autocast: torch.dtype | None = None,
@@ -105,7 +105,9 @@ class Index:
 
         Args:
             path: the folder of the index.
-            model: the model that made the index. Default: :attr:`model` loads it when it is needed.
+            model: the model that made the index; or where it is now, the ``source`` of
+                :meth:`openvclip.VideoCLIP.from_pretrained`. Default: :attr:`model` loads it when it
+                is needed.
             device: the device of a model that is loaded.
             autocast: see :class:`openvclip.VideoCLIP`; for a model that is loaded.
             in_memory: whether all vectors are read into memory: 2 bytes for each number, 1 GB for a
@@ -117,6 +119,9 @@ class Index:
                 it, or another model made it.
         """
         storage = Storage(path, in_memory=in_memory)
+        if model is not None and not isinstance(model, VideoCLIP):
+            model = ModelSource.at(model).load(storage.settings.contract, device)
+            model.autocast = autocast
         if model is not None:
             require_same_model(storage.folder, storage.settings, model)
         return cls(storage, model, device, autocast)
@@ -351,9 +356,10 @@ class Index:
 
         Raises:
             SearchError: another process changes the index, or it can't be written.
+            UsageError: ``source`` is neither a text nor a path.
         """
         if not isinstance(source, ModelSource):
-            source = ModelSource(whole_path(os.fspath(source)))
+            source = ModelSource.at(source)
         self._storage.set_source(source)
 
     def save(self) -> None:

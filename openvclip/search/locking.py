@@ -29,6 +29,10 @@ def writer_lock(folder: Path) -> Iterator[None]:
     """
     try:
         file = (folder / LOCK_FILE).open("a+b", buffering=0)  # nothing is left to write at the end
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise SearchError(
+            f"{folder}: the folder of the index is gone. If it was moved, open it in its new place."
+        ) from error
     except OSError as error:
         raise SearchError(
             f"{folder}: the index can't be changed ({error.strerror}). Searching needs no "

@@ -137,6 +137,12 @@ def _checked(results: Sequence[tuple[str, Sequence[Moment]]]) -> list[tuple[str,
                 f"results holds {str(entry)[:60]!r}; expected pairs (text of the query, its "
                 "moments). For one query: [(text, moments)]."
             )
+        for moment in entry[1]:
+            if not isinstance(moment, tuple) or len(moment) != len(Moment._fields):
+                raise SearchError(
+                    f"The query {entry[0][:60]!r} has {str(moment)[:60]!r} among its moments; "
+                    f"expected moments: {', '.join(Moment._fields)}."
+                )
         queries.append((entry[0], [Moment(*moment) for moment in entry[1]]))
     return queries
 

@@ -203,8 +203,11 @@ def _batches(
 def _checked_part(clip: Clip) -> tuple[float, float]:
     """Return start and end of a part of a video."""
     name = source_name(clip.path)
-    start = 0.0 if clip.start is None else float(clip.start)
-    end = math.inf if clip.end is None else float(clip.end)
+    try:
+        start = 0.0 if clip.start is None else float(clip.start)
+        end = math.inf if clip.end is None else float(clip.end)
+    except (TypeError, ValueError):
+        start = end = math.nan
     if not 0 <= start < end:
         raise SearchError(
             f"{name}: start={clip.start!r}, end={clip.end!r}; expected seconds from the first "

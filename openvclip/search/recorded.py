@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from openvclip.checkpoints.contract import Contract
+from openvclip.errors import UsageError
 from openvclip.models.folders import load_stored
 from openvclip.models.loading import load_model
 from openvclip.models.usage import expand_as, expansion_section
@@ -45,11 +46,26 @@ class ModelSource:
         source, pretrained = model.origin
         return cls(whole_path(source), None if pretrained is None else whole_path(pretrained))
 
+    @classmethod
+    def at(cls, source: str | os.PathLike[str]) -> ModelSource:
+        """Return where a model is from a folder or a name.
+
+        Raises:
+            UsageError: ``source`` is neither a text nor a path.
+        """
+        if not isinstance(source, (str, os.PathLike)):
+            raise UsageError(
+                f"model is a {type(source).__name__}; expected a VideoCLIP, the folder of a model "
+                "or 'hf-hub:user/name'."
+            )
+        return cls(whole_path(os.fspath(source)))
+
     def load(self, contract: Contract, device: str | torch.device = "cpu") -> VideoCLIP:
         """Load the model.
 
         Args:
-            contract: how the model is used.
+            contract: how the model is used. If the model was calibrated since, the calibration that
+                is stored with the model counts.
             device: the device of the model.
 
         Raises:
@@ -59,6 +75,8 @@ class ModelSource:
         if self.checkpoint is None:
             stored = load_stored(self.source, self.pretrained)
             model, tokenizer = stored.model, stored.tokenizer
+            confidence = stored.contract.confidence or contract.confidence
+            contract = replace(contract, confidence=confidence)
         else:
             loaded = load_model(
                 self.source, self.pretrained, checkpoint=self.checkpoint, expand=False

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from openvclip.models.timeline import clock
+from openvclip.search.names import one_line
 from openvclip.search.searching import SearchResult
 
 __all__ = ["results_as_csv", "results_as_json", "results_as_text"]
@@ -25,7 +26,7 @@ def results_as_text(results: Sequence[SearchResult]) -> str:
     """
     parts = []
     for result in results:
-        title = [_one_line(result.query)] if len(results) > 1 else []
+        title = [one_line(result.query)] if len(results) > 1 else []
         parts.append("\n".join([*title, *(_table(result) or [result.reason()])]))
     return "\n\n".join(parts)
 
@@ -34,21 +35,13 @@ def _table(result: SearchResult) -> list[str]:
     rows = [("path", "start", "end", "score")]
     for moment in result.moments:
         times = clock(moment.start), clock(moment.end)
-        rows.append((_one_line(moment.path), *times, f"{moment.score:.3f}"))
+        rows.append((one_line(moment.path), *times, f"{moment.score:.3f}"))
     if len(rows) == 1:
         return []
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
     ]
-
-
-def _one_line(text: str) -> str:
-    """Return a name with its line breaks and other control characters as in a Python string.
-
-    A name of a file can hold any character, also those that move the cursor of a terminal.
-    """
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def results_as_json(results: Sequence[SearchResult]) -> list[dict[str, Any]]:

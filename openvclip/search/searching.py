@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 from openvclip.checkpoints.contract import Confidence
@@ -130,12 +130,12 @@ def _unwanted(negative: Any) -> list[Query]:
     return [negative] if single else list(negative)
 
 
-def _require_numbers(k: int, min_score: float | None) -> None:
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+def _require_numbers(k: Any, min_score: Any) -> None:
+    if isinstance(k, bool) or not isinstance(k, Integral) or k < 1:
         raise SearchError(f"k={k!r}: expected the number of moments, a whole number of at least 1.")
     if min_score is None:
         return
-    if not isinstance(min_score, (int, float)) or not -1 <= min_score <= 1 or math.isnan(min_score):
+    if not isinstance(min_score, Real) or not -1 <= float(min_score) <= 1:
         raise SearchError(
             f"min_score={min_score!r}: expected a number from -1 to 1, which is compared with the "
             "cosine of the query and a window."

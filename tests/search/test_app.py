@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from html import unescape
 
@@ -280,6 +281,32 @@ def test_videos_of_the_library(answers, library, folder):
     assert "Choose a clip" in answers.from_library(None, "a\nb")
     assert "0:06.0 long; at most 0:05.0" in answers.from_library(library.videos[0], "a\nb")
     assert "no such file" in answers.from_library(library.videos[2], "a\nb")
+
+
+def test_names_that_are_no_text_are_sent_as_text(files, folder, monkeypatch):
+    pytest.importorskip("gradio")
+    monkeypatch.setattr(module, "search_index", search)
+    names = ["bad\udcff.mp4", "new\nline.mp4", "ü 日本.mp4"]
+    library = Library(folder / name for name in names)
+    answers = Answers(library, files, Limits())
+    try:
+        sent = [
+            answers.search("a"),
+            answers.from_library("bad", "a"),
+            answers.search("q\udcff" * 999),
+        ]
+        config = interface.build_interface(library, answers, Limits()).get_config_file()
+    finally:
+        answers.close()
+    assert "bad\\udcff.mp4" in sent[0]
+    json.dumps([sent, config], ensure_ascii=False).encode()  # as Gradio sends it
+    values = [
+        value
+        for component in config["components"]
+        if component["props"].get("elem_id") == "library"
+        for _, value in component["props"]["choices"]
+    ]
+    assert [answers.library_path(value) for value in values] == library.videos
 
 
 def test_uploads_are_checked_and_the_oldest_are_removed(library, files, folder, monkeypatch):

@@ -12,6 +12,7 @@ import torch
 
 from examples.shapes.model import WEIGHTS
 from openvclip.checkpoints import load_checkpoint, save_checkpoint
+from openvclip.errors import UsageError
 from openvclip.search import Index
 from tests.cli.test_cli import Captured, failure, help_text, run
 from tests.examples.tiny_videos import MODEL
@@ -181,6 +182,10 @@ def test_a_model_that_was_moved_is_named_once(
     Index.open(out).set_source(first)
     assert run("index", out, "--update") == 0
     assert Index.open(out).search("a star")
+    assert Index.open(out, str(first)).search("a star")
+    for wrong in (5, ["x"]):
+        with pytest.raises(UsageError, match="expected a VideoCLIP, the folder of a model"):
+            Index.open(out, wrong)  # type: ignore[arg-type]
 
 
 def test_an_index_that_another_process_makes_meanwhile_is_used(

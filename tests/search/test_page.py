@@ -174,7 +174,13 @@ def test_a_moment_of_several_queries_is_made_once(folder, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize(
     ("results", "text"),
-    [([], "empty"), ([("a", [], 1)], "pairs"), ([Moment("a", 0, 1, 0, 0)], "pairs")],
+    [
+        ([], "empty"),
+        ([("a", [], 1)], "pairs"),
+        ([Moment("a", 0, 1, 0, 0)], "pairs"),
+        ([("a", [1])], "expected moments: path, start"),
+        ([("a", [("x.mp4", 1)])], "expected moments: path, start"),
+    ],
 )
 def test_wrong_results(results, text, tmp_path):
     with pytest.raises(SearchError, match=text):

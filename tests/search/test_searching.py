@@ -12,7 +12,7 @@ import torch
 from openvclip import VideoCLIP
 from openvclip.checkpoints.contract import Confidence
 from openvclip.errors import SearchError, VideoError, VideoNotFoundError
-from openvclip.search import Clip, Index, Moment, search_index
+from openvclip.search import Clip, Index, Moment, WindowOptions, search_index
 from openvclip.search.results import results_as_text
 from openvclip.search.searching import SearchResult
 from openvclip.video import VideoFrames
@@ -24,6 +24,7 @@ from tests.search.small_index import (
     tiny_model,
     write_video,
 )
+from tests.search.tiny_shards import save_model
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +176,28 @@ def test_the_threshold_of_the_model_is_the_limit_for_sentences(
         assert calibrated(index, confidence).search("a", k=100) == moments
 
 
+def test_a_model_that_is_calibrated_later_brings_its_threshold(
+    videos: list[Path], tmp_path: Path
+) -> None:
+    folder = save_model(tmp_path / "model")
+    index = Index.create(tmp_path / "x.ovx", folder, windows=WindowOptions(seconds=1.0))
+    index.add(videos)
+    moments = index.search("a star", k=100)
+    assert len(moments) > 2
+    model = VideoCLIP.from_pretrained(folder)
+    model.confidence = Confidence(threshold=moments[1].score, score="cosine")
+    model.save_pretrained(folder)
+    assert Index.open(index.path).search("a star", k=100) == moments[:2]
+    assert Index.open(index.path, folder).search("a star", k=100) == moments[:2]
+
+
+def test_numbers_of_numpy_are_numbers(index: Index) -> None:
+    found = index.search("a", k=2)
+    assert index.search("a", k=np.int64(2), min_score=np.float32(-1)) == found
+    with pytest.raises(SearchError, match="k="):
+        index.search("a", k=np.float32(2))
+
+
 def test_an_empty_index_has_no_moments(tmp_path: Path) -> None:
     empty = new_index(tmp_path / "e.ovx")
     assert empty.search("a") == []
@@ -211,7 +234,13 @@ def test_a_query_that_means_nothing_is_an_error(
 
 @pytest.mark.parametrize(
     ("times", "message"),
-    [((2, 1), "end after the start"), ((-1, 2), "from the first"), ((9, None), "has 3.5 seconds")],
+    [
+        ((2, 1), "end after the start"),
+        ((-1, 2), "from the first"),
+        ((9, None), "has 3.5 seconds"),
+        (("a", None), "expected seconds"),
+        ((None, [2]), "expected seconds"),
+    ],
 )
 def test_a_part_that_is_not_there_is_an_error(
     index: Index, videos: list[Path], times: Any, message: str

@@ -327,6 +327,13 @@ def test_a_disk_without_locks_is_read(
         Index.open(index.path)
 
 
+def test_a_folder_that_is_gone_is_named(tmp_path: Path) -> None:
+    index = new_index(tmp_path / "x.ovx")
+    shutil.rmtree(index.path)
+    with pytest.raises(SearchError, match="the folder of the index is gone"):
+        index.save()
+
+
 @pytest.mark.parametrize("room", [0, 300, 20_000])
 def test_a_full_disk_leaves_the_old_index(tmp_path: Path, sized: None, room: int) -> None:
     resource = pytest.importorskip("resource")

@@ -18,6 +18,7 @@ from openvclip.search.app.media import MediaFiles
 from openvclip.search.app.player import clip_view
 from openvclip.search.cards import cards, display_name
 from openvclip.search.index import Index
+from openvclip.search.names import one_line
 from openvclip.search.page import count_of
 from openvclip.search.searching import search_index
 from openvclip.video.checking import VideoChecker
@@ -84,6 +85,7 @@ def say(text: str, wrong: bool = False) -> str:
         wrong: whether the sentence is about an error.
     """
     style, role = ("ov-say ov-wrong", "alert") if wrong else ("ov-say", "status")
+    text = text.encode("utf-8", "backslashreplace").decode()  # names of files can be no text
     return f'<p class="{style}" role="{role}">{escape(text)}</p>'
 
 
@@ -174,9 +176,12 @@ class Answers:
         Raises:
             SearchError: the index has no such video, or several.
         """
-        videos = [str(path) for path in self._index.videos]
+        videos = self._index.videos
         if name in videos:
             return name
+        shown_names = {one_line(path): path for path in videos}
+        if name in shown_names:
+            return shown_names[name]
         part = name.strip().casefold()
         matching = [path for path in videos if part in path.casefold()]
         if len(matching) == 1:

@@ -10,6 +10,7 @@ from openvclip.search.app.answers import Answers, Limits, say
 from openvclip.search.app.player import TIMELINE_SCRIPT
 from openvclip.search.cards import PLAYER_SCRIPT, display_name
 from openvclip.search.index import Index
+from openvclip.search.names import one_line
 from openvclip.video.files import VIDEO_SUFFIXES
 
 __all__ = ["HEAD", "build_interface", "require_gradio", "theme"]
@@ -149,7 +150,7 @@ def _labels_tab(gradio: Any, answers: Answers, limits: Limits, videos: list[str]
             with gradio.Tab("From the library"):
                 more = len(videos) > _CHOICES
                 chosen = gradio.Dropdown(
-                    [(display_name(path), path) for path in videos[:_CHOICES]],
+                    [(display_name(path), one_line(path)) for path in videos[:_CHOICES]],
                     value=None,
                     label="Clip",
                     info="or type a part of its name" if more else None,
