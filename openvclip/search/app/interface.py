@@ -142,6 +142,11 @@ def _search_tab(gradio: Any, answers: Answers, limits: Limits, filled: bool) -> 
     )
 
 
+def library_choices(videos: list[str]) -> list[tuple[str, str]]:
+    """Return what the list of the library shows of each video and what it sends, both as text."""
+    return [(display_name(path), one_line(path)) for path in videos[:_CHOICES]]
+
+
 def _labels_tab(gradio: Any, answers: Answers, limits: Limits, videos: list[str]) -> None:
     megabytes = limits.upload_bytes / 2**20
     with gradio.Row():
@@ -150,7 +155,7 @@ def _labels_tab(gradio: Any, answers: Answers, limits: Limits, videos: list[str]
             with gradio.Tab("From the library"):
                 more = len(videos) > _CHOICES
                 chosen = gradio.Dropdown(
-                    [(display_name(path), one_line(path)) for path in videos[:_CHOICES]],
+                    library_choices(videos),
                     value=None,
                     label="Clip",
                     info="or type a part of its name" if more else None,
