@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -154,6 +155,11 @@ def _index_and_videos(options: argparse.Namespace) -> tuple[Path, list[str]]:
             )
         return Path(options.output), videos
     if not options.update and options.remove is None:
+        if os.path.isfile(os.path.join(videos[0], "table.sqlite")):
+            raise UsageError(
+                f"{videos[0]} is an index. To bring it up to date, add --update; to add videos to "
+                f"it: openvclip index VIDEO --output {videos[0]}."
+            )
         raise UsageError("Give the folder of the index: --output library.ovx.")
     if len(videos) > 1:
         raise UsageError(

@@ -40,7 +40,8 @@ def export_vectors(
         The columns ``path``, ``start``, ``end`` and ``vector``, lists of D numbers. It needs
         pyarrow.
 
-    The rows are sorted by path and time. Memory holds a few thousand vectors at a time.
+    In CSV and Parquet, the bytes of a path that are no UTF-8 are written as ``\\udcff``, with the
+    byte in the last two digits. The rows are sorted by path and time. Memory holds a few thousand vectors at a time.
 
     Args:
         index: the index.
@@ -125,7 +126,7 @@ def _write_npy(content: _Content, target: Path) -> None:
     table = target.with_suffix(".csv")
     with (
         atomic_path(table) as temporary,
-        open(temporary, "w", encoding="utf-8", newline="") as file,
+        open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file,
     ):
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("path", "start", "end"))
@@ -167,8 +168,9 @@ def _write_parquet(content: _Content, target: Path) -> None:
     with atomic_path(target) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         for part, vectors in content.batches(dtype):
             flat = pa.array(vectors.reshape(-1), number)
+            paths = [path.encode("utf-8", "backslashreplace") for path in content.path_list(part)]
             columns = [
-                pa.array(content.path_list(part), pa.string()),
+                pa.array(paths, pa.string()),
                 pa.array(content.start[part]),
                 pa.array(content.end[part]),
                 pa.FixedSizeListArray.from_arrays(flat, content.width),

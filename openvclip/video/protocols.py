@@ -153,7 +153,7 @@ def load(
     for split, published in zip(splits, protocol.videos, strict=True):
         count, most = len(split.samples), protocol.most or published
         if count > most or (count < published and not allow_incomplete):
-            hint = "allow_incomplete=True accepts fewer videos."
+            hint = "--allow-incomplete or allow_incomplete=True accepts fewer videos."
             raise wrong_count(split.name, count, published, most, hint)
     return find_videos_of(splits, videos)
 

@@ -252,7 +252,7 @@ def _require_complete(
     if protocol.exact and (
         count > protocol.videos or (count < protocol.videos and not allow_incomplete)
     ):
-        hint = "allow_incomplete=True accepts fewer videos."
+        hint = "--allow-incomplete or allow_incomplete=True accepts fewer videos."
         raise wrong_count(name, count, protocol.videos, protocol.videos, hint)
     if texts > count and not protocol.several:
         raise ProtocolError(

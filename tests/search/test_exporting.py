@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,18 @@ def read(path: Path) -> list[tuple[Any, ...]]:
         times += [[float(row[name]) for row in table] for name in ("start", "end")]
         vectors = np.load(path)
     return [(*row, tuple(vector.tolist())) for *row, vector in zip(*times, vectors, strict=True)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are bytes on Linux alone")
+@pytest.mark.parametrize("suffix", exporting.EXPORT_SUFFIXES)
+def test_a_path_that_is_no_text_is_exported(tmp_path: Path, suffix: str) -> None:
+    index = new_index(tmp_path / "x.ovx")
+    path = tmp_path / os.fsdecode(b"new\nline \xff.mp4")
+    write_video(tmp_path / "a.mp4", 5).rename(path)
+    index.add(path)
+    assert export_vectors(index, tmp_path / f"vectors{suffix}") == len(index)
+    named = str(path) if suffix == ".npz" else str(path).replace("\udcff", "\\udcff")
+    assert {row[0] for row in read(tmp_path / f"vectors{suffix}")} == {named}
 
 
 @pytest.mark.parametrize("suffix", exporting.EXPORT_SUFFIXES)

@@ -94,6 +94,7 @@ def test_files_that_cannot_be_read_are_listed(
         (["VIDEOS", "-o", "INDEX", "--model", "OTHER"], "another model made this index: weights"),
         (["INDEX", "--remove", "a", "--seconds", "1"], "--seconds has no effect with --remove"),
         (["INDEX", "--remove", "absent"], "absent: the index has no such video"),
+        (["INDEX"], "is an index. To bring it up to date, add --update; to add videos"),
         (["VIDEOS", "--update"], "is not an index; expected a folder that 'openvclip index'"),
         (["VIDEOS", "-o", "VIDEOS"], "holds other files"),
         (["VIDEOS", "-o", "INDEX", "--batch-size", "0"], "batch_size=0: expected a whole number"),
