@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,8 +81,8 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--update",
         action="store_true",
-        help="encode again the videos of the index whose files changed, and remove those whose "
-        "files are gone (default: only VIDEO is compared)",
+        help="bring all videos of the index up to date: encode files that changed again, and "
+        "remove videos whose files are gone (default: only the files of VIDEO are compared)",
     )
     parser.add_argument(
         "--remove",
@@ -155,7 +154,9 @@ def _index_and_videos(options: argparse.Namespace) -> tuple[Path, list[str]]:
             )
         return Path(options.output), videos
     if not options.update and options.remove is None:
-        if os.path.isfile(os.path.join(videos[0], "table.sqlite")):
+        from openvclip.search.storage import is_index
+
+        if is_index(videos[0]):
             raise UsageError(
                 f"{videos[0]} is an index. To bring it up to date, add --update; to add videos to "
                 f"it: openvclip index VIDEO --output {videos[0]}."

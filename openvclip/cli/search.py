@@ -25,9 +25,9 @@ INDEX is a folder that 'openvclip index' made. A result is a moment: a part of
 a video, with its start, its end and its score. The score is the cosine
 similarity of the query and a window of a few seconds, from -1 to 1.
 
-If the model of the index is calibrated, moments whose score is below its
-threshold are no results of a sentence. --min-score sets another threshold, and
---min-score -1 sets none.
+If the model of the index is calibrated, a sentence finds no moments whose
+score is below the threshold of the model. --min-score sets another threshold,
+and --min-score -1 sets none.
 """
 _USAGE = """\
 openvclip search INDEX SENTENCE [SENTENCE ...] [options]
@@ -171,11 +171,12 @@ def _queries(options: argparse.Namespace) -> list[Any]:
         VideoNotFoundError: a file does not exist.
     """
     from openvclip.search import Clip
+    from openvclip.search.storage import is_index
 
     if not options.clip:
         refuse_unused(options.given, dict.fromkeys(("from", "to"), "without --clip"))
     for sentence in options.sentences:
-        if os.path.isfile(os.path.join(sentence, "table.sqlite")):
+        if is_index(sentence):
             raise UsageError(
                 f"{sentence} is an index, and a query is a sentence. The index comes first: "
                 f"openvclip search {sentence} SENTENCE. Each search has one index."

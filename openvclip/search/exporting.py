@@ -41,7 +41,8 @@ def export_vectors(
         pyarrow.
 
     In CSV and Parquet, the bytes of a path that are no UTF-8 are written as ``\\udcff``, with the
-    byte in the last two digits. The rows are sorted by path and time. Memory holds a few thousand vectors at a time.
+    byte in the last two digits. The rows are sorted by path and time. Memory holds a few thousand
+    vectors at a time.
 
     Args:
         index: the index.
