@@ -81,10 +81,10 @@ def _add_query_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--clip",
         metavar="FILE",
-        type=Path,
         action="append",
         default=[],
-        help="search by a video; may be given several times",
+        help="search by a video: a file, a URL or a path that a search printed; may be given "
+        "several times",
     )
     group.add_argument(
         "--from",
@@ -172,6 +172,7 @@ def _queries(options: argparse.Namespace) -> list[Any]:
     """
     from openvclip.search import Clip
     from openvclip.search.storage import is_index
+    from openvclip.video.sources import is_url
 
     if not options.clip:
         refuse_unused(options.given, dict.fromkeys(("from", "to"), "without --clip"))
@@ -186,11 +187,12 @@ def _queries(options: argparse.Namespace) -> list[Any]:
                 f"{sentence} is a file, and a query is a sentence. To search by a file, give "
                 f"--image {sentence} or --clip {sentence}."
             )
-    for path in (*options.image, *options.clip):
-        if not path.exists():
+    files: list[Any] = [path if is_url(path) else Path(path) for path in options.clip]
+    for path in (*options.image, *files):
+        if isinstance(path, Path) and not path.exists():
             raise VideoNotFoundError(f"{path}: no such file{near_path(path)}.")
     part = getattr(options, "from"), options.to
-    clips = [Clip(path, *part) for path in options.clip]
+    clips = [Clip(path, *part) for path in files]
     queries = [*options.sentences, *options.image, *clips]
     if not queries:
         raise UsageError(
@@ -241,8 +243,14 @@ def _export(options: argparse.Namespace) -> int:
     from openvclip.search import Index
     from openvclip.search.exporting import export_vectors
 
-    names = set(options.given) - {"command", "index", "export", "run"}
-    refuse_unused(options.given, dict.fromkeys(sorted(names), "with --export"))
+    if options.sentences:
+        raise UsageError(
+            "--export searches nothing, but a sentence is given. Leave the sentence out, or search "
+            "without --export."
+        )
+    given = {"not" if name == "negative" else name for name in options.given}
+    names = given - {"command", "index", "sentences", "export", "run"}
+    refuse_unused(given, dict.fromkeys(sorted(names), "with --export"))
     count = export_vectors(Index.open(options.index), options.export)
     print(f"wrote {count} vectors to {options.export}")
     return 0

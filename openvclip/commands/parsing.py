@@ -87,7 +87,7 @@ def unused_option(given: Collection[str], reasons: Mapping[str, str]) -> str:
     """
     for name, reason in reasons.items():
         if reason and name in given:
-            flag = "--" + name.replace("_", "-")
+            flag = ("-" if len(name) == 1 else "--") + name.replace("_", "-")
             return f"{flag} has no effect {reason}. Leave {flag} out."
     return ""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,22 @@ def test_a_video_that_is_gone_is_listed(capsys: pytest.CaptureFixture[str], tmp_
     assert [entry.name[3:7] for entry in (tmp_path / "clips").iterdir()] == ["here"]
 
 
+def test_a_path_of_a_result_in_a_tar_file_is_a_clip(
+    library: Index, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("fsspec")
+    with tarfile.open(tmp_path / "s.tar", "w") as archive:
+        archive.add(library.videos[0], "in/a.mp4")
+    name = f"tar://in/a.mp4::{tmp_path / 's.tar'}"
+    options = ["--from", 0, "--to", 2, "-k", 1, "--json"]
+    _, out, err = search(capsys, library.path, "--clip", name, *options)
+    _, expected, _ = search(capsys, library.path, "--clip", library.videos[0], *options)
+    assert err == ""
+    (found,), (same,) = json.loads(out), json.loads(expected)
+    assert found["query"].startswith(name)
+    assert found["moments"] == same["moments"]
+
+
 def test_vectors_are_exported(
     library: Index, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -142,6 +159,11 @@ def test_vectors_are_exported(
         (["x", "-k", "0"], "expected the number of moments"),
         (["x", "--min-score", "2"], "from -1 to 1"),
         (["x", "--frames", "4"], "the index knows how its model is used"),
+        (["x", "--export", "v.npz"], "--export searches nothing, but a sentence is given"),
+        (["-k", "3", "--export", "v.npz"], "error: -k has no effect with --export"),
+        (["--not", "x", "--export", "v.npz"], "error: --not has no effect with --export"),
+        (["--clip", "nope.mp4"], "nope.mp4: no such file"),
+        (["--clip", "tar://a.mp4::nope.tar"], "nope.tar: no such file"),
         (["--export", "v.txt"], "no format of vectors"),
     ],
 )
