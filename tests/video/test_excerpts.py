@@ -27,7 +27,9 @@ KINDS = {
 @pytest.fixture(scope="module")
 def films(encode):
     return {
-        kind: encode(f"{kind.split()[0]}.{kind.split()[-1]}", frames=FRAMES, fps=Fraction(FPS), **options)
+        kind: encode(
+            f"{kind.split()[0]}.{kind.split()[-1]}", frames=FRAMES, fps=Fraction(FPS), **options
+        )
         for kind, options in KINDS.items()
     }
 
