@@ -126,7 +126,6 @@ def test_an_index_equals_its_files_after_any_changes(steps: list[tuple[str, int,
             assert content(other) == expected(held)
             shards = {path.name for path in index.path.glob("vectors-*")}
             assert len(shards) == len(index.blocks())
-            assert all(len(block.vectors) <= changes._LARGEST for block in index.blocks())
             assert len(index) == sum(held.values())
 
 
@@ -140,6 +139,24 @@ def test_a_folder_is_not_another_folder_whose_name_begins_alike(
     index.add(paths)
     assert index.remove(tmp_path / "a") == [str(paths[0])]
     assert content(index) == expected({paths[1]: 3})
+
+
+def test_joined_shards_have_a_largest_size(
+    tmp_path: Path, sized: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("_MANY", "_FEW"):
+        monkeypatch.setattr(changes, name, 100)
+    files = {tmp_path / f"{number}.mp4": 11 for number in range(8)}
+    for path, size in files.items():
+        write(path, size)
+    index = new_index(tmp_path / "x.ovx")
+    index.add(tmp_path)
+    parts = len(index.blocks())
+    index.save()
+    assert len(index.blocks()) < parts
+    rows = [len(block.vectors) for block in index.blocks()]
+    assert max(rows) <= changes._LARGEST < sum(rows)
+    assert content(index) == expected(files)
 
 
 def test_a_long_video_that_breaks_off_leaves_no_file(
