@@ -8,10 +8,9 @@ cross-entropy over the class names. With ``--captions`` (lines ``path,caption``)
 contrastive loss. ``fine_tune`` takes any data set of ``(pixels [1, C, H, W], index into texts)``.
 
 λ weighs the original CLIP. The script chooses the λ with the highest accuracy on ``--validation``;
-of several, the largest. To choose λ for classes without training images, give validation images of
-such classes. The table has the top-1 accuracy in [0, 1] at λ = 0 (fine-tuned), at the chosen λ, and
-at λ = 1 (the original CLIP). Report the test columns: λ was chosen on the validation images, so
-their accuracy is too high. ``VideoCLIP.from_pretrained`` loads the saved folder.
+of several, the largest. The table has the top-1 accuracy in [0, 1] at λ = 0, at the chosen λ, and
+at λ = 1. Report the test columns: λ was chosen on the validation images, so their accuracy is too
+high. ``VideoCLIP.from_pretrained`` loads the saved folder.
 """
 
 from __future__ import annotations
@@ -118,11 +117,8 @@ def run(args: Namespace) -> None:
     final = openvclip.VideoCLIP(model, tokenizer, transform=test, templates=[TEMPLATE])
     path, out = args.out / "model.safetensors", shlex.quote(str(args.out))
     final.describe_folder(args.out, path.name, lam=chosen)
-    # The contract is in the header too, so that the file of weights can be handed over alone.
-    contract = (args.out / CONTRACT_FILE).read_text(encoding="utf-8")
-    openvclip.save_checkpoint(
-        model.state_dict(), path, metadata={"format": "pt", CONTRACT_KEY: contract}
-    )
+    header = {"format": "pt", CONTRACT_KEY: (args.out / CONTRACT_FILE).read_text(encoding="utf-8")}
+    openvclip.save_checkpoint(model.state_dict(), path, metadata=header)
     (args.out / "classes.txt").write_text("\n".join(data.classes) + "\n", encoding="utf-8")
     print(f"\nTry it: openvclip predict IMAGE --model {out} --labels-file {out}/classes.txt")
 

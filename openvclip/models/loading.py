@@ -32,6 +32,7 @@ from openvclip.towers.families import require_frames
 from openvclip.towers.temporal import expand_temporal_attention
 from openvclip.towers.view import Boundary
 from openvclip.video.transforms import Transform
+from openvclip.weights.interpolation import interpolate_into
 from openvclip.weights.names import named_parameters, named_state
 from openvclip.weights.numerics import non_finite_names
 
@@ -56,6 +57,18 @@ class LoadedModel:
     tokenizer: Tokenizer
     transform: Transform
     tuned: dict[str, Tensor] | None = None
+
+    def interpolate(self, lam: float | None) -> None:
+        """Give the model the weights between those of the original CLIP and ``tuned``.
+
+        Without ``tuned``, nothing changes.
+
+        Args:
+            lam: interpolation weight of the original CLIP. ``None``: 0, the fine-tuned model.
+        """
+        if self.tuned is not None:
+            original = {name: value.clone() for name, value in named_state(self.model).items()}
+            interpolate_into(self.model, original, self.tuned, lam or 0.0)
 
 
 def load_model(

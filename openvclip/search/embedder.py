@@ -96,7 +96,7 @@ class VideoEmbedder:
         self._model = _ModelName(
             os.fspath(model), None if pretrained is None else os.fspath(pretrained), autocast
         )
-        self._state = self._model.files()  # so that a cache of results notices new weights
+        self._state = self._model.files()  # other weights in the folder are another model
         self._column = column
         self._windows = WindowOptions() if windows is True else windows or None
         self._fps, self._device = fps, device
@@ -145,7 +145,7 @@ class VideoEmbedder:
             if torch.cuda.is_available():
                 device = "cuda" if rank is None else f"cuda:{rank % torch.cuda.device_count()}"
         with _loading:  # of two threads, one loads the model
-            return _load(self._model, device)
+            return _load(self._model, device, self._state)
 
     def _column_of(self, batch: Mapping[str, Any]) -> str:
         if not isinstance(batch, Mapping):
@@ -208,9 +208,9 @@ class _ModelName:
     pretrained: str | None
     autocast: torch.dtype | None
 
-    def files(self) -> list[tuple[str, int, int]]:
+    def files(self) -> tuple[tuple[str, int, int], ...]:
         """Return the names, sizes and times of the files of the model, if this machine has them."""
-        found = []
+        found: list[tuple[str, int, int]] = []
         for name in filter(None, (self.source, self.pretrained)):
             path = Path(name)
             try:
@@ -219,12 +219,12 @@ class _ModelName:
             except OSError:
                 continue
             found += [(file, state.st_size, state.st_mtime_ns) for file, state in states]
-        return found
+        return tuple(found)
 
 
 @lru_cache(maxsize=2)
-def _load(name: _ModelName, device: str) -> VideoCLIP:
-    """Return a model, which this process keeps."""
+def _load(name: _ModelName, device: str, files: tuple[tuple[str, int, int], ...]) -> VideoCLIP:
+    """Return a model, which this process keeps until its files change."""
     model = VideoCLIP.from_pretrained(name.source, name.pretrained, device=device)
     model.autocast = name.autocast
     return model

@@ -14,7 +14,12 @@ from openvclip.search.windows import WindowOptions, WindowSettings
 from openvclip.weights.hashing import weights_hash
 from openvclip.weights.names import named_state
 
-__all__ = ["model_difference", "require_same_model", "require_same_windows"]
+__all__ = [
+    "model_difference",
+    "require_same_model",
+    "require_same_windows",
+    "window_difference",
+]
 
 # The settings that change the vector of a window. The name of the model does not.
 _SETTINGS = ("expansion", "pixels", "pooling")
@@ -88,10 +93,29 @@ def require_same_windows(folder: Path, settings: WindowSettings, windows: Window
     Raises:
         SearchError: they differ. The error shows both.
     """
+    difference = window_difference(settings, windows)
+    if difference is not None:
+        name, own, given = difference
+        raise SearchError(
+            f"{folder}: {name} is {own:g} in the index, but {given:g} is given. Leave the option "
+            "out, or make a new index with other windows."
+        )
+
+
+def window_difference(
+    own: WindowSettings, given: WindowSettings | WindowOptions
+) -> tuple[str, float, float] | None:
+    """Return the first length that differs between two settings of windows, if there is one.
+
+    Args:
+        own: the settings.
+        given: other settings, or options. An option that is ``None`` agrees with every setting.
+
+    Returns:
+        The name of the length, and its values; ``None`` if videos are cut into the same windows.
+    """
     for name in ("seconds", "step"):
-        own, given = getattr(settings, name), getattr(windows, name)
-        if given is not None and not math.isclose(given, own, rel_tol=1e-6):
-            raise SearchError(
-                f"{folder}: {name} is {own:g} in the index, but {given:g} is given. Leave the "
-                "option out, or make a new index with other windows."
-            )
+        first, second = getattr(own, name), getattr(given, name)
+        if second is not None and not math.isclose(first, second, rel_tol=1e-6):
+            return name, first, second
+    return None

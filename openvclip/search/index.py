@@ -24,8 +24,8 @@ from openvclip.search.searching import search_index
 from openvclip.search.storage import Block, IndexSettings, Snapshot, Storage
 from openvclip.search.updating import Report, Updating
 from openvclip.search.windows import Window, WindowOptions, WindowSettings
-from openvclip.weights.hashing import fingerprint, weights_hash
-from openvclip.weights.names import named_parameters, named_state
+from openvclip.weights.hashing import fingerprint
+from openvclip.weights.names import named_parameters
 
 __all__ = ["Index"]
 
@@ -82,14 +82,7 @@ class Index:
             OpenVCLIPError: the model can't be loaded.
         """
         loaded = model if isinstance(model, VideoCLIP) else VideoCLIP.from_pretrained(model)
-        contract = loaded.contract
-        settings = IndexSettings(
-            contract,
-            weights_hash(named_state(loaded.model)),
-            (windows or WindowOptions()).settings(contract),
-            source or ModelSource.of(loaded),
-        )
-        return cls(Storage.create(path, settings), loaded)
+        return cls(Storage.create(path, IndexSettings.of(loaded, windows, source)), loaded)
 
     @classmethod
     def open(
@@ -304,7 +297,7 @@ class Index:
             UsageError, VideoOptionError: an option is out of range.
             NonFiniteWeightsError, EvaluationError: the features are not finite.
         """
-        return self._updating(batch_size, num_threads, progress).add(videos)
+        return self._updating(BuildOptions(batch_size, num_threads), progress).add(videos)
 
     def update(
         self,
@@ -329,7 +322,7 @@ class Index:
             UsageError, VideoOptionError: see :meth:`add`.
             NonFiniteWeightsError, EvaluationError: see :meth:`add`.
         """
-        return self._updating(batch_size, num_threads, progress).update()
+        return self._updating(BuildOptions(batch_size, num_threads), progress).update()
 
     def remove(self, videos: VideoPaths) -> list[str]:
         """Remove videos from the index. Their files stay.
@@ -343,7 +336,7 @@ class Index:
         Raises:
             SearchError: the index has no such video, or it can't be written.
         """
-        return self._updating().remove(videos)
+        return self._updating(BuildOptions()).remove(videos)
 
     def set_source(self, source: ModelSource | str | os.PathLike[str]) -> None:
         """Record where the model is now, if it was moved.
@@ -373,9 +366,7 @@ class Index:
         with self._storage.writing() as writer:
             writer.compact(whole=True)
 
-    def _updating(self, *options: Any) -> Updating:
-        batch_size, num_threads, progress = options or (16, None, None)
-        build = BuildOptions(batch_size, num_threads)
+    def _updating(self, build: BuildOptions, progress: bool | None = None) -> Updating:
         return Updating(self._storage, self._unchanged_model, build, progress)
 
     def _unchanged_model(self) -> VideoCLIP:

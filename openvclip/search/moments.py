@@ -205,7 +205,6 @@ def _parts(
     reached = np.maximum.accumulate(end + shift)
     begins = np.ones(len(video), dtype=bool)
     begins[1:] = (start + shift)[1:] > reached[:-1] + TOUCH
-    begins[1:] |= np.diff(place) != 0
     return np.cumsum(begins) - 1
 
 

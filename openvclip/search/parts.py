@@ -7,7 +7,6 @@ and what could not be read.
 from __future__ import annotations
 
 import json
-import math
 import os
 import struct
 from collections.abc import Iterator, Mapping
@@ -24,7 +23,7 @@ from openvclip.checkpoints.atomic import atomic_path
 from openvclip.checkpoints.contract import Contract
 from openvclip.checkpoints.contract_files import CONTRACT_KEY
 from openvclip.errors import MissingDependencyError, OpenVCLIPError, SearchError
-from openvclip.search.identity import model_difference
+from openvclip.search.identity import model_difference, window_difference
 from openvclip.search.recorded import ModelSource
 from openvclip.search.shards import Vectors
 from openvclip.search.storage import IndexSettings
@@ -308,7 +307,7 @@ def require_same(ours: IndexSettings, other: IndexSettings, name: str, whose: st
     if difference is not None:
         setting, expected, found = difference
         reason = f"{setting} is {found} there and {expected} in {whose}"
-    elif not _same_windows(ours.windows, other.windows):
+    elif window_difference(ours.windows, other.windows) is not None:
         reason = f"the windows are {other.windows} there and {ours.windows} in {whose}"
     else:
         return
@@ -316,9 +315,3 @@ def require_same(ours: IndexSettings, other: IndexSettings, name: str, whose: st
         f"{name} was made with another model or other windows: {reason}. Use one folder of parts "
         "for each model and each length of windows."
     )
-
-
-def _same_windows(ours: WindowSettings, other: WindowSettings) -> bool:
-    """Return whether two settings cut videos into the same windows."""
-    lengths = (ours.seconds, other.seconds), (ours.step, other.step)
-    return all(math.isclose(*pair, rel_tol=1e-6) for pair in lengths)

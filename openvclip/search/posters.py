@@ -10,7 +10,7 @@ from openvclip.errors import MissingDependencyError, VideoError, VideoOptionErro
 from openvclip.search.moments import Moment
 from openvclip.video.excerpts import ShownPicture, pictures_at
 
-__all__ = ["Poster", "Preview", "moment_poster", "moment_preview", "preview_part"]
+__all__ = ["Poster", "Preview", "moment_poster", "moment_preview", "poster_time", "preview_part"]
 
 _QUALITY = 80  # of the JPEG files, of 100
 _FPS = 12
@@ -73,12 +73,20 @@ def moment_poster(moment: Moment, *, width: int = 400) -> Poster:
         VideoError: the video can't be read.
         MissingDependencyError: PyAV or Pillow is not installed.
     """
-    time = max(0.0, min(max(moment.peak, moment.start), moment.end))
-    picture = next(pictures_at(moment.path, [time]))
+    picture = next(pictures_at(moment.path, [poster_time(moment)]))
     image = _image(picture, width)
     data = io.BytesIO()
     image.save(data, "JPEG", quality=_QUALITY, optimize=True)
     return Poster(data.getvalue(), *image.size)
+
+
+def poster_time(moment: Moment) -> float:
+    """Return the time of the picture of a moment, in seconds: the peak, or the nearest time to it.
+
+    Args:
+        moment: the moment.
+    """
+    return max(0.0, min(max(moment.peak, moment.start), moment.end))
 
 
 def preview_part(moment: Moment, seconds: float) -> tuple[float, float]:

@@ -14,8 +14,6 @@ from openvclip.models.loading import load_model
 from openvclip.models.usage import expand_as, expansion_section
 from openvclip.models.video_clip import VideoCLIP
 from openvclip.towers.temporal import restore_spatial_attention
-from openvclip.weights.interpolation import interpolate_into
-from openvclip.weights.names import named_state
 
 __all__ = ["ModelSource"]
 
@@ -82,9 +80,7 @@ class ModelSource:
                 self.source, self.pretrained, checkpoint=self.checkpoint, expand=False
             )
             model, tokenizer = loaded.model, loaded.tokenizer
-            original = {name: value.clone() for name, value in named_state(model).items()}
-            assert loaded.tuned is not None
-            interpolate_into(model, original, loaded.tuned, self.lam or 0.0)
+            loaded.interpolate(self.lam)
         if expansion_section(model) not in (None, contract.expansion):
             restore_spatial_attention(model)
         expand_as(model, contract)

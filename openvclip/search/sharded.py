@@ -28,8 +28,6 @@ from openvclip.search.recorded import ModelSource
 from openvclip.search.storage import IndexSettings, Storage, is_index
 from openvclip.search.windows import WindowOptions
 from openvclip.video.shards import TarVideo, shard_size, shard_videos, shards_of
-from openvclip.weights.hashing import weights_hash
-from openvclip.weights.names import named_state
 
 __all__ = ["MergeReport", "ShardReport", "index_shards", "merge_parts"]
 
@@ -140,13 +138,7 @@ def index_shards(
     processes = processes or started_processes()
     share = processes.share(shards_of(shards))
     folder = PartFolder(output)
-    contract = model.contract
-    settings = IndexSettings(
-        contract,
-        weights_hash(named_state(model.model)),
-        (windows or WindowOptions()).settings(contract),
-        source or ModelSource.of(model),
-    )
+    settings = IndexSettings.of(model, windows, source)
     names = set(folder.names())
     reports = []
     disable = None if progress is None else not progress

@@ -19,12 +19,15 @@ from openvclip.checkpoints.atomic import atomic_path
 from openvclip.checkpoints.contract import Contract
 from openvclip.checkpoints.contract_files import CONTRACT_FILE
 from openvclip.errors import OpenVCLIPError, SearchError, near_path
+from openvclip.models.video_clip import VideoCLIP
 from openvclip.search import table
 from openvclip.search.changes import Writer
 from openvclip.search.locking import LOCK_FILE, writer_lock
 from openvclip.search.recorded import ModelSource
 from openvclip.search.shards import Vectors, map_shard, shard_name
-from openvclip.search.windows import Window, WindowSettings
+from openvclip.search.windows import Window, WindowOptions, WindowSettings
+from openvclip.weights.hashing import weights_hash
+from openvclip.weights.names import named_state
 
 __all__ = ["Block", "IndexSettings", "Snapshot", "Storage", "is_index", "require_free"]
 
@@ -65,6 +68,28 @@ class IndexSettings:
     weights_hash: str
     windows: WindowSettings
     source: ModelSource | None = None
+
+    @classmethod
+    def of(
+        cls, model: VideoCLIP, windows: WindowOptions | None, source: ModelSource | None
+    ) -> IndexSettings:
+        """Return the settings of a new index.
+
+        Args:
+            model: the model.
+            windows: the windows. Default: those of the contract of the model.
+            source: where the model is. Default: where the model was loaded from.
+
+        Raises:
+            SearchError: the step is larger than the length of a window.
+        """
+        contract = model.contract
+        return cls(
+            contract,
+            weights_hash(named_state(model.model)),
+            (windows or WindowOptions()).settings(contract),
+            source or ModelSource.of(model),
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -44,10 +44,16 @@ __all__ = [
     "Stream",
     "decoder_errors",
     "index_packets",
+    "nothing_decoded",
     "open_container",
     "require_av",
     "with_count",
 ]
+
+
+def nothing_decoded(name: str) -> VideoError:
+    """Return the error of a video without a frame that can be decoded."""
+    return VideoError(f"{name}: decoded 0 frames; the file is truncated, damaged or no video.")
 
 
 def require_av() -> Any:

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from heapq import heappop, heappush
+from typing import TYPE_CHECKING, Any
 
+from openvclip.video._stream import Stream
 from openvclip.video.sampling import Window
 
-__all__ = ["REORDER", "Part", "Picker", "SeekMissedError", "groups", "parts_of"]
+if TYPE_CHECKING:
+    import av
+
+__all__ = [
+    "REORDER",
+    "Part",
+    "Picker",
+    "SeekMissedError",
+    "groups",
+    "in_display_order",
+    "parts_of",
+]
 
 # Frames of a window are sorted by time stamp, because in AVI files with B-frames the time stamps of
 # the decoded frames do not increase. Codecs reorder at most 16 frames.
@@ -137,3 +151,21 @@ def groups(pickers: Sequence[Picker], gap: int) -> list[list[Picker]]:
             grouped.append([picker])
             reach = end
     return grouped
+
+
+def in_display_order(stream: Stream) -> Iterator[tuple[int, av.VideoFrame]]:
+    """Yield ``(time stamp, frame)`` in display order, with increasing time stamps.
+
+    Decoders return frames in display order. In AVI files with B-frames the time stamps of these
+    frames are in another order, so the time stamps are sorted and the frames are not.
+    """
+    stamps: list[int] = []
+    frames: deque[av.VideoFrame] = deque()
+    reorder = 0 if stream.seekable else REORDER  # large frames need much memory
+    for stamp, frame in stream.frames():
+        heappush(stamps, stamp)
+        frames.append(frame)
+        if len(frames) > reorder:
+            yield heappop(stamps), frames.popleft()
+    while frames:
+        yield heappop(stamps), frames.popleft()

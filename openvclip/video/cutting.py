@@ -12,9 +12,15 @@ import numpy as np
 
 from openvclip.errors import VideoError, VideoOptionError
 from openvclip.video._inputs import EncodedVideo
-from openvclip.video._stream import Stream, decoder_errors, open_container, require_av
+from openvclip.video._stream import (
+    Stream,
+    decoder_errors,
+    nothing_decoded,
+    open_container,
+    require_av,
+)
 from openvclip.video.excerpts import ShownPicture, pictures_at
-from openvclip.video.sources import VideoSource, file_name, opened, source_name
+from openvclip.video.sources import VideoSource, file_name, opened_file, source_name
 
 if TYPE_CHECKING:
     import av
@@ -64,11 +70,7 @@ def cut_video(
             "and an end after the start."
         )
     av = require_av()
-    with opened(video) as source:
-        if not isinstance(source, EncodedVideo):
-            raise VideoOptionError(
-                f"video is {source.name}; expected a file, a URL, bytes or a file object."
-            )
+    with opened_file(video) as source:
         fps, length, origin = _facts(source)
         if start >= length:
             raise VideoError(
@@ -95,9 +97,7 @@ def _facts(source: EncodedVideo) -> tuple[Fraction, float, float]:
     with Stream(source) as stream:
         first = next(iter(stream.frames()), None)
         if first is None:
-            raise VideoError(
-                f"{source.name}: decoded 0 frames; the file is truncated, damaged or no video."
-            )
+            raise nothing_decoded(source.name)
         rate = stream.info.fps
         fps = Fraction(rate).limit_denominator(1001) if 1 <= rate <= _FASTEST else Fraction(30)
         base, packets = stream.time_base, stream.packets

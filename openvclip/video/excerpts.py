@@ -11,8 +11,10 @@ import numpy as np
 from openvclip.errors import VideoError, VideoOptionError
 from openvclip.video._inputs import EncodedVideo
 from openvclip.video._pictures import Pictures
-from openvclip.video._stream import Stream
-from openvclip.video.sources import VideoSource, opened
+from openvclip.video._reading import SEEK_MARGIN, WORTH_A_SEEK
+from openvclip.video._stream import Stream, nothing_decoded
+from openvclip.video._windows import SeekMissedError, in_display_order
+from openvclip.video.sources import VideoSource, opened_file
 
 if TYPE_CHECKING:
     import av
@@ -20,8 +22,6 @@ if TYPE_CHECKING:
 __all__ = ["ShownPicture", "StreamFacts", "pictures_at", "stream_facts"]
 
 _ROUNDING = 1e-3  # seconds; Matroska keeps times in milliseconds
-_WORTH_A_SEEK = 4.0  # seconds; earlier pictures are reached by decoding
-_SEEK_MARGIN = 0.5  # seconds; see decoding.py
 
 
 class ShownPicture(NamedTuple):
@@ -81,27 +81,19 @@ def pictures_at(video: VideoSource, times: Sequence[float]) -> Iterator[ShownPic
         raise VideoOptionError(
             f"times={wanted[:10]!r}: expected seconds of at least 0 in ascending order."
         )
-    with opened(video, alone=False) as source:
-        if not isinstance(source, EncodedVideo):
-            raise VideoOptionError(
-                f"video is {source.name}; expected a file, a URL, bytes or a file object."
-            )
+    with opened_file(video, alone=False) as source:
         begun = False
-        if wanted[0] > _WORTH_A_SEEK:
+        if wanted[0] > WORTH_A_SEEK:
             # If the seek fails before the first picture, the file is decoded from its beginning.
             try:
                 for picture in _pictures(source, wanted, seek=True):
                     begun = True
                     yield picture
                 return
-            except (_SeekMissedError, VideoError):
+            except (SeekMissedError, VideoError):
                 if begun:
                     raise
         yield from _pictures(source, wanted, seek=False)
-
-
-class _SeekMissedError(Exception):
-    """Raised when a seek leads to a frame after the requested time."""
 
 
 def _pictures(source: EncodedVideo, times: list[float], seek: bool) -> Iterator[ShownPicture]:
@@ -116,16 +108,16 @@ def _pictures(source: EncodedVideo, times: list[float], seek: bool) -> Iterator[
             turned = width != frame.width and width == frame.height
             return ShownPicture(time, pixels, width / height * (1 / ratio if turned else ratio))
 
-        frames = stream.frames()
+        frames = in_display_order(stream)
         origin: float | None = None
         if seek:
             first = next(iter(frames), None)
             if first is None:
-                raise _SeekMissedError
+                raise SeekMissedError
             origin = stream.seconds_at(first[0])
             del first
-            stream.seek(stream.header.start + stream.ticks(origin + times[0] - _SEEK_MARGIN))
-            frames = stream.frames()
+            stream.seek(stream.header.start + stream.ticks(origin + times[0] - SEEK_MARGIN))
+            frames = in_display_order(stream)
         before: av.VideoFrame | None = None
         todo = list(times)
         latest = -math.inf
@@ -135,16 +127,14 @@ def _pictures(source: EncodedVideo, times: list[float], seek: bool) -> Iterator[
             # Time stamps of damaged files can jump backwards.
             latest = max(seconds - origin, latest)
             if before is None and seek and latest > times[0] + _ROUNDING:
-                raise _SeekMissedError
+                raise SeekMissedError
             while todo and before is not None and todo[0] + _ROUNDING < latest:
                 yield shown(todo.pop(0), before)
             if not todo:
                 return
             before = frame
         if before is None:
-            raise VideoError(
-                f"{source.name}: decoded 0 frames; the file is truncated, damaged or no video."
-            )
+            raise nothing_decoded(source.name)
         for time in todo:
             yield shown(time, before)
 
@@ -161,15 +151,10 @@ def stream_facts(video: VideoSource, *, measured: bool = False) -> StreamFacts:
         VideoNotFoundError, VideoError, VideoOptionError, MissingDependencyError: see
             :func:`pictures_at`.
     """
-    with opened(video, alone=False) as source:
-        if not isinstance(source, EncodedVideo):
-            raise VideoOptionError(
-                f"video is {source.name}; expected a file, a URL, bytes or a file object."
-            )
-        with Stream(source) as stream:
-            base, length = stream.time_base, stream.header.duration
-            if measured:
-                start, end = stream.packets.start, stream.packets.end
-                length = None if start is None or end is None else end - start
-            seconds = float(length * base) if length is not None and base else None
-            return StreamFacts(stream.container, stream.codec, stream.pixel_format, seconds)
+    with opened_file(video, alone=False) as source, Stream(source) as stream:
+        base, length = stream.time_base, stream.header.duration
+        if measured:
+            start, end = stream.packets.start, stream.packets.end
+            length = None if start is None or end is None else end - start
+        seconds = float(length * base) if length is not None and base else None
+        return StreamFacts(stream.container, stream.codec, stream.pixel_format, seconds)

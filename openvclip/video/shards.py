@@ -10,6 +10,7 @@ import shutil
 import string
 import tarfile
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -82,16 +83,10 @@ def shards_of(patterns: str | Sequence[str]) -> list[str]:
             f"{listed(several)}: none of the {len(shards)} shards exists ({listed(missing)}). "
             "Check the folder, and the numbers with their leading zeros; quote the pattern."
         )
-    twice = (
-        sorted({shard for shard in shards if shards.count(shard) > 1}) if _repeat(shards) else []
-    )
+    twice = sorted(shard for shard, count in Counter(shards).items() if count > 1)
     if twice:
         raise UsageError(f"{listed(twice)}: given more than once; expected each shard once.")
     return shards
-
-
-def _repeat(shards: list[str]) -> bool:
-    return len(set(shards)) < len(shards)
 
 
 def _matches(name: str) -> list[str]:

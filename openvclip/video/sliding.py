@@ -8,19 +8,18 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from heapq import heappop, heappush
 from numbers import Real
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from openvclip.errors import VideoError, VideoOptionError
+from openvclip.errors import VideoOptionError
 from openvclip.video._inputs import EncodedVideo
 from openvclip.video._numbered import NumberedVideo
 from openvclip.video._pictures import Pictures
-from openvclip.video._stream import Stream
-from openvclip.video._windows import REORDER
+from openvclip.video._stream import Stream, nothing_decoded
+from openvclip.video._windows import in_display_order
 from openvclip.video.sources import VideoSource, opened
 
 if TYPE_CHECKING:
@@ -171,7 +170,7 @@ def _windows(
             reached = window.start + seconds
             yield SlidingWindow(window.start, reached, torch.stack(window.frames))
     if frame is None:
-        raise VideoError(f"{name}: decoded 0 frames; the file is truncated, damaged or no video.")
+        raise nothing_decoded(name)
     while waiting and (reached == 0 or reached + _ROUNDING < until):
         window = waiting.popleft()
         reached = min(window.start + seconds, until)
@@ -193,7 +192,7 @@ def _displayed(
     with Stream(video) as stream:
         before: av.VideoFrame | None = None
         origin = until = 0.0
-        for stamp, frame in _in_order(stream):
+        for stamp, frame in in_display_order(stream):
             if before is None:
                 origin = stream.seconds_at(stamp)
             else:
@@ -215,21 +214,3 @@ def _missing_end(stream: Stream, end: float) -> str:
     if end >= _WHOLE * stated - 1.0:
         return ""
     return f"the file ends after {end:.1f} of {stated:.1f} seconds"
-
-
-def _in_order(stream: Stream) -> Iterator[tuple[int, av.VideoFrame]]:
-    """Yield ``(time stamp, frame)`` in display order, with increasing time stamps.
-
-    Decoders return frames in display order. In AVI files with B-frames the time stamps of these
-    frames are in another order, so the time stamps are sorted and the frames are not.
-    """
-    stamps: list[int] = []
-    frames: deque[av.VideoFrame] = deque()
-    reorder = 0 if stream.seekable else REORDER  # large frames need much memory
-    for stamp, frame in stream.frames():
-        heappush(stamps, stamp)
-        frames.append(frame)
-        if len(frames) > reorder:
-            yield heappop(stamps), frames.popleft()
-    while frames:
-        yield heappop(stamps), frames.popleft()

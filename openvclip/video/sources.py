@@ -191,6 +191,26 @@ def opened(
         raise UsageError(f"video is {_kind(video)}; expected {kinds_of_sources()}.{_hint(video)}")
 
 
+@contextmanager
+def opened_file(video: VideoSource, *, alone: bool = True) -> Iterator[EncodedVideo]:
+    """Context manager that prepares a video for reading, if FFmpeg decodes it.
+
+    Args:
+        video: the video.
+        alone: see :func:`opened`.
+
+    Raises:
+        VideoOptionError: ``video`` is an array of frames or a decoder.
+        OpenVCLIPError: see :func:`opened`.
+    """
+    with opened(video, alone=alone) as source:
+        if not isinstance(source, EncodedVideo):
+            raise VideoOptionError(
+                f"video is {source.name}; expected a file, a URL, bytes or a file object."
+            )
+        yield source
+
+
 def source_name(video: object) -> str:
     """Return a name of a video for error texts and results: its path, or what it is."""
     if isinstance(video, (str, os.PathLike)):

@@ -61,11 +61,12 @@ def test_several_queries_have_titles(library: Index, capsys: pytest.CaptureFixtu
 
 
 def test_json_and_csv(library: Index, capsys: pytest.CaptureFixture[str]) -> None:
-    expected = library.search(["x", "y"], negative=["z"], min_score=0.0)
-    words = [library.path, "x", "y", "--not", "z", "--min-score", 0]
+    expected = library.search(["x", "y"], negative=["horse"], min_score=0.0)
+    words = [library.path, "x", "y", "--not", "horse", "--min-score", 0]
     _, out, _ = search(capsys, *words, "--json")
     entries = json.loads(out)
     assert [entry["query"] for entry in entries] == ["x", "y"]
+    assert all(expected)
     for entry, moments in zip(entries, expected, strict=True):
         assert entry["moments"] == [moment._asdict() for moment in moments]
     _, out, _ = search(capsys, *words, "--csv")

@@ -148,6 +148,16 @@ def test_the_model_alone_and_other_poolings(folder: Path) -> None:
         assert_scored(result.of(), slow(tiny_clip(), folder, data, pooling), None)
 
 
+def test_a_protocol_with_several_captions_has_its_metrics_also_if_each_video_has_one(
+    folder: Path,
+) -> None:
+    data = small_set()._replace(several=True)
+    matrix = slow(tiny_clip(), folder, data)
+    expected = retrieval_metrics(matrix, [1, 1, 1, 1])
+    assert expected != retrieval_metrics(matrix), "the median of an even number of captions"
+    assert run(folder, data).of().metrics == expected
+
+
 def test_captions_are_cut_to_the_words_of_the_protocol(folder: Path) -> None:
     torch.manual_seed(0)
     text = {**TEXT, "context_length": 77, "vocab_size": 49408}

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ import numpy as np
 import pytest
 from torch import Tensor
 
+from openvclip import VideoCLIP
 from openvclip.errors import EvaluationError, SearchError, UsageError, VideoOptionError
 from openvclip.search import Index, WindowOptions, changes, updating
+from openvclip.search.identity import model_difference
+from openvclip.video import Sampling
 from openvclip.video.transforms import build
-from tests.helpers import randomise
+from tests.helpers import randomise, tiny_clip, tiny_tokenizer
 from tests.search.small_index import (
     assert_holds,
     content,
@@ -286,6 +290,11 @@ def test_names_of_files_are_any_bytes(videos: list[Path], tmp_path: Path) -> Non
         (lambda: tiny_model(1), r"weights_hash is [0-9a-f]{64} in the index and [0-9a-f]{64} in"),
         (lambda: tiny_model(pooling="frames"), "pooling is unit_frames in the index and frames"),
         (lambda: tiny_model(transform=build("clip", 8)), "pixels is .*'released'.*'clip'"),
+        (lambda: VideoCLIP(tiny_clip(), tiny_tokenizer), "expansion is .* and None in the model"),
+        (
+            lambda: tiny_model(sampling=Sampling(num_frames=4, views=1)),
+            "frames.num_frames is 3 in the index and 4 in",
+        ),
     ],
 )
 def test_an_index_of_another_model_is_refused(tmp_path: Path, change: Any, message: str) -> None:
@@ -293,6 +302,17 @@ def test_an_index_of_another_model_is_refused(tmp_path: Path, change: Any, messa
     with pytest.raises(SearchError, match=f"another model made this index: {message}"):
         Index.open(tmp_path / "x.ovx", change())
     Index.open(tmp_path / "x.ovx", tiny_model())
+
+
+def test_the_activation_belongs_to_the_model(tmp_path: Path) -> None:
+    """Two names of open_clip are one architecture with the same weights and other results."""
+    settings = new_index(tmp_path / "x.ovx")._storage.settings
+    named = [
+        replace(settings, contract=replace(settings.contract, model=name))
+        for name in ("ViT-B-16", "ViT-B-16-quickgelu", "another name of it")
+    ]
+    assert model_difference(named[0], named[1]) == ("model", "ViT-B-16", "ViT-B-16-quickgelu")
+    assert model_difference(named[0], named[2]) is None
 
 
 def test_a_model_that_changed_since_is_refused(videos: list[Path], tmp_path: Path) -> None:

@@ -19,14 +19,20 @@ WIDTH = 4
 
 
 def library_of(
-    vectors: np.ndarray, counts: list[int], *, cuts: list[int], removed: set[int], step: float
+    vectors: np.ndarray,
+    counts: list[int],
+    *,
+    cuts: list[int],
+    removed: set[int],
+    step: float,
+    last: float,
 ) -> Library:
     """Videos with windows of 2 seconds; the rows are divided into blocks and lie in any order."""
     video = np.repeat(np.arange(len(counts)), counts)
     start = np.concatenate([np.arange(count) * step for count in counts])
     # The last window of a video is shorter.
-    last = np.concatenate([np.arange(count) == count - 1 for count in counts])
-    end = start + np.where(last, 1.25, 2.0)
+    is_last = np.concatenate([np.arange(count) == count - 1 for count in counts])
+    end = start + np.where(is_last, last, 2.0)
     order = np.random.default_rng(len(vectors)).permutation(len(vectors))
     video, start, end = video[order].astype(np.int32), start[order], end[order]
     video[np.isin(video, list(removed))] = -1
@@ -56,6 +62,7 @@ def libraries(draw: st.DrawFn) -> tuple[Library, np.ndarray]:
         cuts=draw(st.lists(st.integers(0, 40), max_size=2)),
         removed=draw(st.sets(st.integers(0, 5), max_size=2)),
         step=draw(st.sampled_from([0.5, 1.0, 2.0])),
+        last=draw(st.sampled_from([1.25, 0.0005])),
     )
     query = draw(st.lists(st.integers(0, 4), min_size=1, max_size=3, unique=True))
     return library, unit_vectors(choices[query] + 0.01)
@@ -79,3 +86,20 @@ def test_moments_are_those_of_a_loop_over_all_windows(
             limit = expected[len(expected) // 2].score
             (found,) = find_moments(library, [query], k, min_score=limit)
             assert found == slow_moments(library, query, limit)[:k]
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_a_negative_query_that_is_nearly_the_query(
+    half: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The exact scores decide, also if the scores in half precision are in the other order."""
+    monkeypatch.setattr(scoring, "_is_half_fast", lambda several: half)
+    numbers = np.random.default_rng(3)
+    library = library_of(
+        numbers.normal(size=(200, WIDTH)), [5] * 40, cuts=[], removed=set(), step=2.0, last=2.0
+    )
+    query = numbers.normal(size=WIDTH)
+    vectors = unit_vectors([query, query + 1e-4 * numbers.normal(size=WIDTH)])
+    (found,) = find_moments(library, [vectors], 200)
+    assert found == slow_moments(library, vectors)
+    assert 0 < len(found) < 200

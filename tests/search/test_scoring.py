@@ -113,3 +113,20 @@ def test_a_query_of_another_length_is_an_error() -> None:
     blocks = blocks_of(random_units(3, 8).astype(np.float16))
     with pytest.raises(SearchError, match="have 8 numbers and the query has 4"):
         list(approximate_scores(blocks, [random_units(1, 4)]))
+
+
+def test_few_vectors_are_multiplied_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory holds the scores of all rows for the vectors of one product."""
+    sizes, multiply = list[int](), scoring._float_products
+
+    def noted(rows: torch.Tensor, vectors: torch.Tensor, products: torch.Tensor) -> None:
+        sizes.append(len(vectors))
+        multiply(rows, vectors, products)
+
+    monkeypatch.setattr(scoring, "_is_half_fast", lambda several: False)
+    monkeypatch.setattr(scoring, "_float_products", noted)
+    queries = [random_units(count, 8, seed=count) for count in (5, 5, 5, 5, 20, 1)]
+    blocks = blocks_of(random_units(30, 8).astype(np.float16))
+    found = list(approximate_scores(blocks, queries))
+    assert sizes == [15, 5, 20, 1]
+    assert [len(scores.values) for scores in found] == [5, 5, 5, 5, 20, 1]

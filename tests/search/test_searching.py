@@ -12,7 +12,7 @@ import torch
 from openvclip import VideoCLIP
 from openvclip.checkpoints.contract import Confidence
 from openvclip.errors import SearchError, VideoError, VideoNotFoundError
-from openvclip.search import Clip, Index, Moment, WindowOptions, search_index
+from openvclip.search import Clip, Index, Moment, WindowOptions, queries, search_index
 from openvclip.search.results import results_as_text
 from openvclip.search.searching import SearchResult
 from openvclip.video import VideoFrames
@@ -127,7 +127,11 @@ def test_a_part_of_a_video_finds_its_own_window(
     assert index.search(moment, k=1) == [best]
 
 
-def test_a_longer_part_is_the_mean_of_the_windows_in_it(index: Index, videos: list[Path]) -> None:
+@pytest.mark.parametrize("batch", [1, 16])
+def test_a_longer_part_is_the_mean_of_the_windows_in_it(
+    batch: int, index: Index, videos: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queries, "_BATCH", batch)
     times, vectors = expected_vectors(index.model, videos[0])
     inside = [i for i, (start, _) in enumerate(times) if start in (1.0, 2.0)]
     expected = slow_moments(library_of(index), unit(vectors[inside].mean(axis=0)))

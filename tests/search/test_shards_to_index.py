@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from openvclip import VideoCLIP
 from openvclip.checkpoints import read_contract
@@ -226,10 +228,18 @@ def test_bad_shards_and_bad_videos_are_listed(model: VideoCLIP, tmp_path: Path) 
 def test_a_shard_that_changed_is_read_again(model: VideoCLIP, tmp_path: Path) -> None:
     pattern = write_shards(tmp_path, 2)
     index_shards(pattern, tmp_path / "parts", model)
-    (tmp_path / "000.tar").write_bytes(tar_of({"new.mp4": video(5)}))
+    library, videos = tmp_path / "library.ovx", addresses(tmp_path, 2)
+    merge_parts(tmp_path / "parts", library)
+    changed = {"a.mp4": video(6, 30), "new.mp4": video(5)}
+    (tmp_path / "000.tar").write_bytes(tar_of(changed))
     (tmp_path / "001.tar").unlink()  # a shard that is gone keeps its part
     reports = index_shards(pattern, tmp_path / "parts", model)
-    assert [(report.videos, report.skipped) for report in reports] == [(1, False), (3, True)]
+    assert [(report.videos, report.skipped) for report in reports] == [(2, False), (3, True)]
+    # The index has the changed video, and keeps those that no part has any more.
+    merged = merge_parts(tmp_path / "parts", library)
+    assert (merged.added, merged.unchanged) == (2, 3)
+    videos |= {f"tar://{name}::{tmp_path}/000.tar": content for name, content in changed.items()}
+    assert_is_index_of(Index.open(library), videos, model)
 
 
 def test_names_that_occur_twice(model: VideoCLIP, tmp_path: Path) -> None:
@@ -310,6 +320,21 @@ def test_what_is_no_folder_of_parts(model: VideoCLIP, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(SearchError, match="can't be"):
         index_shards(write_shards(tmp_path, 1), tmp_path / "file", model)
+
+
+def test_parts_that_are_damaged_or_newer(model: VideoCLIP, tmp_path: Path) -> None:
+    index_shards(write_shards(tmp_path, 1), tmp_path / "parts", model)
+    (path,) = (tmp_path / "parts").iterdir()
+    with safe_open(path, "numpy") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        texts = file.metadata()
+    save_file({**tensors, "vectors": tensors["vectors"][1:]}, path, texts)
+    with pytest.raises(SearchError, match=r"000-.* is damaged\. Remove it, and index its shard"):
+        merge_parts(tmp_path / "parts", tmp_path / "library.ovx")
+    about = json.loads(texts["openvclip_part"])
+    save_file(tensors, path, {**texts, "openvclip_part": json.dumps({**about, "version": 2})})
+    with pytest.raises(SearchError, match="has version 2; this openvclip reads version 1 and old"):
+        merge_parts(tmp_path / "parts", tmp_path / "other.ovx")
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,90 @@ def test_an_index_equals_its_files_after_any_changes(steps: list[tuple[str, int,
             assert len(index) == sum(held.values())
 
 
+def test_a_folder_is_not_another_folder_whose_name_begins_alike(
+    tmp_path: Path, sized: None
+) -> None:
+    index, paths = new_index(tmp_path / "x.ovx"), [tmp_path / n / "v.mp4" for n in ("a", "ab")]
+    for path in paths:
+        path.parent.mkdir()
+        write(path, 3)
+    index.add(paths)
+    assert index.remove(tmp_path / "a") == [str(paths[0])]
+    assert content(index) == expected({paths[1]: 3})
+
+
+def test_joined_shards_have_a_largest_size(
+    tmp_path: Path, sized: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("_MANY", "_FEW"):
+        monkeypatch.setattr(changes, name, 100)
+    files = {tmp_path / f"{number}.mp4": 11 for number in range(8)}
+    for path, size in files.items():
+        write(path, size)
+    index = new_index(tmp_path / "x.ovx")
+    index.add(tmp_path)
+    parts = len(index.blocks())
+    index.save()
+    assert len(index.blocks()) < parts
+    rows = [len(block.vectors) for block in index.blocks()]
+    assert max(rows) <= changes._LARGEST < sum(rows)
+    assert content(index) == expected(files)
+
+
+def test_a_long_video_that_breaks_off_leaves_no_file(
+    tmp_path: Path, sized: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: Any) -> Iterator[Encoded | Ended]:
+        for event in encode_size(*arguments):
+            yield Ended(event.place, "broken") if isinstance(event, Ended) else event
+
+    monkeypatch.setattr(updating, "encode_windows", broken)
+    index = new_index(tmp_path / "x.ovx")
+    write(tmp_path / "a.mp4", 23)
+    assert index.add(tmp_path / "a.mp4").failed == {str(tmp_path / "a.mp4"): "broken"}
+    assert list(index.path.glob("*vectors*")) == []
+
+
+def test_many_windows_are_committed_before_the_time_has_passed(
+    tmp_path: Path, sized: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory holds the windows until a commit."""
+    monkeypatch.setattr(updating, "COMMIT_SECONDS", 1e9)
+    commit, sizes = changes.Writer.commit, list[int]()
+
+    def noted(self: changes.Writer, added: Sequence[NewVideo] = (), *more: Any) -> None:
+        sizes.append(sum(video.waiting for video in added))
+        commit(self, added, *more)
+
+    monkeypatch.setattr(changes.Writer, "commit", noted)
+    files = {tmp_path / f"{number}.mp4": 2 for number in range(7)}
+    for path, size in files.items():
+        write(path, size)
+    index = new_index(tmp_path / "x.ovx")
+    index.add(tmp_path)
+    assert sizes == [6, 6, 2]
+    assert content(index) == expected(files)
+
+
+def test_a_reader_whose_files_are_joined_meanwhile_reads_again(
+    tmp_path: Path, sized: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index, files = new_index(tmp_path / "x.ovx"), {tmp_path / f"{n}.mp4": 3 for n in range(2)}
+    for path, size in files.items():
+        write(path, size)
+        index.add(path)
+    open_shard, times = storage.map_shard, iter(range(100))
+
+    def late(*arguments: Any) -> Any:
+        if next(times) == 1:  # after the table and a shard were read
+            Index.open(index.path).save()
+        return open_shard(*arguments)
+
+    monkeypatch.setattr(storage, "map_shard", late)
+    assert content(Index.open(index.path)) == expected(files)
+    assert len(index.blocks()) == 1
+
+
 # --- kills -------------------------------------------------------------------------------------
 
 

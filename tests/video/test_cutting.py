@@ -18,9 +18,14 @@ RATE = 16_000
 BEGIN = 2.0  # seconds; a tone begins here
 
 
-def write_numbered(path: Path, fps: int = 10, count: int = 40, *, sound: bool = True) -> Path:
-    """A video whose frame i shows the bits of i, with key frames far from each other."""
-    with av.open(str(path), "w") as output:
+def write_numbered(
+    path: Path, fps: int = 10, count: int = 40, *, sound: bool = True, begin: int = 0
+) -> Path:
+    """A video whose frame i shows the bits of i, with key frames far from each other.
+
+    The first time stamp in the container is ``begin``, in seconds.
+    """
+    with av.open(str(path), "w", options={"output_ts_offset": str(begin)}) as output:
         video = output.add_stream("mpeg4", rate=fps, options={"g": "100", "qscale": "1"})
         video.width, video.height, video.pix_fmt = 96, 16, "yuv420p"
         audio: Any = output.add_stream("aac", rate=RATE, layout="stereo") if sound else None
@@ -66,7 +71,14 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("start", "end", "first", "count"),
-    [(0, 1, 0, 10), (1.5, 3.0, 15, 15), (1.55, 2.25, 15, 7), (3.5, 99, 35, 5), (2.01, 2.02, 20, 1)],
+    [
+        (0, 1, 0, 10),
+        (1.5, 3.0, 15, 15),
+        (1.55, 2.25, 15, 7),
+        (3.5, 99, 35, 5),
+        (2.01, 2.02, 20, 1),
+        (1.1, 1.4, 11, 3),
+    ],
 )
 def test_a_part_has_exactly_its_frames(
     video: Path, tmp_path: Path, start: float, end: float, first: int, count: int
@@ -83,6 +95,15 @@ def test_the_sound_is_at_its_time(video: Path, tmp_path: Path) -> None:
     with av.open(str(tmp_path / "part.mp4")) as container:
         (stream,) = container.streams.audio
         assert float(stream.duration * stream.time_base) == pytest.approx(2.0, abs=0.01)
+
+
+def test_times_begin_at_the_first_frame_and_not_in_the_container(tmp_path: Path) -> None:
+    path = write_numbered(tmp_path / "film.ts", begin=5)
+    with av.open(str(path)) as container:
+        assert container.start_time == pytest.approx(5 * av.time_base, abs=0.2 * av.time_base)
+    cut_video(path, tmp_path / "part.mp4", 1.25, 3.25)
+    assert loud_from(tmp_path / "part.mp4") == pytest.approx(BEGIN - 1.25, abs=0.05)
+    assert [number for _, number in numbers(tmp_path / "part.mp4")] == list(range(12, 32))
 
 
 @pytest.mark.parametrize("suffix", [".mkv", ".avi"])

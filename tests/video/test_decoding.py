@@ -15,7 +15,7 @@ from openvclip.errors import (
     VideoNotFoundError,
     VideoOptionError,
 )
-from openvclip.video import _stream, decoding, read_clip
+from openvclip.video import _stream, _windows, read_clip
 from openvclip.video.sampling import Sampling, StreamInfo, plan, select
 from tests.video.conftest import unprivileged
 from tests.video.formats import FORMATS
@@ -172,14 +172,14 @@ def test_a_seek_that_misses_is_made_good(long_video, numbers, monkeypatch):
 
 def test_memory_holds_few_frames(long_video, monkeypatch):
     most = 0
-    original = decoding._Picker.feed
+    original = _windows.Picker.feed
 
     def watching(self, stamp, frame):
         nonlocal most
         original(self, stamp, frame)
         most = max(most, len(self._waiting) + len(self._kept))
 
-    monkeypatch.setattr(decoding._Picker, "feed", watching)
+    monkeypatch.setattr(_windows.Picker, "feed", watching)
     read_clip(long_video["mp4"], sampling_rate=100, target_fps=10, num_frames=5)
     assert 0 < most <= 16 + 5 + 1
 
@@ -204,7 +204,7 @@ def test_picker_equals_select():
         info = StreamInfo(fps=30.0, frames=length, duration=length)
         rate = int(torch.randint(1, 5, (), generator=generator))
         for window in plan(info, Sampling(num_frames=4, sampling_rate=rate, views=3)):
-            picker = decoding._Picker(window)
+            picker = _windows.Picker(window)
             for index, stamp in enumerate(stamps):
                 if not picker.done:
                     picker.feed(stamp, index)

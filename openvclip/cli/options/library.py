@@ -122,8 +122,6 @@ def load_video_clip(options: argparse.Namespace) -> tuple[VideoCLIP, ModelSource
     from openvclip.checkpoints.contract_sections import Base
     from openvclip.models.usage import contract_of
     from openvclip.models.video_clip import VideoCLIP
-    from openvclip.weights.interpolation import interpolate_into
-    from openvclip.weights.names import named_state
 
     use_contract(options)
     require_effects(options)
@@ -135,9 +133,7 @@ def load_video_clip(options: argparse.Namespace) -> tuple[VideoCLIP, ModelSource
         )
     source = _source_of(options)
     loaded = load(options)
-    if loaded.tuned is not None:
-        original = {name: value.clone() for name, value in named_state(loaded.model).items()}
-        interpolate_into(loaded.model, original, loaded.tuned, options.lam or 0.0)
+    loaded.interpolate(options.lam)
     contract = options.contract
     if contract is None:
         base = None if source is None else Base(loaded.name, _file_name(source.pretrained))

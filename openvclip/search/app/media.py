@@ -22,7 +22,7 @@ from urllib.parse import quote
 from openvclip.errors import VideoError, VideoNotFoundError
 from openvclip.search.cards import Media
 from openvclip.search.moments import Moment
-from openvclip.search.posters import moment_poster, moment_preview, preview_part
+from openvclip.search.posters import moment_poster, moment_preview, poster_time, preview_part
 from openvclip.video.excerpts import StreamFacts, stream_facts
 from openvclip.video.sources import is_url
 
@@ -145,8 +145,7 @@ class MediaFiles:
             return Media(note="The video file is missing.")
         except VideoError:
             return Media(note="The video can't be read.")
-        peak = max(0.0, min(max(moment.peak, moment.start), moment.end))
-        poster = f"media/poster/{key}?t={peak:.3f}"
+        poster = f"media/poster/{key}?t={poster_time(moment):.3f}"
         if kind is not None:
             part = f"#t={moment.start:.2f},{max(moment.end, moment.start + 0.1):.2f}"
             return Media(poster, f"media/video/{key}{part}", muted=False)
