@@ -3,9 +3,9 @@ r"""Fine-tune an image CLIP with IWR, average its weights, and interpolate with 
     python finetune_image_clip.py --images train/ --validation val/ --test test/ other/ --out run/
     python finetune_image_clip.py --model transformers:openai/clip-vit-base-patch32 ...
 
-Each folder has a subfolder of images for each class, with the name of the class. The loss is the
-cross-entropy over the class names. With ``--captions`` (lines ``path,caption``), the loss is CLIP's
-contrastive loss. ``fine_tune`` takes any data set of ``(pixels [1, C, H, W], index into texts)``.
+Each folder has a subfolder of images for each class. The loss is the cross-entropy over the class
+names; with ``--captions`` (lines ``path,caption``), the loss is CLIP's contrastive loss.
+``fine_tune`` takes any data set of ``(pixels [1, C, H, W], index into texts)``.
 
 λ weighs the original CLIP. The script chooses the λ with the highest accuracy on ``--validation``;
 of several, the largest. The table has the top-1 accuracy in [0, 1] at λ = 0, at the chosen λ, and
