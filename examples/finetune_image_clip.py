@@ -7,10 +7,9 @@ Each folder has a subfolder of images for each class. The loss is the cross-entr
 names; with ``--captions`` (lines ``path,caption``), the loss is CLIP's contrastive loss.
 ``fine_tune`` takes any data set of ``(pixels [1, C, H, W], index into texts)``.
 
-λ weighs the original CLIP. The script chooses the λ with the highest accuracy on ``--validation``;
-of several, the largest. The table has the top-1 accuracy in [0, 1] at λ = 0, at the chosen λ, and
-at λ = 1. Report the test columns: λ was chosen on the validation images, so their accuracy is too
-high. ``VideoCLIP.from_pretrained`` loads the saved folder.
+λ weighs the original CLIP. The script takes the λ with the highest accuracy on ``--validation``; of
+several, the largest. The table has the top-1 accuracy at λ = 0, at this λ, and at λ = 1. Report the
+test columns: λ was chosen on the validation images. ``VideoCLIP.from_pretrained`` loads ``--out``.
 """
 
 from __future__ import annotations
