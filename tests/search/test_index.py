@@ -108,7 +108,7 @@ def test_known_videos_are_not_decoded_again(
         report = index.add(videos[:2])
         assert report.unchanged == list(map(str, videos[:2]))
         assert str(report) == "0 added, 2 unchanged"
-        assert index.update().unchanged == list(map(str, videos[:2]))
+        assert sorted(index.update().unchanged) == list(map(str, videos[:2]))
     report = index.add([str(videos[0]), videos[2]])
     assert (report.added, report.unchanged) == ([str(videos[2])], [str(videos[0])])
 
@@ -145,7 +145,7 @@ def test_a_disk_that_is_not_connected_empties_no_index(copies: list[Path], tmp_p
     assert "Connect the disk" in str(raised.value)
     assert content(index).keys() == before.keys()
     (tmp_path / "elsewhere").rename(disk)
-    assert index.update().unchanged == list(map(str, copies))
+    assert sorted(index.update().unchanged) == sorted(map(str, copies))
 
 
 def test_a_changed_file_that_cannot_be_read_is_not_found_by_old_vectors(
