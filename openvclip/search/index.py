@@ -110,6 +110,7 @@ class Index:
         Raises:
             SearchError: there is no index, or it is damaged, or a newer version of openvclip made
                 it, or another model made it.
+            OpenVCLIPError: the model can't be loaded from the place that is given.
         """
         storage = Storage(path, in_memory=in_memory)
         if model is not None and not isinstance(model, VideoCLIP):

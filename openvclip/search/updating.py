@@ -148,7 +148,8 @@ class Updating:
         report.unchanged += [path for path, state in states.items() if known.get(path) == state]
         if not todo:
             return
-        run = _Run(writer, known, report)
+        places = {path: place for place, path in enumerate(todo)}
+        run = _Run(writer, known, report, places)
         videos = [NewVideo(path, states[path]) for path in todo]
         events = encode_windows(self._model(), todo, self._storage.settings.windows, self._options)
         disable = None if self._progress is None else not self._progress
@@ -170,13 +171,21 @@ class Updating:
                     bar.update()
             finally:  # Ctrl-C keeps the videos that are done
                 run.commit()
+        # The order in which threads end says nothing to the reader.
+        for reasons in (report.failed, report.damaged):
+            ordered = sorted(reasons.items(), key=lambda item: places.get(item[0], -1))
+            reasons.clear()
+            reasons.update(ordered)
 
 
 class _Run:
     """Collects the videos that are encoded, and commits those that are done."""
 
-    def __init__(self, writer: Writer, known: Mapping[str, Any], report: Report) -> None:
+    def __init__(
+        self, writer: Writer, known: Mapping[str, Any], report: Report, places: Mapping[str, int]
+    ) -> None:
         self._writer, self._known, self._report = writer, known, report
+        self._places = places
         self._done: list[NewVideo] = []
         self._broken: list[str] = []  # videos of the index that can't be read any more
         self._waiting = 0  # windows of videos that are done
@@ -208,7 +217,8 @@ class _Run:
 
     def commit(self) -> None:
         """Commit the videos that are done."""
-        done, broken = self._done, self._broken
+        done = sorted(self._done, key=lambda video: self._places[video.path])
+        broken = self._broken
         self._done, self._broken, self._waiting = [], [], 0
         if done or broken:
             self._writer.commit(done, broken)

@@ -411,6 +411,35 @@ def test_a_disk_without_locks_is_read(
         Index.open(index.path)
 
 
+def test_the_order_does_not_depend_on_the_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def backwards(model: object, paths: Sequence[str], *_: object) -> Iterator[Encoded | Ended]:
+        for place in reversed(range(len(paths))):
+            if "bad" in paths[place]:
+                yield Ended(place, "broken")
+                continue
+            yield Encoded(place, *vectors_of(os.path.basename(paths[place]), 3))
+            yield Ended(place, damage="cut off" if "part" in paths[place] else None)
+
+    monkeypatch.setattr(updating, "encode_windows", backwards)
+    monkeypatch.setattr(updating, "COMMIT_SECONDS", 1e6)
+    names = [f"{number} {kind}.mp4" for number in range(3) for kind in ("good", "bad", "part")]
+    for name in names:
+        write(tmp_path / name, 3)
+    index = new_index(tmp_path / "x.ovx")
+    report = index.add([tmp_path / name for name in names])
+    paths = [str(tmp_path / name) for name in names]
+    assert index.videos == report.added == [path for path in paths if "bad" not in path]
+    assert list(report.failed) == [path for path in paths if "bad" in path]
+    assert list(report.damaged) == [path for path in paths if "part" in path]
+    found = content(index)
+    for name, path in zip(names, paths, strict=True):
+        if "bad" not in name:
+            vectors = vectors_of(name, 3)[1]
+            assert [row[2] for row in found[path]] == [tuple(row) for row in vectors.tolist()]
+
+
 def test_a_folder_that_is_gone_is_named(tmp_path: Path) -> None:
     index = new_index(tmp_path / "x.ovx")
     shutil.rmtree(index.path)
