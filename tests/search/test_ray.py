@@ -1,4 +1,4 @@
-"""The example for Ray Data, on this machine with a worker."""
+"""The example for Ray Data, on this machine with two workers."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def _embed(folder: str) -> None:
         run_by_path(
             folder,
             "embed_with_ray",
-            ["videos", "--model", "model", "--out", "out", "--batch", "2", "--workers", "1"],
+            ["videos", "--model", "model", "--out", "out", "--batch", "2", "--workers", "2"],
         )
     finally:
         ray.shutdown()
 
 
-def test_a_worker_embeds_a_folder(tmp_path: Path) -> None:
+def test_two_workers_embed_a_folder(tmp_path: Path) -> None:
     save_model(tmp_path / "model")
     (tmp_path / "videos").mkdir()
     for number in range(4):
