@@ -5,6 +5,8 @@
 
 Each variant runs in its own process, and the processes take turns. All of them return the 10 best
 results of one query. *moments* and *mapped* are openvclip: the time includes the choice of moments.
+*product* and *read* choose no results: *product* computes all scores in half precision, and *read*
+is the time that the memory needs to deliver the vectors once.
 The vectors are random: each video has a direction, and its windows lie around it.
 """
 
@@ -39,6 +41,8 @@ VARIANTS = {
     "faiss, flat": "flat",
     "faiss, fp16 quantizer": "fp16",
     "LanceDB": "lance",
+    "PyTorch, product alone": "product",
+    "reading the vectors": "read",
 }
 NEEDS = {"flat": "faiss", "fp16": "faiss", "lance": "lancedb"}
 
@@ -104,6 +108,13 @@ def searcher(case: str) -> Callable[[], Any]:
     if kind in ("moments", "mapped"):
         content = library(shards(folder, kind == "mapped"))
         return lambda: find_moments(content, [query], 10)
+    if kind == "product":
+        parts, half = shards(folder, mapped=False), torch.from_numpy(query).half()
+        return lambda: [half @ torch.from_numpy(part).T for part in parts]
+    if kind == "read":
+        # The largest of the bytes read as float32: the cheapest pass that PyTorch has.
+        parts = [torch.from_numpy(part).view(torch.float32) for part in shards(folder, False)]
+        return lambda: [part.amax() for part in parts]
     if kind == "lance":
         import lancedb
 
