@@ -374,3 +374,24 @@ def test_an_error_of_the_model_ends_the_threads_and_keeps_what_is_done(
         index.add(videos, batch_size=1, num_threads=1)
     assert not [t for t in threading.enumerate() if t.name.startswith("openvclip")]
     assert_holds(index, model, videos[:2])
+
+
+def test_an_encrypted_file_is_listed(videos: list[Path], tmp_path: Path) -> None:
+    """Without the key, FFmpeg decodes nothing of a file that is encrypted (MPEG-CENC)."""
+    av = pytest.importorskip("av")
+    path = tmp_path / "secret.mp4"
+    key = {"encryption_scheme": "cenc-aes-ctr", "encryption_key": "01" * 16}
+    with av.open(str(path), "w", options={**key, "encryption_kid": "02" * 16}) as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        numbers = np.random.default_rng(0)
+        for _ in range(10):
+            picture = numbers.integers(0, 255, (48, 64, 3), dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
+        container.mux(stream.encode())
+    model = tiny_model()
+    index = new_index(tmp_path / "x.ovx", model)
+    report = index.add([path, videos[0]])
+    assert report.added == [str(videos[0])]
+    assert list(report.failed) == [str(path)]
+    assert_holds(index, model, [videos[0]])
