@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from statistics import median
 
 import pytest
 
@@ -30,5 +31,9 @@ def test_workers_keep_neither_memory_nor_files(encode):
     ]
     assert measurements[-1]["errors"] == CLIPS // 10
     assert measurements[-1]["files"] == measurements[2]["files"]
-    # A frame needs 54 KiB. A leak of one frame for each clip would need at least 54 * 700 KiB.
-    assert measurements[-1]["kib"] - measurements[2]["kib"] < 54 * 0.7 * CLIPS / 4
+    # A frame needs 54 KiB. With a leak of one frame for each clip, these medians would be 54 * 600
+    # KiB apart. One measurement alone is up to 10 MiB off, as the allocator keeps free memory.
+    early, late = (
+        median(line["kib"] for line in part) for part in (measurements[1:4], measurements[7:])
+    )
+    assert late - early < 54 * 0.6 * CLIPS / 4
