@@ -9,7 +9,6 @@ development shapes. They are reported on clips of the unseen shapes, with other 
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import time
@@ -35,9 +34,9 @@ from examples.shapes.experiment import (
 from examples.shapes.model import Tokenizer, create_model
 from examples.shapes.settings import FULL, SMOKE
 from examples.shapes.studies import OPEN_VCLIP
+from examples.shapes.study_options import read_arguments
 from examples.shapes.world import ACTIONS, TEMPLATES, Split, class_names
 from openvclip.checkpoints import atomic_path, load_checkpoint, save_checkpoint
-from openvclip.commands.parsing import Parser
 from openvclip.commands.streams import command
 from openvclip.evaluation import (
     accuracy_coverage,
@@ -352,19 +351,7 @@ def draw(measures: Measures, path: Path) -> None:
 @command
 def main(arguments: list[str] | None = None) -> None:
     """Measure all seeds, then write and print the tables."""
-    parser = Parser(
-        prog="python -m examples.shapes.none_of_these",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--out", type=Path, default=Path("shapes-out"), help="output folder")
-    parser.add_argument(
-        "--seeds", type=int, default=3, help="number of seeds (default: %(default)s)"
-    )
-    parser.add_argument("--smoke", action="store_true", help="run a few steps as a test")
-    args = parser.parse_args(arguments)
-    if args.seeds < 1:
-        raise SystemExit(f"--seeds {args.seeds}: expected at least 1.")
+    args = read_arguments("none_of_these", __doc__, arguments)
     settings, started = FULL, time.perf_counter()
     if args.smoke:  # a threshold needs 19 clips of the labels
         settings = replace(SMOKE, clips=replace(SMOKE.clips, test=128))

@@ -15,7 +15,6 @@ seen shapes. Then it computes:
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import csv
 import io
@@ -39,9 +38,9 @@ from examples.shapes.clips import write_clip
 from examples.shapes.drawing import draw_video
 from examples.shapes.model import MEAN, MODEL_NAMES, STD, WEIGHTS, create_model
 from examples.shapes.raster import IMAGE_SIZE
+from examples.shapes.study_options import read_arguments
 from examples.shapes.world import ACTIONS, COLOURS, SPLITS, Split, still_caption
 from openvclip.checkpoints import atomic_path, load_checkpoint
-from openvclip.commands.parsing import Parser
 from openvclip.commands.streams import command
 from openvclip.evaluation import markdown_table, mean_and_std, retrieval_metrics
 from openvclip.models.drawing import new_figure, save_figure
@@ -358,19 +357,7 @@ def measure(settings: Settings, seeds: int, out: Path) -> Measures:
 @command
 def main(arguments: list[str] | None = None) -> None:
     """Measure all seeds, then write and print the tables."""
-    parser = Parser(
-        prog="python -m examples.shapes.retrieval",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--out", type=Path, default=Path("shapes-out"), help="output folder")
-    parser.add_argument(
-        "--seeds", type=int, default=3, help="number of seeds (default: %(default)s)"
-    )
-    parser.add_argument("--smoke", action="store_true", help="run a few steps as a test")
-    args = parser.parse_args(arguments)
-    if args.seeds < 1:
-        raise SystemExit(f"--seeds {args.seeds}: expected at least 1.")
+    args = read_arguments("retrieval", __doc__, arguments)
     settings = SMOKE if args.smoke else FULL
     measures = measure(settings, args.seeds, args.out)
     content = {"settings": asdict(settings), "seeds": args.seeds, "measures": measures}

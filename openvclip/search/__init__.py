@@ -9,7 +9,7 @@ from openvclip.search.queries import Clip
 from openvclip.search.recorded import ModelSource
 from openvclip.search.searching import SearchResult, search_index
 from openvclip.search.sharded import MergeReport, ShardReport, index_shards, merge_parts
-from openvclip.search.storage import Block, Snapshot
+from openvclip.search.snapshots import Block, Snapshot
 from openvclip.search.updating import Report
 from openvclip.search.windows import Window, WindowOptions
 from openvclip.search.writing import CutReport, cut_moments

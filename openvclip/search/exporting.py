@@ -17,7 +17,7 @@ from openvclip.errors import MissingDependencyError, SearchError
 
 if TYPE_CHECKING:
     from openvclip.search.index import Index
-    from openvclip.search.storage import Snapshot
+    from openvclip.search.snapshots import Snapshot
 
 __all__ = ["EXPORT_SUFFIXES", "export_vectors"]
 

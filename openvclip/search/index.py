@@ -21,7 +21,8 @@ from openvclip.search.moments import Moment
 from openvclip.search.queries import as_queries
 from openvclip.search.recorded import ModelSource
 from openvclip.search.searching import search_index
-from openvclip.search.storage import Block, IndexSettings, Snapshot, Storage
+from openvclip.search.snapshots import Block, Snapshot
+from openvclip.search.storage import IndexSettings, Storage
 from openvclip.search.updating import Report, Updating
 from openvclip.search.windows import Window, WindowOptions, WindowSettings
 from openvclip.weights.hashing import fingerprint

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openvclip.errors import OpenVCLIPError, SearchError
-from openvclip.search import Index, changes, storage, table, updating
+from openvclip.search import Index, changes, snapshots, storage, table, updating
 from openvclip.search.building import Encoded, Ended
 from openvclip.search.changes import FileState, NewVideo
 from openvclip.search.locking import writer_lock
@@ -202,14 +202,14 @@ def test_a_reader_whose_files_are_joined_meanwhile_reads_again(
     for path, size in files.items():
         write(path, size)
         index.add(path)
-    open_shard, times = storage.map_shard, iter(range(100))
+    open_shard, times = snapshots.map_shard, iter(range(100))
 
     def late(*arguments: Any) -> Any:
         if next(times) == 1:  # after the table and a shard were read
             Index.open(index.path).save()
         return open_shard(*arguments)
 
-    monkeypatch.setattr(storage, "map_shard", late)
+    monkeypatch.setattr(snapshots, "map_shard", late)
     assert content(Index.open(index.path)) == expected(files)
     assert len(index.blocks()) == 1
 
