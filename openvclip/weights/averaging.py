@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from openvclip.errors import UsageError
-from openvclip.weights.numerics import computable, foreach, lerp_
+from openvclip.weights.moves import ADD, COPY, Blend, Move
+from openvclip.weights.numerics import computable, foreach
 from openvclip.weights.schedule import require_decay, warmed_up
 from openvclip.weights.tracker import Entries, WeightTracker, shards
 
@@ -73,22 +74,20 @@ class SWATracker(WeightTracker):
         self._earlier: Entries = {}  # of all earlier blocks
 
     def _add(self, weights: Entries) -> None:
-        if self._n_averaged == 0:
-            self._sums.update(self._wide_copy(weights))
-            return
-        if self._n_averaged % _BLOCK == 0:
-            self._end_block()
-        live = shards(weights)
-        if self._device is not None:
-            live = [value.to(self._device) for value in live]
-        foreach._foreach_add_(shards(self._sums), [computable(value) for value in live])
+        self._sums.update(self._wide_copy(weights))
 
-    def _end_block(self) -> None:
-        if self._earlier:
-            foreach._foreach_add_(shards(self._earlier), shards(self._sums))
-        else:
-            self._earlier.update({name: value.clone() for name, value in self._sums.items()})
-        foreach._foreach_zero_(shards(self._sums))
+    def _moves(self, weights: Entries, look: bool) -> list[Move] | None:
+        if self._n_averaged == 0:
+            return None
+        if self._n_averaged % _BLOCK:
+            return [self._move(self._sums, weights, ADD, look)]
+        if not self._earlier:
+            zeros = {name: torch.zeros_like(value) for name, value in self._sums.items()}
+            self._earlier.update(zeros)
+        return [
+            self._move(self._earlier, self._sums, ADD),
+            self._move(self._sums, weights, COPY),
+        ]
 
     def _mean(self) -> Entries:
         mean = {name: value.clone() for name, value in self._sums.items()}
@@ -162,10 +161,14 @@ class EMATracker(WeightTracker):
         self._average: Entries = {}
 
     def _add(self, weights: Entries) -> None:
+        self._average.update(self._wide_copy(weights))
+
+    def _moves(self, weights: Entries, look: bool) -> list[Move] | None:
         if self._n_averaged == 0:
-            self._average.update(self._wide_copy(weights))
-        else:
-            lerp_(shards(self._average), shards(weights), 1.0 - self._current_decay())
+            return None
+        blend = Blend("lerp", 1.0 - self._current_decay())
+        look = look and blend.can_be_taken_back
+        return [self._move(self._average, weights, blend, look)]
 
     def _current_decay(self) -> float:
         return warmed_up(self.decay, self._n_averaged) if self.warmup else self.decay
@@ -230,12 +233,13 @@ class LAWATracker(WeightTracker):
         return min(self._n_averaged, self.k)
 
     def _add(self, weights: Entries) -> None:
-        oldest = self._models[self._n_averaged % self.k]
-        if oldest:
-            foreach._foreach_copy_(shards(oldest), shards(weights))
-            return
-        for name, value in weights.items():
-            oldest[name] = value.to(self._device or value.device, copy=True)
+        copies = {n: v.to(self._device or v.device, copy=True) for n, v in weights.items()}
+        self._models[self._n_averaged].update(copies)
+
+    def _moves(self, weights: Entries, look: bool) -> list[Move] | None:
+        if self._n_averaged < self.k:
+            return None
+        return [self._move(self._models[self._n_averaged % self.k], weights, COPY)]
 
     def _mean(self) -> Entries:
         first, *others = self._models[: self.n_averaged]

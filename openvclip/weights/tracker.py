@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
@@ -16,6 +16,7 @@ from openvclip.errors import (
     listed,
 )
 from openvclip.weights.kinds import require_values
+from openvclip.weights.moves import Blend, Move, insist
 from openvclip.weights.names import require_match
 from openvclip.weights.numerics import (
     common_dtype,
@@ -25,7 +26,7 @@ from openvclip.weights.numerics import (
 )
 from openvclip.weights.schedule import Tracker
 from openvclip.weights.schedule_free import warn_of_training_weights, watch_optimizers
-from openvclip.weights.shards import local, reshard
+from openvclip.weights.shards import is_sharded, local, reshard
 from openvclip.weights.statistics import statistics_modules, warn_of_old_statistics
 from openvclip.weights.tracked import averaged_names, require_trackable, tracked_model
 
@@ -103,6 +104,7 @@ class WeightTracker(Tracker):
             for name, value in state.items()
         }
         self._carried: Entries = {}
+        self._is_whole = True
         self._n_statistics = len(statistics_modules(model))
         self._has_old_statistics = False
         watch_optimizers()
@@ -157,15 +159,72 @@ class WeightTracker(Tracker):
             layers = statistics_modules(model).values()
             self._has_old_statistics |= any(layer.training for layer in layers)
         averaged, carried = _detached(live), _detached(carried)
-        self._require_finite(averaged)
-        self._add(averaged)
-        if self._carried:
-            _copy(self._carried, carried)
-        else:
-            self._carried = {name: value.clone() for name, value in carried.items()}
         if self._extra_state:
-            self._extra_state = copy.deepcopy(extra_state)
-        self._n_averaged += 1
+            extra_state = copy.deepcopy(extra_state)
+        looks = self.check_finite and _are_plain_on_cpu(averaged.values())
+        moves = self._moves(averaged, looks)
+        if moves is None:
+            self._require_finite(averaged)
+            self._add(averaged)
+            moves = []
+        elif not (len(moves) == 1 and moves[0].looks):
+            self._require_finite(averaged)
+        if not self._enter(moves, carried, extra_state):
+            self._require_finite(averaged)
+
+    def _moves(self, weights: Entries, look: bool) -> list[Move] | None:
+        """Return the moves that add the weights of one model, or ``None`` to call :meth:`_add`.
+
+        Args:
+            weights: as in :meth:`_add`.
+            look: whether a single move can look for NaN itself.
+        """
+        return None
+
+    def _enter(self, moves: list[Move], carried: Entries, extra_state: dict[str, Any]) -> bool:
+        """Let a model enter whole, also if Ctrl-C interrupts the update, or not at all.
+
+        Returns:
+            Whether the model entered. It does not if its values are not finite.
+        """
+        number, is_finite = self._n_averaged + 1, True
+
+        def take_back() -> None:
+            for move in moves:
+                move.take_back()
+
+        def enter() -> None:
+            nonlocal is_finite
+            is_finite = is_finite and all(move.run() for move in moves)
+            if not is_finite:
+                take_back()
+                return
+            if self._carried:
+                _copy(self._carried, carried)
+            else:
+                self._carried = {name: value.clone() for name, value in carried.items()}
+            self._extra_state = extra_state
+            self._n_averaged = number
+
+        self._is_whole = False
+        try:
+            error = insist(enter)
+        except BaseException:
+            if all(move.can_be_taken_back for move in moves):
+                insist(take_back)
+                self._is_whole = True
+            raise
+        self._is_whole = True
+        if error is not None:
+            raise error
+        return is_finite
+
+    def _move(self, average: Entries, weights: Entries, blend: Blend, look: bool = False) -> Move:
+        """Return a move of the weights to an average."""
+        models = shards(weights)
+        if self._device is not None:
+            models = [value.to(self._device) for value in models]
+        return Move(shards(average), models, blend, look=look)
 
     def _live(self, model: nn.Module) -> tuple[Entries, Entries, dict[str, Any]]:
         """Return the live entries to average, all other live entries, and the extra state."""
@@ -261,8 +320,16 @@ class WeightTracker(Tracker):
 
     def _require_models(self) -> None:
         super()._require_models()
+        self._require_whole()
         if self._has_old_statistics:
             warn_of_old_statistics(self._n_statistics)
+
+    def _require_whole(self) -> None:
+        if not self._is_whole:
+            raise UsageError(
+                "An update of the average was interrupted several times, so a part of the model is "
+                "in the average. Restore the last saved state with load_state_dict()."
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the tracker, with which a run resumes bitwise.
@@ -296,6 +363,7 @@ class WeightTracker(Tracker):
         for name, entries in (*self._tensors().items(), ("carried", self._carried)):
             entries.clear()
             entries.update(self._copied_in_order(state[name]))
+        self._is_whole = True
         self._aliases = dict(state["aliases"])
         self._extra_state = copy.deepcopy(state.get("extra_state", {}))
 
@@ -328,6 +396,10 @@ class WeightTracker(Tracker):
 def shards(entries: Mapping[str, Tensor]) -> list[Tensor]:
     """Return the parts of the entries that this process holds."""
     return [local(value) for value in entries.values()]
+
+
+def _are_plain_on_cpu(tensors: Iterable[Tensor]) -> bool:
+    return all(value.device.type == "cpu" and not is_sharded(value) for value in tensors)
 
 
 def _detached(entries: Entries) -> Entries:
