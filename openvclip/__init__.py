@@ -29,6 +29,7 @@ from openvclip.towers.temporal import (
 )
 from openvclip.towers.view import Boundary
 from openvclip.weights.averaging import EMATracker, LAWATracker, SWATracker
+from openvclip.weights.gaussian import GaussianTracker
 from openvclip.weights.interpolation import Lambda, interpolate, interpolate_into
 from openvclip.weights.regularization import InterpolatedWeightRegularizer
 from openvclip.weights.statistics import update_statistics
@@ -56,6 +57,7 @@ __all__ = [
     "Boundary",
     "CheckpointInfo",
     "EMATracker",
+    "GaussianTracker",
     "InterpolatedWeightRegularizer",
     "LAWATracker",
     "Lambda",

@@ -78,6 +78,7 @@ PUBLIC = {
     "Boundary",
     "CheckpointInfo",
     "EMATracker",
+    "GaussianTracker",
     "InterpolatedWeightRegularizer",
     "LAWATracker",
     "Lambda",

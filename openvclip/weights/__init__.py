@@ -13,6 +13,7 @@ from openvclip.weights.adapter_averaging import (
 )
 from openvclip.weights.adapter_model import adapter_of
 from openvclip.weights.averaging import EMATracker, LAWATracker, SWATracker
+from openvclip.weights.gaussian import GaussianTracker
 from openvclip.weights.hashing import weights_hash
 from openvclip.weights.interpolation import Lambda, interpolate, interpolate_into
 from openvclip.weights.lambdas import by_depth, visual_only
@@ -29,6 +30,7 @@ __all__ = [
     "AdapterTracker",
     "CompressionLoss",
     "EMATracker",
+    "GaussianTracker",
     "InterpolatedWeightRegularizer",
     "LAWATracker",
     "Lambda",

@@ -6,15 +6,14 @@ import torch
 from torch import nn
 
 from openvclip.errors import UsageError
-from openvclip.weights.moves import ADD, COPY, Blend, Move
+from openvclip.weights.moves import COPY, Blend, Move
 from openvclip.weights.numerics import computable, foreach
 from openvclip.weights.schedule import require_decay, warmed_up
+from openvclip.weights.sums import SumTracker
 from openvclip.weights.tracker import Entries, WeightTracker, shards
 
-_BLOCK = 128  # models in one partial sum
 
-
-class SWATracker(WeightTracker):
+class SWATracker(SumTracker):
     r"""Stochastic weight averaging: the uniform mean of the weights at chosen steps.
 
     The schedule is that of Algorithm 1 with ``T = start`` and ``c = every``. The weights after step
@@ -32,10 +31,17 @@ class SWATracker(WeightTracker):
     statistics do not fit the average: :func:`openvclip.update_statistics` makes them anew.
 
     Numerics: the tracker keeps the *sum* of the weights in ``dtype``, and divides it when the
-    average is read. A running mean would be rounded at every update. An update is one foreach
-    addition. Blocks of 128 models are summed first, and the block sums are then added to a total.
-    This keeps the rounding error of long runs small. Sums beyond the range of ``dtype`` become
-    infinite (weights near 1e36 in float32); use ``dtype=torch.float64`` for such weights.
+    average is read. A running mean would be rounded at every update. Blocks of 128 models are
+    summed first, and the block sums are then added to a total. This keeps the rounding error of
+    long runs small. Sums beyond the range of ``dtype`` become infinite (weights near 1e36 in
+    float32); use ``dtype=torch.float64`` for such weights.
+
+    An update enters whole or not at all. After Ctrl-C inside :meth:`update`, the update ends before
+    ``KeyboardInterrupt`` is raised. Weights with NaN or infinity do not enter. Weights in ``dtype``
+    are read twice: they are checked before they are added. On a CPU, half-precision weights are
+    converted, checked and added in pieces, in one pass. If a later piece holds NaN, the earlier
+    pieces are subtracted again. The average is then the old one except for the rounding of one
+    addition.
 
     Args:
         model: the model whose weights are passed to :meth:`update`, with or without wrappers
@@ -44,8 +50,8 @@ class SWATracker(WeightTracker):
         every: number of steps between two averaged models (``c``), for example one epoch.
         dtype: dtype of the sums, at least float32. A float64 parameter is summed in float64.
         check_finite: whether to refuse weights that hold NaN or infinity, which would make the
-            average useless. The check reads all weights once more. ``False`` suits loops that stop
-            at the first loss that is not finite.
+            average useless. The check reads the memory of float32 weights once more. ``False``
+            suits loops that stop at the first loss that is not finite.
         device: device of the sums, for example ``"cpu"``. Default: the device of each parameter.
 
     Memory: from the first averaged step on, one copy of the averaged parameters in ``dtype`` and
@@ -56,48 +62,6 @@ class SWATracker(WeightTracker):
         UsageError: ``start`` or ``every`` is out of range.
         WeightTypeError: ``model`` is not a module.
     """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        start: int = 0,
-        every: int = 1,
-        dtype: torch.dtype = torch.float32,
-        check_finite: bool = True,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__(
-            model, start=start, every=every, dtype=dtype, check_finite=check_finite, device=device
-        )
-        self._sums: Entries = {}  # of the current block of models
-        self._earlier: Entries = {}  # of all earlier blocks
-
-    def _add(self, weights: Entries) -> None:
-        self._sums.update(self._wide_copy(weights))
-
-    def _moves(self, weights: Entries, look: bool) -> list[Move] | None:
-        if self._n_averaged == 0:
-            return None
-        if self._n_averaged % _BLOCK:
-            return [self._move(self._sums, weights, ADD, look)]
-        if not self._earlier:
-            zeros = {name: torch.zeros_like(value) for name, value in self._sums.items()}
-            self._earlier.update(zeros)
-        return [
-            self._move(self._earlier, self._sums, ADD),
-            self._move(self._sums, weights, COPY),
-        ]
-
-    def _mean(self) -> Entries:
-        mean = {name: value.clone() for name, value in self._sums.items()}
-        if self._earlier:
-            foreach._foreach_add_(shards(mean), shards(self._earlier))
-        foreach._foreach_div_(shards(mean), float(self._n_averaged))
-        return mean
-
-    def _tensors(self) -> dict[str, Entries]:
-        return {"sums": self._sums, "earlier": self._earlier}
 
 
 class EMATracker(WeightTracker):
@@ -167,7 +131,7 @@ class EMATracker(WeightTracker):
         if self._n_averaged == 0:
             return None
         blend = Blend("lerp", 1.0 - self._current_decay())
-        look = look and blend.can_be_taken_back
+        look = look and blend.weight <= 0.5  # taking back a large part loses digits
         return [self._move(self._average, weights, blend, look)]
 
     def _current_decay(self) -> float:

@@ -1,9 +1,13 @@
-"""Models that enter an average: in one pass over pieces, and whole or not at all.
+"""Models that enter an average: whole or not at all, and on a CPU in pieces that fit the cache.
 
-On a CPU, an update is limited by the memory. A piece of the weights is therefore converted, checked
-for NaN and added while it is in the cache. A group of pieces enters in one call of PyTorch, which
-also sets a mark. An error or Ctrl-C between two calls leaves the marks, so the move can go on where
-it stopped, or can be taken back.
+Weights whose dtype is not that of the average have to be converted. A float32 copy of whole weights
+would be written to memory and read again. On a CPU, a piece is therefore converted, checked for NaN
+and added while it is in the cache. Weights in the dtype of the average need no copy: the check
+for NaN reads them first, and they enter in one call of PyTorch.
+
+A group of pieces enters in one call of PyTorch, which also sets the group's mark. An error or
+Ctrl-C between two calls leaves the marks, so the move can go on where it stopped, or can be taken
+back.
 """
 
 from __future__ import annotations
@@ -19,7 +23,6 @@ from openvclip.weights.numerics import finite_probe, foreach, has_kernels
 
 _PIECE = 2**17  # values for each thread: a float32 copy of them fits in the cache of a core
 _GROUP = 2**24  # values of tensors on a GPU that are converted together
-_ROW = 2**12
 _ATTEMPTS = 8
 
 
@@ -28,7 +31,7 @@ class Blend(NamedTuple):
 
     Attributes:
         kind: ``"add"`` (``average + weight * model``), ``"lerp"`` (``average + weight * (model -
-            average)``) or ``"copy"`` (``model``).
+            average)``), ``"copy"`` (``model``) or ``"scale"`` (``weight * average``).
         weight: weight of the model.
     """
 
@@ -38,7 +41,7 @@ class Blend(NamedTuple):
     @property
     def can_be_taken_back(self) -> bool:
         """Whether the old average follows from the new one, except for rounding."""
-        return self.kind == "add" or (self.kind == "lerp" and self.weight <= 0.5)
+        return self.kind == "add" or (self.kind == "lerp" and self.weight < 1.0)
 
     def apply(self, averages: list[Tensor], models: list[Tensor]) -> None:
         """Let models enter averages, in one call of PyTorch."""
@@ -46,8 +49,10 @@ class Blend(NamedTuple):
             foreach._foreach_add_(averages, models, alpha=self.weight)
         elif self.kind == "lerp":
             foreach._foreach_lerp_(averages, models, self.weight)
-        else:
+        elif self.kind == "copy":
             foreach._foreach_copy_(averages, models)
+        else:
+            foreach._foreach_mul_(averages, self.weight)
 
     def take_back(self, averages: list[Tensor], models: list[Tensor]) -> None:
         """Remove models that entered."""
@@ -74,7 +79,8 @@ class Move:
         averages: the tensors that change, plain tensors of at least float32.
         models: the tensors that enter, of the same shapes and on the same devices.
         blend: what becomes of the averages.
-        look: whether to look for NaN and infinity before a group enters. Only on the CPU.
+        look: whether to look for NaN and infinity before each group enters. Groups before it can
+            be in at this time. Only on the CPU.
     """
 
     def __init__(
@@ -82,7 +88,6 @@ class Move:
     ) -> None:
         on_cpu = all(value.device.type == "cpu" for value in (*averages, *models))
         pairs = [(a, m) for a, m in zip(averages, models, strict=True) if a.numel()]
-        self.can_be_taken_back = blend.can_be_taken_back
         self.looks = look
         self._blend, self._align = blend, 1 if on_cpu else 64
         self._groups = list(_groups(pairs, on_cpu, look))
@@ -90,9 +95,17 @@ class Move:
         # Marks have the dtype and device of the averages, so that a GPU can use its fast kernels.
         first = averages[0] if averages else torch.empty(0)
         dtype = first.dtype if has_kernels(first.dtype) else torch.float32
-        self._marked = torch.zeros(len(self._groups), dtype=dtype, device=first.device)
+        self._unset = 1.0 if blend.kind == "scale" else 0.0
+        self._marked = torch.full(
+            (len(self._groups),), self._unset, dtype=dtype, device=first.device
+        )
         self._marks, self._one = self._marked.unbind(), self._marked.new_ones(())
         self._has_begun = False
+
+    @property
+    def can_be_taken_back(self) -> bool:
+        """Whether :meth:`take_back` gives the old averages, except for rounding."""
+        return self._blend.can_be_taken_back or not any(self._entered())
 
     def run(self) -> bool:
         """Let the groups enter that are not in yet. Return whether the model is in.
@@ -121,7 +134,7 @@ class Move:
         if not self._has_begun:  # reading the marks would wait for a GPU
             return [False] * len(self._groups)
         half = self._blend.weight / 2  # a mark that was taken back can be off by its rounding
-        return [abs(mark) > half for mark in self._marked.tolist()]
+        return [abs(mark - self._unset) > half for mark in self._marked.tolist()]
 
     def _new_stages(self) -> dict[tuple[torch.device, torch.dtype], Tensor]:
         """Return memory for the largest staged group of each device and dtype."""
@@ -159,12 +172,14 @@ def _groups(pairs: list[tuple[Tensor, Tensor]], on_cpu: bool, look: bool) -> Ite
         return
     limit = _PIECE * torch.get_num_threads() if on_cpu else _GROUP
     small: dict[tuple[torch.device, torch.dtype, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
+    sizes: dict[tuple[torch.device, torch.dtype, torch.dtype], int] = {}
     for average, model in pairs:
         kind = (average.device, average.dtype, model.dtype)
         if average.numel() < limit:
-            joined = small.setdefault(kind, [])
-            joined.append((average, model))
-            if sum(a.numel() for a, _ in joined) >= limit:
+            small.setdefault(kind, []).append((average, model))
+            sizes[kind] = sizes.get(kind, 0) + average.numel()
+            if sizes[kind] >= limit:
+                sizes[kind] = 0
                 yield _joined(small.pop(kind), look)
         elif on_cpu and average.is_contiguous() and model.is_contiguous():
             pieces = (average.view(-1).split(limit), model.view(-1).split(limit))
@@ -185,10 +200,11 @@ def _joined(pairs: Sequence[tuple[Tensor, Tensor]], look: bool) -> _Group:
 
 def _is_finite(values: Tensor) -> bool:
     """Return whether all values are finite. A probe in one pass decides most cases."""
-    if values.is_complex() or not values.is_contiguous() or values.numel() % _ROW:
+    if values.is_complex() or not values.is_contiguous():
         probe = finite_probe(values)
-    else:  # on a CPU the fastest sum
-        probe = values.view(-1, _ROW).mv(values.new_ones(_ROW)).sum()
+    else:
+        flat, half = values.view(-1), (values.numel() + 1) // 2
+        probe = flat[:half].dot(flat[-half:])  # in the cache, this is the fastest function
     return math.isfinite(probe.item()) or bool(torch.isfinite(values).all())
 
 

@@ -153,6 +153,7 @@ class WeightTracker(Tracker):
         self._live(model)
 
     def _add_model(self, model: nn.Module) -> None:
+        self._require_whole()
         live, carried, extra_state = self._live(model)
         warn_of_training_weights(live.values())
         if self._n_statistics and self._n_averaged:
@@ -181,6 +182,9 @@ class WeightTracker(Tracker):
         """
         return None
 
+    def _keep_numbers(self) -> None:
+        """Keep the numbers that belong to the average with the new model. Called once or more."""
+
     def _enter(self, moves: list[Move], carried: Entries, extra_state: dict[str, Any]) -> bool:
         """Let a model enter whole, also if Ctrl-C interrupts the update, or not at all.
 
@@ -190,7 +194,7 @@ class WeightTracker(Tracker):
         number, is_finite = self._n_averaged + 1, True
 
         def take_back() -> None:
-            for move in moves:
+            for move in reversed(moves):
                 move.take_back()
 
         def enter() -> None:
@@ -204,15 +208,20 @@ class WeightTracker(Tracker):
             else:
                 self._carried = {name: value.clone() for name, value in carried.items()}
             self._extra_state = extra_state
+            self._keep_numbers()
             self._n_averaged = number
 
         self._is_whole = False
         try:
             error = insist(enter)
-        except BaseException:
+        except Exception:
             if all(move.can_be_taken_back for move in moves):
                 insist(take_back)
                 self._is_whole = True
+            raise
+        except BaseException:  # Ctrl-C while another one was handled
+            insist(enter)
+            self._is_whole = True
             raise
         self._is_whole = True
         if error is not None:
@@ -221,10 +230,12 @@ class WeightTracker(Tracker):
 
     def _move(self, average: Entries, weights: Entries, blend: Blend, look: bool = False) -> Move:
         """Return a move of the weights to an average."""
-        models = shards(weights)
+        averages, models = shards(average), shards(weights)
         if self._device is not None:
             models = [value.to(self._device) for value in models]
-        return Move(shards(average), models, blend, look=look)
+        # Weights that are not converted enter in one call, which is faster after a look at them.
+        converted = any(a.dtype != m.dtype for a, m in zip(averages, models, strict=True))
+        return Move(averages, models, blend, look=look and converted)
 
     def _live(self, model: nn.Module) -> tuple[Entries, Entries, dict[str, Any]]:
         """Return the live entries to average, all other live entries, and the extra state."""

@@ -20,6 +20,7 @@ import openvclip
 from openvclip import (
     CheckpointInfo,
     EMATracker,
+    GaussianTracker,
     InterpolatedWeightRegularizer,
     LAWATracker,
     Prediction,
@@ -66,7 +67,12 @@ def training(model: nn.Module, clip: State, loss: Callable[[], Tensor]) -> None:
     with passes as alpha:
         assert_type(alpha, float)
     InterpolatedWeightRegularizer(model, missing="ignore")  # type: ignore[arg-type]
-    trackers = (SWATracker(model, every=10), EMATracker(model, decay=0.99), LAWATracker(model, k=3))
+    trackers = (
+        SWATracker(model, every=10),
+        EMATracker(model, decay=0.99),
+        GaussianTracker(model, mu=1000, sigma=200),
+        LAWATracker(model, k=3),
+    )
     for tracker in trackers:
         assert_type(tracker.update(model), bool)
         assert_type(tracker.averaged_state_dict(), State)
