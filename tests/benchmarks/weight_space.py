@@ -21,7 +21,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 from torch.profiler import ProfilerActivity, profile
 
-from openvclip import SWATracker, interpolate, interpolate_into
+from openvclip import EMATracker, SWATracker, interpolate, interpolate_into
+from openvclip.weights.numerics import finite_probe, foreach
 from tests.benchmarks.machine import machine
 
 
@@ -48,6 +49,15 @@ def averages(name: str, dtype: torch.dtype, rounds: int) -> None:
     torch.manual_seed(0)
     model = open_clip.create_model(name).to(dtype)
     swa, unchecked = SWATracker(model), SWATracker(model, check_finite=False)
+    ema = EMATracker(model)
+    live = [parameter.detach() for parameter in model.parameters()]
+    sums = [value.float() for value in live]
+
+    def bare() -> None:
+        for value in live:
+            finite_probe(value)
+        foreach._foreach_add_(sums, live)
+
     peer = AveragedModel(model, multi_avg_fn=get_swa_multi_avg_fn())
     default = AveragedModel(model)
     variants: dict[str, Callable[[], object]] = {
@@ -55,6 +65,8 @@ def averages(name: str, dtype: torch.dtype, rounds: int) -> None:
         "AveragedModel": lambda: peer.update_parameters(model),
         "SWATracker": lambda: swa.update(model),
         "SWATracker, check_finite=False": lambda: unchecked.update(model),
+        "EMATracker": lambda: ema.update(model),
+        "foreach add and a look": bare,
     }
     times = medians(variants, rounds)
     notes = {name: f"error {e:.1e}" for name, e in errors(dtype).items()}
