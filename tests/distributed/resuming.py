@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.fsdp import fully_shard
 
 from openvclip import InterpolatedWeightRegularizer, SWATracker
-from openvclip.weights import averaging
+from openvclip.weights import sums
 from openvclip.weights.tracker import WeightTracker
 from tests.distributed.sharded import TRACKERS, full, sharded
 from tests.distributed.training import STEPS, Net, assert_close, check, loss_of, regulariser
@@ -84,7 +84,7 @@ def fsdp_resumes_bitwise_from_a_distributed_checkpoint(out: Path) -> None:
     late = partial(SWATracker, start=STEPS)  # empty when it is saved
     for number, make in enumerate((*TRACKERS, late)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(averaging, "_BLOCK", 2)  # so that the tracker has an earlier block
+            patch.setattr(sums, "_BLOCK", 2)  # so that the tracker has an earlier block
             folder, model, resumed = out / f"run-{number}", sharded(), sharded(3)
             for trained in (model, resumed):
                 trained.head.bias.requires_grad_(False)  # not averaged, but sharded
