@@ -76,6 +76,7 @@ class Trainer:
             anchor=self.clip,
             interval=(run.alpha_min, recipe.alpha_max),
             weight=recipe.iwr_weight,
+            share=run.share,
             seed=recipe.seed,
         )
 

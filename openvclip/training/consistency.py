@@ -75,7 +75,7 @@ def _unused(args: argparse.Namespace) -> dict[str, str]:
         reasons["warmup_start_lr"] = "without a warm-up"
     unused: list[str] = []
     if not recipe.uses_iwr:
-        unused += ["alpha_max", "alpha_min", "iwr_weight", "every"]
+        unused += ["alpha_max", "alpha_min", "iwr_weight", "every", "share"]
     if not recipe.uses_swa:
         unused += ["average_after", "averages_per_epoch"]
     if args.method != "l2":

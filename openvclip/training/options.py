@@ -34,6 +34,7 @@ from openvclip.training.shared_options import (
     amp_of,
     positive,
     sampling_of,
+    share_of_one,
 )
 from openvclip.training.validation import TEST_SAMPLERS
 from openvclip.video import VideoDataset
@@ -99,6 +100,7 @@ def run_of(args: argparse.Namespace, accumulate: int, device: torch.device) -> R
     """
     return Run(
         every=args.every,
+        share=args.share,
         alpha_min=args.alpha_min,
         betas=tuple(args.betas),
         steps=args.steps,
@@ -193,6 +195,7 @@ def settings_of(args: argparse.Namespace, recipe: Recipe, run: Run) -> dict[str,
     how = {"every": run.every, "alpha_min": run.alpha_min, "amp": amp, "fsdp": run.fsdp}
     how |= {"betas": list(run.betas), "steps": run.steps, "template": args.template}
     how |= {"frame_by_frame": args.frame_by_frame}
+    how |= {} if run.share == 1 else {"share": run.share}
     how |= {} if args.objective == "classification" else {"objective": args.objective}
     how |= {"start_from": None if args.start_from is None else str(args.start_from)}
     pixels = ("frames", "sampling_rate", "target_fps", "sampler", "short_side")
@@ -327,6 +330,8 @@ def _add_fields(group: argparse._ArgumentGroup, settings: type[Recipe | Run]) ->
         flag: dict[str, Any] = {"default": setting.default, **setting.metadata}
         if flag.pop("at_least", None) == 1:
             flag["type"] = positive
+        elif flag.pop("is_share", False):
+            flag["type"] = share_of_one
         elif isinstance(setting.default, bool):
             flag["action"] = "store_true"
         elif isinstance(setting.default, tuple):

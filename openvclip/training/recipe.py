@@ -94,6 +94,8 @@ class Run:
 
     Attributes:
         every: the regulariser is used in every ``every``-th step.
+        share: share of the videos of a step on which the regulariser's loss is computed. The
+            videos are drawn anew in each step.
         alpha_min: lower end of the interval of alpha.
         betas: betas of AdamW.
         steps: number of steps of the run. Default: the epochs of the recipe.
@@ -105,6 +107,11 @@ class Run:
     """
 
     every: int = _setting(1, "use the regulariser in every N-th step", at_least=1, metavar="N")
+    share: float = _setting(
+        1.0,
+        "share of the videos of a step on which the regulariser's loss is computed, such as 0.25",
+        is_share=True,
+    )
     alpha_min: float = _setting(0.0, "lower end of the interval of alpha")
     betas: tuple[float, float] = _setting((0.9, 0.999), "betas of AdamW", nargs=2)
     steps: int | None = _setting(

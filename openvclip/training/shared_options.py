@@ -38,6 +38,14 @@ def positive(text: str) -> int:
     return number
 
 
+def share_of_one(text: str) -> float:
+    """Read a number above 0 and at most 1, as an ``argparse`` type."""
+    number = float(text)
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a number above 0 and at most 1")
+    return number
+
+
 def add_preset_option(parser: argparse.ArgumentParser, arguments: list[str] | None) -> Preset:
     """Add ``--preset``, and return the preset that the arguments name.
 

@@ -20,7 +20,7 @@ from openvclip.weights.anchor import trained_parameters
 
 
 def require_settings(
-    interval: tuple[float, float], weight: float, every: int, missing: str
+    interval: tuple[float, float], weight: float, share: float, every: int, missing: str
 ) -> None:
     """Raise a :class:`RegularizationError` if a setting is out of range."""
     if not _is_interval(interval):
@@ -30,6 +30,11 @@ def require_settings(
         )
     if not (isinstance(weight, (int, float)) and math.isfinite(weight) and weight >= 0.0):
         raise RegularizationError(f"weight={weight!r}: expected C of Equation 9, a number >= 0.")
+    if not (isinstance(share, (int, float)) and 0 < share <= 1):
+        raise RegularizationError(
+            f"share={share!r}: expected a number in (0, 1], the share of the clips of a batch on "
+            "which the interpolated pass runs."
+        )
     if not (isinstance(every, int) and every >= 1):
         raise RegularizationError(f"every={every!r}: expected a whole number of steps >= 1.")
     if missing not in ("error", "skip"):
