@@ -38,7 +38,7 @@ from openvclip.models.loading import LoadedModel
 from openvclip.processes import Processes
 from openvclip.training import inputs, methods, objectives, options, outputs, trial
 from openvclip.training import processes as distributed
-from openvclip.training.batches import class_warnings, seed_of, steps_of_run
+from openvclip.training.batches import class_warnings, seed_of, steps_of_run, videos_of_step
 from openvclip.training.checkpoints import Checkpoints, TrainingState
 from openvclip.training.log import RunLog, Step
 from openvclip.training.objectives import Batches, Learner
@@ -87,18 +87,19 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        alpha, interpolated = None, torch.zeros((), device=self.device)
+        alpha, part, interpolated = None, [], torch.zeros(0, device=self.device)
         if self.recipe.uses_iwr and (number - 1) % self.run.every == 0:
+            (chosen,) = self.iwr.part_of(range(sum(len(batch[0]) for batch in batches)))
+            part = videos_of_step(batches, chosen, self.device)
             # This pass runs first: its copy of the weights takes no memory in the plain pass.
             with self.iwr.interpolated() as alpha:
-                interpolated = self.objective.add_gradients(batches, self.iwr.weight, reduce=False)
+                interpolated = self.objective.add_gradients(part, self.iwr.weight, reduce=False)
         losses = self.objective.add_gradients(batches, 1.0, reduce=True)
         sums = torch.stack([losses.sum(), interpolated.sum()])
         values, stop = distributed.agree(self.processes, sums, stop_requested())
         if not all(map(math.isfinite, values)):
-            raise distributed.loss_error(
-                values, number, batches, losses + interpolated, self.processes
-            )
+            losses, seen = torch.cat([losses, interpolated]), [*batches, *part]
+            raise distributed.loss_error(values, number, seen, losses, self.processes)
         self.scaler.unscale_(self.optimizer)
         if self.recipe.method == "l2":
             methods.add_distance_penalty(self.model, self.clip, self.recipe.l2_weight)

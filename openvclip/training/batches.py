@@ -6,7 +6,7 @@ import hashlib
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -198,6 +198,42 @@ def steps_of_run(
                 f"The loader gave {step - epoch * per_epoch} steps in an epoch, with {accumulate} "
                 f"batches in a step; expected steps_per_epoch={per_epoch}."
             )
+
+
+def videos_of_step(
+    batches: Sequence[Sequence[Any]], chosen: Sequence[int], device: torch.device
+) -> list[Sequence[Any]]:
+    """Return the chosen videos of a step, in as few micro-batches as possible.
+
+    No micro-batch is larger than the largest of the step. Their sizes differ by at most one. If all
+    videos are chosen, the micro-batches of the step are returned as they are.
+
+    Args:
+        batches: the micro-batches of a process in a step. The entries of a micro-batch are tensors
+            or lists, with an item for each video.
+        chosen: numbers of videos, counted over all micro-batches of the step.
+        device: device of the tensors in the result.
+    """
+    places = [(batch, position) for batch in batches for position in range(len(batch[0]))]
+    if len(chosen) == len(places):
+        return list(batches)
+    number = -(-len(chosen) // max(len(batch[0]) for batch in batches))
+    ends = [len(chosen) * i // number for i in range(number + 1)]
+    parts = [chosen[start:end] for start, end in pairwise(ends)]
+    return [_joined([places[video] for video in part], device) for part in parts]
+
+
+def _joined(places: list[tuple[Sequence[Any], int]], device: torch.device) -> Sequence[Any]:
+    """Return one micro-batch of videos, given the micro-batch and the position of each."""
+    joined: list[Any] = []
+    for entry in range(len(places[0][0])):
+        items = [batch[entry][position] for batch, position in places]
+        if isinstance(items[0], Tensor):
+            # A video in page-locked memory is copied from there, so the copy does not wait.
+            joined.append(torch.stack([item.to(device, non_blocking=True) for item in items]))
+        else:
+            joined.append(items)
+    return joined
 
 
 def _begin_epoch(loader: Any, epoch: int, first_step: int) -> None:
