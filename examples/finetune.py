@@ -98,8 +98,9 @@ class Trainer:
         sums = torch.stack([losses.sum(), interpolated.sum()])
         values, stop = distributed.agree(self.processes, sums, stop_requested())
         if not all(map(math.isfinite, values)):
-            losses, seen = torch.cat([losses, interpolated]), [*batches, *part]
-            raise distributed.loss_error(values, number, seen, losses, self.processes)
+            if losses.isfinite().all():  # the loss of the interpolated weights alone is not finite
+                batches, losses = part, interpolated
+            raise distributed.loss_error(values, number, batches, losses, self.processes)
         self.scaler.unscale_(self.optimizer)
         if self.recipe.method == "l2":
             methods.add_distance_penalty(self.model, self.clip, self.recipe.l2_weight)

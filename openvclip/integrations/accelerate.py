@@ -45,8 +45,10 @@ class RegularizedLoop:
                 regularized.update()
 
     All micro-batches of an optimizer step have the same alpha. The ``every`` of the regulariser
-    counts optimizer steps. The averages are updated after each optimizer step that a
-    ``GradScaler`` did not skip. Gradients are reduced over the processes once in a step.
+    counts optimizer steps. With a ``share`` below 1, give the batch to :meth:`backward`, as in
+    ``regularized.backward(loss_of, video, label)``. The averages are updated after each optimizer
+    step that a ``GradScaler`` did not skip. Gradients are reduced over the processes once in a
+    step.
 
     The object is registered for checkpointing: ``accelerator.save_state()`` and
     ``accelerator.load_state()`` save and restore the regulariser and the averages.
@@ -103,18 +105,21 @@ class RegularizedLoop:
         for average in self.averages:
             average.check_model(self.averaged)
 
-    def backward(self, closure: Callable[[], Tensor]) -> Tensor:
+    def backward(self, closure: Callable[..., Tensor], *batch: Any) -> Tensor:
         """Run the backward passes of a micro-batch. Return the loss of the weights themselves.
 
         Args:
             closure: function that runs the forward pass and returns the loss, a scalar. It is
                 called at the interpolated weights first, then at the weights themselves.
+            batch: arguments of the closure. With ``share`` below 1, the closure gets a random part
+                of them at the interpolated weights.
 
         Returns:
             The loss of the weights themselves, detached.
 
         Raises:
-            UsageError: an optimizer stepped, and :meth:`update` was not called after it.
+            UsageError: an optimizer stepped, and :meth:`update` was not called after it; or
+                ``share`` is below 1, and there is no batch.
         """
         if self._called and self._counter.waits:
             raise UsageError(
@@ -123,9 +128,10 @@ class RegularizedLoop:
             )
         self._called = True
         if self._passes is not None and self._passes.is_due(self._step):
+            part = self._passes.regularizer.part_of(*batch)
             with self._passes.interpolated(self._step, self.model):
-                self.accelerator.backward(self._passes.regularizer.weight * closure())
-        loss = closure()
+                self.accelerator.backward(self._passes.regularizer.weight * closure(*part))
+        loss = closure(*batch)
         self.accelerator.backward(loss)
         return loss.detach()
 

@@ -23,6 +23,7 @@ from openvclip.integrations.steps import (
     require_whole_weights,
     states_of,
 )
+from openvclip.weights.batch_part import number_of_clips, part_size
 from openvclip.weights.gradients import innermost, require_one_evaluation
 from openvclip.weights.regularization import InterpolatedWeightRegularizer
 from openvclip.weights.schedule import Tracker
@@ -78,8 +79,10 @@ class RegularizedTrainerMixin(_Trainer):
 
     Each training step adds a pass at the interpolated weights, whose loss is weighted by C
     (Equation 9 of Open-VCLIP). All micro-batches of an optimizer step have the same alpha. The
-    ``every`` of the regulariser counts optimizer steps. The logged loss is the loss of the weights
-    themselves. The averages are updated after each optimizer step that was not skipped.
+    ``every`` of the regulariser counts optimizer steps. With a ``share`` below 1, the pass gets a
+    random part of the inputs, whose tensors have the samples along their first axis. The logged
+    loss is the loss of the weights themselves. The averages are updated after each optimizer step
+    that was not skipped.
 
     Checkpoints of the trainer get one more file, ``openvclip.pt``. A resumed run continues the
     sequence of alphas and the averages. With several processes, the first process writes this file.
@@ -124,11 +127,12 @@ class RegularizedTrainerMixin(_Trainer):
         """
         passes, step = self._passes, self.state.global_step
         if passes is not None and passes.is_due(step):
+            part, numbers, by_name = _part_of(passes.regularizer, inputs, args, kwargs)
             with (
                 passes.interpolated(step, model),
                 _weighted_backward(self.accelerator, passes.regularizer.weight),
             ):
-                super().training_step(model, inputs, *args, **kwargs)
+                super().training_step(model, part, *numbers, **by_name)
         return super().training_step(model, inputs, *args, **kwargs)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -190,6 +194,26 @@ def _checkpoint_folder(resume_from_checkpoint: Any, output_dir: str | None) -> P
     if isinstance(resume_from_checkpoint, str | os.PathLike):
         return Path(resume_from_checkpoint)
     return None
+
+
+def _part_of(
+    iwr: InterpolatedWeightRegularizer, inputs: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """Return a random part of the inputs of a training step, and its other arguments.
+
+    The trainer divides the sum of the losses of many models by ``num_items_in_batch``, which
+    counts the items of the whole batch. The part has fewer items.
+    """
+    if iwr.share == 1:
+        return inputs, args, kwargs
+    clips = number_of_clips((inputs,))
+    kept = part_size(iwr.share, clips) / clips
+    items, others = args[:1], dict(kwargs)
+    if items and items[0] is not None:
+        items = (items[0] * kept,)
+    if others.get("num_items_in_batch") is not None:
+        others["num_items_in_batch"] *= kept
+    return iwr.part_of(inputs)[0], (*items, *args[1:]), others
 
 
 @contextmanager

@@ -168,8 +168,7 @@ def gradient_error(
 def _names_of(batches: Sequence[Sequence[Any]], processes: Processes) -> list[str]:
     """The names of the videos in the batches of all processes."""
     names = [name for batch in batches for names in batch[2:] for name in names]
-    # A video can be in the batch and in the part of it that the regulariser used.
-    return [name for part in processes.gather(names) for name in dict.fromkeys(part)]
+    return [name for part in processes.gather(names) for name in part]
 
 
 def give_scalars_an_axis(model: nn.Module) -> None:

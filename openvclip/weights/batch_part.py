@@ -120,6 +120,8 @@ def _count(entries: Iterable[_Named]) -> int | None:
             return len(leaf)
     for leaf in leaves:
         clips = _count(_arguments(leaf)) if _is_group(leaf, None) else len(leaf)
+        if clips is None and len(leaf) == 1:  # what describes the only clip
+            clips = 1
         if clips is not None:
             return clips
     return None

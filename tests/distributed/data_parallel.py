@@ -115,6 +115,43 @@ def ddp_accumulation_in_a_loop_of_its_own(out: Path) -> None:
 
 
 @check
+def ddp_takes_a_part_of_the_batch_of_each_process(out: Path) -> None:
+    """Also of batches of different sizes: the mean over the processes is that of their means."""
+    rank = distributed.get_rank()
+    model, calls = data_parallel(Net(0))
+    reference, anchor = Net(0), snapshot(Net(1))
+    iwr = InterpolatedWeightRegularizer(
+        model, torch.optim.SGD(model.parameters(), 0.0), anchor=anchor, weight=C, share=0.5, seed=5
+    )
+    probe = InterpolatedWeightRegularizer(Net(0), share=0.5, seed=5)
+    for step, sizes in enumerate([(6, 6), (6, 3), (6, 6)]):
+        batches = [tuple(t[:size] for t in batch(step, r)) for r, size in enumerate(sizes)]
+        with probe.interpolated() as alpha:
+            pass
+        (chosen,) = probe.part_of(range(6))
+        if sizes[1] == 6:
+            seconds = [tuple(t[chosen] for t in some) for some in batches]
+            reference.zero_grad()
+            other = Net(0)
+            other.load_state_dict(
+                {n: torch.lerp(p, anchor[n], alpha) for n, p in snapshot(reference).items()}
+            )
+            for some, second in zip(batches, seconds, strict=True):
+                (functional.cross_entropy(reference(some[0]), some[1]) / 2).backward()
+                (C / 2 * functional.cross_entropy(other(second[0]), second[1])).backward()
+            for parameter, more in zip(reference.parameters(), other.parameters(), strict=True):
+                if parameter.grad is not None:
+                    parameter.grad += more.grad
+        iwr.step(lambda x, y: functional.cross_entropy(model(x), y), *batches[rank])
+        if sizes[1] == 6:
+            assert_close(
+                {n: p.grad for n, p in model.named_parameters() if p.grad is not None},
+                {n: p.grad for n, p in reference.named_parameters() if p.grad is not None},
+            )
+    assert len(calls) == 3
+
+
+@check
 def ddp_average(out: Path) -> None:
     model, _ = data_parallel(Net(0))
     iwr, swa = regulariser(model), SWATracker(model)
@@ -156,6 +193,7 @@ def processes_that_differ_are_told_so(out: Path) -> None:
     for settings, text in (
         ({"seed": rank}, "alpha's generator"),
         ({"weight": float(rank)}, "settings"),
+        ({"share": 1 - rank / 2}, "settings"),
         ({"anchor": snapshot(Net(rank))}, "the anchor"),
         ({"seed": rank, "every": rank + 1}, "alpha's generator and settings"),
     ):

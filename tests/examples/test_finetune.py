@@ -60,6 +60,19 @@ def test_regularisation_at_every_second_step_and_a_narrow_interval() -> None:
     assert all(0.5 <= step.alpha <= 0.6 for step in steps if step.alpha is not None)
 
 
+@pytest.mark.parametrize(("micro", "passes"), [(4, [2]), (3, [2]), (1, [1, 1])])
+def test_regularisation_on_half_of_the_videos(micro: int, passes: list[int]) -> None:
+    (video, label), learner, sizes = batches(1, 4)[0], classifier(), list[int]()
+    learner.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    parts = list(zip(video.split(micro), label.split(micro), strict=True))
+    steps, run = list[Step](), Run(share=0.5, every=2, accumulate=len(parts))
+    train(learner, parts, 1, TINY, run=run, on_step=steps.append)
+    expected = trained_by_hand(TINY, [(video, label)], share=0.5, every=2)[0]
+    assert_close(snapshot(learner.model), expected)
+    plain = [len(part[0]) for part in parts]
+    assert sizes == passes + plain + plain + passes + plain
+
+
 def test_fewer_steps_than_epochs_have_and_other_betas() -> None:
     run, steps = Run(betas=(0.5, 0.6), steps=7), list[Step]()
     learner, recipe = classifier(), dataclasses.replace(TINY, method="finetune", epochs=99)
@@ -130,13 +143,16 @@ def test_final_weights_interpolate_the_average_with_clip() -> None:
         torch.testing.assert_close(final[name].double(), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["finetune", "openvclip"])
-def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_videos(method: str) -> None:
+@pytest.mark.parametrize(("method", "share"), [("finetune", 1), ("openvclip", 1), ("iwr", 0.5)])
+def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_videos(
+    method: str, share: float
+) -> None:
     named = [(*batch, [f"{i}-a.mp4", f"{i}-b.mp4"]) for i, batch in enumerate(batches(4))]
     named[3][0][1, 0, 0, 0, 0] = float("nan")
     learner = classifier()
-    with pytest.raises(FloatingPointError, match=r"at step 2.* Its videos: 3-a\.mp4, 3-b\.mp4"):
-        train(learner, named, 2, dataclasses.replace(TINY, method=method), run=Run(accumulate=2))
+    recipe, run = dataclasses.replace(TINY, method=method), Run(accumulate=2, share=share)
+    with pytest.raises(FloatingPointError, match=r"at step 2.* Its videos: 3-a\.mp4, 3-b\.mp4\.$"):
+        train(learner, named, 2, recipe, run=run)
     assert all(bool(v.isfinite().all()) for v in learner.model.state_dict().values())
 
 

@@ -188,6 +188,9 @@ def test_help_of_the_file_started_by_its_path(tmp_path: Path) -> None:
         ("--out o --shards s --classes c --val-annotations v", "needs --val-videos"),
         ("--out o --annotations a --videos r --num-workers -1", "expected at least 0"),
         ("--out o --annotations a --videos r --every 0", "expected at least 1"),
+        ("--out o --annotations a --videos r --share 0", "above 0 and at most 1"),
+        ("--out o --annotations a --videos r --share 1.5", "above 0 and at most 1"),
+        ("--out o --annotations a --videos r --share 0.5 --method swa", "--share"),
     ],
 )
 def test_options_that_do_not_fit(

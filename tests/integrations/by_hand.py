@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ def loader(dtype: torch.dtype = torch.float64) -> DataLoader[tuple[Tensor, ...]]
     return DataLoader(data(dtype), batch_size=2)
 
 
-def regularizer(model: nn.Module, **settings: int) -> InterpolatedWeightRegularizer:
+def regularizer(model: nn.Module, **settings: Any) -> InterpolatedWeightRegularizer:
     dtype = next(model.parameters()).dtype
     return InterpolatedWeightRegularizer(model, anchor=original(dtype), **settings)
 
@@ -52,13 +53,14 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
 def by_hand(
     accumulate: int = 1,
     every: int = 1,
+    share: float = 1.0,
     steps: int = STEPS,
     dtype: torch.dtype = torch.float64,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> tuple[Weights, Weights]:
     """Return the weights after the steps, and their mean."""
     model, second, clip = network(dtype), network(dtype), original(dtype)
-    probe = InterpolatedWeightRegularizer(network())
+    probe = InterpolatedWeightRegularizer(network(), share=share)
     optimizer = adamw(model)
     batches = [tuple(batch) for batch in loader(dtype)] * 10
     total = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
@@ -79,7 +81,7 @@ def by_hand(
         for x, y in batches[accumulate * step : accumulate * (step + 1)]:
             loss(model, x, y).backward()
             if regularized:
-                (0.5 * loss(second, x, y)).backward()
+                (0.5 * loss(second, *probe.part_of(x, y))).backward()
         for parameter, other in zip(model.parameters(), second.parameters(), strict=True):
             assert parameter.grad is not None
             if other.grad is not None:

@@ -70,7 +70,7 @@ class Manual(Module):
         optimizer: Any = self.optimizers()
         if batch_idx % self.accumulate == 0:
             optimizer.zero_grad()
-        regularized_backward(self, lambda: self.loss_of(batch) / self.accumulate)
+        regularized_backward(self, lambda *part: self.loss_of(part) / self.accumulate, *batch)
         if (batch_idx + 1) % self.accumulate == 0:
             optimizer.step()
 
@@ -119,7 +119,7 @@ def trainer_of(callbacks: Any, **options: Any) -> Any:
     return lightning.Trainer(callbacks=callbacks, **{**defaults, **options})
 
 
-def callbacks_of(module: Module, **settings: int) -> list[Any]:
+def callbacks_of(module: Module, **settings: Any) -> list[Any]:
     return [
         IWRCallback(regularizer(module.net, **settings)),
         AveragingCallback(SWATracker(module.net), model="net"),

@@ -50,6 +50,7 @@ class Run:
         self,
         accumulate: int = 1,
         every: int = 1,
+        share: float = 1.0,
         dtype: Any = torch.float64,
         prepare: Any = None,
         **options: Any,
@@ -64,7 +65,7 @@ class Run:
             self.accelerator,
             self.model,
             self.optimizer,
-            regularizer=regularizer(model, every=every),
+            regularizer=regularizer(model, every=every, share=share),
             averages=[SWATracker(model), EMATracker(model, decay=0.5)],
         )
         self.losses: list[float] = []
@@ -77,7 +78,7 @@ class Run:
             if not first <= number < first + batches:
                 continue
             with self.accelerator.accumulate(self.model):
-                loss = self.loop.backward(lambda: cross_entropy(self.model(x), y))  # noqa: B023
+                loss = self.loop.backward(lambda x, y: cross_entropy(self.model(x), y), x, y)
                 self.losses.append(loss.item())
                 if self.accelerator.sync_gradients:
                     self.accelerator.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
@@ -91,10 +92,13 @@ class Run:
         return snapshot(self.accelerator.unwrap_model(self.model))
 
 
-@pytest.mark.parametrize(("accumulate", "every"), [(1, 1), (2, 1), (1, 2), (2, 2)])
-def test_training_equals_a_loop_by_hand(accumulate: int, every: int) -> None:
-    run = Run(accumulate, every).train(accumulate * STEPS)
-    weights, mean = by_hand(accumulate, every)
+@pytest.mark.parametrize(
+    ("accumulate", "every", "share"),
+    [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (2, 2, 0.5)],
+)
+def test_training_equals_a_loop_by_hand(accumulate: int, every: int, share: float) -> None:
+    run = Run(accumulate, every, share).train(accumulate * STEPS)
+    weights, mean = by_hand(accumulate, every, share)
     assert_close(run.weights, weights)
     swa = run.loop.averages[0]
     assert swa.n_averaged == STEPS

@@ -44,18 +44,22 @@ MixedPrecision = pytest.importorskip("lightning.pytorch.plugins").MixedPrecision
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize(
+    ("accumulate", "every", "share"),
+    [(1, 1, 1), (1, 2, 1), (2, 1, 1), (2, 2, 1), (2, 2, 0.5)],
+)
 @pytest.mark.parametrize("manual", [False, True])
-def test_training_equals_a_loop_by_hand(accumulate: int, every: int, manual: bool) -> None:
+def test_training_equals_a_loop_by_hand(
+    accumulate: int, every: int, share: float, manual: bool
+) -> None:
     module = Manual(accumulate) if manual else Module()
-    callbacks = callbacks_of(module, every=every)
+    callbacks = callbacks_of(module, every=every, share=share)
     if manual:
         trainer = manual_trainer(callbacks)
     else:
         trainer = trainer_of(callbacks, accumulate_grad_batches=accumulate)
     trainer.fit(module, loader())
-    weights, mean = by_hand(accumulate, every)
+    weights, mean = by_hand(accumulate, every, share)
     assert_close(snapshot(module.net), weights)
     assert callbacks[1].tracker.n_averaged == STEPS
     assert_close(callbacks[1].tracker.averaged_state_dict(), mean)

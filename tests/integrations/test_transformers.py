@@ -90,10 +90,12 @@ def trainer_of(
     )
 
 
-def by_hand(accumulate: int = 1, size: int = 2, every: int = 1) -> tuple[Weights, Weights]:
+def by_hand(
+    accumulate: int = 1, size: int = 2, every: int = 1, share: float = 1.0
+) -> tuple[Weights, Weights]:
     """Two models, one of them interpolated, and one plain loop; no regulariser and no trainer."""
     model, second, clip = tiny_clip(), tiny_clip(), snapshot(tiny_clip())
-    probe = InterpolatedWeightRegularizer(tiny_clip())
+    probe = InterpolatedWeightRegularizer(tiny_clip(), share=share)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0)
     data = examples()
     batches = [collate(data[i : i + size]) for i in range(0, len(data), size)] * 10
@@ -110,7 +112,8 @@ def by_hand(accumulate: int = 1, size: int = 2, every: int = 1) -> tuple[Weights
         for batch in batches[accumulate * step : accumulate * (step + 1)]:
             (loss_of(model, batch) / accumulate).backward()
             if regularized:
-                (0.5 * loss_of(second, batch) / accumulate).backward()
+                (part,) = probe.part_of(batch)
+                (0.5 * loss_of(second, part) / accumulate).backward()
         for parameter, other in zip(model.parameters(), second.parameters(), strict=True):
             if other.grad is not None:
                 parameter.grad = parameter.grad + other.grad
@@ -139,6 +142,53 @@ def test_training_equals_a_loop_by_hand(
     swa = trainer.averages[0]
     assert swa.n_averaged == STEPS
     assert_close(swa.averaged_state_dict(), mean)
+
+
+def test_training_on_a_part_of_the_inputs_equals_a_loop_by_hand(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, iwr={"share": 0.5}, per_device_train_batch_size=4)
+    trainer.train()
+    assert_close(snapshot(trainer.model), by_hand(size=4, share=0.5)[0])
+
+
+class Sums(nn.Module):
+    """A model whose loss is a sum over the items, divided by the number that the trainer gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(3, 2).double()
+
+    def forward(
+        self, x: Tensor, labels: Tensor, num_items_in_batch: Any = None, **_: Any
+    ) -> dict[str, Tensor]:
+        total = nn.functional.cross_entropy(self.layer(x), labels, reduction="sum")
+        return {"loss": total / (len(x) if num_items_in_batch is None else num_items_in_batch)}
+
+
+class Means(Sums):
+    """The same model, whose signature does not ask for the number of items."""
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        return super().forward(x, labels)
+
+
+def test_the_number_of_items_that_a_sum_is_divided_by_is_that_of_the_part(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    data = [
+        {"x": torch.randn(3, generator=generator, dtype=torch.float64), "labels": n % 2}
+        for n in range(8)
+    ]
+    states = []
+    for cls in (Sums, Means):
+        model = cls()
+        iwr = InterpolatedWeightRegularizer(model, share=0.25, weight=2.0)
+        args = arguments(
+            tmp_path, max_steps=2, per_device_train_batch_size=4, gradient_accumulation_steps=2
+        )
+        Trainer(model=model, args=args, train_dataset=data, regularizer=iwr).train()
+        states.append(snapshot(model))
+    assert not torch.equal(states[0]["layer.weight"], snapshot(Sums())["layer.weight"])
+    assert_close(*states)
 
 
 def test_the_logged_loss_is_that_of_the_weights_themselves(tmp_path: Path) -> None:

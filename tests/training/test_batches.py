@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from openvclip.errors import UsageError
 from openvclip.processes import Processes
-from openvclip.training.batches import Batching, VideoBatches, class_warnings, steps_of_run
+from openvclip.training.batches import (
+    Batching,
+    VideoBatches,
+    class_warnings,
+    steps_of_run,
+    videos_of_step,
+)
 from openvclip.video import VideoDataset
 
 
@@ -15,6 +24,24 @@ def test_a_run_that_ended_within_an_epoch_has_no_more_steps() -> None:
     assert [step for step, _ in steps_of_run(loader, 3, 1, 3, 7)] == [3, 4, 5, 6]
     assert list(steps_of_run(loader, 3, 1, 7, 7)) == []
     assert list(steps_of_run(loader, 3, 1, 9, 9)) == []
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=6), st.data())
+def test_the_chosen_videos_of_a_step_fill_few_micro_batches(
+    sizes: list[int], data: st.DataObject
+) -> None:
+    videos = torch.arange(sum(sizes))
+    batches = [(part, part.tolist()) for part in videos.split(sizes)]
+    chosen = sorted(data.draw(st.sets(st.integers(0, len(videos) - 1), min_size=1)))
+    parts = videos_of_step(batches, chosen, torch.device("cpu"))
+    assert torch.cat([part[0] for part in parts]).tolist() == chosen
+    assert [video for part in parts for video in part[1]] == chosen
+    if len(chosen) < len(videos):
+        found = [len(part[0]) for part in parts]
+        assert max(found) - min(found) <= 1
+        assert len(found) == -(-len(chosen) // max(sizes))
+    else:
+        assert parts == batches
 
 
 def test_class_warnings() -> None:

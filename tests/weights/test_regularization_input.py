@@ -114,6 +114,9 @@ def test_tied_parameters_move_once() -> None:
         ({"weight": -1.0}, "weight=-1.0"),
         ({"weight": float("nan")}, "weight"),
         ({"every": 0}, "every=0"),
+        ({"share": 0.0}, r"share=0.0: expected a number in \(0, 1\]"),
+        ({"share": 1.01}, "share=1.01"),
+        ({"share": float("nan")}, "share=nan"),
         ({"missing": "ignore"}, "missing='ignore'"),
     ],
 )
@@ -190,7 +193,9 @@ def test_intervals_that_are_none(interval: Any) -> None:
         InterpolatedWeightRegularizer(Smooth(), interval=interval)
 
 
-@pytest.mark.parametrize("settings", [{"weight": "a"}, {"every": 1.5}, {"weight": None}])
+@pytest.mark.parametrize(
+    "settings", [{"weight": "a"}, {"every": 1.5}, {"weight": None}, {"share": "a"}]
+)
 def test_settings_of_the_wrong_type(settings: dict[str, Any]) -> None:
     with pytest.raises(RegularizationError, match="expected"):
         InterpolatedWeightRegularizer(Smooth(), **settings)

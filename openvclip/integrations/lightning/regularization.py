@@ -41,7 +41,8 @@ class IWRCallback(LightningCallback):
     interpolated weights, with a loss that is weighted by C (Equation 9 of Open-VCLIP). Lightning
     then adds the gradients of the weights themselves, clips the sum, and steps. All micro-batches
     of an optimizer step have the same alpha. The ``every`` of the regulariser counts optimizer
-    steps. Gradients are reduced over the processes once.
+    steps. With a ``share`` below 1, the training step at the interpolated weights gets a random
+    part of the batch. Gradients are reduced over the processes once.
 
     ``training_step()`` and the hooks of a backward pass therefore run twice for a batch. In the
     first run, ``self.log()`` does nothing, and metrics of ``torchmetrics`` that are submodules are
@@ -174,7 +175,8 @@ class IWRCallback(LightningCallback):
 
         def with_second_pass(*args: Any, **kwargs: Any) -> Any:
             if passes.is_due(trainer.global_step):
-                self._second_pass(trainer, pl_module, lambda: training_step(*args, **kwargs))
+                part = (*passes.regularizer.part_of(args[0]), *args[1:])
+                self._second_pass(trainer, pl_module, lambda: training_step(*part, **kwargs))
             return training_step(*args, **kwargs)
 
         self._patched = ExitStack()
@@ -282,7 +284,7 @@ class IWRCallback(LightningCallback):
         return {} if self._passes is None else self._passes.state_dict()
 
 
-def regularized_backward(module: Any, closure: Callable[[], Tensor]) -> Tensor:
+def regularized_backward(module: Any, closure: Callable[..., Tensor], *batch: Any) -> Tensor:
     """Run both backward passes of Equation 9 in a training step with manual optimization.
 
     Use this function in place of ``self.manual_backward(loss)``::
@@ -300,6 +302,8 @@ def regularized_backward(module: Any, closure: Callable[[], Tensor]) -> Tensor:
         module: the ``LightningModule``.
         closure: function that runs the forward pass and returns the loss, a scalar. It is called
             at the interpolated weights first, then at the weights themselves.
+        batch: arguments of the closure. With a ``share`` below 1, the closure gets a random part of
+            them at the interpolated weights.
 
     Returns:
         The loss of the weights themselves, detached.
@@ -318,9 +322,10 @@ def regularized_backward(module: Any, closure: Callable[[], Tensor]) -> Tensor:
     if callback is not None and callback._passes is not None:
         callback._called = True
         if callback._passes.is_due(trainer.global_step):
+            part = callback._passes.regularizer.part_of(*batch)
             with callback._interpolated(trainer, module) as weight:
-                module.manual_backward(weight * closure())
-    loss = closure()
+                module.manual_backward(weight * closure(*part))
+    loss = closure(*batch)
     module.manual_backward(loss)
     return loss.detach()
 
