@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -11,11 +11,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from openvclip.errors import UsageError
-from openvclip.weights.anchor import follow_devices, stash_for, take_anchor, trained_parameters
+from openvclip.weights.anchored import AnchoredWeights
 from openvclip.weights.batch_part import number_of_clips, part_size, take_clips
-from openvclip.weights.buffers import keeping_buffers
 from openvclip.weights.draws import Draws
-from openvclip.weights.factor_gradients import product_gradients, unscaled_factors
 from openvclip.weights.gradients import (
     Gradients,
     apply_gradients,
@@ -23,25 +21,19 @@ from openvclip.weights.gradients import (
     is_accumulating,
     require_one_evaluation,
 )
-from openvclip.weights.hashing import fingerprint
-from openvclip.weights.names import named_parameters
-from openvclip.weights.numerics import lerp_, overwriting
 from openvclip.weights.regularization_input import (
     require_alpha,
-    require_known,
     require_own_optimizer,
     require_settings,
     require_state,
 )
 from openvclip.weights.shards import (
     backend_device,
-    local,
     no_sync,
     process_groups,
     require_agreement,
     reshard,
 )
-from openvclip.weights.watch import WeightWatch, changed_weights
 
 
 class InterpolatedWeightRegularizer:
@@ -169,13 +161,7 @@ class InterpolatedWeightRegularizer:
         self._draws = Draws(seed)
         self._inside = False
         self._agreed = False
-        self._anchor = take_anchor(model, anchor, missing, self.anchor_device)
-        self._fingerprint = fingerprint(self._anchor, named_parameters(model))
-        trained = trained_parameters(model)
-        self._unanchored = trained.keys() - self._anchor.keys()
-        self._unscaled = unscaled_factors(trained, self._anchor)  # of products of LoRA
-        self._stash: dict[str, Tensor] = {}
-        self._watch: WeightWatch | None = None  # of the last block, if a GPU compares its weights
+        self._weights = AnchoredWeights(model, anchor, missing, self.anchor_device)
         self._gradients: Gradients | None = None
         if optimizer is not None:
             require_own_optimizer(model, optimizer)
@@ -221,32 +207,27 @@ class InterpolatedWeightRegularizer:
                 :meth:`interpolated`, or inside the step of the optimizer.
         """
         optimizer, gradients = self._ready_to_step()
+        self._require_agreement()
         if self.share < 1:
             number_of_clips(batch)
-        self._require_agreement()
-        regularize = self.weight > 0 and self._steps % self.every == 0
+        regularize = self._is_due()
         # accelerate's zero_grad() does nothing between two micro-batches.
         outer = innermost(optimizer) if hasattr(optimizer, "gradient_state") else optimizer
         gradients.prepare(lambda: outer.zero_grad(set_to_none=True))
         accumulating = is_accumulating(optimizer)
         try:
             if regularize:
-                # The second backward pass reduces the sum of both gradients over the processes.
                 part = self.part_of(*batch)
-                with self.interpolated(), no_sync(self._modules()):
-                    # No name for this loss: its graph must be gone in the second pass.
-                    backward(
-                        _scaled(
-                            self.weight
-                            * gradients.loss_of(lambda: closure(*part), self._modules()),
-                            scaler,
-                        )
-                    )
-                del part
+                # The second backward pass reduces the sum of both gradients over the processes.
+                with self.interpolated(backwards=1), no_sync(self._modules()):
+                    second = gradients.loss_of(lambda: closure(*part), self._modules())
+                    backward(_scaled(self.weight * second, scaler))
+                del second, part  # the graph and the videos must be gone in the second pass
                 gradients.require_no_graph()
             loss = gradients.loss_of(lambda: closure(*batch), self._modules())
-            backward(_scaled(loss, scaler))
-            self._require_unchanged()
+            with self._weights.while_anchor_comes() if self._is_due(1) else nullcontext():
+                backward(_scaled(loss, scaler))
+            self._weights.require_unchanged()
             apply_gradients(optimizer, scaler, None if accumulating else max_grad_norm)
         except BaseException:
             gradients.mark(used=True)  # the next step clears them
@@ -255,6 +236,10 @@ class InterpolatedWeightRegularizer:
         gradients.finish(accumulating=accumulating, skips=skips)
         self._steps += 1
         return loss.detach()
+
+    def _is_due(self, ahead: int = 0) -> bool:
+        """Return whether the present step is regularised, or the step ``ahead`` steps later."""
+        return self.weight > 0 and (self._steps + ahead) % self.every == 0
 
     def part_of(self, *batch: Any) -> tuple[Any, ...]:
         """Draw the random part of a batch on which the interpolated pass runs.
@@ -289,6 +274,14 @@ class InterpolatedWeightRegularizer:
         clips = number_of_clips(batch)
         return take_clips(batch, self._draws.part(clips, part_size(self.share, clips)))
 
+    def free_memory(self) -> None:
+        """Free the anchor's copy on the GPU, which :meth:`step` fetches for the next step.
+
+        Only ``anchor_device="cpu"`` has such a copy. Call this before work between two steps that
+        needs more memory of the GPU than a training step, such as an evaluation with large batches.
+        """
+        self._weights.free()
+
     def _ready_to_step(self) -> tuple[Any, Gradients]:
         """Return the optimizer and its gradients, or raise an error if ``step()`` can't be used."""
         if self.optimizer is None:
@@ -307,12 +300,10 @@ class InterpolatedWeightRegularizer:
     def _modules(self) -> list[nn.Module]:
         return [self.model] if self.wrapper is None else [self.model, self.wrapper]
 
-    def _reshard(self) -> None:
-        for module in self._modules():
-            reshard(module)
-
     @contextmanager
-    def interpolated(self, alpha: float | None = None) -> Iterator[float]:
+    def interpolated(
+        self, alpha: float | None = None, *, backwards: int | None = None
+    ) -> Iterator[float]:
         """Set the weights to ``alpha * anchor + (1 - alpha) * weights`` inside a ``with`` block.
 
         Run the forward *and* the backward pass of the second loss inside the block, and nothing
@@ -328,6 +319,9 @@ class InterpolatedWeightRegularizer:
         Args:
             alpha: the weight of the anchor, in [0, 1]. Default: a new draw from the interval, as
                 :meth:`draw_alpha` gives it.
+            backwards: number of backward passes in the block. With ``anchor_device="cpu"``, the
+                last of them then hides the copy of the weights to the GPU. A wrong number changes
+                the time and the memory, but no result.
 
         Yields:
             alpha.
@@ -342,48 +336,18 @@ class InterpolatedWeightRegularizer:
             raise UsageError("interpolated() can't be nested; end the first block before the next.")
         if alpha is not None:
             require_alpha(alpha)
-        self._require_unchanged()
-        self._reshard()
-        trained = trained_parameters(self.model)
-        live = self._anchored(trained)
-        follow_devices(self._anchor, live, self.anchor_device)
+        self._weights.require_unchanged()
+        for module in self._modules():
+            reshard(module)
+        live = self._weights.live()
         self._require_agreement()
         alpha = self._draw() if alpha is None else float(alpha)
         self._inside = True
-        changed: list[str] = []
         try:
-            stash = stash_for(live, self.anchor_device, self._stash)
-            factors = {name: trained[name] for name in self._unscaled if name in trained}
-            with (
-                keeping_buffers(self._modules()),
-                product_gradients(factors, alpha),
-                overwriting(list(live.values()), stash),
-            ):
-                parts = [local(parameter) for parameter in live.values()]
-                lerp_(parts, [self._anchor[name] for name in live], alpha)
-                del parts  # the forward pass can replace the memory of the shards
-                watch = WeightWatch(trained)
+            with self._weights.interpolated(live, alpha, self._modules(), backwards):
                 yield alpha
-                self._reshard()
-                kept = {n: (s, self._anchor[n]) for n, s in zip(live, stash, strict=True)}
-                changed = watch.look(named_parameters(self.model), kept, alpha)
-                self._watch = watch if watch.is_late else None
         finally:
             self._inside = False
-            self._reshard()  # frees gathered copies of the interpolated weights
-        if changed:
-            raise changed_weights(changed)
-
-    def _require_unchanged(self) -> None:
-        """Raise an error if the weights changed in the last block, as its GPU has found by now."""
-        watch, self._watch = self._watch, None
-        if watch is not None and watch.late():
-            raise changed_weights([])
-
-    def _anchored(self, trained: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-        """Return the trained parameters that have an anchor."""
-        require_known(trained, self._anchor.keys() | self._unanchored)
-        return {name: p for name, p in trained.items() if name in self._anchor}
 
     def _require_agreement(self) -> None:
         """Raise an error if the processes differ in seed, settings or anchor."""
@@ -392,7 +356,7 @@ class InterpolatedWeightRegularizer:
             facts = {
                 "alpha's generator": self._draws.alphas.get_state().numpy().tobytes(),
                 "settings": repr((*self._settings().values(), self._steps)).encode(),
-                "the anchor": self._fingerprint.encode(),
+                "the anchor": self._weights.fingerprint.encode(),
                 "the generator of the parts": b""
                 if self.share == 1
                 else self._draws.parts.get_state().numpy().tobytes(),
@@ -434,12 +398,12 @@ class InterpolatedWeightRegularizer:
             **self._settings(),
             "steps": self._steps,
             **self._draws.state(),
-            "anchor_fingerprint": self._fingerprint,
+            "anchor_fingerprint": self._weights.fingerprint,
         }
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the attributes for a copy or a pickle, which has its own optimizer."""
-        return {**vars(self), "_gradients": None, "_watch": None}
+        return {**vars(self), "_gradients": None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a state from :meth:`state_dict`, and continue its alphas and its parts.

@@ -128,7 +128,7 @@ def fsdp_keeps_shards_and_communicates_nothing_of_its_own(out: Path) -> None:
         for settings, copies in (({}, 1), ({"anchor_device": "cpu"}, 2)):  # the stash is kept too
             model = sharded()
             iwr, tracker = used_without_communication(model, make, settings)
-            tensors = [*iwr._anchor.values(), *iwr._stash.values()]
+            tensors = [*iwr._weights.anchor.values(), *iwr._weights.stash.values()]
             size = sum(value.untyped_storage().nbytes() for value in tensors)
             assert size == copies * 8 * local_size(model)
             assert_holds_shards(tracker, model)

@@ -101,7 +101,7 @@ def test_copies_are_not_waited_for_where_the_memory_is_page_locked(
     before = snapshot(model)
     with iwr.interpolated():
         pass  # allocates the stash
-    anchor, stash = list(iwr._anchor.values()), list(iwr._stash.values())
+    anchor, stash = list(iwr._weights.anchor.values()), list(iwr._weights.stash.values())
     pinned = {"none": [], "all but one": stash[1:], "all": stash}[stash_pinned]
     with Copies([*pinned, *(anchor if anchor_pinned else [])]) as copies, iwr.interpolated():
         assert not same_bits(model.state_dict()["first.weight"], before["first.weight"])
@@ -134,8 +134,8 @@ def test_on_a_gpu_the_cpu_keeps_page_locked_memory_and_changes_no_bit(dtype: tor
         with pytest.raises(KeyboardInterrupt), iwr.interpolated():
             raise KeyboardInterrupt
         assert_same_state(model.state_dict(), before)
-        copies = [*iwr._anchor.values(), *iwr._stash.values()]
-        assert bool(iwr._stash) == (device == "cpu")
+        copies = [*iwr._weights.anchor.values(), *iwr._weights.stash.values()]
+        assert bool(iwr._weights.stash) == (device == "cpu")
         assert {tensor.is_pinned() for tensor in copies} == {device == "cpu"}
         assert {tensor.device.type for tensor in copies} == {device or "cuda"}
     assert_same_state(models[1], models[0])
