@@ -138,7 +138,7 @@ class AnchoredWeights:
         """Return a context for the last backward pass before the next block, to hide a copy."""
         if self._copies is None:
             return nullcontext()
-        return self._copies.while_anchor_comes(self.live(), self.anchor)
+        return self._copies.while_anchor_comes(self.anchor)
 
     def free(self) -> None:
         """Free memory of the device that the next block would use."""

@@ -10,15 +10,15 @@ copies and computes at the same time, if the copies are in other streams than th
   the pass has ended, because the pass still uses the interpolated weights.
 * The anchor of the next interpolation comes during the second half of the plain backward pass.
 
-The new memory is memory that the backward pass has freed, and that PyTorch has not given back to
-the GPU. If there is too little of it, the rest is copied in small groups when it is needed. All
-results are the same bit for bit.
+The new memory is at most half of the memory that PyTorch holds and does not use at that time, such
+as that of activations that the backward pass has freed. If this is too little, the other weights
+are copied when they are needed, in groups of 16 MiB. All results are the same bit for bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -41,6 +41,7 @@ class Lanes(Protocol):
     Streams and events have the methods of those of ``torch.cuda``.
     """
 
+    device: torch.device
     to_device: Any
     to_host: Any
 
@@ -69,12 +70,12 @@ class CudaLanes:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self.device = device
         self.to_device, self.to_host = (torch.cuda.Stream(device) for _ in range(2))
 
     def main(self) -> Any:
         """Return the stream in which this thread computes."""
-        return torch.cuda.current_stream(self._device)
+        return torch.cuda.current_stream(self.device)
 
     def on(self, lane: Any) -> AbstractContextManager[Any]:
         """Return a context in which operations run in a stream."""
@@ -86,8 +87,8 @@ class CudaLanes:
 
     def free_bytes(self) -> int:
         """Return how much memory PyTorch holds for later use on the device."""
-        held: int = torch.cuda.memory_reserved(self._device)
-        return held - torch.cuda.memory_allocated(self._device)
+        held: int = torch.cuda.memory_reserved(self.device)
+        return held - torch.cuda.memory_allocated(self.device)
 
 
 class HiddenCopies:
@@ -96,13 +97,18 @@ class HiddenCopies:
     Args:
         lanes: the streams.
         group_bytes: see :data:`GROUP_BYTES`.
+
+    Attributes:
+        device: device of the weights.
     """
 
     def __init__(self, lanes: Lanes, group_bytes: int = GROUP_BYTES) -> None:
         self._lanes, self._group_bytes = lanes, group_bytes
+        self.device = lanes.device
         self._main = lanes.main()
         self._anchors: dict[_Group, tuple[list[Tensor], Any]] = {}  # on the device, with an event
         self._weights: dict[_Group, tuple[list[Tensor], Any]] = {}
+        self._live: Mapping[str, nn.Parameter] = {}  # of the last interpolation
         self._overwritten: list[_Group] = []
 
     @torch.no_grad()
@@ -122,11 +128,11 @@ class HiddenCopies:
             alpha: weight of the anchor.
         """
         lanes, main = self._lanes, self._lanes.main()
-        groups, self._overwritten = self._groups(live), []
+        groups, self._live, self._overwritten = self._groups(live), live, []
         if any(group not in groups for group in self._anchors):
             self.drop()  # other parameters are trained now
         # The memory of each group of the anchor is freed for the weights of a later group.
-        room = lanes.free_bytes() + sum(_bytes(group) for group, _ in self._anchors.values())
+        room = lanes.free_bytes() // 2 + sum(_bytes(group) for group, _ in self._anchors.values())
         waiting: list[tuple[list[Tensor], Any]] = []  # weights on their way to the CPU
         for number, group in enumerate(groups):
             for ahead in groups[number : number + 2]:
@@ -134,7 +140,8 @@ class HiddenCopies:
                     self._fetch(self._anchors, ahead, anchor, main)
             parts = [local(live[name]) for name in group]
             while waiting and room < sum(_bytes(kept) for kept, _ in waiting):
-                main.wait_event(waiting.pop(0)[1])
+                main.wait_event(waiting[0][1])  # before the memory is freed
+                del waiting[0]
             kept = [part.clone() for part in parts]
             lanes.to_host.wait_stream(main)
             with lanes.on(lanes.to_host):
@@ -170,6 +177,12 @@ class HiddenCopies:
         main.wait_stream(self._lanes.to_host)
         return main
 
+    def __del__(self) -> None:
+        """Let no copy run in memory that is freed with this object."""
+        with suppress(Exception):  # the GPU is gone when Python ends
+            for store in (self._anchors, self._weights):
+                self._drop(store, self._main)
+
     def drop(self) -> None:
         """Free the memory of tensors that were copied to the device and are not used."""
         main = self._lanes.main()
@@ -195,16 +208,13 @@ class HiddenCopies:
 
         return after_half(list(live.values()), backwards, fetch)
 
-    def while_anchor_comes(
-        self, live: Mapping[str, nn.Parameter], anchor: Mapping[str, Tensor]
-    ) -> AbstractContextManager[None]:
+    def while_anchor_comes(self, anchor: Mapping[str, Tensor]) -> AbstractContextManager[None]:
         """Return a context for a backward pass that hides the copy of the anchor.
 
         Args:
-            live: the parameters by name.
-            anchor: their anchor.
+            anchor: the anchor of the next interpolation.
         """
-        self._main = self._lanes.main()
+        self._main, live = self._lanes.main(), self._live
         return after_half(
             list(live.values()), 1, lambda: self._fetch_all(self._anchors, live, anchor)
         )
@@ -216,8 +226,11 @@ class HiddenCopies:
         live: Mapping[str, nn.Parameter],
         sources: Mapping[str, Tensor],
     ) -> None:
-        """Copy as many groups to the device as there is free memory for."""
-        room = self._lanes.free_bytes()
+        """Copy as many groups to the device as fit into half of the free memory.
+
+        The other half is left to the gradients and the temporary tensors of the present pass.
+        """
+        room = self._lanes.free_bytes() // 2
         # The thread of the backward pass can have another present stream.
         with self._lanes.on(self._main):
             for group in self._groups(live):
@@ -240,15 +253,12 @@ class HiddenCopies:
     ) -> None:
         """Begin to copy a group to the device."""
         lanes = self._lanes
-        near = [self._empty_like(sources[name]) for name in group]
+        near = [torch.empty_like(sources[name], device=self.device) for name in group]
         # Earlier work of the main stream can still use this memory.
         lanes.to_device.wait_stream(main)
         with lanes.on(lanes.to_device):
             _copy(near, [sources[name] for name in group])
         store[group] = (near, lanes.to_device.record_event())
-
-    def _empty_like(self, source: Tensor) -> Tensor:
-        return torch.empty_like(source, device=getattr(self._main, "device", source.device))
 
     def _take(
         self, store: dict[_Group, tuple[list[Tensor], Any]], group: _Group, main: Any
@@ -291,7 +301,8 @@ def hidden_copies(
     (own,) = devices
     if own.type != "cuda":
         return None
-    return HiddenCopies(CudaLanes(own)) if before is None else before
+    is_same = before is not None and before.device == own
+    return before if is_same else HiddenCopies(CudaLanes(own))
 
 
 @contextmanager

@@ -91,8 +91,9 @@ class InterpolatedWeightRegularizer:
             change it after the call. For a sharded model, whole and sharded tensors are accepted.
         anchor_device: device of the anchor, and of the copy of the weights during
             :meth:`interpolated`. Default: the device of the parameters. Use ``"cpu"`` for a model
-            that barely fits on its GPU: the copies use page-locked memory, one tensor of the
-            anchor at a time is on the GPU, and the results are the same.
+            that barely fits on its GPU. The copies use page-locked memory, and the results are the
+            same. :meth:`step` copies while the GPU computes. For this it uses up to half of the
+            memory that PyTorch holds without using it; see :meth:`free_memory`.
         interval: ``(low, high)`` of alpha, the weight of the *anchor*, within [0, 1]. The paper
             uses (0.0, 0.6). Equal values fix alpha.
         weight: C of Equation 9, at least 0. The paper uses 0.5.
@@ -244,23 +245,20 @@ class InterpolatedWeightRegularizer:
     def part_of(self, *batch: Any) -> tuple[Any, ...]:
         """Draw the random part of a batch on which the interpolated pass runs.
 
-        The part has ``share`` of the clips, rounded, and at least one. Without ``share``, it is the
-        batch itself. :meth:`step` calls this method. Loops of their own call it for each
-        micro-batch::
+        The part has ``share`` of the clips, rounded, and at least one. With ``share=1`` it is the
+        batch itself. :meth:`step` calls this method. Your own loop calls it for each micro-batch::
 
-            for video, label in loader:
-                some, their_label = iwr.part_of(video, label)
-                with iwr.interpolated():
-                    (iwr.weight * criterion(classifier(some), their_label)).backward()
-                criterion(classifier(video), label).backward()
+            some, their_label = iwr.part_of(video, label)
+            with iwr.interpolated():
+                (iwr.weight * criterion(classifier(some), their_label)).backward()
 
-        All processes draw the same numbers of clips. Batches of equal size therefore give parts of
-        equal size. Processes that hold parts of one video (tensor parallel) keep the same clips.
+        All processes draw the same positions. Batches of equal size therefore give parts of equal
+        size, and processes that compute parts of one video (tensor parallel) take the same videos.
 
         Args:
             batch: the arguments of a loss. Tensors have the clips along their first axis, lists
-                and tuples have one entry for each clip. Dicts, lists and tuples of them are taken
-                apart. ``None``, numbers, texts and other objects are returned as they are.
+                and tuples have one entry for each clip. Dicts, lists and tuples can hold several
+                of them. ``None``, numbers, texts and other objects are returned as they are.
 
         Returns:
             The part of each argument, as a tuple: ``(inputs,) = iwr.part_of(inputs)``.
@@ -354,13 +352,10 @@ class InterpolatedWeightRegularizer:
         groups = [] if self._agreed else process_groups(self._modules())
         if groups:
             facts = {
-                "alpha's generator": self._draws.alphas.get_state().numpy().tobytes(),
                 "settings": repr((*self._settings().values(), self._steps)).encode(),
                 "the anchor": self._weights.fingerprint.encode(),
-                "the generator of the parts": b""
-                if self.share == 1
-                else self._draws.parts.get_state().numpy().tobytes(),
             }
+            facts = self._draws.facts(with_parts=self.share < 1) | facts
             require_agreement(
                 groups,
                 facts,

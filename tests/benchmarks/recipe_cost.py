@@ -32,6 +32,8 @@ PEAKS = {"A100": 312e12, "H100": 989e12}
 """Dense bfloat16 operations a second, of the SXM modules, from the vendor's data sheets."""
 SHARE = 0.35
 """The part of the peak that training is assumed to reach. Times are inversely proportional."""
+SHARES = (1.0, 0.5, 0.25, 0.125)
+"""Shares of the clips for the second gradient, see ``--share`` of the trainer."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,12 @@ TOWERS = {
 }
 
 
-def step_flops(tower: Tower, clips: int = BATCH, passes: int = 2) -> int:
-    """Operations of a training step: backward twice those of forward; ``passes`` 2 with IWR."""
-    return passes * 3 * clips * FRAMES * tower.flops()
+def step_flops(tower: Tower, clips: int = BATCH, passes: float = 2) -> int:
+    """Operations of a training step: backward twice those of forward; ``passes`` 2 with IWR.
+
+    With IWR on a share of the clips, ``passes`` is 1 plus the share.
+    """
+    return round(passes * 3 * clips * FRAMES) * tower.flops()
 
 
 def steps() -> int:
@@ -96,6 +101,16 @@ def training_table() -> str:
     return markdown_table(header, rows)
 
 
+def share_table() -> str:
+    """Training with IWR on a share of the clips: hours on the last of :data:`PEAKS`."""
+    name, peak = list(PEAKS.items())[-1]
+    rows = []
+    for tower in TOWERS.values():
+        runs = [step_flops(tower, passes=1 + share) * steps() for share in SHARES]
+        rows.append([tower.name, *(f"{run / (GPUS * peak * SHARE) / 3600:.1f}" for run in runs)])
+    return markdown_table([f"hours, {GPUS} {name}", *(f"--share {s:g}" for s in SHARES)], rows)
+
+
 def evaluation_table() -> str:
     """One model, or one lambda, on the test videos of all four data sets."""
     header = ["", "PFLOP", *(f"minutes, {GPUS} {name}" for name in PEAKS)]
@@ -107,7 +122,7 @@ def evaluation_table() -> str:
     return markdown_table(header, rows)
 
 
-def measure(model_name: str, clips: int) -> None:
+def measure(model_name: str, clips: int, share: float) -> None:
     """Time a regularised step of the trainer here, and print what that means."""
     import open_clip
     import torch
@@ -115,7 +130,8 @@ def measure(model_name: str, clips: int) -> None:
     import openvclip
     from examples.finetune import train
     from openvclip.training.log import Step
-    from openvclip.training.recipe import Recipe
+    from openvclip.training.recipe import Recipe, Run
+    from openvclip.weights.batch_part import part_size
     from tests.benchmarks.machine import machine
 
     torch.manual_seed(0)
@@ -126,14 +142,16 @@ def measure(model_name: str, clips: int) -> None:
     batch = (torch.randn(clips, FRAMES, 3, 224, 224), torch.arange(clips))
     found: list[Step] = []
     recipe = Recipe(epochs=2, warmup_epochs=1, average_after=0)
-    train(classifier, [batch], 1, recipe, on_step=found.append)
+    train(classifier, [batch], 1, recipe, run=Run(share=share), on_step=found.append)
     seconds = found[-1].seconds  # the first step makes the optimizer's state
-    speed = step_flops(TOWERS[model_name], clips) / seconds
+    passes = 1 + part_size(share, clips) / clips
+    flops = step_flops(TOWERS[model_name], clips, passes)
+    speed = flops / seconds
     product = _speed_of_a_product()
     print(f"{machine()}; {model_name}, one step of {clips} clips, float32\n")
-    print(f"{seconds:.1f} s for {step_flops(TOWERS[model_name], clips) / 1e12:.2f} TFLOP: ", end="")
+    print(f"{seconds:.1f} s for {flops / 1e12:.2f} TFLOP: ", end="")
     print(f"{speed / 1e9:.0f} GFLOP/s, {speed / product:.0%} of a product's {product / 1e9:.0f}")
-    whole = step_flops(TOWERS[model_name]) * steps() / speed
+    whole = step_flops(TOWERS[model_name], passes=passes) * steps() / speed
     print(f"a run of {steps()} steps would take {whole / 86400:.0f} days here")
 
 
@@ -178,6 +196,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument("--measure", choices=TOWERS, metavar="MODEL", help=", ".join(TOWERS))
     parser.add_argument("--clips", type=int, default=2, help="of the measured step (%(default)s)")
+    parser.add_argument("--share", type=float, default=1.0, help="of the measured step")
     parser.add_argument("--decode", type=Path, nargs="+", metavar="FILE")
     return parser.parse_args(arguments)
 
@@ -186,12 +205,14 @@ def main() -> None:
     """Print the tables, or measure."""
     args = parse_arguments()
     if args.measure:
-        measure(args.measure, args.clips)
+        measure(args.measure, args.clips, args.share)
     elif args.decode:
         decode(args.decode)
     else:
         print(f"{steps()} steps of {BATCH} clips; GPUs at {SHARE:.0%} of their peak (assumed)\n")
-        print(f"{training_table()}\n\n{TEST_VIDEOS} test videos of {VIEWS} views\n")
+        print(
+            f"{training_table()}\n\n{share_table()}\n\n{TEST_VIDEOS} test videos of {VIEWS} views\n"
+        )
         print(evaluation_table())
 
 

@@ -236,6 +236,7 @@ def test_the_towers_are_open_clips(name: str) -> None:
 
 def test_times_on_the_page_are_the_scripts() -> None:
     assert recipe_cost.training_table() in PAGE
+    assert recipe_cost.share_table() in PAGE
     assert recipe_cost.evaluation_table() in PAGE
     assert f"{recipe_cost.steps():,} steps" in PAGE
     assert f"{recipe_cost.TRAIN_VIDEOS:,} training videos" in PAGE

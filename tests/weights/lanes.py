@@ -36,8 +36,6 @@ class Use:
 class Stream:
     """A stream with the methods of ``torch.cuda.Stream`` that are used."""
 
-    device = torch.device("cpu")
-
     def __init__(self, name: str) -> None:
         self.name, self.clock = name, {name: 0}
 
@@ -61,6 +59,8 @@ class Lanes(TorchDispatchMode):
     Args:
         room: the memory that PyTorch holds for later use, at each question.
     """
+
+    device = torch.device("cpu")
 
     def __init__(self, room: int = 2**40) -> None:
         super().__init__()
@@ -99,7 +99,8 @@ class Lanes(TorchDispatchMode):
         lane, schema = self.present, func._schema
         lane.clock[lane.name] += 1
         self.log.append((lane.name, func._overloadpacket.__name__))
-        for position, argument in enumerate(schema.arguments):
+        allocates = schema.name.startswith("aten::empty")  # and reads no values
+        for position, argument in enumerate([] if allocates else schema.arguments):
             value = args[position] if position < len(args) else kwargs.get(argument.name)
             writes = argument.alias_info is not None and argument.alias_info.is_write
             for tensor in tensors_in(value):
