@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from openvclip import InterpolatedWeightRegularizer
 from openvclip.weights import anchored
 from openvclip.weights.copies import HiddenCopies, after_half, hidden_copies
+from tests.benchmarks.hidden_copies import hidden_share
 from tests.helpers import assert_same_state, snapshot
 from tests.weights.lanes import Lanes, RaceError, Stream
 
@@ -70,9 +71,16 @@ def trained(model: nn.Module, steps: int = 4, **settings: Any) -> dict[str, Tens
 ROOMS = {"none": 0, "some": weight_bytes() // 2, "all": 2**40}
 
 
-@pytest.mark.parametrize("room", ROOMS)
-@pytest.mark.parametrize("every", [1, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("room", "every", "dtype"),
+    [
+        ("none", 1, torch.float32),
+        ("some", 1, torch.bfloat16),  # with an anchor in float32
+        ("some", 3, torch.float32),
+        ("all", 1, torch.float32),
+        ("all", 3, torch.bfloat16),
+    ],
+)
 def test_no_bit_changes_and_no_access_is_unordered(
     gpu: Any, room: str, every: int, dtype: torch.dtype
 ) -> None:
@@ -269,3 +277,11 @@ def test_on_the_cpu_nothing_is_hidden() -> None:
         pass
     assert iwr._weights._copies is None
     iwr.free_memory()
+
+
+def test_the_hidden_share_is_the_time_of_the_copies_beside_kernels() -> None:
+    kernels = [(0.0, 2.0), (1.0, 3.0), (5.0, 6.0)]
+    assert hidden_share([(0.5, 2.5)], kernels) == 1
+    assert hidden_share([(2.0, 6.0)], kernels) == 0.5
+    assert hidden_share([(3.0, 5.0), (7.0, 9.0)], kernels) == 0
+    assert hidden_share([(2.0, 4.0), (5.0, 6.0)], kernels) == pytest.approx(2 / 3)
