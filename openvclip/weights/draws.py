@@ -50,16 +50,6 @@ class Draws:
         order = torch.randperm(clips, generator=torch.Generator().manual_seed(seed))
         return sorted(order[:size].tolist())
 
-    def facts(self, *, with_parts: bool) -> dict[str, bytes]:
-        """Return what has to be equal in all processes, under the names for an error.
-
-        Args:
-            with_parts: whether parts are drawn. Otherwise their generator may differ.
-        """
-        parts = self.parts.get_state().numpy().tobytes() if with_parts else b""
-        alphas = self.alphas.get_state().numpy().tobytes()
-        return {"alpha's generator": alphas, "the generator of the parts": parts}
-
     def state(self) -> dict[str, Tensor]:
         """Return the states of the generators, under the names that they have in saved states."""
         return {

@@ -352,10 +352,12 @@ class InterpolatedWeightRegularizer:
         groups = [] if self._agreed else process_groups(self._modules())
         if groups:
             facts = {
+                "alpha's generator": self._draws.alphas.get_state().numpy().tobytes(),
                 "settings": repr((*self._settings().values(), self._steps)).encode(),
                 "the anchor": self._weights.fingerprint.encode(),
             }
-            facts = self._draws.facts(with_parts=self.share < 1) | facts
+            if self.share < 1:
+                facts["settings"] += self._draws.parts.get_state().numpy().tobytes()
             require_agreement(
                 groups,
                 facts,
