@@ -33,43 +33,48 @@ from torch import Tensor
 import openvclip
 from openvclip.commands.progress import progress_bar
 from openvclip.commands.streams import command
-from openvclip.models.labels import read_labels
 from openvclip.models.loading import LoadedModel
 from openvclip.processes import Processes
 from openvclip.training import inputs, methods, objectives, options, outputs, trial
 from openvclip.training import processes as distributed
-from openvclip.training.batches import class_warnings, seed_of, steps_of_run, videos_of_step
+from openvclip.training.batches import seed_of, steps_of_run, videos_of_step
 from openvclip.training.checkpoints import Checkpoints, TrainingState
 from openvclip.training.log import RunLog, Step
 from openvclip.training.objectives import Batches, Learner
 from openvclip.training.pairs import PairEncoder
 from openvclip.training.recipe import Recipe, Run, learning_rate, total_steps
-from openvclip.training.validation import Validation, shared_validation
+from openvclip.training.regularised import regularised
+from openvclip.training.validation import Validation
 from openvclip.weights.shards import clip_gradients
 
 
 class Trainer:
     """Holds the model, its optimizer and its regulariser, and does the training steps."""
 
-    def __init__(self, classifier: Learner, recipe: Recipe, run: Run, processes: Processes) -> None:
+    def __init__(
+        self, classifier: Learner, recipe: Recipe, run: Run, processes: Processes, tokenizer: Any
+    ) -> None:
         self.recipe, self.run, self.processes = recipe, run, processes
         self.model = model = classifier.model
         self.device = next(model.parameters()).device
         # Under FSDP no process holds a whole model on its device: the original CLIP is on the CPU.
         home = torch.device("cpu") if run.fsdp else self.device
         self.clip = {n: v.detach().to(home, copy=True) for n, v in model.state_dict().items()}
-        methods.choose_trained(model, recipe.method)
+        methods.choose_trained(model, recipe.method, text_tower=recipe.text_tower)
+        self.added = regularised(classifier, recipe, run, tokenizer)
+        learner = self.added or classifier
         if run.checkpointing:
             distributed.save_memory(model)
         self.forward = distributed.wrap(
-            classifier, processes, self.device, fsdp=run.fsdp, compiler=run.compiler
+            learner, processes, self.device, fsdp=run.fsdp, compiler=run.compiler
         )
-        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.trained = [p for p in learner.parameters() if p.requires_grad]
         self.optimizer = methods.make_optimizer(self.trained, recipe, run.betas)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=run.amp is torch.float16)
         self.objective = objectives.make_objective(
-            classifier, self.forward, self.scaler, run, processes
+            learner, self.forward, self.scaler, run, processes
         )
+        self.l2 = methods.make_distance_penalty(model, self.clip, recipe)
         self.iwr = openvclip.InterpolatedWeightRegularizer(
             model,
             wrapper=self.forward,
@@ -102,8 +107,8 @@ class Trainer:
                 batches, losses = part, interpolated
             raise distributed.loss_error(values, number, batches, losses, self.processes)
         self.scaler.unscale_(self.optimizer)
-        if self.recipe.method == "l2":
-            methods.add_distance_penalty(self.model, self.clip, self.recipe.l2_weight)
+        if self.l2 is not None:
+            self.l2.add_gradients()
         norm = clip_gradients(self.trained, self.recipe.clip_grad_norm).item()
         if not math.isfinite(norm) and not self.scaler.is_enabled():  # a scaler skips the step
             raise distributed.gradient_error(norm, number, batches, self.processes)
@@ -121,6 +126,7 @@ def train(
     *,
     run: Run | None = None,
     processes: Processes | None = None,
+    tokenizer: Any = None,
     checkpoints: Checkpoints | None = None,
     on_step: Callable[[Step], None] | None = None,
     on_epoch: Callable[[int], None] | None = None,
@@ -136,6 +142,7 @@ def train(
         recipe: the settings of the method.
         run: options of the run.
         processes: the processes that train together. Each process has its own loader.
+        tokenizer: the tokenizer of the model, which ``recipe.text_energy`` needs.
         checkpoints: resume from the last checkpoint, and save checkpoints.
         on_step: called after each step.
         on_epoch: called after each epoch, with the number of steps that are done. If the run
@@ -150,11 +157,11 @@ def train(
         SystemExit: a signal asked the run to stop, and a checkpoint was saved.
     """
     run, processes = run or Run(), processes or Processes()
-    trainer = Trainer(classifier, recipe, run, processes)
+    trainer = Trainer(classifier, recipe, run, processes, tokenizer)
     model, warmup = classifier.model, recipe.warmup_epochs * steps_per_epoch
     total = total_steps(recipe, run, steps_per_epoch)
     swa = methods.make_tracker(model, recipe, steps_per_epoch, total) if recipe.uses_swa else None
-    state = TrainingState(model, trainer.optimizer, trainer.scaler, trainer.iwr, swa)
+    state = TrainingState(model, trainer.optimizer, trainer.scaler, trainer.iwr, swa, trainer.added)
     first = checkpoints.resume(state) if checkpoints is not None else 0
     model.train()
     # Sharded text weights can't be used outside of a forward pass of the whole classifier.
@@ -213,7 +220,9 @@ def make_classifier(args: argparse.Namespace, loaded: LoadedModel, names: list[s
     methods.attach_prompts(
         model, args.method, names, args.frames, numbers, class_prompts=args.class_prompts
     )
-    return methods.make_classifier(model, loaded.tokenizer, names, args.method, args.template)
+    return methods.make_classifier(
+        model, loaded.tokenizer, names, args.method, args.template, text_tower=args.text_tower
+    )
 
 
 def fine_tune(args: argparse.Namespace, processes: Processes, device: torch.device) -> None:
@@ -230,10 +239,8 @@ def fine_tune(args: argparse.Namespace, processes: Processes, device: torch.devi
     classifier = make_classifier(args, loaded, videos.names)
     if not processes.is_first:
         torch.manual_seed(seed_of(recipe.seed, processes.rank))  # dropout differs by process
-    tests = options.validation_videos(args, videos.names, loaded.transform)
-    reading = {"batch_size": args.per_device_batch, "num_workers": args.num_workers}
-    shared = shared_validation(tests, processes, amp=run.amp, **reading) if tests else None
-    validation = Validation(classifier, shared, sharded=args.fsdp)
+    tests = options.shared_tests(args, videos.names, loaded.transform, processes, run.amp)
+    validation = Validation(classifier, tests, sharded=args.fsdp)
     settings = options.settings_of(args, recipe, run)
     checkpoints = Checkpoints(
         args.out,
@@ -246,10 +253,7 @@ def fine_tune(args: argparse.Namespace, processes: Processes, device: torch.devi
     folder = args.out if processes.is_first else None  # the first process writes the log
     log = RunLog(folder, total, first=checkpoints.last_step, every=args.log_every)
     if processes.is_first:
-        unseen = read_labels(args.zero_shot_classes) if args.zero_shot_classes else []
-        warnings = class_warnings(videos.labels, videos.names, unseen)
-        plan = options.plan(args, recipe, run, processes, videos.batches.batch_size)
-        print(*videos.warnings, *warnings, plan, sep="\n", flush=True)
+        print(*options.notes(args, recipe, run, processes, videos), sep="\n", flush=True)
 
     def validate(step: int) -> None:
         if not any(processes.gather(log.has(step, f"val_{validation.main}"))):
@@ -263,6 +267,7 @@ def fine_tune(args: argparse.Namespace, processes: Processes, device: torch.devi
             recipe,
             run=run,
             processes=processes,
+            tokenizer=loaded.tokenizer,
             checkpoints=checkpoints,
             on_step=log.step,
             on_epoch=validate,

@@ -31,6 +31,7 @@ from openvclip.towers.view import Boundary
 from openvclip.weights.averaging import EMATracker, LAWATracker, SWATracker
 from openvclip.weights.gaussian import GaussianTracker
 from openvclip.weights.interpolation import Lambda, interpolate, interpolate_into
+from openvclip.weights.l2 import L2ToAnchor
 from openvclip.weights.regularization import InterpolatedWeightRegularizer
 from openvclip.weights.statistics import update_statistics
 
@@ -59,6 +60,7 @@ __all__ = [
     "EMATracker",
     "GaussianTracker",
     "InterpolatedWeightRegularizer",
+    "L2ToAnchor",
     "LAWATracker",
     "Lambda",
     "OpenVCLIPError",

@@ -26,6 +26,7 @@ from openvclip.models.tokenizers import Tokenizer, as_tokenizer, tokens_of
 from openvclip.prompting.attach import has_prompts, prompts_of
 from openvclip.prompting.text import TextPrompts, encode_prompted, prompted_layout
 from openvclip.towers.temporal import encode_video
+from openvclip.towers.view import Pooling, require_pooling
 
 PHOTO_TEMPLATE = "a photo of a {}."
 """The template that ViFi-CLIP fine-tunes with."""
@@ -72,6 +73,8 @@ class VideoClassifier(TextClassifier):
         template: text with ``{}`` in place of the class name. ``"{}"`` is the class name alone.
             Default: the learned text prompts around ``"{}."`` if the model has text prompts,
             otherwise :data:`PHOTO_TEMPLATE`.
+        pooling: how the features of the frames become one feature, see
+            :func:`openvclip.encode_video`. Default: as in ViFi-CLIP.
 
     Raises:
         ClassNamesError: if there are no names, if a name is empty or occurs twice, if the text
@@ -94,9 +97,13 @@ class VideoClassifier(TextClassifier):
         tokenizer: Tokenizer,
         class_names: Sequence[str],
         template: str | None = None,
+        *,
+        pooling: Pooling = "frames",
     ) -> None:
         super().__init__()
         require_clip(model)
+        require_pooling(pooling)
+        self.pooling: Pooling = pooling
         self.class_names = require_names(class_names)
         self.model = model
         tokenize = as_tokenizer(tokenizer, model)
@@ -132,7 +139,7 @@ class VideoClassifier(TextClassifier):
             VideoShapeError: if the video has the wrong rank, dtype, number of channels, frame size
                 or number of frames.
         """
-        features = video_features(self.model, video, "frames")
+        features = video_features(self.model, video, self.pooling)
         text = self.text_features() if self._fixed is None else self._fixed
         return similarity_logits(self.model, features, text)
 

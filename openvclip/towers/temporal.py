@@ -189,7 +189,20 @@ def encode_video(
             feature for each frame.
     """
     require_pooling(pooling)
-    features = encode_frames(model, video)
+    return pool_frames(encode_frames(model, video), pooling, normalize=normalize)
+
+
+def pool_frames(features: Tensor, pooling: Pooling, *, normalize: bool = False) -> Tensor:
+    """Return one feature per clip, from the features of its frames; see :func:`encode_video`.
+
+    Args:
+        features: the result of :func:`encode_frames`, ``[B, T, D]``.
+        pooling: see :func:`encode_video`.
+        normalize: see :func:`encode_video`.
+
+    Returns:
+        Tensor ``[B, D]``.
+    """
     if pooling == "frames":
         return functional.normalize(features.mean(dim=1), dim=-1)
     mean = functional.normalize(features, dim=-1).mean(dim=1)

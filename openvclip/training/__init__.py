@@ -6,6 +6,7 @@
 
 from openvclip.training.batches import Batching, VideoBatches, class_warnings, steps_of_run
 from openvclip.training.checkpoints import Checkpoints, TrainingState
+from openvclip.training.distillation import FeatureDistillation
 from openvclip.training.log import LoaderWatch, RunLog, Step
 from openvclip.training.methods import (
     add_distance_penalty,
@@ -17,10 +18,12 @@ from openvclip.training.methods import (
 )
 from openvclip.training.model_card import ModelCard
 from openvclip.training.objectives import make_objective
+from openvclip.training.original import OriginalCLIP
 from openvclip.training.pairs import PairEncoder, contrastive_loss
 from openvclip.training.presets import PRESETS, Preset
 from openvclip.training.processes import training_processes, wrap
 from openvclip.training.recipe import METHODS, Recipe, Run, learning_rate, total_steps
+from openvclip.training.text_energy import TextEnergy
 from openvclip.training.validation import SharedAccuracy, SharedRetrieval, Validation
 
 __all__ = [
@@ -28,8 +31,10 @@ __all__ = [
     "PRESETS",
     "Batching",
     "Checkpoints",
+    "FeatureDistillation",
     "LoaderWatch",
     "ModelCard",
+    "OriginalCLIP",
     "PairEncoder",
     "Preset",
     "Recipe",
@@ -38,6 +43,7 @@ __all__ = [
     "SharedAccuracy",
     "SharedRetrieval",
     "Step",
+    "TextEnergy",
     "TrainingState",
     "Validation",
     "VideoBatches",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from openvclip.checkpoints.atomic import atomic_path
 from openvclip.errors import CheckpointError
 from openvclip.processes import Processes
+from openvclip.training.regularised import RegularisedClassifier
 from openvclip.weights.averaging import SWATracker
 from openvclip.weights.names import named_state
 from openvclip.weights.regularization import InterpolatedWeightRegularizer
@@ -34,6 +35,8 @@ class TrainingState:
         scaler: the scaler of the loss, which may be disabled.
         iwr: the regulariser, for the state of its random numbers.
         swa: the average of the weights; ``None`` if the method averages nothing.
+        regularised: holds the projectors and the random texts of the regularisers; ``None`` if the
+            recipe has none.
     """
 
     model: nn.Module
@@ -41,6 +44,7 @@ class TrainingState:
     scaler: torch.amp.GradScaler
     iwr: InterpolatedWeightRegularizer
     swa: SWATracker | None
+    regularised: RegularisedClassifier | None = None
 
 
 class Checkpoints:
@@ -142,7 +146,7 @@ class Checkpoints:
             CheckpointError: the checkpoint can't be written. All processes raise this error, and
                 earlier checkpoints stay.
         """
-        random = self.processes.gather(_random_state())
+        random, extra = self.processes.gather(_random_state()), state.regularised
         content = _whole_tensors(
             {
                 "settings": self.settings,
@@ -153,6 +157,7 @@ class Checkpoints:
                 "iwr": state.iwr.state_dict(),
                 "swa": None if state.swa is None else state.swa.state_dict(),
                 "random": random,
+                **({} if extra is None else {"regularisers": extra.regulariser_state()}),
             }
         )
         path = self.folder / f"checkpoint-{step:08d}.pt"
@@ -239,6 +244,8 @@ def _restore(state: TrainingState, saved: Mapping[str, Any]) -> None:
     state.optimizer.load_state_dict(optimizer)
     state.scaler.load_state_dict(saved["scaler"])
     state.iwr.load_state_dict(saved["iwr"])
+    if state.regularised is not None:
+        state.regularised.load_regulariser_state(saved["regularisers"])
     if state.swa is not None:
         state.swa.load_state_dict(
             {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 
 from openvclip.commands.parsing import unused_option
@@ -27,6 +28,12 @@ def require_consistent(args: argparse.Namespace, fail: Callable[[str], object]) 
         fail("--val-annotations needs --val-videos, the folder of the validation videos")
     if args.method == "bridge" and args.start_from is None:
         fail("--method bridge needs --start-from, a file of fine-tuned weights")
+    if args.fsdp and (args.distill or args.text_energy):
+        fail("--fsdp can't be used with --distill and --text-energy: leave --fsdp out")
+    for name in ("distill", "text_energy"):
+        if not 0 <= getattr(args, name) < math.inf:
+            flag = name.replace("_", "-")
+            fail(f"--{flag} {getattr(args, name):g}: expected a number of at least 0")
     if args.method in PROMPT_METHODS and args.fsdp:
         fail(
             f"--fsdp can't be used with --method {args.method}, which trains only prompts: "
@@ -86,11 +93,15 @@ def _unused(args: argparse.Namespace) -> dict[str, str]:
     else:
         unused += [*_PROMPT_OPTIONS]
     if not is_expanded(args.method):
-        unused += ["frame_by_frame"]
+        unused += ["frame_by_frame", "text_tower"]
+    if args.method in PROMPT_METHODS:
+        unused += ["distill", "text_energy"]
     reasons |= dict.fromkeys(unused, method)
     if args.objective == "contrastive":
         captions = "with --objective contrastive, which takes captions as they are"
         reasons |= dict.fromkeys(("classes", "zero_shot_classes", "template"), captions)
+        regularisers = ("distill", "text_energy")
+        reasons |= dict.fromkeys(regularisers, "with --objective contrastive")
     else:
         reasons |= dict.fromkeys(("train_list", "val_list"), "without --objective contrastive")
     if args.val_annotations is None:

@@ -12,12 +12,15 @@ from torch import Tensor, nn
 from openvclip import prompting
 from openvclip.errors import UsageError
 from openvclip.models.classifier import ZeroShotClassifier
+from openvclip.models.text_weights import text_names
 from openvclip.prompting import VideoClassifier
 from openvclip.training.recipe import PROMPT_METHODS, VIFI_TOWERS, Recipe
 from openvclip.weights.averaging import SWATracker
-from openvclip.weights.shards import local, local_like
+from openvclip.weights.l2 import L2ToAnchor
 
 Classifier = ZeroShotClassifier | VideoClassifier
+TEXT_TOWER_TEMPLATE = "a video of {}."
+"""The text of a class in training, if an expanded model trains its text tower."""
 Tokenizer = Callable[[list[str]], Tensor]
 
 
@@ -65,6 +68,8 @@ def make_classifier(
     names: Sequence[str],
     method: str,
     template: str | None = None,
+    *,
+    text_tower: bool = False,
 ) -> Classifier:
     """Return a classifier with the pooling and the texts of a method.
 
@@ -74,19 +79,36 @@ def make_classifier(
         names: names of the classes.
         method: one of :data:`openvclip.training.recipe.METHODS`.
         template: a text with ``{}`` for the class name. Default: the templates of the method.
+        text_tower: whether an expanded model trains its text tower too. Its texts are then encoded
+            in each step, so the default is one template, ``"a video of {}."``.
     """
     if not is_expanded(method):
         return VideoClassifier(model, tokenizer, names, template)
+    if text_tower:
+        template = TEXT_TOWER_TEMPLATE if template is None else template
+        return VideoClassifier(model, tokenizer, names, template, pooling="unit_frames")
     if template is not None:
         return ZeroShotClassifier(model, tokenizer, names, [template])
     return ZeroShotClassifier(model, tokenizer, names)
 
 
-def choose_trained(model: nn.Module, method: str) -> None:
+def trains_text(recipe: Recipe) -> bool:
+    """Return whether a recipe trains the text tower."""
+    if is_expanded(recipe.method):
+        return recipe.text_tower
+    return VIFI_TOWERS.get(recipe.method) in ("both", "text")
+
+
+def choose_trained(model: nn.Module, method: str, *, text_tower: bool = False) -> None:
     """Set ``requires_grad`` of each parameter, in place.
 
     Open-VCLIP and its variants train the image tower and the logit scale. ViFi-CLIP trains both
     towers or one of them. Bridge and Vita-CLIP train the prompts alone.
+
+    Args:
+        model: the model that is trained.
+        method: one of :data:`openvclip.training.recipe.METHODS`.
+        text_tower: whether Open-VCLIP and its variants train the text tower too.
 
     Raises:
         PromptingError: the method learns prompts and the model has none, or the method learns no
@@ -101,8 +123,11 @@ def choose_trained(model: nn.Module, method: str) -> None:
     # Names of open_clip, then names of Hugging Face.
     image_tower = ("visual.", "vision_model.", "visual_projection.")
     scale = ("logit_scale", "temperature")
+    names = [name for name, _ in model.named_parameters()]
+    texts = set(text_names(names)) if text_tower else set()
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(image_tower) or name in scale)
+        chosen = name.startswith(image_tower) or name in scale or name in texts
+        parameter.requires_grad_(chosen)
 
 
 @contextmanager
@@ -161,7 +186,19 @@ def make_tracker(model: nn.Module, recipe: Recipe, steps_per_epoch: int, total: 
     return SWATracker(model, start=start, every=every)
 
 
-@torch.no_grad()
+def make_distance_penalty(
+    model: nn.Module, clip: Mapping[str, Tensor], recipe: Recipe
+) -> L2ToAnchor | None:
+    """Return the penalty on the distance to the original CLIP, if the method has one (``l2``).
+
+    Args:
+        model: the model that is trained, sharded or not.
+        clip: state dict of the original CLIP.
+        recipe: gives the method and the factor of the squared distance.
+    """
+    return L2ToAnchor(model, clip, weight=recipe.l2_weight) if recipe.method == "l2" else None
+
+
 def add_distance_penalty(model: nn.Module, clip: Mapping[str, Tensor], weight: float) -> None:
     """Add the gradient of ``weight`` times the squared L2 distance to the original CLIP (Table 5).
 
@@ -170,7 +207,4 @@ def add_distance_penalty(model: nn.Module, clip: Mapping[str, Tensor], weight: f
         clip: state dict of the original CLIP.
         weight: factor of the squared distance.
     """
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            drift = local(parameter) - local_like(clip[name], parameter)
-            local(parameter.grad).add_(drift.mul_(2 * weight))
+    L2ToAnchor(model, clip, weight=weight).add_gradients()

@@ -21,6 +21,7 @@ from openvclip.training.batches import seed_of
 from openvclip.training.methods import Classifier
 from openvclip.training.pairs import PairEncoder, contrastive_loss
 from openvclip.training.recipe import Run
+from openvclip.training.regularised import RegularisedClassifier
 from openvclip.weights.shards import local, no_sync, whole
 
 __all__ = [
@@ -29,11 +30,15 @@ __all__ = [
     "Contrastive",
     "Learner",
     "Objective",
+    "RegularisedClassification",
     "make_objective",
 ]
 
 Learner = Classifier | PairEncoder
 """What is trained: a classifier, or the encoder of pairs for the contrastive objective."""
+
+Module = Learner | RegularisedClassifier
+"""What an objective calls: what is trained, with the regularisers of the recipe."""
 
 LARGEST_SCALE = 100.0
 """The contrastive objective limits the scale of the cosines to this number, as CLIP's training."""
@@ -55,7 +60,7 @@ class Objective(ABC):
 
     def __init__(
         self,
-        learner: Learner,
+        learner: Module,
         forward: nn.Module,
         scaler: torch.amp.GradScaler,
         run: Run,
@@ -102,12 +107,36 @@ class Classification(Objective):
         for number, (video, label, *_) in enumerate(batches, start=1):
             with self.reducing(reduce and number == len(batches)):
                 with self.autocast():
-                    logits = self.forward(video.to(self.device, non_blocking=True))
+                    on_device = video.to(self.device, non_blocking=True)
                     label = label.to(self.device, non_blocking=True)
-                    loss = len(label) / videos * functional.cross_entropy(logits, label)
+                    loss = len(label) / videos * self._loss(on_device, label)
                 self.scaler.scale(factor * loss).backward()
             shares.append(loss.detach())
         return torch.stack(shares)
+
+    def _loss(self, video: Tensor, label: Tensor) -> Tensor:
+        return functional.cross_entropy(self.forward(video), label)
+
+
+class RegularisedClassification(Classification):
+    """The cross entropy of classes, plus the losses of the regularisers of the learner.
+
+    All passes of a step have the same random texts.
+    """
+
+    learner: RegularisedClassifier
+    _texts: Tensor | None = None
+
+    def after_step(self) -> None:
+        """Forget the random texts of the step."""
+        self._texts = None
+
+    def _loss(self, video: Tensor, label: Tensor) -> Tensor:
+        if self.learner.energy is not None and self._texts is None:
+            self._texts = self.learner.energy.draw()
+        logits, penalty = self.forward(video, self._texts)
+        total: Tensor = functional.cross_entropy(logits, label) + penalty
+        return total
 
 
 class Contrastive(Objective):
@@ -219,13 +248,15 @@ class Contrastive(Objective):
 
 
 def make_objective(
-    learner: Learner,
+    learner: Module,
     forward: nn.Module,
     scaler: torch.amp.GradScaler,
     run: Run,
     processes: Processes,
 ) -> Objective:
     """Return the objective of a learner: contrastive for a ``PairEncoder``, else classification.
+
+    A :class:`openvclip.training.regularised.RegularisedClassifier` adds its regularisers.
 
     Args:
         learner: see :class:`Objective`.
@@ -234,7 +265,9 @@ def make_objective(
         run: see :class:`Objective`.
         processes: see :class:`Objective`.
     """
-    kind = Contrastive if isinstance(learner, PairEncoder) else Classification
+    kind: type[Objective] = Contrastive if isinstance(learner, PairEncoder) else Classification
+    if isinstance(learner, RegularisedClassifier):
+        kind = RegularisedClassification
     return kind(learner, forward, scaler, run, processes)
 
 

@@ -13,7 +13,7 @@ import torch
 from openvclip.commands.parsing import Parser
 from openvclip.models.labels import read_labels
 from openvclip.processes import Processes
-from openvclip.training.batches import Batching
+from openvclip.training.batches import Batching, class_warnings
 from openvclip.training.captions import CaptionedVideos, find_captioned
 from openvclip.training.consistency import require_consistent
 from openvclip.training.inputs import (
@@ -36,7 +36,12 @@ from openvclip.training.shared_options import (
     sampling_of,
     share_of_one,
 )
-from openvclip.training.validation import TEST_SAMPLERS
+from openvclip.training.validation import (
+    TEST_SAMPLERS,
+    SharedAccuracy,
+    SharedRetrieval,
+    shared_validation,
+)
 from openvclip.video import VideoDataset
 from openvclip.video.transforms import Transform
 
@@ -182,6 +187,54 @@ def validation_videos(
     return VideoDataset(args.val_annotations, folder, class_names=names, **clips)
 
 
+def shared_tests(
+    args: argparse.Namespace,
+    names: Sequence[str],
+    transform: Transform,
+    processes: Processes,
+    amp: torch.dtype | None,
+) -> SharedAccuracy | SharedRetrieval | None:
+    """Return the validation that all processes compute; ``None`` without ``--val-annotations``.
+
+    Args:
+        args: the arguments.
+        names: see :func:`validation_videos`.
+        transform: see :func:`validation_videos`.
+        processes: the processes that train together.
+        amp: dtype of autocast; ``None`` if autocast is off.
+    """
+    videos = validation_videos(args, names, transform)
+    if not videos:
+        return None
+    reading = {"batch_size": args.per_device_batch, "num_workers": args.num_workers}
+    return shared_validation(videos, processes, amp=amp, **reading)
+
+
+def notes(
+    args: argparse.Namespace,
+    recipe: Recipe,
+    run: Run,
+    processes: Processes,
+    videos: TrainingVideos,
+) -> list[str]:
+    """Return what a run prints before the first step: warnings, and a line about the batch.
+
+    Args:
+        args: the arguments.
+        recipe: the recipe.
+        run: options of the run.
+        processes: the processes that train together.
+        videos: the training videos.
+    """
+    unseen = read_labels(args.zero_shot_classes) if args.zero_shot_classes else []
+    warnings = class_warnings(videos.labels, videos.names, unseen)
+    return [
+        *videos.warnings,
+        *warnings,
+        plan(args, recipe, run, processes, videos.batches.batch_size),
+    ]
+
+
 def prompt_numbers_of(args: argparse.Namespace) -> dict[str, int]:
     """Return the numbers and depths of prompts that are given."""
     numbers = {name: getattr(args, name) for name in _PROMPT_NUMBERS}
@@ -201,6 +254,9 @@ def settings_of(args: argparse.Namespace, recipe: Recipe, run: Run) -> dict[str,
     pixels = ("frames", "sampling_rate", "target_fps", "sampler", "short_side")
     clips = {name: getattr(args, name) for name in (*pixels, "flip", "color_jitter", "backend")}
     settings = {**model, **asdict(recipe), **how, **clips}
+    for name in ("text_tower", "distill", "text_energy"):
+        if not settings[name]:  # folders that were written before there was this option go on
+            del settings[name]
     if recipe.method in PROMPT_METHODS:
         settings |= {**prompt_numbers_of(args), "class_prompts": args.class_prompts}
     del settings["lam"]  # it changes the final interpolation alone: another value needs no new run

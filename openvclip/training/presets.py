@@ -82,6 +82,11 @@ def _supervised() -> Preset:
 
 PRESETS: dict[str, Preset] = {
     "open-vclip": Preset("the paper's Open-VCLIP: the defaults", {}, {"views": 3}),
+    "froster": Preset(
+        "FROSTER: both towers, with the features distilled from CLIP's",
+        {"method": "swa", "text_tower": True, "distill": 2.0, "lam": 0.0},
+        {"method": "swa", "views": 3},
+    ),
     "vifi-zero-shot": _vifi(
         "ViFi-CLIP on Kinetics-400, for the classes of other data sets",
         lr=8e-6,

@@ -37,7 +37,7 @@ class Recipe:
     A step is an optimizer step. An epoch is one pass over the training videos.
 
     Raises:
-        ValueError: ``method`` is not one of :data:`METHODS`.
+        ValueError: ``method`` is not one of :data:`METHODS`, or a weight is negative.
     """
 
     method: str = _setting(
@@ -63,6 +63,17 @@ class Recipe:
     )
     iwr_weight: float = _setting(0.5, "C of Equation 9, the weight of the regulariser's loss")
     l2_weight: float = _setting(0.5, "factor of the squared distance to CLIP (method l2)")
+    text_tower: bool = _setting(
+        False, "train the text tower too; the texts of the classes are encoded in each step"
+    )
+    distill: float = _setting(
+        0.0,
+        "weight of FROSTER's feature distillation, for any method but bridge and vita (FROSTER: 2)",
+    )
+    text_energy: float = _setting(
+        0.0,
+        "weight of Lipsum-FT's loss of random texts, for any method but bridge and vita",
+    )
     average_after: int = _setting(
         1,
         "epochs before the averaging begins. With 1, the first averaged model is the model after "
@@ -76,6 +87,10 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"method={self.method!r}: expected one of {', '.join(METHODS)}.")
+        for name in ("distill", "text_energy"):
+            number = getattr(self, name)
+            if not (math.isfinite(number) and number >= 0):
+                raise ValueError(f"{name}={number!r}: expected a finite number of at least 0.")
 
     @property
     def uses_iwr(self) -> bool:

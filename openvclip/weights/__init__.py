@@ -16,6 +16,7 @@ from openvclip.weights.averaging import EMATracker, LAWATracker, SWATracker
 from openvclip.weights.gaussian import GaussianTracker
 from openvclip.weights.hashing import weights_hash
 from openvclip.weights.interpolation import Lambda, interpolate, interpolate_into
+from openvclip.weights.l2 import L2ToAnchor
 from openvclip.weights.lambdas import by_depth, visual_only
 from openvclip.weights.low_rank import CompressionLoss, LowRank
 from openvclip.weights.regularization import InterpolatedWeightRegularizer
@@ -32,6 +33,7 @@ __all__ = [
     "EMATracker",
     "GaussianTracker",
     "InterpolatedWeightRegularizer",
+    "L2ToAnchor",
     "LAWATracker",
     "Lambda",
     "LowRank",

@@ -1,0 +1,117 @@
+"""The penalty on the distance between the trained weights and their original values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, distributed, nn
+
+from openvclip.errors import RegularizationError
+from openvclip.weights.anchor import follow_devices, take_anchor
+from openvclip.weights.names import named_parameters
+from openvclip.weights.numerics import common_dtype
+from openvclip.weights.shards import is_sharded, local, mesh_groups
+
+
+class L2ToAnchor:
+    r"""The penalty ``weight`` times the squared L2 distance to the original weights.
+
+    The penalty is :math:`w \sum_i (\theta_i - \theta_{A,i})^2`, where the sum is over all elements
+    of the trained parameters. Add :meth:`loss` to the loss of a step::
+
+        l2 = openvclip.L2ToAnchor(model, weight=0.01)
+        (criterion(model(x), y) + l2.loss()).backward()
+
+    Inside :meth:`InterpolatedWeightRegularizer.step
+    <openvclip.InterpolatedWeightRegularizer.step>`, the pass at the interpolated weights also has
+    the penalty, at the interpolated weights.
+
+    Source: Table 5 of Open-VCLIP; Li et al., ICML 2018 (L2-SP).
+
+    Args:
+        model: the model to train. Set ``requires_grad`` before you create the penalty.
+        anchor: original weights by name, such as the state dict of the original CLIP. Default: a
+            copy of the present weights.
+        weight: factor of the squared distance, at least 0.
+        missing: what to do with trained parameters that the anchor lacks. ``"error"`` raises an
+            error, ``"skip"`` trains them without the penalty.
+
+    Attributes:
+        model: as the argument.
+        weight: as the argument. It can be changed between two steps.
+
+    Raises:
+        RegularizationError: ``weight`` is negative or not finite, or ``missing`` is unknown.
+        UsageError: no parameter requires gradients.
+        StateMismatchError: the anchor lacks trained parameters, has names that the model does not
+            have, or has other shapes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        anchor: Mapping[str, Tensor] | None = None,
+        *,
+        weight: float,
+        missing: Literal["error", "skip"] = "error",
+    ) -> None:
+        if not (math.isfinite(weight) and weight >= 0):
+            raise RegularizationError(f"weight={weight!r}: expected a finite number of at least 0.")
+        if missing not in ("error", "skip"):
+            raise RegularizationError(f"missing={missing!r}: expected 'error' or 'skip'.")
+        self.model, self.weight = model, float(weight)
+        self._anchor = take_anchor(model, anchor, missing, None)
+
+    def loss(self) -> Tensor:
+        """Return the penalty at the present weights, a scalar with gradients.
+
+        Under ``fully_shard``, every process must call this method. The result is the penalty of the
+        whole weights, and the gradients are those of the shard that each process holds.
+        """
+        live = self._live()
+        parts = []
+        for name, parameter in live.items():
+            part: Any = parameter
+            part = part.to_local() if is_sharded(parameter) else parameter
+            dtype = common_dtype(part.dtype, self._anchor[name].dtype)
+            drift = part.to(dtype) - self._anchor[name].to(dtype)
+            parts.append(
+                (drift * drift.conj()).real.sum() if drift.is_complex() else drift.square().sum()
+            )
+        total = self.weight * torch.stack([part.to(parts[0].device) for part in parts]).sum()
+        return _with_value_of_all(total, list(live.values()))
+
+    @torch.no_grad()
+    def add_gradients(self) -> None:
+        """Add the gradients of :meth:`loss` to the gradients that the parameters have.
+
+        This needs no graph, and memory for one parameter at a time. Call it after the backward
+        pass of the step, and before the gradients are clipped. If a ``GradScaler`` scales the loss,
+        unscale the gradients first. Parameters without a gradient are left as they are.
+        """
+        for name, parameter in self._live().items():
+            if parameter.grad is not None:
+                part, gradient = local(parameter), local(parameter.grad)
+                dtype = common_dtype(part.dtype, self._anchor[name].dtype)
+                drift = part.to(dtype) - self._anchor[name].to(dtype)
+                gradient.add_(drift.mul_(2 * self.weight))
+
+    def _live(self) -> dict[str, nn.Parameter]:
+        parameters = named_parameters(self.model)
+        live = {name: parameters[name] for name in self._anchor if name in parameters}
+        follow_devices(self._anchor, live, None)
+        return live
+
+
+def _with_value_of_all(loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
+    """Return a loss with the sum of the values of all processes that hold shards."""
+    groups = mesh_groups(parameters)
+    if not groups:
+        return loss
+    whole = loss.detach().clone()
+    for group in groups:
+        distributed.all_reduce(whole, group=group)
+    return loss + (whole - loss.detach())
