@@ -1,6 +1,14 @@
 """Evaluate models: accuracy, retrieval, published protocols, curves along λ, tables, figures."""
 
 from openvclip.evaluation.accuracy import NO_RANK, Evaluation, evaluate, evaluate_each, score
+from openvclip.evaluation.choosing import (
+    CHOICE_LAMBDAS,
+    LambdaChoice,
+    choose_lambda,
+    dawin_weights,
+    evaluate_mixed,
+    mix_logits,
+)
 from openvclip.evaluation.confidence import (
     ConfidenceReport,
     CoverageCurve,
@@ -35,6 +43,7 @@ from openvclip.evaluation.timing import Timing
 from openvclip.video.sampling import Sampling
 
 __all__ = [
+    "CHOICE_LAMBDAS",
     "FIGURE_LAMBDAS",
     "NO_RANK",
     "BatchOptions",
@@ -42,6 +51,7 @@ __all__ = [
     "CoverageCurve",
     "Curve",
     "Evaluation",
+    "LambdaChoice",
     "Mixture",
     "ProtocolEvaluation",
     "Record",
@@ -56,16 +66,20 @@ __all__ = [
     "as_json",
     "as_table",
     "auroc",
+    "choose_lambda",
     "confidence_report",
+    "dawin_weights",
     "dual_softmax",
     "encode_videos",
     "evaluate",
     "evaluate_each",
+    "evaluate_mixed",
     "evaluate_protocol",
     "evaluate_retrieval",
     "expected_calibration_error",
     "markdown_table",
     "mean_and_std",
+    "mix_logits",
     "require_captioned",
     "require_videos",
     "retrieval_json",

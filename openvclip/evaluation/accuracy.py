@@ -149,11 +149,11 @@ def evaluate_each(
             video, label = batch[:2]
             on_device = video.to(device, non_blocking=True)
             for logits_of, evaluations in zip(variants, parts, strict=True):
-                logits = _summed_over_views(logits_of, on_device).cpu()
+                logits = summed_over_views(logits_of, on_device).cpu()
                 _require_a_row_each(logits, video, label)
                 broken = [bool(e) for e in batch.error] if isinstance(batch, VideoSample) else []
                 logits[broken] = 0.0
-                require_finite(logits, lambda: _weights_of(classifier), "The logits")
+                require_finite(logits, lambda: weights_of(classifier), "The logits")
                 logits[broken] = float("nan")
                 evaluations.append(score(logits, label))
     return [_concatenated(evaluations) for evaluations in parts]
@@ -177,7 +177,16 @@ def score(logits: Tensor, targets: Tensor) -> Evaluation:
     )
 
 
-def _summed_over_views(logits_of: Callable[[Tensor], Tensor], video: Tensor) -> Tensor:
+def summed_over_views(logits_of: Callable[[Tensor], Tensor], video: Tensor) -> Tensor:
+    """Return the logits ``[B, K]`` of a batch of a loader, summed over the views of each clip.
+
+    Args:
+        logits_of: function from clips ``[B, T, C, H, W]``, or images, to logits ``[B, K]``.
+        video: a batch as :func:`evaluate` takes it.
+
+    Raises:
+        VideoShapeError: the batch does not have 4 to 6 dimensions.
+    """
     if video.ndim == 6:
         logits = logits_of(video.flatten(0, 1))
         return logits.unflatten(0, video.shape[:2]).sum(dim=1)  # type: ignore[no-any-return]
@@ -203,7 +212,8 @@ def _require_a_row_each(logits: Tensor, video: Tensor, label: Tensor) -> None:
         )
 
 
-def _weights_of(classifier: nn.Module) -> dict[str, Tensor]:
+def weights_of(classifier: nn.Module) -> dict[str, Tensor]:
+    """Return the live entries of the model of a classifier, or of the classifier itself."""
     model = getattr(classifier, "model", None)
     return named_state(model if isinstance(model, nn.Module) else classifier)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -76,6 +76,37 @@ def sweep(
             classifier or its model is compiled with Inductor's ``freezing=True``, which keeps the
             old weights; or ``theta_a`` and ``theta_b`` share the memory of all their entries.
     """
+    with interpolated_logits(classifier, theta_a, theta_b, lams, text=text) as variants:
+        evaluations = evaluate_each(
+            variants, classifier, loader, progress=progress, description=description
+        )
+    return dict(zip(lams, evaluations, strict=True))
+
+
+@contextmanager
+def interpolated_logits(
+    classifier: nn.Module,
+    theta_a: Mapping[str, Tensor],
+    theta_b: FineTuned,
+    lams: Sequence[float],
+    *,
+    text: TextSource = "own",
+) -> Iterator[list[Callable[[Tensor], Tensor]]]:
+    """Context manager that returns one function from clips to logits for each ``lam``.
+
+    A call of a function sets the weights of ``classifier.model`` to the interpolation at this
+    ``lam``. On exit, also after an exception, the model has its original weights, bitwise.
+
+    Args:
+        classifier: see :func:`sweep`.
+        theta_a: see :func:`sweep`.
+        theta_b: see :func:`sweep`.
+        lams: interpolation weights of ``theta_a``.
+        text: see :func:`sweep`.
+
+    Raises:
+        StateMismatchError, UsageError: see :func:`sweep`.
+    """
     require_text_source(text)
     require_live_weights(classifier)
     model = cast(nn.Module, classifier.model)
@@ -106,13 +137,7 @@ def sweep(
     with overwriting(list(live.values())):
         features = _features_at([1.0] if fixed else lams, parts, set_weights)
         pairs = zip(lams, features * len(lams) if fixed else features, strict=True)
-        variants: list[Callable[[Tensor], Tensor]] = [
-            partial(logits_at, lam, rows) for lam, rows in pairs
-        ]
-        evaluations = evaluate_each(
-            variants, classifier, loader, progress=progress, description=description
-        )
-    return dict(zip(lams, evaluations, strict=True))
+        yield [partial(logits_at, lam, rows) for lam, rows in pairs]
 
 
 def _features_at(

@@ -28,12 +28,7 @@ def require_consistent(args: argparse.Namespace, fail: Callable[[str], object]) 
         fail("--val-annotations needs --val-videos, the folder of the validation videos")
     if args.method == "bridge" and args.start_from is None:
         fail("--method bridge needs --start-from, a file of fine-tuned weights")
-    if args.fsdp and (args.distill or args.text_energy):
-        fail("--fsdp can't be used with --distill and --text-energy: leave --fsdp out")
-    for name in ("distill", "text_energy"):
-        if not 0 <= getattr(args, name) < math.inf:
-            flag = name.replace("_", "-")
-            fail(f"--{flag} {getattr(args, name):g}: expected a number of at least 0")
+    _require_features(args, fail)
     if args.method in PROMPT_METHODS and args.fsdp:
         fail(
             f"--fsdp can't be used with --method {args.method}, which trains only prompts: "
@@ -44,6 +39,21 @@ def require_consistent(args: argparse.Namespace, fail: Callable[[str], object]) 
         fail(problem)
     if args.num_workers < 0:
         fail(f"--num-workers {args.num_workers}: expected at least 0")
+
+
+def _require_features(args: argparse.Namespace, fail: Callable[[str], object]) -> None:
+    """Check the regularisers that compare features with those of the original CLIP."""
+    for name in ("distill", "text_energy"):
+        flag, weight = "--" + name.replace("_", "-"), getattr(args, name)
+        if not 0 <= weight < math.inf:
+            fail(f"{flag} {weight:g}: expected a number of at least 0")
+        reason = "--fsdp" if args.fsdp else ""
+        if args.objective == "contrastive":
+            reason = "--objective contrastive"
+        if args.method in PROMPT_METHODS:
+            reason = f"--method {args.method}"
+        if weight and reason:
+            fail(f"{flag} {weight:g} can't be used with {reason}: leave one of the two out")
 
 
 def _require_pairs(args: argparse.Namespace, fail: Callable[[str], object]) -> None:
@@ -94,14 +104,10 @@ def _unused(args: argparse.Namespace) -> dict[str, str]:
         unused += [*_PROMPT_OPTIONS]
     if not is_expanded(args.method):
         unused += ["frame_by_frame", "text_tower"]
-    if args.method in PROMPT_METHODS:
-        unused += ["distill", "text_energy"]
     reasons |= dict.fromkeys(unused, method)
     if args.objective == "contrastive":
         captions = "with --objective contrastive, which takes captions as they are"
         reasons |= dict.fromkeys(("classes", "zero_shot_classes", "template"), captions)
-        regularisers = ("distill", "text_energy")
-        reasons |= dict.fromkeys(regularisers, "with --objective contrastive")
     else:
         reasons |= dict.fromkeys(("train_list", "val_list"), "without --objective contrastive")
     if args.val_annotations is None:

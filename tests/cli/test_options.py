@@ -363,6 +363,7 @@ FILES = "--annotations a --videos b --out c"
         (f"{FILES} --method swa --every 2", "every"),
         (f"{FILES} --method iwr --average-after 2", "average-after"),
         (f"{FILES} --l2-weight 0.1", "l2-weight"),
+        (f"{FILES} --method vifi --text-tower", "text-tower"),
         (f"{FILES} --text-prompts 4", "text-prompts"),
         (f"{FILES} --method vita --text-depth 2", "text-depth"),
         (f"{FILES} --method vita --lam 0.5", "lam"),

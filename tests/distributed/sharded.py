@@ -18,6 +18,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from openvclip import (
     EMATracker,
     InterpolatedWeightRegularizer,
+    L2ToAnchor,
     LAWATracker,
     SWATracker,
     interpolate,
@@ -72,6 +73,19 @@ def ema(path: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     for weights in path[1:]:
         average = {n: DECAY * value + (1 - DECAY) * weights[n] for n, value in average.items()}
     return average
+
+
+@check
+def the_l2_penalty_of_shards_is_that_of_the_whole_model(out: Path) -> None:
+    plain, model, anchor = Net(0), sharded(), snapshot(Net(1))
+    expected, penalty = L2ToAnchor(plain, anchor, weight=0.3), L2ToAnchor(model, anchor, weight=0.3)
+    torch.testing.assert_close(penalty.loss(), expected.loss())
+    expected.loss().backward()
+    penalty.loss().backward()
+    wanted = {n: p.grad for n, p in plain.named_parameters() if p.grad is not None}
+    assert_close(full(gradients(model)), wanted)
+    penalty.add_gradients()
+    assert_close(full(gradients(model)), {n: 2 * value for n, value in wanted.items()})
 
 
 @check

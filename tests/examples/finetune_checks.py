@@ -22,6 +22,7 @@ from examples.finetune import train
 from openvclip.errors import CheckpointError
 from openvclip.processes import Processes
 from openvclip.training.checkpoints import Checkpoints, load_whole
+from openvclip.training.methods import make_classifier
 from openvclip.training.outputs import final_weights
 from openvclip.training.processes import give_scalars_an_axis
 from openvclip.training.recipe import Recipe, Run
@@ -33,6 +34,7 @@ from tests.examples.finetune_reference import (
     classifier_of,
     trained_by_hand,
 )
+from tests.training.regulariser_models import NAMES, expanded, words
 
 JOINT = batches(2, 4)
 
@@ -117,6 +119,21 @@ def compare_in_float64(processes: Processes, method: str, run: Run) -> None:
         torch.set_default_dtype(torch.float32)
 
 
+def regularise(processes: Processes, run: Run) -> None:
+    """Distillation, random texts, IWR and both towers: as in one process on the joint batches."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        states = []
+        for each in (processes, Processes()):
+            learner = make_classifier(expanded(), words, NAMES, "openvclip", text_tower=True)
+            recipe = replace(TINY, text_tower=True, distill=2.0, text_energy=0.05)
+            train(learner, Loader(each), 2, recipe, run=run, processes=each, tokenizer=words)
+            states.append({n: v.detach().clone() for n, v in learner.model.state_dict().items()})
+        assert_close(*states, "vifi")
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def resume(processes: Processes, out: Path, run: Run) -> None:
     """Stopped after step 3 and gone on with, in two processes and then in one."""
     folder = out / f"resume-{run.fsdp}"
@@ -170,6 +187,7 @@ def main(arguments: Sequence[str]) -> None:
         "data parallel": lambda: compare(processes, "openvclip", plain),
         "data parallel, every=2": lambda: compare(processes, "iwr", replace(plain, every=2)),
         "data parallel, l2": lambda: compare(processes, "l2", plain),
+        "data parallel, regularised": lambda: regularise(processes, plain),
         "data parallel, vifi": lambda: compare(processes, "vifi", plain),
         "data parallel, bridge": lambda: compare(processes, "bridge", plain),
         "data parallel, vita": lambda: compare_in_float64(processes, "vita", plain),

@@ -68,7 +68,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
         results = json.loads(file.read_text()) if file.exists() else {}
         failed = {name: text for name, text in results.items() if text != "passed"}
         assert not failed, f"process {rank}:\n" + "\n".join(failed.values())
-        assert len(results) == 15, (tmp_path / f"{rank}.log").read_text()
+        assert len(results) == 16, (tmp_path / f"{rank}.log").read_text()
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ SPLITS = SHARED / "data"
 ONE_EPOCH = dict.fromkeys(PRESETS, ("--epochs", "1", "--warmup-epochs", "0"))
 ONE_EPOCH["vita"] = ("--steps", "2")
 ONE_EPOCH["open-vclip"] = ("--epochs", "2", "--warmup-epochs", "1", "--average-after", "1")
+ONE_EPOCH["froster"] = ONE_EPOCH["open-vclip"]
 TINY_PROMPTS = ("--vision-depth", "2", "--text-depth", "2", "--vision-prompts", "2")
 
 
@@ -50,7 +52,7 @@ def _tiny(folder: Path, preset: str, *more: str) -> list[str]:
     return [
         *("--preset", preset, *model_flags(), *data, "--out", str(folder / preset)),
         *("--classes", str(folder / "classes.txt"), "--frames", "3"),
-        *(("--sampling-rate", "3") if preset in ("open-vclip", "vita") else ()),
+        *(("--sampling-rate", "3") if preset in ("open-vclip", "froster", "vita") else ()),
         *("--batch-size", "4", "--per-device-batch", "4", "--num-workers", "0", "--device", "cpu"),
         *(("--short-side", "36") if preset.startswith(("vifi", "bridge")) else ()),
         *(("--text-prompts", "1") if preset.startswith(("bridge", "vita")) else ()),
@@ -141,6 +143,18 @@ def test_presets_of_bridge_and_prompt_are_the_facts(facts: Any) -> None:
         assert (run.betas, recipe.weight_decay, recipe.warmup_epochs) == ((0.9, 0.98), 0.001, 5)
 
 
+def test_the_preset_of_froster_is_its_paper() -> None:
+    recipe, run, _ = _settings("froster")
+    assert (recipe.text_tower, recipe.distill, recipe.lam) == (True, 2.0, 0.0)
+    assert (recipe.uses_swa, recipe.uses_iwr) == (True, False)
+    assert range(recipe.average_after + 1, recipe.epochs + 1) == range(2, 23)
+    same = {"method": "openvclip", "text_tower": False, "distill": 0.0, "lam": 0.5}
+    assert dataclasses.replace(recipe, **same) == Recipe()  # all else is Open-VCLIP's
+    assert run == _settings("open-vclip")[1]
+    with_iwr = _settings("froster", "--method", "openvclip")[0]
+    assert (with_iwr.uses_iwr, with_iwr.distill) == (True, 2.0)
+
+
 def test_the_preset_of_vita_clip_is_the_facts(facts: Any) -> None:
     recipe, run, args = _settings("vita")
     said = facts["vita_clip"]
@@ -168,6 +182,10 @@ def test_a_flag_has_the_last_word_wherever_it_stands(capsys: pytest.CaptureFixtu
         ("unrecognized arguments: --pres", ["--pres", "vita"]),
         ("--method bridge needs --start-from", ["--preset", "bridge-few-shot"]),
         ("--fsdp can't be used with --method vita", ["--preset", "vita", "--fsdp"]),
+        ("--distill 2 can't be used with --fsdp", ["--preset", "froster", "--fsdp"]),
+        ("--distill 2 can't be used with --method vita", ["--preset", "vita", "--distill", "2"]),
+        ("contrastive: leave one", ["--text-energy", "1", "--objective", "contrastive"]),
+        ("--distill -1: expected a number of at least 0", ["--distill", "-1"]),
     ):
         with pytest.raises(SystemExit):
             finetune.parse_arguments([*data, *wrong])
