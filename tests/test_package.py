@@ -80,6 +80,7 @@ PUBLIC = {
     "EMATracker",
     "GaussianTracker",
     "InterpolatedWeightRegularizer",
+    "L2ToAnchor",
     "LAWATracker",
     "Lambda",
     "OpenVCLIPError",

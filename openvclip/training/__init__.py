@@ -13,6 +13,7 @@ from openvclip.training.methods import (
     attach_prompts,
     choose_trained,
     make_classifier,
+    make_distance_penalty,
     make_optimizer,
     make_tracker,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "contrastive_loss",
     "learning_rate",
     "make_classifier",
+    "make_distance_penalty",
     "make_objective",
     "make_optimizer",
     "make_tracker",

@@ -93,7 +93,14 @@ class FeatureDistillation(nn.Module):
         texts: Tensor | None = None,
         original_texts: Tensor | None = None,
     ) -> Tensor:
-        """Return the same as :meth:`loss`."""
+        """Return the same as :meth:`loss`, for modules that contain this one.
+
+        Args:
+            images: see :meth:`loss`.
+            original_images: see :meth:`loss`.
+            texts: see :meth:`loss`.
+            original_texts: see :meth:`loss`.
+        """
         total = self._part("images", self.images, images, original_images)
         if texts is not None or original_texts is not None:
             total = total + self._part("texts", self.texts, texts, original_texts)

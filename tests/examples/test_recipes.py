@@ -57,7 +57,7 @@ def test_a_model_is_tested_with_the_preset_of_its_training() -> None:
             test = accuracy.parse_arguments(arguments)
             assert trained[(test.prompts or test.checkpoint).parent] == test.preset
             tested += 1
-    assert tested == 6
+    assert tested == 7
 
 
 def test_lists_of_one_name_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
