@@ -109,32 +109,42 @@ class Classification(Objective):
                 with self.autocast():
                     on_device = video.to(self.device, non_blocking=True)
                     label = label.to(self.device, non_blocking=True)
-                    loss = len(label) / videos * self._loss(on_device, label)
+                    loss = len(label) / videos * self._loss(video, on_device, label)
                 self.scaler.scale(factor * loss).backward()
             shares.append(loss.detach())
         return torch.stack(shares)
 
-    def _loss(self, video: Tensor, label: Tensor) -> Tensor:
-        return functional.cross_entropy(self.forward(video), label)
+    def _loss(self, video: Tensor, on_device: Tensor, label: Tensor) -> Tensor:
+        return functional.cross_entropy(self.forward(on_device), label)
 
 
 class RegularisedClassification(Classification):
     """The cross entropy of classes, plus the losses of the regularisers of the learner.
 
-    All passes of a step have the same random texts.
+    The pass at the interpolated weights has these losses too, so C of Equation 9 weighs all of
+    them. All passes of a step have the same random texts.
     """
 
     learner: RegularisedClassifier
-    _texts: Tensor | None = None
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._texts: Tensor | None = None
+        # Both passes of a step need the same features of the original CLIP. The videos are held, so
+        # that no other video gets the id of one of them.
+        self._originals: dict[int, tuple[Tensor, Tensor]] = {}
 
     def after_step(self) -> None:
-        """Forget the random texts of the step."""
+        """Forget the random texts and the features of the step."""
         self._texts = None
+        self._originals.clear()
 
-    def _loss(self, video: Tensor, label: Tensor) -> Tensor:
+    def _loss(self, video: Tensor, on_device: Tensor, label: Tensor) -> Tensor:
         if self.learner.energy is not None and self._texts is None:
             self._texts = self.learner.energy.draw()
-        logits, penalty = self.forward(video, self._texts)
+        if id(video) not in self._originals:
+            self._originals[id(video)] = video, self.learner.original.frames(on_device)
+        logits, penalty = self.forward(on_device, self._originals[id(video)][1], self._texts)
         total: Tensor = functional.cross_entropy(logits, label) + penalty
         return total
 

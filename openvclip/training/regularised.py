@@ -37,6 +37,7 @@ class RegularisedClassifier(nn.Module):
 
     Attributes:
         classifier: as the argument.
+        original: the original CLIP.
         distillation: the distillation with its projectors; ``None`` if its weight is 0.
         energy: the loss of random texts; ``None`` if its weight is 0.
 
@@ -49,7 +50,7 @@ class RegularisedClassifier(nn.Module):
     ) -> None:
         super().__init__()
         self.classifier = classifier
-        self._original = OriginalCLIP(classifier.model)
+        self.original = OriginalCLIP(classifier.model)
         self._trains_text = trains_text(recipe) and isinstance(classifier, VideoClassifier)
         text = classifier.present_text()
         self.original_text: Tensor
@@ -61,13 +62,16 @@ class RegularisedClassifier(nn.Module):
             # DDP waits for the gradient of each parameter that requires one.
             distillation.texts.requires_grad_(self._trains_text)
             self.distillation = distillation.to(text.device)
-        self.energy = _energy(self._original, recipe, tokenizer) if recipe.text_energy else None
+        self.energy = _energy(self.original, recipe, tokenizer) if recipe.text_energy else None
 
-    def forward(self, video: Tensor, random_texts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, video: Tensor, originals: Tensor, random_texts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return the logits of clips, and the sum of the losses of the regularisers.
 
         Args:
             video: clips ``[B, T, C, H, W]``.
+            originals: the result of ``original.frames(video)``, ``[B, T, D]``.
             random_texts: the result of ``energy.draw()``; ``None`` without ``energy``.
 
         Returns:
@@ -77,7 +81,6 @@ class RegularisedClassifier(nn.Module):
         frames = encode_frames(classifier.model, video)
         texts = classifier.text_features() if self._trains_text else self.original_text
         logits = similarity_logits(classifier.model, pool_frames(frames, classifier.pooling), texts)
-        originals = self._original.frames(video)
         losses = []
         if self.distillation is not None:
             pair = (texts, self.original_text) if self._trains_text else ()

@@ -126,7 +126,7 @@ def test_equal_models_have_no_preference(method: Any) -> None:
 def test_the_size_of_the_batches_and_the_labels_do_not_count(method: Any) -> None:
     joint = torch.cat(CLIPS)
     results = [
-        choose_lambda(classifier(), BASE, TUNED, loader, method)
+        choose_lambda(classifier(), BASE, TUNED, loader, method, lams=(0.0, 0.5, 1.0))
         for loader in (
             [(joint, torch.zeros(6))],
             [(video,) for video in joint.split(1)],
