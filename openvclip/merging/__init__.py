@@ -26,7 +26,10 @@ To add a method, write one file in this package, import the function below and a
 
 from openvclip.merging.angles import model_stock, slerp
 from openvclip.merging.dare_dropping import dare
+from openvclip.merging.distances import lam_of_same_distance
 from openvclip.merging.lines_scaling import lines
+from openvclip.merging.matrix_merging import iso_c, iso_cts, tsv_merge
+from openvclip.merging.monosoup_scaling import monosoup
 from openvclip.merging.soups import GreedySoup, average, greedy_soup
 from openvclip.merging.task_arithmetic import apply_task_vectors, task_vector
 from openvclip.merging.ties_merging import ties
@@ -39,10 +42,15 @@ __all__ = [
     "by_depth",
     "dare",
     "greedy_soup",
+    "iso_c",
+    "iso_cts",
+    "lam_of_same_distance",
     "lines",
     "model_stock",
+    "monosoup",
     "slerp",
     "task_vector",
     "ties",
+    "tsv_merge",
     "visual_only",
 ]

@@ -12,11 +12,15 @@ from openvclip.merging import (
     average,
     dare,
     greedy_soup,
+    iso_c,
+    iso_cts,
     lines,
     model_stock,
+    monosoup,
     slerp,
     task_vector,
     ties,
+    tsv_merge,
 )
 
 State = Mapping[str, Any]
@@ -35,4 +39,8 @@ MERGES: dict[str, Merge] = {
     "apply_task_vectors": lambda first, others: apply_task_vectors(
         first, [task_vector(first, other) for other in others], 0.5
     ),
+    "monosoup": lambda first, others: monosoup(first, others[0]),
+    "tsv_merge": tsv_merge,
+    "iso_c": iso_c,
+    "iso_cts": iso_cts,
 }

@@ -14,11 +14,15 @@ from openvclip.merging import (
     apply_task_vectors,
     average,
     dare,
+    iso_c,
+    iso_cts,
     lines,
     model_stock,
+    monosoup,
     slerp,
     task_vector,
     ties,
+    tsv_merge,
 )
 from tests.helpers import assert_same_state, same_bits
 from tests.merging.methods import MERGES
@@ -41,13 +45,18 @@ METHODS: dict[str, Callable[[State, State], State]] = {
     "model_stock of opposed models": lambda a, b: model_stock(a, [a, b]),
     "lines": lambda a, b: lines(a, b, alpha=0.3, beta=0.7),
     "average": lambda a, b: average([a, b]),
+    "monosoup": monosoup,
+    "monosoup by entropy": lambda a, b: monosoup(a, b, rule="freevariance"),
+    "tsv_merge": lambda a, b: tsv_merge(a, [b, a]),
+    "iso_c": lambda a, b: iso_c(a, [b, b]),
+    "iso_cts": lambda a, b: iso_cts(a, [b, a], common=0.3),
 }
 
 
 def test_every_method_is_checked_here() -> None:
     """A new method is one file, one line in ``merging/__init__`` and one line in both dicts."""
     checked = {name.split()[0] for name in METHODS}
-    no_methods = {"by_depth", "visual_only", "GreedySoup"}
+    no_methods = {"by_depth", "visual_only", "GreedySoup", "lam_of_same_distance"}
     elsewhere = {"greedy_soup"}  # needs scores: see test_merging_soups.py
     assert set(merging.__all__) - no_methods - elsewhere == checked
     no_merge = {"task_vector"}  # the change of one model
