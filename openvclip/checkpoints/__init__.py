@@ -21,7 +21,13 @@ from openvclip.checkpoints.contract import (
 from openvclip.checkpoints.contract_files import read_contract
 from openvclip.checkpoints.formats import WeightFile, read_weights
 from openvclip.checkpoints.sizes import Sizes
-from openvclip.checkpoints.streaming import Merge, average_files, interpolate_files, merge_files
+from openvclip.checkpoints.streaming import (
+    Merge,
+    average_files,
+    interpolate_files,
+    merge_files,
+    task_vector_file,
+)
 
 __all__ = [
     "Base",
@@ -46,5 +52,6 @@ __all__ = [
     "read_weights",
     "save_adapter",
     "save_checkpoint",
+    "task_vector_file",
     "write_errors",
 ]

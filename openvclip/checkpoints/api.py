@@ -35,6 +35,7 @@ from openvclip.checkpoints.inspection import (
     plan_of,
 )
 from openvclip.checkpoints.layout import require_storable
+from openvclip.checkpoints.task_vectors import require_model
 from openvclip.errors import (
     ActivationWarning,
     CheckpointError,
@@ -354,6 +355,7 @@ def _load(
         base: the file of the base model, if ``path`` is an adapter.
     """
     file = read_fine_tune(path, base)
+    require_model(file.metadata, path)
     plan = plan_of(file, left_out=allowed.left_out)
     info = describe(file, plan)
     if live is not None:

@@ -15,6 +15,7 @@ from openvclip.checkpoints.families import FAMILIES, Origin, Plan, has_quick_gel
 from openvclip.checkpoints.file_kinds import TORCHSCRIPT
 from openvclip.checkpoints.formats import WeightFile, read_weights
 from openvclip.checkpoints.sizes import Shape, Sizes, sizes_of
+from openvclip.checkpoints.task_vectors import TASK_VECTOR_KEY, base_hash_of, is_task_vector
 from openvclip.errors import listed
 from openvclip.weights.adapters import factor_names
 from openvclip.weights.kinds import quantized_names
@@ -77,6 +78,7 @@ class CheckpointInfo:
         dtypes = ", ".join(f"{count} {dtype}" for dtype, count in self.dtypes.items())
         rows = [
             ("file", f"{self.path} ({self.format})"),
+            ("task vector", self._vector_text()),
             ("family", f"{self.family}{key}{prefix}{unchanged}"),
             ("several", _several_text(self.prefixes)),
             ("backbone", self._backbone_text()),
@@ -119,8 +121,15 @@ class CheckpointInfo:
         return has_quick_gelu(self.source_family)
 
     def _metadata_text(self) -> str:
-        texts = {name: text for name, text in self.metadata.items() if name != CONTRACT_KEY}
+        shown_elsewhere = (CONTRACT_KEY, TASK_VECTOR_KEY)
+        texts = {k: text for k, text in self.metadata.items() if k not in shown_elsewhere}
         return ", ".join(f"{name}={text}" for name, text in texts.items())
+
+    def _vector_text(self) -> str:
+        if not is_task_vector(self.metadata):
+            return ""
+        base_hash = base_hash_of(self.metadata) or "unknown"
+        return f"the change of a model, and no model (hash of its original: {base_hash})"
 
     def _activation_text(self) -> str:
         is_clip = self.family != FAMILIES[-1].name

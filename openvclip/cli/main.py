@@ -16,6 +16,7 @@ from openvclip.cli import (
     index,
     inspect,
     interpolate,
+    merge,
     predict,
     search,
 )
@@ -29,6 +30,7 @@ _SUBCOMMANDS = (
     convert,
     interpolate,
     average,
+    merge,
     check_videos,
     evaluate,
     predict,

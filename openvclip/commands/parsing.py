@@ -114,7 +114,7 @@ def _flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> Iterator[st
         if isinstance(action, argparse._SubParsersAction):
             for word in words:
                 if word in action.choices:
-                    yield from _flags(action.choices[word], ())
+                    yield from _flags(action.choices[word], words)
 
 
 @contextmanager

@@ -19,9 +19,10 @@ All methods except ``ties(trim="model")`` and ``greedy_soup`` use one entry at a
 the same result for state dicts of one entry each, so :func:`openvclip.merge_files` can apply them
 to files.
 
-To add a method, write one file in this package, import the function below and add its name to
-``__all__``. Add the method to ``METHODS`` in ``tests/merging/test_merging_rules.py`` and to
-``MERGES`` in ``tests/merging/methods.py``. Tests check the rules above for each entry.
+To add a method, write one file in this package with the function and a :class:`Method` that
+describes it, add the description to ``METHODS`` in ``registry.py``, and export the function below.
+``openvclip merge``, its list and the tests of the rules above read the registry. A method that
+needs more than files, such as ``greedy_soup``, is not in the registry.
 """
 
 from openvclip.merging.angles import model_stock, slerp
@@ -29,14 +30,19 @@ from openvclip.merging.dare_dropping import dare
 from openvclip.merging.distances import lam_of_same_distance
 from openvclip.merging.lines_scaling import lines
 from openvclip.merging.matrix_merging import iso_c, iso_cts, tsv_merge
+from openvclip.merging.methods import Method, Option
 from openvclip.merging.monosoup_scaling import monosoup
+from openvclip.merging.registry import METHODS, method
 from openvclip.merging.soups import GreedySoup, average, greedy_soup
 from openvclip.merging.task_arithmetic import apply_task_vectors, task_vector
 from openvclip.merging.ties_merging import ties
 from openvclip.weights.lambdas import by_depth, visual_only
 
 __all__ = [
+    "METHODS",
     "GreedySoup",
+    "Method",
+    "Option",
     "apply_task_vectors",
     "average",
     "by_depth",
@@ -46,6 +52,7 @@ __all__ = [
     "iso_cts",
     "lam_of_same_distance",
     "lines",
+    "method",
     "model_stock",
     "monosoup",
     "slerp",

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from openvclip.errors import MergeError
 from openvclip.merging.entries import combined, contiguous_copy, difference, matched
+from openvclip.merging.methods import Method
+from openvclip.merging.straight_line import LAM
 from openvclip.weights.interpolation import Lambda, weights_of, write_interpolated
 from openvclip.weights.names import is_extra_state
 from openvclip.weights.relative import FineTuned
@@ -152,3 +154,21 @@ def _dot(x: Tensor, y: Tensor) -> float:
     pairs = zip(x.reshape(-1).split(_CHUNK), y.reshape(-1).split(_CHUNK), strict=True)
     parts = [torch.dot(p.double(), q.double()) for p, q in pairs]
     return float(torch.stack(parts).sum()) if parts else 0.0
+
+
+SLERP = Method(
+    "slerp",
+    "each tensor on an arc from the model to the original CLIP",
+    "Shoemake, SIGGRAPH 1985",
+    slerp,
+    most=1,
+    options=(LAM,),
+)
+
+MODEL_STOCK = Method(
+    "model_stock",
+    "between the original CLIP and the mean, by angles of changes",
+    "Jang et al., ECCV 2024",
+    model_stock,
+    least=2,
+)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from openvclip.merging.entries import combined, difference, matched, require_share
+from openvclip.merging.methods import Method, Option
 from openvclip.weights.relative import FineTuned
 
 
@@ -64,3 +65,16 @@ def dare(
 def _generator(seed: int, name: str) -> torch.Generator:
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big", signed=True))
+
+
+DARE = Method(
+    "dare",
+    "drop random changes and rescale all other changes",
+    "Yu et al., ICML 2024",
+    dare,
+    most=1,
+    options=(
+        Option("drop", "probability of dropping a change, in [0, 1)", default=0.9, example=0.5),
+        Option("seed", "seed of the draws", int, default=0),
+    ),
+)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from openvclip.errors import MergeError
 from openvclip.weights.averageable import require_combinable
+from openvclip.weights.changes import difference as difference
 from openvclip.weights.interpolation import Lambda, as_number
 from openvclip.weights.kinds import require_values
 from openvclip.weights.names import canonical_model, is_extra_state, require_match
@@ -144,14 +145,6 @@ def interpolable_entries(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for name, value in state.items()
         if not is_extra_state(name) and is_interpolable(value)
     }
-
-
-def difference(tuned: Tensor, base: Tensor) -> Tensor:
-    """Return ``tuned - base``, with 0 for equal values, also for two equal infinities."""
-    delta = tuned - base
-    if not bool(torch.isfinite(delta.sum())):
-        delta[tuned == base] = 0.0  # for example -inf in both masks
-    return delta
 
 
 def scale_of(scale: Lambda, name: str) -> float:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from openvclip.merging.entries import combined, contiguous_copy, difference, matched, scale_of
+from openvclip.merging.methods import Method, Option
 from openvclip.weights.lambdas import by_depth
 from openvclip.weights.relative import FineTuned
 
@@ -62,3 +63,22 @@ def lines(
         return result
 
     return combined(states, combine, dtype)
+
+
+LINES = Method(
+    "lines",
+    "add the changes, scaled by the depth of the block",
+    "Wang et al., ICLR 2025",
+    lines,
+    options=(
+        Option("alpha", "scale of the first block", required=True, example=0.3),
+        Option(
+            "beta",
+            "difference between the scales of the last and the first block",
+            required=True,
+            example=0.7,
+        ),
+        Option("blocks", "number of blocks (default: counted in the names)", int, example=2),
+    ),
+    names="blocks",
+)

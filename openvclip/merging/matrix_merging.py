@@ -9,6 +9,7 @@ from torch import Tensor
 
 from openvclip.errors import MergeError
 from openvclip.merging.entries import combined, contiguous_copy, difference, matched, scale_of
+from openvclip.merging.methods import SCALE, Method, Option
 from openvclip.merging.singular import (
     Directions,
     directions,
@@ -265,3 +266,31 @@ def _sum(deltas: list[Tensor]) -> Tensor:
     for delta in deltas[1:]:
         total += delta
     return total
+
+
+TSV_MERGE = Method(
+    "tsv_merge",
+    "TSV-M: leading singular vectors, made orthogonal",
+    "Gargiulo et al., CVPR 2025",
+    tsv_merge,
+    options=(SCALE,),
+)
+
+ISO_C = Method(
+    "iso_c",
+    "Iso-C: the sum of the changes, with equal singular values",
+    "Marczak et al., ICML 2025",
+    iso_c,
+    options=(SCALE,),
+)
+
+ISO_CTS = Method(
+    "iso_cts",
+    "Iso-CTS: common and own directions, equal singular values",
+    "Marczak et al., ICML 2025",
+    iso_cts,
+    options=(
+        SCALE,
+        Option("common", "share of the common directions, in (0, 1]", default=0.8, example=0.3),
+    ),
+)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from openvclip.errors import MergeError
 from openvclip.merging.entries import combined, contiguous_copy, difference, matched
+from openvclip.merging.methods import Method, Option
 from openvclip.merging.singular import as_matrix, directions, require_finite
 from openvclip.weights.relative import FineTuned
 
@@ -110,3 +111,27 @@ def _shrunk(delta: Tensor, name: str, rule: Rule, threshold: float) -> Tensor:
     low = ratio + (1.0 - ratio) * math.sqrt(rest)
     # (1 - low) * D_high + low * D_low, with D_low = D - D_high
     return low * delta.double() + (1.0 - 2.0 * low) * parts.first(count).matrix()
+
+
+MONOSOUP = Method(
+    "monosoup",
+    "MonoSoup: shrink the weak directions of the change of one model",
+    "arXiv 2602.09689, 2026",
+    monosoup,
+    most=1,
+    options=(
+        Option(
+            "rule",
+            "how many directions are strong",
+            str,
+            default="variance",
+            choices=("variance", "freevariance"),
+        ),
+        Option(
+            "threshold",
+            "share of the squared singular values of the strong directions, in (0, 1]",
+            default=0.8,
+        ),
+    ),
+    unused={"threshold": ("rule", "freevariance")},
+)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from openvclip.errors import MergeError
 from openvclip.merging.entries import combined, matched
+from openvclip.merging.methods import Method
 from openvclip.weights.names import require_mapping
 
 
@@ -127,3 +128,12 @@ def _score(
             f"evaluate returned {score} for {what}; expected a finite number (higher is better)."
         )
     return score
+
+
+AVERAGE = Method(
+    "average",
+    "the mean of the models (uniform soup)",
+    "Wortsman et al., ICML 2022",
+    average,
+    base=False,
+)

@@ -17,6 +17,7 @@ from openvclip.merging.entries import (
     matched,
     scale_of,
 )
+from openvclip.merging.methods import SCALE, Method
 from openvclip.weights.averageable import require_addable
 from openvclip.weights.interpolation import Lambda
 from openvclip.weights.names import canonical_model
@@ -111,3 +112,32 @@ def apply_task_vectors(
         for name, value in base_entries.items()
     }
     return {**result, **copy.deepcopy(extra_state)}
+
+
+def _task_arithmetic(
+    base: Mapping[str, Tensor],
+    models: Sequence[FineTuned],
+    *,
+    scale: Lambda = 1.0,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """Return ``base`` plus the scaled changes of models, without a task vector in memory."""
+    states = matched(base, models, what_others="models[{}]")
+
+    def combine(name: str, entries: list[Tensor]) -> Tensor:
+        start, *ends = entries
+        result, factor = contiguous_copy(start), scale_of(scale, name)
+        for end in ends:
+            result.add_(difference(end, start), alpha=factor)
+        return result
+
+    return combined(states, combine, dtype)
+
+
+TASK_ARITHMETIC = Method(
+    "task_arithmetic",
+    "add the scaled changes; a scale of -1 removes a task",
+    "Ilharco et al., ICLR 2023",
+    _task_arithmetic,
+    options=(SCALE,),
+)

@@ -18,6 +18,7 @@ from openvclip.merging.entries import (
     require_share,
     scale_of,
 )
+from openvclip.merging.methods import SCALE, Method, Option
 from openvclip.merging.task_arithmetic import task_vector
 from openvclip.weights.interpolation import Lambda
 from openvclip.weights.relative import FineTuned
@@ -119,3 +120,20 @@ def _smallest_kept(deltas: list[Tensor], density: float) -> float:
         return math.inf
     count = max(1, int(density * total))
     return float(magnitudes.kthvalue(total - count + 1).values) if count < total else 0.0
+
+
+TIES = Method(
+    "ties",
+    "trim changes, elect signs, average values with these signs",
+    "Yadav et al., NeurIPS 2023",
+    ties,
+    options=(
+        Option(
+            "density",
+            "share of the values of each tensor that are kept, in [0, 1]",
+            default=0.2,
+            example=0.5,
+        ),
+        SCALE,
+    ),
+)

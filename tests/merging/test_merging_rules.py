@@ -45,6 +45,7 @@ METHODS: dict[str, Callable[[State, State], State]] = {
     "model_stock of opposed models": lambda a, b: model_stock(a, [a, b]),
     "lines": lambda a, b: lines(a, b, alpha=0.3, beta=0.7),
     "average": lambda a, b: average([a, b]),
+    "task_arithmetic": lambda a, b: dict(merging.METHODS["task_arithmetic"].run(a, [b])),
     "monosoup": monosoup,
     "monosoup by entropy": lambda a, b: monosoup(a, b, rule="freevariance"),
     "tsv_merge": lambda a, b: tsv_merge(a, [b, a]),
@@ -54,13 +55,17 @@ METHODS: dict[str, Callable[[State, State], State]] = {
 
 
 def test_every_method_is_checked_here() -> None:
-    """A new method is one file, one line in ``merging/__init__`` and one line in both dicts."""
+    """A new method is one file, one line in the registry, ``merging/__init__`` and this dict."""
     checked = {name.split()[0] for name in METHODS}
     no_methods = {"by_depth", "visual_only", "GreedySoup", "lam_of_same_distance"}
+    no_methods |= {"METHODS", "Method", "Option", "method"}
+    by_name = {"task_arithmetic", "interpolate"}  # made of other functions
     elsewhere = {"greedy_soup"}  # needs scores: see test_merging_soups.py
-    assert set(merging.__all__) - no_methods - elsewhere == checked
+    assert set(merging.__all__) - no_methods - elsewhere == checked - by_name
+    assert set(merging.METHODS) - {"interpolate"} <= checked  # see tests/weights
     no_merge = {"task_vector"}  # the change of one model
-    assert set(merging.__all__) - no_methods - no_merge == {name.split()[0] for name in MERGES}
+    merges = {name.split()[0] for name in MERGES}
+    assert set(merging.__all__) - no_methods - no_merge == merges - by_name
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -204,6 +204,7 @@ def test_task_arithmetic_is_that_of_the_merged_weights(case: Case) -> None:
 METHODS: dict[str, Any] = {
     **{n: method for n, method in MERGES.items() if n != "greedy_soup"},
     "slerp": lambda clip, others: slerp(clip, others[0], 0.3),
+    "interpolate": lambda clip, others: interpolate(clip, others[0], 0.3),
 }
 
 

@@ -16,12 +16,19 @@ from openvclip.checkpoints.file_kinds import SAFETENSORS, kind_of_file
 from openvclip.checkpoints.formats import read_weights
 from openvclip.checkpoints.layout import fill, map_entries, read_errors
 from openvclip.checkpoints.sharding import open_model
+from openvclip.checkpoints.task_vectors import (
+    TASK_VECTOR_KEY,
+    base_hash_of,
+    is_task_vector,
+    require_model,
+)
+from openvclip.errors import CheckpointError
 from openvclip.weights.adapters import factor_names
 from openvclip.weights.averageable import require_combinable
 from openvclip.weights.hashing import WeightsHash
 from openvclip.weights.kinds import quantized_names, require_values
 from openvclip.weights.names import canonical_names, is_extra_state, require_match
-from openvclip.weights.numerics import bytes_of, compute_dtype
+from openvclip.weights.numerics import bytes_of, compute_dtype, is_interpolable
 
 
 class WeightInput(ABC):
@@ -33,7 +40,11 @@ class WeightInput(ABC):
         sizes: canonical names to tensors on the meta device, in the order of the files.
         metadata: the texts that the files hold beside the weights.
         extra_state: the extra state of modules, as safetensors files store it.
+        base_hash: the hash of the original model, if the file is a task vector and the hash is
+            known.
     """
+
+    base_hash: str | None = None
 
     def __init__(
         self, path: Path, files: list[Path], sizes: dict[str, Tensor], metadata: dict[str, str]
@@ -103,12 +114,13 @@ def open_inputs(paths: list[Path], stack: ExitStack) -> list[WeightInput]:
     The extra state of modules is not merged. All inputs give the extra state of the last model.
 
     Args:
-        paths: the files of the models. Folders of LoRA adapters are fine-tunes of the first model.
+        paths: the files of the models. Folders of LoRA adapters are fine-tunes of the first model,
+            and task vectors are changes of the first model.
         stack: closes the files.
 
     Raises:
         CheckpointError, UnsafeCheckpointError: a file is missing, incomplete or of another kind, or
-            the first file is an adapter.
+            the first file is an adapter or a task vector.
         StateMismatchError: the names or shapes of a model differ from those of the first model.
         WeightTypeError: the entries can't be merged one by one.
     """
@@ -119,7 +131,11 @@ def open_inputs(paths: list[Path], stack: ExitStack) -> list[WeightInput]:
             inputs.append(_AdapterInput(path, _whole_input(paths[0], stack)))
         else:
             require_whole(path)
-            inputs.append(_whole_input(path, stack))
+            source = _whole_input(path, stack)
+            if inputs and is_task_vector(source.metadata):
+                source = _VectorInput(source, _whole_input(paths[0], stack))
+            require_model(source.metadata, path)
+            inputs.append(source)
         require_match(
             inputs[0].sizes,
             inputs[-1].sizes,
@@ -132,6 +148,34 @@ def open_inputs(paths: list[Path], stack: ExitStack) -> list[WeightInput]:
     for source in inputs:
         source.take_extra_state(inputs[-1])
     return inputs
+
+
+def entry_names(path: Path) -> list[str]:
+    """Return the canonical names of the entries of a model on disk, without extra state.
+
+    Args:
+        path: the file of the model, or the index of a sharded model.
+
+    Raises:
+        CheckpointError, UnsafeCheckpointError: the file is missing, incomplete or of another kind.
+    """
+    with ExitStack() as stack:
+        return list(_whole_input(path, stack).sizes)
+
+
+def require_own_base(inputs: list[WeightInput]) -> None:
+    """Check that task vectors are added to their original model, after all parts were read.
+
+    Raises:
+        CheckpointError: the first input is another model than the original of a task vector.
+    """
+    for source in inputs:
+        if source.base_hash not in (None, inputs[0].weights_hash()):
+            raise CheckpointError(
+                f"{source.path} is the change of another model than {inputs[0].path}: the weights "
+                "of its original model have another hash. Give its original model, or give "
+                "--override (override=True) to add the change all the same."
+            )
 
 
 def _whole_input(path: Path, stack: ExitStack) -> WeightInput:
@@ -245,3 +289,42 @@ class _AdapterInput(WeightInput):
             change = change[start - first * columns :][: len(into)]
             dtype = torch.promote_types(compute_dtype(into.dtype), change.dtype)
             into.copy_(into.to(dtype).add_(change))
+
+
+class _VectorInput(WeightInput):
+    """A task vector: the weights of the original model, to which the changes are added in parts.
+
+    Args:
+        vector: the file of the task vector.
+        base: the original model, which no other thread reads.
+    """
+
+    def __init__(self, vector: WeightInput, base: WeightInput) -> None:
+        kept = {key: text for key, text in vector.metadata.items() if key != TASK_VECTOR_KEY}
+        objects = {k: text for k, text in base.metadata.items() if k == EXTRA_STATE_KEY}
+        sizes = {name: size for name, size in base.sizes.items() if name not in base.extra_state}
+        super().__init__(vector.path, vector.files, sizes, {**kept, **objects})
+        require_match(
+            {name: size for name, size in sizes.items() if is_interpolable(size)},
+            vector.sizes,
+            f"The task vector {vector.path} does not fit the model {base.path}. Expected: the "
+            "names and shapes of the floating-point entries of the model.",
+        )
+        self._base, self._vector = base, vector
+        self.base_hash = base_hash_of(vector.metadata)
+        self._set_own_extra_state(dict(base.extra_state))
+
+    def mapped(self) -> dict[str, Tensor]:
+        changes = self._vector.mapped()
+        return {
+            name: (value + changes[name]).to(value.dtype) if name in changes else value
+            for name, value in self._base.mapped().items()
+        }
+
+    def _fill(self, name: str, start: int, into: Tensor) -> None:
+        self._base._fill(name, start, into)
+        if name in self._vector.sizes and len(into):
+            change = torch.empty(len(into), dtype=self._vector.sizes[name].dtype)
+            self._vector._fill(name, start, change)
+            dtype = torch.promote_types(compute_dtype(into.dtype), compute_dtype(change.dtype))
+            into.copy_(into.to(dtype).add_(change.to(dtype)))

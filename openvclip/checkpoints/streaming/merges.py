@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from openvclip.checkpoints.contract_files import (
 )
 from openvclip.checkpoints.layout import require_storable
 from openvclip.checkpoints.streaming.arithmetic import Mean, Merge, apply_merge
-from openvclip.checkpoints.streaming.inputs import WeightInput, open_inputs
+from openvclip.checkpoints.streaming.inputs import WeightInput, open_inputs, require_own_base
 from openvclip.checkpoints.streaming.outputs import check_outputs, in_writing_order, weight_output
 from openvclip.checkpoints.streaming.pipeline import Compute, stream
 from openvclip.checkpoints.streaming.provenance import PROVENANCE_KEY, Provenance
@@ -164,7 +164,13 @@ def interpolate_files(
             provenances.append(
                 Provenance("interpolate", inputs, settings, contract, original_hash=original_hash)
             )
-        _write(inputs, outs, provenances, compute, _Options(dtype, max_shard_size, progress))
+        write_merged(
+            inputs,
+            outs,
+            provenances,
+            compute,
+            MergeOptions(dtype, max_shard_size, progress, override=override),
+        )
 
 
 def average_files(
@@ -209,8 +215,8 @@ def average_files(
         inputs = open_inputs([Path(path) for path in paths], stack)
         contract = merged_contract(_contracts(inputs, override), override=override)
         provenance = Provenance("average", inputs, {}, contract)
-        options = _Options(dtype, max_shard_size, progress)
-        _write(inputs, [Path(out)], [provenance], Mean(inputs), options)
+        options = MergeOptions(dtype, max_shard_size, progress, override=override)
+        write_merged(inputs, [Path(out)], [provenance], Mean(inputs), options)
 
 
 def merge_files(
@@ -219,6 +225,8 @@ def merge_files(
     merge: Merge,
     *,
     method: str | None = None,
+    settings: Mapping[str, object] | None = None,
+    base: bool = False,
     dtype: torch.dtype | None = None,
     max_shard_size: int | None = None,
     progress: bool | None = None,
@@ -240,6 +248,9 @@ def merge_files(
         merge: maps a list of state dicts, in the order of ``paths``, to a state dict with the same
             name and shape. The tensors must not be used after ``merge`` returns.
         method: the name of the method in the metadata. Default: the name of the function.
+        settings: the settings of the method in the metadata, such as ``{"scale": 0.3}``.
+        base: whether the first file is the original CLIP, so that the result has no single weight λ
+            of the original CLIP. Its contract then says that λ is not known.
         dtype: the dtype in which floating-point entries are stored. Default: the narrowest dtype
             that holds the values of all files. Without ``dtype``, ``merge`` must return the entry
             in this default dtype.
@@ -259,34 +270,50 @@ def merge_files(
     with ExitStack() as stack:
         inputs = open_inputs([Path(path) for path in paths], stack)
         method_name = method or str(getattr(merge, "__qualname__", type(merge).__name__))
-        options = _Options(dtype, max_shard_size, progress, whole_entries=True)
+        options = MergeOptions(
+            dtype, max_shard_size, progress, whole_entries=True, override=override
+        )
         compute = functools.partial(apply_merge, merge, inputs[-1].sizes, dtype)
         contract = merged_contract(_contracts(inputs, override), override=override)
-        provenance = Provenance(method_name, inputs, {}, contract)
-        _write(inputs, [Path(out)], [provenance], compute, options)
+        if base and contract is not None:
+            contract = contract.with_(lam=None)
+        provenance = Provenance(method_name, inputs, dict(settings or {}), contract)
+        write_merged(inputs, [Path(out)], [provenance], compute, options)
 
 
 # --- outputs -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Options:
-    """The options that all functions of this file share."""
+class MergeOptions:
+    """The options that all merges of files share.
+
+    Attributes:
+        dtype: the dtype in which floating-point entries are stored.
+        max_shard_size: see :func:`interpolate_files`.
+        progress: see :func:`interpolate_files`.
+        whole_entries: whether each entry is computed as a whole.
+        override: whether a task vector may be added to another model than its original model.
+        sizes: the entries of the result, on the meta device. Default: those of the last input.
+    """
 
     dtype: torch.dtype | None
     max_shard_size: int | None
     progress: bool | None
     whole_entries: bool = False
+    override: bool = False
+    sizes: Mapping[str, Tensor] | None = None
 
 
-def _write(
+def write_merged(
     inputs: list[WeightInput],
     outs: list[Path],
     provenances: list[Provenance],
     compute: Compute,
-    options: _Options,
+    options: MergeOptions,
 ) -> None:
-    sizes = in_writing_order(_result_sizes(inputs, options.dtype))
+    """Compute and write one file for each path in ``outs``, with the hashes of the inputs."""
+    sizes = in_writing_order(options.sizes or _result_sizes(inputs, options.dtype))
     for dtype in {size.dtype for size in sizes.values()}:
         require_storable(dtype)
     check_outputs(outs, inputs, options.max_shard_size)
@@ -305,6 +332,8 @@ def _write(
             whole=options.whole_entries,
             progress=options.progress,
         )
+        if not options.override:
+            require_own_base(inputs)
         for provenance in provenances:
             provenance.add_hashes()
 

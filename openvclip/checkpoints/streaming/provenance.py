@@ -42,7 +42,7 @@ class Provenance:
     ) -> None:
         import openvclip
 
-        self._inputs = inputs
+        self.inputs = inputs
         self._hashes = [_NO_HASH for _ in inputs]
         self._input_texts = {
             key: text for source in inputs for key, text in source.metadata.items()
@@ -53,7 +53,7 @@ class Provenance:
 
     def add_hashes(self) -> None:
         """Replace the zeros with the hashes of the inputs. Call this after all inputs were read."""
-        self._hashes = [source.weights_hash() for source in self._inputs]
+        self._hashes = [source.weights_hash() for source in self.inputs]
 
     def metadata(self) -> dict[str, str]:
         """Return the metadata for the header of the merged file."""
@@ -63,7 +63,7 @@ class Provenance:
                 "weights_hash": weights_hash,
                 **_provenance_of_input(source.metadata),
             }
-            for source, weights_hash in zip(self._inputs, self._hashes, strict=True)
+            for source, weights_hash in zip(self.inputs, self._hashes, strict=True)
         ]
         contract = (
             {} if self._contract is None else {CONTRACT_KEY: self._contract_text(self._contract)}
