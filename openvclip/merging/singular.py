@@ -56,7 +56,7 @@ def directions(matrix: Tensor, name: str, floor: float = 0.0) -> Directions:
 
     The computation runs in float64. For a float32 matrix it uses the eigenvectors of
     ``matrix @ matrix.T``, whose products are exact in float64. This is more accurate than a
-    singular value decomposition in float32, and many times faster than one in float64.
+    singular value decomposition in float32, and takes less time.
 
     Args:
         matrix: matrix in float32 or float64, without NaN and infinity.

@@ -87,7 +87,8 @@ def interpolate_files(
             (``*.safetensors.index.json``) of a sharded model, or a PyTorch file. Entries keep their
             names, without the prefixes of wrappers. Use :func:`convert_checkpoint` to bring
             released checkpoints to open_clip's names.
-        b: the file of the fine-tuned model, with the same names and shapes.
+        b: the file of the fine-tuned model, with the same names and shapes. A task vector of ``a``
+            (:func:`openvclip.checkpoints.task_vector_file`) is read as the model that it makes.
         out: the file to write, ``*.safetensors``, or ``*.safetensors.index.json`` for shards and
             their index. An existing file is replaced. ``out`` may be one of the inputs.
         lam: the interpolation weight λ: a number, or a function from the name of an entry to a
@@ -98,8 +99,9 @@ def interpolate_files(
         max_shard_size: the largest size of a shard in bytes. Only for an index. Default: 5 GB.
         progress: whether to show a progress bar. Default: only if standard error is a terminal.
         override: whether the contract of ``b`` is used if both inputs have a contract and the
-            contracts differ, and whether a contract that can't be read is left out. Default:
-            ``False``, raise an error.
+            contracts differ, whether a contract that can't be read is left out, and whether a task
+            vector may be added to another model than its original. Default: ``False``, raise an
+            error.
 
     **Metadata.** The texts in the headers of the inputs are kept. If both inputs have a text of the
     same name, the text of ``b`` is kept. The text ``openvclip_recipe`` is added. It is JSON with
