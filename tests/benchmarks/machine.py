@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +83,19 @@ def forget_peak() -> None:
     """Let ``VmHWM`` begin anew; memory that was freed but kept is given back first."""
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes(function: Callable[[], object], device: str) -> int:
+    """Largest memory during a call, minus the memory before: of the GPU, or resident memory."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    forget_peak()
+    megabytes = resident_megabytes("VmRSS")
+    function()
+    return round(2**20 * (resident_megabytes("VmHWM") - megabytes))

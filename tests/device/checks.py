@@ -6,7 +6,7 @@ This module imports no PyTorch, so that the program that starts the groups is qu
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,14 +55,23 @@ Function = Callable[..., "Iterable[Figure] | None"]
 
 @dataclass(frozen=True)
 class Check:
-    """A named call of a function. The function returns its figures, or None."""
+    """A named call of a function, which returns figures or None.
+
+    Attributes:
+        name: the name in the results.
+        function: the function.
+        arguments: its arguments after the :class:`Setup`.
+        small: whether a small setup runs the check.
+    """
 
     name: str
     function: Function
     arguments: tuple[Any, ...] = ()
+    small: bool = True
 
-    def __call__(self, setup: Setup) -> list[Figure]:
-        return list(self.function(setup, *self.arguments) or [])
+    def __call__(self, setup: Setup) -> Iterator[Figure]:
+        """Run the check; give its figures as soon as they are measured."""
+        yield from self.function(setup, *self.arguments) or []
 
 
 @dataclass
@@ -71,14 +80,18 @@ class Checks:
 
     all: list[Check] = field(default_factory=list)
 
-    def add(self, *cases: Any) -> Callable[[Function], Function]:
-        """Add a function, once for each case, which is its second argument."""
+    def add(self, *cases: Any, small: int = 1000) -> Callable[[Function], Function]:
+        """Add a function, once for each case, which is its second argument.
+
+        A small setup runs the first ``small`` cases.
+        """
 
         def decorate(function: Function) -> Function:
-            for case in cases:
-                self.all.append(Check(f"{function.__name__}[{case}]", function, (case,)))
+            for number, case in enumerate(cases):
+                name = f"{function.__name__}[{case}]"
+                self.all.append(Check(name, function, (case,), small=number < small))
             if not cases:
-                self.all.append(Check(function.__name__, function))
+                self.all.append(Check(function.__name__, function, small=small > 0))
             return function
 
         return decorate
@@ -103,21 +116,24 @@ class Group:
     about: str
     module: str = ""
 
-    def checks(self) -> list[Check]:
-        """Import the module and return its checks."""
+    def checks(self, *, small: bool = False) -> list[Check]:
+        """Import the module and return its checks, or those of a small setup."""
         module = importlib.import_module(self.module or f"tests.device.{self.name}")
         checks: Checks = module.CHECKS
-        return checks.all
+        return [check for check in checks.all if check.small or not small]
 
 
 GROUPS = (
     Group("golden", CORRECTNESS, 60, "numbers of the released implementations"),
     Group("kernels", CORRECTNESS, 90, "attention and its gradients beside float64 on the CPU"),
+    Group("core_golden", CORRECTNESS, 60, "core tests beside released and slow code, by pytest"),
     Group("core_towers", CORRECTNESS, 110, "core tests of towers and prompts, by pytest"),
     Group("core_weights", CORRECTNESS, 110, "core tests of weights and merges, by pytest"),
     Group("training", CORRECTNESS, 90, "optimizers, mixed precision, checkpointing, repeated runs"),
     Group("processes", CORRECTNESS, 90, "DistributedDataParallel and fully_shard, one process"),
     Group("compiled", CORRECTNESS, 110, "the modes of torch.compile"),
+    Group("compile_base", CORRECTNESS, 110, "ViT-B/16 under torch.compile"),
+    Group("compile_large", CORRECTNESS, 110, "ViT-L/14 under torch.compile"),
     Group("predictions", CORRECTNESS, 90, "predictions, search and merges of files"),
     Group("towers", RATIOS, 60, "expanded over plain CLIP: time and memory"),
     Group("compiled_towers", RATIOS, 75, "expanded over plain CLIP, compiled"),

@@ -50,19 +50,20 @@ def run_checks(checks: list[Check], setup: Setup, events: Path) -> bool:
         if check.name in done:
             continue
         write(events, event="started", check=check.name)
-        result, usable = run_check(check, setup)
+        result, usable = run_check(check, setup, events)
         write(events, event="ended", check=check.name, **result)
         if not usable:
             return False
     return True
 
 
-def run_check(check: Check, setup: Setup) -> tuple[dict[str, Any], bool]:
-    """Return the result of a check, and whether the device can still be used."""
-    figures, text, outcome, usable = [], "", "passed", True
+def run_check(check: Check, setup: Setup, events: Path) -> tuple[dict[str, Any], bool]:
+    """Run a check and write its figures; return its outcome, and if the device is still usable."""
+    text, outcome, usable = "", "passed", True
     start = time.perf_counter()
     try:
-        figures = [asdict(figure) for figure in check(setup)]
+        for figure in check(setup):
+            write(events, event="figure", check=check.name, figure=asdict(figure))
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a skip of pytest is no Exception
@@ -73,8 +74,20 @@ def run_check(check: Check, setup: Setup) -> tuple[dict[str, Any], bool]:
             outcome, usable = "failed", not is_fatal(text)
             traceback.print_exc()
     seconds = round(time.perf_counter() - start, 2)
-    result = {"outcome": outcome, "reason": text[:2000], "seconds": seconds, "figures": figures}
-    return result, usable
+    return {"outcome": outcome, "reason": text[:2000], "seconds": seconds}, usable
+
+
+def results(events: Path) -> list[dict[str, Any]]:
+    """Return the results of the checks that ended, with their figures."""
+    ended: list[dict[str, Any]] = []
+    figures: dict[str, list[dict[str, Any]]] = {}
+    for event in read(events):
+        if event["event"] == "figure":
+            figures.setdefault(event["check"], []).append(event["figure"])
+        elif event["event"] == "ended":
+            keys = ("check", "outcome", "reason", "seconds")
+            ended.append({key: event[key] for key in keys})
+    return [{**result, "figures": figures.get(result["check"], [])} for result in ended]
 
 
 def write(events: Path, **event: Any) -> None:
@@ -98,7 +111,7 @@ def main() -> None:
     """Run one group, see the docstring of the module."""
     group, events, setup = sys.argv[1:]
     fields = json.loads(setup)
-    checks = Group(**json.loads(group)).checks()
+    checks = Group(**json.loads(group)).checks(small=fields["small"])
     print("imported", flush=True)
     if sys.stdin.readline():
         ready = Setup(**{**fields, "folder": Path(fields["folder"])})

@@ -44,7 +44,7 @@ def compare(
     assert ratio < FACTOR, f"the error is {ratio:.2f} times that of a CPU, expected {FACTOR}"
 
 
-@CHECKS.add(*KINDS)
+@CHECKS.add(*KINDS, small=2)
 def expanded_view(setup: Setup, kind: str) -> None:
     """Open-VCLIP: a tower with temporal attention over 8 frames."""
     tensors, sizes = tower_laws.golden()
@@ -64,7 +64,7 @@ def expanded_view(setup: Setup, kind: str) -> None:
     compare(setup, kind, tower, tensors["input"], tensors["output"], lambda x: x)
 
 
-@CHECKS.add(*KINDS)
+@CHECKS.add(*KINDS, small=2)
 def vifi_prompts(setup: Setup, kind: str) -> None:
     """ViFi-CLIP: prompts in two layers."""
     weights, video, output = released.golden(released.VIFI)
@@ -76,7 +76,7 @@ def vifi_prompts(setup: Setup, kind: str) -> None:
     compare(setup, kind, tower, video, output, lambda x: x)
 
 
-@CHECKS.add(*KINDS)
+@CHECKS.add(*KINDS, small=2)
 def vita_prompts(setup: Setup, kind: str) -> None:
     """Vita-CLIP: all of its prompts."""
     weights, video, output = released.golden(released.VITA)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from tests.device import child
@@ -106,8 +107,7 @@ class Job:
 
     def results(self) -> dict[str, Any]:
         """Return the results of the checks that ran, as in the JSON file."""
-        checks = [event for event in child.read(self.events) if event["event"] == "ended"]
-        return group_results(self.group, checks, self.seconds, self.note)
+        return group_results(self.group, self.events, self.seconds, self.note)
 
     def _close_unfinished(self, reason: str) -> bool:
         """Let the check that started and did not end fail; return whether there is one."""
@@ -115,10 +115,10 @@ class Job:
         for event in child.read(self.events):
             if event["event"] == "started":
                 open_checks[event["check"]] = None
-            else:
+            elif event["event"] == "ended":
                 open_checks.pop(event["check"], None)
         for name in open_checks:
-            result = {"outcome": "failed", "reason": reason, "seconds": 0.0, "figures": []}
+            result = {"outcome": "failed", "reason": reason, "seconds": 0.0}
             child.write(self.events, event="ended", check=name, **result)
         return bool(open_checks)
 
@@ -126,17 +126,14 @@ class Job:
         return self.log.read_text(encoding="utf-8", errors="replace")[-600:]
 
 
-def group_results(
-    group: Group, checks: list[dict[str, Any]], seconds: float, note: str
-) -> dict[str, Any]:
+def group_results(group: Group, events: Path, seconds: float, note: str) -> dict[str, Any]:
     """Return the results of a group as they are in the JSON file."""
-    keys = ("check", "outcome", "reason", "seconds", "figures")
     return {
         "group": group.name,
         "kind": group.kind,
         "seconds": round(seconds, 1),
         "note": note,
-        "checks": [{key: check[key] for key in keys} for check in checks],
+        "checks": child.results(events),
     }
 
 

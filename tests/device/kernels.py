@@ -76,7 +76,7 @@ def equation_of_the_paper(setup: Setup, boundary: Any) -> None:
         torch.testing.assert_close(got, torch.cat(expected, -1), rtol=1e-4, atol=1e-5)
 
 
-@CHECKS.add(*(f"{boundary}-{tokens}" for tokens in TOKENS for boundary in BOUNDARIES))
+@CHECKS.add(*(f"{boundary}-{tokens}" for tokens in TOKENS for boundary in BOUNDARIES), small=3)
 def lengths_of_real_models(setup: Setup, case: str) -> None:
     """Results and gradients in bfloat16, float16 and float32 at the lengths of real models."""
     boundary, _, tokens = case.partition("-")
@@ -88,9 +88,10 @@ def lengths_of_real_models(setup: Setup, case: str) -> None:
         compare(setup, inputs, FrameView(1, boundary), dtype)  # type: ignore[arg-type]
 
 
-@CHECKS.add(
-    "one frame", "two frames", "window 2", "window 3", "many clips", "head of 72", "strided"
-)
+SHAPES = ("one frame", "two frames", "window 2", "window 3", "many clips", "head of 72", "strided")
+
+
+@CHECKS.add(*SHAPES, small=2)
 def shapes(setup: Setup, case: str) -> None:
     """Clips and windows of other sizes, in bfloat16."""
     shape = {"one frame": (2, 1, 20, 2, 64), "two frames": (2, 2, 20, 2, 64),
@@ -108,7 +109,7 @@ def shapes(setup: Setup, case: str) -> None:
         torch.testing.assert_close(temporal_attention(*packed.unbind(3), view), whole)
 
 
-@CHECKS.add(*BOUNDARIES)
+@CHECKS.add(*BOUNDARIES, small=1)
 def gradients_of_gradients(setup: Setup, boundary: Any) -> None:
     """The MATH kernel can be differentiated twice, on a device as on a CPU."""
     q, k, v = (x[..., :2].clone().to(setup.device).requires_grad_()
@@ -118,7 +119,7 @@ def gradients_of_gradients(setup: Setup, boundary: Any) -> None:
         assert torch.autograd.gradgradcheck(lambda *x: temporal_attention(*x, view), (q, k, v))
 
 
-@CHECKS.add(*BOUNDARIES)
+@CHECKS.add(*BOUNDARIES, small=1)
 def autocast(setup: Setup, boundary: Any) -> None:
     """Under autocast the result is close to that of float32, and gradients are float32."""
     inputs = Inputs.random((2, 4, 50, 2, 64))

@@ -64,9 +64,8 @@ class Run:
         """Run all groups here, one after the other."""
         for group in self.groups:
             start, events = time.monotonic(), self.setup.folder / f"{group.name}.events"
-            child.run_checks(group.checks(), self.setup, events)
-            checks = [event for event in child.read(events) if event["event"] == "ended"]
-            self.keep(jobs.group_results(group, checks, time.monotonic() - start, ""))
+            child.run_checks(group.checks(small=self.setup.small), self.setup, events)
+            self.keep(jobs.group_results(group, events, time.monotonic() - start, ""))
 
     def in_processes(self) -> None:
         """Run the groups of correctness side by side, then the ratios one after the other."""
@@ -84,7 +83,7 @@ class Run:
     def keep(self, group: dict[str, Any]) -> None:
         """Add the results of a group, print its line and write the file."""
         for check in group["checks"]:
-            check["figures"] = [report.judged(figure) for figure in check["figures"]]
+            check["figures"] = [report.judged(f, self.setup.small) for f in check["figures"]]
         self.results["groups"].append(group)
         order = [known.name for known in self.groups]
         self.results["groups"].sort(key=lambda one: order.index(one["group"]))

@@ -51,7 +51,8 @@ ROWS = {
     "sweep": Row("one λ of a sweep / evaluation pass", 1.01),
     "hidden": Row('copies hidden, anchor_device="cpu"', 0.8, at_least=True),
     "trainer": Row("step of finetune.py / bare loop", 1.03),
-    "loader": Row("loader, clips a second and core", digits=1),
-    "loader_need": Row("loader, clips a second, 12 processes / clips a second that a step takes"),
+    "step_rate": Row("IWR step, clips a second", digits=0),
+    "loader_rate": Row("loader with 12 processes, clips a second", digits=0),
+    "loader": Row("loader, clips a second and process", digits=1),
 }
 """The rows, in the order of the table."""
