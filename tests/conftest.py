@@ -173,15 +173,14 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return device_of(request.config.getoption("--device"))
 
 
-@pytest.fixture(autouse=True)
-def _core_tests_are_on_the_device(
-    request: pytest.FixtureRequest, device: torch.device
-) -> Iterator[None]:
-    if device.type == "cpu" or request.node.get_closest_marker("core") is None:
-        yield
-        return
-    with exact_kernels(), MadeByTests(device):
-        yield
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Run core tests, with the fixtures that they set up, on the device."""
+    name = item.config.getoption("--device")
+    if name == "cpu" or item.get_closest_marker("core") is None:
+        return (yield)
+    with exact_kernels(), MadeByTests(device_of(name)):
+        return (yield)
 
 
 @pytest.fixture(autouse=True)

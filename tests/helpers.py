@@ -109,7 +109,7 @@ def tiny_clip(seed: int = 0, **vision: Any) -> open_clip.CLIP:
 
 def tiny_tokenizer(texts: list[str]) -> Tensor:
     """Characters as token ids, ended by the largest id as in CLIP; ``[len(texts), 8]``."""
-    tokens = torch.zeros(len(texts), TEXT["context_length"], dtype=torch.long)
+    tokens = torch.zeros(len(texts), TEXT["context_length"], dtype=torch.long, device="cpu")
     for row, text in zip(tokens, texts, strict=True):
         ids = [1 + hash_of(text[i::6]) % 60 for i in range(6)]
         row[:7] = torch.tensor([*ids, 63])

@@ -80,6 +80,14 @@ def device_of(name: str) -> torch.device:
     return torch.empty(0, device=name).device
 
 
+_entered: list[torch.device] = []
+
+
+def placed(tensor: Tensor) -> Tensor:
+    """Return a tensor that a test read from a file, on the device of the test."""
+    return tensor.to(_entered[-1]) if _entered else tensor
+
+
 class MadeByTests(TorchFunctionMode):
     """Put tensors that a test makes without a device on a device.
 
@@ -90,6 +98,14 @@ class MadeByTests(TorchFunctionMode):
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.device = device
+
+    def __enter__(self) -> Any:
+        _entered.append(self.device)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        _entered.pop()
+        super().__exit__(*error)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None

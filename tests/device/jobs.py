@@ -104,6 +104,9 @@ class Job:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        if process.stdin is not None:
+            with suppress(BrokenPipeError):
+                process.stdin.close()
 
     def results(self) -> dict[str, Any]:
         """Return the results of the checks that ran, as in the JSON file."""

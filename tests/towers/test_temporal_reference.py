@@ -19,6 +19,7 @@ from openvclip.towers import attention
 from openvclip.towers.attention import temporal_attention
 from openvclip.towers.view import FrameView
 from tests.helpers import GOLDEN, random_video, tiny_tower
+from tests.on_device import placed
 
 RELEASED = GOLDEN / "expand_temporal_view_T8.safetensors"
 WINDOWS = (1, 2, 3)
@@ -107,7 +108,7 @@ def slow_tower(
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_equals_the_released_implementation(checkpointing: bool) -> None:
     with safe_open(RELEASED, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = {name: placed(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
         meta = file.metadata()
     assert meta["activation"] == "quick_gelu"
     tower = VisionTransformer(
