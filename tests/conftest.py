@@ -152,7 +152,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         file, function = item.path.name, item.name.partition("[")[0]
         if item.path in core:
             item.add_marker(pytest.mark.core)
-            reason = CPU_ONLY.get(f"{file}::{function}", CPU_ONLY.get(file))
+            reason = CPU_ONLY.get(file, {}).get(function)
             if elsewhere and reason:
                 item.add_marker(pytest.mark.skip(reason=f"on the CPU only: {reason}"))
         if not SLOW.isdisjoint({file, f"{file}::{function}"}):

@@ -34,7 +34,7 @@ _INTS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: tor
 
 def bits(tensor: Tensor) -> Tensor:
     """The memory of a tensor as integers, so that NaN equals itself and -0.0 is not 0.0."""
-    return tensor.detach().contiguous().view(_INTS[tensor.element_size()])
+    return tensor.detach().cpu().contiguous().view(_INTS[tensor.element_size()])
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

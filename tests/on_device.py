@@ -67,8 +67,53 @@ CORE: dict[str, tuple[str, ...]] = {
 }
 """Files whose tests are core tests, below ``tests/``, by subject."""
 
-CPU_ONLY: dict[str, str] = {}
-"""Core tests that stay on the CPU, ``file::function``, with the reason."""
+_COMPILES = "the group compiled of tests.device runs torch.compile"
+_LATE = "a GPU notices later: training/silent_changes of tests.device"
+_KERNELS = "names kernels of the CPU"
+
+CPU_ONLY: dict[str, dict[str, str]] = {
+    "test_temporal_training.py": {
+        "test_another_default_device_changes_nothing": "changes the default device",
+        "test_fused_attention_does_the_work": _KERNELS,
+        "test_the_score_matrix_is_never_there": _KERNELS,
+        "test_compiled_in_one_graph": _COMPILES,
+        "test_batch_sizes_and_lengths_need_no_new_graph_where_shapes_are_dynamic": _COMPILES,
+        "test_batch_sizes_need_one_more_graph_by_default": _COMPILES,
+        "test_images_and_videos_through_one_compiled_tower": _COMPILES,
+        "test_encode_video_is_compiled_in_one_graph": _COMPILES,
+        "test_compiled_before_the_expansion": _COMPILES,
+    },
+    "test_regularization_setups.py": {
+        "test_nothing_is_page_locked_or_copied_where_all_is_on_the_cpu": "tests the CPU alone",
+    },
+    "test_regularization_watch.py": {
+        "test_an_optimizer_in_the_backward_pass_is_refused": _LATE,
+        "test_other_changes_of_the_weights_inside_the_block": _LATE,
+    },
+    "test_adapter_training.py": {
+        "test_what_does_not_work_on_factors_is_refused_by_name": "starts processes for the CPU",
+    },
+    "test_temporal_hf.py": {
+        "test_compiled_in_one_graph": _COMPILES,
+        "test_a_compiled_vision_model": _COMPILES,
+    },
+    "test_temporal_timm.py": {
+        "test_compiled_in_one_graph": _COMPILES,
+    },
+    "test_vision.py": {
+        "test_compiled_in_one_graph": _COMPILES,
+    },
+    "test_text.py": {
+        "test_compiled_in_one_graph": _COMPILES,
+    },
+    "test_buffers.py": {
+        "test_buffers_of_a_compiled_model": _COMPILES,
+    },
+    "test_regularization_loops.py": {
+        "test_a_compiled_model": _COMPILES,
+    },
+}
+"""Core tests that stay on the CPU: ``file -> function -> reason``."""
 
 
 def device_of(name: str) -> torch.device:
