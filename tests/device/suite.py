@@ -28,7 +28,10 @@ def run(setup: Setup, subject: str) -> None:
     command = ["-m", "core", "--device", setup.device, "-p", "tests.device.outcomes"]
     # Warnings are no failures: the versions of this machine can have new ones.
     command += ["-q", "--tb=short", "-W", "default", "-p", "no:cacheprovider"]
-    command += ["-n", str(number), "--max-worker-restart", "20"] if number else []
+    # The options of pyproject.toml need pytest-xdist.
+    command += ["-o", "addopts=--import-mode=importlib"]
+    if number:
+        command += ["-n", str(number), "--dist", "worksteal", "--max-worker-restart", "20"]
     start_pytest([*command, *files], outcomes)
     report(outcomes)
 
