@@ -27,6 +27,14 @@ IN_TRAINING = {"ViT-B/16": CLIPS, "ViT-L/14": CLIPS // 2}  # clips; gradients ne
 EVALUATED = 8  # batches of an evaluation pass
 
 
+FIGURES = {
+    "iwr": ("IWR", "two passes"),
+    "every": ("IWR, every=4", "plain"),
+    "share": ("IWR, share=0.25", "plain"),
+}
+"""Rows of the table: a variant of ``regularization_step`` over another."""
+
+
 class Autocast(Training):
     """Training with weights in float32 and arithmetic in bfloat16, as the trainer does."""
 
@@ -50,15 +58,8 @@ def turns(run: Training) -> dict[str, Callable[[], None]]:
 
         return several
 
-    return {title: turn(make(run), n) for title, (make, n) in VARIANTS.items()}
-
-
-FIGURES = {
-    "iwr": ("IWR", "two passes"),
-    "every": ("IWR, every=4", "plain"),
-    "share": ("IWR, share=0.25", "plain"),
-}
-"""Rows of the table: a variant of ``regularization_step`` over another."""
+    names = {name for pair in FIGURES.values() for name in pair}
+    return {title: turn(make(run), n) for title, (make, n) in VARIANTS.items() if title in names}
 
 
 @CHECKS.add(*MODELS, small=1)
@@ -71,7 +72,7 @@ def regularised_steps(setup: Setup, model: str) -> Iterator[Figure]:
 
 def _steps(setup: Setup, model: str, clips: int) -> dict[str, float]:
     run = Autocast(clips, setup, model)
-    steps = {title: turn for title, turn in turns(run).items() if title != "through state dicts"}
+    steps = turns(run)
     swa, ema = SWATracker(run.tower), EMATracker(run.tower, decay=0.999)
 
     def update() -> None:
@@ -82,7 +83,7 @@ def _steps(setup: Setup, model: str, clips: int) -> dict[str, float]:
     for title, (_, n) in VARIANTS.items():
         if title in times:
             times[title] = [value / n for value in times[title]]
-    found = {row: ratio(times, *pair) for row, pair in FIGURES.items() if pair[0] in times}
+    found = {row: ratio(times, *pair) for row, pair in FIGURES.items()}
     found["averages"] = ratio(times, "averages", "plain")
     found["step_rate"] = 1000 * clips / sorted(times["IWR"])[len(times["IWR"]) // 2]
     run.optimizer.zero_grad(set_to_none=True)

@@ -49,7 +49,7 @@ def test_every_row_has_a_figure(small: Any) -> None:
     _, results, _ = small
     found = report.figures(results)
     skipped = {c["check"] for _, c in report.checks_of(results) if c["outcome"] == "skipped"}
-    optional = {"share"}  # if the regulariser has no share
+    optional: set[str] = set()
     if any(name.startswith("views_over_copies") for name in skipped):
         optional |= {"views_time", "views_memory"}
     assert {key for key in ROWS if not found[key]} <= optional
