@@ -13,6 +13,8 @@ import torch
 from hypothesis import HealthCheck, settings
 from open_clip import SimpleTokenizer
 
+from tests.on_device import CORE, CPU_ONLY, TESTS, MadeByTests, device_of, exact_kernels
+
 # The first backward pass of a process starts threads for the devices that PyTorch knows then.
 # torch.export adds devices, and a fork of a process with such threads can't run a backward pass. So
 # the first backward pass comes before all tests, because some tests fork after others export.
@@ -126,19 +128,33 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the device of the core tests: ``pytest -m core --device cuda``."""
+    text = "device of the core tests (tests/on_device.py); default: OPENVCLIP_TEST_DEVICE, or cpu"
+    default = os.environ.get("OPENVCLIP_TEST_DEVICE", "cpu")
+    parser.addoption("--device", default=default, help=text)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Let the tests of averages use a model with batch norm; one file tests the warning."""
     config.addinivalue_line("filterwarnings", "ignore::openvclip.errors.StatisticsWarning")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of ``SLOW``, and run their files first.
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the core tests and the tests of ``SLOW``, and run the files of ``SLOW`` first.
 
     Each process takes one file after the other. With the long files first, the processes end at
     about the same time.
     """
+    core = {(TESTS / file).resolve() for files in CORE.values() for file in files}
+    elsewhere = config.getoption("--device") != "cpu"
     for item in items:
         file, function = item.path.name, item.name.partition("[")[0]
+        if item.path in core:
+            item.add_marker(pytest.mark.core)
+            reason = CPU_ONLY.get(file, {}).get(function)
+            if elsewhere and reason:
+                item.add_marker(pytest.mark.skip(reason=f"on the CPU only: {reason}"))
         if not SLOW.isdisjoint({file, f"{file}::{function}"}):
             item.add_marker(pytest.mark.slow)
     slow_files = {name.partition("::")[0] for name in SLOW}
@@ -149,6 +165,22 @@ def pytest_collection_finish() -> None:
     """Leave what the imports made out of the collections of garbage, which it made slow."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The device of the core tests, see ``--device``."""
+    return device_of(request.config.getoption("--device"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Run core tests, with the fixtures that they set up, on the device."""
+    name = item.config.getoption("--device")
+    if name == "cpu" or item.get_closest_marker("core") is None:
+        return (yield)
+    with exact_kernels(), MadeByTests(device_of(name)):
+        return (yield)
 
 
 @pytest.fixture(autouse=True)

@@ -34,7 +34,7 @@ _INTS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: tor
 
 def bits(tensor: Tensor) -> Tensor:
     """The memory of a tensor as integers, so that NaN equals itself and -0.0 is not 0.0."""
-    return tensor.detach().contiguous().view(_INTS[tensor.element_size()])
+    return tensor.detach().cpu().contiguous().view(_INTS[tensor.element_size()])
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -109,7 +109,7 @@ def tiny_clip(seed: int = 0, **vision: Any) -> open_clip.CLIP:
 
 def tiny_tokenizer(texts: list[str]) -> Tensor:
     """Characters as token ids, ended by the largest id as in CLIP; ``[len(texts), 8]``."""
-    tokens = torch.zeros(len(texts), TEXT["context_length"], dtype=torch.long)
+    tokens = torch.zeros(len(texts), TEXT["context_length"], dtype=torch.long, device="cpu")
     for row, text in zip(tokens, texts, strict=True):
         ids = [1 + hash_of(text[i::6]) % 60 for i in range(6)]
         row[:7] = torch.tensor([*ids, 63])

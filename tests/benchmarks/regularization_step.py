@@ -28,7 +28,6 @@ from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
-import open_clip
 import torch
 from torch import Tensor, nn
 
@@ -40,6 +39,7 @@ from tests.benchmarks.machine import (
     machine,
     resident_megabytes,
 )
+from tests.benchmarks.models import created, noise_for
 from tests.benchmarks.turns import serve, time_variants_in_turn
 
 MODULE = "tests.benchmarks.regularization_step"
@@ -49,13 +49,12 @@ MODEL = "ViT-B-32-quickgelu"
 class Training:
     """The expanded image tower with its optimizer, a batch of clips and a loss."""
 
-    def __init__(self, clips: int) -> None:
-        torch.manual_seed(0)
-        self.tower: nn.Module = open_clip.create_model(MODEL).visual
+    def __init__(self, clips: int, model: str = MODEL, device: str = "cpu") -> None:
+        self.tower: nn.Module = created(model, device).visual
         self.clip = {name: value.clone() for name, value in self.tower.state_dict().items()}
         openvclip.expand_temporal_attention(self.tower)
         self.optimizer = torch.optim.AdamW(self.tower.parameters(), lr=1e-6)
-        self.video = torch.randn(clips, 8, 3, 224, 224)
+        self.video = noise_for(self.tower, clips, 8, device)
 
     def loss(self, video: Tensor | None = None) -> Tensor:
         """A scalar of the features of all frames, of the batch or of a part of it."""

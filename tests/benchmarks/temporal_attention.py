@@ -22,7 +22,6 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import open_clip
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -35,6 +34,7 @@ from tests.benchmarks.machine import (
     machine,
     resident_megabytes,
 )
+from tests.benchmarks.models import created, noise_for
 from tests.benchmarks.turns import serve, time_variants_in_turn
 
 MODULE = "tests.benchmarks.temporal_attention"
@@ -102,10 +102,9 @@ VARIANTS: dict[str, Callable[[nn.Module, int], Callable[[Tensor], Tensor]]] = {
 
 def prepare(name: str, variant: str, frames: int, device: str, clips: int) -> tuple[Any, Tensor]:
     """A function from video to features, and a video, in the dtype of the device."""
-    torch.manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    tower = open_clip.create_model(name).visual.to(device, dtype)
-    video = torch.randn(clips, frames, 3, 224, 224).to(device, dtype)
+    tower = created(name, device).visual.to(dtype)
+    video = noise_for(tower, clips, frames, device).to(dtype)
     return VARIANTS[variant](tower, frames), video
 
 

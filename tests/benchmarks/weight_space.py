@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 
 import open_clip
@@ -24,17 +23,13 @@ from torch.profiler import ProfilerActivity, profile
 from openvclip import EMATracker, SWATracker, interpolate, interpolate_into
 from openvclip.weights.numerics import finite_probe, foreach
 from tests.benchmarks.machine import machine
+from tests.benchmarks.turns import milliseconds_in_turn
 
 
 def medians(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Milliseconds of each variant, after one round that does not count."""
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(rounds + 1):
-        for name, function in variants.items():
-            began = time.perf_counter()
-            function()
-            times[name].append(1e3 * (time.perf_counter() - began))
-    return {name: statistics.median(values[1:]) for name, values in times.items()}
+    times = milliseconds_in_turn(variants, rounds)
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def print_rows(title: str, rows: dict[str, float], over: str, notes: dict[str, str]) -> None:

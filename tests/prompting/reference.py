@@ -33,7 +33,7 @@ def words_of(text: str) -> list[int]:
 
 def word_tokenizer(texts: list[str]) -> Tensor:
     """One token per word between a start token and an end token with the largest id, as in CLIP."""
-    tokens = torch.zeros(len(texts), CONTEXT, dtype=torch.long)
+    tokens = torch.zeros(len(texts), CONTEXT, dtype=torch.long, device="cpu")
     for row, text in zip(tokens, texts, strict=True):
         ids = [START, *words_of(text)[: CONTEXT - 2], END]
         row[: len(ids)] = torch.tensor(ids)

@@ -19,6 +19,7 @@ from openvclip.errors import (
     WeightTypeError,
 )
 from tests.helpers import GOLDEN, gradients, randomise, same_bits
+from tests.on_device import placed
 from tests.prompting.reference import (
     NAMES,
     prompt_clip,
@@ -37,7 +38,7 @@ State = dict[str, Tensor]
 def golden(path: Any) -> tuple[State, Tensor, Tensor]:
     """Released weights, a video ``[B, T, C, H, W]``, and the released output."""
     with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = {name: placed(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
     weights = {n.removeprefix("weights."): v for n, v in tensors.items() if n.startswith("weights")}
     video = tensors["input"] if path == VIFI else tensors["input"].transpose(1, 2)
     return weights, video, tensors["output"]

@@ -318,12 +318,12 @@ def test_compiled_in_one_graph(make: Any) -> None:
 
 
 @pytest.mark.parametrize("make", [vifi, vita])
-def test_half_precision(make: Any) -> None:
+def test_half_precision(make: Any, device: torch.device) -> None:
     video = random_video(2, 4)
     expected = make(tiny_tower())(video)
     half = make(tiny_tower().half())
     assert {p.dtype for p in half.parameters()} == {torch.float16}
-    with torch.autocast("cpu", dtype=torch.float16):
+    with torch.autocast(device.type, dtype=torch.float16):
         mixed = make(tiny_tower())(video)
     for got in (half(video.half()), mixed):
         assert got.dtype == torch.float16

@@ -363,14 +363,16 @@ def test_images_given_to_encode_video() -> None:
             encode_video(model, images(2))
 
 
-def test_a_video_of_another_float_dtype_is_named_and_autocast_is_left_alone() -> None:
+def test_a_video_of_another_float_dtype_is_named_and_autocast_is_left_alone(
+    device: torch.device,
+) -> None:
     video = random_video(1, 2)
     for model in (expand_temporal_attention(tiny_clip()), tiny_clip()):
         with pytest.raises(
             VideoShapeError, match=r"dtype float64; the model's weights are float32"
         ):
             encode_video(model, video.double())
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             assert encode_video(model, video.bfloat16()).isfinite().all()
     half = expand_temporal_attention(tiny_clip()).bfloat16()
     with pytest.raises(VideoShapeError, match=r"video\.to\(torch\.bfloat16\)"):

@@ -63,11 +63,13 @@ def test_checkpointing_recomputes() -> None:
 
 @pytest.mark.parametrize("boundary", BOUNDARIES)
 @pytest.mark.parametrize("changes", [{}, {"qk_norm": True}, {"scaled_cosine_attn": True}])
-def test_autocast_is_close_to_float32(changes: dict[str, Any], boundary: Any) -> None:
+def test_autocast_is_close_to_float32(
+    changes: dict[str, Any], boundary: Any, device: torch.device
+) -> None:
     model = expand_temporal_attention(tiny_clip(**changes), boundary=boundary)
     video = random_video(2, 4)
     exact = encode_video(model, video)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         frames = model.encode_image(video)
         rough = encode_video(model, video)
     assert frames.dtype == torch.bfloat16

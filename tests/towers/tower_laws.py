@@ -25,6 +25,7 @@ from tests.helpers import (
     same_bits,
     snapshot,
 )
+from tests.on_device import placed
 
 RELEASED = GOLDEN / "expand_temporal_view_T8.safetensors"
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -196,7 +197,7 @@ def checkpointing_takes_videos_and_images_in_one_step(case: Case) -> None:
 def autocast_is_close_to_float32(case: Case) -> None:
     model, video = case.expanded(), random_video(2, 4)
     exact = encode_video(model, video)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(video.device.type, torch.bfloat16):
         rough = encode_video(model, video)
     assert not torch.equal(rough.float(), exact)
     assert (functional.cosine_similarity(rough.float(), exact, dim=-1) > 0.99).all()
@@ -314,7 +315,7 @@ def golden() -> tuple[dict[str, Tensor], dict[str, int]]:
     It is a CLIP with QuickGELU, under the names of open_clip's visual tower.
     """
     with safe_open(RELEASED, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = {name: placed(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
         meta = file.metadata()
     assert meta["activation"] == "quick_gelu"
     names = ("image_size", "patch", "width", "layers", "heads", "embed_dim")

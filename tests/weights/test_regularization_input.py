@@ -202,13 +202,15 @@ def test_settings_of_the_wrong_type(settings: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("with_scaler", [False, True])
-def test_clipping_bounds_the_norm_of_the_combined_gradient(with_scaler: bool) -> None:
+def test_clipping_bounds_the_norm_of_the_combined_gradient(
+    with_scaler: bool, device: torch.device
+) -> None:
     """With SGD at lr 1, a step is the negative clipped gradient, whose direction is Equation 9."""
     model, reference = Smooth(), Smooth()
     anchor = snapshot(Smooth(1))
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     iwr = InterpolatedWeightRegularizer(model, optimizer, anchor=anchor, interval=(0.4, 0.4))
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if with_scaler else None
+    scaler = torch.amp.GradScaler(device.type, init_scale=1024.0) if with_scaler else None
     before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
     iwr.step(lambda: 50 * cross_entropy(model), scaler=scaler, max_grad_norm=0.01)
     moved = torch.cat([p.detach().flatten() for p in model.parameters()]) - before

@@ -113,9 +113,9 @@ def test_another_anchor_is_refused_and_the_same_in_another_order_is_not() -> Non
 # --- GradScaler --------------------------------------------------------------------------------
 
 
-def test_a_scaler_changes_nothing_but_the_scale() -> None:
+def test_a_scaler_changes_nothing_but_the_scale(device: torch.device) -> None:
     plain, scaled = regulariser(), regulariser()
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=10**6)
+    scaler = torch.amp.GradScaler(device.type, init_scale=2.0**10, growth_interval=10**6)
     for step in range(4):
         plain[1].step(lambda step=step: cross_entropy(plain[0], step))  # type: ignore[misc]
         loss = scaled[1].step(
@@ -128,9 +128,11 @@ def test_a_scaler_changes_nothing_but_the_scale() -> None:
 
 
 @pytest.mark.parametrize("bad_call", [1, 2])
-def test_infinite_gradients_skip_the_step_and_halve_the_scale(bad_call: int) -> None:
+def test_infinite_gradients_skip_the_step_and_halve_the_scale(
+    bad_call: int, device: torch.device
+) -> None:
     model, iwr = regulariser()
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler = torch.amp.GradScaler(device.type, init_scale=1024.0)
     iwr.step(lambda: cross_entropy(model), scaler=scaler)
     before = snapshot(model)
     calls = 0
@@ -151,28 +153,28 @@ def test_infinite_gradients_skip_the_step_and_halve_the_scale(bad_call: int) -> 
 # --- autocast ----------------------------------------------------------------------------------
 
 
-def test_autocast_around_the_step_does_not_serve_stale_weights() -> None:
+def test_autocast_around_the_step_does_not_serve_stale_weights(device: torch.device) -> None:
     """Autocast caches half-precision copies of the weights, which must follow the weights."""
     inside, around = regulariser(interval=(0.6, 0.6)), regulariser(interval=(0.6, 0.6))
 
     def under_autocast() -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             return cross_entropy(inside[0])
 
     for _ in range(3):
         inside[1].step(under_autocast)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             around[1].step(lambda: cross_entropy(around[0]))
         for name, value in gradients(inside[0]).items():
             assert same_bits(gradients(around[0])[name], value), name
     assert_same_state(around[0].state_dict(), inside[0].state_dict())
 
 
-def test_one_autocast_region_around_the_block_and_what_follows() -> None:
+def test_one_autocast_region_around_the_block_and_what_follows(device: torch.device) -> None:
     model, iwr = regulariser(interval=(1.0, 1.0))
     other = Smooth(1)
     x = batch()[0]
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         before = model(x)
         with iwr.interpolated():
             inside = model(x)

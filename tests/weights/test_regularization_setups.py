@@ -144,16 +144,18 @@ def test_on_a_gpu_the_cpu_keeps_page_locked_memory_and_changes_no_bit(dtype: tor
 # --- float16 -----------------------------------------------------------------------------------
 
 
-def test_float16_gradients_that_overflow_are_skipped_until_the_scale_fits() -> None:
+def test_float16_gradients_that_overflow_are_skipped_until_the_scale_fits(
+    device: torch.device,
+) -> None:
     model = Smooth()
     iwr = InterpolatedWeightRegularizer(
         model, torch.optim.SGD(model.parameters(), lr=0.1), anchor=snapshot(Smooth(1))
     )
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
+    scaler = torch.amp.GradScaler(device.type, init_scale=2.0**24)
     before = snapshot(model)
 
     def closure() -> Tensor:
-        with torch.autocast("cpu", torch.float16):
+        with torch.autocast(device.type, torch.float16):
             return cross_entropy(model)
 
     scales = []
@@ -170,15 +172,15 @@ def test_float16_gradients_that_overflow_are_skipped_until_the_scale_fits() -> N
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
-def test_skipped_steps_count_like_others_for_alpha_and_the_average() -> None:
+def test_skipped_steps_count_like_others_for_alpha_and_the_average(device: torch.device) -> None:
     model, steps = Smooth(), 16
     iwr = InterpolatedWeightRegularizer(
         model, torch.optim.SGD(model.parameters(), lr=0.1), anchor=snapshot(Smooth(1))
     )
-    swa, scaler = SWATracker(model), torch.amp.GradScaler("cpu", init_scale=2.0**24)
+    swa, scaler = SWATracker(model), torch.amp.GradScaler(device.type, init_scale=2.0**24)
 
     def closure() -> Tensor:
-        with torch.autocast("cpu", torch.float16):
+        with torch.autocast(device.type, torch.float16):
             return cross_entropy(model)
 
     skipped, total = 0, {n: torch.zeros(p.shape).double() for n, p in model.named_parameters()}

@@ -104,7 +104,7 @@ def test_trackers_of_float8(dtype: torch.dtype) -> None:
     for tracker, mean in zip(trackers, expected, strict=True):
         result = tracker.averaged_state_dict()["w"]
         assert result.dtype == torch.float32
-        torch.testing.assert_close(result.double(), mean, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(result.double().to(mean.device), mean, rtol=1e-6, atol=1e-6)
         with tracker.applied(model):
             assert_nearest(model.w.data, mean, dtype)
         assert same_bits(model.w, models[-1])

@@ -169,14 +169,14 @@ def test_batches_of_every_kind(kind: str, wrapped: str | None) -> None:
     assert_same_state(model.state_dict(), expected.state_dict())
 
 
-def test_batches_that_only_the_caller_understands() -> None:
+def test_batches_that_only_the_caller_understands(device: torch.device) -> None:
     model, expected = Named(), Named()
     with pytest.raises(UsageError, match="Give `forward`"):
         update_statistics(model, ["a", "b"])
     with pytest.raises(UsageError, match="Give `forward`"):
         update_statistics(model, [{"clip": batch()[0]}])
     loader = [{"clip": x, "nested": [x, (y,)]} for x, y in batches()]
-    update_statistics(model, loader, forward=lambda one: model(one["clip"]), device="cpu")
+    update_statistics(model, loader, forward=lambda one: model(one["clip"]), device=device)
     update_bn(batches(), expected)
     assert_same_state(model.state_dict(), expected.state_dict())
 

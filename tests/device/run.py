@@ -1,0 +1,178 @@
+r"""Check the library on a GPU: first that results are correct, then how fast it is.
+
+    python -m tests.device                       # everything, in less than 6 minutes
+    python -m tests.device --out results/        # also keeps the results: device.json and logs
+    python -m tests.device --only golden towers  # some groups
+    python -m tests.device --list                # the groups
+    python -m tests.device --cpu                 # the same script with tiny models, without a GPU
+    python -m tests.device --page device.json    # the section of docs/benchmarks.md
+
+Run it from the root of a clone, in an environment with PyTorch for CUDA and the package with its
+extra ``test``. The package itself can also be used without an installation. If a library is not
+installed, its checks are skipped.
+
+Each group runs in its own process with a time limit. If a check makes the device unusable, a new
+process runs the rest of the group. The JSON file is written after each group, so a run that is
+stopped keeps its results. The table at the end is short, because a log may keep only its end.
+
+The exit status is 1 if a check failed, and 0 otherwise. A target that is missed is no failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from tests.device import child, jobs, report
+from tests.device.checks import CORRECTNESS, GROUPS, RATIOS, Group, Setup
+from tests.device.targets import ROWS
+
+SECONDS = 345.0  # for everything, so that a run ends within 6 minutes
+RESULTS = "device.json"
+
+
+class Run:
+    """A run of some groups and its results so far."""
+
+    def __init__(self, groups: list[Group], setup: Setup, out: Path, seconds: float) -> None:
+        self.groups, self.setup, self.out = groups, setup, out
+        self._end = time.monotonic() + seconds
+        self._began = time.monotonic()
+        self.results: dict[str, Any] = {
+            "date": datetime.date.today().isoformat(),
+            "machine": machine(setup),
+            "seconds": 0.0,
+            "complete": False,
+            "targets": {key: row.bound for key, row in ROWS.items()},
+            "groups": [],
+        }
+
+    def left(self) -> float:
+        """Return the seconds that are left."""
+        return self._end - time.monotonic()
+
+    def in_this_process(self) -> None:
+        """Run all groups here, one after the other."""
+        for group in self.groups:
+            start, events = time.monotonic(), self.setup.folder / f"{group.name}.events"
+            child.run_checks(group.checks(small=self.setup.small), self.setup, events)
+            self.keep(jobs.group_results(group, events, time.monotonic() - start, ""))
+
+    def in_processes(self) -> None:
+        """Run the groups of correctness side by side, then the ratios one after the other."""
+        environment = environment_of(self.setup)
+        made = [jobs.Job(group, self.setup, environment) for group in self.groups]
+        jobs.side_by_side([j for j in made if j.group.kind == CORRECTNESS], self.left, self.ended)
+        jobs.in_turn([j for j in made if j.group.kind == RATIOS], self.left, self.ended)
+
+    def ended(self, job: jobs.Job) -> None:
+        """Take the results of a group; keep its log."""
+        if job.log.exists():
+            (self.out / job.log.name).write_bytes(job.log.read_bytes())
+        self.keep(job.results())
+
+    def keep(self, group: dict[str, Any]) -> None:
+        """Add the results of a group, print its line and write the file."""
+        for check in group["checks"]:
+            check["figures"] = [report.judged(f, self.setup.small) for f in check["figures"]]
+        self.results["groups"].append(group)
+        order = [known.name for known in self.groups]
+        self.results["groups"].sort(key=lambda one: order.index(one["group"]))
+        self.save()
+        outcomes = [check["outcome"] for check in group["checks"]]
+        numbers = ", ".join(f"{outcomes.count(o)} {o}" for o in dict.fromkeys(outcomes))
+        print(f"{group['group']:16s} {group['seconds']:6.1f} s  {numbers or group['note']}"
+              f"  ({self.left():.0f} s left)", flush=True)  # fmt: skip
+
+    def save(self, *, complete: bool = False) -> None:
+        """Write the JSON file."""
+        self.results["seconds"] = round(time.monotonic() - self._began, 1)
+        self.results["complete"] = complete
+        report.save(self.results, self.out / RESULTS)
+
+
+def environment_of(setup: Setup) -> dict[str, str]:
+    """Return what the processes of a run have beyond the environment of this one."""
+    environment = {
+        "PYTHONUNBUFFERED": "1",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # repeated runs give the same bits
+        "TORCHINDUCTOR_CACHE_DIR": str(setup.folder / "inductor"),  # groups share compiled code
+        "TRITON_CACHE_DIR": str(setup.folder / "triton"),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    return {name: value for name, value in environment.items() if name not in os.environ}
+
+
+def machine(setup: Setup) -> dict[str, Any]:
+    """Return the machine and the versions for the JSON file."""
+    from tests.benchmarks.machine import facts
+
+    return {**facts(setup.device), "small": setup.small}
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    made = argparse.ArgumentParser(
+        prog="python -m tests.device",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    names = [group.name for group in GROUPS]
+    made.add_argument("--cpu", action="store_true", help="tiny models on the CPU, one process")
+    made.add_argument("--out", type=Path, metavar="FOLDER", help="keeps device.json and the logs")
+    made.add_argument("--only", nargs="+", choices=names, metavar="NAME", help="run these groups")
+    made.add_argument("--list", action="store_true", help="print the groups and stop")
+    made.add_argument("--seconds", type=float, default=SECONDS, help=f"default: {SECONDS:.0f}")
+    made.add_argument("--page", type=Path, metavar="JSON", help="print a section for the page")
+    return made
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    args = parser().parse_args(arguments)
+    if args.list:
+        for group in GROUPS:
+            print(f"{group.name:16s} {group.kind:11s} {group.seconds:4.0f} s  {group.about}")
+        return 0
+    if args.page:
+        print(report.page(json.loads(args.page.read_text(encoding="utf-8"))))
+        return 0
+    if not args.cpu and not _has_gpu():
+        print(
+            "tests.device: PyTorch finds no GPU on this machine. Run it on a machine with a CUDA "
+            "device, or with --cpu, which runs the same checks with tiny models.",
+            file=sys.stderr,
+        )
+        return 2
+    groups = [group for group in GROUPS if args.only is None or group.name in args.only]
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="openvclip-device-")))
+        out = args.out or folder
+        out.mkdir(parents=True, exist_ok=True)
+        setup = Setup("cpu" if args.cpu else "cuda", folder, small=args.cpu)
+        run = Run(groups, setup, out, args.seconds)
+        print(report.describe(run.results["machine"]), flush=True)
+        try:
+            run.in_this_process() if args.cpu else run.in_processes()
+        finally:
+            run.save(complete=len(run.results["groups"]) == len(groups))
+            print("\n" + report.screen(run.results), flush=True)
+            if args.out:
+                print(f"\n{out / RESULTS}", flush=True)
+    return 1 if report.failures(run.results) else 0
+
+
+def _has_gpu() -> bool:
+    """Ask a process of its own, so that this one never uses the device."""
+    code = "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 1)"
+    return subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
