@@ -129,10 +129,10 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the device of the core tests: ``pytest -m core --device cuda``."""
+    """Add the device of the core tests: ``pytest -m core --torch-device cuda``."""
     text = "device of the core tests (tests/on_device.py); default: OPENVCLIP_TEST_DEVICE, or cpu"
     default = os.environ.get("OPENVCLIP_TEST_DEVICE", "cpu")
-    parser.addoption("--device", default=default, help=text)
+    parser.addoption("--torch-device", default=default, help=text)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -147,7 +147,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     about the same time.
     """
     core = {(TESTS / file).resolve() for files in CORE.values() for file in files}
-    elsewhere = config.getoption("--device") != "cpu"
+    elsewhere = config.getoption("--torch-device") != "cpu"
     for item in items:
         file, function = item.path.name, item.name.partition("[")[0]
         if item.path in core:
@@ -169,14 +169,14 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """The device of the core tests, see ``--device``."""
-    return device_of(request.config.getoption("--device"))
+    """The device of the core tests, see ``--torch-device``."""
+    return device_of(request.config.getoption("--torch-device"))
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Run core tests, with the fixtures that they set up, on the device."""
-    name = item.config.getoption("--device")
+    name = item.config.getoption("--torch-device")
     if name == "cpu" or item.get_closest_marker("core") is None:
         return (yield)
     with exact_kernels(), MadeByTests(device_of(name)):

@@ -1,6 +1,6 @@
-"""The core tests on another device: ``pytest -m core -n 4 --device cuda``.
+"""The core tests on another device: ``pytest -m core -n 4 --torch-device cuda``.
 
-The core tests are written once. Without ``--device``, they run on the CPU. With it, the tensors and
+The core tests are written once. Without ``--torch-device``, they run on the CPU. With it, the tensors and
 the models that a core test makes are on the device, although the test names no device: a torch
 function mode moves what the test makes. What the library makes stays where the library puts it, so
 a tensor that the library leaves on the CPU raises an error, as it would in a user's program.
@@ -119,7 +119,7 @@ CPU_ONLY: dict[str, dict[str, str]] = {
 
 
 def device_of(name: str) -> torch.device:
-    """Return the device of ``--device``, with the index of the current device.
+    """Return the device of ``--torch-device``, with the index of the current device.
 
     Raises:
         RuntimeError: the machine has no such device.

@@ -1,4 +1,4 @@
-"""The core tests of the suite by pytest, in processes of their own: ``pytest -m core --device``."""
+"""The core tests of the suite by pytest, in processes of their own: ``pytest -m core --torch-device``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run(setup: Setup, subject: str) -> None:
     outcomes = setup.folder / f"core-{subject}.jsonl"
     files = [str(TESTS / file) for file in CORE[subject]]
     number = PROCESSES if _has("xdist") else 0
-    command = ["-m", "core", "--device", setup.device, "-p", "tests.device.outcomes"]
+    command = ["-m", "core", "--torch-device", setup.device, "-p", "tests.device.outcomes"]
     # Warnings are no failures: the versions of this machine can have new ones.
     command += ["-q", "--tb=short", "-W", "default", "-p", "no:cacheprovider"]
     # The options of pyproject.toml need pytest-xdist.
