@@ -169,7 +169,9 @@ def is_exporting() -> bool:
     record must not hold a Python function. ``torch.compile`` is not an export.
     """
     tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    return tracing or torch.compiler.is_exporting()
+    # Some versions of torch.compile, such as that of torch 2.7, take is_exporting() for True.
+    exporting: bool = torch.compiler._is_exporting_flag
+    return tracing or exporting
 
 
 def _by_head(x: Tensor) -> Tensor:

@@ -122,7 +122,7 @@ def test_equals_the_loops_over_equation_3(
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("clips", [1, 8])
 @pytest.mark.parametrize("boundary", BOUNDARIES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_as_exact_as_with_copies(
     monkeypatch: pytest.MonkeyPatch, kernel: str, clips: int, boundary: Any, dtype: torch.dtype
 ) -> None:
@@ -186,31 +186,39 @@ class Kernels(TorchDispatchMode):
 
 @pytest.fixture
 def h100(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors on a GPU without memory, as far as this version of PyTorch has them."""
+    try:
+        with FakeTensorMode():
+            torch.empty(2, device="cuda").copy_(torch.empty(2, device="cuda"))
+    except RuntimeError:
+        pytest.skip("this version of PyTorch needs a GPU even for tensors without memory")
     monkeypatch.setattr(attention_kernels, "_abilities", lambda index: ((9, 0), True, True))
 
 
-# (clips, frames, tokens, heads, d): ViT-B/16, ViT-L/14, SigLIP at 384 (two sizes), one video.
-SIZES = [
-    (32, 8, 197, 12, 64),
-    (32, 8, 257, 16, 64),
-    (4, 8, 729, 16, 72),
-    (2, 8, 576, 12, 64),
-    (1, 8, 197, 12, 64),
-    (1, 32, 197, 12, 64),
-]
+# Numbers of clips, frames, tokens, heads, and the width of a head.
+SIZES = {
+    "ViT-B/16": (32, 8, 197, 12, 64),
+    "ViT-L/14, one long video": (1, 32, 257, 16, 64),
+    "SigLIP at 384": (4, 8, 729, 16, 72),
+    "SigLIP of 576 tokens": (2, 8, 576, 12, 64),
+}
+HALF, FULL = (torch.bfloat16, "flash"), (torch.float32, "efficient")
 
 
 @pytest.mark.usefixtures("h100")
-@pytest.mark.parametrize("boundary", BOUNDARIES)
 @pytest.mark.parametrize(
-    ("dtype", "kernel"), [(torch.bfloat16, "flash"), (torch.float32, "efficient")]
+    ("model", "boundary", "precision"),
+    [
+        *((model, "zero", HALF) for model in SIZES),
+        ("ViT-B/16", "mask", HALF),
+        ("ViT-B/16", "replicate", HALF),
+        ("ViT-B/16", "zero", FULL),
+        ("SigLIP of 576 tokens", "replicate", FULL),
+    ],
 )
-@pytest.mark.parametrize("shape", SIZES)
-def test_the_real_operations_take_the_calls(
-    shape: tuple[int, ...], boundary: Any, dtype: torch.dtype, kernel: str
-) -> None:
+def test_the_real_operations_take_the_calls(model: str, boundary: Any, precision: Any) -> None:
     """PyTorch's own rules for the shapes and layouts of its operations, without a GPU."""
-    clips, frames, n, heads, d = shape
+    (clips, frames, n, heads, d), (dtype, kernel) = SIZES[model], precision
     view = FrameView(1, boundary)
     calls = min(frames, clips + 2)
     with FakeTensorMode(), torch.no_grad():
@@ -325,10 +333,10 @@ def test_kernels_that_the_user_turned_off(monkeypatch: pytest.MonkeyPatch) -> No
 
 # pytorch#196678: with a mask, cuDNN's attention can return NaN gradients on H100 and H200 if the
 # number of keys is 64 modulo 128. 576 tokens, of SigLIP at 384, are such a number.
-@pytest.mark.parametrize("n", [64, 197, 576, 729])
+@pytest.mark.usefixtures("h100")
+@pytest.mark.parametrize("n", [197, 576])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
-@pytest.mark.parametrize("with_copies", [False, True])
+@pytest.mark.parametrize(("dropout_p", "with_copies"), [(0.0, False), (0.1, False), (0.0, True)])
 def test_mask_never_reaches_cudnn(
     monkeypatch: pytest.MonkeyPatch, n: int, dtype: torch.dtype, dropout_p: float, with_copies: bool
 ) -> None:
@@ -396,13 +404,11 @@ def test_autocast_gives_its_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- torch.compile -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_compiled_graphs_take_every_size(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
-    use_emulated_kernel(monkeypatch, kernel)
+def test_compiled_graphs_take_every_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_emulated_kernel(monkeypatch, "flash")
     monkeypatch.setattr(attention, "kernel_for", kernel_for)
     monkeypatch.setattr(attention_kernels, "is_on_gpu", lambda x: True)
-    available = kernel == "flash"
-    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: available)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     torch._dynamo.reset()
     graphs = []
@@ -421,7 +427,7 @@ def test_compiled_graphs_take_every_size(monkeypatch: pytest.MonkeyPatch, kernel
         view, qkv = FrameView(1, "zero"), packed((clips, frames, 9, 2, 8), torch.bfloat16)
         expected = results(temporal_attention, qkv, view)
         for x, y in zip(packed_results(compiled, qkv, view), expected, strict=True):
-            assert torch.equal(x, y)
+            torch.testing.assert_close(x, y)
         counts.append(len(graphs))
     assert counts == [counts[0]] * 3
     names = [str(node.target) for graph in graphs for node in graph.graph.nodes]
