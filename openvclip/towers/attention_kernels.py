@@ -54,9 +54,9 @@ def choose_kernel(
 ) -> str | None:
     """Return the name of the kernel for an NVIDIA GPU, or None if no kernel supports the input.
 
-    Where both kernels support the input, the flash kernel is chosen, as
-    ``scaled_dot_product_attention`` does. ``python -m tests.benchmarks.temporal_attention
-    --only kernels`` measures both on a GPU.
+    If both kernels support the input, the flash kernel is chosen, as
+    ``scaled_dot_product_attention`` does. ``python -m tests.benchmarks.attention_kernels``
+    measures both on a GPU.
 
     Args:
         dtype: dtype of queries, keys and values.
@@ -103,8 +103,6 @@ def is_on_gpu(x: Tensor) -> bool:
     return x.device.type == "cuda"
 
 
-# torch.compile reads the settings of ``sdpa_kernel`` once, as it does for PyTorch's own attention.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _abilities(index: int) -> tuple[tuple[int, int], bool, bool]:
     """Return the compute capability of a GPU, and which of the two kernels can be used."""
     if torch.version.hip is not None:  # the kernels of ROCm have other log-sum-exps
@@ -112,6 +110,12 @@ def _abilities(index: int) -> tuple[tuple[int, int], bool, bool]:
     cuda = torch.backends.cuda
     flash = cuda.is_flash_attention_available() and cuda.flash_sdp_enabled()
     return torch.cuda.get_device_capability(index), flash, cuda.mem_efficient_sdp_enabled()
+
+
+# torch.compile calls the function once and treats the result as a constant, as PyTorch's own
+# attention does with the settings of ``sdpa_kernel``. The mark is that of
+# torch.compiler.assume_constant_result, which would import torch.compile here: 3 seconds.
+_abilities._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _in_functional_transform() -> bool:

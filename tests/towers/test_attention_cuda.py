@@ -21,6 +21,7 @@ from openvclip.towers.attention import attend_with_copies, temporal_attention
 from openvclip.towers.attention_cuda import InnerFrames, OneFrame, parts_of
 from openvclip.towers.attention_kernels import KERNELS, choose_kernel, kernel_for
 from openvclip.towers.view import FrameView
+from tests.benchmarks import attention_kernels as attention_benchmark
 from tests.towers.emulated_kernels import use_emulated_kernel
 from tests.towers.test_temporal_reference import equation_3
 
@@ -444,3 +445,12 @@ def test_the_compiled_operations_keep_their_promises(monkeypatch: pytest.MonkeyP
     ]
     arguments = (*leaves, 1, "replicate", None, "efficient")
     torch.library.opcheck(torch.ops.openvclip.temporal_attention.default, arguments)
+
+
+def test_the_benchmark_of_the_kernels_runs() -> None:
+    rows = attention_benchmark.measure((1, 3, 2, 1, 8), "cpu", torch.float32, rounds=1)
+    assert list(rows) == ["plain", "copies", "views, cpu"]
+    assert {tuple(row) for row in rows.values()} == {("forward", "forward + backward")}
+    q, k, v = packed((2, 3, 2, 2, 8), torch.float64).unbind(-3)
+    ways = attention_benchmark.candidates("cpu", torch.float64, FrameView(1))
+    torch.testing.assert_close(ways["views, cpu"](q, k, v).flatten(-2), ways["copies"](q, k, v))
