@@ -52,6 +52,8 @@ def temporal_attention(
         kernel = kernel_for(q, k, v)
         if kernel is not None:
             return attend_on_views(q, k, v, view, scale, kernel).flatten(-2)
+    if _compiler_has_no_functions():
+        return _attend_for_export(q, k, v, view, **options)
     return attend_with_copies(q, k, v, view, **options)
 
 
@@ -169,9 +171,17 @@ def is_exporting() -> bool:
     record must not hold a Python function. ``torch.compile`` is not an export.
     """
     tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    # Some versions of torch.compile, such as that of torch 2.7, take is_exporting() for True.
+    # torch.compile of torch 2.7 takes torch.compiler.is_exporting() for True.
     exporting: bool = torch.compiler._is_exporting_flag
     return tracing or exporting
+
+
+def _compiler_has_no_functions() -> bool:
+    """Return whether ``torch.compile`` does not support the functions below that copy frames.
+
+    The versions of PyTorch with this limit also take ``torch.compiler.is_exporting()`` for True.
+    """
+    return torch.compiler.is_exporting()
 
 
 def _by_head(x: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ def choose_kernel(
     *,
     dtype: torch.dtype,
     head_dim: int,
-    capability: tuple[int, int],
+    capability: int,
     flash: bool,
     efficient: bool,
 ) -> str | None:
@@ -61,13 +61,13 @@ def choose_kernel(
     Args:
         dtype: dtype of queries, keys and values.
         head_dim: width of a head.
-        capability: compute capability of the GPU.
+        capability: compute capability of the GPU, 90 for 9.0.
         flash: whether the flash kernel can be used.
         efficient: whether the memory-efficient kernel can be used.
     """
     if head_dim == 0 or head_dim > _WIDEST_HEAD:
         return None
-    recent = capability >= (8, 0)
+    recent = capability >= 80
     if flash and recent and dtype in _HALF and head_dim % 8 == 0:
         return "flash"
     supported = dtype in (torch.float16, torch.float32) or (dtype == torch.bfloat16 and recent)
@@ -103,16 +103,22 @@ def is_on_gpu(x: Tensor) -> bool:
     return x.device.type == "cuda"
 
 
-def _abilities(index: int) -> tuple[tuple[int, int], bool, bool]:
+def _abilities(index: int) -> tuple[int, bool, bool]:
     """Return the compute capability of a GPU, and which of the two kernels can be used."""
     if torch.version.hip is not None:  # the kernels of ROCm have other log-sum-exps
-        return (0, 0), False, False
+        return 0, False, False
     cuda = torch.backends.cuda
     flash = cuda.is_flash_attention_available() and cuda.flash_sdp_enabled()
-    return torch.cuda.get_device_capability(index), flash, cuda.mem_efficient_sdp_enabled()
+    return capability_of(index), flash, cuda.mem_efficient_sdp_enabled()
 
 
-# torch.compile calls the function once and treats the result as a constant, as PyTorch's own
+def capability_of(index: int) -> int:
+    """Return the compute capability of a GPU as a number: 90 for 9.0."""
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+# torch.compile calls _abilities once and treats the result as a constant, as PyTorch's own
 # attention does with the settings of ``sdpa_kernel``. The mark is that of
 # torch.compiler.assume_constant_result, which would import torch.compile here: 3 seconds.
 _abilities._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -24,7 +24,7 @@ from torch.nn import functional
 from openvclip.towers.attention import attend_with_copies
 from openvclip.towers.attention_cpu import attend_frame_by_frame
 from openvclip.towers.attention_cuda import attend_on_views
-from openvclip.towers.attention_kernels import KERNELS, choose_kernel
+from openvclip.towers.attention_kernels import KERNELS, capability_of, choose_kernel
 from openvclip.towers.view import FrameView
 
 # Frames, tokens, heads, and the width of a head.
@@ -47,7 +47,7 @@ def candidates(device: str, dtype: torch.dtype, view: FrameView) -> dict[str, Ca
         supported = choose_kernel(
             dtype=dtype,
             head_dim=64,
-            capability=torch.cuda.get_device_capability(),
+            capability=capability_of(torch.cuda.current_device()),
             flash=name == "flash",
             efficient=name == "efficient",
         )
