@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from openvclip.towers.attention_cpu import attend_frame_by_frame
+from openvclip.towers.attention_cuda import attend_on_views
+from openvclip.towers.attention_kernels import is_on_gpu, kernel_for
 from openvclip.towers.view import FrameView
 
 
@@ -40,10 +43,35 @@ def temporal_attention(
         return _attend(q, k, v, **options)
     if is_exporting():
         return _attend_for_export(q, k, v, view, **options)
-    # Under autocast the dtypes can differ. scaled_dot_product_attention converts them.
-    same_dtype = q.dtype == k.dtype == v.dtype
-    if dropout_p == 0.0 and same_dtype and _prefers_frame_by_frame(q):
-        return attend_frame_by_frame(q, k, v, view, scale).flatten(-2)
+    if dropout_p == 0.0:
+        # Under autocast the dtypes can differ. scaled_dot_product_attention converts them.
+        same_dtype = q.dtype == k.dtype == v.dtype
+        if same_dtype and _prefers_frame_by_frame(q):
+            return attend_frame_by_frame(q, k, v, view, scale).flatten(-2)
+        q, k, v = _as_autocast_does(q, k, v)
+        kernel = kernel_for(q, k, v)
+        if kernel is not None:
+            return attend_on_views(q, k, v, view, scale, kernel).flatten(-2)
+    if _compiler_has_no_functions():
+        return _attend_for_export(q, k, v, view, **options)
+    return attend_with_copies(q, k, v, view, **options)
+
+
+def attend_with_copies(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    view: FrameView,
+    *,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+) -> Tensor:
+    """Compute :func:`temporal_attention` by copying the keys and values of the frames in view.
+
+    ``scaled_dot_product_attention`` then computes the attention. Everything it supports is
+    supported: all devices and dtypes, dropout, and gradients of gradients.
+    """
+    options: dict[str, Any] = {"dropout_p": dropout_p, "scale": scale}
     if view.boundary == "mask":
         return _attend_inside(q, k, v, view.window, **options)
     return _attend(q, _in_view(k, view), _in_view(v, view), **options)
@@ -69,8 +97,16 @@ def _attend_inside(q: Tensor, k: Tensor, v: Tensor, window: int, **options: Any)
     """Compute attention over the frames in view that lie inside the clip, without a mask.
 
     Frames with the same number of frames in view share one call. Flash attention has no mask, and
-    cuDNN's attention with a mask can return NaN gradients (pytorch#196678). So no call has a mask.
+    cuDNN's attention with a mask can return NaN gradients (pytorch#196678). So no call has a mask,
+    and on a GPU cuDNN's attention is turned off for these calls.
     """
+    if is_on_gpu(q):
+        with sdpa_kernel(_allowed_without_cudnn()):
+            return _attend_groups(q, k, v, window, **options)
+    return _attend_groups(q, k, v, window, **options)
+
+
+def _attend_groups(q: Tensor, k: Tensor, v: Tensor, window: int, **options: Any) -> Tensor:
     groups = _groups(q.shape[1], window)
     queries = q.split([last - first for first, last, _, _ in groups], dim=1)
     keys, values = _GatherInside.apply(k, window), _GatherInside.apply(v, window)
@@ -79,6 +115,17 @@ def _attend_inside(q: Tensor, k: Tensor, v: Tensor, window: int, **options: Any)
         for a, b, c in zip(queries, keys, values, strict=True)
     ]
     return torch.cat(parts, dim=1)
+
+
+def _allowed_without_cudnn() -> list[SDPBackend]:
+    """Return the kernels that the user did not turn off with ``sdpa_kernel``, without cuDNN's."""
+    cuda = torch.backends.cuda
+    allowed = {
+        SDPBackend.FLASH_ATTENTION: cuda.flash_sdp_enabled(),
+        SDPBackend.EFFICIENT_ATTENTION: cuda.mem_efficient_sdp_enabled(),
+        SDPBackend.MATH: cuda.math_sdp_enabled(),
+    }
+    return [kernel for kernel, enabled in allowed.items() if enabled]
 
 
 def _attend_for_export(q: Tensor, k: Tensor, v: Tensor, view: FrameView, **options: Any) -> Tensor:
@@ -97,8 +144,8 @@ def _prefers_frame_by_frame(q: Tensor) -> bool:
     """Return whether to call one kernel for each frame instead of one kernel for all frames.
 
     One kernel for all frames needs copies: each frame gets the keys and values of its neighbours.
-    On a CPU these copies cost more than the attention itself. On a GPU few large kernels are
-    faster, and a compiled graph should not contain a loop over frames.
+    On a CPU these copies cost more than the attention itself. A compiled graph should not contain
+    a loop over frames.
 
     The loop over frames calls a flash kernel. If the user turned the flash kernels off with
     ``sdpa_kernel``, the result is False. PyTorch then chooses another kernel, for example one that
@@ -109,6 +156,14 @@ def _prefers_frame_by_frame(q: Tensor) -> bool:
     return bool(torch.backends.cuda.flash_sdp_enabled())  # this setting applies to CPUs too
 
 
+def _as_autocast_does(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Convert the inputs to the dtype that autocast gives ``scaled_dot_product_attention``."""
+    if not is_on_gpu(q) or not torch.is_autocast_enabled("cuda"):
+        return q, k, v
+    dtype = torch.get_autocast_dtype("cuda")
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
 def is_exporting() -> bool:
     """Return whether PyTorch records the model for another program.
 
@@ -116,7 +171,17 @@ def is_exporting() -> bool:
     record must not hold a Python function. ``torch.compile`` is not an export.
     """
     tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    return tracing or torch.compiler.is_exporting()
+    # torch.compile of torch 2.7 takes torch.compiler.is_exporting() for True.
+    exporting: bool = torch.compiler._is_exporting_flag
+    return tracing or exporting
+
+
+def _compiler_has_no_functions() -> bool:
+    """Return whether ``torch.compile`` does not support the functions below that copy frames.
+
+    The versions of PyTorch with this limit also take ``torch.compiler.is_exporting()`` for True.
+    """
+    return torch.compiler.is_exporting()
 
 
 def _by_head(x: Tensor) -> Tensor:
