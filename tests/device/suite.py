@@ -1,4 +1,4 @@
-"""The core tests of the suite by pytest, in processes of their own: ``pytest -m core --torch-device``."""
+"""The core tests by pytest, in processes of their own: ``pytest -m core --torch-device``."""
 
 from __future__ import annotations
 
