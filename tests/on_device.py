@@ -2,8 +2,9 @@
 
 The core tests are written once. Without ``--torch-device``, they run on the CPU. With this option,
 the tensors and the models that a core test makes are on the device, although the test names no
-device: a torch function mode moves what the test makes. What the library makes stays where the library puts it, so
-a tensor that the library leaves on the CPU raises an error, as it would in a user's program.
+device: a torch function mode moves what the test makes. What the library makes stays where the
+library puts it, so a tensor that the library leaves on the CPU raises an error, as it would in a
+user's program.
 """
 
 from __future__ import annotations
