@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from openvclip.errors import ExtrapolationWarning, LambdaError, UsageError, listed
 from openvclip.weights.averageable import require_combinable, require_separate_from
 from openvclip.weights.kinds import require_values
+from openvclip.weights.lerp import Lerp, lerp
 from openvclip.weights.names import (
     canonical_model,
     live_model,
@@ -22,10 +23,8 @@ from openvclip.weights.names import (
     set_extra_state,
 )
 from openvclip.weights.numerics import (
-    all_finite,
     common_dtype,
     compute_dtype,
-    finite_probe,
     has_kernels,
     is_interpolable,
     memory_of,
@@ -326,7 +325,7 @@ def write_interpolated(
         b: fine-tuned entries with at least the names of ``targets``, of the same shapes.
         weight_of: weight of ``a`` for each entry, from :func:`weights_of`.
     """
-    same_kind: list[_Lerp] = []
+    same_kind: list[Lerp] = []
     for name, target in targets.items():
         lam, x, y = weight_of[name], a[name], b[name]
         if lam == 0.0 or not is_interpolable(y):
@@ -339,54 +338,11 @@ def write_interpolated(
             wide_dtype = compute_dtype(common_dtype(x.dtype, y.dtype))
             x, y = x.to(target.device, wide_dtype), y.to(target.device, wide_dtype)
             wide = torch.empty_like(y)
-            _lerp([(wide, x, y, lam)])
+            lerp([(wide, x, y, lam)])
             target.copy_(wide)
-    _lerp(same_kind)
+    lerp(same_kind)
 
 
 def _can_write_directly(target: Tensor, x: Tensor, y: Tensor) -> bool:
     same = x.dtype == y.dtype == target.dtype and x.device == y.device == target.device
     return same and has_kernels(target.dtype)
-
-
-_Lerp = tuple[Tensor, Tensor, Tensor, float]
-"""``(out, a, b, lam)``, where all tensors have the same dtype and device."""
-
-_PIECE = 2**19  # elements
-
-
-def _in_pieces(job: _Lerp) -> list[_Lerp]:
-    """Split a large tensor on the CPU, so that each piece is still in the cache when it is
-    checked."""
-    *tensors, lam = job
-    out = tensors[0]
-    if out.device.type != "cpu" or out.numel() <= _PIECE:
-        return [job]
-    if not all(tensor.is_contiguous() for tensor in tensors):
-        return [job]
-    parts = (tensor.view(-1).split(_PIECE) for tensor in tensors)
-    return [(x, y, z, lam) for x, y, z in zip(*parts, strict=True)]
-
-
-def _lerp(jobs: list[_Lerp]) -> None:
-    """Compute ``out <- lam * a + (1 - lam) * b``. Equal values of a and b stay bitwise the same.
-
-    ``torch.lerp`` keeps equal values, needs no temporary tensor and computes half precision in
-    float32. It uses ``a - b``, which is not finite for the ``-inf`` of masks or if the difference
-    overflows. For such values the plain formula is used. One scalar per piece
-    (:func:`finite_probe`) shows whether the piece may hold such values. All scalars are checked
-    together, with one synchronisation per device.
-    """
-    jobs = [piece for job in jobs for piece in _in_pieces(job)]
-    probes = []
-    for out, a, b, lam in jobs:
-        torch.lerp(b, a, lam, out=out)
-        probes.append(finite_probe(out))  # while out is in the cache
-    if all_finite(probes):
-        return
-    for out, a, b, lam in jobs:
-        broken = ~torch.isfinite(out)
-        if bool(broken.any()):
-            wide_dtype = compute_dtype(out.dtype)
-            plain = lam * a[broken].to(wide_dtype) + (1.0 - lam) * b[broken].to(wide_dtype)
-            out[broken] = plain.to(out.dtype)

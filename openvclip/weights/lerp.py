@@ -1,0 +1,111 @@
+"""Linear interpolation of tensors at the speed of ``torch.lerp``, right for infinities too."""
+
+from __future__ import annotations
+
+import weakref
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from openvclip.weights.numerics import all_finite, compute_dtype, finite_probe
+from openvclip.weights.shards import is_sharded
+
+Lerp: TypeAlias = tuple[Tensor, Tensor, Tensor, float]
+"""``(out, a, b, lam)``, where all tensors have the same dtype and device, and 0 < lam < 1 or lam is
+an extrapolation."""
+
+_PIECE = 2**19  # elements; such a piece is still in the cache when it is checked
+
+
+def lerp(jobs: list[Lerp]) -> None:
+    """Compute ``out <- lam * a + (1 - lam) * b``. Equal values of a and b stay bitwise the same.
+
+    ``torch.lerp`` keeps equal values, needs no temporary tensor and computes half precision in
+    float32. It uses ``a - b``, which is not finite for the ``-inf`` of masks or if the difference
+    overflows. For such values the plain formula is used. One scalar per piece
+    (:func:`finite_probe`) shows whether the piece may hold such values. All scalars are checked
+    together, with one synchronisation per device.
+
+    In a sweep over λ, the same pairs of tensors are interpolated many times. A pair whose result
+    was finite once has a finite difference, so its results for all λ in [0, 1] are finite. Such
+    pairs are remembered and not checked again until PyTorch records a change of one of the tensors.
+    """
+    checked: list[tuple[Lerp, list[Lerp], list[Tensor]]] = []
+    for job in jobs:
+        out, a, b, lam = job
+        if 0.0 <= lam <= 1.0 and _is_known(a, b):
+            torch.lerp(b, a, lam, out=out)
+            continue
+        pieces, probes = _in_pieces(job), []
+        for piece_out, piece_a, piece_b, _ in pieces:
+            torch.lerp(piece_b, piece_a, lam, out=piece_out)
+            probes.append(finite_probe(piece_out))  # while the piece is in the cache
+        checked.append((job, pieces, probes))
+    if all_finite(probe for _, _, probes in checked for probe in probes):
+        for (_, a, b, _), _, _ in checked:
+            _remember(a, b)
+        return
+    for _, pieces, _ in checked:
+        for piece in pieces:
+            _use_plain_formula(piece)
+
+
+def _in_pieces(job: Lerp) -> list[Lerp]:
+    """Split a large tensor on the CPU into pieces that fit the cache."""
+    *tensors, lam = job
+    out = tensors[0]
+    if out.device.type != "cpu" or out.numel() <= _PIECE:
+        return [job]
+    if not all(tensor.is_contiguous() for tensor in tensors):
+        return [job]
+    parts = (tensor.view(-1).split(_PIECE) for tensor in tensors)
+    return [(x, y, z, lam) for x, y, z in zip(*parts, strict=True)]
+
+
+def _use_plain_formula(job: Lerp) -> None:
+    """Compute the values that are not finite once more, without ``a - b``."""
+    out, a, b, lam = job
+    broken = ~torch.isfinite(out)
+    if bool(broken.any()):
+        wide_dtype = compute_dtype(out.dtype)
+        plain = lam * a[broken].to(wide_dtype) + (1.0 - lam) * b[broken].to(wide_dtype)
+        out[broken] = plain.to(out.dtype)
+
+
+class _Values(NamedTuple):
+    """What identifies the values of a tensor: its memory, and how often PyTorch changed it."""
+
+    address: int
+    version: int
+
+
+_known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""``{b: (weak reference to a, values of a, values of b)}`` of pairs with a finite difference."""
+
+
+def _is_known(a: Tensor, b: Tensor) -> bool:
+    pair = _known.get(b)
+    if pair is None:
+        return False
+    other, values_a, values_b = pair
+    return other() is a and _values(a) == values_a and _values(b) == values_b
+
+
+def _remember(a: Tensor, b: Tensor) -> None:
+    if not torch.compiler.is_compiling() and _records_changes(a) and _records_changes(b):
+        _known[b] = weakref.ref(a), _values(a), _values(b)
+
+
+def _values(tensor: Tensor) -> _Values:
+    return _Values(tensor.data_ptr(), tensor._version)
+
+
+def _records_changes(tensor: Tensor) -> bool:
+    """Return whether PyTorch counts the changes of a tensor.
+
+    Fused optimizers change parameters without counting. Tensors of the inference mode have no
+    count.
+    """
+    return not (tensor.requires_grad or tensor.is_inference() or is_sharded(tensor))
