@@ -141,15 +141,24 @@ def map_entries(opened: OpenFile) -> dict[str, Tensor]:
     }
 
 
-def fill(file: FileIO, target: memoryview | bytearray) -> None:
-    """Read bytes from the position of ``file`` until ``target`` is full.
+def fill(file: FileIO, target: memoryview | bytearray, position: int | None = None) -> None:
+    """Read bytes until ``target`` is full.
+
+    Args:
+        file: a file that is open for reading.
+        target: the memory to fill.
+        position: the position of the first byte. Several threads can read a file with ``position``,
+            which needs ``os.preadv``. Default: the position of ``file``, which moves.
 
     Raises:
         OSError: the file ends before ``target`` is full.
     """
     view, filled = memoryview(target), 0
     while filled < len(view):  # one read may return fewer bytes than requested
-        count = file.readinto(view[filled:])
+        if position is None:
+            count = file.readinto(view[filled:])
+        else:
+            count = os.preadv(file.fileno(), [view[filled:]], position + filled)
         if not count:
             raise OSError("the file became shorter after it was opened")
         filled += count

@@ -11,6 +11,7 @@ Both identify weights. Neither protects against forgery.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import zlib
 from collections.abc import Mapping
@@ -40,6 +41,7 @@ class WeightsHash:
     def __init__(self, sizes: Mapping[str, Tensor]) -> None:
         self._sizes = sizes
         self._checksums = dict.fromkeys(sizes, 0)
+        self._runs: dict[str, list[tuple[int, int, int]]] = {name: [] for name in sizes}
 
     def update(self, name: str, flat: Tensor) -> None:
         """Add the next elements of an entry.
@@ -51,14 +53,66 @@ class WeightsHash:
         """
         self._checksums[name] = zlib.crc32(bytes_of(flat), self._checksums[name])
 
+    def add_checksum(self, name: str, start: int, count: int, checksum: int) -> None:
+        """Add the CRC-32 of some bytes of an entry, in any order, in place of :meth:`update`.
+
+        Args:
+            name: name of the entry. Several threads can add checksums.
+            start: index of the first byte in the entry.
+            count: number of bytes.
+            checksum: CRC-32 of the bytes.
+        """
+        self._runs[name].append((start, count, checksum))
+
     def hexdigest(self) -> str:
         """Return the hash of all values that were added, as 64 hexadecimal digits."""
+        for name, runs in self._runs.items():
+            for _, count, checksum in sorted(runs):
+                self._checksums[name] = joined_checksum(self._checksums[name], checksum, count)
+            runs.clear()
         lines = [
             f"{name} {str(size.dtype).removeprefix('torch.')} {list(size.shape)} "
             f"{self._checksums[name]:08x}\n"
             for name, size in sorted(self._sizes.items())
         ]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def joined_checksum(first: int, second: int, count: int) -> int:
+    """Return the CRC-32 of two byte strings, one after the other, from the CRC-32 of each.
+
+    Args:
+        first: CRC-32 of the first bytes.
+        second: CRC-32 of the second bytes.
+        count: number of the second bytes.
+    """
+    return _product(_power_of_x(8 * count), first) ^ second
+
+
+# A CRC-32 is a polynomial over GF(2) modulo the polynomial of the CRC. The coefficient of x^0 is
+# the highest bit. Bytes that follow multiply the CRC of the first bytes by x^(number of bits).
+_POLYNOMIAL = 0xEDB88320
+_ONE, _X = 1 << 31, 1 << 30
+
+
+def _product(a: int, b: int) -> int:
+    product = 0
+    for bit in range(31, -1, -1):
+        if a >> bit & 1:
+            product ^= b
+        b = (b >> 1) ^ (_POLYNOMIAL if b & 1 else 0)
+    return product
+
+
+@functools.lru_cache(maxsize=1024)
+def _power_of_x(exponent: int) -> int:
+    power, square = _ONE, _X
+    while exponent:
+        if exponent & 1:
+            power = _product(square, power)
+        square = _product(square, square)
+        exponent >>= 1
+    return power
 
 
 def weights_hash(state: Mapping[str, Tensor]) -> str:

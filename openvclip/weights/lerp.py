@@ -13,8 +13,7 @@ from openvclip.weights.numerics import all_finite, compute_dtype, finite_probe
 from openvclip.weights.shards import is_sharded
 
 Lerp: TypeAlias = tuple[Tensor, Tensor, Tensor, float]
-"""``(out, a, b, lam)``, where all tensors have the same dtype and device, and 0 < lam < 1 or lam is
-an extrapolation."""
+"""``(out, a, b, lam)``, where all tensors have the same shape, dtype and device."""
 
 _PIECE = 2**19  # elements; such a piece is still in the cache when it is checked
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
@@ -24,8 +25,11 @@ from openvclip.weights.shards import reshard
 _WRAPPER_PARTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
 
+_HAS_WRAPPER_PART = re.compile("|".join(sorted(_WRAPPER_PARTS)))
+
+
 def _without_wrappers(name: str) -> str:
-    if not any(part in name for part in _WRAPPER_PARTS):
+    if _HAS_WRAPPER_PART.search(name) is None:
         return name
     return ".".join(part for part in name.split(".") if part not in _WRAPPER_PARTS)
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from openvclip.weights.shards import any_process, local
+from openvclip.weights.shards import any_process, is_sharded, local
 
 foreach = cast(Any, torch)
 """``torch`` without types: the ``_foreach_*`` functions have no type annotations."""
@@ -30,7 +30,7 @@ def memory_of(tensor: Tensor) -> tuple[torch.device, int]:
 
     Tensors that share memory have the same result.
     """
-    part = local(tensor)
+    part = local(tensor) if is_sharded(tensor) else tensor
     return part.device, part.untyped_storage().data_ptr()
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import zlib
 from abc import ABC, abstractmethod
 from contextlib import ExitStack
 from io import FileIO
@@ -42,9 +45,11 @@ class WeightInput(ABC):
         extra_state: the extra state of modules, as safetensors files store it.
         base_hash: the hash of the original model, if the file is a task vector and the hash is
             known.
+        threads_can_read: whether several threads can call :meth:`read_part` at the same time.
     """
 
     base_hash: str | None = None
+    threads_can_read = False
 
     def __init__(
         self, path: Path, files: list[Path], sizes: dict[str, Tensor], metadata: dict[str, str]
@@ -91,6 +96,30 @@ class WeightInput(ABC):
             return
         self._fill(name, start, into)
         self._hash.update(name, into)
+
+    def read_part(self, name: str, start: int, into: Tensor, checksum: int) -> int:
+        """Fill ``into`` as :meth:`read` does, and return the checksum of a run of parts.
+
+        Several threads can read different runs. In a run, each part begins at the end of the part
+        before. Call :meth:`add_checksum` after the last part.
+
+        Args:
+            name: canonical name of the entry.
+            start: index of the first element to read.
+            into: tensor of one dimension and of the dtype of the entry.
+            checksum: result for the part before, 0 for the first part.
+        """
+        if name in self.extra_state:
+            self.read(name, start, into)
+            return 0
+        self._fill(name, start, into)
+        return zlib.crc32(bytes_of(into), checksum)
+
+    def add_checksum(self, name: str, start: int, count: int, checksum: int) -> None:
+        """Keep the checksum of ``count`` elements of an entry for :meth:`weights_hash`."""
+        if name not in self.extra_state:
+            itemsize = self.sizes[name].itemsize
+            self._hash.add_checksum(name, start * itemsize, count * itemsize, checksum)
 
     @abstractmethod
     def _fill(self, name: str, start: int, into: Tensor) -> None: ...
@@ -198,6 +227,8 @@ def _require_mergeable(inputs: list[WeightInput]) -> None:
 class _SafetensorsInput(WeightInput):
     """A model in a safetensors file, or in several shards."""
 
+    threads_can_read = True
+
     def __init__(self, path: Path, stack: ExitStack) -> None:
         files, metadata = open_model(path, stack)
         sizes: dict[str, Tensor] = {}
@@ -215,6 +246,7 @@ class _SafetensorsInput(WeightInput):
         )
         self._places = {name: places[file_name] for name, file_name in names.items()}
         self._opened, self._file_names = files, names
+        self._lock = threading.Lock()
         if any(map(is_extra_state, names)):
             values = self._map()
             self._set_own_extra_state({n: values[n] for n in names if is_extra_state(n)})
@@ -231,12 +263,19 @@ class _SafetensorsInput(WeightInput):
     def _fill(self, name: str, start: int, into: Tensor) -> None:
         file, begin = self._places[name]
         with read_errors(self.path):
-            file.seek(begin + start * into.itemsize)
-            fill(file, bytes_of(into))
+            position, target = begin + start * into.itemsize, bytes_of(into)
+            if hasattr(os, "preadv"):
+                fill(file, target, position)
+            else:  # Windows: a file has one position for all threads
+                with self._lock:
+                    file.seek(position)
+                    fill(file, target)
 
 
 class _MappedInput(WeightInput):
     """A model in a PyTorch file, which is mapped into memory, or in a TorchScript archive."""
+
+    threads_can_read = True
 
     def __init__(self, path: Path) -> None:
         file = read_weights(path, mapped=True)

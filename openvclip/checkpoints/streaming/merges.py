@@ -25,6 +25,7 @@ from openvclip.checkpoints.streaming.inputs import WeightInput, open_inputs, req
 from openvclip.checkpoints.streaming.outputs import check_outputs, in_writing_order, weight_output
 from openvclip.checkpoints.streaming.pipeline import Compute, stream
 from openvclip.checkpoints.streaming.provenance import PROVENANCE_KEY, Provenance
+from openvclip.checkpoints.streaming.threads import stream_in_threads
 from openvclip.errors import (
     EmptyAverageError,
     UsageError,
@@ -326,14 +327,13 @@ def write_merged(
             )
             for path, provenance in zip(outs, provenances, strict=True)
         ]
-        stream(
-            inputs,
-            outputs,
-            sizes,
-            functools.partial(_compute_weights, compute),
-            whole=options.whole_entries,
-            progress=options.progress,
-        )
+        compute = functools.partial(_compute_weights, compute)
+        progress = options.progress
+        if options.whole_entries or not all(source.threads_can_read for source in inputs):
+            whole = options.whole_entries
+            stream(inputs, outputs, sizes, compute, whole=whole, progress=progress)
+        else:
+            stream_in_threads(inputs, outputs, sizes, compute, progress=progress)
         if not options.override:
             require_own_base(inputs)
         for provenance in provenances:

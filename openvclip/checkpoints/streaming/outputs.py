@@ -6,6 +6,7 @@ import json
 import os
 import re
 import secrets
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from io import FileIO
@@ -82,6 +83,7 @@ class WeightOutput:
 
     def __init__(self, path: Path, shards: list[_ShardWriter]) -> None:
         self.path = path
+        self._places = {name: (shard, at) for shard in shards for name, at in shard.starts.items()}
         self._next_shards = iter(shards)
         self._shard = next(self._next_shards)
 
@@ -91,6 +93,15 @@ class WeightOutput:
             while flat.nbytes and not self._shard.bytes_left:
                 self._shard = next(self._next_shards)
             self._shard.append(bytes_of(flat))
+
+    def write_part(self, name: str, start: int, flat: Tensor) -> None:
+        """Write elements of an entry from index ``start`` on, in any order, in any thread.
+
+        A model is written with this method or with :meth:`write`, never with both.
+        """
+        shard, begin = self._places[name]
+        with write_errors(self.path):
+            shard.write_at(begin + start * flat.itemsize, bytes_of(flat))
 
 
 @contextmanager
@@ -137,23 +148,57 @@ def weight_output(
 
 
 class _ShardWriter:
-    """Appends the bytes of entries to an open file."""
+    """Appends the bytes of entries to an open file, or writes them at their positions.
 
-    def __init__(self, file: FileIO, bytes_left: int) -> None:
+    Args:
+        file: the file, at the position of the first entry.
+        sizes: the entries in their order.
+    """
+
+    def __init__(self, file: FileIO, sizes: Mapping[str, Tensor]) -> None:
         self._file = file
-        self.bytes_left = bytes_left
-        self._written_back = file.tell()
+        self.starts: dict[str, int] = {}
+        end = self._written_back = file.tell()
+        for name, size in sizes.items():
+            self.starts[name], end = end, end + size.nbytes
+        self.bytes_left = end - self._written_back
+        self._lock = threading.Lock()
+        self._written = 0  # bytes since the system was asked to write to the disk
+        self._unflushed: list[tuple[int, int]] = []  # the ranges of these bytes
 
     def append(self, data: memoryview) -> None:
         self.bytes_left -= len(data)
         _write(self._file, data)
         written = self._file.tell() - self._written_back
-        if written >= _WRITE_BACK and hasattr(os, "posix_fadvise"):
-            # Linux starts to write pages to the disk if they are declared as no longer needed.
-            # The flush at the end then has little left to write.
-            descriptor = self._file.fileno()
-            os.posix_fadvise(descriptor, self._written_back, written, os.POSIX_FADV_DONTNEED)
+        if written >= _WRITE_BACK:
+            self._write_back(self._written_back, written)
             self._written_back += written
+
+    def write_at(self, position: int, data: memoryview) -> None:
+        """Write bytes at a position. Several threads can call this method at the same time."""
+        if not hasattr(os, "pwrite"):  # Windows: a file has one position for all threads
+            with self._lock:
+                self._file.seek(position)
+                _write(self._file, data)
+            return
+        written = 0
+        while written < len(data):
+            written += os.pwrite(self._file.fileno(), data[written:], position + written)
+        with self._lock:
+            self._unflushed.append((position, position + len(data)))
+            self._written += len(data)
+            if self._written < _WRITE_BACK:
+                return
+            start = min(first for first, _ in self._unflushed)
+            end = max(last for _, last in self._unflushed)
+            self._written, self._unflushed = 0, []
+        self._write_back(start, end - start)
+
+    def _write_back(self, start: int, count: int) -> None:
+        # Linux starts to write pages to the disk if they are declared as no longer needed.
+        # The flush at the end then has little left to write.
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._file.fileno(), start, count, os.POSIX_FADV_DONTNEED)
 
 
 @contextmanager
@@ -163,7 +208,7 @@ def _shard_writer(
     with path.open("wb", buffering=0) as file:
         header_length = len(header_bytes(sizes, metadata()))
         file.seek(header_length)
-        yield _ShardWriter(file, sum(size.nbytes for size in sizes.values()))
+        yield _ShardWriter(file, sizes)
         header = header_bytes(sizes, metadata())
         if len(header) != header_length:
             raise AssertionError("the lengths of the metadata changed")

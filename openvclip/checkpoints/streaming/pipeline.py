@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,16 +62,10 @@ def stream(
     """
     reader_count = min(len(inputs), _READERS)
     with (
-        _fewer_torch_threads(reader_count + 1),
+        fewer_torch_threads(reader_count + 1),
         ThreadPoolExecutor(reader_count, "openvclip-read") as readers,
         ThreadPoolExecutor(1, "openvclip-write") as writer,
-        progress_bar(
-            total=sum(size.numel() for size in sizes.values()),
-            desc="weights",
-            unit=" weights",
-            unit_scale=True,
-            disable=None if progress is None else not progress,
-        ) as bar,
+        weights_bar(sizes, progress) as bar,
     ):
         stages = [_Stage(inputs, outputs, sizes, readers, writer) for _ in range(_STAGES)]
         previous: _Stage | None = None
@@ -89,8 +84,19 @@ def stream(
             stage.wait()
 
 
+def weights_bar(sizes: Mapping[str, Tensor], progress: bool | None) -> Any:
+    """Return a progress bar that counts elements."""
+    return progress_bar(
+        total=sum(size.numel() for size in sizes.values()),
+        desc="weights",
+        unit=" weights",
+        unit_scale=True,
+        disable=None if progress is None else not progress,
+    )
+
+
 @contextmanager
-def _fewer_torch_threads(busy: int) -> Iterator[None]:
+def fewer_torch_threads(busy: int) -> Iterator[None]:
     """Use ``busy`` fewer PyTorch threads, to keep cores free for other threads.
 
     PyTorch's threads spin after each operation.
@@ -116,8 +122,8 @@ class _Stage:
     ) -> None:
         self._inputs, self._outputs, self._sizes = inputs, outputs, sizes
         self._readers, self._writer = readers, writer
-        self._input_buffers = [_Buffer() for _ in inputs]
-        self._output_buffers = [_Buffer() for _ in outputs]
+        self._input_buffers = [Buffer() for _ in inputs]
+        self._output_buffers = [Buffer() for _ in outputs]
         self._tasks: list[Future[None]] = []
         self._part = _Part("", 0, 0)
         self._values: list[Tensor] = []
@@ -151,7 +157,7 @@ class _Stage:
         return self._part.count
 
 
-class _Buffer:
+class Buffer:
     """Memory that grows to the size of the largest tensor that it held."""
 
     def __init__(self) -> None:
@@ -165,13 +171,17 @@ class _Buffer:
         return self._memory[:needed].view(dtype)
 
 
+def part_bytes(buffer_count: int) -> int:
+    """Return the size of a part if this number of parts is in memory at a time."""
+    return max(_SMALLEST_PART, min(_ALL_BUFFERS // buffer_count, _LARGEST_PART))
+
+
 def _parts(
     inputs: Sequence[WeightInput], sizes: Mapping[str, Tensor], outputs: int, whole: bool
 ) -> Iterator[_Part]:
-    part_bytes = _ALL_BUFFERS // (_STAGES * (len(inputs) + outputs))
-    part_bytes = max(_SMALLEST_PART, min(part_bytes, _LARGEST_PART))
+    size_of_part = part_bytes(_STAGES * (len(inputs) + outputs))
     for name, size in sizes.items():
         itemsize = max(size.itemsize, *(source.sizes[name].itemsize for source in inputs))
-        step = max(1, size.numel()) if whole else part_bytes // itemsize
+        step = max(1, size.numel()) if whole else size_of_part // itemsize
         for start in range(0, max(1, size.numel()), step):
             yield _Part(name, start, min(step, size.numel() - start))
