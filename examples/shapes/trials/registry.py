@@ -13,10 +13,13 @@ from typing import Any
 
 from examples.shapes.trials.workshop import EXPANDED, Form, State, Trained, Workshop
 
-__all__ = ["LAMBDAS", "METHODS", "TRAININGS", "Method", "Runs", "Training", "register"]
+__all__ = ["CURVE", "LAMBDAS", "METHODS", "TRAININGS", "Method", "Runs", "Training", "register"]
 
 LAMBDAS: tuple[float, ...] = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6)
 """The weights λ of the original CLIP that are tried for each method that interpolates."""
+
+CURVE: tuple[float, ...] = (0.0, 0.3, 0.6)
+"""The λ at which the methods of the figure have results, beside the chosen λ."""
 
 RUNS, POINTS = 4, 24
 """The budget of each method on the development lists: training runs, and evaluated points."""
@@ -75,7 +78,7 @@ class Method:
         lams: the λ that are tried on the development lists.
         like: a method whose chosen settings of the training are used; then only ``params`` and
             ``lams`` are chosen for this method.
-        curve: whether the results have every λ of :data:`LAMBDAS`, for a figure.
+        curve: whether the results have the λ of :data:`CURVE` too, for a figure.
         form: how the weights become a classifier.
         group: heading of the row in tables.
         does: what the method does, as part of a sentence ("averages ...").

@@ -230,7 +230,7 @@ def _words(task: Task, entry: dict[str, Any]) -> str:
     texts = []
     for point in entry["points"]:
         accuracy = point["accuracy"]
-        values = " / ".join(f"{100 * accuracy[name]:.1f}" for name in (*QUESTIONS, "stills"))
+        values = " / ".join(f"{100 * accuracy[name]:.1f}" for name in accuracy)
         texts.append((accuracy, f"λ={point['lam']:g}: {values}"))
     best = max(texts, key=lambda pair: sum(pair[0][q] for q in QUESTIONS))
     return best[1] + (f" (best of {len(texts)})" if len(texts) > 1 else "")

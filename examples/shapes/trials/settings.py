@@ -24,10 +24,10 @@ class Sizes:
     train: int = 512
     test: int = 2048
     development: int = 512
-    stills: int = 2048
-    steps: int = 240
+    stills: int = 1024
+    steps: int = 200
     batch_size: int = 16
-    cells: int = 16
+    cells: int = 20
 
 
 FULL = Sizes()

@@ -64,7 +64,7 @@ class Place:
         """Return the number of clips in a list of a cell."""
         if name == "train":
             return self.sizes.train
-        return self.sizes.development if cell.number == TUNING.number else self.sizes.test
+        return self.sizes.development if cell == TUNING else self.sizes.test
 
     def load(self, cell: Cell, name: ListName) -> Clips:
         """Return a list of clips of a cell."""
@@ -138,14 +138,16 @@ class Failure:
 def cost(task: Task, sizes: Sizes) -> float:
     """Return the estimated seconds of a task: of one process on the reference machine."""
     if task.kind == "clips":
-        is_tuning = task.cell.number == TUNING.number
+        is_tuning = task.cell == TUNING
         tests = sizes.development if is_tuning else sizes.test
         return CLIP_SECONDS * (sizes.train if task.name == "train" else tests)
     if task.kind == "training":
         training = TRAININGS[task.name]
         return training.passes * training.share * sizes.steps * sizes.batch_size * STEP_SECONDS
-    tests = sizes.development if task.cell.number == TUNING.number else sizes.test
-    point = POINT_SECONDS + len(QUESTIONS) * tests * TEST_SECONDS + sizes.stills * STILL_SECONDS
+    tests = sizes.development if task.cell == TUNING else sizes.test
+    point = POINT_SECONDS + len(QUESTIONS) * tests * TEST_SECONDS
+    if task.cell != TUNING:
+        point += sizes.stills * STILL_SECONDS
     return len(task.params) * len(task.lams) * point
 
 
@@ -192,8 +194,9 @@ def _evaluate(place: Place, task: Task) -> list[dict[str, Any]]:
     lists: Lists = {
         name: (task.cell.names(name), place.load(task.cell, name)) for name in QUESTIONS
     }
-    stills = _stills(place.sizes.stills)
-    lists[STILLS] = (stills.names, stills)
+    if task.cell != TUNING:  # no setting is chosen on stills
+        stills = _stills(place.sizes.stills)
+        lists[STILLS] = (stills.names, stills)
     return list(points_of(method, clip, runs, lists, task.params, task.lams))
 
 

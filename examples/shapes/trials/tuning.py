@@ -14,7 +14,7 @@ from typing import Any
 
 from examples.shapes.results import Results
 from examples.shapes.trials.cells import QUESTIONS, TUNING, Cell
-from examples.shapes.trials.registry import LAMBDAS, METHODS, TRAININGS, Method
+from examples.shapes.trials.registry import CURVE, METHODS, TRAININGS, Method
 from examples.shapes.trials.store import Choice
 from examples.shapes.trials.tasks import Task
 
@@ -94,8 +94,7 @@ def choose(results: Results, methods: Iterable[str]) -> dict[str, Choice]:
 def cell_tasks(cell: Cell, methods: Iterable[str], chosen: dict[str, Choice]) -> list[Task]:
     """Return the tasks of a cell: its lists, its trainings, and its rows at the chosen settings.
 
-    A row has the results at λ = 0 (the method without interpolation) and at the chosen λ. The rows
-    of a figure have the results at all λ.
+    A row has the results at the chosen λ. The rows of a figure have results at further λ.
     """
     tasks = [Task(cell, "clips", name) for name in LISTS]
     rows = []
@@ -105,9 +104,7 @@ def cell_tasks(cell: Cell, methods: Iterable[str], chosen: dict[str, Choice]) ->
             continue
         settings = pairs(choice["training"])
         tasks += _trainings(cell, method, settings)
-        lams = {choice["lam"], *(LAMBDAS if method.curve else ())}
-        if method.needs:
-            lams.add(0.0)
+        lams = {choice["lam"], *(CURVE if method.curve else ())}
         numbers = (pairs(choice["params"]),)
         rows.append(Task(cell, "method", name, settings, numbers, tuple(sorted(lams))))
     return list(dict.fromkeys([*tasks, *rows]))
