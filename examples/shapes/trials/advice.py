@@ -23,7 +23,7 @@ QUESTION_WORDS = {
 }
 
 INTRODUCTION = (
-    "For each method, this page says what it does, what it costs, when to take it, and when not to. "
+    "For each method, this page says what it does, what it costs, and when to take it or not. "
     "The results are those of [the shapes world](shapes.md), a small world of drawn clips and a "
     "CLIP of 0.6 million parameters. They hold for this world; on your videos, choose among the "
     "methods on held-out classes of your own.",

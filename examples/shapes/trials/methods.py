@@ -1,4 +1,4 @@
-"""The methods of the page, in the order of its tables.
+"""The trainings of the page. The rows are in :mod:`examples.shapes.trials.rows`.
 
 Each training trains the image tower and the logit scale, unless its docstring says otherwise. The
 settings that a training tries on the development lists are its ``grid``.
@@ -10,44 +10,28 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import openvclip
-from examples.shapes.trials.registry import (
-    Method,
-    Runs,
-    Training,
-    first_end,
-    register,
-)
-from examples.shapes.trials.workshop import EXPANDED, FRAMES, VIDEO, VITA, State, Trained, Workshop
-from openvclip import merging, prompting
-from openvclip.training.methods import choose_trained
+from examples.shapes.trials.registry import Training, register
+from examples.shapes.trials.workshop import EXPANDED, VIDEO, VITA, Trained, Workshop
+from openvclip import prompting
+from openvclip.models.features import similarity_logits
+from openvclip.towers.temporal import encode_frames, pool_frames
+from openvclip.training import FeatureDistillation, OriginalCLIP, TextEnergy
+from openvclip.training.methods import TEXT_TOWER_TEMPLATE, choose_trained
 
 RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
-"""The learning rates that are tried for a method without other settings."""
-
-
-def _grid(name: str, pairs: tuple[tuple[float, float], ...]) -> tuple[dict[str, float], ...]:
-    return tuple({"lr": lr, name: value} for lr, value in pairs)
-
-
-def _rates(*rates: float) -> tuple[dict[str, float], ...]:
-    return tuple({"lr": lr} for lr in rates)
-
-
-# --- training ------------------------------------------------------------------------------------
+"""The learning rates that are tried for a training without other settings."""
 
 
 def plain(workshop: Workshop, *, lr: float) -> Trained:
-    """Fine-tune with the cross entropy alone, and keep three averages along the run."""
+    """Fine-tune with the cross entropy alone, and keep two averages along the run."""
     model, classifier, _ = workshop.start()
     choose_trained(model, "finetune")
-    trackers = {
-        "swa": workshop.swa(model),
-        "ema": openvclip.EMATracker(model, decay=0.98),
-    }
+    ema = openvclip.EMATracker(model, decay=0.98)
+    trackers = {"swa": workshop.swa(model), "ema": ema}
     return workshop.fit(model, classifier, lr=lr, trackers=trackers)
 
 
@@ -55,12 +39,10 @@ def l2(workshop: Workshop, *, lr: float, weight: float) -> Trained:
     """Fine-tune with a penalty: ``weight`` times the squared distance to the original CLIP."""
     model, classifier, _ = workshop.start()
     choose_trained(model, "finetune")
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    start = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    penalty = openvclip.L2ToAnchor(model, weight=weight)
 
-    def loss(video: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        distance = torch.stack([(trained[n] - start[n]).square().sum() for n in start]).sum()
-        return cross_entropy(classifier(video), label) + weight * distance
+    def loss(video: Tensor, label: Tensor) -> Tensor:
+        return cross_entropy(classifier(video), label) + penalty.loss()
 
     return workshop.fit(model, classifier, lr=lr, loss=loss)
 
@@ -73,7 +55,7 @@ def iwr(workshop: Workshop, *, lr: float, weight: float, **options: Any) -> Trai
 
 
 def lora(
-    workshop: Workshop, *, lr: float, regularized: Mapping[str, float] | None = None
+    workshop: Workshop, *, lr: float, regularised: Mapping[str, float] | None = None
 ) -> Trained:
     """Train LoRA factors of rank 8 of all matrices in the layers of the image tower."""
     import peft
@@ -84,13 +66,60 @@ def lora(
     layers = r"visual\.transformer\..*\.(out_proj|c_fc|c_proj)"
     config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=layers)
     wrapped = peft.get_peft_model(model, config)
-    inner = wrapped.get_base_model()
-    classifier = EXPANDED.classifier(inner, tokenizer, workshop.names())
+    classifier = EXPANDED.classifier(wrapped.get_base_model(), tokenizer, workshop.names())
     # Without an anchor of the products, the regulariser refuses factors, even for plain steps.
-    options = {"anchor": lora_anchor(wrapped), **(regularized or {"weight": 0.0})}
+    options = {"anchor": lora_anchor(wrapped), **(regularised or {"weight": 0.0})}
     result = workshop.fit(wrapped, classifier, lr=lr, trackers={}, iwr=options)
     result.ends = {"last": dict(adapter_of(wrapped).merged(workshop.clip, 0.0))}
     return result
+
+
+def froster(
+    workshop: Workshop, *, lr: float, weight: float, regularised: Mapping[str, float] | None = None
+) -> Trained:
+    """Train both towers with FROSTER's distillation of the features of the original CLIP."""
+    model, _, tokenizer = workshop.start()
+    original = OriginalCLIP(model)
+    choose_trained(model, "finetune", text_tower=True)
+    classifier = prompting.VideoClassifier(
+        model, tokenizer, workshop.names(), TEXT_TOWER_TEMPLATE, pooling="unit_frames"
+    )
+    original_texts = classifier.present_text()
+    distillation = FeatureDistillation(
+        original_texts.shape[-1], weight=weight, seed=workshop.seed
+    ).to(workshop.device)
+
+    def loss(video: Tensor, label: Tensor) -> Tensor:
+        frames, texts = encode_frames(model, video), classifier.text_features()
+        logits = similarity_logits(model, pool_frames(frames, "unit_frames"), texts)
+        distance = distillation.loss(frames, original.frames(video), texts, original_texts)
+        return cross_entropy(logits, label) + distance
+
+    return workshop.fit(
+        model,
+        classifier,
+        lr=lr,
+        loss=loss,
+        extra=list(distillation.parameters()),
+        iwr=regularised,
+    )
+
+
+def lipsum(workshop: Workshop, *, lr: float, weight: float) -> Trained:
+    """Fine-tune with Lipsum-FT's penalty on changed logits of random texts."""
+    model, classifier, tokenizer = workshop.start()
+    original = OriginalCLIP(model)
+    choose_trained(model, "finetune")
+    texts = classifier.present_text()
+    energy = TextEnergy(original, tokenizer, weight=weight, seed=workshop.seed)
+
+    def loss(video: Tensor, label: Tensor) -> Tensor:
+        frames = encode_frames(model, video)
+        pooled = pool_frames(frames, "unit_frames")
+        logits = similarity_logits(model, pooled, texts)
+        return cross_entropy(logits, label) + energy.loss(frames, original.frames(video))
+
+    return workshop.fit(model, classifier, lr=lr, loss=loss)
 
 
 def on_parts(workshop: Workshop, *, lr: float) -> Trained:
@@ -119,91 +148,43 @@ def vita(workshop: Workshop, *, lr: float) -> Trained:
     return workshop.fit(model, classifier, lr=lr, trackers={})
 
 
-# --- weights -------------------------------------------------------------------------------------
+def _grid(name: str, *pairs: tuple[float, float]) -> tuple[dict[str, float], ...]:
+    return tuple({"lr": lr, name: value} for lr, value in pairs)
 
 
-def _last(runs: Runs) -> list[State]:
-    return [ends["last"] for ends in runs.values()]
+def _rates(*rates: float) -> tuple[dict[str, float], ...]:
+    return tuple({"lr": lr} for lr in rates)
 
-
-def _soup(_: State, runs: Runs) -> State:
-    return merging.average(_last(runs))
-
-
-def _stock(clip: State, runs: Runs) -> State:
-    return merging.model_stock(clip, _last(runs))
-
-
-def _lines(clip: State, runs: Runs, *, alpha: float) -> State:
-    return merging.lines(clip, _last(runs)[0], alpha=alpha, beta=1 - alpha)
-
-
-def _parts(runs: Runs) -> list[State]:
-    return list(next(iter(runs.values())).values())
-
-
-def _parts_mean(_: State, runs: Runs) -> State:
-    return merging.average(_parts(runs))
-
-
-# --- the table -----------------------------------------------------------------------------------
 
 PLAIN = "plain"
 OTHERS = tuple(f"plain, order {number}" for number in (1, 2))
+SHARES = {"1/2": 0.5, "1/4": 0.25, "1/8": 0.125}
+EVERY = (2, 4)
+IWR_GRID = _grid("weight", (5e-4, 0.5), (1e-3, 0.5), (2e-3, 0.5), (1e-3, 1.0))
+_C = {"weight": 0.5}
 
 register(Training(PLAIN, plain, _rates(*RATES)))
-for number, name in enumerate(OTHERS, start=1):
-    register(Training(name, plain, order=number))
+for _number, _name in enumerate(OTHERS, start=1):
+    register(Training(_name, plain, order=_number))
 register(
-    Training("l2", l2, _grid("weight", ((5e-4, 1e-3), (5e-4, 1e-2), (2e-3, 1e-3), (2e-3, 1e-2))))
+    Training("l2", l2, _grid("weight", (5e-4, 1e-3), (5e-4, 1e-2), (2e-3, 1e-3), (2e-3, 1e-2)))
 )
-_IWR = _grid("weight", ((5e-4, 0.5), (1e-3, 0.5), (2e-3, 0.5), (1e-3, 1.0)))
-register(Training("iwr", iwr, _IWR, passes=2.0))
-for every in (2, 4):
-    register(Training(f"iwr, every {every}", partial(iwr, every=every), passes=1 + 1 / every))
+register(Training("iwr", iwr, IWR_GRID, passes=2.0))
+for _text, _share in SHARES.items():
+    register(Training(f"iwr, share {_text}", partial(iwr, share=_share), passes=1 + _share))
+for _every in EVERY:
+    register(Training(f"iwr, every {_every}", partial(iwr, every=_every), passes=1 + 1 / _every))
 register(Training("lora", lora, _rates(5e-4, 1e-3, 2e-3, 4e-3), passes=0.9))
-_REGULARIZED = {"weight": 0.5}
 register(
     Training(
-        "lora + iwr",
-        partial(lora, regularized=_REGULARIZED),
-        _rates(5e-4, 1e-3, 2e-3, 4e-3),
-        passes=1.9,
+        "lora + iwr", partial(lora, regularised=_C), _rates(5e-4, 1e-3, 2e-3, 4e-3), passes=1.9
     )
 )
+_FROSTER = _grid("weight", (2.5e-4, 2.0), (5e-4, 2.0), (1e-3, 2.0), (1e-3, 0.5))
+register(Training("froster", froster, _FROSTER, passes=1.8))
+register(Training("froster + iwr", partial(froster, regularised=_C), _FROSTER, passes=3.4))
+_LIPSUM = _grid("weight", (5e-4, 0.1), (1e-3, 0.01), (1e-3, 0.1), (2e-3, 0.1))
+register(Training("lipsum", lipsum, _LIPSUM, passes=1.5))
 register(Training("parts", on_parts))
 register(Training("vifi", vifi, _rates(*RATES), passes=1.1))
 register(Training("vita", vita, _rates(2e-3, 4e-3, 8e-3, 1.6e-2), passes=1.7))
-
-register(Method("CLIP", lams=(1.0,), form=FRAMES, does="is the original model, frame by frame"))
-register(Method("FINE-TUNE", (PLAIN,), curve=True))
-register(Method("L2", ("l2",)))
-register(Method("SWA", (PLAIN,), first_end("swa")))
-register(Method("EMA", (PLAIN,), first_end("ema")))
-register(Method("IWR", ("iwr",)))
-register(Method("Open-VCLIP", ("iwr",), first_end("swa"), curve=True))
-for every in (2, 4):
-    register(
-        Method(
-            f"Open-VCLIP, every {every}",
-            (f"iwr, every {every}",),
-            first_end("swa"),
-            like="Open-VCLIP",
-        )
-    )
-register(Method("LoRA", ("lora",)))
-register(Method("LoRA + IWR", ("lora + iwr",)))
-register(
-    Method(
-        "LiNeS",
-        (PLAIN,),
-        _lines,
-        tuple({"alpha": a} for a in (0.0, 0.1, 0.2, 0.3, 0.5, 0.7)),
-        lams=(0.0,),
-    )
-)
-register(Method("soup of 3 runs", (PLAIN, *OTHERS), _soup, like="FINE-TUNE"))
-register(Method("Model Stock", (PLAIN, *OTHERS), _stock, lams=(0.0,), like="FINE-TUNE"))
-register(Method("mean of runs on 3 actions", ("parts",), _parts_mean, like="FINE-TUNE"))
-register(Method("ViFi-CLIP", ("vifi",), form=VIDEO))
-register(Method("Vita-CLIP", ("vita",), form=VITA, lams=(0.0,)))

@@ -115,7 +115,7 @@ def main_table(results: Results) -> str:
         if name == REFERENCE and lambda_of(results, name, None) != 0:
             rows.append(_row(results, name, 0.0))
         rows.append(_row(results, name, None))
-    header = ["method", "λ", *(HEADS[column] for column in HEADS), "cost of a step"]
+    header = ["method", "λ", *HEADS.values(), "training time"]
     return markdown_table(header, [row for row in rows if row])
 
 
@@ -134,24 +134,32 @@ def _row(results: Results, name: str, lam: float | None) -> list[str]:
 
 
 def claims_table(judged: list[Judged]) -> str:
-    """Return the claims with their differences in points, p-values and verdicts."""
-    header = ["method", "λ", "compared with", "its λ", "question", "difference", "p", "verdict"]
-    rows = []
+    """Return the differences of each pair of rows in points, and their p-values."""
+    rows: dict[tuple[str, ...], dict[str, Judged]] = {}
     for item in judged:
         claim = item.claim
-        rows.append(
-            [
-                claim.method,
-                "chosen" if claim.lam is None else f"{claim.lam:g}",
-                claim.other,
-                "chosen" if claim.other_lam is None else f"{claim.other_lam:g}",
-                HEADS[claim.question],
-                points(item),
-                f"{item.p:.3f}" if item.p >= 0.001 else "< 0.001",
-                f"**{item.verdict}**" if item.verdict != "not clear" else item.verdict,
-            ]
-        )
-    return markdown_table(header, rows)
+        lams = ["chosen" if lam is None else f"{lam:g}" for lam in (claim.lam, claim.other_lam)]
+        pair = (claim.method, lams[0], claim.other, lams[1])
+        rows.setdefault(pair, {})[claim.question] = item
+    header = ["method", "λ", "compared with", "its λ"]
+    for question in QUESTIONS:
+        header += [HEADS[question], "p"]
+    lines = []
+    for pair, by_question in rows.items():
+        cells = list(pair)
+        for question in QUESTIONS:
+            found = by_question.get(question)
+            cells += ["", ""] if found is None else [_difference(found), _p(found)]
+        lines.append(cells)
+    return markdown_table(header, lines)
+
+
+def _difference(item: Judged) -> str:
+    return points(item) if item.verdict == "not clear" else f"**{points(item)}**"
+
+
+def _p(item: Judged) -> str:
+    return f"{item.p:.3f}" if item.p >= 0.001 else "< 0.001"
 
 
 def points(item: Judged) -> str:
@@ -163,7 +171,7 @@ def points(item: Judged) -> str:
 
 
 def _summary(judged: list[Judged]) -> str:
-    count = {verdict: 0 for verdict in ("higher", "lower", "not clear")}
+    count = dict.fromkeys(("higher", "lower", "not clear"), 0)
     for item in judged:
         count[item.verdict] += 1
     return wrapped(

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 import openvclip
-from examples.shapes.trials import methods as _registered  # noqa: F401 (fills the tables)
+from examples.shapes.trials import rows as _rows  # noqa: F401 (fills the tables)
 from examples.shapes.trials.cells import QUESTIONS, TUNING, Cell, ListName
 from examples.shapes.trials.clips import Clips, Stills, draw_stills, load_list
 from examples.shapes.trials.registry import METHODS, TRAININGS, Method, Runs, Settings
@@ -21,6 +21,7 @@ from examples.shapes.trials.settings import Sizes
 from examples.shapes.trials.store import Store, key_of
 from examples.shapes.trials.workshop import State, Workshop, fresh_clip
 from openvclip.evaluation import evaluate
+from openvclip.training.methods import Classifier, fixed_text
 
 __all__ = ["Failure", "Place", "Task", "cost", "do", "points_of"]
 
@@ -246,7 +247,7 @@ def points_of(
 
 
 def _accuracy(
-    classifier: Any, batches: Iterable[tuple[Tensor, Tensor]], images_as_clips: int
+    classifier: Classifier, batches: Iterable[tuple[Tensor, Tensor]], images_as_clips: int
 ) -> float:
     """Return the top-1 accuracy of a classifier with the present weights of its model."""
     if images_as_clips:
@@ -254,6 +255,7 @@ def _accuracy(
             (image[:, None].expand(-1, images_as_clips, -1, -1, -1), label)
             for image, label in batches
         )
-    # The text features are those of the present weights, and computed only if the text changed.
-    with classifier.using_text(classifier.present_text()):
+    if isinstance(classifier, openvclip.ZeroShotClassifier) and not classifier.text_is_current():
+        classifier.refresh_text()
+    with fixed_text(classifier):
         return evaluate(classifier, batches, progress=False).top1

@@ -20,7 +20,7 @@ from examples.shapes.trials.cells import Cell
 from examples.shapes.trials.clips import Clips
 from examples.shapes.world import TEMPLATES
 from openvclip import prompting
-from openvclip.training.methods import make_optimizer, text_made_once
+from openvclip.training.methods import Classifier, make_optimizer, text_made_once
 from openvclip.training.recipe import Recipe, learning_rate
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Form:
 
     name: str
     prepare: Callable[[nn.Module], object]
-    classifier: Callable[[nn.Module, Tokenizer, Sequence[str]], nn.Module]
+    classifier: Callable[[nn.Module, Tokenizer, Sequence[str]], Classifier]
     images_as_clips: int = 0
 
     def model(self) -> tuple[CLIP, Tokenizer]:
@@ -68,7 +68,7 @@ def _original() -> tuple[CLIP, Tokenizer]:
     return create_model()
 
 
-def _zero_shot(model: nn.Module, tokenizer: Tokenizer, names: Sequence[str]) -> nn.Module:
+def _zero_shot(model: nn.Module, tokenizer: Tokenizer, names: Sequence[str]) -> Classifier:
     return openvclip.ZeroShotClassifier(model, tokenizer, names, TEMPLATES)
 
 
@@ -174,7 +174,7 @@ class Workshop:
         """Return the names of the training classes."""
         return self.cell.names("train")
 
-    def start(self, form: Form = EXPANDED) -> tuple[CLIP, nn.Module, Tokenizer]:
+    def start(self, form: Form = EXPANDED) -> tuple[CLIP, Classifier, Tokenizer]:
         """Return a fresh CLIP, a classifier of the training classes, and the tokenizer."""
         torch.manual_seed(self.seed)
         model, tokenizer = form.model()
@@ -242,10 +242,7 @@ class Workshop:
                 started = time.perf_counter()
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step, self.steps // 20, self.steps, recipe)
-                value = regularizer.step(
-                    lambda: loss(video, label),  # noqa: B023
-                    max_grad_norm=1.0,
-                ).item()
+                value = regularizer.step(loss, video, label, max_grad_norm=1.0).item()
                 for tracker in trackers.values():
                     tracker.update(model)
                 if value != value or abs(value) == float("inf"):
