@@ -27,6 +27,7 @@ from examples.shapes.trials.claims import (
     lambda_of,
 )
 from examples.shapes.trials.registry import METHODS
+from examples.shapes.trials.rows import PUBLISHED
 from examples.shapes.trials.settings import FULL
 from examples.shapes.trials.statistics import LEVEL, cells_needed, power, smallest_difference
 from examples.shapes.trials.tasks import STILLS
@@ -102,7 +103,7 @@ def _state(results: Results) -> str:
     if short:
         names = ", ".join(f"{name} ({count})" for name, count in short.items())
         lines.append(f"Rows with fewer cells: {names}.")
-    absent = [name for name in METHODS if name not in results["chosen"]]
+    absent = [name for name in PUBLISHED if name not in results["chosen"]]
     if absent:
         lines.append(f"Methods without results: {', '.join(absent)}.")
     return "\n\n".join(wrapped(line) for line in lines)

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from examples.shapes.trials.methods import EVERY, OTHERS, PLAIN, SHARES
-from examples.shapes.trials.registry import Method, Runs, first_end, register
+from examples.shapes.trials.registry import METHODS, Method, Runs, first_end, register
 from examples.shapes.trials.workshop import FRAMES, VIDEO, VITA, State
 from openvclip import merging
 
@@ -327,3 +327,6 @@ register(
         beware="if the weights of CLIP can be trained",
     )
 )
+
+#: The names of the methods of the page. Methods of the reader's own are registered later.
+PUBLISHED: tuple[str, ...] = tuple(METHODS)
