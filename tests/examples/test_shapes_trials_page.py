@@ -216,6 +216,25 @@ def test_the_curves_are_those_of_the_results(pages: Any) -> None:
             assert close(row[head][0], fmean(values(results, method, lam, column).values()))
 
 
+def test_lambda_without_labels_is_that_of_the_results(pages: Any) -> None:
+    results, text, _ = pages
+    rows = table(text, "unlabelled")
+    assert len(rows) == 6
+    for row in rows:
+        method, column = row["method"][0], COLUMNS[row["clips without labels"][0]]
+        of_cells = [
+            cell["methods"][method]["unlabelled"][column]
+            for cell in results["cells"].values()
+            if method in cell["methods"]
+        ]
+        chosen = values(results, method, results["chosen"][method]["lam"], column)
+        assert close(row["chosen λ"][0].partition(" ± ")[0], fmean(chosen.values()))
+        for rule in ("dawin", "information"):
+            assert close(row[f"λ of {rule}"][0], fmean(c[rule]["lam"] for c in of_cells), 2)
+            shown = row[f"with λ of {rule}"][0].partition(" ± ")[0]
+            assert close(shown, 100 * fmean(c[rule]["accuracy"] for c in of_cells))
+
+
 def test_the_chosen_settings_are_the_best_on_the_development_lists(pages: Any) -> None:
     results, text, _ = pages
     rows = table(text, "grid")

@@ -13,6 +13,7 @@ from examples.shapes.trials.registry import CURVE, LAMBDAS, METHODS, TRAININGS
 from examples.shapes.trials.rows import PUBLISHED
 from examples.shapes.trials.settings import FULL
 from examples.shapes.trials.store import key_of
+from examples.shapes.trials.tasks import RULES
 from examples.shapes.trials.tuning import choose
 
 
@@ -54,6 +55,17 @@ def made_up(cells: int = 5, seed: int = 0) -> Results:
                 "points": [_point(rng, choice["params"], lam, more) for lam in lams],
                 "seconds": 3.0,
             }
+            if method.unlabelled:
+                entry["methods"][name]["unlabelled"] = {
+                    question: {
+                        rule: {
+                            "lam": 0.3 + 0.1 * rng.random(),
+                            "accuracy": 0.4 + 0.1 * rng.random(),
+                        }
+                        for rule in RULES
+                    }
+                    for question in QUESTIONS
+                }
             for need in method.needs:
                 entry["trainings"][key_of(need, choice["training"])] = {
                     "step_seconds": 0.1 * TRAININGS[need].passes,

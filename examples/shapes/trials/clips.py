@@ -10,7 +10,7 @@ import csv
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -41,17 +41,23 @@ class Clips:
     Attributes:
         pixels: ``[N, T, 32, 32, 3]``.
         labels: class indices, int64 ``[N]``.
+        batch_size: number of clips of a batch.
     """
 
     pixels: NDArray[np.uint8]
     labels: Tensor
+    batch_size: int = BATCH
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for chosen in torch.arange(len(self)).split(BATCH):
+        for chosen in torch.arange(len(self)).split(self.batch_size):
             yield self.at(chosen)
+
+    def first(self, count: int) -> Clips:
+        """Return the first clips of the list."""
+        return replace(self, pixels=self.pixels[:count], labels=self.labels[:count])
 
     def at(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Return the chosen clips, ``[B, T, 3, 32, 32]``, and their class indices ``[B]``."""
@@ -62,7 +68,7 @@ class Clips:
         places = torch.full((int(self.labels.max()) + 1,), -1)
         places[torch.tensor(classes)] = torch.arange(len(classes))
         labels = places[self.labels]
-        return Clips(self.pixels[(labels >= 0).numpy()], labels[labels >= 0])
+        return replace(self, pixels=self.pixels[(labels >= 0).numpy()], labels=labels[labels >= 0])
 
 
 @dataclass(frozen=True)

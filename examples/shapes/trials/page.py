@@ -30,7 +30,7 @@ from examples.shapes.trials.registry import METHODS
 from examples.shapes.trials.rows import PUBLISHED
 from examples.shapes.trials.settings import FULL
 from examples.shapes.trials.statistics import LEVEL, cells_needed, power, smallest_difference
-from examples.shapes.trials.tasks import STILLS
+from examples.shapes.trials.tasks import RULES, STILLS
 from examples.shapes.trials.tuning import score
 from openvclip.checkpoints import atomic_path
 from openvclip.commands.parsing import Parser
@@ -280,19 +280,26 @@ def unlabelled_section(results: Results) -> str:
     for name in results["chosen"]:
         for question in QUESTIONS:
             chosen = accuracies(results, name, None, question)
-            lams, values = [], []
-            for number, entry in results["cells"].items():
-                found = entry["methods"].get(name, {}).get("unlabelled", {}).get(question)
-                if found is not None and number in chosen:
-                    lams.append(found["lam"])
-                    values.append((found["accuracy"], chosen[number]))
-            if values:
-                own, on_development = (list(column) for column in zip(*values, strict=True))
-                cells = [mean_and_std(own), mean_and_std(on_development)]
-                rows.append([name, HEADS[question], f"{float(np.mean(lams)):.2f}", *cells])
+            found = {
+                number: entry["methods"][name]["unlabelled"][question]
+                for number, entry in results["cells"].items()
+                if number in chosen and "unlabelled" in entry["methods"][name]
+            }
+            if not found:
+                continue
+            cells = [mean_and_std([chosen[number] for number in found])]
+            for rule in RULES:
+                lams = [float(by_rule[rule]["lam"]) for by_rule in found.values()]
+                cells.append(f"{float(np.mean(lams)):.2f}")
+                cells.append(
+                    mean_and_std([by_rule[rule]["accuracy"] for by_rule in found.values()])
+                )
+            rows.append([name, HEADS[question], *cells])
     if not rows:
         return "There are no results yet."
-    header = ["method", "clips without labels", "mean λ", "accuracy", "at the chosen λ"]
+    header = ["method", "clips without labels", "chosen λ"]
+    for rule in RULES:
+        header += [f"λ of {rule}", f"with λ of {rule}"]
     return markdown_table(header, rows)
 
 

@@ -79,6 +79,7 @@ class Method:
         like: a method whose chosen settings of the training are used; then only ``params`` and
             ``lams`` are chosen for this method.
         curve: whether the results have the λ of :data:`CURVE` too, for a figure.
+        unlabelled: whether the results have λ chosen without labels too.
         form: how the weights become a classifier.
         group: heading of the row in tables.
         does: what the method does, as part of a sentence ("averages ...").
@@ -94,6 +95,7 @@ class Method:
     lams: tuple[float, ...] = LAMBDAS
     like: str | None = None
     curve: bool = False
+    unlabelled: bool = False
     form: Form = EXPANDED
     group: str = ""
     does: str = ""

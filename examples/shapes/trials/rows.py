@@ -66,6 +66,7 @@ register(
         "FINE-TUNE",
         (PLAIN,),
         curve=True,
+        unlabelled=True,
         does="trains the image tower, and interpolates the result with the original CLIP",
         cost="one training, and one evaluation for each λ",
         when="as the start of all other methods: interpolation needs no change of a training that "
@@ -122,6 +123,7 @@ register(
         ("iwr",),
         _AVERAGE,
         curve=True,
+        unlabelled=True,
         does="is IWR together with SWA, interpolated with the original CLIP",
         cost="a second pass in each step, and memory for three copies of the trained weights",
         when="if the model has to keep the trained classes and recognise new ones, and a training "

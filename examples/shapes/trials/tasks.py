@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 import openvclip
+from examples.shapes.model import Tokenizer
 from examples.shapes.trials import rows as _rows  # noqa: F401 (fills the tables)
 from examples.shapes.trials.cells import QUESTIONS, TUNING, Cell, ListName
 from examples.shapes.trials.clips import Clips, Stills, draw_stills, load_list
-from examples.shapes.trials.registry import METHODS, TRAININGS, Method, Runs, Settings
+from examples.shapes.trials.registry import LAMBDAS, METHODS, TRAININGS, Method, Runs, Settings
 from examples.shapes.trials.settings import Sizes
 from examples.shapes.trials.store import Store, key_of
 from examples.shapes.trials.workshop import State, Workshop, fresh_clip
-from openvclip.evaluation import evaluate
+from openvclip.evaluation import choose_lambda, evaluate
 from openvclip.training.methods import Classifier, fixed_text
 
-__all__ = ["Failure", "Place", "Task", "cost", "do", "points_of"]
+__all__ = ["Failure", "Place", "Task", "Test", "cost", "do"]
 
 # Seconds of one process on the reference machine (2 cores, idle), see the package's docstring.
 CLIP_SECONDS = 0.0134  # draw, encode, decode a clip
@@ -34,6 +35,12 @@ POINT_SECONDS = 0.1  # setting of the weights
 
 Lists = dict[str, tuple[Sequence[str], Iterable[tuple[Tensor, Tensor]]]]
 """Class names and batches of each list of clips or stills."""
+
+UNLABELLED = 256
+"""Number of clips without labels from which λ is computed."""
+
+RULES: tuple[Literal["dawin", "information"], ...] = ("dawin", "information")
+"""The methods of :func:`openvclip.evaluation.choose_lambda` in the results."""
 
 STILLS = "stills"
 """The name of the list of held-out stills of CLIP's pretraining."""
@@ -149,7 +156,11 @@ def cost(task: Task, sizes: Sizes) -> float:
     point = POINT_SECONDS + len(QUESTIONS) * tests * TEST_SECONDS
     if task.cell != TUNING:
         point += sizes.stills * STILL_SECONDS
-    return len(task.params) * len(task.lams) * point
+    total = len(task.params) * len(task.lams) * point
+    if METHODS[task.name].unlabelled and task.cell != TUNING:
+        clips = UNLABELLED * (2 + len(LAMBDAS)) + len(RULES) * tests
+        total += len(QUESTIONS) * clips * TEST_SECONDS
+    return total
 
 
 def do(place: Place, task: Task, report: object = None) -> dict[str, Any] | Failure:
@@ -165,7 +176,7 @@ def do(place: Place, task: Task, report: object = None) -> dict[str, Any] | Fail
         elif task.kind == "training":
             entry = _train(place, task)
         else:
-            entry = {"points": _evaluate(place, task)}
+            entry = _evaluate(place, task)
     except Exception as error:  # a method of the reader's own can raise anything
         text = f"{type(error).__name__}: {error}"
         return Failure(text.splitlines()[0], traceback.format_exc())
@@ -186,7 +197,7 @@ def _train(place: Place, task: Task) -> dict[str, Any]:
     return trained.report()
 
 
-def _evaluate(place: Place, task: Task) -> list[dict[str, Any]]:
+def _evaluate(place: Place, task: Task) -> dict[str, Any]:
     method, clip = METHODS[task.name], dict(fresh_clip()[0].state_dict())
     runs = {
         need: place.store.load(task.cell, key, clip)
@@ -198,7 +209,11 @@ def _evaluate(place: Place, task: Task) -> list[dict[str, Any]]:
     if task.cell != TUNING:  # no setting is chosen on stills
         stills = _stills(place.sizes.stills)
         lists[STILLS] = (stills.names, stills)
-    return list(points_of(method, clip, runs, lists, task.params, task.lams))
+    test = Test(method, clip, runs, lists)
+    entry: dict[str, Any] = {"points": list(test.points(task.params, task.lams))}
+    if method.unlabelled and task.cell != TUNING:
+        entry["unlabelled"] = test.unlabelled(dict(task.params[0]))
+    return entry
 
 
 @lru_cache(maxsize=1)
@@ -206,56 +221,101 @@ def _stills(count: int) -> Stills:
     return draw_stills(count)
 
 
-def points_of(
-    method: Method,
-    clip: State,
-    runs: Runs,
-    lists: Lists,
-    params: Sequence[Sequence[tuple[str, Any]]],
-    lams: Sequence[float],
-) -> Iterable[dict[str, Any]]:
-    """Yield the accuracies of a method for each of its numbers and each λ.
+@dataclass(frozen=True)
+class Test:
+    """A method with its weights, ready for evaluation.
 
-    Args:
+    Attributes:
         method: the method.
         clip: state dict of the original CLIP.
         runs: the weights of the trainings that the method needs.
         lists: class names and batches of each list.
-        params: the numbers of the method, as pairs.
-        lams: weights of the original CLIP.
-
-    Yields:
-        ``{"params": ..., "lam": ..., "accuracy": {list: top-1 in [0, 1]}}``.
+        device: where the evaluation runs.
     """
-    model, tokenizer = method.form.model()
-    classifiers = {
-        name: method.form.classifier(model, tokenizer, names) for name, (names, _) in lists.items()
-    }
-    for numbers in params:
-        settings: Settings = dict(numbers)
-        theta = method.weights(clip, runs, **settings) if method.needs else clip
-        for lam in lams:
-            mixed = method.needs and lam != 0
-            model.load_state_dict(dict(openvclip.interpolate(clip, theta, lam) if mixed else theta))
-            accuracy = {
-                name: _accuracy(
-                    classifiers[name], batches, method.form.images_as_clips if name == STILLS else 0
+
+    __test__ = False  # pytest takes a class of this name for tests
+
+    method: Method
+    clip: State
+    runs: Runs
+    lists: Lists
+    device: str = "cpu"
+
+    @cached_property
+    def _model(self) -> tuple[nn.Module, Tokenizer]:
+        model, tokenizer = self.method.form.model()
+        return model.to(self.device), tokenizer
+
+    @cached_property
+    def _classifiers(self) -> dict[str, Classifier]:
+        return {
+            name: self.method.form.classifier(*self._model, names)
+            for name, (names, _) in self.lists.items()
+        }
+
+    def weights(self, params: Settings) -> State:
+        """Return the state dict of the method, with its own numbers."""
+        return self.method.weights(self.clip, self.runs, **params) if self.runs else self.clip
+
+    def points(
+        self, params: Sequence[Sequence[tuple[str, Any]]], lams: Sequence[float]
+    ) -> Iterator[dict[str, Any]]:
+        """Yield the accuracies of the method for each of its numbers and each λ.
+
+        Args:
+            params: the numbers of the method, as pairs.
+            lams: weights of the original CLIP.
+
+        Yields:
+            ``{"params": ..., "lam": ..., "accuracy": {list: top-1 in [0, 1]}}``.
+        """
+        for numbers in params:
+            settings: Settings = dict(numbers)
+            theta = self.weights(settings)
+            for lam in lams:
+                self._set(theta, lam)
+                accuracy = {name: self._accuracy(name) for name in self.lists}
+                yield {"params": settings, "lam": lam, "accuracy": accuracy}
+
+    def unlabelled(self, params: Settings) -> dict[str, Any]:
+        """Return λ without labels for each question, and its accuracy on the whole list.
+
+        λ is computed from the first :data:`UNLABELLED` clips of the question's list.
+        """
+        theta, found = self.weights(params), {}
+        for name in QUESTIONS:
+            clips = self.lists[name][1]
+            assert isinstance(clips, Clips)
+            found[name] = {}
+            for rule in RULES:
+                choice = choose_lambda(
+                    self._classifiers[name],
+                    self.clip,
+                    dict(theta),
+                    clips.first(UNLABELLED),
+                    rule,
+                    lams=LAMBDAS,
+                    progress=False,
                 )
-                for name, (_, batches) in lists.items()
-            }
-            yield {"params": settings, "lam": lam, "accuracy": accuracy}
+                self._set(theta, choice.lam)
+                found[name][rule] = {"lam": choice.lam, "accuracy": self._accuracy(name)}
+        return found
 
+    def _set(self, theta: State, lam: float) -> None:
+        mixed = self.runs and lam != 0
+        state = openvclip.interpolate(self.clip, theta, lam) if mixed else theta
+        self._model[0].load_state_dict(dict(state))
 
-def _accuracy(
-    classifier: Classifier, batches: Iterable[tuple[Tensor, Tensor]], images_as_clips: int
-) -> float:
-    """Return the top-1 accuracy of a classifier with the present weights of its model."""
-    if images_as_clips:
-        batches = (
-            (image[:, None].expand(-1, images_as_clips, -1, -1, -1), label)
-            for image, label in batches
-        )
-    if isinstance(classifier, openvclip.ZeroShotClassifier) and not classifier.text_is_current():
-        classifier.refresh_text()
-    with fixed_text(classifier):
-        return evaluate(classifier, batches, progress=False).top1
+    def _accuracy(self, name: str) -> float:
+        """Return the top-1 accuracy on a list with the present weights of the model."""
+        classifier, batches = self._classifiers[name], self.lists[name][1]
+        frames = self.method.form.images_as_clips
+        if name == STILLS and frames:
+            batches = (
+                (image[:, None].expand(-1, frames, -1, -1, -1), label) for image, label in batches
+            )
+        fixed = isinstance(classifier, openvclip.ZeroShotClassifier)
+        if fixed and not classifier.text_is_current():
+            classifier.refresh_text()
+        with fixed_text(classifier):
+            return evaluate(classifier, batches, progress=False).top1
