@@ -78,15 +78,17 @@ class Stills:
     Attributes:
         pixels: ``[N, 32, 32, 3]``.
         labels: class indices that refer to :attr:`names`, int64 ``[N]``.
+        batch_size: number of stills of a batch.
         names: the 192 class names of all shapes and actions.
     """
 
     pixels: NDArray[np.uint8]
     labels: Tensor
+    batch_size: int = 8 * BATCH
     names: tuple[str, ...] = tuple(f"{shape} {action}" for shape in SHAPES for action in ACTIONS)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for chosen in torch.arange(len(self.labels)).split(8 * BATCH):
+        for chosen in torch.arange(len(self.labels)).split(self.batch_size):
             yield normalise(self.pixels[chosen.numpy()]), self.labels[chosen]
 
 

@@ -146,8 +146,8 @@ def claims_table(judged: list[Judged]) -> str:
     for question in QUESTIONS:
         header += [HEADS[question], "p"]
     lines = []
-    for pair, by_question in rows.items():
-        cells = list(pair)
+    for names, by_question in rows.items():
+        cells = list(names)
         for question in QUESTIONS:
             found = by_question.get(question)
             cells += ["", ""] if found is None else [_difference(found), _p(found)]

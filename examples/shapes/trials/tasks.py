@@ -282,7 +282,8 @@ class Test:
 
         λ is computed from the first :data:`UNLABELLED` clips of the question's list.
         """
-        theta, found = self.weights(params), {}
+        theta = self.weights(params)
+        found: dict[str, Any] = {}
         for name in QUESTIONS:
             clips = self.lists[name][1]
             assert isinstance(clips, Clips)
@@ -314,8 +315,7 @@ class Test:
             batches = (
                 (image[:, None].expand(-1, frames, -1, -1, -1), label) for image, label in batches
             )
-        fixed = isinstance(classifier, openvclip.ZeroShotClassifier)
-        if fixed and not classifier.text_is_current():
+        if isinstance(classifier, openvclip.ZeroShotClassifier):
             classifier.refresh_text()
         with fixed_text(classifier):
             return evaluate(classifier, batches, progress=False).top1

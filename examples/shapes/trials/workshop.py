@@ -26,7 +26,18 @@ from openvclip.training.recipe import Recipe, learning_rate
 if TYPE_CHECKING:
     from open_clip import CLIP
 
-__all__ = ["EXPANDED", "FRAMES", "VIDEO", "VITA", "Form", "State", "Trained", "Workshop"]
+__all__ = [
+    "EXPANDED",
+    "FRAMES",
+    "VIDEO",
+    "VITA",
+    "Form",
+    "State",
+    "Trained",
+    "Workshop",
+    "fresh_clip",
+    "use_original",
+]
 
 State = Mapping[str, Tensor]
 
@@ -65,7 +76,22 @@ def fresh_clip() -> tuple[CLIP, Tokenizer]:
 
 @lru_cache(maxsize=1)
 def _original() -> tuple[CLIP, Tokenizer]:
+    return _source()
+
+
+def _source() -> tuple[CLIP, Tokenizer]:
     return create_model()
+
+
+def use_original(model: CLIP, tokenizer: Tokenizer) -> None:
+    """Take another model as the original CLIP of this process."""
+    global _source
+
+    def source() -> tuple[CLIP, Tokenizer]:
+        return model, tokenizer
+
+    _source = source
+    _original.cache_clear()
 
 
 def _zero_shot(model: nn.Module, tokenizer: Tokenizer, names: Sequence[str]) -> Classifier:
