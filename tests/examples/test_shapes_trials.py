@@ -113,7 +113,7 @@ def test_a_list_is_the_same_if_it_is_made_again_and_differs_between_cells(tmp_pa
     other = load_list(cell(1), "actions", 3, tmp_path / "a")
     assert not np.array_equal(made[0].pixels, other.pixels)
     (video, label), *rest = made[0]
-    assert (video.shape, label.shape, rest) == ((3, 8, 3, 32, 32), (3,), [])
+    assert (video.shape, label.shape, rest) == ((3, 4, 3, 32, 32), (3,), [])
 
 
 def test_clips_of_some_classes_get_new_indices() -> None:
@@ -387,6 +387,3 @@ def test_the_example_of_an_own_method_is_short_and_registers_its_rows() -> None:
     tuned = {"w": torch.tensor([0.1, -3.0, 2.0, 0.2])}
     merged = own_method.trimmed(clip, {"plain": {"last": tuned}}, keep=0.5)
     assert merged["w"].tolist() == [0.0, -3.0, 2.0, 0.0]
-
-
-

@@ -318,10 +318,10 @@ def test_an_incomplete_page_says_so() -> None:
     del results["cells"]["2"]["methods"]["LiNeS"]
     del results["chosen"]["Vita-CLIP"]
     text = " ".join(generator.page(results).split())
-    assert "there are results of 3 of 20 cells so far" in text
+    assert "there are results of 3 of 40 cells so far" in text
     assert "Rows with fewer cells: LiNeS (2)." in text
     assert "Methods without results: Vita-CLIP." in text
-    assert "so far" not in generator.page(made_up(cells=20))
+    assert "so far" not in generator.page(made_up(cells=40))
 
 
 def test_the_command_writes_the_pages_and_refuses_files_without_results(tmp_path: Path) -> None:

@@ -5,9 +5,9 @@ cells, so their differences are paired.
 
 The eight actions have three roles. Two actions, :data:`DEVELOPMENT_ACTIONS`, are used only to
 choose settings. Of the other six actions, a cell trains three and asks for the other three. There
-are 20 such divisions (:data:`DIVISIONS`). Each of the first 20 cells has a division of its own, and
-each even cell trains the actions that the next cell asks for. So after an even number of cells
-every action was trained in half of them.
+are 20 such divisions (:data:`DIVISIONS`). Cells 0 to 19 have one division each, cells 20 to 39 have
+the same divisions with other seeds. Each even cell trains the actions that the next cell asks for.
+So after an even number of cells every action was trained in half of them.
 
 A cell asks three questions, each with its own list of clips. The classifier of a question knows the
 24 class names of this question and no other names:

@@ -2,7 +2,7 @@
 
 Without --full: one cell (three trained actions of six, one seed), the main methods with the
 settings of the published results, in under 4 minutes on 2 cores. With --full: all methods, each at
-the best of its settings on development classes, over 16 cells, in under 4 hours. Each result is
+the best of its settings on development classes, over 40 cells, in under 4 hours. Each result is
 printed and saved as it comes. A run that was stopped goes on with the same command.
 """
 
@@ -26,6 +26,7 @@ from examples.shapes.drawing import draw_video
 from examples.shapes.final_model import CLASSES, FINAL, write_averaged, write_final
 from examples.shapes.results import Results
 from examples.shapes.trials.cells import QUESTIONS, cell
+from examples.shapes.trials.clips import FRAMES
 from examples.shapes.trials.registry import METHODS, TRAININGS
 from examples.shapes.trials.runner import Runner
 from examples.shapes.trials.settings import FULL, QUICK, SMOKE, Sizes
@@ -63,7 +64,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--only", nargs="+", metavar="METHOD", help="run only these methods, and those they need"
     )
     parser.add_argument(
-        "--cells", type=int, default=None, help="number of cells (default: 16 with --full, else 1)"
+        "--cells", type=int, default=None, help="number of cells (default: 40 with --full, else 1)"
     )
     parser.add_argument(
         "--jobs",
@@ -182,8 +183,8 @@ def _final_model(results: Results, place: Place) -> bool:
     if not path.exists():
         return False
     ends = place.store.load(cell(0), path.stem, dict(fresh_clip()[0].state_dict()))
-    write_averaged(place.out / AVERAGED, ends["swa"])
-    write_final(place.out, place.out / AVERAGED, choice["lam"])
+    write_averaged(place.out / AVERAGED, ends["swa"], FRAMES)
+    write_final(place.out, place.out / AVERAGED, choice["lam"], FRAMES)
     return True
 
 

@@ -82,7 +82,8 @@ class Plan:
 
 
 FULL_PLAN = Plan(FULL, 2400, 256)
-SMOKE_PLAN = Plan(replace(SMOKE, cells=1), 2, 8, width=64, layers=1, batch_size=16)
+_SMALL = replace(SMOKE, train=24, test=4, stills=2, steps=1, cells=1)
+SMOKE_PLAN = Plan(_SMALL, 2, 8, width=64, layers=1, batch_size=16)
 
 
 def large_model(width: int = WIDTH, layers: int = LAYERS) -> tuple[CLIP, Tokenizer]:

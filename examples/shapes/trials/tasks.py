@@ -27,9 +27,9 @@ from openvclip.training.methods import Classifier, fixed_text
 __all__ = ["Failure", "Place", "Task", "Test", "cost", "do"]
 
 # Seconds of one process on the reference machine (2 cores, idle), see the package's docstring.
-CLIP_SECONDS = 0.0134  # draw, encode, decode a clip
-STEP_SECONDS = 0.0058  # a plain training step, for each of its clips
-TEST_SECONDS = 0.0018  # evaluate a clip
+CLIP_SECONDS = 0.0090  # draw, encode, decode a clip
+STEP_SECONDS = 0.0028  # a plain training step, for each of its clips
+TEST_SECONDS = 0.0009  # evaluate a clip
 STILL_SECONDS = 0.0004  # evaluate a still
 POINT_SECONDS = 0.1  # setting of the weights
 

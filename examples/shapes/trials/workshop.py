@@ -17,7 +17,7 @@ from torch.nn import functional
 import openvclip
 from examples.shapes.model import Tokenizer, create_model
 from examples.shapes.trials.cells import Cell
-from examples.shapes.trials.clips import Clips
+from examples.shapes.trials.clips import FRAMES, Clips
 from examples.shapes.world import TEMPLATES
 from openvclip import prompting
 from openvclip.training.methods import Classifier, make_optimizer, text_made_once
@@ -101,6 +101,7 @@ def _zero_shot(model: nn.Module, tokenizer: Tokenizer, names: Sequence[str]) -> 
 def _attach_vita(model: nn.Module) -> None:
     prompting.attach_vita(
         model,
+        frames=FRAMES,
         global_prompts=8,
         local_prompts=True,
         summary_prompt=True,
@@ -119,7 +120,7 @@ FRAMES = Form("frames", lambda model: None, _zero_shot)
 VIDEO = Form("video", lambda model: None, prompting.VideoClassifier)
 
 #: The prompts of Vita-CLIP.
-VITA = Form("vita", _attach_vita, prompting.VideoClassifier, images_as_clips=8)
+VITA = Form("vita", _attach_vita, prompting.VideoClassifier, images_as_clips=FRAMES)
 
 
 @dataclass
