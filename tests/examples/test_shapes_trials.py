@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-import openvclip
 from examples.shapes.results import Results
 from examples.shapes.trials import command, runner
 from examples.shapes.trials.cells import (

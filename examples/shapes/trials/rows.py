@@ -7,7 +7,7 @@ from typing import Any
 
 from examples.shapes.trials.methods import EVERY, OTHERS, PLAIN, SHARES
 from examples.shapes.trials.registry import METHODS, Method, Runs, first_end, register
-from examples.shapes.trials.workshop import FRAMES, VIDEO, VITA, State
+from examples.shapes.trials.workshop import ONE_BY_ONE, VIDEO, VITA, State
 from openvclip import merging
 
 _AVERAGE = first_end("swa")
@@ -54,7 +54,7 @@ register(
     Method(
         "CLIP",
         lams=(1.0,),
-        form=FRAMES,
+        form=ONE_BY_ONE,
         does="is the original model, frame by frame",
         cost="nothing",
         when="if you have no videos to train on",

@@ -114,7 +114,7 @@ def _attach_vita(model: nn.Module) -> None:
 EXPANDED = Form("expanded", openvclip.expand_temporal_attention, _zero_shot)
 
 #: Frames one by one, the mean of unit features, four templates: the original CLIP.
-FRAMES = Form("frames", lambda model: None, _zero_shot)
+ONE_BY_ONE = Form("frames", lambda model: None, _zero_shot)
 
 #: Frames one by one, the mean normalised, one template: ViFi-CLIP's classifier.
 VIDEO = Form("video", lambda model: None, prompting.VideoClassifier)
