@@ -17,7 +17,7 @@ from examples.shapes.run import environment
 from examples.shapes.schedule import WorkError, side_by_side
 from examples.shapes.trials.cells import QUESTIONS, TUNING, Cell, cell
 from examples.shapes.trials.clips import remove_clips
-from examples.shapes.trials.registry import METHODS
+from examples.shapes.trials.registry import METHODS, TRAININGS
 from examples.shapes.trials.store import Choice, open_results
 from examples.shapes.trials.tasks import Failure, Place, Task, cost, do
 from examples.shapes.trials.tuning import cell_tasks, choose, enter, has_result, tuning_tasks
@@ -65,16 +65,15 @@ class Runner:
             self._plan(cells)
             for _ in range(2):  # methods that are like another method come second
                 self._work(tuning_tasks(self.methods, choose(self.results, self.methods)))
-            self.results["chosen"] = choose(self.results, self.methods)
-        else:
-            self.results["chosen"] = self.choices
+        chosen = choose(self.results, self.methods) if self.choices is None else self.choices
+        everything = {**self.results["chosen"], **chosen}  # other methods keep their results
+        names = [*(name for name in METHODS if name in everything), *everything]
+        self.results["chosen"] = {name: everything[name] for name in dict.fromkeys(names)}
         save_results(self.results, self.path)
-        chosen = self.results["chosen"]
-        self._cost_left = 0.0
         by_cell = [cell_tasks(each, self.methods, chosen) for each in cells]
         self._count([task for tasks in by_cell for task in tasks])
         # Two cells at a time: a process that is free at the end of a cell begins the next one.
-        self._work([task for tasks in by_cell for task in tasks], counted=True)
+        self._work([task for tasks in by_cell for task in tasks])
         return self.results
 
     def report(self) -> str:
@@ -82,7 +81,8 @@ class Runner:
         failures = self.results["failures"]
         if not failures:
             return ""
-        lines = [f"{len(failures)} tasks failed; the same command tries them again:"]
+        lines = [f"{len(failures)} tasks failed, and the tasks that need them were left out."]
+        lines.append("The same command tries them again.")
         lines += [f"- {task}: {failure['text']}" for task, failure in failures.items()]
         return "\n".join(lines)
 
@@ -91,14 +91,14 @@ class Runner:
         first = {
             name: {"training": _first(name), "params": dict(METHODS[name].params[0]), "lam": 0.5}
             for name in self.methods
-        }
+        } | self.results["chosen"]
         tasks = [*tuning_tasks(self.methods, {}), *tuning_tasks(self.methods, first)]
         for each in cells:
             tasks += cell_tasks(each, self.methods, first)
         self._count(list(dict.fromkeys(tasks)))
 
     def _count(self, tasks: Sequence[Task]) -> None:
-        missing = [task for task in tasks if not self._is_done(task)]
+        missing = self._missing(tasks)
         self._cost_left = sum(cost(task, self.place.sizes) for task in missing)
         self._tasks_left = len(missing)
         if missing:
@@ -116,7 +116,7 @@ class Runner:
             return place.has(task.cell, task.name)  # type: ignore[arg-type]
         return has_result(results, task) and place.store.path(task.cell, task.key).exists()
 
-    def _work(self, tasks: Sequence[Task], *, counted: bool = False) -> None:
+    def _work(self, tasks: Sequence[Task]) -> None:
         """Do the tasks without a result whose results are still needed."""
         missing = self._missing(tasks)
         for attempt in range(DEATHS + 1):
@@ -215,8 +215,6 @@ def _with_likes(methods: Sequence[str]) -> set[str]:
 
 
 def _first(name: str) -> dict[str, Any]:
-    from examples.shapes.trials.registry import TRAININGS
-
     method = METHODS[METHODS[name].like or name]
     return dict(TRAININGS[method.needs[0]].grid[0]) if method.needs else {}
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EXPANDED",
-    "FRAMES",
+    "ONE_BY_ONE",
     "VIDEO",
     "VITA",
     "Form",
