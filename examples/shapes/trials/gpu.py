@@ -265,6 +265,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit("There is no GPU. --cpu runs on the CPU; add --smoke for a short run.")
     if args.workers < 1:
         parser.error(f"--workers {args.workers}: expected at least 1.")
+    torch.set_num_threads(1)
     torch.backends.cuda.matmul.allow_tf32 = True
     plan = SMOKE_PLAN if args.smoke else FULL_PLAN
     started = time.perf_counter()

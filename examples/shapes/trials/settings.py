@@ -31,5 +31,5 @@ class Sizes:
 
 
 FULL = Sizes()
-QUICK = Sizes(test=512, stills=512, cells=1)
+QUICK = Sizes(test=1024, cells=1)
 SMOKE = Sizes(train=48, test=24, development=24, stills=16, steps=3, batch_size=4, cells=2)

@@ -315,7 +315,10 @@ class Test:
             batches = (
                 (image[:, None].expand(-1, frames, -1, -1, -1), label) for image, label in batches
             )
-        if isinstance(classifier, openvclip.ZeroShotClassifier):
+        if (
+            isinstance(classifier, openvclip.ZeroShotClassifier)
+            and not classifier.text_is_current()
+        ):
             classifier.refresh_text()
         with fixed_text(classifier):
             return evaluate(classifier, batches, progress=False).top1
