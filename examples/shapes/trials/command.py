@@ -121,14 +121,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def quick_choices(methods: Sequence[str]) -> dict[str, Choice]:
-    """Return the settings of the published results, or the first settings of each method."""
+    """Return the settings of the published results, or settings from the middle of each grid."""
     published: dict[str, Any] = {}
     if PUBLISHED.exists():
         published = json.loads(PUBLISHED.read_text(encoding="utf-8"))["chosen"]
     choices = {}
     for name in methods:
         method = METHODS[METHODS[name].like or name]
-        training = dict(TRAININGS[method.needs[0]].grid[-1]) if method.needs else {}
+        grid = TRAININGS[method.needs[0]].grid if method.needs else ({},)
+        training = dict(grid[len(grid) // 2])
         lam = 0.5 if 0.5 in METHODS[name].lams else METHODS[name].lams[0]
         own = {"training": training, "params": dict(METHODS[name].params[0]), "lam": lam}
         choices[name] = published.get(name, own)

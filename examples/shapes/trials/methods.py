@@ -160,7 +160,7 @@ PLAIN = "plain"
 OTHERS = tuple(f"plain, order {number}" for number in (1, 2))
 SHARES = {"1/2": 0.5, "1/4": 0.25, "1/8": 0.125}
 EVERY = (2, 4)
-IWR_GRID = _grid("weight", (5e-4, 0.5), (1e-3, 0.5), (2e-3, 0.5), (1e-3, 1.0))
+IWR_GRID = _grid("weight", (5e-4, 0.5), (2e-3, 0.5), (1e-3, 0.5), (1e-3, 1.0))
 _C = {"weight": 0.5}
 
 register(Training(PLAIN, plain, _rates(*RATES)))

@@ -187,7 +187,8 @@ class Runner:
                 count_run(self.results, self._environment)
         save_results(self.results, self.path)
         if not isinstance(entry, Failure):
-            left = f"{self._tasks_left} tasks, about {self._time_left()} to go"
+            tasks = "1 task" if self._tasks_left == 1 else f"{self._tasks_left} tasks"
+            left = f"{tasks}, about {self._time_left()} to go"
             print(f"{task}: {_words(task, entry)} ({left})", flush=True)
         self._clean(task)
 
