@@ -26,7 +26,7 @@ from examples.shapes.drawing import draw_video
 from examples.shapes.final_model import CLASSES, FINAL, write_averaged, write_final
 from examples.shapes.results import Results
 from examples.shapes.trials.cells import QUESTIONS, cell
-from examples.shapes.trials.clips import FRAMES
+from examples.shapes.trials.clips import FRAMES, VIDEO_FRAMES
 from examples.shapes.trials.registry import METHODS, TRAININGS
 from examples.shapes.trials.runner import Runner
 from examples.shapes.trials.settings import FULL, QUICK, SMOKE, Sizes
@@ -196,7 +196,8 @@ def _invite(out: Path) -> None:
     first = cell(0)
     shape, action = first.pairs("actions")[0]
     clip = out / f"{shape}-{action}.mp4"
-    write_clip(clip, draw_video(shape, "red", action, np.random.default_rng(0)))
+    rng = np.random.default_rng(0)
+    write_clip(clip, draw_video(shape, "red", action, rng, frames=VIDEO_FRAMES))
     labels = ["--labels-file", str(out / CLASSES)]
     words = ["openvclip", "predict", str(clip), "--model", str(out), *labels]
     print(f"try the model on a clip:\n  {shlex.join(words)}")

@@ -101,11 +101,11 @@ def _state(results: Results) -> str:
         if (count := len(accuracies(results, name, None, "trained"))) < cells
     }
     if short:
-        names = ", ".join(f"{name} ({count})" for name, count in short.items())
+        names = "; ".join(f"{name} ({count})" for name, count in short.items())
         lines.append(f"Rows with fewer cells: {names}.")
     absent = [name for name in PUBLISHED if name not in results["chosen"]]
     if absent:
-        lines.append(f"Methods without results: {', '.join(absent)}.")
+        lines.append(f"Methods without results: {'; '.join(absent)}.")
     return "\n\n".join(wrapped(line) for line in lines)
 
 
