@@ -49,7 +49,7 @@ from openvclip.training.methods import choose_trained
 from tests.forked import started
 
 SIZES = Sizes(train=24, test=6, development=6, stills=4, steps=2, batch_size=4, cells=1)
-ROWS = ("CLIP", "FINE-TUNE", "Model Stock")
+ROWS = ("CLIP", "FINE-TUNE")
 
 
 @pytest.fixture(autouse=True)
