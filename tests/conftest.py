@@ -39,6 +39,7 @@ SLOW = frozenset(
         "test_shapes_comparison.py::test_accuracies_along_lambda_begin_at_the_learned_weights_and_lead_to_clip",
         "test_shapes_pretrain.py",
         "test_shapes_run.py",
+        "test_shapes_trials.py::test_a_killed_run_goes_on_and_comes_to_the_same_results",
         "test_standalone.py",
         "test_tradeoff.py",
         "test_browser.py",

@@ -78,6 +78,7 @@ def load_clips(
     name: str,
     *,
     num_workers: int = 2,
+    frames: int = FRAMES,
     on_decoded: Callable[[int], object] = lambda _: None,
 ) -> TensorDataset:
     """Decode the files of a list.
@@ -86,6 +87,7 @@ def load_clips(
         folder: the folder of the list and of its clips.
         name: name of the list.
         num_workers: worker processes of the ``DataLoader``.
+        frames: number T of frames of a clip.
         on_decoded: function that takes the number of clips of each decoded batch.
 
     Returns:
@@ -98,7 +100,7 @@ def load_clips(
         folder / f"{name}.csv",
         folder,
         transform=transforms.build("released", IMAGE_SIZE, mean=MEAN, std=STD),
-        sampling=Sampling(num_frames=FRAMES, sampler="uniform"),
+        sampling=Sampling(num_frames=frames, sampler="uniform"),
     )
     loader = DataLoader(dataset, batch_size=32, num_workers=num_workers)
     videos: list[Tensor] = []

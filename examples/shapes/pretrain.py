@@ -11,9 +11,9 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -40,7 +40,14 @@ from openvclip.commands.streams import command
 if TYPE_CHECKING:
     from open_clip import CLIP
 
-__all__ = ["caption_targets", "contrastive_loss", "pretrain", "still_accuracy"]
+__all__ = [
+    "Batch",
+    "caption_targets",
+    "contrastive_loss",
+    "draw_batch",
+    "pretrain",
+    "still_accuracy",
+]
 
 Attributes = NDArray[np.int64]
 
@@ -65,6 +72,8 @@ def pretrain(
     start: str | os.PathLike[str] | None = None,
     backbone: Backbone = "small",
     progress: bool = True,
+    model: tuple[CLIP, Tokenizer] | None = None,
+    batches: Iterable[Batch] | None = None,
 ) -> tuple[CLIP, Tokenizer]:
     """Train a CLIP with AdamW, linear warm-up and cosine decay to zero.
 
@@ -83,16 +92,35 @@ def pretrain(
         start: file of initial weights. Default: random weights.
         backbone: size of the image tower.
         progress: whether to show a progress bar.
+        model: a model with its tokenizer, on its device, in place of one of size ``backbone``. Only
+            its image tower is trained.
+        batches: at least ``steps`` batches. Default: they are drawn with ``seed``.
 
     Returns:
         The model in eval mode, and its tokenizer.
     """
     torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
-    model, tokenizer = create_model(start, backbone=backbone)
-    texts = _trained_texts(model, tokenizer)
-    if backbone != "small":
-        texts = _locked_texts(model, tokenizer)
+    if batches is None:
+        rng = np.random.default_rng(seed)
+        batches = (draw_batch(batch_size, rng, shapes, actions) for _ in range(steps))
+    clip, tokenizer = model or create_model(start, backbone=backbone)
+    texts = _trained_texts(clip, tokenizer)
+    if model is not None or backbone != "small":
+        texts = _locked_texts(clip, tokenizer)
+    return _train(clip, texts, batches, steps, lr, weight_decay, warmup, progress), tokenizer
+
+
+def _train(
+    model: CLIP,
+    texts: Texts,
+    batches: Iterable[Batch],
+    steps: int,
+    lr: float,
+    weight_decay: float,
+    warmup: int,
+    progress: bool,
+) -> CLIP:
+    device = model.logit_scale.device
     model.train()
     optimizer = torch.optim.AdamW(
         _parameter_groups(model, weight_decay), lr=lr, betas=(0.9, 0.98), eps=1e-6, fused=True
@@ -101,14 +129,12 @@ def pretrain(
         optimizer, lambda step: _pace(step, steps, min(warmup, steps // 10))
     )
     bar = tqdm(range(steps), desc="pretraining", unit="step", disable=None if progress else True)
-    for step in bar:
-        drawn, mentioned = _draw_attributes(batch_size, rng, shapes, actions)
-        images = normalise(draw_images(drawn[:, 0], drawn[:, 2], drawn[:, 1], rng))
+    for step, batch in zip(bar, batches, strict=False):
         loss = contrastive_loss(
-            model.encode_image(images, normalize=True),
-            texts(_captions(mentioned, rng)),
+            model.encode_image(normalise(batch.pixels).to(device), normalize=True),
+            texts(batch.captions),
             model.logit_scale.exp(),
-            caption_targets(drawn, mentioned),
+            torch.as_tensor(batch.matches).to(device),
         )
         optimizer.zero_grad()
         loss.backward()
@@ -119,7 +145,33 @@ def pretrain(
             model.logit_scale.clamp_(0, math.log(100))
         if step % 20 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
-    return model.eval(), tokenizer
+    return model.eval()
+
+
+class Batch(NamedTuple):
+    """Captioned stills.
+
+    Attributes:
+        pixels: the stills, ``[B, 32, 32, 3]``.
+        captions: a caption of each still.
+        matches: see :func:`caption_targets`.
+    """
+
+    pixels: NDArray[np.uint8]
+    captions: list[str]
+    matches: Tensor
+
+
+def draw_batch(
+    count: int,
+    rng: np.random.Generator,
+    shapes: int = len(SHAPES),
+    actions: int = len(ACTIONS),
+) -> Batch:
+    """Draw captioned stills of the first ``shapes`` shapes and the first ``actions`` actions."""
+    drawn, mentioned = _draw_attributes(count, rng, shapes, actions)
+    pixels = draw_images(drawn[:, 0], drawn[:, 2], drawn[:, 1], rng)
+    return Batch(pixels, _captions(mentioned, rng), caption_targets(drawn, mentioned))
 
 
 def contrastive_loss(
@@ -217,7 +269,8 @@ def _locked_texts(model: CLIP, tokenizer: Tokenizer) -> Texts:
     def texts(captions: list[str]) -> Tensor:
         new = list(dict.fromkeys(caption for caption in captions if caption not in known))
         if new:
-            known.update(zip(new, model.encode_text(tokenizer(new), normalize=True), strict=True))
+            tokens = tokenizer(new).to(model.logit_scale.device)
+            known.update(zip(new, model.encode_text(tokens, normalize=True), strict=True))
         return torch.stack([known[caption] for caption in captions])
 
     return texts

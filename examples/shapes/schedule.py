@@ -40,6 +40,7 @@ def side_by_side(
     jobs: int,
     report: Report,
     log: Path,
+    ready: Callable[[Item], bool] = lambda _: True,
 ) -> Iterator[tuple[Item, Result]]:
     """Call a function for each item in worker processes, and yield the results as they come.
 
@@ -53,6 +54,8 @@ def side_by_side(
         jobs: number of worker processes.
         report: function that is called in this process with each report of a worker process.
         log: folder for the standard error of the worker processes.
+        ready: whether an item can be started. An item that is not ready is passed over until other
+            items are done. Items that never become ready are left out.
 
     Yields:
         ``(item, result)`` for each item.
@@ -69,8 +72,13 @@ def side_by_side(
     pool = ProcessPoolExecutor(min(jobs, len(items)), context, _begin_worker, (reports, log))
     try:
         call = partial(_call, function)
-        running = {pool.submit(call, item): item for item in items}
-        while running:
+        waiting, running = list(items), dict[Future[Any], Item]()
+        while True:
+            while len(running) < jobs and (item := next(filter(ready, waiting), None)) is not None:
+                waiting.remove(item)
+                running[pool.submit(call, item)] = item
+            if not running:
+                break
             done, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
             while not reports.empty():
                 report(reports.get())

@@ -1,0 +1,147 @@
+"""The choice of the settings of each method, on the development lists alone.
+
+Each method has the same budget: at most four training runs, and at most 24 evaluated points (the
+settings of the training, times the method's own numbers, times λ). The chosen point has the best
+mean accuracy over the three questions of :data:`examples.shapes.trials.cells.TUNING`. A method that
+is ``like`` another method has the same settings of the training as the other method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from statistics import fmean
+from typing import Any
+
+from examples.shapes.results import Results
+from examples.shapes.trials.cells import QUESTIONS, TUNING, Cell
+from examples.shapes.trials.registry import CURVE, METHODS, TRAININGS, Method
+from examples.shapes.trials.store import Choice
+from examples.shapes.trials.tasks import Task
+
+__all__ = ["best", "cell_tasks", "choose", "score", "tuning_tasks"]
+
+LISTS = ("train", *QUESTIONS)
+
+
+def score(point: dict[str, Any]) -> float:
+    """Return the number by which points are chosen: the mean accuracy over the questions."""
+    return fmean(point["accuracy"][question] for question in QUESTIONS)
+
+
+def best(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the point with the highest score; of equal points the first."""
+    return max(points, key=score)
+
+
+def pairs(settings: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """Return settings as sorted pairs, which can be hashed."""
+    return tuple(sorted(settings.items()))
+
+
+def tuning_tasks(methods: Iterable[str], chosen: dict[str, Choice]) -> list[Task]:
+    """Return the tasks on the development lists.
+
+    Args:
+        methods: names of the methods.
+        chosen: the choices so far. The tasks of a method that is like another method are left out
+            until the other method has a choice.
+    """
+    tasks = [Task(TUNING, "clips", name) for name in LISTS]
+    for name in methods:
+        method = METHODS[name]
+        for settings in _settings(method, chosen):
+            tasks += _trainings(TUNING, method, settings)
+            numbers = tuple(pairs(dict(numbers)) for numbers in method.params)
+            tasks.append(Task(TUNING, "method", name, settings, numbers, method.lams))
+    return list(dict.fromkeys(tasks))
+
+
+def _settings(method: Method, chosen: dict[str, Choice]) -> list[tuple[tuple[str, Any], ...]]:
+    if not method.needs:
+        return [()]
+    if method.like is not None:
+        other = chosen.get(method.like)
+        return [] if other is None else [pairs(other["training"])]
+    return [pairs(dict(settings)) for settings in TRAININGS[method.needs[0]].grid]
+
+
+def _trainings(cell: Cell, method: Method, settings: tuple[tuple[str, Any], ...]) -> list[Task]:
+    return [Task(cell, "training", need, settings) for need in method.needs]
+
+
+def choose(results: Results, methods: Iterable[str]) -> dict[str, Choice]:
+    """Return the choice of each method whose tuning has results.
+
+    Args:
+        results: the results; ``results["tuning"]["methods"][method]`` has the points of each
+            setting of the training.
+        methods: names of the methods.
+    """
+    chosen: dict[str, Choice] = {}
+    for name in methods:
+        entries = results["tuning"].get("methods", {}).get(name, {}).values()
+        points = [
+            {"training": entry["settings"], **point}
+            for entry in entries
+            for point in entry["points"]
+        ]
+        if points:
+            point = best(points)
+            chosen[name] = {key: point[key] for key in ("training", "params", "lam")}
+    return chosen
+
+
+def cell_tasks(cell: Cell, methods: Iterable[str], chosen: dict[str, Choice]) -> list[Task]:
+    """Return the tasks of a cell: its lists, its trainings, and its rows at the chosen settings.
+
+    A row has the results at the chosen λ. The rows of a figure have results at further λ.
+    """
+    tasks = [Task(cell, "clips", name) for name in LISTS]
+    rows = []
+    for name in methods:
+        choice, method = chosen.get(name), METHODS[name]
+        if choice is None:
+            continue
+        settings = pairs(choice["training"])
+        tasks += _trainings(cell, method, settings)
+        lams = {choice["lam"], *(CURVE if method.curve else ())}
+        numbers = (pairs(choice["params"]),)
+        rows.append(Task(cell, "method", name, settings, numbers, tuple(sorted(lams))))
+    return list(dict.fromkeys([*tasks, *rows]))
+
+
+def has_result(results: Results, task: Task) -> bool:
+    """Return whether the results have the entry of a training or of a method."""
+    place = _place(results, task)
+    if task.kind == "training":
+        return task.key in place["trainings"]
+    entry = place["methods"].get(task.name)
+    if task.kind == "clips" or entry is None:
+        return False
+    if task.cell == TUNING:
+        return task.key in entry
+    known = {point["lam"] for point in entry["points"]}
+    return entry["settings"] == dict(task.settings) and known >= set(task.lams)
+
+
+def enter(results: Results, task: Task, entry: dict[str, Any]) -> None:
+    """Add the entry of a task to the results."""
+    place = _place(results, task)
+    if task.kind == "training":
+        place["trainings"][task.key] = entry
+    elif task.kind == "method":
+        entry = {"settings": dict(task.settings), **entry}
+        if task.cell == TUNING:
+            place["methods"].setdefault(task.name, {})[task.key] = entry
+        else:
+            place["methods"][task.name] = entry
+
+
+def _place(results: Results, task: Task) -> dict[str, Any]:
+    if task.cell == TUNING:
+        place: dict[str, Any] = results["tuning"]
+    else:
+        place = results["cells"].setdefault(str(task.cell.number), {})
+    for part in ("trainings", "methods"):
+        place.setdefault(part, {})
+    return place

@@ -1,0 +1,90 @@
+"""Results of the comparison that were made up: every method, several cells, plausible numbers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from examples.shapes.results import Results
+from examples.shapes.trials.cells import QUESTIONS
+from examples.shapes.trials.registry import CURVE, LAMBDAS, METHODS, TRAININGS
+from examples.shapes.trials.rows import PUBLISHED
+from examples.shapes.trials.settings import FULL
+from examples.shapes.trials.store import key_of
+from examples.shapes.trials.tasks import RULES
+from examples.shapes.trials.tuning import choose
+
+
+def made_up(cells: int = 5, seed: int = 0) -> Results:
+    """Return results of all methods. Two methods are far above, or far below, all others."""
+    rng = np.random.default_rng(seed)
+    results: Results = {
+        "settings": {"sizes": {**asdict(FULL), "cells": None}, "quick": False, "version": 1},
+        "environments": [{"machine": "abacus", "torch": "0", "runs": 7}],
+        "failures": {},
+        "tuning": {"trainings": {}, "methods": {}},
+        "cells": {},
+    }
+    methods = {name: METHODS[name] for name in PUBLISHED}
+    for name, method in methods.items():
+        other = METHODS[method.like or name]
+        grid = TRAININGS[other.needs[0]].grid if other.needs else ({},)
+        results["tuning"]["methods"][name] = {
+            key_of(name, settings): {
+                "settings": dict(settings),
+                "points": [
+                    _point(rng, dict(numbers), lam, 0.0, stills=False)
+                    for numbers in method.params
+                    for lam in method.lams
+                ],
+                "seconds": 2.0,
+            }
+            for settings in (grid if method.like is None else grid[:1])
+        }
+    results["chosen"] = choose(results, methods)
+    for cell in range(cells):
+        entry: dict[str, Any] = {"trainings": {}, "methods": {}}
+        for name, method in methods.items():
+            choice = results["chosen"][name]
+            more = {"Open-VCLIP": 0.1, "Vita-CLIP": -0.1}.get(name, 0.0)
+            lams = sorted({choice["lam"], *(CURVE if method.curve else ())})
+            entry["methods"][name] = {
+                "settings": choice["training"],
+                "points": [_point(rng, choice["params"], lam, more) for lam in lams],
+                "seconds": 3.0,
+            }
+            if method.unlabelled:
+                entry["methods"][name]["unlabelled"] = {
+                    question: {
+                        rule: {
+                            "lam": 0.3 + 0.1 * rng.random(),
+                            "accuracy": 0.4 + 0.1 * rng.random(),
+                        }
+                        for rule in RULES
+                    }
+                    for question in QUESTIONS
+                }
+            for need in method.needs:
+                entry["trainings"][key_of(need, choice["training"])] = {
+                    "step_seconds": 0.1 * TRAININGS[need].passes,
+                    "steps": FULL.steps,
+                    "parameters": 474_049,
+                    "loss": 0.1,
+                    "seconds": 20.0,
+                }
+        results["cells"][str(cell)] = entry
+    return results
+
+
+def _point(
+    rng: np.random.Generator, params: dict[str, Any], lam: float, more: float, stills: bool = True
+) -> dict[str, Any]:
+    level = {"trained": 0.7, "shapes": 0.5, "actions": 0.3, "stills": 0.6}
+    names = (*QUESTIONS, "stills") if stills else QUESTIONS
+    accuracy = {name: float(level[name] + more + 0.01 * rng.normal()) for name in names}
+    return {"params": params, "lam": lam, "accuracy": accuracy}
+
+
+assert set(CURVE) <= set(LAMBDAS)
