@@ -75,7 +75,7 @@ class Cell:
     """A division of the actions and a seed.
 
     Attributes:
-        number: the number of the cell, which is also the seed of its clips and of the training.
+        number: the number of the cell.
         trained_actions: the actions in the training clips.
         new_actions: the actions of the question ``"actions"``.
         new_shapes: the shapes of the questions ``"shapes"`` and ``"actions"``.
@@ -91,6 +91,15 @@ class Cell:
         """The name of the cell in files and messages."""
         return "tuning" if self.number == TUNING.number else f"cell-{self.number:02d}"
 
+    @property
+    def seed(self) -> int:
+        """The seed of the clips and of the training.
+
+        The seeds 0 to 3 were used in the trials that chose the number of frames and of cells. No
+        cell has them.
+        """
+        return TUNING.number if self.number == TUNING.number else _FIRST_SEED + self.number
+
     def pairs(self, name: ListName) -> list[tuple[str, str]]:
         """Return shape and action of each class of a list. A class index is an index of this list.
 
@@ -105,6 +114,8 @@ class Cell:
         """Return the class names of a list, such as ``"star sliding"``."""
         return [f"{shape} {action}" for shape, action in self.pairs(name)]
 
+
+_FIRST_SEED = 2000
 
 #: The cell on whose lists all settings are chosen.
 TUNING = Cell(1000, DIVISIONS[0], DEVELOPMENT_ACTIONS, DEVELOPMENT)

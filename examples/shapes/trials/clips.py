@@ -138,7 +138,7 @@ def _make(cell: Cell, name: ListName, count: int) -> NDArray[np.uint8]:
         videos, lines = Path(temporary), []
         for index in range(count):
             shape, action = pairs[index % len(pairs)]
-            rng = np.random.default_rng([cell.number, _LIST_NUMBERS[name], index])
+            rng = np.random.default_rng([cell.seed, _LIST_NUMBERS[name], index])
             colour = colours[int(rng.integers(len(colours)))]
             write_clip(
                 videos / f"{index}.mp4", draw_video(shape, colour, action, rng, frames=VIDEO_FRAMES)

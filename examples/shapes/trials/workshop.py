@@ -129,7 +129,7 @@ class Trained:
 
     Attributes:
         ends: whole state dicts by name, such as ``"last"`` and ``"swa"``.
-        seconds: time of each step in seconds.
+        seconds: processor time of each step in seconds.
         losses: loss of each step.
         parameters: number of trained parameters.
     """
@@ -173,7 +173,7 @@ class Workshop:
     @property
     def seed(self) -> int:
         """The seed of the order of the clips, and of everything that is drawn in the training."""
-        return self.cell.number + 10_000 * self.order
+        return self.cell.seed + 10_000 * self.order
 
     @cached_property
     def clip(self) -> dict[str, Tensor]:
@@ -266,7 +266,7 @@ class Workshop:
         model.train()
         with text_made_once(classifier):
             for step, (video, label) in zip(range(self.steps), self.batches()):  # noqa: B905
-                started = time.perf_counter()
+                started = time.process_time()  # a process has one thread
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step, self.steps // 20, self.steps, recipe)
                 value = regularizer.step(loss, video, label, max_grad_norm=1.0).item()
@@ -274,7 +274,7 @@ class Workshop:
                     tracker.update(model)
                 if value != value or abs(value) == float("inf"):
                     raise FloatingPointError(f"The loss is {value} at step {step + 1}.")
-                result.seconds.append(time.perf_counter() - started)
+                result.seconds.append(time.process_time() - started)
                 result.losses.append(value)
         model.eval()
         result.ends["last"] = {n: v.detach().clone() for n, v in model.state_dict().items()}
