@@ -27,9 +27,9 @@ runs and 24 points on lists of 512 clips: 1,500 s for all methods. Together this
 core, or 3.3 hours of 2 cores.
 
 The number of cells follows from the power: in a trial of four cells, the difference of Open-VCLIP
-and FINE-TUNE at the same λ had a standard deviation of 2.0 points, with lists of 1,024 clips. With 40
-cells and a level of 5 % divided by 100 claims, a true difference of 1.5 points is called clear in
-81 % of all cases at this deviation, and in 92 % at a deviation of 1.8 points
+and FINE-TUNE at the same λ had a standard deviation of 2.0 points, with lists of 1,024 clips. With
+40 cells and a level of 5 % divided by 100 claims, a true difference of 1.5 points is called clear
+in 81 % of all cases at this deviation, and in 92 % at a deviation of 1.8 points
 (:func:`examples.shapes.trials.statistics.power`). Lists of 2,048 clips have smaller deviations. The
 page has the power at the deviations of its own results.
 """
