@@ -16,6 +16,7 @@ Lerp: TypeAlias = tuple[Tensor, Tensor, Tensor, float]
 """``(out, a, b, lam)``, where all tensors have the same shape, dtype and device."""
 
 _PIECE = 2**19  # elements; such a piece is still in the cache when it is checked
+_ELEMENTS = 8  # of a tensor, which show changes that PyTorch does not record
 
 
 def lerp(jobs: list[Lerp]) -> None:
@@ -28,8 +29,11 @@ def lerp(jobs: list[Lerp]) -> None:
     together, with one synchronisation per device.
 
     In a sweep over λ, the same pairs of tensors are interpolated many times. A pair whose result
-    was finite once has a finite difference, so its results for all λ in [0, 1] are finite. Such
-    pairs are remembered and not checked again until PyTorch records a change of one of the tensors.
+    was finite once has a finite difference, so its results for all λ in [0, 1] are finite. On a CPU
+    such pairs are remembered. They are checked again if one of the tensors changed. Changes that
+    PyTorch does not record (fused optimizers, ``.data``, NumPy) are noticed by some elements of
+    each tensor. A write of this kind to a few elements is not noticed: if it puts equal infinities
+    into both tensors, the result is NaN.
     """
     checked: list[tuple[Lerp, list[Lerp], list[Tensor]]] = []
     for job in jobs:
@@ -74,10 +78,17 @@ def _use_plain_formula(job: Lerp) -> None:
 
 
 class _Values(NamedTuple):
-    """What identifies the values of a tensor: its memory, and how often PyTorch changed it."""
+    """What identifies the values of a tensor.
+
+    Attributes:
+        address: address of the memory.
+        version: number of the changes that PyTorch recorded.
+        elements: some elements.
+    """
 
     address: int
     version: int
+    elements: list[float]
 
 
 _known: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -93,18 +104,21 @@ def _is_known(a: Tensor, b: Tensor) -> bool:
 
 
 def _remember(a: Tensor, b: Tensor) -> None:
-    if not torch.compiler.is_compiling() and _records_changes(a) and _records_changes(b):
+    if not torch.compiler.is_compiling() and _can_be_remembered(a) and _can_be_remembered(b):
         _known[b] = weakref.ref(a), _values(a), _values(b)
 
 
 def _values(tensor: Tensor) -> _Values:
-    return _Values(tensor.data_ptr(), tensor._version)
+    step = max(1, tensor.numel() // _ELEMENTS)
+    elements = tensor.as_strided((min(_ELEMENTS, tensor.numel()),), (step,)).tolist()
+    return _Values(tensor.data_ptr(), tensor._version, elements)
 
 
-def _records_changes(tensor: Tensor) -> bool:
-    """Return whether PyTorch counts the changes of a tensor.
+def _can_be_remembered(tensor: Tensor) -> bool:
+    """Return whether a change of the tensor can be noticed without waiting for a device.
 
-    Fused optimizers change parameters without counting. Tensors of the inference mode have no
-    count.
+    Tensors of the inference mode do not count changes.
     """
-    return not (tensor.requires_grad or tensor.is_inference() or is_sharded(tensor))
+    if is_sharded(tensor) or tensor.is_inference() or tensor.device.type != "cpu":
+        return False
+    return tensor.is_contiguous() and tensor.is_floating_point()
