@@ -164,7 +164,7 @@ def _merge(method: Method, options: argparse.Namespace) -> None:
         merge_files(
             files,
             options.output,
-            _Entries(method, {**settings, **_names(method, settings, files[0])}, models, written),
+            _Entries(method, {**settings, **_names(method, settings, files[0])}, files, written),
             method=method.name,
             settings=settings,
             base=method.base,
@@ -180,10 +180,10 @@ class _Entries:
         self,
         method: Method,
         settings: Mapping[str, Any],
-        models: Sequence[Path],
+        files: Sequence[Path],
         written: Mapping[str, Any],
     ) -> None:
-        self._method, self._models = method, models
+        self._method, self._files = method, files
         self._settings = {**settings, "dtype": written["dtype"]}
 
     def __call__(self, states: list[dict[str, Tensor]]) -> Mapping[str, Tensor]:
@@ -192,12 +192,15 @@ class _Entries:
         try:
             return self._method.run(base, models, **self._settings)
         except MergeError as error:
-            text = str(error)
-            for position, path in enumerate(self._models):
-                text = text.replace(f"models[{position}]", str(path))
-            if self._method.most == 1:
-                text = text.replace(" in tuned,", f" in {self._models[0]},")
-            raise MergeError(text) from error
+            raise MergeError(self._with_files(str(error))) from error
+
+    def _with_files(self, text: str) -> str:
+        """Return the text of an error with the names of the files."""
+        models = self._files[1:] if self._method.base else self._files
+        for position, path in enumerate(models):
+            text = text.replace(f"models[{position}]", str(path))
+        text = text.replace(" in base,", f" in {self._files[0]},")
+        return text.replace(" in tuned,", f" in {models[0]},")
 
 
 def _names(method: Method, settings: Mapping[str, Any], first: Path) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def choose_lambda(
         description: text in front of the progress bar.
 
     Raises:
-        UsageError: ``method`` or ``text`` is unknown.
+        UsageError: ``method`` or ``text`` is unknown, or the loader gives no tensors.
         LambdaError: ``lams`` is empty or holds a number outside of [0, 1].
         EvaluationError: the loader gives no clips, the classifier has fewer than two classes, or
             logits are NaN or infinite although all weights are finite.
@@ -269,7 +269,7 @@ def _predicted(
     bar = progress_bar(loader, desc=description, disable=None if progress is None else not progress)
     with evaluation_mode(classifier), torch.no_grad():
         for batch in bar:
-            video = batch if isinstance(batch, Tensor) else batch[0]
+            video = _video_of(batch)
             readable = [not e for e in batch.error] if isinstance(batch, VideoSample) else ...
             on_device = video.to(device, non_blocking=True)
             for logits_of, rows in zip(variants, parts, strict=True):
@@ -288,6 +288,16 @@ def _predicted(
         entropies, sums = (torch.cat([row[0] for row in rows]), [row[1] for row in rows])
         predictions.append(_Predictions(entropies, torch.stack(sums).sum(dim=0) / len(entropies)))
     return predictions
+
+
+def _video_of(batch: Any) -> Tensor:
+    video = batch[0] if isinstance(batch, Sequence) and len(batch) else batch
+    if not isinstance(video, Tensor):
+        raise UsageError(
+            f"The loader returned a {type(batch).__name__}; expected a tensor of videos, or a list "
+            "or tuple whose first entry is this tensor."
+        )
+    return video
 
 
 def _require_classes(logits: Tensor) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 
+from openvclip.errors import UsageError
 from openvclip.evaluation.accuracy import Evaluation, evaluate_each
 from openvclip.evaluation.frozen import require_live_weights
 from openvclip.models.classifier import TextClassifier, text_classifiers
@@ -72,9 +73,10 @@ def sweep(
         StateMismatchError: a state dict does not fit the model.
         VideoShapeError, NonFiniteWeightsError, EvaluationError: see
             :func:`openvclip.evaluation.evaluate`.
-        UsageError: ``text`` is unknown; or the text weights are sharded and differ; or the
-            classifier or its model is compiled with Inductor's ``freezing=True``, which keeps the
-            old weights; or ``theta_a`` and ``theta_b`` share the memory of all their entries.
+        UsageError: ``text`` is unknown; or ``classifier`` has no model; or the text weights are
+            sharded and differ; or the classifier or its model is compiled with Inductor's
+            ``freezing=True``, which keeps the old weights; or ``theta_a`` and ``theta_b`` share the
+            memory of all their entries.
     """
     with interpolated_logits(classifier, theta_a, theta_b, lams, text=text) as variants:
         evaluations = evaluate_each(
@@ -109,7 +111,13 @@ def interpolated_logits(
     """
     require_text_source(text)
     require_live_weights(classifier)
-    model = cast(nn.Module, classifier.model)
+    model = getattr(classifier, "model", None)
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"{type(classifier).__name__} has no attribute 'model'; expected a classifier with the "
+            "interpolated model as this attribute, such as ZeroShotClassifier(model, ...). Pass "
+            "the classifier without a wrapper such as DataParallel."
+        )
     live = named_state(model)
     theta_a, _ = canonical_model(theta_a, "theta_a", like=live)
     if not isinstance(theta_b, RelativeWeights):

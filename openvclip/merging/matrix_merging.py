@@ -55,7 +55,7 @@ def merged_by_matrices(
             return contiguous_copy(start)
         if is_merged_matrix(name, states[0][name]):
             for position, delta in enumerate(deltas):
-                require_finite(delta, name, f"models[{position}]")
+                require_finite(delta, start, name, f"models[{position}]")
             # A complex matrix counts as a matrix of pairs.
             flat = [delta.reshape(len(delta), -1) for delta in deltas]
             floor = rounding_floor(start.reshape(flat[0].shape).nan_to_num(0.0, 0.0, 0.0))

@@ -85,7 +85,7 @@ def monosoup(
         if states[0][name].dim() < 2 or keeps_all:
             return contiguous_copy(end)
         delta = difference(end, start)
-        require_finite(delta, name, "tuned")
+        require_finite(delta, start, name, "tuned")
         # Equal infinities, as in a mask, are part of both models and of no change.
         size = float(start.nan_to_num(0.0, 0.0, 0.0).double().norm())
         if float(delta.double().norm()) < max(_UNCHANGED * size, 1e-300):

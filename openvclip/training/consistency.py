@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from openvclip.commands.parsing import unused_option
 from openvclip.training.methods import is_expanded
-from openvclip.training.recipe import PROMPT_METHODS, Recipe
+from openvclip.training.recipe import PROMPT_METHODS, VIFI_TOWERS, Recipe
 from openvclip.training.shared_options import unused_frame_options, unused_weight_options
 
 _PROMPT_OPTIONS = ("vision_prompts", "text_prompts", "vision_depth", "text_depth", "class_prompts")
@@ -104,6 +104,8 @@ def _unused(args: argparse.Namespace) -> dict[str, str]:
         unused += [*_PROMPT_OPTIONS]
     if not is_expanded(args.method):
         unused += ["frame_by_frame", "text_tower"]
+    if VIFI_TOWERS.get(args.method) == "text":
+        unused += ["text_energy"]  # the features of frames stay those of the original CLIP
     reasons |= dict.fromkeys(unused, method)
     if args.objective == "contrastive":
         captions = "with --objective contrastive, which takes captions as they are"

@@ -72,7 +72,8 @@ class Recipe:
     )
     text_energy: float = _setting(
         0.0,
-        "weight of Lipsum-FT's loss of random texts, for any method but bridge and vita",
+        "weight of Lipsum-FT's loss of random texts, for any method that trains the image tower "
+        "(all but bridge, vita and vifi-text)",
     )
     average_after: int = _setting(
         1,

@@ -73,8 +73,7 @@ def test_each_method_writes_what_its_function_gives(
     )
     printed = capsys.readouterr()
     merged = f"{len(models)} models" if len(models) > 1 else str(files["tuned0"])
-    average = method.name == "average"
-    assert printed.out == f"wrote        {out} ({method.name} of {merged})\n" or average
+    assert printed.out == f"wrote        {out} ({method.name} of {merged})\n"
     assert printed.err == ""
     recipe = recipe_of(out)
     assert recipe["method"] == method.name
@@ -241,6 +240,7 @@ def test_errors_name_the_files_and_leave_nothing(
         ("tsv_merge", one, one, one, files["tuned1"], *base): "3 singular values, which is fewer",
         ("iso_c", one, nan, *base): named,
         ("monosoup", nan, *base): named,
+        ("monosoup", one, "--base", nan): f"{named}, the original model",
         ("iso_c", one, *base, "--scale", "nan"): "expected a finite number",
         ("iso_c", tmp_path / "base.safetensor", *base): "did you mean",
     }

@@ -207,6 +207,12 @@ def test_bad_input_is_refused_and_the_model_stays() -> None:
         choose_lambda(own, BASE, TUNED, [broken])
     with pytest.raises(EvaluationError, match="at least two classes"):
         choose_lambda(classifier(["red"]), BASE, TUNED, CLIPS)
+    for batch in ({"video": CLIPS[0]}, "clip.mp4", (1, 2)):
+        with pytest.raises(UsageError, match=f"returned a {type(batch).__name__}; expected a tens"):
+            choose_lambda(own, BASE, TUNED, [batch])
+    for wrong in (own.model, torch.nn.DataParallel(own)):
+        with pytest.raises(UsageError, match=f"{type(wrong).__name__} has no attribute 'model'"):
+            choose_lambda(wrong, BASE, TUNED, CLIPS)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="share the memory"):
         choose_lambda(own, own.model.state_dict(), own.model.state_dict(), CLIPS)
     with pytest.raises(UsageError, match=r"expected \[N, K\] twice"):

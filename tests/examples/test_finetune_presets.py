@@ -186,6 +186,7 @@ def test_a_flag_has_the_last_word_wherever_it_stands(capsys: pytest.CaptureFixtu
         ("--distill 2 can't be used with --method vita", ["--preset", "vita", "--distill", "2"]),
         ("contrastive: leave one", ["--text-energy", "1", "--objective", "contrastive"]),
         ("--distill -1: expected a number of at least 0", ["--distill", "-1"]),
+        ("--text-energy has no effect with", ["--text-energy", "1", "--method", "vifi-text"]),
     ):
         with pytest.raises(SystemExit):
             finetune.parse_arguments([*data, *wrong])

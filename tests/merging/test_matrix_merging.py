@@ -398,8 +398,12 @@ def test_a_matrix_that_is_not_finite_is_named(value: float) -> None:
     for merge in MERGES.values():
         with pytest.raises(MergeError, match=r"^w holds NaN or infinity in models\[1\]"):
             merge(base, [matrices(2), broken])
+        with pytest.raises(MergeError, match=r"^w holds NaN or infinity in base, the original"):
+            merge(broken, [base])
     with pytest.raises(MergeError, match=r"^w holds NaN or infinity in tuned"):
         monosoup(base, broken)
+    with pytest.raises(MergeError, match=r"^w holds NaN or infinity in base, the original"):
+        monosoup(broken, base)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

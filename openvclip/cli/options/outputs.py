@@ -54,7 +54,9 @@ def add_merge_output_options(parser: argparse.ArgumentParser) -> None:
         "(default: 5GB)",
     )
     add_override_option(
-        parser, "use the contract of the last input if the contracts of the inputs differ"
+        parser,
+        "use the contract of the last input if the contracts of the inputs differ, and add a task "
+        "vector to another model than its original",
     )
 
 
