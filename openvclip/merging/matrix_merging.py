@@ -58,7 +58,10 @@ def merged_by_matrices(
                 require_finite(delta, start, name, f"models[{position}]")
             # A complex matrix counts as a matrix of pairs.
             flat = [delta.reshape(len(delta), -1) for delta in deltas]
-            floor = rounding_floor(start.reshape(flat[0].shape).nan_to_num(0.0, 0.0, 0.0))
+            floor = rounding_floor(
+                start.reshape(flat[0].shape).nan_to_num(0.0, 0.0, 0.0),
+                [state[name].dtype for state in states[1:]],
+            )
             change = merge_matrices(name, flat, floor).reshape(start.shape)
         else:
             change = torch.stack(deltas).mean(dim=0) if len(deltas) > 1 else deltas[0]
@@ -99,7 +102,8 @@ def tsv_merge(
     does. For one model, the result is the scaled change of this model.
 
     Singular values that rounding alone gives count as zero, and their vectors are not used. So a
-    LoRA fine-tune of rank 8 has 8 directions in a matrix.
+    LoRA fine-tune of rank 8 has 8 directions in a matrix, also if the models are stored in half
+    precision.
 
     Args:
         base: state dict of the original model.

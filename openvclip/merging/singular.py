@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -94,11 +94,17 @@ def as_matrix(tensor: Tensor) -> Tensor:
     return tensor.reshape(tensor.shape[0], -1)
 
 
-def rounding_floor(matrix: Tensor) -> float:
-    """Return the spectral norm that the rounding errors of the values of a matrix have, at most."""
+def rounding_floor(matrix: Tensor, dtypes: Iterable[torch.dtype]) -> float:
+    """Return the spectral norm that the rounding errors of the values of a matrix have, at most.
+
+    Args:
+        matrix: the matrix.
+        dtypes: dtypes in which models store the matrix. The least accurate one counts.
+    """
     rows, columns = matrix.shape
     rms = float(matrix.norm()) / math.sqrt(max(1, matrix.numel()))
-    return torch.finfo(matrix.dtype).eps * rms * (math.sqrt(rows) + math.sqrt(columns))
+    eps = max(torch.finfo(dtype).eps for dtype in (matrix.dtype, *dtypes))
+    return eps * rms * (math.sqrt(rows) + math.sqrt(columns))
 
 
 def require_finite(delta: Tensor, start: Tensor, name: str, what: str) -> None:

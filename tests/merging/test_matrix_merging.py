@@ -266,6 +266,28 @@ def test_a_lora_has_as_many_directions_as_its_rank(method: str) -> None:
         assert distance(update, nearest_tsv(exact, 2)) < 1e-4
 
 
+@each_merge
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("merged", [False, True])
+def test_rounding_to_half_precision_adds_no_directions(
+    method: str, dtype: torch.dtype, merged: bool
+) -> None:
+    base = {"w": (0.02 * matrices(0, 48, 64)["w"]).to(dtype)}
+    models: list[Any] = []
+    for seed in (1, 2):
+        down, up = matrices(seed, 2, 64, torch.float32), matrices(seed + 9, 48, 2, torch.float32)
+        adapter = Adapter({"w": LowRank(up["w"], down["w"], 0.02)}, {})
+        models.append(dict(adapter.merged(base)) if merged else adapter)
+    assert not merged or models[0]["w"].dtype == dtype
+    update = MERGES[method](base, models, dtype=torch.float32)["w"].double() - base["w"].double()
+    exact = [0.02 * matrices(s + 9, 48, 2)["w"] @ matrices(s, 2, 64)["w"] for s in (1, 2)]
+    values = svd(update)[1]
+    assert int((values > 1e-3 * values[0]).sum()) == 4
+    mean = float(svd(sum(exact))[1][:4].mean())
+    if method == "iso_c":
+        assert float(values[0]) == pytest.approx(mean, rel=0.01)
+
+
 def nearest_tsv(changes: list[Tensor], rank: int) -> Tensor:
     parts = [svd(change) for change in changes]
     u = nearest_orthogonal(torch.cat([part[0][:, :rank] for part in parts], dim=1))
