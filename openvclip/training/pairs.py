@@ -12,6 +12,7 @@ from openvclip.errors import PromptingError
 from openvclip.models.features import encode_text, require_clip, scale_of, video_features
 from openvclip.models.tokenizers import Tokenizer, as_tokenizer, tokens_of
 from openvclip.prompting.attach import has_prompts
+from openvclip.training.original import unit
 
 __all__ = ["PairEncoder", "contrastive_loss"]
 
@@ -64,8 +65,8 @@ class PairEncoder(nn.Module):
             The features of the videos ``[B, D]`` and of the captions ``[B, D]``, of unit length, in
             at least float32, or ``None``; and the scale, one number.
         """
-        videos = None if video is None else _unit(video_features(self.model, video))
-        texts = None if tokens is None else _unit(encode_text(self.model, tokens))
+        videos = None if video is None else unit(video_features(self.model, video))
+        texts = None if tokens is None else unit(encode_text(self.model, tokens))
         scale = scale_of(self.model).sum()  # of one number: FSDP2 needs an axis
         bias = getattr(self.model, "logit_bias", None)
         if isinstance(bias, Tensor):
@@ -107,8 +108,3 @@ def contrastive_loss(
         logits = logits.masked_fill(same & others, float("-inf"))
     both = [functional.cross_entropy(part, number, reduction="none") for part in (logits, logits.T)]
     return (both[0] + both[1]) / 2
-
-
-def _unit(features: Tensor) -> Tensor:
-    wide = features.to(torch.promote_types(features.dtype, torch.float32))
-    return functional.normalize(wide, dim=-1)
