@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import NamedTuple
 
+from openvclip.commands.names import one_line
 from openvclip.models.timeline import clock
 from openvclip.search.moments import Moment
-from openvclip.search.names import one_line
 from openvclip.video.sources import file_name
 
-__all__ = ["CARD_STYLE", "DARK", "LIGHT", "PLAYER_SCRIPT", "Media", "card", "cards", "display_name"]
+__all__ = ["CARD_STYLE", "PLAYER_SCRIPT", "Media", "card", "cards", "display_name"]
 
 
 class Media(NamedTuple):
@@ -35,18 +35,6 @@ class Media(NamedTuple):
     link: str = ""
     muted: bool = True
 
-
-LIGHT = """\
---ov-page: #f6f7f9; --ov-card: #fff; --ov-line: #dde1e8; --ov-text: #1b212c; --ov-soft: #5b6472;
-  --ov-accent: #2456a6; --ov-accent-deep: #2456a6; --ov-screen: #10141b; --ov-track: #e9eef7;
-  --ov-won: #e08a1e; --ov-mark: #c4302b;"""
-"""The colours of a light page, variables of CSS."""
-
-DARK = """\
---ov-page: #12161d; --ov-card: #1b212b; --ov-line: #2e3643; --ov-text: #e6e9ef; --ov-soft: #9ba5b5;
-  --ov-accent: #8fb4ef; --ov-accent-deep: #3a6cc0; --ov-screen: #090c11; --ov-track: #232b38;
-  --ov-won: #f0a94a; --ov-mark: #ff8a80;"""
-"""The colours of a dark page, variables of CSS."""
 
 CARD_STYLE = """\
 .ov-cards { display: grid; gap: 1rem; margin: 0; padding: 0; list-style: none;

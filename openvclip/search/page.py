@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,16 +11,16 @@ from html import escape
 from urllib.parse import quote
 
 from openvclip.checkpoints.atomic import atomic_path, write_errors
+from openvclip.commands.pages import PAGE_STYLE, DataBudget, page_head
 from openvclip.commands.progress import progress_bar
 from openvclip.errors import SearchError, VideoError
-from openvclip.search.cards import CARD_STYLE, DARK, LIGHT, PLAYER_SCRIPT, Media, cards
+from openvclip.search.cards import CARD_STYLE, PLAYER_SCRIPT, Media, cards
 from openvclip.search.moments import Moment
-from openvclip.search.posters import Poster, Preview, moment_poster, moment_preview
+from openvclip.search.posters import Preview, moment_poster, moment_preview
+from openvclip.video.posters import Poster
 from openvclip.video.sources import is_url
 
 __all__ = ["PageReport", "PageSettings", "write_page"]
-
-_MEGABYTE = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -158,7 +156,7 @@ class _Images:
     ) -> None:
         self._moments, self._settings, self._folder = moments, settings, folder
         self._progress = progress
-        self._left = settings.megabytes * _MEGABYTE
+        self._budget = DataBudget(settings.megabytes)
         self._media: dict[Moment, Media] = {}
         self._pending: dict[Moment, Future[tuple[Poster | str, Preview | str]]] = {}
         self.failed: dict[str, str] = {}
@@ -200,26 +198,18 @@ class _Images:
         if isinstance(poster, str):
             self.failed[moment.path] = poster
             return Media(note=_reason(moment.path))
-        picture = self._data(poster.data, "image/jpeg")
+        picture = self._budget.data_uri(poster.data, "image/jpeg")
         if not picture:
             self.too_large += 1
             return Media(note="No picture: the page has reached its greatest size.", link=link)
         media = Media(picture, "", poster.width, poster.height, link=link)
         if isinstance(preview, str):
             return media._replace(note=preview)
-        if not (video := self._data(preview.data, preview.kind)):
+        if not (video := self._budget.data_uri(preview.data, preview.kind)):
             self.too_large += 1
             return media._replace(note="No video: the page has reached its greatest size.")
         self.previews += 1
         return media._replace(video=video)
-
-    def _data(self, data: bytes, kind: str) -> str:
-        """Return a data URI, or ``""`` if it would make the page too large."""
-        text = f"data:{kind};base64,{base64.b64encode(data).decode()}"
-        if len(text) > self._left:
-            return ""
-        self._left -= len(text)
-        return text
 
 
 def _made(moment: Moment, settings: PageSettings) -> tuple[Poster | str, Preview | str]:
@@ -256,33 +246,17 @@ def _link(moment: Moment, folder: str) -> str:
 
 
 _STYLE = (
-    f":root {{ color-scheme: light dark; {LIGHT} }}\n"
-    f"@media (prefers-color-scheme: dark) {{ :root {{ {DARK} }} }}\n"
-    """\
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--ov-page); color: var(--ov-text);
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
-main { max-width: 76rem; margin: 0 auto; padding: 1.75rem 1.25rem 3rem; }
-h1 { margin: 0 0 1.25rem; font-size: 1.1rem; font-weight: 600; color: var(--ov-soft);
-  overflow-wrap: anywhere; }
-h2 { margin: 0; font-size: 1.45rem; line-height: 1.3; font-weight: 650; overflow-wrap: anywhere; }
-section { margin: 0 0 2.5rem; }
-section > p { margin: .15rem 0 1rem; color: var(--ov-soft); }
+    PAGE_STYLE
+    + """\
 nav ul { display: flex; flex-wrap: wrap; gap: .4rem; margin: 0 0 1.75rem; padding: 0;
   list-style: none; }
 nav a { display: block; padding: .25rem .7rem; border: 1px solid var(--ov-line);
   border-radius: 999px; background: var(--ov-card); color: inherit; text-decoration: none;
   font-size: .9rem; overflow-wrap: anywhere; }
 nav a:hover, nav a:focus-visible { border-color: var(--ov-accent); }
-a:focus-visible { outline: 2px solid var(--ov-accent); outline-offset: 2px; }
-footer { border-top: 1px solid var(--ov-line); padding-top: .9rem; color: var(--ov-soft);
-  font-size: .85rem; overflow-wrap: anywhere; }
-footer dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem .9rem; margin: 0; }
-footer dt, footer dd { margin: 0; }
-footer p { margin: .6rem 0 0; }
-@media (max-width: 480px) { main { padding: 1.1rem .8rem 2rem; } }
 @media print { .ov-card { break-inside: avoid; } }
-""" + CARD_STYLE
+"""
+    + CARD_STYLE
 )
 
 
@@ -290,20 +264,8 @@ def _parts(
     queries: list[tuple[str, list[Moment]]], images: _Images, title: str, about: dict[str, str]
 ) -> Iterator[str]:
     """Yield the HTML in pieces, so that a page of many results needs little memory."""
-    digest = base64.b64encode(hashlib.sha256(PLAYER_SCRIPT.encode()).digest()).decode()
-    policy = (
-        "default-src 'none'; img-src data:; media-src data: blob: file: 'self'; "
-        f"style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; "
-        "form-action 'none'"
-    )
-    yield (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{_STYLE}</style>\n</head>\n<body>\n<main>\n"
-        f"<h1>{escape(title)}</h1>\n"
-    )
+    yield page_head(title, _STYLE, [PLAYER_SCRIPT], "media-src data: blob: file: 'self'")
+    yield f"<main>\n<h1>{escape(title)}</h1>\n"
     if len(queries) > 1:
         links = "".join(
             f'<li><a href="#query-{i}">{escape(text)}</a></li>'

@@ -6,13 +6,13 @@ import io
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from openvclip.errors import MissingDependencyError, VideoError, VideoOptionError
+from openvclip.errors import VideoError, VideoOptionError
 from openvclip.search.moments import Moment
-from openvclip.video.excerpts import ShownPicture, pictures_at
+from openvclip.video.excerpts import pictures_at
+from openvclip.video.posters import Poster, poster_at, scaled_image
 
 __all__ = ["Poster", "Preview", "moment_poster", "moment_preview", "poster_time", "preview_part"]
 
-_QUALITY = 80  # of the JPEG files, of 100
 _FPS = 12
 # Constant quality with a limit for what noise, rain and water cost. 320 pixels need about 20 KB a
 # second.
@@ -28,20 +28,6 @@ _H264 = {
 _VP9 = {"deadline": "realtime", "cpu-used": "8", "crf": "36", "b": "350k", "g": str(2 * _FPS)}
 # Every browser plays H.264. VP9 is for builds of FFmpeg without an encoder for H.264.
 _ENCODERS = (("libx264", "mp4", _H264), ("libvpx-vp9", "webm", _VP9))
-
-
-class Poster(NamedTuple):
-    """A picture of a moment.
-
-    Attributes:
-        data: a JPEG file.
-        width: pixels.
-        height: pixels.
-    """
-
-    data: bytes
-    width: int
-    height: int
 
 
 class Preview(NamedTuple):
@@ -73,11 +59,7 @@ def moment_poster(moment: Moment, *, width: int = 400) -> Poster:
         VideoError: the video can't be read.
         MissingDependencyError: PyAV or Pillow is not installed.
     """
-    picture = next(pictures_at(moment.path, [poster_time(moment)]))
-    image = _image(picture, width)
-    data = io.BytesIO()
-    image.save(data, "JPEG", quality=_QUALITY, optimize=True)
-    return Poster(data.getvalue(), *image.size)
+    return poster_at(moment.path, poster_time(moment), width=width)
 
 
 def poster_time(moment: Moment) -> float:
@@ -132,7 +114,7 @@ def moment_preview(moment: Moment, *, width: int = 320, seconds: float = 8.0) ->
 
     with av.open(data, "w", format=container) as output:
         stream: Any = output.add_stream(encoder, rate=_FPS, options=options)
-        image = _image(first, width)
+        image = scaled_image(first, width)
         # H.264 with 4:2:0 needs an even width and height.
         size = tuple(max(2, side // 2 * 2) for side in image.size)
         stream.width, stream.height = size
@@ -145,25 +127,9 @@ def moment_preview(moment: Moment, *, width: int = 320, seconds: float = 8.0) ->
             picture = next(pictures, None)
             if picture is None:
                 break
-            image, number = _image(picture, width), number + 1
+            image, number = scaled_image(picture, width), number + 1
         output.mux(stream.encode())
     return Preview(data.getvalue(), f"video/{container}", start, end)
-
-
-def _image(picture: ShownPicture, longest: int) -> Any:
-    """Return a picture as an image of Pillow with square pixels, ``longest`` pixels or less."""
-    Image = _pillow()  # noqa: N806
-    height, width = picture.pixels.shape[:2]
-    if picture.aspect >= width / height:  # square pixels, without a loss
-        shape = (height * picture.aspect, float(height))
-    else:
-        shape = (float(width), width / picture.aspect)
-    scale = min(1.0, longest / max(shape))
-    size = max(2, round(shape[0] * scale)), max(2, round(shape[1] * scale))
-    image = Image.fromarray(picture.pixels)
-    if size == image.size:
-        return image
-    return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
 
 
 def _encoder() -> tuple[str, str, dict[str, str]]:
@@ -174,14 +140,3 @@ def _encoder() -> tuple[str, str, dict[str, str]]:
             return name, container, options
     names = " or ".join(name for name, _, _ in _ENCODERS)
     raise VideoError(f"This PyAV has no encoder {names}, so there are no previews.")
-
-
-def _pillow() -> Any:
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise MissingDependencyError(
-            "Pillow is not installed, but it is needed for pictures of moments. Install it with: "
-            'pip install "openvclip[video]"'
-        ) from error
-    return Image

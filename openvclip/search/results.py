@@ -7,8 +7,8 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
+from openvclip.commands.names import one_line
 from openvclip.models.timeline import clock
-from openvclip.search.names import one_line
 from openvclip.search.searching import SearchResult
 
 __all__ = ["results_as_csv", "results_as_json", "results_as_text"]

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any, ParamSpec
 
+from openvclip.commands.names import one_line
 from openvclip.errors import OpenVCLIPError, SearchError, VideoError
 from openvclip.models.timeline import clock
 from openvclip.search.app.media import MediaFiles
 from openvclip.search.app.player import clip_view
 from openvclip.search.cards import cards, display_name
 from openvclip.search.index import Index
-from openvclip.search.names import one_line
 from openvclip.search.page import count_of
 from openvclip.search.searching import search_index
 from openvclip.video.checking import VideoChecker

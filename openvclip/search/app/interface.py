@@ -5,12 +5,12 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
+from openvclip.commands.names import one_line
 from openvclip.errors import MissingDependencyError
 from openvclip.search.app.answers import Answers, Limits, say
 from openvclip.search.app.player import TIMELINE_SCRIPT
 from openvclip.search.cards import PLAYER_SCRIPT, display_name
 from openvclip.search.index import Index
-from openvclip.search.names import one_line
 from openvclip.video.files import VIDEO_SUFFIXES
 
 __all__ = ["HEAD", "build_interface", "require_gradio", "theme"]

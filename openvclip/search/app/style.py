@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from openvclip.commands.pages import DARK, LIGHT
 from openvclip.search.app.player import PLAYER_STYLE
-from openvclip.search.cards import CARD_STYLE, DARK, LIGHT
+from openvclip.search.cards import CARD_STYLE
 
 __all__ = ["APP_STYLE"]
 
