@@ -21,9 +21,16 @@ from openvclip.evaluation.encoding import BatchOptions, encode_videos
 from openvclip.evaluation.figures import Curve, tradeoff_figure
 from openvclip.evaluation.lambda_sweep import FIGURE_LAMBDAS, sweep
 from openvclip.evaluation.mixture import Mixture
+from openvclip.evaluation.predictions import (
+    PREDICTIONS_FILE,
+    Predictions,
+    SplitPredictions,
+    read_predictions,
+    write_predictions,
+)
 from openvclip.evaluation.ranking import dual_softmax, retrieval_metrics
 from openvclip.evaluation.records import Record, Records
-from openvclip.evaluation.results import ProtocolEvaluation, SplitScore
+from openvclip.evaluation.results import Answers, ProtocolEvaluation, SplitScore
 from openvclip.evaluation.retrieval import evaluate_retrieval, require_captioned
 from openvclip.evaluation.retrieval_results import (
     RetrievalEvaluation,
@@ -46,6 +53,8 @@ __all__ = [
     "CHOICE_LAMBDAS",
     "FIGURE_LAMBDAS",
     "NO_RANK",
+    "PREDICTIONS_FILE",
+    "Answers",
     "BatchOptions",
     "ConfidenceReport",
     "CoverageCurve",
@@ -53,6 +62,7 @@ __all__ = [
     "Evaluation",
     "LambdaChoice",
     "Mixture",
+    "Predictions",
     "ProtocolEvaluation",
     "Record",
     "Records",
@@ -60,6 +70,7 @@ __all__ = [
     "RetrievalScore",
     "RunOptions",
     "Sampling",
+    "SplitPredictions",
     "SplitScore",
     "Timing",
     "accuracy_coverage",
@@ -80,6 +91,7 @@ __all__ = [
     "markdown_table",
     "mean_and_std",
     "mix_logits",
+    "read_predictions",
     "require_captioned",
     "require_videos",
     "retrieval_json",
@@ -89,4 +101,5 @@ __all__ = [
     "sweep",
     "time_spent",
     "tradeoff_figure",
+    "write_predictions",
 ]

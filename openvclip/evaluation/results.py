@@ -15,6 +15,23 @@ from openvclip.video import Failure
 
 
 @dataclass(frozen=True)
+class Answers:
+    """The best classes of each of N videos of K classes.
+
+    Attributes:
+        paths: path of each video, relative to the folder of the videos.
+        labels: indices of the C = min(5, K) classes with the highest logits, best first, int64
+            ``[N, C]``. -1 for a video without a prediction.
+        scores: the cosine similarity of the video and each of these classes, the mean over frames
+            and views, float32 ``[N, C]``. NaN for a video without a prediction.
+    """
+
+    paths: list[str]
+    labels: Tensor
+    scores: Tensor
+
+
+@dataclass(frozen=True)
 class SplitScore:
     """The result of a model on one split.
 
@@ -24,6 +41,7 @@ class SplitScore:
         evaluation: predictions and ranks of the N videos that are counted.
         left_out: number of videos that could not be read and are not counted.
         protocol: the protocol of the split.
+        answers: the best classes of each video with their scores. ``None`` if they are not known.
     """
 
     name: str
@@ -31,6 +49,7 @@ class SplitScore:
     evaluation: Evaluation
     left_out: int = 0
     protocol: str = ""
+    answers: Answers | None = None
 
     def per_class(self) -> dict[str, float]:
         """Return the top-1 accuracy of each class in [0, 1]. NaN for a class without videos."""
@@ -56,12 +75,14 @@ class ProtocolEvaluation:
             list of all videos, in the order of the splits.
         timing: the time of this run. Earlier runs are not counted.
         settings: everything that the features depend on.
+        videos: the folder of the videos, an absolute path. ``""`` if the folder is not known.
     """
 
     scores: dict[float | None, list[SplitScore]]
     failures: list[Failure]
     timing: Timing
     settings: dict[str, Any] = field(default_factory=dict)
+    videos: str = ""
 
     @property
     def protocols(self) -> list[str]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from openvclip.errors import EvaluationError
 from openvclip.evaluation.accuracy import score
 from openvclip.evaluation.mixture import Mixture
-from openvclip.evaluation.results import ProtocolEvaluation, SplitScore
+from openvclip.evaluation.results import Answers, ProtocolEvaluation, SplitScore
 from openvclip.evaluation.video_pass import RunOptions, VideoPass, require_videos
 from openvclip.models.classifier import VIDEO_TEMPLATES, class_features
 from openvclip.models.labels import warn_of_equal_labels
@@ -21,6 +21,8 @@ from openvclip.video.sampling import PAPER_SAMPLING, Sampling
 from openvclip.video.transforms import Transform
 
 __all__ = ["RunOptions", "evaluate_protocol", "require_videos"]
+
+N_ANSWERS = 5  # classes of each video that are kept
 
 
 def evaluate_protocol(
@@ -97,15 +99,18 @@ def evaluate_protocol(
     weights: list[float | None] = [*mixture.lams] or [None]
     features, texts = encoded.features, encoded.texts
     left_out = encoded.errors if run.leave_out_broken else ()
+    views = sampling.views * job.transform.crops
     rows = [dict(zip(names, text.float().cpu(), strict=True)) for text in texts]
     scores = {
         lam: [
-            _scored(split, indices, features[:, i], left_out, rows[i])
+            _scored(split, indices, features[:, i], left_out, rows[i], views)
             for split, indices in zip(splits, split_indices, strict=True)
         ]
         for i, lam in enumerate(weights)
     }
-    return ProtocolEvaluation(scores, encoded.failures, encoded.timing, encoded.settings)
+    return ProtocolEvaluation(
+        scores, encoded.failures, encoded.timing, encoded.settings, os.path.abspath(root)
+    )
 
 
 def _all_videos(splits: Sequence[Split]) -> tuple[list[str], list[list[int]]]:
@@ -144,19 +149,30 @@ def _scored(
     features: Tensor,
     left_out: Container[int],
     texts: dict[str, Tensor],
+    views: int,
 ) -> SplitScore:
     """Score the videos of a split.
 
     The logit scale is left out. It is positive and the same for all classes, so it does not change
-    the ranks.
+    the ranks. The features are sums over ``views`` views.
     """
     counted = torch.tensor([index not in left_out for index in indices])
     rows = torch.stack([texts[name] for name in split.class_names])
     targets = torch.tensor([class_index for _, class_index in split.samples])
+    logits = (features[indices] @ rows.T)[counted]
+    paths = [path for (path, _), kept in zip(split.samples, counted.tolist(), strict=True) if kept]
     return SplitScore(
         split.name,
         list(split.class_names),
-        score((features[indices] @ rows.T)[counted], targets[counted]),
+        score(logits, targets[counted]),
         left_out=int((~counted).sum()),
         protocol=split.protocol,
+        answers=_best(paths, logits / views),
     )
+
+
+def _best(paths: list[str], cosines: Tensor) -> Answers:
+    """Return the classes with the highest cosines ``[N, K]``; the first of equal ones first."""
+    scores, labels = cosines.sort(dim=1, descending=True, stable=True)
+    labels, scores = labels[:, :N_ANSWERS], scores[:, :N_ANSWERS]
+    return Answers(paths, labels.masked_fill(scores.isnan(), -1).clone(), scores.clone())
