@@ -63,6 +63,7 @@ IMPORTED_ON_USE = {
     "tqdm",
     "transformers",
     "uvicorn",
+    "vl_convert",
     "webdataset",
 }
 # One file for each library; the registry of families imports a file when its library is in use.

@@ -158,7 +158,7 @@ def test_every_import_is_declared() -> None:
     core = {REQUIREMENT.fullmatch(text)[1] for text in project["dependencies"]}  # type: ignore[index]
     optional = {"av", "PIL", "torchcodec", "transformers", "matplotlib", "webdataset"}
     optional |= {"fsspec", "onnxruntime", "onnxscript", "pyarrow", "torchao"}
-    optional |= {"gradio", "starlette", "uvicorn"}
+    optional |= {"gradio", "starlette", "uvicorn", "vl_convert"}
     foreign = imported_packages(REPO / "openvclip") - sys.stdlib_module_names - {"openvclip"}
     assert foreign - optional <= {modules.get(name, name) for name in core}
 

@@ -18,6 +18,7 @@ from openvclip.cli import (
     interpolate,
     merge,
     predict,
+    report,
     search,
 )
 from openvclip.commands.parsing import Parser
@@ -33,6 +34,7 @@ _SUBCOMMANDS = (
     merge,
     check_videos,
     evaluate,
+    report,
     predict,
     calibrate,
     index,

@@ -6,43 +6,27 @@ are skipped. ``SCREENSHOTS=FOLDER`` keeps pictures of the pages, to look at them
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 
 from openvclip.search import Index, Moment, WindowOptions
 from openvclip.search.page import write_page
+from tests.browser import Sight, browser, colour, needs_browser, sight
 from tests.forked import started
 from tests.search.app_server import UPLOAD_BYTES, serve_app, shapes_clip
 from tests.search.films import write_film
 
 pytest.importorskip("av")
 pytest.importorskip("PIL")
-_BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-playwright = pytest.importorskip("playwright.sync_api", reason="the browser tests need playwright")
 if find_spec("gradio") is None:  # the process of the server alone imports it
     pytest.skip("the app needs gradio", allow_module_level=True)
-CHROMIUM = next(filter(None, map(shutil.which, _BROWSERS)), None)
-pytestmark = [
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium"),
-]
-_FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
-_PATIENCE = 60_000  # milliseconds; the machines that run the suite are shared
+pytestmark = needs_browser
+__all__ = ["browser", "sight"]
 
 
 @dataclass
@@ -58,35 +42,6 @@ class Server:
     folder: Path
     index: Index
     address: str = ""
-
-
-@dataclass
-class Sight:
-    """A page in the browser, and what it asked for and said.
-
-    Attributes:
-        page: the page of playwright.
-        requests: the addresses of all requests.
-        errors: errors on the console.
-    """
-
-    page: Any
-    requests: list[str] = field(default_factory=list)
-    errors: list[str] = field(default_factory=list)
-
-    def shot(self, name: str) -> None:
-        if folder := os.environ.get("SCREENSHOTS"):
-            self.page.screenshot(path=Path(folder) / f"{name}.png")
-
-    def width(self) -> int:
-        """The width of the content, which is more than that of the window if it can scroll."""
-        width: int = self.page.evaluate("document.documentElement.scrollWidth")
-        return width
-
-    def search(self, text: str) -> None:
-        box = self.page.locator("#query input, #query textarea")
-        box.fill(text)
-        box.press("Enter")
 
 
 @pytest.fixture(scope="module")
@@ -111,42 +66,10 @@ def server(tmp_path_factory):
         assert "Traceback" not in log.read_text()
 
 
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=CHROMIUM, args=_FLAGS)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def sight(browser):
-    """``sight(address, ...)`` opens a page in a window of its own."""
-    contexts, sights = [], []
-
-    def look(address, *, dark=False, width=1200, height=900):
-        contexts.append(
-            browser.new_context(
-                color_scheme="dark" if dark else "light",
-                viewport={"width": width, "height": height},
-            )
-        )
-        page = contexts[-1].new_page()
-        page.set_default_timeout(_PATIENCE)
-        seen = Sight(page)
-        sights.append(seen)
-        page.on("request", lambda request: seen.requests.append(request.url))
-        page.on("pageerror", lambda error: seen.errors.append(str(error)))
-        page.goto(address)
-        return seen
-
-    yield look
-    for context in contexts:
-        context.close()
-    for seen in sights:
-        assert seen.errors == []
-        others = [a for a in seen.requests if urlsplit(a).scheme not in ("data", "blob", "file")]
-        assert {urlsplit(address).hostname for address in others} <= {"127.0.0.1"}
+def search(seen: Sight, text: str) -> None:
+    box = seen.page.locator("#query input, #query textarea")
+    box.fill(text)
+    box.press("Enter")
 
 
 def plays_h264(page) -> bool:
@@ -154,15 +77,10 @@ def plays_h264(page) -> bool:
     return bool(page.evaluate(f"document.createElement('video').canPlayType('{kind}')"))
 
 
-def colour(page) -> list[int]:
-    text = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    return [int(part) for part in text.strip("rgb()").split(",")]
-
-
 def test_type_see_results_and_play(server, sight):
     seen = sight(server.address)
     page = seen.page
-    seen.search("a horse")
+    search(seen, "a horse")
     page.wait_for_selector(".ov-card")
     seen.shot("search-light")
     expected = server.index.search("a horse", k=12)
@@ -265,7 +183,7 @@ def test_uploads_in_a_narrow_window(server, sight, tmp_path):
         page.wait_for_function("document.querySelector('.ov-clip video').readyState > 0")
     page.get_by_role("tab", name="Search").click()  # the server goes on
     page.emulate_media(color_scheme="dark")
-    seen.search("a horse")
+    search(seen, "a horse")
     page.wait_for_selector(".ov-card")
     assert seen.width() == 360
     boxes = [card.bounding_box() for card in page.locator(".ov-card").all()]

@@ -1,0 +1,343 @@
+"""The page about evaluations: its numbers against an independent reading of the results."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import sys
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+
+from openvclip import cli
+from openvclip.errors import EvaluationError, MissingDependencyError, RecordsError, UsageError
+from openvclip.evaluation import RetrievalEvaluation, RetrievalScore, Timing, retrieval_json
+from openvclip.evaluation.ranking import retrieval_metrics
+from openvclip.evaluation.report import ReportSettings, library, write_report, writing
+from tests.evaluation.small_results import NASTY, result_of, splits_of, write_results
+
+LAMS = [0.0, 0.5, 1.0]
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def _without_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library takes seconds to bundle; the browser tests use it."""
+    monkeypatch.setattr(writing, "vega_script", lambda: "window.vegaEmbed = null;")
+
+
+class Page(HTMLParser):
+    """The numbers and the table of a page."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.text = path.read_text("utf-8")
+        self.tags: Counter[str] = Counter()
+        self.rows: list[list[str]] = []
+        self._inside: list[str] = []
+        self.feed(self.text)
+        (block,) = re.findall(r'id="numbers">(.*?)</script>', self.text, re.DOTALL)
+        self.numbers: dict[str, Any] = json.loads(block)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags[tag] += 1
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("th", "td") and self.rows:
+            self.rows[-1].append("")
+        self._inside.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        while self._inside and self._inside.pop() != tag:
+            pass
+
+    def handle_data(self, data: str) -> None:
+        if {"th", "td"} & set(self._inside):
+            self.rows[-1][-1] += data
+
+
+def slow_reading(folder: Path) -> dict[float | None, dict[str, Any]]:
+    """What the page should say, counted clip by clip from the file of predictions."""
+    with safe_open(folder / "predictions.safetensors", framework="np") as file:
+        about = json.loads(file.metadata()["about"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    result: dict[float | None, dict[str, Any]] = {}
+    for i, lam in enumerate(about["lams"]):
+        right, clips = Counter[str](), Counter[str]()
+        cells, wrong = Counter[tuple[str, str]](), set()
+        for number, split in enumerate(about["splits"]):
+            names = split["class_names"]
+            for n, target in enumerate(tensors[f"{number}.targets"]):
+                true = names[target]
+                clips[true] += 1
+                label = int(tensors[f"{number}.labels"][i, n, 0])
+                if label >= 0:
+                    cells[true, names[label]] += 1
+                if label == target:
+                    right[true] += 1
+                else:
+                    path = about["paths"][tensors[f"{number}.videos"][n]]
+                    wrong.add((split["name"], path))
+        result[lam] = {"right": right, "clips": clips, "cells": cells, "wrong": wrong}
+    return result
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_the_numbers_equal_a_slow_reading(tmp_path: Path, several: bool) -> None:
+    splits = splits_of(5, several=several)
+    lams = [1.0, 0.0, 0.5]  # the page sorts them
+    folder = write_results(tmp_path / "r", result_of(lams, splits, broken=[2]))
+    summary = write_report(tmp_path / "p.html", [folder], settings=ReportSettings(clips=1000))
+    page = Page(tmp_path / "p.html")
+    (run,) = page.numbers["runs"]
+    details, expected = run["details"], slow_reading(folder)
+    assert (summary.tests, run["lams"]) == (["twice" if several else "list.csv"], LAMS)
+    stated = json.loads((folder / "results.json").read_text())["results"]
+    for i, lam in enumerate(run["lams"]):
+        one = expected[lam]
+        entry = next(entry for entry in stated if entry["lam"] == lam)
+        assert (run["top1"][i], run["top5"][i]) == (entry["top1"]["mean"], entry["top5"]["mean"])
+        for k, name in enumerate(details["classes"]):
+            assert details["counts"][k] == one["clips"][name]
+            accuracy = one["right"][name] / one["clips"][name]
+            assert details["accuracy"][i][k] == pytest.approx(accuracy, abs=1e-5)
+            accuracy = expected[1.0]["right"][name] / one["clips"][name]
+            assert details["clip"][k] == pytest.approx(accuracy, abs=1e-5)
+        flat = details["cells"][i]
+        triples = list(zip(flat[::3], flat[1::3], flat[2::3], strict=True))
+        names = details["classes"]
+        assert {(names[t], names[p]): n for t, p, n in triples} == dict(one["cells"])
+        assert [n for _, _, n in triples] == sorted((n for _, _, n in triples), reverse=True)
+        wrong = details["wrong"][i]
+        found = {(clip["split"], clip["path"]) for clip in wrong["shown"]}
+        assert found == one["wrong"]
+        assert wrong["total"] == len(wrong["shown"]) == len(one["wrong"])
+        right = {key for key in one["wrong"] if key not in expected[1.0]["wrong"]}
+        assert wrong["lost"] == len(right)
+        flags = [clip["clip"] for clip in wrong["shown"]]
+        assert flags == sorted(flags, reverse=True)
+        assert {(c["split"], c["path"]) for c in wrong["shown"] if c["clip"]} == right
+    assert run["unreadable"] == 1
+    # the table without a script has the same numbers, in the order of λ
+    rows = [row for row in page.rows if row and row[0] == "tiny"]
+    assert [row[2] for row in rows] == ["0", "0.5", "1"]
+    assert [row[3].split(" ")[0] for row in rows] == [f"{100 * x:.1f}" for x in run["top1"]]
+
+
+def test_the_original_clip_of_another_folder_is_the_reference(tmp_path: Path) -> None:
+    splits = splits_of()
+    write_results(tmp_path / "all" / "a", result_of(LAMS, splits))
+    clip = {"tuned": None, "expand": None}
+    write_results(tmp_path / "all" / "b", result_of([None], splits, seed=5, **clip))
+    # other original weights, and another list: not the reference
+    write_results(
+        tmp_path / "all" / "c", result_of([None], splits, seed=6, **{**clip, "weights": "x"})
+    )
+    write_results(tmp_path / "all" / "d", result_of([None], splits, seed=7, **clip, list="m"))
+    write_report(tmp_path / "p.html", [tmp_path / "all"])
+    numbers = Page(tmp_path / "p.html").numbers
+    tuned, plain, other, _ = numbers["runs"]
+    assert tuned["baseline"] == {"name": "the original CLIP", "top1": plain["top1"][0], "model": 1}
+    assert tuned["details"]["clip"] == plain["details"]["accuracy"][0]
+    wrong = {clip["path"] for clip in plain["details"]["wrong"][0]["shown"]}
+    for one in tuned["details"]["wrong"]:
+        assert all(clip["clip"] == (clip["path"] not in wrong) for clip in one["shown"])
+    assert plain["baseline"] is other["baseline"] is None
+    assert numbers["models"] == ["tiny", "tiny, original CLIP (b)", "tiny, original CLIP (c)"]
+    assert numbers["tests"] == ["list.csv (a)", "list.csv (d)"]
+
+
+def test_names_of_several_models(tmp_path: Path) -> None:
+    for name, tuned in (("a", "t"), ("b", "u")):
+        write_results(tmp_path / name, result_of(LAMS, splits_of(), tuned=tuned))
+    folders = [tmp_path / "a", tmp_path / "b"]
+    assert write_report(tmp_path / "p.html", folders).models == ["tiny (a)", "tiny (b)"]
+    summary = write_report(tmp_path / "p.html", [*folders, folders[0]], names=["A", "<B>"])
+    assert summary.models == ["A", "<B>"]
+    assert "<title>Evaluation of A, &lt;B&gt;</title>" in (tmp_path / "p.html").read_text()
+    for names in (["A"], ["A", "A"]):
+        with pytest.raises(UsageError, match="a different name for each model"):
+            write_report(tmp_path / "p.html", folders, names=names)
+
+
+def test_names_make_no_elements_and_nothing_is_fetched(tmp_path: Path) -> None:
+    title = f"{{{{table}}}} {NASTY}"
+    pages = []
+    for name in (NASTY.replace("/", ""), "plain"):
+        result = result_of(LAMS, splits_of(), model=name, protocol=name, videos="/secret")
+        folder = write_results(tmp_path / name[:3], result)
+        heading = "" if name == "plain" else title
+        write_report(tmp_path / f"{name[:3]}.html", [folder], title=heading)
+        pages.append(Page(tmp_path / f"{name[:3]}.html"))
+    assert pages[0].tags == pages[1].tags
+    assert pages[0].tags["table"] == 5
+    assert NASTY in pages[0].numbers["runs"][0]["details"]["classes"]
+    for page in pages:
+        assert "/secret" not in page.text
+        assert re.search(r"content=\"default-src 'none'; img-src data:;", page.text)
+        assert not re.findall(r'(?:src|href)=["\']?(?:https?:)?//', page.text)
+        assert "connect-src" not in page.text
+
+
+def test_old_results_give_what_they_hold(tmp_path: Path, capsys: Captured) -> None:
+    splits = splits_of(5, several=True)
+    result = result_of(LAMS, splits)
+    whole = write_results(tmp_path / "whole", result)
+    write_report(tmp_path / "p.html", [whole])
+    (expected,) = Page(tmp_path / "p.html").numbers["runs"]
+    for name, parts in (
+        ("none", {}),
+        ("classes", {"per_class": True}),
+        ("both", {"per_class": True, "confusion": True}),
+    ):
+        folder = write_results(tmp_path / name, result, predictions=False, **parts)
+        out = tmp_path / f"{name}.html"
+        assert cli.main(["report", str(folder), "-o", str(out)]) == 0
+        printed = capsys.readouterr()
+        assert f"{folder} has no answers for each clip" in printed.err
+        (run,) = Page(out).numbers["runs"]
+        assert run["top1"] == expected["top1"]
+        if not parts:
+            assert run["details"] is None
+            continue
+        details = run["details"]
+        assert details["classes"] == expected["details"]["classes"]
+        assert details["wrong"] is None
+        assert (details["cells"] is None) == (name == "classes")
+        if details["cells"]:
+
+            def cells(flat: list[int]) -> set[tuple[int, ...]]:
+                return set(zip(flat[::3], flat[1::3], flat[2::3], strict=True))
+
+            for mine, theirs in zip(details["cells"], expected["details"]["cells"], strict=True):
+                assert cells(mine) == cells(theirs)
+
+
+def test_pictures(tmp_path: Path, capsys: Captured) -> None:
+    pytest.importorskip("av")
+    pytest.importorskip("PIL")
+    from tests.search.films import write_film
+
+    splits = splits_of()
+    result = result_of([0.0, 1.0], splits, videos=str(tmp_path / "videos"))
+    folder = write_results(tmp_path / "r", result)
+    settings = ReportSettings(clips=1000, posters=True)
+    paths = [path for path, _ in splits[0].samples]
+    (tmp_path / "videos").mkdir()
+    wrong = {
+        path
+        for score in result.scores.values()
+        for (path, _), rank in zip(splits[0].samples, score[0].evaluation.ranks, strict=True)
+        if rank != 0
+    }
+    present = sorted(wrong)[:2]
+    for path in present:
+        (tmp_path / "videos" / path).parent.mkdir(exist_ok=True)
+        write_film(tmp_path / "videos" / path, 1)
+    text = tmp_path / "videos" / sorted(wrong)[2]
+    text.parent.mkdir(exist_ok=True)
+    text.write_text("no video")
+    summary = write_report(tmp_path / "p.html", [folder], settings=settings)
+    assert summary.posters == 2
+    assert set(summary.failed) == {str(tmp_path / "videos" / path) for path in wrong - {*present}}
+    numbers = Page(tmp_path / "p.html").numbers
+    shown = [c for one in numbers["runs"][0]["details"]["wrong"] for c in one["shown"]]
+    assert {clip["path"] for clip in shown if clip["picture"] is not None} == {*present}
+    notes = {clip["path"]: clip["note"] for clip in shown}
+    assert notes.pop(sorted(wrong)[2]) == "The video can't be read."
+    assert {notes[path] for path in notes if path not in present} == {"The video file is missing."}
+    for picture in numbers["pictures"]:
+        assert base64.b64decode(picture.partition(",")[2])[:3] == b"\xff\xd8\xff"
+    small = ReportSettings(posters=True, megabytes=1e-6)
+    assert write_report(tmp_path / "p.html", [folder], settings=small).too_large == 2
+    # the command: another folder of videos, in which none is
+    arguments = ["report", str(folder), "-o", str(tmp_path / "q.html"), "--posters"]
+    assert cli.main([*arguments, "--videos", str(tmp_path)]) == 1
+    printed = capsys.readouterr()
+    assert "shown without a picture" in printed.err
+    assert paths
+    assert cli.main(["report", str(folder), "-o", "x.html", "--videos", "v"]) == 2
+    assert "--videos has no effect without --posters" in capsys.readouterr().err
+
+
+def test_bad_folders(tmp_path: Path, capsys: Captured) -> None:
+    good = write_results(tmp_path / "good", result_of(LAMS, splits_of()))
+    text = (good / "results.json").read_text()
+
+    def failure(*arguments: object) -> str:
+        out = tmp_path / "p.html"
+        assert cli.main(["report", *map(str, arguments), "-o", str(out)]) == 2
+        assert not out.exists()
+        return capsys.readouterr().err
+
+    (tmp_path / "empty").mkdir()
+    assert "holds no file results.json" in failure(tmp_path / "empty")
+    (tmp_path / "empty" / "settings.json").write_text("{}")
+    assert "run the same command again to finish it" in failure(tmp_path / "empty")
+    assert f"did you mean {good}?" in failure(tmp_path / "goood")
+    assert "expected a folder with a file results.json" in failure(good / "settings.json")
+    bad = write_results(tmp_path / "bad", result_of(LAMS, splits_of()))
+    content = json.loads(text)
+    for damaged, words in (
+        (text[:100], "can't be read"),
+        ("[]", "it is no JSON object"),
+        ("{}", 'it has no list "results"'),
+        (json.dumps({**content, "results": [{"protocol": ""}]}), "an entry has no 'lam'"),
+        (json.dumps({**content, "results": [{**content["results"][0], "lam": "x"}]}), "wrong type"),
+        (json.dumps({**content, "results": [3]}), "can't be read"),
+        (json.dumps({"results": content["results"]}), 'it has no "settings"'),
+        (json.dumps({**content, "settings": {**content["settings"], "tuned": "v"}}), "in tuned"),
+    ):
+        (bad / "results.json").write_text(damaged)
+        message = failure(tmp_path)
+        assert str(bad) in message
+        assert words in message
+    # predictions of one run beside the accuracies of another
+    write_results(tmp_path / "bad", result_of(LAMS, splits_of(), seed=1), predictions=False)
+    assert "predictions.safetensors has other accuracies" in failure(bad)
+    metrics = retrieval_metrics(_eye())
+    score = RetrievalScore(metrics, metrics, 2, 2, 0, _eye())
+    retrieval = retrieval_json(RetrievalEvaluation("msrvtt", {None: score}, [], Timing(), {}))
+    (bad / "results.json").write_text(json.dumps(retrieval))
+    assert "holds results of retrieval" in failure(bad)
+    assert cli.main(["report", str(tmp_path), "-o", str(tmp_path / "p.html")]) == 0
+    assert f"left out {bad}: results of retrieval" in capsys.readouterr().err
+
+
+def _eye() -> Any:
+    import torch
+
+    return torch.eye(2)
+
+
+def test_an_existing_page_is_kept(tmp_path: Path, capsys: Captured) -> None:
+    folder = write_results(tmp_path / "r", result_of([None], splits_of(), tuned=None))
+    out = tmp_path / "p.html"
+    out.write_text("mine")
+    arguments = ["report", str(folder / "results.json"), "-o", str(out)]
+    assert cli.main(arguments) == 2
+    assert "give --overwrite" in capsys.readouterr().err
+    assert out.read_text() == "mine"
+    assert cli.main([*arguments, "--overwrite"]) == 0
+    assert "1 model, 1 test" in capsys.readouterr().out
+    assert Page(out).numbers["models"] == ["tiny, original CLIP"]
+
+
+def test_wrong_settings() -> None:
+    for wrong in ({"clips": -1}, {"clips": 1.5}, {"megabytes": 0}, {"poster_width": float("nan")}):
+        with pytest.raises(EvaluationError, match=next(iter(wrong))):
+            ReportSettings(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(RecordsError, match="no folders"):
+        write_report("p.html", [])
+
+
+def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vl_convert", None)
+    monkeypatch.setattr(library, "_script", "")
+    with pytest.raises(MissingDependencyError, match=r'pip install "openvclip\[report\]"'):
+        library.vega_script()
