@@ -180,7 +180,7 @@
       });
     });
     var heads = [["Test"], ["Top-1"], ["Top-5"]];
-    if (clip) heads.push(["CLIP top-1"], ["Change"]);
+    if (clip) heads.push(["CLIP"], ["Change"]);
     else rows.forEach(function (row) { row.length = 3; });
     byId("here-title").textContent = known(lam()) ? "At " + lamText(lam()) : "With its own weights";
     table("now", "Accuracy of " + numbers.models[state.model] + " in %" +
@@ -353,7 +353,7 @@
   function addClip(list, clip, names) {
     var item = add(list, "li");
     if (known(clip.picture)) {
-      add(item, "img", null, { src: numbers.pictures[clip.picture], alt: "", loading: "lazy" });
+      add(item, "img", null, { src: numbers.pictures[clip.picture], alt: "" });
     } else if (clip.note) {
       add(item, "span", clip.note, { "class": "none" });
     }
@@ -447,10 +447,10 @@
     var legend = names.length > 1 ? { orient: "bottom", direction: "vertical", title: null,
       symbolOpacity: 1 } : null;
     var yTitle = "top-1 on " + numbers.tests[state.test] + " (%)";
-    var x = { field: "x", type: "quantitative", scale: { zero: false, nice: !across, padding: 12 },
+    var x = { field: "x", type: "quantitative", scale: { zero: false, nice: !across, padding: across ? 44 : 16 },
       title: across ? "top-1 on " + numbers.tests[Number(state.axis)] + " (%)"
         : "λ, the weight of the original CLIP" };
-    var y = { field: "y", type: "quantitative", title: yTitle, scale: { zero: false, padding: 12 } };
+    var y = { field: "y", type: "quantitative", title: yTitle, scale: { zero: false, padding: 20 } };
     var byModel = { field: "model", type: "nominal", scale: scaleColour, legend: legend };
     var tips = [{ field: "model", title: "model" }, { field: "text", title: "λ" },
       { field: "y", title: "top-1 here", format: ".1f" }];
