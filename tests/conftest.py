@@ -43,6 +43,7 @@ SLOW = frozenset(
         "test_standalone.py",
         "test_tradeoff.py",
         "test_browser.py",
+        "test_report_browser.py",
         "test_averaging.py::test_ten_thousand_updates_of_a_bf16_model_equal_the_float64_mean",
         "test_checking.py::test_a_crash_costs_one_file",
         "test_checking.py::test_ctrl_c_leaves_what_was_found",

@@ -258,18 +258,12 @@ def _report(
     result: ProtocolEvaluation, options: argparse.Namespace, name: str, folder: Path
 ) -> None:
     """Write ``results.json``, ``table.md`` and the predictions, and print the results."""
-    from openvclip.evaluation import (
-        PREDICTIONS_FILE,
-        as_json,
-        as_table,
-        time_spent,
-        write_predictions,
-    )
+    from openvclip.evaluation import as_json, as_table, save_results, time_spent
 
     content = as_json(result, per_class=options.per_class, confusion=options.confusion)
     table = as_table(result, name)
-    write_predictions(folder / PREDICTIONS_FILE, result)
-    _write(folder, {"results.json": json.dumps(content, indent=1), "table.md": table})
+    save_results(folder, result, per_class=options.per_class, confusion=options.confusion)
+    _write(folder, {"table.md": table})
     if options.json:
         print(json.dumps(content, indent=1))
     else:

@@ -39,6 +39,7 @@ from openvclip.evaluation.retrieval_results import (
     retrieval_table,
 )
 from openvclip.evaluation.runner import RunOptions, evaluate_protocol, require_videos
+from openvclip.evaluation.saving import RESULTS_FILE, save_results
 from openvclip.evaluation.tables import (
     as_json,
     as_table,
@@ -54,6 +55,7 @@ __all__ = [
     "FIGURE_LAMBDAS",
     "NO_RANK",
     "PREDICTIONS_FILE",
+    "RESULTS_FILE",
     "Answers",
     "BatchOptions",
     "ConfidenceReport",
@@ -97,6 +99,7 @@ __all__ = [
     "retrieval_json",
     "retrieval_metrics",
     "retrieval_table",
+    "save_results",
     "score",
     "sweep",
     "time_spent",

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 
 from openvclip.evaluation import (
-    PREDICTIONS_FILE,
     Answers,
     ProtocolEvaluation,
     SplitScore,
     Timing,
     as_json,
+    save_results,
     score,
-    write_predictions,
 )
 from openvclip.video import Failure
 from openvclip.video.protocols import Split
@@ -57,7 +56,7 @@ def result_of(
     for lam in lams:
         scores[lam] = []
         for split in splits:
-            targets = torch.tensor([label for _, label in split.samples])
+            targets = torch.tensor([label for _, label in split.samples], dtype=torch.long)
             logits = torch.randn(len(targets), len(split.class_names), generator=generator)
             logits[range(len(targets)), targets] += 1.5 - (lam or 0.0)
             logits[list(broken)] = float("nan")
@@ -82,5 +81,5 @@ def write_results(
     (folder / "results.json").write_text(json.dumps(as_json(result, **parts)))
     (folder / "settings.json").write_text(json.dumps(result.settings))
     if predictions:
-        assert write_predictions(folder / PREDICTIONS_FILE, result)
+        save_results(folder, result, **parts)
     return folder

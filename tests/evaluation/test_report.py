@@ -16,7 +16,15 @@ from safetensors import safe_open
 
 from openvclip import cli
 from openvclip.errors import EvaluationError, MissingDependencyError, RecordsError, UsageError
-from openvclip.evaluation import RetrievalEvaluation, RetrievalScore, Timing, retrieval_json
+from openvclip.evaluation import (
+    ProtocolEvaluation,
+    RetrievalEvaluation,
+    RetrievalScore,
+    SplitScore,
+    Timing,
+    retrieval_json,
+    save_results,
+)
 from openvclip.evaluation.ranking import retrieval_metrics
 from openvclip.evaluation.report import ReportSettings, library, write_report, writing
 from tests.evaluation.small_results import NASTY, result_of, splits_of, write_results
@@ -148,8 +156,19 @@ def test_the_original_clip_of_another_folder_is_the_reference(tmp_path: Path) ->
     for one in tuned["details"]["wrong"]:
         assert all(clip["clip"] == (clip["path"] not in wrong) for clip in one["shown"])
     assert plain["baseline"] is other["baseline"] is None
-    assert numbers["models"] == ["tiny", "tiny, original CLIP (b)", "tiny, original CLIP (c)"]
+    assert [run.get("clip", False) for run in numbers["runs"]] == [False, True, False, True]
+    assert numbers["models"] == ["tiny (a)", "tiny, original CLIP", "tiny (c)"]
     assert numbers["tests"] == ["list.csv (a)", "list.csv (d)"]
+
+
+def test_a_test_without_readable_clips(tmp_path: Path) -> None:
+    result = result_of([0.0, 1.0], [splits_of()[0]._replace(samples=[])])
+    folder = write_results(tmp_path / "r", result)
+    write_report(tmp_path / "p.html", [folder])
+    (run,) = Page(tmp_path / "p.html").numbers["runs"]
+    assert run["top1"] == [None, None]
+    assert run["details"]["accuracy"] == [[None] * 4] * 2
+    assert run["details"]["wrong"] == [{"total": 0, "lost": 0, "shown": []}] * 2
 
 
 def test_names_of_several_models(tmp_path: Path) -> None:
@@ -157,6 +176,10 @@ def test_names_of_several_models(tmp_path: Path) -> None:
         write_results(tmp_path / name, result_of(LAMS, splits_of(), tuned=tuned))
     folders = [tmp_path / "a", tmp_path / "b"]
     assert write_report(tmp_path / "p.html", folders).models == ["tiny (a)", "tiny (b)"]
+    # the same evaluation once more, such as on another device, is a model of its own
+    again = write_results(tmp_path / "c", result_of(LAMS, splits_of(), seed=1))
+    summary = write_report(tmp_path / "p.html", [*folders, again])
+    assert (summary.models, summary.tests) == (["tiny (a)", "tiny (b)", "tiny (c)"], ["list.csv"])
     summary = write_report(tmp_path / "p.html", [*folders, folders[0]], names=["A", "<B>"])
     assert summary.models == ["A", "<B>"]
     assert "<title>Evaluation of A, &lt;B&gt;</title>" in (tmp_path / "p.html").read_text()
@@ -216,6 +239,26 @@ def test_old_results_give_what_they_hold(tmp_path: Path, capsys: Captured) -> No
 
             for mine, theirs in zip(details["cells"], expected["details"]["cells"], strict=True):
                 assert cells(mine) == cells(theirs)
+
+
+def test_a_sweep_over_a_loader(tmp_path: Path) -> None:
+    whole = result_of(LAMS, splits_of())
+    scores = {
+        lam: [SplitScore("test", list(one.class_names), one.evaluation)]
+        for lam, (one,) in whole.scores.items()
+    }
+    write_results(tmp_path / "r", whole)  # an older file of predictions goes
+    result = ProtocolEvaluation(scores, [], Timing(), whole.settings)
+    save_results(tmp_path / "r", result, per_class=True, confusion=True)
+    write_report(tmp_path / "p.html", [tmp_path / "r"])
+    (run,) = Page(tmp_path / "p.html").numbers["runs"]
+    assert run["details"]["wrong"] is None
+    assert run["details"]["clip"] == run["details"]["accuracy"][2]
+    for i, (lam, (one,)) in enumerate(scores.items()):
+        flat = run["details"]["cells"][i]
+        for t, p, n in zip(flat[::3], flat[1::3], flat[2::3], strict=True):
+            assert one.confusion()[t, p] == n, lam
+        assert sum(flat[2::3]) == 30
 
 
 def test_pictures(tmp_path: Path, capsys: Captured) -> None:
@@ -325,7 +368,7 @@ def test_an_existing_page_is_kept(tmp_path: Path, capsys: Captured) -> None:
     assert out.read_text() == "mine"
     assert cli.main([*arguments, "--overwrite"]) == 0
     assert "1 model, 1 test" in capsys.readouterr().out
-    assert Page(out).numbers["models"] == ["tiny, original CLIP"]
+    assert Page(out).numbers["models"] == ["tiny"]
 
 
 def test_wrong_settings() -> None:

@@ -33,6 +33,9 @@ class Run:
         model: index of the model.
         test: index of the test.
         details: classes, confusions and clips; ``None`` if the folder does not have them.
+        is_clip: whether the model is the original CLIP: another model of the page was fine-tuned
+            from its weights. The settings alone do not tell: a folder of a fine-tuned model has no
+            other weights either.
     """
 
     results: Results
@@ -40,17 +43,13 @@ class Run:
     model: int
     test: int
     details: Details | None
+    is_clip: bool = False
 
     @property
     def entries(self) -> list[dict[str, Any]]:
         """The accuracies at each λ, smallest λ first."""
         own = [entry for entry in self.results.entries if entry["protocol"] == self.protocol]
         return sorted(own, key=lambda entry: entry["lam"] if entry["lam"] is not None else 0.0)
-
-    @property
-    def is_clip(self) -> bool:
-        """Whether the model is the original CLIP."""
-        return self.results.settings.get("tuned") is None and self.entries[0]["lam"] is None
 
 
 def runs_of(
@@ -84,11 +83,19 @@ def runs_of(
             tests.setdefault(test, one)
             found.append((one, protocol, key, test))
     model_index, test_index = _indices(models), _indices(tests)
+    bases = {_weights(one) for one in results if one.settings.get("tuned") is not None}
     runs = [
-        Run(one, protocol, model_index[key], test_index[test], _details(one, protocol))
+        Run(
+            one,
+            protocol,
+            model_index[key],
+            test_index[test],
+            _details(one, protocol),
+            _is_original(one, bases),
+        )
         for one, protocol, key, test in found
     ]
-    labels = _model_names([folders[0] for folders in models.values()])
+    labels = _model_names([folders[0] for folders in models.values()], bases)
     if names and (len(names) != len(labels) or len(set(names)) < len(names)):
         raise UsageError(
             f"There are {len(names)} names ({', '.join(names)}) for {len(labels)} models "
@@ -119,12 +126,27 @@ def _details(results: Results, protocol: str) -> Details | None:
     return details_of_confusion(entries) or accuracies_only(entries)
 
 
-def _model_names(results: Sequence[Results]) -> list[str]:
+def _weights(results: Results) -> str | None:
+    """Return the hash of the original weights."""
+    return results.settings.get("weights")
+
+
+def _is_original(results: Results, bases: set[str | None]) -> bool:
+    """Return whether a model is the original CLIP of a fine-tuned model.
+
+    Args:
+        results: the results of the model.
+        bases: the original weights of all fine-tuned models.
+    """
+    weights = _weights(results)
+    return results.settings.get("tuned") is None and weights is not None and weights in bases
+
+
+def _model_names(results: Sequence[Results], bases: set[str | None]) -> list[str]:
     plain = []
     for one in results:
         name = str(one.settings.get("model") or one.folder.name)
-        tuned = one.settings.get("tuned") is not None
-        plain.append(name if tuned else f"{name}, original CLIP")
+        plain.append(f"{name}, original CLIP" if _is_original(one, bases) else name)
     return _distinct(plain, results)
 
 
@@ -177,7 +199,7 @@ def _baseline_of(run: Run, runs: Sequence[Run]) -> Run | None:
         if other.is_clip
         and other is not run
         and other.test == run.test
-        and other.results.settings.get("weights") == run.results.settings.get("weights")
+        and _weights(other.results) == _weights(run.results)
         and other.details is not None
     ]
     candidates.sort(key=lambda other: other.results.settings.get("expand") is not None)

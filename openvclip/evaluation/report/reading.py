@@ -12,10 +12,10 @@ from typing import Any
 
 from openvclip.errors import RecordsError, listed, near_path
 from openvclip.evaluation.predictions import PREDICTIONS_FILE, Predictions, read_predictions
+from openvclip.evaluation.saving import RESULTS_FILE
 
-__all__ = ["RESULTS_FILE", "Results", "read_results", "results_folders"]
+__all__ = ["Results", "read_results", "results_folders"]
 
-RESULTS_FILE = "results.json"
 _SETTINGS_FILE = "settings.json"
 _ROUNDING = 1e-9
 
