@@ -144,6 +144,9 @@ def _stored(
 def read_predictions(path: str | os.PathLike[str]) -> Predictions:
     """Read a file of predictions.
 
+    Args:
+        path: a file that :func:`write_predictions` or ``openvclip evaluate`` wrote.
+
     Raises:
         RecordsError: the file does not exist, is damaged, is no file of predictions, or has a
             version that this openvclip can't read.
