@@ -215,6 +215,7 @@
         value: accuracy[index], from: clip ? clip[index] : null, by: by });
     });
     sorted(rows, clip);
+    var widest = Math.max.apply(null, rows.map(function (row) { return Math.abs(row.by || 0); }));
     var heads = [["Class"]];
     if (details.counts) heads.push(["Clips"]);
     if (clip) heads.push(["CLIP"]);
@@ -226,7 +227,7 @@
       if (details.counts) cells.push(String(row.clips));
       if (clip) cells.push(percent(row.from));
       cells.push(percent(row.value));
-      if (clip) cells.push(known(row.by) ? [points(row.by), bar(row.by)] : "–");
+      if (clip) cells.push(known(row.by) ? [points(row.by), bar(row.by, widest)] : "–");
       return cells;
     }));
   }
@@ -250,11 +251,11 @@
       return sign * (a[key] - b[key]) || (a.name < b.name ? -1 : 1);
     });
   }
-  function bar(value) {
+  function bar(value, widest) {
     var element = document.createElement("span");
     element.className = value < 0 ? "bar less" : "bar";
     element.setAttribute("aria-hidden", "true");
-    element.style.width = 100 * Math.abs(value) + "%";
+    element.style.width = (widest ? 100 * Math.abs(value) / widest : 0) + "%";
     element.style.marginLeft = "auto";
     return element;
   }
@@ -447,7 +448,7 @@
     var legend = names.length > 1 ? { orient: "bottom", direction: "vertical", title: null,
       symbolOpacity: 1 } : null;
     var yTitle = "top-1 on " + numbers.tests[state.test] + " (%)";
-    var x = { field: "x", type: "quantitative", scale: { zero: false, nice: !across, padding: across ? 44 : 16 },
+    var x = { field: "x", type: "quantitative", axis: { tickCount: 8, labelOverlap: true }, scale: { zero: false, nice: false, padding: across ? 44 : 16 },
       title: across ? "top-1 on " + numbers.tests[Number(state.axis)] + " (%)"
         : "λ, the weight of the original CLIP" };
     var y = { field: "y", type: "quantitative", title: yTitle, scale: { zero: false, padding: 20 } };
@@ -508,6 +509,7 @@
       });
     byId("matrix-figure").setAttribute("aria-label", "Confusion matrix of " + shown.length +
       " classes. The table of confused pairs has the same numbers.");
+    var most = Math.max.apply(null, [0.01].concat(values.map(function (v) { return v.share; })));
     var size = Math.max(220, Math.min(560, 26 * shown.length + 40));
     var axis = { labelLimit: 110, title: null, ticks: false, domain: false, grid: false };
     var x = { field: "p", type: "nominal", scale: { domain: domain, paddingInner: 0.06 },
@@ -517,12 +519,12 @@
     var layers = [{ mark: { type: "rect" }, encoding: { x: x, y: y,
       color: { field: "share", type: "quantitative", legend: { title: "share", format: ".0%",
         orient: "top", gradientLength: 140 },
-        scale: { domain: [0, 1], range: [colour("track"), colour("accent-deep")] } },
+        scale: { domain: [0, most], range: [colour("track"), colour("accent-deep")] } },
       tooltip: [{ field: "t", title: "true" }, { field: "p", title: "predicted" },
         { field: "n", title: "clips" }, { field: "share", title: "share", format: ".1%" }] } }];
     if (shown.length <= TEXTS) {
       layers.push({ mark: { type: "text", fontSize: 11 }, encoding: { x: x, y: y,
-        text: { field: "n" }, color: { condition: { test: "datum.share > 0.45", value: "#fff" },
+        text: { field: "n" }, color: { condition: { test: "datum.share > " + 0.45 * most, value: "#fff" },
           value: colour("text") } } });
     }
     draw("matrix-figure", { width: "container", height: size, data: { values: values },
