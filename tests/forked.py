@@ -81,6 +81,12 @@ def run_module(name: str, arguments: list[str]) -> None:
     runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
+def run_code(code: str, arguments: list[str]) -> None:
+    """``python -c CODE ARGUMENTS``, for :func:`started`."""
+    sys.argv = ["-c", *arguments]
+    exec(compile(code, "<code of a test>", "exec"), {"__name__": "__main__"})
+
+
 def run_by_path(folder: str, example: str, arguments: list[str]) -> None:
     """``python .../examples/EXAMPLE.py ARGUMENTS``, for :func:`started`.
 

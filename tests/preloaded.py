@@ -8,6 +8,8 @@ from contextlib import suppress
 
 MODULES = (
     "torch._dynamo",
+    "torch.utils.tensorboard",
+    "av",
     "open_clip",
     "openvclip.cli.main",
     "examples.shapes.run",

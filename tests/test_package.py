@@ -51,9 +51,12 @@ NOT_AT_IMPORT = (
 )
 
 
-def loaded_modules(*codes: str) -> list[set[str]]:
-    """The modules that a fresh process holds after each of some pieces of code."""
+@pytest.fixture(scope="module")
+def loaded_modules() -> list[set[str]]:
+    """The modules of a fresh process after torch, after openvclip, and after use of all rooms."""
+    names = ", ".join(f"openvclip.{room}" for room in sorted(ROOMS))
     report = "print(json.dumps(sorted(sys.modules)))"
+    codes = ("import torch", "import openvclip", names)
     code = "\n".join(["import json, sys", *(f"{code}\n{report}" for code in codes)])
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPO
@@ -61,8 +64,8 @@ def loaded_modules(*codes: str) -> list[set[str]]:
     return [set(json.loads(line)) for line in done.stdout.splitlines()]
 
 
-def test_importing_openvclip_costs_little_beyond_torch() -> None:
-    bare, full = loaded_modules("import torch", "import openvclip")
+def test_importing_openvclip_costs_little_beyond_torch(loaded_modules: list[set[str]]) -> None:
+    bare, full, _ = loaded_modules
     heavy = {name for name in full - bare if name.split(".")[0] in NOT_AT_IMPORT}
     assert heavy == set()
     assert "openvclip.towers.open_clip" not in full
@@ -123,10 +126,9 @@ def test_the_public_names() -> None:
     assert len(set(openvclip.__all__)) == len(openvclip.__all__)
 
 
-def test_rooms_load_on_first_use() -> None:
+def test_rooms_load_on_first_use(loaded_modules: list[set[str]]) -> None:
     """``import openvclip`` alone is enough for ``openvclip.video.read_clip``."""
-    names = ", ".join(f"openvclip.{room}" for room in sorted(ROOMS))
-    bare, loaded = loaded_modules("import torch", f"import openvclip\n{names}")
+    bare, _, loaded = loaded_modules
     assert {f"openvclip.{room}" for room in ROOMS} <= loaded
     assert {name.split(".")[0] for name in loaded - bare}.isdisjoint(NOT_AT_IMPORT)
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from safetensors import safe_open
 
 from openvclip.checkpoints import load_checkpoint, save_checkpoint
 from openvclip.errors import CheckpointError
+from tests.forked import run_code, started
 
 
 def _state() -> dict[str, torch.Tensor]:
@@ -71,26 +70,32 @@ def test_missing_file_and_folder_are_named(tmp_path: Path) -> None:
             load_checkpoint(path)
 
 
-def _run(script: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", textwrap.dedent(script)]
-    return subprocess.run(command, check=False, capture_output=True, text=True)
+def _run(script: str, log: Path) -> int | None:
+    """Run a script in another process, and return the exit status."""
+    with started(run_code, textwrap.dedent(script), [], log=log) as process:
+        process.join(60)
+    return process.exitcode
 
 
 def test_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     pytest.importorskip("resource")
-    file = tmp_path / "w.safetensors"
+    file, log = tmp_path / "folder" / "w.safetensors", tmp_path / "log"
     save_checkpoint({"x": torch.zeros(3)}, file)
-    done = _run(f"""
+    status = _run(
+        f"""
         import resource, signal, torch
         from openvclip.checkpoints import save_checkpoint
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
         save_checkpoint({{"x": torch.zeros(10_000)}}, {str(file)!r})
-    """)
-    assert "CheckpointError: Could not write" in done.stderr
-    assert "An existing file is unchanged" in done.stderr
+        """,
+        log,
+    )
+    assert status == 1
+    assert "CheckpointError: Could not write" in log.read_text()
+    assert "An existing file is unchanged" in log.read_text()
     assert torch.equal(load_checkpoint(file)["x"], torch.zeros(3))
-    assert os.listdir(tmp_path) == ["w.safetensors"]
+    assert os.listdir(file.parent) == ["w.safetensors"]
 
 
 def test_write_that_fails_is_our_error_and_leaves_nothing(tmp_path: Path) -> None:
@@ -103,12 +108,15 @@ def test_write_that_fails_is_our_error_and_leaves_nothing(tmp_path: Path) -> Non
 def test_kill_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
     file = tmp_path / "w.safetensors"
     save_checkpoint({"x": torch.zeros(3)}, file)
-    done = _run(f"""
+    status = _run(
+        f"""
         import os, signal
         from openvclip.checkpoints import atomic_path
         with atomic_path({str(file)!r}) as temporary:
             temporary.write_bytes(b"half a file")
             os.kill(os.getpid(), signal.SIGKILL)
-    """)
-    assert done.returncode == -signal.SIGKILL
+        """,
+        tmp_path / "log",
+    )
+    assert status == -signal.SIGKILL
     assert torch.equal(load_checkpoint(file)["x"], torch.zeros(3))

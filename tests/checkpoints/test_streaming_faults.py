@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from torch import Tensor
 
 import openvclip
 from openvclip.errors import CheckpointError
-from tests.helpers import REPO
+from tests.forked import run_code, started
 
 SETUP = """
     import json, os, random, re, resource, signal, sys, time
@@ -78,13 +76,11 @@ def run(folder: Path, script: str) -> str:
         state = {f"w{k}": torch.randn(1_000_000, generator=generator) for k in range(4)}
         save_file(state, inputs / f"{name}.safetensors")
     code = textwrap.dedent(SETUP) + textwrap.dedent(script)
-    command = [sys.executable, "-c", code, str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    done = subprocess.run(
-        command, check=False, capture_output=True, text=True, cwd=REPO, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    out, errors = folder.with_name("out.log"), folder.with_name("errors.log")
+    with started(run_code, code, [str(folder)], log=out, errors=errors) as process:
+        process.join(240)
+    assert process.exitcode == 0, errors.read_text()
+    return out.read_text()
 
 
 def test_a_kill_at_any_moment_leaves_the_older_model_or_the_new_one(tmp_path: Path) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
+import runpy
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.examples.tiny_videos import command, write_videos
+from tests.forked import started
 from tests.helpers import REPO
 
 EXAMPLES = REPO / "examples"
@@ -25,35 +25,20 @@ SCRIPTS = sorted(
 )
 
 
-# Imports the slow libraries once, then runs each script in a fork: in its own folder, with its
-# arguments.
-RUN_ALL = """
-import json, os, runpy, sys
-from contextlib import suppress
-import open_clip, torch, openvclip
-with suppress(ImportError):
-    import accelerate, lightning
-for script, arguments in json.load(sys.stdin):
-    child = os.fork()
-    if child == 0:
-        folder, name = os.path.split(script)
-        os.chdir(folder)
-        output = os.open("../output", os.O_WRONLY | os.O_CREAT)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        sys.path[0], sys.argv = folder, [name, *arguments]
-        status = 3 if arguments == ["--help"] else 0  # of a script that ends without an exit
-        try:
-            runpy.run_path(script, run_name="__main__")
-        except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else int(end.code is not None)
-        except BaseException as error:
-            print(f"{type(error).__name__}: {error}")
-            status = 1
-        sys.stdout.flush()
-        os._exit(status)  # without the second that the end of an interpreter with torch takes
-    print(script, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
+def run_alone(script: str, arguments: list[str], packages: str) -> None:
+    """Run a script in its own folder, where only the packages of a folder can be imported.
+
+    The fork has ``openvclip`` and libraries loaded; it forgets the examples and the tests.
+    """
+    folder, name = os.path.split(script)
+    os.chdir(folder)
+    for module in [name for name in sys.modules if name.partition(".")[0] in ("examples", "tests")]:
+        del sys.modules[module]
+    sys.path[:] = [folder, packages, *(path for path in sys.path if path not in ("", str(REPO)))]
+    sys.argv = [name, *arguments]
+    runpy.run_path(script, run_name="__main__")
+    if arguments == ["--help"]:
+        raise SystemExit(3)  # help ends with an exit
 
 
 @dataclass(frozen=True)
@@ -61,7 +46,7 @@ class Finished:
     """A script that has run in a folder with a copy of it and nothing else."""
 
     copy: Path
-    status: int
+    status: int | None
     output: str
 
 
@@ -82,28 +67,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
     training = command(root, "run", "--method", "finetune", "--epochs", "1")
     jobs = {script.name: (script, ["--help"]) for script in SCRIPTS}
     jobs |= {"training": (EXAMPLES / "finetune.py", training), "wrong": (wrong, ["--help"])}
-    copies = {}
-    for title, (script, _) in jobs.items():
-        work = root / title / "work"
+    results = {}
+    for title, (script, arguments) in jobs.items():
+        work, log = root / title / "work", root / title / "output"
         work.mkdir(parents=True)
-        copies[title] = Path(shutil.copy(script, work))
-    runs = [(str(copies[title]), arguments) for title, (_, arguments) in jobs.items()]
-    process = subprocess.run(
-        [sys.executable, "-c", RUN_ALL],
-        input=json.dumps(runs),
-        cwd=packages,
-        env={**os.environ, "PYTHONPATH": str(packages), "OMP_NUM_THREADS": "1"},
-        timeout=300,
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stderr
-    statuses = dict(line.rsplit(" ", 1) for line in process.stdout.splitlines())
-    return {
-        title: Finished(copy, int(statuses[str(copy)]), (root / title / "output").read_text())
-        for title, copy in copies.items()
-    }
+        copy = Path(shutil.copy(script, work))
+        with started(run_alone, str(copy), arguments, str(packages), log=log) as process:
+            process.join(120)
+        results[title] = Finished(copy, process.exitcode, log.read_text())
+    return results
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

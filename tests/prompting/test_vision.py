@@ -307,7 +307,7 @@ def test_checkpointing_changes_no_gradient(make: Any, expanded: bool) -> None:
 
 @pytest.mark.parametrize("make", [vifi, vita])
 def test_compiled_in_one_graph(make: Any) -> None:
-    model, video = make(tiny_tower()), random_video(2, 4)
+    model, video = make(tiny_tower(layers=2)), random_video(2, 4)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     compiled(video).square().sum().backward()
