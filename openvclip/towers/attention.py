@@ -158,8 +158,8 @@ def _prefers_frame_by_frame(q: Tensor) -> bool:
 
 def _as_autocast_does(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Convert the inputs to the dtype that autocast gives ``scaled_dot_product_attention``."""
-    if not is_on_gpu(q) or not torch.is_autocast_enabled("cuda"):
-        return q, k, v
+    if not is_on_gpu(q) or not torch.is_autocast_enabled("cuda") or q.dtype == torch.float64:
+        return q, k, v  # autocast leaves float64 as it is
     dtype = torch.get_autocast_dtype("cuda")
     return q.to(dtype), k.to(dtype), v.to(dtype)
 

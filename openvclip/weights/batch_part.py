@@ -56,7 +56,8 @@ def take_clips(batch: Sequence[Any], chosen: Sequence[int]) -> tuple[Any, ...]:
 
             A list is read as one entry for each clip if its length is the number of clips and its
             entries are of one kind. The number of clips is the length of the first tensor that is
-            not in a list.
+            not in a list, or else of the first list of clips. A list of one tensor is read as this
+            tensor if no other entry shows the number of clips.
         chosen: the numbers of the clips.
 
     Raises:
@@ -118,7 +119,8 @@ def _count(entries: Iterable[_Named]) -> int | None:
     for leaf in leaves:
         if _is_array(leaf):
             return len(leaf)
-    for leaf in leaves:
+    # A list of clips shows their number; the list [clip] alone could also be a list of arguments.
+    for leaf in sorted(leaves, key=lambda leaf: _is_group(leaf, None)):
         clips = _count(_arguments(leaf)) if _is_group(leaf, None) else len(leaf)
         if clips is None and len(leaf) == 1:  # what describes the only clip
             clips = 1
@@ -156,7 +158,10 @@ def _is_group(entries: Sequence[Any], clips: int | None) -> bool:
     if clips is not None and len(entries) != clips:
         return True
     kinds = {_kind(entry) for entry in entries if entry is not None}
-    return len(kinds) > 1 or (clips is None and len(entries) == 1)
+    if len(kinds) > 1:
+        return True
+    # A loader gives [tensor] for a data set of one tensor. A dict or tuple alone is a clip.
+    return clips is None and len(entries) == 1 and _is_array(entries[0])
 
 
 def _kind(entry: Any) -> object:

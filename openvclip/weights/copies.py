@@ -320,7 +320,9 @@ def after_half(
         backwards: number of backward passes in the block.
         action: a function without arguments.
     """
-    watched = parameters[:: -(-len(parameters) // _HOOKS)] if parameters else []
+    # A parameter can have been frozen since the last interpolation.
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    watched = trained[:: -(-len(trained) // _HOOKS)] if trained else []
     calls = dict.fromkeys(map(id, watched), 0)
 
     def count(parameter: Tensor) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor, distributed, nn
 from openvclip.errors import RegularizationError
 from openvclip.weights.anchor import follow_devices, take_anchor
 from openvclip.weights.names import named_parameters
-from openvclip.weights.numerics import common_dtype
-from openvclip.weights.shards import is_sharded, local, mesh_groups
+from openvclip.weights.numerics import common_dtype, compute_dtype
+from openvclip.weights.shards import is_sharded, local, shard_groups
 
 
 class L2ToAnchor:
@@ -71,18 +71,17 @@ class L2ToAnchor:
         Under ``fully_shard``, every process must call this method. The result is the penalty of the
         whole weights, and the gradients are those of the shard that each process holds.
         """
-        live = self._live()
-        parts = []
-        for name, parameter in live.items():
+        sums: dict[tuple[Any, ...], Tensor] = {}  # by the groups of processes that hold shards
+        for name, parameter in self._live().items():
             part: Any = parameter
-            part = part.to_local() if is_sharded(parameter) else parameter
-            dtype = common_dtype(part.dtype, self._anchor[name].dtype)
-            drift = part.to(dtype) - self._anchor[name].to(dtype)
-            parts.append(
-                (drift * drift.conj()).real.sum() if drift.is_complex() else drift.square().sum()
+            drift = self._drift(name, part.to_local() if is_sharded(part) else part)
+            squares = (drift * drift.conj()).real if drift.is_complex() else drift.square()
+            groups, total = shard_groups(parameter), squares.sum()
+            sums[groups] = (
+                total if groups not in sums else sums[groups] + total.to(sums[groups].device)
             )
-        total = self.weight * torch.stack([part.to(parts[0].device) for part in parts]).sum()
-        return _with_value_of_all(total, list(live.values()))
+        wholes = [_with_value_of_all(total, groups) for groups, total in sums.items()]
+        return self.weight * torch.stack([x.to(wholes[0].device) for x in wholes]).sum()
 
     @torch.no_grad()
     def add_gradients(self) -> None:
@@ -94,10 +93,14 @@ class L2ToAnchor:
         """
         for name, parameter in self._live().items():
             if parameter.grad is not None:
-                part, gradient = local(parameter), local(parameter.grad)
-                dtype = common_dtype(part.dtype, self._anchor[name].dtype)
-                drift = part.to(dtype) - self._anchor[name].to(dtype)
-                gradient.add_(drift.mul_(2 * self.weight))
+                drift = self._drift(name, local(parameter))
+                local(parameter.grad).add_(drift.mul_(2 * self.weight))
+
+    def _drift(self, name: str, part: Tensor) -> Tensor:
+        """Return the difference to the anchor, at least in float32: squares leave float16."""
+        anchor = self._anchor[name]
+        dtype = compute_dtype(common_dtype(part.dtype, anchor.dtype))
+        return part.to(dtype) - anchor.to(dtype)
 
     def _live(self) -> dict[str, nn.Parameter]:
         parameters = named_parameters(self.model)
@@ -106,12 +109,9 @@ class L2ToAnchor:
         return live
 
 
-def _with_value_of_all(loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
+def _with_value_of_all(loss: Tensor, groups: tuple[Any, ...]) -> Tensor:
     """Return a loss with the sum of the values of all processes that hold shards."""
-    groups = mesh_groups(parameters)
-    if not groups:
-        return loss
     whole = loss.detach().clone()
     for group in groups:
         distributed.all_reduce(whole, group=group)
-    return loss + (whole - loss.detach())
+    return loss + (whole - loss.detach()) if groups else loss

@@ -161,6 +161,18 @@ def mesh_groups(tensors: Iterable[Tensor]) -> list[Any]:
     return _unique([g for tensor in sharded for g in tensor.device_mesh.get_all_groups()])
 
 
+def shard_groups(tensor: Tensor) -> tuple[Any, ...]:
+    """Return the process groups whose processes hold different shards of a tensor.
+
+    The groups of replicas (hybrid sharding) are not returned. A plain tensor has no groups.
+    """
+    if not is_sharded(tensor):
+        return ()
+    part: Any = tensor
+    mesh = part.device_mesh
+    return tuple(mesh.get_group(i) for i, p in enumerate(part.placements) if p.is_shard())
+
+
 def _unique(groups: list[Any]) -> list[Any]:
     return list({id(group): group for group in groups}.values())
 

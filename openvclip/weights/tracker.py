@@ -196,9 +196,11 @@ class WeightTracker(Tracker):
         def take_back() -> None:
             for move in reversed(moves):
                 move.take_back()
+            self._is_whole = True
 
         def enter() -> None:
             nonlocal is_finite
+            self._is_whole = False
             is_finite = is_finite and all(move.run() for move in moves)
             if not is_finite:
                 take_back()
@@ -210,20 +212,17 @@ class WeightTracker(Tracker):
             self._extra_state = extra_state
             self._keep_numbers()
             self._n_averaged = number
+            self._is_whole = True
 
-        self._is_whole = False
         try:
             error = insist(enter)
         except Exception:
             if all(move.can_be_taken_back for move in moves):
                 insist(take_back)
-                self._is_whole = True
             raise
         except BaseException:  # Ctrl-C while another one was handled
             insist(enter)
-            self._is_whole = True
             raise
-        self._is_whole = True
         if error is not None:
             raise error
         return is_finite

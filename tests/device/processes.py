@@ -28,6 +28,7 @@ NEED_TWO = frozenset(
         "fsdp_saves_whole_tensors_once",
         "fsdp_weights_that_one_process_finds_broken_enter_no_average",
         "processes_that_differ_are_told_so",
+        "the_l2_penalty_counts_replicas_once",
     }
 )
 """Checks that need a second process, or shards that are no whole tensors."""

@@ -145,7 +145,12 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{group.name:16s} {group.kind:11s} {group.seconds:4.0f} s  {group.about}")
         return 0
     if args.page:
-        print(report.page(json.loads(args.page.read_text(encoding="utf-8"))))
+        try:
+            results = json.loads(args.page.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            print(f"tests.device: {args.page} is no file of results: {error}", file=sys.stderr)
+            return 2
+        print(report.page(results))
         return 0
     if not args.cpu and not _has_gpu():
         print(

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -86,6 +87,15 @@ def the_l2_penalty_of_shards_is_that_of_the_whole_model(out: Path) -> None:
     assert_close(full(gradients(model)), wanted)
     penalty.add_gradients()
     assert_close(full(gradients(model)), {n: 2 * value for n, value in wanted.items()})
+
+
+@check
+def the_l2_penalty_counts_replicas_once(out: Path) -> None:
+    """Hybrid sharding: each process holds a whole replica here."""
+    replicas = init_device_mesh("cpu", (WORLD, 1), mesh_dim_names=("replicate", "shard"))
+    plain, model, anchor = Net(0), sharded(mesh=replicas), snapshot(Net(1))
+    penalty, expected = L2ToAnchor(model, anchor, weight=0.3), L2ToAnchor(plain, anchor, weight=0.3)
+    torch.testing.assert_close(penalty.loss(), expected.loss())
 
 
 @check

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import vmap
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -400,6 +401,19 @@ def test_autocast_gives_its_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
             y = temporal_attention(q, k, q.bfloat16(), FrameView(1))
     assert y.dtype == torch.bfloat16
     assert kernels.counts["_flash_attention_forward"] == 4
+
+
+@pytest.mark.usefixtures("h100")
+def test_autocast_leaves_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As autocast does at scaled_dot_product_attention: see the same call on a CPU."""
+    x = torch.ones(1, 1, 2, 8, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert functional.scaled_dot_product_attention(x, x, x).dtype == torch.float64
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
+    with FakeTensorMode(), torch.no_grad():
+        q = torch.empty(2, 4, 5, 2, 64, device="cuda", dtype=torch.float64)
+        assert temporal_attention(q, q, q, FrameView(1)).dtype == torch.float64
 
 
 # --- torch.compile -----------------------------------------------------------------------------

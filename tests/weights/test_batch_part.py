@@ -78,6 +78,21 @@ def test_the_chosen_clips_are_taken_from_each_kind_of_batch(kind: str) -> None:
             assert read(batch) == list(range(n)), "the batch itself has changed"
 
 
+ONE = torch.zeros(16, 3)  # a video of 16 frames
+LAST_BATCHES: dict[str, tuple[Any, ...]] = {
+    "a dict for each clip": ([{"video": ONE, "label": 3}],),
+    "a tuple for each clip": ([(ONE, 3)],),
+    "a list of videos and one of labels": ([ONE], [3]),
+    "lists in a dict": ({"video": [ONE], "label": [3]},),
+}
+
+
+@pytest.mark.parametrize("batch", LAST_BATCHES.values(), ids=LAST_BATCHES.keys())
+def test_the_only_clip_of_a_last_batch_keeps_its_frames(batch: tuple[Any, ...]) -> None:
+    assert number_of_clips(batch) == 1
+    torch.testing.assert_close(take_clips(batch, [0]), batch)
+
+
 @pytest.mark.parametrize("n", [1, 2, 4])
 def test_what_belongs_to_no_clip_is_passed_through(n: int) -> None:
     batch = {"pixels": video(n), "size": 3, "loss": True, "scale": torch.tensor(2.0), "no": None}

@@ -228,6 +228,21 @@ def test_after_an_exception_the_weights_are_back(
     assert lanes.early == []
 
 
+def test_a_parameter_can_be_frozen_between_two_interpolations(gpu: Any) -> None:
+    def run(model: nn.Module) -> None:
+        iwr = regulariser(model, every=3)
+        for step in range(7):
+            if step == 1:
+                model.get_parameter("0.weight").requires_grad_(False)
+            iwr.step(lambda step=step: loss_of(model, step))  # type: ignore[misc]
+
+    expected, found = network(), network()
+    run(expected)
+    with gpu(Lanes()):
+        run(found)
+    assert_same_state(snapshot(found), snapshot(expected))
+
+
 @pytest.mark.parametrize("backwards", [None, 1, 2, 3])
 def test_a_loop_of_its_own_with_several_backward_passes(gpu: Any, backwards: int | None) -> None:
     def run(model: nn.Module) -> None:

@@ -90,6 +90,18 @@ def test_the_arithmetic_of_bfloat16_is_that_of_float32() -> None:
     assert all(p.grad is not None and p.grad.dtype == torch.bfloat16 for p in model.parameters())
 
 
+def test_squares_of_float16_neither_underflow_nor_overflow() -> None:
+    model = nn.Linear(64, 64, bias=False).half()
+    penalty = openvclip.L2ToAnchor(model, weight=1.0)
+    anchor = snapshot(model)["weight"].double()
+    for drift in (1e-4, 40.0):
+        with torch.no_grad():
+            model.weight.copy_(anchor + drift)
+        expected = (model.weight.detach().double() - anchor).square().sum().item()
+        assert expected > 0
+        assert penalty.loss().item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_new_head_has_no_penalty() -> None:
     model, anchor = moved()
     body = {name: value for name, value in anchor.items() if name.startswith("first.")}

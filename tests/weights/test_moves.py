@@ -6,8 +6,8 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
-from typing import Any
+from types import CodeType, FrameType
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -111,13 +111,21 @@ def test_the_sums_are_those_of_a_loop() -> None:
 
 
 class Interruption:
-    """Raises KeyboardInterrupt at one bytecode in the modules of the weights."""
+    """Raises KeyboardInterrupt at one bytecode in the modules of the weights.
+
+    Attributes:
+        frames: the functions to interrupt; empty for all.
+    """
+
+    frames: ClassVar[set[CodeType]] = set()
 
     def __init__(self, at: list[int]) -> None:
         self.at, self.seen = at, 0
 
     def __call__(self, frame: FrameType, event: str, _: Any) -> Any:
         if "openvclip/weights" not in frame.f_code.co_filename.replace("\\", "/"):
+            return None
+        if self.frames and frame.f_code not in self.frames:
             return None
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         if event == "opcode":
@@ -176,6 +184,27 @@ def test_ctrl_c_leaves_the_average_before_or_after(
         assert outcomes[-1] or same(got, before), at
         tracker.update(model)  # goes on
     assert len(outcomes) > 3
+
+
+@pytest.mark.parametrize("n", [0, 2])
+def test_ctrl_c_at_the_edges_of_an_update_spoils_no_average(
+    n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first group enters and after the last one, the average is whole."""
+    whole, tracker = filled(SWATracker, n)
+    tracker.update(whole)
+    after = values(tracker)
+    before = values(filled(SWATracker, n)[1]) if n else None
+    frames = {WeightTracker._enter.__code__}
+    monkeypatch.setattr(Interruption, "frames", frames)
+    number = interrupted(SWATracker, n, [0])[2].seen
+    assert number > 20
+    for at in range(1, number + 1):
+        model, tracker, _ = interrupted(SWATracker, n, [at])
+        if tracker.n_averaged:
+            got = values(tracker)
+            assert same(got, after) or (before is not None and same(got, before)), at
+        tracker.update(model)  # goes on
 
 
 @pytest.mark.parametrize("make", [TRACKERS[n] for n in ("swa", "ema", "gaussian, steep")])
