@@ -232,9 +232,14 @@ def _seeds(study: Study, results: reporting.Results) -> str:
 
 def recorded(settings: Settings) -> dict[str, object]:
     """Return the settings to save in the results file; all its results have the same settings."""
+    recipe = asdict(settings.recipe)
+    # Results from before these settings existed are results without them.
+    for name in ("text_tower", "distill", "text_energy"):
+        if not recipe[name]:
+            del recipe[name]
     return {
         "clips": asdict(settings.clips),
-        "recipe": asdict(settings.recipe),
+        "recipe": recipe,
         "lambdas": list(LAMBDAS),
     }
 
