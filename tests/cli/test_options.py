@@ -305,7 +305,7 @@ SCRIPTS = [
 # Where the options of the scripts are read, besides the script itself.
 READERS = [
     *("cli/options/models.py", "cli/options/data.py", "cli/options/contract.py"),
-    *("training/options.py", "training/shared_options.py"),
+    *("training/options.py", "training/option_groups.py", "training/shared_options.py"),
 ]
 
 
