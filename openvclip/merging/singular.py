@@ -99,11 +99,15 @@ def rounding_floor(matrix: Tensor, dtypes: Iterable[torch.dtype]) -> float:
 
     Args:
         matrix: the matrix.
-        dtypes: dtypes in which models store the matrix. The least accurate one counts.
+        dtypes: dtypes in which models store the matrix. The least accurate one counts. Dtypes of
+            8 bits do not count: their errors are as large as the changes of a fine-tune, and no
+            direction would be left.
     """
     rows, columns = matrix.shape
     rms = float(matrix.norm()) / math.sqrt(max(1, matrix.numel()))
-    eps = max(torch.finfo(dtype).eps for dtype in (matrix.dtype, *dtypes))
+    eps = max(
+        torch.finfo(dtype).eps for dtype in (matrix.dtype, *(d for d in dtypes if d.itemsize > 1))
+    )
     return eps * rms * (math.sqrt(rows) + math.sqrt(columns))
 
 
