@@ -49,6 +49,7 @@ from examples.shapes.settings import FULL, SMOKE
 from examples.shapes.studies import AVERAGE, MAIN, OPEN_VCLIP, QUICK, STUDIES, Study, Task, plan
 from openvclip.commands.parsing import Parser, unused_option
 from openvclip.commands.streams import command
+from openvclip.training.recipe import recipe_settings
 
 AVERAGED = "openvclip-averaged.safetensors"
 FULL_TIME = (
@@ -232,14 +233,9 @@ def _seeds(study: Study, results: reporting.Results) -> str:
 
 def recorded(settings: Settings) -> dict[str, object]:
     """Return the settings to save in the results file; all its results have the same settings."""
-    recipe = asdict(settings.recipe)
-    # Results from before these settings existed are results without them.
-    for name in ("text_tower", "distill", "text_energy"):
-        if not recipe[name]:
-            del recipe[name]
     return {
         "clips": asdict(settings.clips),
-        "recipe": recipe,
+        "recipe": recipe_settings(settings.recipe),
         "lambdas": list(LAMBDAS),
     }
 

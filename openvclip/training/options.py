@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from openvclip.training.option_groups import (
     add_training_options,
 )
 from openvclip.training.presets import overview
-from openvclip.training.recipe import PROMPT_METHODS, Recipe, Run
+from openvclip.training.recipe import PROMPT_METHODS, Recipe, Run, recipe_settings
 from openvclip.training.shared_options import (
     HelpFormatter,
     add_preset_option,
@@ -233,10 +233,7 @@ def settings_of(args: argparse.Namespace, recipe: Recipe, run: Run) -> dict[str,
     how |= {"start_from": None if args.start_from is None else str(args.start_from)}
     pixels = ("frames", "sampling_rate", "target_fps", "sampler", "short_side")
     clips = {name: getattr(args, name) for name in (*pixels, "flip", "color_jitter", "backend")}
-    settings = {**model, **asdict(recipe), **how, **clips}
-    for name in ("text_tower", "distill", "text_energy"):
-        if not settings[name]:  # folders that were written before there was this option go on
-            del settings[name]
+    settings = {**model, **recipe_settings(recipe), **how, **clips}
     if recipe.method in PROMPT_METHODS:
         settings |= {**prompt_numbers_of(args), "class_prompts": args.class_prompts}
     del settings["lam"]  # it changes the final interpolation alone: another value needs no new run

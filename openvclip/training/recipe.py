@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -140,6 +140,15 @@ class Run:
     )
     compiler: str | None = None
     fsdp: bool = _setting(False, "shard the model among the processes (FSDP2)")
+
+
+def recipe_settings(recipe: Recipe) -> dict[str, Any]:
+    """Return the fields of a recipe by name, without the newer losses if they are off.
+
+    Runs and results that were saved before these losses existed have the same settings.
+    """
+    newer = ("text_tower", "distill", "text_energy")
+    return {name: v for name, v in asdict(recipe).items() if v or name not in newer}
 
 
 def total_steps(recipe: Recipe, run: Run, steps_per_epoch: int) -> int:
