@@ -27,11 +27,15 @@ RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
 
 
 def plain(workshop: Workshop, *, lr: float) -> Trained:
-    """Fine-tune with the cross entropy alone, and keep two averages along the run."""
+    """Fine-tune with the cross entropy alone, and keep three averages along the run."""
     model, classifier, _ = workshop.start()
     choose_trained(model, "finetune")
-    ema = openvclip.EMATracker(model, decay=0.98)
-    trackers = {"swa": workshop.swa(model), "ema": ema}
+    steps = workshop.steps
+    trackers = {
+        "swa": workshop.swa(model),
+        "ema": openvclip.EMATracker(model, decay=0.98),
+        "gaussian": openvclip.GaussianTracker(model, mu=0.75 * steps, sigma=0.2 * steps),
+    }
     return workshop.fit(model, classifier, lr=lr, trackers=trackers)
 
 

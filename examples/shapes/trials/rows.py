@@ -108,6 +108,18 @@ register(
 )
 register(
     Method(
+        "Gaussian average",
+        (PLAIN,),
+        first_end("gaussian"),
+        does="averages the weights, those around three quarters of the training most (a standard "
+        "deviation of a fifth of the steps)",
+        cost="memory for one copy of the trained weights",
+        when="if the first and the last weights of a training should both weigh less",
+        beware="if the length of the training is not known when it starts",
+    )
+)
+register(
+    Method(
         "IWR",
         ("iwr",),
         does="trains the weights and, in the same step, a random interpolation with the original "
