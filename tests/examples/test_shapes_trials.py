@@ -179,6 +179,26 @@ def test_every_training_of_a_cell_has_the_same_batches_unless_it_has_another_ord
     assert Counter(label for batch in labels["a"][:4] for label in batch).most_common(1)[0][1] == 1
 
 
+@pytest.mark.parametrize("name", ["plain", "lora", "lora + iwr", "vita"])
+def test_a_training_changes_everything_that_it_calls_trained(clips: Clips, name: str) -> None:
+    frames = np.repeat(clips.pixels, 2, axis=1)  # the prompts of Vita-CLIP are for 4 frames
+    workshop = Workshop(cell(0), replace(clips, pixels=frames), steps=2, batch_size=4)
+    result = TRAININGS[name](workshop, TRAININGS[name].grid[0])
+    changed = {
+        entry
+        for entry, value in result.ends["last"].items()
+        if entry not in workshop.clip or not torch.equal(value, workshop.clip[entry])
+    }
+    layers = {entry for entry in workshop.clip if entry.startswith("visual.transformer")}
+    if name == "plain":
+        assert changed == {n for n in workshop.clip if n.startswith("visual.")} | {"logit_scale"}
+    elif name == "vita":
+        assert changed
+        assert not changed & set(workshop.clip)
+    else:  # all matrices of the layers, and nothing else
+        assert changed == {entry for entry in layers if workshop.clip[entry].ndim == 2}
+
+
 def test_a_part_has_the_clips_of_an_action_and_its_share_of_the_steps(clips: Clips) -> None:
     workshop = Workshop(cell(0), clips, steps=200, batch_size=16)
     parts = [workshop.part([action]) for action in workshop.cell.trained_actions]

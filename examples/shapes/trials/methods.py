@@ -67,7 +67,9 @@ def lora(
     from openvclip.weights import adapter_of, lora_anchor
 
     model, _, tokenizer = workshop.start()
-    layers = r"visual\.transformer\..*\.(out_proj|c_fc|c_proj)"
+    # "attn" is the whole attention. Factors of its "out_proj" alone would get no gradient, because
+    # PyTorch's attention reads the weights of this layer and does not call it.
+    layers = r"visual\.transformer\..*\.(attn|c_fc|c_proj)"
     config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=layers)
     wrapped = peft.get_peft_model(model, config)
     classifier = EXPANDED.classifier(wrapped.get_base_model(), tokenizer, workshop.names())
