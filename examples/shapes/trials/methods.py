@@ -22,7 +22,7 @@ from openvclip.towers.temporal import encode_frames, pool_frames
 from openvclip.training import FeatureDistillation, OriginalCLIP, TextEnergy
 from openvclip.training.methods import TEXT_TOWER_TEMPLATE, choose_trained
 
-RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
+RATES = (1.25e-4, 2.5e-4, 5e-4, 1e-3)
 """The learning rates that are tried for a training without other settings."""
 
 
@@ -166,14 +166,14 @@ PLAIN = "plain"
 OTHERS = tuple(f"plain, order {number}" for number in (1, 2))
 SHARES = {"1/2": 0.5, "1/4": 0.25, "1/8": 0.125}
 EVERY = (2, 4)
-IWR_GRID = _grid("weight", (5e-4, 0.5), (2e-3, 0.5), (1e-3, 0.5), (1e-3, 1.0))
+IWR_GRID = _grid("weight", (5e-4, 0.5), (2.5e-4, 0.5), (1e-3, 0.5), (1e-3, 1.0))
 _C = {"weight": 0.5}
 
 register(Training(PLAIN, plain, _rates(*RATES)))
 for _number, _name in enumerate(OTHERS, start=1):
     register(Training(_name, plain, order=_number))
 register(
-    Training("l2", l2, _grid("weight", (5e-4, 1e-3), (5e-4, 1e-2), (2e-3, 1e-3), (2e-3, 1e-2)))
+    Training("l2", l2, _grid("weight", (2.5e-4, 1e-2), (5e-4, 1e-3), (5e-4, 1e-2), (1e-3, 1e-2)))
 )
 register(Training("iwr", iwr, IWR_GRID, passes=2.0))
 for _text, _share in SHARES.items():
@@ -189,7 +189,7 @@ register(
 _FROSTER = _grid("weight", (2.5e-4, 2.0), (5e-4, 2.0), (1e-3, 2.0), (1e-3, 0.5))
 register(Training("froster", froster, _FROSTER, passes=1.8))
 register(Training("froster + iwr", partial(froster, regularised=_C), _FROSTER, passes=3.4))
-_LIPSUM = _grid("weight", (5e-4, 0.1), (1e-3, 0.01), (1e-3, 0.1), (2e-3, 0.1))
+_LIPSUM = _grid("weight", (2.5e-4, 0.1), (5e-4, 0.1), (1e-3, 0.01), (1e-3, 0.1))
 register(Training("lipsum", lipsum, _LIPSUM, passes=1.5))
 register(Training("parts", on_parts))
 register(Training("vifi", vifi, _rates(*RATES), passes=1.1))
