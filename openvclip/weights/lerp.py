@@ -7,7 +7,6 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from openvclip.weights.numerics import all_finite, compute_dtype, finite_probe
 from openvclip.weights.shards import is_sharded
@@ -91,21 +90,32 @@ class _Values(NamedTuple):
     elements: list[float]
 
 
-_known: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""``{b: (weak reference to a, values of a, values of b)}`` of pairs with a finite difference."""
+class _Pair(NamedTuple):
+    """Two tensors whose difference is finite."""
+
+    a: weakref.ref[Tensor]
+    b: weakref.ref[Tensor]
+    values_a: _Values
+    values_b: _Values
+
+
+_known: dict[int, _Pair] = {}
+"""The remembered pairs, by ``id(b)``. A pair is removed when its ``b`` is freed."""
 
 
 def _is_known(a: Tensor, b: Tensor) -> bool:
-    pair = _known.get(b)
-    if pair is None:
+    pair = _known.get(id(b))
+    if pair is None or pair.b() is not b or pair.a() is not a:
         return False
-    other, values_a, values_b = pair
-    return other() is a and _values(a) == values_a and _values(b) == values_b
+    return _values(a) == pair.values_a and _values(b) == pair.values_b
 
 
 def _remember(a: Tensor, b: Tensor) -> None:
-    if not torch.compiler.is_compiling() and _can_be_remembered(a) and _can_be_remembered(b):
-        _known[b] = weakref.ref(a), _values(a), _values(b)
+    if torch.compiler.is_compiling() or not (_can_be_remembered(a) and _can_be_remembered(b)):
+        return
+    key, known = id(b), _known  # at the end of Python the name _known is gone before some tensors
+    of_b = weakref.ref(b, lambda _: known.pop(key, None))
+    known[key] = _Pair(weakref.ref(a), of_b, _values(a), _values(b))
 
 
 def _values(tensor: Tensor) -> _Values:
