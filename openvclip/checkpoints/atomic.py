@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -142,6 +142,30 @@ def _move_files(folder: Path) -> None:
     except OSError as error:
         if error.errno not in _NOT_EMPTY:
             raise  # otherwise another process has completed a folder, and moves its files
+
+
+def write_text(path: str | os.PathLike[str], parts: Iterable[str]) -> int:
+    """Write a text file atomically, in UTF-8.
+
+    The bytes of a file name that are no text, which Python keeps as surrogates, are written as
+    backslash escapes.
+
+    Args:
+        path: the file to write. An existing file is replaced. Missing folders are created.
+        parts: the text in pieces, so that a large text needs little memory.
+
+    Returns:
+        The size of the file in bytes.
+
+    Raises:
+        CheckpointError: the file can't be written.
+    """
+    with write_errors(path), atomic_path(path) as temporary:
+        with open(
+            temporary, "w", encoding="utf-8", errors="backslashreplace", newline="\n"
+        ) as file:
+            file.writelines(parts)
+        return os.path.getsize(temporary)
 
 
 @contextmanager

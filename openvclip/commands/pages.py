@@ -7,7 +7,10 @@ import hashlib
 from collections.abc import Sequence
 from html import escape
 
-__all__ = ["DARK", "LIGHT", "PAGE_STYLE", "DataBudget", "page_head"]
+__all__ = ["DARK", "LIGHT", "NO_ROOM", "PAGE_STYLE", "DataBudget", "page_head"]
+
+NO_ROOM = "No picture: the page has reached its greatest size."
+"""What a page shows in place of a picture for which :class:`DataBudget` has no room."""
 
 LIGHT = """\
 --ov-page: #f6f7f9; --ov-card: #fff; --ov-line: #dde1e8; --ov-text: #1b212c; --ov-soft: #5b6472;

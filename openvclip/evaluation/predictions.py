@@ -188,6 +188,8 @@ def _assembled(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Predi
     for number, entry in enumerate(about["splits"]):
         videos, targets, ranks, labels, scores = (tensors[f"{number}.{n}"] for n in _PARTS)
         names = entry["class_names"]
+        if len(videos) and int(videos.min()) < 0:
+            raise ValueError("the index of a path is negative")
         _require_shapes(lams, len(names), videos, targets, ranks, labels, scores)
         ranks = ranks.long()
         splits.append(
@@ -218,10 +220,12 @@ def _require_shapes(
     if (
         tuple(targets.shape) != (n,)
         or tuple(ranks.shape) != (len(lams), n)
+        or labels.ndim != 3
         or shape[:2] != (len(lams), n)
+        or not shape[2]
         or tuple(scores.shape) != shape
     ):
         raise ValueError("the tensors have shapes that do not fit together")
-    indices = torch.cat([targets.flatten(), labels.flatten()]).long()
-    if len(indices) and (int(indices.min()) < -1 or int(indices.max()) >= classes):
-        raise ValueError(f"a class index is not below {classes}, the number of class names")
+    for indices, least in ((targets, 0), (labels, -1)):  # -1: a video without a prediction
+        if indices.numel() and not (least <= int(indices.min()) <= int(indices.max()) < classes):
+            raise ValueError(f"a class index is not below {classes}, the number of class names")

@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from openvclip.checkpoints.atomic import atomic_path, write_errors
+from openvclip.checkpoints.atomic import write_errors, write_text
 from openvclip.evaluation.predictions import PREDICTIONS_FILE, write_predictions
 from openvclip.evaluation.results import ProtocolEvaluation
 from openvclip.evaluation.tables import as_json
@@ -41,5 +41,4 @@ def save_results(
     if not write_predictions(Path(folder) / PREDICTIONS_FILE, result):
         with write_errors(path):
             (Path(folder) / PREDICTIONS_FILE).unlink(missing_ok=True)
-    with write_errors(path), atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_text(path, [json.dumps(content, indent=1), "\n"])

@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 from html import escape
 from urllib.parse import quote
 
-from openvclip.checkpoints.atomic import atomic_path, write_errors
-from openvclip.commands.pages import PAGE_STYLE, DataBudget, page_head
+from openvclip.checkpoints.atomic import write_text
+from openvclip.commands.pages import NO_ROOM, PAGE_STYLE, DataBudget, page_head
 from openvclip.commands.progress import progress_bar
 from openvclip.errors import SearchError, VideoError
 from openvclip.search.cards import CARD_STYLE, PLAYER_SCRIPT, Media, cards
 from openvclip.search.moments import Moment
 from openvclip.search.posters import Preview, moment_poster, moment_preview
-from openvclip.video.posters import Poster
+from openvclip.video.posters import Poster, why_no_poster
 from openvclip.video.sources import is_url
 
 __all__ = ["PageReport", "PageSettings", "write_page"]
@@ -109,12 +109,7 @@ def write_page(
     queries = _checked(results)
     moments = list(dict.fromkeys(moment for _, found in queries for moment in found))
     images = _Images(moments, chosen, os.path.dirname(os.path.abspath(path)), progress)
-    with write_errors(path), atomic_path(path) as temporary:
-        with open(
-            temporary, "w", encoding="utf-8", errors="backslashreplace", newline="\n"
-        ) as file:
-            file.writelines(_parts(queries, images, title, dict(about or {})))
-        size = os.path.getsize(temporary)
+    size = write_text(path, _parts(queries, images, title, dict(about or {})))
     return PageReport(
         os.fspath(path),
         size,
@@ -197,11 +192,11 @@ class _Images:
         link = _link(moment, self._folder)
         if isinstance(poster, str):
             self.failed[moment.path] = poster
-            return Media(note=_reason(moment.path))
+            return Media(note=why_no_poster(moment.path))
         picture = self._budget.data_uri(poster.data, "image/jpeg")
         if not picture:
             self.too_large += 1
-            return Media(note="No picture: the page has reached its greatest size.", link=link)
+            return Media(note=NO_ROOM, link=link)
         media = Media(picture, "", poster.width, poster.height, link=link)
         if isinstance(preview, str):
             return media._replace(note=preview)
@@ -226,12 +221,6 @@ def _made(moment: Moment, settings: PageSettings) -> tuple[Poster | str, Preview
         )
     except VideoError:
         return poster, "No video: this moment can't be played."
-
-
-def _reason(path: str) -> str:
-    if is_url(path) or os.path.exists(path):
-        return "The video can't be read."
-    return "The video file is missing."
 
 
 def _link(moment: Moment, folder: str) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import os
 from typing import Any, NamedTuple
 
 from openvclip.errors import MissingDependencyError
 from openvclip.video.excerpts import ShownPicture, pictures_at
-from openvclip.video.sources import VideoSource
+from openvclip.video.sources import VideoSource, is_url
 
-__all__ = ["Poster", "poster_at", "scaled_image"]
+__all__ = ["Poster", "poster_at", "scaled_image", "why_no_poster"]
 
 _QUALITY = 80  # of the JPEG files, of 100
 
@@ -45,6 +46,17 @@ def poster_at(video: VideoSource, seconds: float, *, width: int = 400) -> Poster
     data = io.BytesIO()
     image.save(data, "JPEG", quality=_QUALITY, optimize=True)
     return Poster(data.getvalue(), *image.size)
+
+
+def why_no_poster(path: str) -> str:
+    """Return what a page shows in place of the picture of a video that can't be read.
+
+    Args:
+        path: the video file, or its URL.
+    """
+    if is_url(path) or os.path.exists(path):
+        return "The video can't be read."
+    return "The video file is missing."
 
 
 def scaled_image(picture: ShownPicture, longest: int) -> Any:

@@ -112,7 +112,13 @@ def test_damaged_files(tmp_path: Path) -> None:
         assert text in failure()
     save_file({**tensors, "0.labels": tensors["0.labels"][:, 1:]}, path, metadata)
     assert "shapes that do not fit" in failure()
-    save_file({**tensors, "0.labels": tensors["0.labels"] + 9}, path, metadata)
-    assert "not below 4" in failure()
+    save_file({**tensors, "0.labels": tensors["0.labels"][:, :, 0].clone()}, path, metadata)
+    assert "shapes that do not fit" in failure()
+    for name, by in (("labels", 9), ("labels", -9), ("targets", 9), ("targets", -1)):
+        save_file({**tensors, f"0.{name}": tensors[f"0.{name}"] + by}, path, metadata)
+        assert "not below 4" in failure(), (name, by)
+    for by in (-1, 99):
+        save_file({**tensors, "0.videos": tensors["0.videos"] + by}, path, metadata)
+        assert "can't be read" in failure(), by
     path.unlink()
     assert "can't be read" in failure()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import re
 import sys
 from collections import Counter
@@ -27,6 +28,7 @@ from openvclip.evaluation import (
 )
 from openvclip.evaluation.ranking import retrieval_metrics
 from openvclip.evaluation.report import ReportSettings, library, write_report, writing
+from openvclip.video.protocols import Split
 from tests.evaluation.small_results import NASTY, result_of, splits_of, write_results
 
 LAMS = [0.0, 0.5, 1.0]
@@ -207,6 +209,58 @@ def test_names_make_no_elements_and_nothing_is_fetched(tmp_path: Path) -> None:
         assert "connect-src" not in page.text
 
 
+def test_equal_weights_are_found_and_shown_without_rounding_errors(tmp_path: Path) -> None:
+    lams = [n * 0.1 for n in range(11)]  # 0.30000000000000004
+    folder = write_results(tmp_path / "r", result_of(lams, splits_of()))
+    write_report(tmp_path / "p.html", [folder])
+    page = Page(tmp_path / "p.html")
+    assert page.numbers["runs"][0]["lams"] == [n / 10 for n in range(11)]
+    assert page.numbers["runs"][0]["baseline"]["name"] == "CLIP at λ = 1"
+    assert [row[2] for row in page.rows if row[0] == "tiny"] == [f"{n / 10:g}" for n in range(11)]
+
+
+def test_the_same_videos_with_other_classes_are_another_test(tmp_path: Path) -> None:
+    splits = splits_of()
+    write_results(tmp_path / "all" / "a", result_of(LAMS, splits))
+    words = [Split("all", [f"a person {n}" for n in splits[0].class_names], splits[0].samples)]
+    write_results(tmp_path / "all" / "b", result_of([None], words, tuned=None))
+    clip = {"tuned": None, "expand": None}
+    write_results(tmp_path / "all" / "c", result_of([None], splits, **clip), predictions=False)
+    more = [Split("all", splits[0].class_names, splits[0].samples * 2)]
+    write_results(tmp_path / "all" / "d", result_of([None], more, **clip))
+    write_report(tmp_path / "p.html", [tmp_path / "all"])
+    numbers = Page(tmp_path / "p.html").numbers
+    assert [run["test"] for run in numbers["runs"]] == [0, 1, 0, 2]
+    assert len(set(numbers["tests"])) == 3
+    # The results of "c" name no classes: there is a change of the accuracy, but not of a class.
+    tuned, _, old, _ = numbers["runs"]
+    assert tuned["baseline"]["top1"] == old["top1"][0]
+    assert tuned["details"]["clip"] is None
+
+
+def test_unreadable_videos_of_several_protocols(tmp_path: Path) -> None:
+    splits = [split._replace(protocol=name) for name in "ab" for split in splits_of()]
+    folder = write_results(tmp_path / "r", result_of([None], splits, broken=[2]))
+    write_report(tmp_path / "p.html", [folder])
+    page = Page(tmp_path / "p.html")
+    assert page.numbers["tests"] == ["a", "b"]
+    text = "1 unreadable video in the tests of the folder, counted as wrong"
+    assert page.text.count(text) == 2
+
+
+def test_scores_without_end_and_settings_of_any_kind(tmp_path: Path) -> None:
+    result = result_of(LAMS, splits_of(), model={"name": "x"}, text=["own"], weights=["w"])
+    for (score,) in result.scores.values():
+        assert score.answers is not None
+        score.answers.scores[::2] *= 1e30  # infinite in float16
+    folder = write_results(tmp_path / "r", result)
+    write_report(tmp_path / "p.html", [folder])
+    (run,) = Page(tmp_path / "p.html").numbers["runs"]
+    scores = [s for one in run["details"]["wrong"] for c in one["shown"] for s in c["scores"]]
+    assert None in scores
+    assert any(score is not None for score in scores)
+
+
 def test_old_results_give_what_they_hold(tmp_path: Path, capsys: Captured) -> None:
     splits = splits_of(5, several=True)
     result = result_of(LAMS, splits)
@@ -231,6 +285,7 @@ def test_old_results_give_what_they_hold(tmp_path: Path, capsys: Captured) -> No
         details = run["details"]
         assert details["classes"] == expected["details"]["classes"]
         assert details["wrong"] is None
+        assert run["resumable"]
         assert (details["cells"] is None) == (name == "classes")
         if details["cells"]:
 
@@ -248,11 +303,13 @@ def test_a_sweep_over_a_loader(tmp_path: Path) -> None:
         for lam, (one,) in whole.scores.items()
     }
     write_results(tmp_path / "r", whole)  # an older file of predictions goes
+    (tmp_path / "r" / "settings.json").unlink()
     result = ProtocolEvaluation(scores, [], Timing(), whole.settings)
     save_results(tmp_path / "r", result, per_class=True, confusion=True)
     write_report(tmp_path / "p.html", [tmp_path / "r"])
     (run,) = Page(tmp_path / "p.html").numbers["runs"]
     assert run["details"]["wrong"] is None
+    assert not run["resumable"]
     assert run["details"]["clip"] == run["details"]["accuracy"][2]
     for i, (lam, (one,)) in enumerate(scores.items()):
         flat = run["details"]["cells"][i]
@@ -270,7 +327,6 @@ def test_pictures(tmp_path: Path, capsys: Captured) -> None:
     result = result_of([0.0, 1.0], splits, videos=str(tmp_path / "videos"))
     folder = write_results(tmp_path / "r", result)
     settings = ReportSettings(clips=1000, posters=True)
-    paths = [path for path, _ in splits[0].samples]
     (tmp_path / "videos").mkdir()
     wrong = {
         path
@@ -303,7 +359,9 @@ def test_pictures(tmp_path: Path, capsys: Captured) -> None:
     assert cli.main([*arguments, "--videos", str(tmp_path)]) == 1
     printed = capsys.readouterr()
     assert "shown without a picture" in printed.err
-    assert paths
+    missing = [*arguments, "--overwrite", "--videos", str(tmp_path / "vidoes")]
+    assert cli.main(missing) == 2
+    assert f"did you mean {tmp_path / 'videos'}?" in capsys.readouterr().err
     assert cli.main(["report", str(folder), "-o", "x.html", "--videos", "v"]) == 2
     assert "--videos has no effect without --posters" in capsys.readouterr().err
 
@@ -324,8 +382,18 @@ def test_bad_folders(tmp_path: Path, capsys: Captured) -> None:
     assert "run the same command again to finish it" in failure(tmp_path / "empty")
     assert f"did you mean {good}?" in failure(tmp_path / "goood")
     assert "expected a folder with a file results.json" in failure(good / "settings.json")
-    bad = write_results(tmp_path / "bad", result_of(LAMS, splits_of()))
+    parts = {"per_class": True, "confusion": True}
+    bad = write_results(tmp_path / "bad", result_of(LAMS, splits_of()), **parts)
     content = json.loads(text)
+    whole = json.loads((bad / "results.json").read_text())
+
+    def changed(**values: object) -> str:
+        """The results with other values in the split of the first λ, or without a part."""
+        first, *others = json.loads(json.dumps(whole["results"]))
+        first["splits"][0].update(values)
+        first["splits"][0] = {k: v for k, v in first["splits"][0].items() if v is not None}
+        return json.dumps({**whole, "results": [first, *others]})
+
     for damaged, words in (
         (text[:100], "can't be read"),
         ("[]", "it is no JSON object"),
@@ -335,6 +403,16 @@ def test_bad_folders(tmp_path: Path, capsys: Captured) -> None:
         (json.dumps({**content, "results": [3]}), "can't be read"),
         (json.dumps({"results": content["results"]}), 'it has no "settings"'),
         (json.dumps({**content, "settings": {**content["settings"], "tuned": "v"}}), "in tuned"),
+        (json.dumps({**content, "unreadable": 3}), '"unreadable" is no list'),
+        (json.dumps({**content, "results": content["results"] * 2}), "do not fit together"),
+        (changed(name="other"), "do not fit together"),
+        (changed(per_class=[0.5]), "wrong type"),
+        (changed(per_class={"run": "x"}), "wrong type"),
+        (changed(per_class={"run": math.inf}), "wrong type"),
+        (changed(confusion=[[1, 2], [3]]), "wrong type"),
+        (changed(confusion=[[0.5] * 4] * 4), "wrong type"),
+        (changed(class_names=None), "an entry has no 'class_names'"),
+        (changed(class_names=["a"] * 4), "wrong type"),
     ):
         (bad / "results.json").write_text(damaged)
         message = failure(tmp_path)

@@ -115,7 +115,7 @@ def details_of_predictions(predictions: Predictions, protocol: str) -> Details:
     splits = [split for split in predictions.splits if split.protocol == protocol]
     classes = list(dict.fromkeys(name for split in splits for name in split.class_names))
     lams = predictions.lams
-    order = sorted(range(len(lams)), key=lambda i: lams[i] or 0.0)
+    order = sorted(range(len(lams)), key=lambda i: lams[i] or 0.0)  # as Results.of sorts
     clips = _joined(splits, {name: index for index, name in enumerate(classes)}, order)
     counts = torch.bincount(clips.targets, minlength=len(classes))
     correct = torch.stack(
@@ -233,7 +233,8 @@ def _wrong_clips(
             "rank": int(clips.ranks[lam, wrong[n]]) if labels[wrong[n], 0] >= 0 else -1,
             "labels": [label for label in labels[wrong[n], :_BEST].tolist() if label >= 0],
             "scores": [
-                round(score, 3) for score in scores[wrong[n], :_BEST].tolist() if score == score
+                round(score, 3) if math.isfinite(score) else None
+                for score in scores[wrong[n], :_BEST].tolist()
             ],
             "clip": flags[n],
         }

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from openvclip.errors import UsageError
+from openvclip.errors import UsageError, listed
 from openvclip.evaluation.report.details import (
     Details,
     accuracies_only,
@@ -48,8 +49,24 @@ class Run:
     @property
     def entries(self) -> list[dict[str, Any]]:
         """The accuracies at each λ, smallest λ first."""
-        own = [entry for entry in self.results.entries if entry["protocol"] == self.protocol]
-        return sorted(own, key=lambda entry: entry["lam"] if entry["lam"] is not None else 0.0)
+        return self.results.of(self.protocol)
+
+
+@dataclass
+class _Test:
+    """The videos and the classes of an evaluation.
+
+    Attributes:
+        key: the protocol, and what the settings and the splits say about the videos.
+        classes: the class names, or ``None`` if no folder of the test has them.
+        results: the first folder of the test.
+        protocol: the protocol; ``""`` for the user's own list.
+    """
+
+    key: str
+    classes: frozenset[str] | None
+    results: Results
+    protocol: str
 
 
 def runs_of(
@@ -68,67 +85,67 @@ def runs_of(
     Raises:
         UsageError: ``names`` is given, and there are more or fewer models.
     """
-    models: dict[Hashable, list[Results]] = {}
-    tests: dict[Hashable, Results] = {}
-    found = []
+    models: dict[tuple[str, int], Results] = {}
+    tests: list[_Test] = []
+    bases = {_weights(one) for one in results if one.settings.get("tuned") is not None}
+    runs: list[Run] = []
     taken = set()
     for one in results:
         for protocol in one.protocols:
-            test = _test_key(one, protocol)
-            key: Hashable = tuple(one.settings.get(name) for name in _OF_A_MODEL)
-            while (key, test) in taken:  # the same model once more, such as on another device
-                key = (key, "again")
-            taken.add((key, test))
-            models.setdefault(key, []).append(one)
-            tests.setdefault(test, one)
-            found.append((one, protocol, key, test))
-    model_index, test_index = _indices(models), _indices(tests)
-    bases = {_weights(one) for one in results if one.settings.get("tuned") is not None}
-    runs = [
-        Run(
-            one,
-            protocol,
-            model_index[key],
-            test_index[test],
-            _details(one, protocol),
-            _is_original(one, bases),
-        )
-        for one, protocol, key, test in found
-    ]
-    labels = _model_names([folders[0] for folders in models.values()], bases)
+            details = _details(one, protocol)
+            test = _test_index(tests, one, protocol, details)
+            model = json.dumps([one.settings.get(name) for name in _OF_A_MODEL])
+            again = 0
+            while (model, again, test) in taken:  # such as the same model on another device
+                again += 1
+            taken.add((model, again, test))
+            models.setdefault((model, again), one)
+            index = list(models).index((model, again))
+            runs.append(Run(one, protocol, index, test, details, _is_original(one, bases)))
+    labels = _model_names(list(models.values()), bases)
     if names and (len(names) != len(labels) or len(set(names)) < len(names)):
         raise UsageError(
-            f"There are {len(names)} names ({', '.join(names)}) for {len(labels)} models "
-            f"({', '.join(labels)}); expected a different name for each model."
+            f"There are {len(names)} names ({listed(names, 10)}) for {len(labels)} models "
+            f"({listed(labels, 10)}); expected a different name for each model."
         )
     return runs, list(names) or labels, _test_names(tests)
 
 
-def _indices(keys: dict[Hashable, Any]) -> dict[Hashable, int]:
-    return {key: index for index, key in enumerate(keys)}
+def _test_index(
+    tests: list[_Test], results: Results, protocol: str, details: Details | None
+) -> int:
+    """Return the index of a test, which is added to ``tests`` if it is a new one.
 
-
-def _test_key(results: Results, protocol: str) -> Hashable:
-    """Return what two evaluations on the same videos and classes have in common."""
-    entry = next(entry for entry in results.entries if entry["protocol"] == protocol)
-    splits = tuple((split["name"], split["classes"]) for split in entry["splits"])
+    Two evaluations are of one test if they have the same videos and the same classes.
+    """
+    splits = [
+        (split["name"], split["classes"], split["clips"] + split["left_out"])
+        for split in results.of(protocol)[0]["splits"]
+    ]
     # A published protocol has its own videos. The list of the settings holds those of all
     # protocols of the evaluation.
-    own = () if protocol else (results.settings.get("protocol"), results.settings.get("list"))
-    return (protocol, splits, own)
+    own = [] if protocol else [results.settings.get("protocol"), results.settings.get("list")]
+    key = json.dumps([protocol, splits, own])
+    classes = None if details is None else frozenset(details.classes)
+    for index, test in enumerate(tests):
+        if test.key == key and (None in (classes, test.classes) or classes == test.classes):
+            test.classes = test.classes or classes
+            return index
+    tests.append(_Test(key, classes, results, protocol))
+    return len(tests) - 1
 
 
 def _details(results: Results, protocol: str) -> Details | None:
     if results.predictions is not None:
         return details_of_predictions(results.predictions, protocol)
-    entries = [entry for entry in results.entries if entry["protocol"] == protocol]
-    entries.sort(key=lambda entry: entry["lam"] if entry["lam"] is not None else 0.0)
+    entries = results.of(protocol)
     return details_of_confusion(entries) or accuracies_only(entries)
 
 
 def _weights(results: Results) -> str | None:
     """Return the hash of the original weights."""
-    return results.settings.get("weights")
+    weights = results.settings.get("weights")
+    return weights if isinstance(weights, str) else None
 
 
 def _is_original(results: Results, bases: set[str | None]) -> bool:
@@ -145,17 +162,18 @@ def _is_original(results: Results, bases: set[str | None]) -> bool:
 def _model_names(results: Sequence[Results], bases: set[str | None]) -> list[str]:
     plain = []
     for one in results:
-        name = str(one.settings.get("model") or one.folder.name)
+        name = str(one.settings.get("model") or one.folder.resolve().name)
         plain.append(f"{name}, original CLIP" if _is_original(one, bases) else name)
     return _distinct(plain, results)
 
 
-def _test_names(tests: dict[Hashable, Results]) -> list[str]:
-    plain = []
-    for key, one in tests.items():
-        protocol = key[0]  # type: ignore[index]
-        plain.append(str(protocol or one.settings.get("protocol") or one.folder.name))
-    return _distinct(plain, list(tests.values()))
+def _test_names(tests: Sequence[_Test]) -> list[str]:
+    folders = [test.results for test in tests]
+    names = [
+        str(test.protocol or one.settings.get("protocol") or one.folder.resolve().name)
+        for test, one in zip(tests, folders, strict=True)
+    ]
+    return _distinct(names, folders)
 
 
 def _distinct(names: list[str], results: Sequence[Results]) -> list[str]:
@@ -192,7 +210,10 @@ def numbers_of(
 
 
 def _baseline_of(run: Run, runs: Sequence[Run]) -> Run | None:
-    """Return the original CLIP on the same test; rather frame by frame than expanded."""
+    """Return the original CLIP on the same test.
+
+    Of several, results with classes come first, and then the original CLIP frame by frame.
+    """
     candidates = [
         other
         for other in runs
@@ -200,24 +221,31 @@ def _baseline_of(run: Run, runs: Sequence[Run]) -> Run | None:
         and other is not run
         and other.test == run.test
         and _weights(other.results) == _weights(run.results)
-        and other.details is not None
     ]
-    candidates.sort(key=lambda other: other.results.settings.get("expand") is not None)
-    return candidates[0] if candidates else None
+    return min(
+        candidates,
+        key=lambda other: (
+            other.details is None,
+            other.results.settings.get("expand") is not None,
+        ),
+        default=None,
+    )
 
 
 def _run_numbers(run: Run, clip: Run | None, clips: int) -> dict[str, Any]:
     entries, details = run.entries, run.details
     first = entries[0]["splits"]
-    lams = [entry["lam"] for entry in entries]
+    lams = [None if entry["lam"] is None else float(f"{entry['lam']:g}") for entry in entries]
     result: dict[str, Any] = {
         "model": run.model,
         "test": run.test,
         "folder": run.results.folder.resolve().name,
         "lams": lams,
         "clips": sum(split["clips"] for split in first),
-        "left_out": sum(split["left_out"] for split in first),
+        "left_out": any(split["left_out"] for e in run.results.entries for split in e["splits"]),
         "unreadable": run.results.unreadable,
+        "several_tests": len(run.results.protocols) > 1,
+        "resumable": run.results.resumable,
         "splits": [
             {
                 "name": split["name"],

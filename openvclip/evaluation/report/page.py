@@ -13,6 +13,8 @@ from openvclip.commands.pages import PAGE_STYLE, page_head
 
 __all__ = ["page_parts"]
 
+_SCRIPTS = ("base.js", "tables.js", "figures.js", "page.js")  # page.js draws the page
+
 
 def page_parts(title: str, numbers: Mapping[str, Any], library: str) -> Iterator[str]:
     """Yield the HTML of a page in pieces.
@@ -22,7 +24,7 @@ def page_parts(title: str, numbers: Mapping[str, Any], library: str) -> Iterator
         numbers: the result of :func:`openvclip.evaluation.report.numbers.numbers_of`.
         library: the script of Vega-Lite.
     """
-    script, style, body = _file("page.js"), _file("page.css"), _file("page.html")
+    script, style, body = _script(), _file("page.css"), _file("page.html")
     yield page_head(title, PAGE_STYLE + style, [library, script])
     parts = {
         "title": escape(title),
@@ -34,6 +36,12 @@ def page_parts(title: str, numbers: Mapping[str, Any], library: str) -> Iterator
     text = json.dumps(numbers, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     yield f'<script type="application/json" id="numbers">{text}</script>\n'
     yield f"<script>{library}</script>\n<script>{script}</script>\n</body>\n</html>\n"
+
+
+def _script() -> str:
+    """Return the script of the page: one function, which keeps its names apart from Vega's."""
+    parts = "\n".join(map(_file, _SCRIPTS))
+    return f'(function () {{\n"use strict";\n{parts}}})();'
 
 
 def _file(name: str) -> str:
@@ -78,8 +86,9 @@ def _facts(numbers: Mapping[str, Any]) -> str:
         model, test = numbers["models"][run["model"]], numbers["tests"][run["test"]]
         words = [_count(run["clips"], "clip"), _count(len(run["splits"]), "split")]
         if run["unreadable"]:
+            where = " in the tests of the folder" if run["several_tests"] else ""
             treated = "left out" if run["left_out"] else "counted as wrong"
-            words.append(f"{_count(run['unreadable'], 'unreadable video')}, {treated}")
+            words.append(f"{_count(run['unreadable'], 'unreadable video')}{where}, {treated}")
         words.append(f"folder {run['folder']}")
         facts.append((f"{model} on {test}", "; ".join(words)))
     return "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts)

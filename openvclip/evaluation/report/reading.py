@@ -43,6 +43,16 @@ class Results:
         """The protocols, in the order of the file. ``""`` is the user's own list of videos."""
         return list(dict.fromkeys(entry["protocol"] for entry in self.entries))
 
+    @property
+    def resumable(self) -> bool:
+        """Whether an evaluation kept its features in the folder."""
+        return (self.folder / _SETTINGS_FILE).exists()
+
+    def of(self, protocol: str) -> list[dict[str, Any]]:
+        """Return the accuracies on a protocol, smallest λ first."""
+        own = [entry for entry in self.entries if entry["protocol"] == protocol]
+        return sorted(own, key=lambda entry: entry["lam"] or 0.0)
+
 
 def results_folders(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
     """Return the folders of results that paths name, each once.
@@ -101,15 +111,18 @@ def read_results(folder: Path) -> Results | None:
         return None
     for entry in entries:
         _check_entry(path, entry)
-    settings = content.get("settings")
+    _require_equal_splits(path, entries)
+    settings, unreadable = content.get("settings"), content.get("unreadable") or []
     if not isinstance(settings, dict):
         raise _damaged(path, 'it has no "settings"')
+    if not isinstance(unreadable, list):
+        raise _damaged(path, '"unreadable" is no list')
     _require_own_settings(folder, settings)
     predictions = None
     if (folder / PREDICTIONS_FILE).exists():
         predictions = read_predictions(folder / PREDICTIONS_FILE)
         _require_same_run(folder, entries, predictions)
-    return Results(folder, settings, entries, len(content.get("unreadable") or ()), predictions)
+    return Results(folder, settings, entries, len(unreadable), predictions)
 
 
 def _object(path: Path) -> dict[str, Any]:
@@ -139,10 +152,41 @@ def _check_entry(path: Path, entry: Any) -> None:
         for split in entry["splits"]:
             good &= isinstance(split["name"], str)
             good &= all(isinstance(split[key], int) for key in ("classes", "clips", "left_out"))
+            good &= _has_good_classes(split)
     except (KeyError, TypeError) as error:
         raise _damaged(path, f"an entry has no {error}") from error
     if not good or not entry["splits"]:
         raise _damaged(path, "an entry has a value of a wrong type")
+
+
+def _has_good_classes(split: Mapping[str, Any]) -> bool:
+    """Return whether the optional parts of a split fit: accuracies and confusions of classes."""
+    number = split["classes"]
+    if "per_class" in split:
+        per_class = split["per_class"]
+        if not isinstance(per_class, dict) or not all(map(_is_number, per_class.values())):
+            return False
+    if "confusion" not in split:
+        return True
+    names, rows = split["class_names"], split["confusion"]
+    if not all(isinstance(part, list) and len(part) == number for part in (names, rows)):
+        return False
+    return len({*names}) == number and all(
+        isinstance(row, list) and len(row) == number and all(type(n) is int for n in row)
+        for row in rows
+    )
+
+
+def _require_equal_splits(path: Path, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Check that each λ of a protocol is there once, and that all have the same splits."""
+    splits: dict[str, list[tuple[str, int]]] = {}
+    lams = set()
+    for entry in entries:
+        protocol, lam = entry["protocol"], entry["lam"]
+        own = [(split["name"], split["classes"]) for split in entry["splits"]]
+        if (protocol, lam) in lams or splits.setdefault(protocol, own) != own:
+            raise _damaged(path, "two entries of a protocol do not fit together")
+        lams.add((protocol, lam))
 
 
 def _is_number(value: object) -> bool:

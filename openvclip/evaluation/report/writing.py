@@ -9,14 +9,17 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
-from openvclip.checkpoints.atomic import atomic_path, write_errors
-from openvclip.commands.pages import DataBudget
+from openvclip.checkpoints.atomic import write_text
+from openvclip.commands.pages import NO_ROOM, DataBudget
 from openvclip.commands.progress import progress_bar
 from openvclip.errors import EvaluationError, RecordsError, VideoError, listed
 from openvclip.evaluation.report.library import vega_script
 from openvclip.evaluation.report.numbers import Run, numbers_of, runs_of
 from openvclip.evaluation.report.page import page_parts
 from openvclip.evaluation.report.reading import Results, read_results, results_folders
+from openvclip.evaluation.video_pass import require_videos
+from openvclip.video.excerpts import stream_facts
+from openvclip.video.posters import poster_at, why_no_poster
 
 __all__ = ["ReportSettings", "ReportSummary", "write_report"]
 
@@ -109,10 +112,13 @@ def write_report(
         RecordsError: a folder does not exist, holds no results of accuracy, is damaged, or holds
             the files of two evaluations.
         UsageError: there are more or fewer names than models.
+        VideoNotFoundError: with ``posters``, the folder ``videos`` of the settings does not exist.
         CheckpointError: the page can't be written.
         MissingDependencyError: vl-convert is not installed; or, with ``posters``, PyAV or Pillow.
     """
     chosen = settings or ReportSettings()
+    if chosen.posters and chosen.videos is not None:
+        require_videos([], os.fspath(chosen.videos))  # raises if there is no such folder
     folders = results_folders(results)
     read = [(folder, read_results(folder)) for folder in folders]
     kept = [one for _, one in read if one is not None]
@@ -128,12 +134,7 @@ def write_report(
     if chosen.posters:
         posters.add(runs, numbers)
     title = title or _title(runs, models)
-    with write_errors(path), atomic_path(path) as temporary:
-        with open(
-            temporary, "w", encoding="utf-8", errors="backslashreplace", newline="\n"
-        ) as file:
-            file.writelines(page_parts(title, numbers, library))
-        size = os.path.getsize(temporary)
+    size = write_text(path, page_parts(title, numbers, library))
     return ReportSummary(
         os.fspath(path),
         size,
@@ -180,7 +181,7 @@ class _Posters:
                 uri = self._budget.data_uri(data, "image/jpeg") if data else ""
                 for clip in wanted[path]:
                     clip["picture"] = len(pictures) if uri else None
-                    clip["note"] = "" if uri else _note(path, reason)
+                    clip["note"] = "" if uri else why_no_poster(path) if reason else NO_ROOM
                 if uri:
                     pictures.append(uri)
                 elif reason:
@@ -216,17 +217,8 @@ class _Posters:
 
 def _made(path: str, width: int) -> tuple[bytes, str]:
     """Return the picture in the middle of a video, or why there is none."""
-    from openvclip.video.excerpts import stream_facts
-    from openvclip.video.posters import poster_at
-
     try:
         seconds = stream_facts(path).seconds or 0.0
         return poster_at(path, seconds / 2, width=width).data, ""
     except VideoError as error:
         return b"", str(error)
-
-
-def _note(path: str, reason: str) -> str:
-    if not reason:
-        return "No picture: the page has reached its greatest size."
-    return "The video can't be read." if os.path.exists(path) else "The video file is missing."
