@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("vl_convert")
 from openvclip.evaluation.report import ReportSettings, write_report
+from openvclip.video.protocols import Split
 from tests.browser import Sight, browser, colour, needs_browser, sight
 from tests.evaluation.small_results import NASTY, result_of, splits_of, write_results
 from tests.evaluation.test_report import slow_reading
@@ -20,6 +21,7 @@ pytestmark = needs_browser
 __all__ = ["browser", "sight"]
 
 LAMS = [0.0, 0.25, 0.5, 1.0]
+ODD_LAMS = [-0.5, 0.1, 3 * 0.1, 0.4, 0.5, 0.6, 0.7]
 
 
 @dataclass
@@ -32,6 +34,7 @@ class Pages:
         two: a page of both, and of the sweep on a second test.
         single: a page of one model without λ, of an old version.
         many: a page of 400 classes.
+        odd: a page without the original CLIP, of names from right to left, and of λ below 0.
     """
 
     tuned: Path
@@ -39,6 +42,7 @@ class Pages:
     two: Path
     single: Path
     many: Path
+    odd: Path
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +58,21 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Pages:
     write_report(folder / "single.html", [old])
     many = write_results(folder / "many", result_of([0.0, 1.0], splits_of(400, 1200)))
     write_report(folder / "many.html", [many])
-    return Pages(tuned, clip, folder / "two.html", folder / "single.html", folder / "many.html")
+    odd = write_results(folder / "odd", result_of(ODD_LAMS, odd_splits()))
+    write_report(folder / "odd.html", [odd])
+    names = ("two", "single", "many", "odd")
+    return Pages(tuned, clip, *(folder / f"{name}.html" for name in names))
+
+
+def odd_splits() -> list[Split]:
+    """16 clips, so that percentages end with .25 and .75; 2 of each class."""
+    names = ["سباحة (1)", "\u202eevil", "🏊 swim", 'a"b', "x" * 60, "</b>", "line\nbreak", "שחייה"]
+    return [Split("all", names, [(f"v{i}.mp4", i % 8) for i in range(16)])]
+
+
+# The name of a landmark.
+NAME = """e => e.getAttribute("aria-label") ||
+  document.getElementById(e.getAttribute("aria-labelledby")).textContent"""
 
 
 def rows_of(seen: Sight, table: str) -> list[list[str]]:
@@ -173,8 +191,23 @@ def test_every_part_has_a_name_and_every_figure_a_table(pages: Pages, sight: Any
         assert table.locator("caption").text_content()
         assert table.locator("thead th:not([scope=col])").count() == 0
         assert table.locator("tbody tr > :first-child:not(th[scope=row])").count() == 0
-    for figure in page.locator("[role=img]").all():
+    figures = page.get_by_role("img").all()
+    assert len(figures) == 2
+    for figure in figures:
         assert re.search("table .* has the same numbers", figure.get_attribute("aria-label"))
+    # a reader of the screen does not meet the marks of a figure beside its label
+    assert page.locator("[role=img] [aria-hidden=true] svg").count() == 2
+    parts = page.get_by_role("region").all()
+    names = [part.evaluate(NAME) for part in parts]
+    assert all(names)
+    assert len(set(names)) == len(names) == 10
+    # the change against CLIP is in sight on a telephone
+    for one in ("now", "classes"):
+        hidden = "e => e.parentNode.scrollWidth - e.parentNode.clientWidth"
+        assert page.locator(f"#{one}").evaluate(hidden) == 0, one
+    # the cells of a matrix of few classes are high enough to read
+    cells = page.locator("#matrix-figure .mark-rect path").all()
+    assert min(cell.bounding_box()["height"] for cell in cells) > 20
     for control in page.locator("select, input").all():
         assert page.locator(f"label[for={control.get_attribute('id')}]").inner_text()
     # texts have a contrast of at least 4.5 with what is behind them
@@ -212,6 +245,79 @@ def test_four_hundred_classes_stay_readable(pages: Pages, sight: Any) -> None:
     assert len(rows_of(seen, "classes")) == 400
     assert seen.width() == 1200
     assert page.locator("#matrix-figure").bounding_box()["height"] < 900
+
+
+def test_names_weights_and_rounding_of_any_kind(pages: Pages, sight: Any) -> None:
+    seen = sight(pages.odd.as_uri())
+    page = seen.page
+    drawn(seen)
+    # one line through all λ, also through λ below 0
+    line = page.locator("#curve-figure .mark-line path").get_attribute("d")
+    assert line.count("L") == len(ODD_LAMS) - 1
+    # the order that is shown is the order of the rows; without CLIP there is no change
+    assert page.get_by_label("Order").input_value() == "low"
+    values = [float(row[2]) for row in rows_of(seen, "classes")]
+    assert values == sorted(values)
+    assert page.locator("#order option:disabled").count() == 2
+    odd = 0
+    page.evaluate("""() => {
+      const embed = window.vegaEmbed; window.alive = 0;
+      window.vegaEmbed = (...all) => embed(...all).then(made => { window.alive += 1;
+        const end = made.finalize; made.finalize = () => { window.alive -= 1; end(); };
+        return made; }); }""")
+    slider = page.get_by_label("λ, the weight of the original CLIP")
+    slider.press("Home")
+    for lam in ODD_LAMS:
+        text = f"λ = {lam:g}"
+        page.wait_for_function(
+            "text => document.getElementById('here-title').textContent === 'At ' + text", arg=text
+        )
+        assert page.inner_text("#lam-value") == text
+        # the tables with and without a script round alike
+        current = page.locator('#all tr[aria-current="true"] td').all_inner_texts()
+        assert current[1:] == [f"{lam:g}", *rows_of(seen, "now")[0][1:]]
+        odd += current[2][-1] == "2"
+        # a name from right to left does not turn the score beside it
+        for answer in page.locator("#clips dd:has(bdi)").all():
+            name = answer.locator("bdi").text_content()
+            assert answer.text_content().removeprefix(name)[:1] in ("", " ")
+        slider.press("ArrowRight")
+    assert odd  # k.25, of which toFixed makes k.3
+    page.wait_for_timeout(50)
+    assert page.evaluate("window.alive") == 1  # of all drawings of the matrix, the last
+
+
+def test_many_models_and_a_test_without_errors(sight: Any, tmp_path: Path) -> None:
+    names = [f"class {i}" for i in range(41)]
+    split = Split("all", names, [(f"v{i}.mp4", i) for i in range(41)])
+    result = result_of([0.0, 0.5], [split], tuned="t0")
+    for (one,) in result.scores.values():
+        for part, right in (
+            (one.evaluation.ranks, 0),
+            (one.evaluation.predictions, one.evaluation.targets),
+            (one.answers.labels[:, 0], one.evaluation.targets),
+        ):
+            part[:] = right
+    folders = [write_results(tmp_path / "m0", result)]
+    for i in range(1, 8):
+        folders.append(
+            write_results(tmp_path / f"m{i}", result_of([0.0, 0.5], [split], tuned=f"{i}"))
+        )
+    write_report(tmp_path / "p.html", folders)
+    seen = sight((tmp_path / "p.html").as_uri())
+    drawn(seen)
+    page = seen.page
+    assert page.inner_text("#confused-note") == "No clip has the answer of another class."
+    assert not page.locator("#matrix-figure").is_visible()
+    assert not page.locator("#pairs").is_visible()
+    marks = page.eval_on_selector_all(
+        "#curve-figure .mark-symbol.role-legend-symbol path",
+        "paths => paths.map(p => p.getAttribute('fill') + p.getAttribute('d'))",
+    )
+    assert len(set(marks)) == len(marks) == 8
+    page.get_by_label("Model", exact=True).select_option("1")  # a model with errors
+    drawn(seen, "matrix-figure")
+    assert page.locator("#pairs").is_visible()
 
 
 def test_one_model_without_details(pages: Pages, sight: Any, browser: Any) -> None:

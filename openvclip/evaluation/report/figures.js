@@ -12,16 +12,17 @@ function palette() {
 function config() {
   var text = colour("text"), soft = colour("soft"), line = colour("line");
   return {
-    background: null, font: "system-ui, sans-serif",
+    background: null, aria: false, font: "system-ui, sans-serif",
     view: { stroke: line },
     axis: { labelColor: soft, titleColor: text, gridColor: line, domainColor: line,
       tickColor: line, titleFontWeight: "normal", labelFontSize: 12, titleFontSize: 13 },
     legend: { labelColor: text, titleColor: soft, labelFontSize: 12, labelLimit: 400 }
   };
 }
-// Draws a figure unless a newer one was begun.
+// Draws a figure unless a newer one was begun. Vega gives the element that it draws into a role and a
+// name of its own, so this is an element inside of the figure.
 function draw(id, spec, then) {
-  var turn = turns[id] = (turns[id] || 0) + 1, element = byId(id);
+  var turn = turns[id] = (turns[id] || 0) + 1, element = byId(id).firstElementChild;
   spec.$schema = "https://vega.github.io/schema/vega-lite/v6.json";
   spec.config = config();
   window.vegaEmbed(element, spec, { actions: false, ast: true, renderer: "svg",
@@ -31,7 +32,6 @@ function draw(id, spec, then) {
     // Without this, each drawing of the past would still be drawn anew when the window is resized.
     if (drawings[id]) drawings[id].finalize();
     drawings[id] = result;
-    element.querySelector("svg").setAttribute("aria-hidden", "true"); // the element has a label
     if (then) then();
   });
 }
@@ -39,16 +39,13 @@ function draw(id, spec, then) {
 function curvePoints() {
   var across = state.axis === "lam" ? null : Number(state.axis), found = [];
   runsOfTest(state.test).forEach(function (one) {
+    var other = across === null ? null : runOf(one.model, across);
     one.lams.forEach(function (value, i) {
-      var x = value;
-      if (across !== null) {
-        var other = runOf(one.model, across), j = other ? at(other, value) : -1;
-        if (j < 0) return;
-        x = known(other.top1[j]) ? 100 * other.top1[j] : null;
-      }
-      if (!known(one.top1[i]) || (!known(x) && across !== null)) return;
-      found.push({ model: numbers.models[one.model], lam: value, x: x, y: 100 * one.top1[i],
-        text: known(value) ? String(value) : "", label: lamText(value),
+      var there = other ? other.top1[at(other, value)] : null;
+      if (!known(one.top1[i]) || (across !== null && !known(there))) return;
+      found.push({ model: numbers.models[one.model], lam: value, y: 100 * one.top1[i],
+        x: across === null ? value : 100 * there, here: percent(one.top1[i]),
+        there: percent(there), text: known(value) ? String(value) : "", label: lamText(value),
         flat: across === null && !known(value), own: one.model === state.model });
     });
   });
@@ -102,8 +99,8 @@ function accuracyAxis() {
 }
 function tips(across) {
   return [{ field: "model", title: "model" }, { field: "text", title: "λ" },
-    { field: "y", title: "top-1 here", format: ".1f" }]
-    .concat(across ? [{ field: "x", title: "top-1 on the other test", format: ".1f" }] : []);
+    { field: "here", title: "top-1 here" }]
+    .concat(across ? [{ field: "there", title: "top-1 on the other test" }] : []);
 }
 function curveLayers(across, model) {
   var x = { field: "x", type: "quantitative", axis: { tickCount: 8, labelOverlap: true },
@@ -151,7 +148,9 @@ function drawMatrix(names, cells, totals, shown) {
   var domain = shown.map(function (index) { return names[index]; }), keep = new Set(shown);
   var values = cells.filter(function (cell) { return keep.has(cell.t) && keep.has(cell.p); })
     .map(function (cell) {
-      return { t: names[cell.t], p: names[cell.p], n: cell.n, share: cell.n / totals[cell.t] };
+      var share = cell.n / totals[cell.t];
+      return { t: names[cell.t], p: names[cell.p], n: cell.n, share: share,
+        text: percent(share) + " %" };
     });
   byId("matrix-figure").setAttribute("aria-label", "Confusion matrix of " + shown.length +
     " classes. " + (names.length > MATRIX ? "The table of confused pairs has the largest numbers."
@@ -169,7 +168,7 @@ function drawMatrix(names, cells, totals, shown) {
       orient: "top", gradientLength: 140 },
       scale: { domain: [0, most], range: [colour("track"), colour("accent-deep")] } },
     tooltip: [{ field: "t", title: "true" }, { field: "p", title: "predicted" },
-      { field: "n", title: "clips" }, { field: "share", title: "share", format: ".1%" }] } }];
+      { field: "n", title: "clips" }, { field: "text", title: "share" }] } }];
   if (shown.length <= TEXTS) {
     layers.push({ mark: { type: "text", fontSize: 11 }, encoding: { x: x, y: y,
       text: { field: "n" }, color: { value: colour("text"),
