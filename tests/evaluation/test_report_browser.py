@@ -206,7 +206,7 @@ def test_every_part_has_a_name_and_every_figure_a_table(pages: Pages, sight: Any
         hidden = "e => e.parentNode.scrollWidth - e.parentNode.clientWidth"
         assert page.locator(f"#{one}").evaluate(hidden) == 0, one
     # the cells of a matrix of few classes are high enough to read
-    cells = page.locator("#matrix-figure .mark-rect path").all()
+    cells = page.locator("#matrix-figure .mark-rect.role-mark path").all()
     assert min(cell.bounding_box()["height"] for cell in cells) > 20
     for control in page.locator("select, input").all():
         assert page.locator(f"label[for={control.get_attribute('id')}]").inner_text()
