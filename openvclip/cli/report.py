@@ -20,7 +20,8 @@ the accuracy of each class beside that of the original CLIP, the classes that
 are confused, and the clips with a wrong answer. Several models are compared.
 
 For the change against CLIP, evaluate the original CLIP on the same videos too
-(the same command without --checkpoint), or sweep up to --lam 1.
+(the same command with --lam 1 --no-expand and another --out), or sweep up to
+--lam 1.
 """
 _EXAMPLES = """\
 examples:

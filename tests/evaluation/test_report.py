@@ -152,7 +152,8 @@ def test_the_original_clip_of_another_folder_is_the_reference(tmp_path: Path) ->
     write_report(tmp_path / "p.html", [tmp_path / "all"])
     numbers = Page(tmp_path / "p.html").numbers
     tuned, plain, other, _ = numbers["runs"]
-    assert tuned["baseline"] == {"name": "the original CLIP", "top1": plain["top1"][0], "model": 1}
+    expected = {"name": "the original CLIP", "top1": plain["top1"][0], "model": 1, "differs": []}
+    assert tuned["baseline"] == expected
     assert tuned["details"]["clip"] == plain["details"]["accuracy"][0]
     wrong = {clip["path"] for clip in plain["details"]["wrong"][0]["shown"]}
     for one in tuned["details"]["wrong"]:
@@ -161,6 +162,27 @@ def test_the_original_clip_of_another_folder_is_the_reference(tmp_path: Path) ->
     assert [run.get("clip", False) for run in numbers["runs"]] == [False, True, False, True]
     assert numbers["models"] == ["tiny (a)", "tiny, original CLIP", "tiny (c)"]
     assert numbers["tests"] == ["list.csv (a)", "list.csv (d)"]
+
+
+def test_the_original_clip_as_the_only_weight_of_a_sweep(tmp_path: Path) -> None:
+    splits, use = splits_of(), {"views": 1, "sampler": "uniform"}
+    write_results(tmp_path / "all" / "a", result_of(LAMS, splits, **use))
+    other = {"tuned": None, "expand": None, "views": 3, "sampler": "released"}
+    write_results(tmp_path / "all" / "b", result_of([None], splits, seed=1, **other))
+    write_report(tmp_path / "p.html", [tmp_path / "all"])
+    tuned, _ = Page(tmp_path / "p.html").numbers["runs"]
+    assert tuned["baseline"]["model"] == 1
+    assert tuned["baseline"]["differs"] == ["views", "sampler"]
+    # the same settings and λ = 1: a better reference
+    write_results(tmp_path / "all" / "c", result_of([1.0], splits, seed=2, expand=None, **use))
+    write_report(tmp_path / "p.html", [tmp_path / "all"])
+    numbers = Page(tmp_path / "p.html").numbers
+    tuned, _, same = numbers["runs"]
+    assert tuned["baseline"]["model"] == same["model"] == 2
+    assert tuned["baseline"]["differs"] == []
+    assert tuned["details"]["clip"] == same["details"]["accuracy"][0]
+    assert (same["lams"], same["clip"], same["baseline"]) == ([None], True, None)
+    assert numbers["models"][1:] == ["tiny, original CLIP (b)", "tiny, original CLIP (c)"]
 
 
 def test_a_test_without_readable_clips(tmp_path: Path) -> None:

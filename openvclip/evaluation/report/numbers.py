@@ -22,6 +22,8 @@ __all__ = ["Run", "numbers_of", "runs_of"]
 # What tells the weights and the use of two models apart, in the settings of an evaluation. The
 # frames are not among them: a test of long videos can need more frames.
 _OF_A_MODEL = ("model", "architecture", "weights", "tuned", "expand", "text", "pooling", "amp")
+# What else changes the accuracy. (The settings do not hold the templates.)
+_OF_USE = ("num_frames", "sampling_rate", "target_fps", "views", "sampler", "transform", "pooling")
 
 
 @dataclass
@@ -34,9 +36,7 @@ class Run:
         model: index of the model.
         test: index of the test.
         details: classes, confusions and clips; ``None`` if the folder does not have them.
-        is_clip: whether the model is the original CLIP: another model of the page was fine-tuned
-            from its weights. The settings alone do not tell: a folder of a fine-tuned model has no
-            other weights either.
+        is_clip: whether the model is the original CLIP, see :func:`_is_original`.
     """
 
     results: Results
@@ -94,7 +94,7 @@ def runs_of(
         for protocol in one.protocols:
             details = _details(one, protocol)
             test = _test_index(tests, one, protocol, details)
-            model = json.dumps([one.settings.get(name) for name in _OF_A_MODEL])
+            model = _model_key(one, bases)
             again = 0
             while (model, again, test) in taken:  # such as the same model on another device
                 again += 1
@@ -109,6 +109,13 @@ def runs_of(
             f"({listed(labels, 10)}); expected a different name for each model."
         )
     return runs, list(names) or labels, _test_names(tests)
+
+
+def _model_key(results: Results, bases: set[str | None]) -> str:
+    """Return what two evaluations of the same model have in common."""
+    original = _is_original(results, bases)
+    names = [name for name in _OF_A_MODEL if name != "tuned" or not original]
+    return json.dumps([original, *(results.settings.get(name) for name in names)])
 
 
 def _test_index(
@@ -151,12 +158,18 @@ def _weights(results: Results) -> str | None:
 def _is_original(results: Results, bases: set[str | None]) -> bool:
     """Return whether a model is the original CLIP of a fine-tuned model.
 
+    With fine-tuned weights, it is the original CLIP if λ = 1 is the only λ. Without, another model
+    of the page was fine-tuned from its weights. The settings alone do not tell: the results of a
+    folder with a fine-tuned model have no other weights either.
+
     Args:
         results: the results of the model.
         bases: the original weights of all fine-tuned models.
     """
+    if results.settings.get("tuned") is not None:
+        return {entry["lam"] for entry in results.entries} == {1.0}
     weights = _weights(results)
-    return results.settings.get("tuned") is None and weights is not None and weights in bases
+    return weights is not None and weights in bases
 
 
 def _model_names(results: Sequence[Results], bases: set[str | None]) -> list[str]:
@@ -212,7 +225,8 @@ def numbers_of(
 def _baseline_of(run: Run, runs: Sequence[Run]) -> Run | None:
     """Return the original CLIP on the same test.
 
-    Of several, results with classes come first, and then the original CLIP frame by frame.
+    Of several, results with classes come first, then those with the same settings, and then the
+    original CLIP frame by frame.
     """
     candidates = [
         other
@@ -226,10 +240,17 @@ def _baseline_of(run: Run, runs: Sequence[Run]) -> Run | None:
         candidates,
         key=lambda other: (
             other.details is None,
+            len(_other_use(run, other)),
             other.results.settings.get("expand") is not None,
         ),
         default=None,
     )
+
+
+def _other_use(run: Run, other: Run) -> list[str]:
+    """Return the names of the settings in which the use of two models differs."""
+    a, b = run.results.settings, other.results.settings
+    return [name for name in _OF_USE if a.get(name) != b.get(name)]
 
 
 def _run_numbers(run: Run, clip: Run | None, clips: int) -> dict[str, Any]:
@@ -263,12 +284,19 @@ def _run_numbers(run: Run, clip: Run | None, clips: int) -> dict[str, Any]:
         result[f"{k}_std"] = [entry[k]["std"] for entry in entries]
     if run.is_clip:
         result["clip"] = True
+        if len(lams) == 1:  # the original CLIP has no λ, also if it was evaluated as λ = 1
+            result["lams"] = [None]
         clip = None
     reference: tuple[Details | None, int] | None = None
     if clip is not None:
         reference = (clip.details, 0)
         top1 = clip.entries[0]["top1"]["mean"]
-        result["baseline"] = {"name": "the original CLIP", "top1": top1, "model": clip.model}
+        result["baseline"] = {
+            "name": "the original CLIP",
+            "top1": top1,
+            "model": clip.model,
+            "differs": _other_use(run, clip),
+        }
     elif 1.0 in lams and len(lams) > 1:
         at = lams.index(1.0)
         reference = (details, at)

@@ -48,8 +48,8 @@ function showClasses() {
     : one.clip ? "This model is the original CLIP."
       : one.baseline ? "The results of the original CLIP do not hold the accuracy of each class. " +
         again(numbers.runs.find(function (other) { return other.model === one.baseline.model; }))
-        : "To see the change against CLIP, evaluate the original CLIP on the same videos too " +
-          "(the same command without --checkpoint), or add 1 to the values of --lam.";
+        : "To see the change against CLIP, evaluate the original CLIP on the same videos too (the " +
+          "same command with --lam 1 --no-expand and another --out), or add 1 to the values of --lam.";
   var accuracy = details.accuracy[state.lam];
   details.classes.forEach(function (name, index) {
     var by = clip ? change(accuracy[index], clip[index]) : null;
@@ -74,10 +74,12 @@ function showClasses() {
   }));
 }
 function baselineText() {
-  var model = run().baseline.model;
-  return known(model) ? "“" + numbers.models[model] + "” of this page"
-    : "the point λ = 1 of the sweep: the original weights, with the temporal attention of the " +
-      "model";
+  var from = run().baseline;
+  if (known(from.model)) {
+    return "“" + numbers.models[from.model] + "” of this page" + (from.differs.length
+      ? ", which was evaluated with another " + from.differs.join(", ") : "");
+  }
+  return "the point λ = 1 of the sweep: the original weights, with the temporal attention of the model";
 }
 function sorted(rows, clip) {
   function byChange(order) { return order === "worse" || order === "better"; }

@@ -97,8 +97,8 @@ def write_report(
     along λ, the accuracy of each class beside that of the original CLIP, the classes that are
     confused, and the clips with a wrong answer. All figures are also there as tables.
 
-    The original CLIP is the folder whose model has the same original weights and no fine-tuned
-    weights. Without such a folder, it is the sweep's own point λ = 1.
+    The original CLIP is the folder whose model has the same original weights, and no fine-tuned
+    weights or λ = 1 alone. Without such a folder, it is the sweep's own point λ = 1.
 
     Args:
         path: the page to write. An existing file is replaced. Missing folders are created.
