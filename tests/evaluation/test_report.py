@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-import math
 import re
-import sys
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,18 +14,14 @@ import pytest
 from safetensors import safe_open
 
 from openvclip import cli
-from openvclip.errors import EvaluationError, MissingDependencyError, RecordsError, UsageError
+from openvclip.errors import UsageError
 from openvclip.evaluation import (
     ProtocolEvaluation,
-    RetrievalEvaluation,
-    RetrievalScore,
     SplitScore,
     Timing,
-    retrieval_json,
     save_results,
 )
-from openvclip.evaluation.ranking import retrieval_metrics
-from openvclip.evaluation.report import ReportSettings, library, write_report, writing
+from openvclip.evaluation.report import ReportSettings, write_report, writing
 from openvclip.video.protocols import Split
 from tests.evaluation.small_results import NASTY, result_of, splits_of, write_results
 
@@ -36,7 +30,7 @@ Captured = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(autouse=True)
-def _without_library(monkeypatch: pytest.MonkeyPatch) -> None:
+def without_library(monkeypatch: pytest.MonkeyPatch) -> None:
     """The library takes seconds to bundle; the browser tests use it."""
     monkeypatch.setattr(writing, "vega_script", lambda: "window.vegaEmbed = null;")
 
@@ -386,101 +380,3 @@ def test_pictures(tmp_path: Path, capsys: Captured) -> None:
     assert f"did you mean {tmp_path / 'videos'}?" in capsys.readouterr().err
     assert cli.main(["report", str(folder), "-o", "x.html", "--videos", "v"]) == 2
     assert "--videos has no effect without --posters" in capsys.readouterr().err
-
-
-def test_bad_folders(tmp_path: Path, capsys: Captured) -> None:
-    good = write_results(tmp_path / "good", result_of(LAMS, splits_of()))
-    text = (good / "results.json").read_text()
-
-    def failure(*arguments: object) -> str:
-        out = tmp_path / "p.html"
-        assert cli.main(["report", *map(str, arguments), "-o", str(out)]) == 2
-        assert not out.exists()
-        return capsys.readouterr().err
-
-    (tmp_path / "empty").mkdir()
-    assert "holds no file results.json" in failure(tmp_path / "empty")
-    (tmp_path / "empty" / "settings.json").write_text("{}")
-    assert "run the same command again to finish it" in failure(tmp_path / "empty")
-    assert f"did you mean {good}?" in failure(tmp_path / "goood")
-    assert "expected a folder with a file results.json" in failure(good / "settings.json")
-    parts = {"per_class": True, "confusion": True}
-    bad = write_results(tmp_path / "bad", result_of(LAMS, splits_of()), **parts)
-    content = json.loads(text)
-    whole = json.loads((bad / "results.json").read_text())
-
-    def changed(**values: object) -> str:
-        """The results with other values in the split of the first λ, or without a part."""
-        first, *others = json.loads(json.dumps(whole["results"]))
-        first["splits"][0].update(values)
-        first["splits"][0] = {k: v for k, v in first["splits"][0].items() if v is not None}
-        return json.dumps({**whole, "results": [first, *others]})
-
-    for damaged, words in (
-        (text[:100], "can't be read"),
-        ("[]", "it is no JSON object"),
-        ("{}", 'it has no list "results"'),
-        (json.dumps({**content, "results": [{"protocol": ""}]}), "an entry has no 'lam'"),
-        (json.dumps({**content, "results": [{**content["results"][0], "lam": "x"}]}), "wrong type"),
-        (json.dumps({**content, "results": [3]}), "can't be read"),
-        (json.dumps({"results": content["results"]}), 'it has no "settings"'),
-        (json.dumps({**content, "settings": {**content["settings"], "tuned": "v"}}), "in tuned"),
-        (json.dumps({**content, "unreadable": 3}), '"unreadable" is no list'),
-        (json.dumps({**content, "results": content["results"] * 2}), "do not fit together"),
-        (changed(name="other"), "do not fit together"),
-        (changed(per_class=[0.5]), "wrong type"),
-        (changed(per_class={"run": "x"}), "wrong type"),
-        (changed(per_class={"run": math.inf}), "wrong type"),
-        (changed(confusion=[[1, 2], [3]]), "wrong type"),
-        (changed(confusion=[[0.5] * 4] * 4), "wrong type"),
-        (changed(class_names=None), "an entry has no 'class_names'"),
-        (changed(class_names=["a"] * 4), "wrong type"),
-    ):
-        (bad / "results.json").write_text(damaged)
-        message = failure(tmp_path)
-        assert str(bad) in message
-        assert words in message
-    # predictions of one run beside the accuracies of another
-    write_results(tmp_path / "bad", result_of(LAMS, splits_of(), seed=1), predictions=False)
-    assert "predictions.safetensors has other accuracies" in failure(bad)
-    metrics = retrieval_metrics(_eye())
-    score = RetrievalScore(metrics, metrics, 2, 2, 0, _eye())
-    retrieval = retrieval_json(RetrievalEvaluation("msrvtt", {None: score}, [], Timing(), {}))
-    (bad / "results.json").write_text(json.dumps(retrieval))
-    assert "holds results of retrieval" in failure(bad)
-    assert cli.main(["report", str(tmp_path), "-o", str(tmp_path / "p.html")]) == 0
-    assert f"left out {bad}: results of retrieval" in capsys.readouterr().err
-
-
-def _eye() -> Any:
-    import torch
-
-    return torch.eye(2)
-
-
-def test_an_existing_page_is_kept(tmp_path: Path, capsys: Captured) -> None:
-    folder = write_results(tmp_path / "r", result_of([None], splits_of(), tuned=None))
-    out = tmp_path / "p.html"
-    out.write_text("mine")
-    arguments = ["report", str(folder / "results.json"), "-o", str(out)]
-    assert cli.main(arguments) == 2
-    assert "give --overwrite" in capsys.readouterr().err
-    assert out.read_text() == "mine"
-    assert cli.main([*arguments, "--overwrite"]) == 0
-    assert "1 model, 1 test" in capsys.readouterr().out
-    assert Page(out).numbers["models"] == ["tiny"]
-
-
-def test_wrong_settings() -> None:
-    for wrong in ({"clips": -1}, {"clips": 1.5}, {"megabytes": 0}, {"poster_width": float("nan")}):
-        with pytest.raises(EvaluationError, match=next(iter(wrong))):
-            ReportSettings(**wrong)  # type: ignore[arg-type]
-    with pytest.raises(RecordsError, match="no folders"):
-        write_report("p.html", [])
-
-
-def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "vl_convert", None)
-    monkeypatch.setattr(library, "_script", "")
-    with pytest.raises(MissingDependencyError, match=r'pip install "openvclip\[report\]"'):
-        library.vega_script()

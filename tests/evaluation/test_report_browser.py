@@ -310,6 +310,7 @@ def test_many_models_and_a_test_without_errors(sight: Any, tmp_path: Path) -> No
     assert page.inner_text("#confused-note") == "No clip has the answer of another class."
     assert not page.locator("#matrix-figure").is_visible()
     assert not page.locator("#pairs").is_visible()
+    assert page.inner_text("#wrong-note") == "No clip has a wrong answer."
     marks = page.eval_on_selector_all(
         "#curve-figure .mark-symbol.role-legend-symbol path",
         "paths => paths.map(p => p.getAttribute('fill') + p.getAttribute('d'))",

@@ -196,11 +196,12 @@ function showClips() {
   var lost = comparable && byId("show").value === "lost";
   var shown = wrong.shown.filter(function (clip) { return !lost || clip.clip; });
   var total = lost ? wrong.lost : wrong.total;
-  byId("wrong-note").textContent = count(total, "clip") + (total === 1 ? " has" : " have") +
-    " a wrong answer" + (lost ? " here and a right answer from the original CLIP" : "") +
-    (total > shown.length ? "; this page has " + shown.length + " of them" : "") +
-    ". The surest wrong answers come first" +
-    (comparable && !lost ? ", after the clips that the original CLIP gets right." : ".");
+  byId("wrong-note").textContent = (total ? count(total, "clip") : "No clip") +
+    (total > 1 ? " have" : " has") + " a wrong answer" +
+    (lost ? " here and a right answer from the original CLIP" : "") +
+    (total > shown.length ? "; this page has " + shown.length + " of them" : "") + "." +
+    (shown.length > 1 ? " The surest wrong answers come first" +
+      (comparable && !lost ? ", after the clips that the original CLIP gets right." : ".") : "");
   var hidden = state.more ? 0 : Math.max(0, shown.length - FIRST);
   shown.slice(0, shown.length - hidden).forEach(function (clip) { addClip(list, clip, names); });
   present("more", hidden > 0);
