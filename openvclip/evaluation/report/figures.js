@@ -160,7 +160,7 @@ function drawMatrix(names, cells, totals, shown) {
   var wide = byId("matrix-figure").clientWidth > 480;
   var axis = { labelLimit: wide ? 150 : 100, ticks: false, domain: false, grid: false };
   var x = { field: "p", type: "nominal", scale: { domain: domain, paddingInner: 0.06 },
-    axis: Object.assign({ labelAngle: -50, title: "predicted" }, axis) };
+    axis: Object.assign({ labelAngle: -50, labelOverlap: "greedy", title: "predicted" }, axis) };
   var y = { field: "t", type: "nominal", scale: { domain: domain, paddingInner: 0.06 },
     axis: Object.assign({ title: "true" }, axis) };
   var layers = [{ mark: { type: "rect" }, encoding: { x: x, y: y,

@@ -44,7 +44,7 @@ function showClasses() {
     return;
   }
   byId("class-note").textContent = clip
-    ? "CLIP is " + baselineText() + "."
+    ? "The column CLIP is " + baselineText() + "."
     : one.clip ? "This model is the original CLIP."
       : one.baseline ? "The results of the original CLIP do not hold the accuracy of each class. " +
         again(numbers.runs.find(function (other) { return other.model === one.baseline.model; }))
@@ -76,7 +76,7 @@ function showClasses() {
 function baselineText() {
   var from = run().baseline;
   if (known(from.model)) {
-    return "“" + numbers.models[from.model] + "” of this page" + (from.differs.length
+    return "the model “" + numbers.models[from.model] + "”" + (from.differs.length
       ? ", which was evaluated with another " + from.differs.join(", ") : "");
   }
   return "the point λ = 1 of the sweep: the original weights, with the temporal attention of the model";
