@@ -21,7 +21,8 @@ are confused, and the clips with a wrong answer. Several models are compared.
 
 For the change against CLIP, evaluate the original CLIP on the same videos too
 (the same command with --lam 1 --no-expand and another --out), or sweep up to
---lam 1.
+--lam 1. For a model without --lam, give the results of the original CLIP with
+--original.
 """
 _EXAMPLES = """\
 examples:
@@ -63,6 +64,13 @@ def add(commands: Commands) -> None:
         help="a name for each model, in the order of the results (default: the names of the "
         "models, with the folder if two have the same name)",
     )
+    parser.add_argument(
+        "--original",
+        metavar="FOLDER",
+        type=Path,
+        help="results of the original CLIP, to compare with (default: the results whose original "
+        "weights are the same)",
+    )
     clips = parser.add_argument_group("clips with a wrong answer")
     clips.add_argument(
         "--clips",
@@ -89,7 +97,12 @@ def _report(options: argparse.Namespace) -> int:
     require_free([options.output], overwrite=options.overwrite)
     from openvclip.evaluation.report import ReportSettings, write_report
 
-    settings = ReportSettings(clips=options.clips, posters=options.posters, videos=options.videos)
+    settings = ReportSettings(
+        clips=options.clips,
+        posters=options.posters,
+        videos=options.videos,
+        original=options.original,
+    )
     summary = write_report(
         options.output, options.results, title=options.title, names=options.names, settings=settings
     )

@@ -177,6 +177,32 @@ def test_the_original_clip_as_the_only_weight_of_a_sweep(tmp_path: Path) -> None
     assert tuned["details"]["clip"] == same["details"]["accuracy"][0]
     assert (same["lams"], same["clip"], same["baseline"]) == ([None], True, None)
     assert numbers["models"][1:] == ["tiny, original CLIP (b)", "tiny, original CLIP (c)"]
+    # the user names another reference
+    settings = ReportSettings(original=tmp_path / "all" / "b")
+    write_report(tmp_path / "p.html", [tmp_path / "all" / "a"], settings=settings)
+    tuned, plain = Page(tmp_path / "p.html").numbers["runs"]
+    assert tuned["baseline"]["model"] == plain["model"] == 1
+    final = write_results(
+        tmp_path / "final", result_of([None], splits, seed=3, tuned=None, weights="f")
+    )
+    write_report(tmp_path / "p.html", [final, tmp_path / "all"])
+    assert Page(tmp_path / "p.html").numbers["runs"][0]["baseline"] is None
+    flags = ["--original", str(tmp_path / "all" / "b"), "-o", str(tmp_path / "p.html")]
+    assert cli.main(["report", str(final), str(tmp_path / "all"), *flags, "--overwrite"]) == 0
+    numbers = Page(tmp_path / "p.html").numbers
+    assert [run["baseline"] and run["baseline"]["model"] for run in numbers["runs"]] == [
+        2, 2, None, None,
+    ]  # fmt: skip
+    # without a hash of the original weights, the name of the model tells
+    for name, model in (("d", "big"), ("e", "small"), ("f", "big")):
+        lams = [1.0] if name == "d" else [0.0]
+        result = result_of(lams, splits, weights=None, model=model, tuned=name)
+        write_results(tmp_path / "own" / name, result)
+    write_report(tmp_path / "p.html", [tmp_path / "own"])
+    big, small, other = Page(tmp_path / "p.html").numbers["runs"]
+    assert big["clip"]
+    assert small["baseline"] is None
+    assert other["baseline"]["top1"] == big["top1"][0]
 
 
 def test_a_test_without_readable_clips(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_the_command_lines_of_the_page_are_understood() -> None:
         for program, *arguments in commands(block)
         if program == "openvclip"
     ]
-    assert [options.command for options in parsed].count("report") == 4
+    assert [options.command for options in parsed].count("report") == 5
     evaluated = {str(options.out) for options in parsed if options.command == "evaluate"}
     assert {"results/tuned", "results/clip", "results/seen", "results/unseen"} <= evaluated
     (example,) = (one for one in parsed if one.command == "report" and len(one.results) == 4)

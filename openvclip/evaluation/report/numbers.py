@@ -88,6 +88,7 @@ def runs_of(
     models: dict[tuple[str, int], Results] = {}
     tests: list[_Test] = []
     bases = {_weights(one) for one in results if one.settings.get("tuned") is not None}
+    bases.discard(None)
     runs: list[Run] = []
     taken = set()
     for one in results:
@@ -155,21 +156,29 @@ def _weights(results: Results) -> str | None:
     return weights if isinstance(weights, str) else None
 
 
+def _origin(results: Results) -> tuple[str | None, Any]:
+    """Return the hash of the original weights; without a hash, the name of the model."""
+    weights = _weights(results)
+    return weights, None if weights else results.settings.get("model")
+
+
 def _is_original(results: Results, bases: set[str | None]) -> bool:
     """Return whether a model is the original CLIP of a fine-tuned model.
 
-    With fine-tuned weights, it is the original CLIP if λ = 1 is the only λ. Without, another model
-    of the page was fine-tuned from its weights. The settings alone do not tell: the results of a
-    folder with a fine-tuned model have no other weights either.
+    The user can say so. Otherwise, with fine-tuned weights, it is the original CLIP if λ = 1 is the
+    only λ. Without fine-tuned weights, it is the original CLIP if another model of the page was
+    fine-tuned from its weights. The settings alone do not tell: the results of a folder with a
+    fine-tuned model have no other weights either.
 
     Args:
         results: the results of the model.
         bases: the original weights of all fine-tuned models.
     """
+    if results.original:
+        return True
     if results.settings.get("tuned") is not None:
         return {entry["lam"] for entry in results.entries} == {1.0}
-    weights = _weights(results)
-    return weights is not None and weights in bases
+    return _weights(results) in bases
 
 
 def _model_names(results: Sequence[Results], bases: set[str | None]) -> list[str]:
@@ -225,8 +234,9 @@ def numbers_of(
 def _baseline_of(run: Run, runs: Sequence[Run]) -> Run | None:
     """Return the original CLIP on the same test.
 
-    Of several, results with classes come first, then those with the same settings, and then the
-    original CLIP frame by frame.
+    The results that the user names come first, whatever the weights are. Of the others, which have
+    the same original weights, results with classes come first, then those with the same settings,
+    and then the original CLIP frame by frame.
     """
     candidates = [
         other
@@ -234,11 +244,12 @@ def _baseline_of(run: Run, runs: Sequence[Run]) -> Run | None:
         if other.is_clip
         and other is not run
         and other.test == run.test
-        and _weights(other.results) == _weights(run.results)
+        and (other.results.original or _origin(other.results) == _origin(run.results))
     ]
     return min(
         candidates,
         key=lambda other: (
+            not other.results.original,
             other.details is None,
             len(_other_use(run, other)),
             other.results.settings.get("expand") is not None,

@@ -30,6 +30,7 @@ class Results:
         entries: for each protocol and each λ: accuracies, as in ``results.json``.
         unreadable: number of videos that could not be read.
         predictions: the answers on each video, ``None`` if the folder does not have them.
+        original: whether the user says that the model is the original CLIP.
     """
 
     folder: Path
@@ -37,6 +38,7 @@ class Results:
     entries: list[dict[str, Any]]
     unreadable: int
     predictions: Predictions | None
+    original: bool = False
 
     @property
     def protocols(self) -> list[str]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 from openvclip.checkpoints.atomic import write_text
@@ -35,6 +36,9 @@ class ReportSettings:
         megabytes: the greatest size of all pictures together. Clips that do not fit have no
             picture.
         poster_width: the longest side of a picture, in pixels.
+        original: a folder with results of the original CLIP, or a folder above such folders. They
+            are added to the page, and other models are compared with them. Default: the results
+            whose original weights are the same.
 
     Raises:
         EvaluationError: a number is out of range.
@@ -45,6 +49,7 @@ class ReportSettings:
     videos: str | os.PathLike[str] | None = None
     megabytes: float = 8.0
     poster_width: int = 240
+    original: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.clips, bool) or not isinstance(self.clips, int) or self.clips < 0:
@@ -97,8 +102,9 @@ def write_report(
     along λ, the accuracy of each class beside that of the original CLIP, the classes that are
     confused, and the clips with a wrong answer. All figures are also there as tables.
 
-    The original CLIP is the folder whose model has the same original weights, and no fine-tuned
-    weights or λ = 1 alone. Without such a folder, it is the sweep's own point λ = 1.
+    The original CLIP is the folder that the settings name, or the folder whose model has the same
+    original weights, and no fine-tuned weights or λ = 1 alone. Without such a folder, it is the
+    sweep's own point λ = 1.
 
     Args:
         path: the page to write. An existing file is replaced. Missing folders are created.
@@ -119,8 +125,9 @@ def write_report(
     chosen = settings or ReportSettings()
     if chosen.posters and chosen.videos is not None:
         require_videos([], os.fspath(chosen.videos))  # raises if there is no such folder
-    folders = results_folders(results)
-    read = [(folder, read_results(folder)) for folder in folders]
+    originals = [] if chosen.original is None else results_folders([chosen.original])
+    folders = results_folders([*results, *originals])
+    read = [(folder, _read(folder, originals)) for folder in folders]
     kept = [one for _, one in read if one is not None]
     if not kept:
         raise RecordsError(
@@ -146,6 +153,14 @@ def write_report(
         [str(folder) for folder, one in read if one is None],
         list(dict.fromkeys(str(one.folder) for one in kept if one.predictions is None)),
     )
+
+
+def _read(folder: Path, originals: Sequence[Path]) -> Results | None:
+    """Read a folder of results, and note whether it is one of the original CLIP."""
+    results = read_results(folder)
+    if results is None or folder.resolve() not in {path.resolve() for path in originals}:
+        return results
+    return replace(results, original=True)
 
 
 def _title(runs: Sequence[Run], models: Sequence[str]) -> str:
