@@ -91,7 +91,9 @@ def _eye() -> Any:
     return torch.eye(2)
 
 
-def test_an_existing_page_is_kept(tmp_path: Path, capsys: Captured) -> None:
+def test_an_existing_page_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
     folder = write_results(tmp_path / "r", result_of([None], splits_of(), tuned=None))
     out = tmp_path / "p.html"
     out.write_text("mine")
@@ -99,6 +101,11 @@ def test_an_existing_page_is_kept(tmp_path: Path, capsys: Captured) -> None:
     assert cli.main(arguments) == 2
     assert "give --overwrite" in capsys.readouterr().err
     assert out.read_text() == "mine"
+    monkeypatch.chdir(tmp_path)
+    for place in (".", "..", str(folder)):  # a folder can't be replaced
+        flags = ["report", "r", "--overwrite", "-o", place]
+        assert cli.main(flags) == 2
+        assert "Is a directory" in capsys.readouterr().err
     assert cli.main([*arguments, "--overwrite"]) == 0
     assert "1 model, 1 test" in capsys.readouterr().out
     assert Page(out).numbers["models"] == ["tiny"]

@@ -106,8 +106,8 @@ def runs_of(
     labels = _model_names(list(models.values()), bases)
     if names and (len(names) != len(labels) or len(set(names)) < len(names)):
         raise UsageError(
-            f"There are {len(names)} names ({listed(names, 10)}) for {len(labels)} models "
-            f"({listed(labels, 10)}); expected a different name for each model."
+            f"The names are {listed(names, 10)}, and the models are {listed(labels, 10)}; expected "
+            "a different name for each model."
         )
     return runs, list(names) or labels, _test_names(tests)
 
