@@ -153,8 +153,7 @@ function drawMatrix(names, cells, totals, shown) {
         text: percent(share) + " %" };
     });
   byId("matrix-figure").setAttribute("aria-label", "Confusion matrix of " + shown.length +
-    " classes. " + (names.length > MATRIX ? "The table of confused pairs has the largest numbers."
-    : "The table “The confusion matrix as a table” has the same numbers."));
+    " classes. The table “The confusion matrix as a table” has the same numbers.");
   var most = Math.max.apply(null, [0.01].concat(values.map(function (v) { return v.share; })));
   var step = Math.max(14, Math.min(40, Math.round(480 / shown.length))); // the height of a row
   var wide = byId("matrix-figure").clientWidth > 480;

@@ -127,30 +127,21 @@ function showConfusions() {
   var wrong = cells.filter(function (cell) { return cell.t !== cell.p; });
   present("confused", true);
   byId("matrix-figure").parentNode.parentNode.hidden = !wrong.length;
-  present("matrix-details", found && details.classes.length <= MATRIX);
+  present("matrix-details", found && (wrong.length > 0 || details.classes.length <= MATRIX));
   if (!found) {
     byId("confused-note").textContent = missing("which classes are confused");
     return;
   }
   var names = details.classes, totals = totalsOf(cells, details.counts);
-  showMatrix(names, cells);
+  var shown = classesOfMatrix(names, wrong), some = shown.length < names.length;
+  showMatrix(names, cells, shown);
   if (!wrong.length) {
     byId("confused-note").textContent = "No clip has the answer of another class.";
     return;
   }
-  var shown = names.map(function (_, index) { return index; });
-  if (names.length > MATRIX) {
-    var most = new Set();
-    wrong.forEach(function (cell) {
-      var more = Number(!most.has(cell.t)) + Number(!most.has(cell.p));
-      if (most.size + more <= CONFUSED) { most.add(cell.t); most.add(cell.p); }
-    });
-    shown = shown.filter(function (index) { return most.has(index); });
-  }
-  byId("confused-note").textContent = names.length > MATRIX
-    ? "The figure shows " + shown.length + " of " + names.length +
-      " classes: those of the pairs that are confused most. The table lists the pairs, the " +
-      "most clips first."
+  byId("confused-note").textContent = some
+    ? "The figure shows " + shown.length + " of " + names.length + " classes: those of the pairs " +
+      "that are confused most. The table lists the pairs, the most clips first."
     : "Rows are true classes. A cell is the share of the clips of its row.";
   drawMatrix(names, cells, totals, shown);
   var listed = wrong.slice(0, PAIRS);
@@ -162,6 +153,16 @@ function showConfusions() {
       return [names[cell.t], names[cell.p], String(cell.n), percent(cell.n / totals[cell.t])];
     }));
 }
+// The classes that a matrix shows: all, or those of the pairs that are confused most.
+function classesOfMatrix(names, wrong) {
+  var all = names.map(function (_, index) { return index; }), most = new Set();
+  if (names.length <= MATRIX) return all;
+  wrong.forEach(function (cell) {
+    var more = Number(!most.has(cell.t)) + Number(!most.has(cell.p));
+    if (most.size + more <= CONFUSED) { most.add(cell.t); most.add(cell.p); }
+  });
+  return all.filter(function (index) { return most.has(index); });
+}
 // The clips of each class. Cells do not count the clips without an answer, which older results hide.
 function totalsOf(cells, counts) {
   if (counts) return counts;
@@ -169,14 +170,19 @@ function totalsOf(cells, counts) {
   cells.forEach(function (cell) { totals[cell.t] = (totals[cell.t] || 0) + cell.n; });
   return totals;
 }
-function showMatrix(names, cells) {
-  if (names.length > MATRIX) { clear(byId("matrix")); return; }
-  var rows = names.map(function (name) {
-    return [name].concat(names.map(function () { return "0"; }));
+function showMatrix(names, cells, shown) {
+  var place = new Map(shown.map(function (index, i) { return [index, i]; }));
+  var rows = shown.map(function (index) {
+    return [names[index]].concat(shown.map(function () { return "0"; }));
   });
-  cells.forEach(function (cell) { rows[cell.t][cell.p + 1] = String(cell.n); });
-  table("matrix", "Number of clips of each true class (rows) by predicted class (columns)",
-    [["True class"]].concat(names.map(function (name) { return [name]; })), rows);
+  cells.forEach(function (cell) {
+    if (place.has(cell.t) && place.has(cell.p)) {
+      rows[place.get(cell.t)][place.get(cell.p) + 1] = String(cell.n);
+    }
+  });
+  table("matrix", "Number of clips of each true class (rows) by predicted class (columns)" +
+    (shown.length < names.length ? ", of the classes of the figure" : ""),
+    [["True class"]].concat(shown.map(function (index) { return [names[index]]; })), rows);
 }
 
 function showClips() {
