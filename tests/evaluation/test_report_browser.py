@@ -339,6 +339,16 @@ def test_many_models_and_a_test_without_errors(sight: Any, tmp_path: Path) -> No
     assert page.locator("#pairs").is_visible()
 
 
+def test_a_test_of_which_nothing_could_be_read(sight: Any, tmp_path: Path) -> None:
+    split = splits_of()[0]._replace(samples=[])
+    folder = write_results(tmp_path / "r", result_of([0.0, 1.0], [split]))
+    write_report(tmp_path / "p.html", [folder])
+    seen = sight((tmp_path / "p.html").as_uri())
+    assert seen.page.inner_text("#say") == "At λ = 0: no video of list.csv was counted."
+    assert [row[1:] for row in rows_of(seen, "classes")] == [["0", "–", "–", "–"]] * 4
+    assert not seen.page.locator(".figure").first.is_visible()
+
+
 def test_one_model_without_details(pages: Pages, sight: Any, browser: Any) -> None:
     seen = sight(pages.single.as_uri())
     for part in ("by-class", "confused", "wrong"):

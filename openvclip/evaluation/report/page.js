@@ -61,8 +61,10 @@ function showLam() {
 }
 function say() {
   var one = run(), words = known(lam()) ? "At " + lamText(lam()) : numbers.models[state.model];
-  words += ": top-1 " + percent(one.top1[state.lam]) + " %, top-5 " +
-    percent(one.top5[state.lam]) + " % on " + numbers.tests[state.test];
+  words += known(one.top1[state.lam])
+    ? ": top-1 " + percent(one.top1[state.lam]) + " %, top-5 " + percent(one.top5[state.lam]) +
+      " % on " + numbers.tests[state.test]
+    : ": no video of " + numbers.tests[state.test] + " was counted";
   if (one.baseline) {
     var by = change(one.top1[state.lam], one.baseline.top1);
     if (known(by)) {
