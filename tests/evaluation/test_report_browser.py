@@ -318,9 +318,11 @@ def test_many_models_and_a_test_without_errors(sight: Any, tmp_path: Path) -> No
             part[:] = right
     folders = [write_results(tmp_path / "m0", result)]
     for i in range(1, 8):
-        folders.append(
-            write_results(tmp_path / f"m{i}", result_of([0.0, 0.5], [split], tuned=f"{i}"))
-        )
+        other = result_of([0.0, 0.5], [split], tuned=f"t{i}")
+        (tied,) = other.scores[0.5]  # the true class is the first of two equal classes, and wrong
+        tied.answers.labels[tied.evaluation.ranks == 1, 0] = 7
+        tied.evaluation.targets[tied.evaluation.ranks == 1] = 7
+        folders.append(write_results(tmp_path / f"m{i}", other))
     write_report(tmp_path / "p.html", folders)
     seen = sight((tmp_path / "p.html").as_uri())
     drawn(seen)
@@ -337,6 +339,9 @@ def test_many_models_and_a_test_without_errors(sight: Any, tmp_path: Path) -> No
     page.get_by_label("Model", exact=True).select_option("1")  # a model with errors
     drawn(seen, "matrix-figure")
     assert page.locator("#pairs").is_visible()
+    page.locator("#more").press("Enter")
+    tied = page.get_by_text("true class in place 2: another class has the same score")
+    assert tied.count() > 0
 
 
 def test_a_test_of_which_nothing_could_be_read(sight: Any, tmp_path: Path) -> None:
