@@ -156,10 +156,11 @@ function drawMatrix(names, cells, totals, shown) {
     " classes. The table “The confusion matrix as a table” has the same numbers.");
   var most = Math.max.apply(null, [0.01].concat(values.map(function (v) { return v.share; })));
   var step = Math.max(14, Math.min(40, Math.round(480 / shown.length))); // the height of a row
-  var wide = byId("matrix-figure").clientWidth > 480;
-  var axis = { labelLimit: wide ? 150 : 100, ticks: false, domain: false, grid: false };
+  var width = byId("matrix-figure").clientWidth, limit = width > 480 ? 150 : 100;
+  var narrow = (width - limit) / shown.length < 14; // columns without room for a name each
+  var axis = { labelLimit: limit, ticks: false, domain: false, grid: false };
   var x = { field: "p", type: "nominal", scale: { domain: domain, paddingInner: 0.06 },
-    axis: Object.assign({ labelAngle: -50, labelOverlap: "greedy", title: "predicted" }, axis) };
+    axis: Object.assign({ labelAngle: -50, labelOverlap: narrow ? "greedy" : false, title: "predicted" }, axis) };
   var y = { field: "t", type: "nominal", scale: { domain: domain, paddingInner: 0.06 },
     axis: Object.assign({ title: "true" }, axis) };
   var layers = [{ mark: { type: "rect" }, encoding: { x: x, y: y,
