@@ -238,6 +238,10 @@ class NonFiniteWeightsError(OpenVCLIPError, ValueError):
     """Raised when weights hold NaN or infinity: in an average, or if logits are not finite."""
 
 
+class NonFiniteMergeError(MergeError, NonFiniteWeightsError):
+    """Raised when a model of a merge holds NaN, or infinities that the other models don't hold."""
+
+
 class EmptyAverageError(OpenVCLIPError, RuntimeError):
     """Raised when an average is requested before any model was added to it."""
 

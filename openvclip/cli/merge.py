@@ -13,7 +13,7 @@ from torch import Tensor
 from openvclip.cli.options.outputs import add_merge_output_options, require_free, write_options
 from openvclip.cli.options.types import Commands
 from openvclip.commands.parsing import refuse_unused
-from openvclip.errors import MergeError, UsageError
+from openvclip.errors import MergeError, NonFiniteMergeError, UsageError
 from openvclip.merging import METHODS, Method
 
 _DESCRIPTION = """\
@@ -191,6 +191,8 @@ class _Entries:
         models = states[1:] if self._method.base else states
         try:
             return self._method.run(base, models, **self._settings)
+        except NonFiniteMergeError:
+            raise  # merge_files names the files
         except MergeError as error:
             raise MergeError(self._with_files(str(error))) from error
 
@@ -199,8 +201,7 @@ class _Entries:
         models = self._files[1:] if self._method.base else self._files
         for position, path in enumerate(models):
             text = text.replace(f"models[{position}]", str(path))
-        text = text.replace(" in base,", f" in {self._files[0]},")
-        return text.replace(" in tuned,", f" in {models[0]},")
+        return text
 
 
 def _names(method: Method, settings: Mapping[str, Any], first: Path) -> dict[str, Any]:

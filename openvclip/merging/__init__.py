@@ -15,6 +15,12 @@ Quantised, sparse and offloaded weights raise a ``WeightTypeError``. So do state
 of adapters such as LoRA, unless only one factor of each product differs between the models: pass
 the adapter, or merge it into the base model first.
 
+A method raises a :class:`~openvclip.errors.NonFiniteMergeError` if a model holds NaN, or an
+infinity that not all models hold in the same place. The infinities of an attention mask are the
+same in all models, and are kept. A model whose weight is 0 is not checked. Functions that merge
+files do the same. :func:`openvclip.interpolate` returns what its equation gives for NaN and
+infinity.
+
 All methods except ``ties(trim="model")`` and ``greedy_soup`` use one entry at a time. They return
 the same result for state dicts of one entry each, so :func:`openvclip.merge_files` can apply them
 to files.

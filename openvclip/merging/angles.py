@@ -13,6 +13,7 @@ from openvclip.errors import MergeError
 from openvclip.merging.entries import combined, contiguous_copy, difference, matched
 from openvclip.merging.methods import Method
 from openvclip.merging.straight_line import LAM
+from openvclip.weights.finite import require_finite
 from openvclip.weights.interpolation import Lambda, weights_of, write_interpolated
 from openvclip.weights.names import is_extra_state
 from openvclip.weights.relative import FineTuned
@@ -40,8 +41,8 @@ def slerp(
 
     If :math:`|\cos\Omega| > 0.9995`, the interpolation is linear, as in mergekit. The two tensors
     then have nearly the same or nearly opposite directions; this is the case for all scalars. The
-    interpolation is also linear if a tensor is zero or not finite, because such a tensor has no
-    direction. For these tensors mergekit uses a right angle.
+    interpolation is also linear if a tensor is zero or holds infinities, because such a tensor has
+    no direction. For these tensors mergekit uses a right angle.
 
     Args:
         theta_a: state dict of the original model.
@@ -56,12 +57,14 @@ def slerp(
         come from ``theta_b``.
 
     Raises:
+        NonFiniteMergeError: a model holds NaN or infinity; see :mod:`openvclip.merging`.
         StateMismatchError, WeightTypeError, LambdaError: as in :func:`openvclip.interpolate`.
 
     Warns:
         ExtrapolationWarning: a weight lies outside [0, 1].
     """
-    a, b = matched(theta_a, [theta_b], "theta_a", "theta_b")
+    states = matched(theta_a, [theta_b], "theta_a", "theta_b")
+    a = states[0]
     weight_of = weights_of(lam, {n: value for n, value in a.items() if not is_extra_state(n)})
 
     def combine(name: str, entries: list[Tensor]) -> Tensor:
@@ -73,13 +76,15 @@ def slerp(
         if not abs(cosine) <= _PARALLEL:
             result = torch.empty_like(y, memory_format=torch.contiguous_format)
             write_interpolated({name: result}, {name: x}, {name: y}, {name: weight})
+            if math.isnan(cosine):
+                require_finite(name, result, [y, x])
             return result
         angle = math.acos(cosine)
         factor_a = math.sin(weight * angle) / math.sin(angle)
         factor_b = math.sin((1.0 - weight) * angle) / math.sin(angle)
         return (factor_a * x).add_(y, alpha=factor_b)
 
-    return combined([b, a], combine, dtype)
+    return combined(states[::-1], combine, dtype)
 
 
 def model_stock(
@@ -114,6 +119,7 @@ def model_stock(
 
     Raises:
         MergeError: there are fewer than two fine-tuned models.
+        NonFiniteMergeError: a model holds NaN or infinity; see :mod:`openvclip.merging`.
         StateMismatchError, WeightTypeError: as in :func:`openvclip.interpolate`.
     """
     states = matched(base, tuned)

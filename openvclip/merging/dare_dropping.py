@@ -49,6 +49,7 @@ def dare(
 
     Raises:
         MergeError: ``drop`` is out of range.
+        NonFiniteMergeError: a model holds NaN or infinity; see :mod:`openvclip.merging`.
         StateMismatchError, WeightTypeError: as in :func:`openvclip.interpolate`.
     """
     require_share(drop, "drop", allow_one=False)

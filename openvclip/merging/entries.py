@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import cast
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import cast, overload
 
 import torch
 from torch import Tensor
 
-from openvclip.errors import MergeError
+from openvclip.errors import MergeError, NonFiniteMergeError
 from openvclip.weights.averageable import require_combinable
 from openvclip.weights.changes import difference as difference
+from openvclip.weights.finite import require_same_infinities
 from openvclip.weights.interpolation import Lambda, as_number
 from openvclip.weights.kinds import require_values
 from openvclip.weights.names import canonical_model, is_extra_state, require_match
@@ -26,10 +27,36 @@ Combine = Callable[[str, list[Tensor]], Tensor]
 The result is a new tensor of the same shape.
 """
 
+_PIECE = 1 << 17  # elements
+
 _HINT = (
     "All state dicts must come from the same architecture. Prefixes of wrappers (module., "
     "_orig_mod.) are already removed from the names."
 )
+
+
+class Models(Sequence[Mapping[str, Tensor]]):
+    """Models under canonical names, and what error texts call them.
+
+    Args:
+        states: weights and extra state of each model.
+        names: name of each model in error texts.
+    """
+
+    def __init__(self, states: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> None:
+        self._states, self.names = list(states), list(names)
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    @overload
+    def __getitem__(self, index: int) -> Mapping[str, Tensor]: ...
+    @overload
+    def __getitem__(self, index: slice) -> Models: ...
+    def __getitem__(self, index: int | slice) -> Mapping[str, Tensor] | Models:
+        if isinstance(index, slice):
+            return Models(self._states[index], self.names[index])
+        return self._states[index]
 
 
 def matched(
@@ -39,7 +66,7 @@ def matched(
     what_others: str = "tuned[{}]",
     *,
     vectors: bool = False,
-) -> list[Mapping[str, Tensor]]:
+) -> Models:
     """Return all models under canonical names, ``base`` first.
 
     An entry of an adapter is merged when it is read, so one merged entry is in memory at a time.
@@ -83,7 +110,8 @@ def matched(
         require_match(states[0], states[-1], summary, _HINT)
     if not vectors:
         require_combinable(states, names, "merge")
-    return result
+    first = "base, the original model" if what == "base" else what
+    return Models(result, [first, *(what_others.format(k) for k in range(len(others)))])
 
 
 @torch.no_grad()
@@ -109,7 +137,12 @@ def combined(
         A new dict in the order of the first state. Integer and boolean entries and extra state are
         copied from the first state. An entry is sharded if it is sharded in the first state.
         Sharded entries are gathered one at a time, so every process must call this function.
+
+    Raises:
+        NonFiniteMergeError: ``combine`` raised it. If ``states`` are :class:`Models`, the error
+            names the entry and the models.
     """
+    names = states.names if isinstance(states, Models) else None
     result = {}
     for name, first in states[0].items():
         if is_extra_state(name):
@@ -119,12 +152,59 @@ def combined(
         else:
             entries = [whole(state[name]) for state in states]
             common = functools.reduce(common_dtype, (entry.dtype for entry in entries))
-            merged = combine(name, [_real(entry, first.device, common) for entry in entries])
+            entries = [_real(entry, first.device, common) for entry in entries]
+            merged = _merged(name, entries, combine, names)
             merged = torch.view_as_complex(merged) if common.is_complex else merged
             default = common if narrow else compute_dtype(common)
             merged = merged.to(default if dtype is None else dtype).contiguous()
             result[name] = sharded_like(merged, first)
     return result
+
+
+def _merged(
+    name: str, entries: list[Tensor], combine: Combine, names: Sequence[str] | None
+) -> Tensor:
+    try:
+        return combine(name, entries)
+    except NonFiniteMergeError:
+        if names is None:
+            raise
+        require_same_infinities(name, entries, names)
+        raise NonFiniteMergeError(
+            f"{name}: the change between two models is beyond the range of {entries[0].dtype}. "
+            "Leave out the model with the largest values of this entry."
+        ) from None
+
+
+def in_pieces(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Return matching pieces of tensors of one shape, flat. The first tensor must be contiguous.
+
+    On a CPU, a piece stays in the cache, so that several operations cost little more than one.
+    """
+    first, others = tensors[0].view(-1), tensors[1:]
+    size = _PIECE if first.device.type == "cpu" else max(1, len(first))
+    for pieces in zip(first.split(size), *(t.reshape(-1).split(size) for t in others), strict=True):
+        yield list(pieces)
+
+
+def require_same_infinities_in(models: Models, names: Iterable[str]) -> None:
+    """Refuse NaN and infinities in some entries, unless all models hold the same infinities.
+
+    Raises:
+        NonFiniteMergeError: see :func:`openvclip.weights.finite.require_same_infinities`.
+    """
+    for name in dict.fromkeys(names):
+        values = [whole(model[name]) for model in models]
+        values = [value.to(values[0].device) for value in values]
+        require_same_infinities(name, values, models.names)
+
+
+def task_vector_of(pair: Models, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Return the change between two models: see :func:`openvclip.merging.task_vector`."""
+    floating_point = Models([interpolable_entries(pair[0]), pair[1]], pair.names)
+    return combined(
+        floating_point, lambda _, entries: difference(entries[1], entries[0]), dtype, narrow=False
+    )
 
 
 def contiguous_copy(tensor: Tensor) -> Tensor:

@@ -50,6 +50,7 @@ def lines(
     Raises:
         MergeError: there are no fine-tuned models.
         LambdaError: there are no blocks, or a scale is not a finite number.
+        NonFiniteMergeError: a model holds NaN or infinity; see :mod:`openvclip.merging`.
         StateMismatchError, WeightTypeError: as in :func:`openvclip.interpolate`.
     """
     states = matched(base, tuned if isinstance(tuned, Sequence) else [tuned])

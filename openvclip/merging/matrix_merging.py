@@ -14,7 +14,6 @@ from openvclip.merging.singular import (
     Directions,
     directions,
     orthogonalised,
-    require_finite,
     rounding_floor,
     side_by_side,
 )
@@ -43,7 +42,8 @@ def merged_by_matrices(
         dtype: dtype of the floating-point entries of the result.
 
     Raises:
-        MergeError: there are no models, or the change of a matrix is not finite.
+        MergeError: there are no models.
+        NonFiniteMergeError: a model holds NaN or infinity; see :mod:`openvclip.merging`.
     """
     states = matched(base, models, what_others="models[{}]")
 
@@ -54,8 +54,6 @@ def merged_by_matrices(
         if not any(bool(delta.any()) for delta in deltas):
             return contiguous_copy(start)
         if is_merged_matrix(name, states[0][name]):
-            for position, delta in enumerate(deltas):
-                require_finite(delta, start, name, f"models[{position}]")
             # A complex matrix counts as a matrix of pairs.
             flat = [delta.reshape(len(delta), -1) for delta in deltas]
             floor = rounding_floor(
@@ -118,7 +116,8 @@ def tsv_merge(
 
     Raises:
         MergeError: there are no models, a matrix has fewer rows or columns than there are models,
-            a changed matrix holds NaN or infinity, or its decomposition did not converge.
+            or its decomposition did not converge.
+        NonFiniteMergeError: a model holds NaN or infinity; see :mod:`openvclip.merging`.
         LambdaError: a scale is not a finite number.
         StateMismatchError, WeightTypeError: as in :func:`openvclip.interpolate`.
     """
@@ -155,8 +154,8 @@ def iso_c(
         A new dict, as in :func:`tsv_merge`.
 
     Raises:
-        MergeError: there are no models, a changed matrix holds NaN or infinity, or its
-            decomposition did not converge.
+        MergeError: there are no models, or the decomposition of a matrix did not converge.
+        NonFiniteMergeError: a model holds NaN or infinity; see :mod:`openvclip.merging`.
         LambdaError: a scale is not a finite number.
         StateMismatchError, WeightTypeError: as in :func:`openvclip.interpolate`.
     """
@@ -203,8 +202,9 @@ def iso_cts(
         A new dict, as in :func:`tsv_merge`.
 
     Raises:
-        MergeError: ``common`` is out of range, there are no models, a changed matrix holds NaN or
-            infinity, or its decomposition did not converge.
+        MergeError: ``common`` is out of range, there are no models, or the decomposition of a
+            matrix did not converge.
+        NonFiniteMergeError: a model holds NaN or infinity; see :mod:`openvclip.merging`.
         LambdaError: a scale is not a finite number.
         StateMismatchError, WeightTypeError: as in :func:`openvclip.interpolate`.
     """

@@ -12,7 +12,8 @@ from torch import Tensor
 from openvclip.errors import MergeError
 from openvclip.merging.entries import combined, contiguous_copy, difference, matched
 from openvclip.merging.methods import Method, Option
-from openvclip.merging.singular import as_matrix, directions, require_finite
+from openvclip.merging.singular import as_matrix, directions
+from openvclip.weights.finite import require_finite
 from openvclip.weights.relative import FineTuned
 
 _UNCHANGED = 1e-6  # ||D|| / ||W0|| below which a matrix counts as unchanged, as in the paper's code
@@ -64,8 +65,9 @@ def monosoup(
         A new dict in the order of ``base``, on its devices, with its integer entries.
 
     Raises:
-        MergeError: a setting is out of range, ``tuned`` is a list, a matrix holds NaN or infinity,
-            or its decomposition did not converge.
+        MergeError: a setting is out of range, ``tuned`` is a list, or the decomposition of a matrix
+            did not converge.
+        NonFiniteMergeError: a model holds NaN or infinity; see :mod:`openvclip.merging`.
         StateMismatchError, WeightTypeError: as in :func:`openvclip.interpolate`.
     """
     if rule not in ("variance", "freevariance"):
@@ -83,9 +85,10 @@ def monosoup(
     def combine(name: str, entries: list[Tensor]) -> Tensor:
         start, end = entries
         if states[0][name].dim() < 2 or keeps_all:
+            for entry in entries:
+                require_finite(name, entry, entries)
             return contiguous_copy(end)
         delta = difference(end, start)
-        require_finite(delta, start, name, "tuned")
         # Equal infinities, as in a mask, are part of both models and of no change.
         size = float(start.nan_to_num(0.0, 0.0, 0.0).double().norm())
         if float(delta.double().norm()) < max(_UNCHANGED * size, 1e-300):

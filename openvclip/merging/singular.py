@@ -111,35 +111,6 @@ def rounding_floor(matrix: Tensor, dtypes: Iterable[torch.dtype]) -> float:
     return eps * rms * (math.sqrt(rows) + math.sqrt(columns))
 
 
-def require_finite(delta: Tensor, start: Tensor, name: str, what: str) -> None:
-    """Check that the change of a matrix has singular values.
-
-    Args:
-        delta: the change.
-        start: the matrix in the original model.
-        name: name of the entry, for the error text.
-        what: name of the fine-tuned model, for the error text.
-
-    Raises:
-        MergeError: the change holds NaN or infinity.
-    """
-    if bool(torch.isfinite(delta.sum())):
-        return
-    broken = ~torch.isfinite(delta)
-    if not bool(broken.any()):
-        return
-    only_finite = "Singular values exist for finite numbers only."
-    if not bool(torch.isfinite(start[broken]).any()):
-        raise MergeError(
-            f"{name} holds NaN or infinity in base, the original model. {only_finite} Use another "
-            "file of the original model."
-        )
-    raise MergeError(
-        f"{name} holds NaN or infinity in {what}, or its change does. {only_finite} Leave this "
-        "model out. Look for a learning rate that is too high or a loss that overflows."
-    )
-
-
 def _decomposed(matrix: Tensor, name: str) -> _Parts:
     # Devices without float64, such as Apple's, leave the work to the CPU.
     device = torch.device("cpu") if matrix.device.type == "mps" else matrix.device

@@ -11,9 +11,17 @@ import torch
 from torch import Tensor
 
 from openvclip.errors import MergeError
-from openvclip.merging.entries import combined, matched
+from openvclip.merging.entries import (
+    combined,
+    in_pieces,
+    interpolable_entries,
+    matched,
+    require_same_infinities_in,
+)
 from openvclip.merging.methods import Method
+from openvclip.weights.finite import require_finite
 from openvclip.weights.names import require_mapping
+from openvclip.weights.numerics import non_finite_names
 
 
 def average(
@@ -35,18 +43,25 @@ def average(
 
     Raises:
         MergeError: there are no models.
+        NonFiniteMergeError: a model holds NaN or infinity; see :mod:`openvclip.merging`.
         StateMismatchError, WeightTypeError: as in :func:`openvclip.interpolate`.
     """
     _require_models(models, "average")
     states = matched(models[0], models, "models[0]", "models[{}]")[1:]
+    return combined(states, _mean, dtype)
 
-    def combine(_: str, entries: list[Tensor]) -> Tensor:
-        total = entries[0].double()
-        for entry in entries[1:]:
-            total = total + entry
-        return total / len(entries)
 
-    return combined(states, combine, dtype)
+def _mean(name: str, entries: list[Tensor]) -> Tensor:
+    result = torch.empty(entries[0].shape, dtype=torch.float64, device=entries[0].device)
+    addend = torch.empty(0)
+    for piece, *parts in in_pieces([result, *entries]):
+        addend = addend if len(addend) >= len(piece) else torch.empty_like(piece)
+        piece.copy_(parts[0])
+        for part in parts[1:]:  # twice as fast as adding a tensor of another dtype
+            piece += addend[: len(part)].copy_(part)
+        piece /= len(entries)
+        require_finite(name, piece, parts)
+    return result
 
 
 @dataclass(frozen=True)
@@ -93,12 +108,16 @@ def greedy_soup(
 
     Raises:
         MergeError: there are no models, or a score is not a finite number.
+        NonFiniteMergeError: a model holds NaN or infinity. No model is evaluated then.
         StateMismatchError, WeightTypeError: as in :func:`openvclip.interpolate`.
     """
     _require_models(models, "greedy_soup")
     for i, model in enumerate(models):
         require_mapping(model, f"models[{i}]")
-    matched(models[0], models, "models[0]", "models[{}]")  # fails before a long evaluation
+    # Both checks fail before a long evaluation.
+    states = matched(models[0], models, "models[0]", "models[{}]")[1:]
+    broken = [name for state in states for name in non_finite_names(interpolable_entries(state))]
+    require_same_infinities_in(states, broken)
     scores = [_score(evaluate, model, f"models[{i}]") for i, model in enumerate(models)]
     order = sorted(range(len(models)), key=lambda i: -scores[i])
     ingredients, best = order[:1], scores[order[0]]

@@ -13,12 +13,15 @@ from openvclip.merging.entries import (
     combined,
     contiguous_copy,
     difference,
+    in_pieces,
     interpolable_entries,
     matched,
     scale_of,
+    task_vector_of,
 )
 from openvclip.merging.methods import SCALE, Method
 from openvclip.weights.averageable import require_addable
+from openvclip.weights.finite import may_be_broken, require_same_infinities
 from openvclip.weights.interpolation import Lambda
 from openvclip.weights.names import canonical_model
 from openvclip.weights.relative import FineTuned
@@ -43,15 +46,10 @@ def task_vector(
         values give 0, also two equal infinities.
 
     Raises:
+        NonFiniteMergeError: a model holds NaN or infinity; see :mod:`openvclip.merging`.
         StateMismatchError, WeightTypeError: as in :func:`openvclip.interpolate`.
     """
-    base_entries, tuned_entries = matched(base, [tuned], what_others="tuned")
-    return combined(
-        [interpolable_entries(base_entries), tuned_entries],
-        lambda _, entries: difference(entries[1], entries[0]),
-        dtype,
-        narrow=False,
-    )
+    return task_vector_of(matched(base, [tuned], what_others="tuned"), dtype)
 
 
 def apply_task_vectors(
@@ -81,6 +79,7 @@ def apply_task_vectors(
 
     Raises:
         MergeError: there are no vectors, or the number of scales differs from that of the vectors.
+        NonFiniteMergeError: ``base`` or a vector holds NaN, or a vector holds infinity.
         LambdaError: a scale is not a finite number.
         StateMismatchError, WeightTypeError: as in :func:`openvclip.interpolate`.
     """
@@ -101,12 +100,20 @@ def apply_task_vectors(
         )
 
     def combine(name: str, entries: list[Tensor]) -> Tensor:
-        result = contiguous_copy(entries[0])
-        for vector, vector_scale in zip(entries[1:], scales, strict=True):
-            result.add_(vector, alpha=scale_of(vector_scale, name))
+        start, *changes = entries
+        factors = [scale_of(one, name) for one in scales]
+        result = torch.empty_like(start, memory_format=torch.contiguous_format)
+        for piece, first, *parts in in_pieces([result, *entries]):
+            piece.copy_(first)
+            for part, factor in zip(parts, factors, strict=True):
+                piece.add_(part, alpha=factor)
+            if may_be_broken(piece):
+                # The infinities of a mask are in the model, but not in its changes.
+                models = [start, *(start + change for change in changes)]
+                require_same_infinities(name, models, states.names)
         return result
 
-    changed = combined(states, combine, None)
+    changed = combined(list(states), combine, None)
     result = {
         name: changed[name].to(dtype or value.dtype) if name in changed else contiguous_copy(value)
         for name, value in base_entries.items()

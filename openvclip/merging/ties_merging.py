@@ -11,15 +11,16 @@ from torch import Tensor
 
 from openvclip.errors import MergeError
 from openvclip.merging.entries import (
+    Models,
     combined,
     difference,
     interpolable_entries,
     matched,
     require_share,
     scale_of,
+    task_vector_of,
 )
 from openvclip.merging.methods import SCALE, Method, Option
-from openvclip.merging.task_arithmetic import task_vector
 from openvclip.weights.interpolation import Lambda
 from openvclip.weights.relative import FineTuned
 from openvclip.weights.shards import whole
@@ -69,6 +70,7 @@ def ties(
     Raises:
         MergeError: there are no models, or a setting is out of range.
         LambdaError: a scale is not a finite number.
+        NonFiniteMergeError: a model holds NaN or infinity; see :mod:`openvclip.merging`.
         StateMismatchError, WeightTypeError: as in :func:`openvclip.interpolate`.
     """
     require_share(density, "density", allow_one=True)
@@ -100,12 +102,13 @@ def _mean_of_elected(deltas: list[Tensor]) -> Tensor:
     return total.div_(count.clamp_(min=1.0))
 
 
-def _bounds_of_models(states: list[Mapping[str, Tensor]], density: float) -> list[float]:
+def _bounds_of_models(models: Models, density: float) -> list[float]:
     """Return the smallest kept magnitude of each fine-tuned model, over all its entries."""
-    base, *ends = [interpolable_entries(state) for state in states]
+    base, *ends = [interpolable_entries(state) for state in models]
     bounds = []
-    for end in ends:
-        vector = [whole(value) for value in task_vector(base, end).values()]
+    for end, name in zip(ends, models.names[1:], strict=True):
+        pair = Models([base, end], [models.names[0], name])
+        vector = [whole(value) for value in task_vector_of(pair, None).values()]
         real = [torch.view_as_real(v) if v.is_complex() else v for v in vector]
         bounds.append(_smallest_kept(real, density))
     return bounds

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from openvclip.checkpoints.streaming.inputs import WeightInput
-from openvclip.errors import NonFiniteWeightsError, WeightTypeError, listed
+from openvclip.errors import NonFiniteMergeError, WeightTypeError
+from openvclip.weights.finite import may_be_broken, require_same_infinities
 from openvclip.weights.numerics import is_interpolable
 
 Merge: TypeAlias = Callable[[list[dict[str, Tensor]]], Mapping[str, Tensor]]
@@ -19,41 +20,41 @@ All state dicts have the same names.
 """
 
 
-class Mean:
-    """The mean over the inputs, with sums in float64."""
+def mean(_: str, values: list[Tensor], results: list[Tensor]) -> None:
+    """Compute a part of the mean over the inputs, with sums in float64; see ``Compute``."""
+    last = values[-1]
+    if not is_interpolable(last):
+        results[0].copy_(last)
+        return
+    wide = torch.complex128 if last.is_complex() else torch.float64
+    total = values[0].to(wide, copy=True)
+    addend = torch.empty_like(total)
+    for value in values[1:]:
+        total.add_(addend.copy_(value))  # twice as fast as adding a tensor of another dtype
+    results[0].copy_(total.div_(len(values)))
 
-    def __init__(self, inputs: list[WeightInput]) -> None:
-        self._inputs = inputs
+
+@dataclass(frozen=True)
+class FiniteOnly:
+    """Arithmetic that writes no NaN and no infinity, except for infinities that all models hold.
+
+    Attributes:
+        compute: the arithmetic, see ``Compute``.
+        models: names of the models, for the error text.
+    """
+
+    compute: Callable[[str, list[Tensor], list[Tensor]], None]
+    models: list[str]
 
     def __call__(self, name: str, values: list[Tensor], results: list[Tensor]) -> None:
-        """Compute a part of an entry, see ``Compute``."""
-        last = values[-1]
-        if not is_interpolable(last):
-            results[0].copy_(last)
-            return
-        wide = torch.complex128 if last.is_complex() else torch.float64
-        total = values[0].to(wide, copy=True)
-        addend = torch.empty_like(total)
-        for value in values[1:]:
-            total.add_(addend.copy_(value))  # twice as fast as adding a tensor of another dtype
-        mean = total.div_(len(values))
-        if not bool(torch.isfinite(mean.sum())):
-            self._require_same_infinities(name, values, mean)
-        results[0].copy_(mean)
-
-    def _require_same_infinities(self, name: str, values: list[Tensor], mean: Tensor) -> None:
-        non_finite = ~torch.isfinite(mean)
-        if all(bool((value[non_finite] == mean[non_finite]).all()) for value in values):
-            return
-        files = [
-            str(source.path)
-            for source, value in zip(self._inputs, values, strict=True)
-            if not bool(torch.isfinite(value).all())
-        ]
-        raise NonFiniteWeightsError(
-            f"{name} holds NaN or infinity in {listed(files)}. The mean would hold it too. Leave "
-            "that file out. Look for a learning rate that is too high or a loss that overflows."
-        )
+        """Compute a part of an entry, and check the part while it is in the cache."""
+        try:
+            self.compute(name, values, results)
+        except NonFiniteMergeError:
+            require_same_infinities(name, values, self.models)
+            raise
+        if any(map(may_be_broken, results)):
+            require_same_infinities(name, values, self.models)
 
 
 def apply_merge(

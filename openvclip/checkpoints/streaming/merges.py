@@ -20,7 +20,7 @@ from openvclip.checkpoints.contract_files import (
     merged_contract,
 )
 from openvclip.checkpoints.layout import require_storable
-from openvclip.checkpoints.streaming.arithmetic import Mean, Merge, apply_merge
+from openvclip.checkpoints.streaming.arithmetic import FiniteOnly, Merge, apply_merge, mean
 from openvclip.checkpoints.streaming.inputs import WeightInput, open_inputs, require_own_base
 from openvclip.checkpoints.streaming.outputs import check_outputs, in_writing_order, weight_output
 from openvclip.checkpoints.streaming.pipeline import Compute, stream
@@ -132,6 +132,9 @@ def interpolate_files(
         ContractError: the contracts of the inputs differ, or a contract can't be read, and
             ``override`` is false.
         LambdaError: an interpolation weight is not a finite number.
+        NonFiniteMergeError: a file holds NaN, or holds an infinity that the other files do not
+            hold in the same place. (An attention mask holds the same infinities in all files.) A
+            file whose weight is 0 is not used, so its values are not checked.
         UsageError: the number of outputs is not the number of interpolation weights.
 
     Warns:
@@ -172,7 +175,7 @@ def interpolate_files(
             outs,
             provenances,
             compute,
-            MergeOptions(dtype, max_shard_size, progress, override=override),
+            MergeOptions(dtype, max_shard_size, progress, override=override, base=True),
         )
 
 
@@ -205,8 +208,7 @@ def average_files(
 
     Raises:
         EmptyAverageError: ``paths`` is empty.
-        NonFiniteWeightsError: a file holds NaN, or holds an infinity that the other files do not
-            hold in the same place. (An attention mask holds the same infinities in all files.)
+        NonFiniteMergeError: as in :func:`interpolate_files`.
         StateMismatchError, CheckpointError, UnsafeCheckpointError, ContractError: see
             :func:`interpolate_files`.
     """
@@ -219,7 +221,7 @@ def average_files(
         contract = merged_contract(_contracts(inputs, override), override=override)
         provenance = Provenance("average", inputs, {}, contract)
         options = MergeOptions(dtype, max_shard_size, progress, override=override)
-        write_merged(inputs, [Path(out)], [provenance], Mean(inputs), options)
+        write_merged(inputs, [Path(out)], [provenance], mean, options)
 
 
 def merge_files(
@@ -264,6 +266,7 @@ def merge_files(
 
     Raises:
         WeightTypeError: ``merge`` did not return the entry in its shape and dtype.
+        NonFiniteMergeError: as in :func:`interpolate_files`.
         UsageError: ``paths`` is empty.
         StateMismatchError, CheckpointError, UnsafeCheckpointError, ContractError: see
             :func:`interpolate_files`.
@@ -274,7 +277,7 @@ def merge_files(
         inputs = open_inputs([Path(path) for path in paths], stack)
         method_name = method or str(getattr(merge, "__qualname__", type(merge).__name__))
         options = MergeOptions(
-            dtype, max_shard_size, progress, whole_entries=True, override=override
+            dtype, max_shard_size, progress, whole_entries=True, override=override, base=base
         )
         compute = functools.partial(apply_merge, merge, inputs[-1].sizes, dtype)
         contract = merged_contract(_contracts(inputs, override), override=override)
@@ -298,6 +301,7 @@ class MergeOptions:
         whole_entries: whether each entry is computed as a whole.
         override: whether a task vector may be added to another model than its original model.
         sizes: the entries of the result, on the meta device. Default: those of the last input.
+        base: whether the first input is the original model.
     """
 
     dtype: torch.dtype | None
@@ -306,6 +310,7 @@ class MergeOptions:
     whole_entries: bool = False
     override: bool = False
     sizes: Mapping[str, Tensor] | None = None
+    base: bool = False
 
 
 def write_merged(
@@ -327,7 +332,9 @@ def write_merged(
             )
             for path, provenance in zip(outs, provenances, strict=True)
         ]
-        compute = functools.partial(_compute_weights, compute)
+        models = [str(source.path) for source in inputs]
+        models[0] += ", the original model" if options.base else ""
+        compute = functools.partial(_compute_weights, FiniteOnly(compute, models))
         progress = options.progress
         if options.whole_entries or not all(source.threads_can_read for source in inputs):
             whole = options.whole_entries

@@ -49,6 +49,7 @@ def task_vector_file(
         override: as in :func:`interpolate_files`.
 
     Raises:
+        NonFiniteMergeError: as in :func:`interpolate_files`.
         StateMismatchError, CheckpointError, UnsafeCheckpointError, ContractError: see
             :func:`interpolate_files`.
     """
@@ -60,7 +61,9 @@ def task_vector_file(
         ]
         contract = merged_contract(contracts, override=override)
         provenance = _VectorProvenance("task_vector", inputs, {}, contract)
-        options = MergeOptions(dtype, max_shard_size, progress, sizes=_sizes(inputs, dtype))
+        options = MergeOptions(
+            dtype, max_shard_size, progress, sizes=_sizes(inputs, dtype), base=True
+        )
         _read_other_entries(inputs)
         write_merged(inputs, [Path(out)], [provenance], _compute, options)
 
