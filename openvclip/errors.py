@@ -250,6 +250,10 @@ class RegularizationError(OpenVCLIPError, ValueError):
     """Raised when a setting of the regulariser is invalid."""
 
 
+class RecipeError(OpenVCLIPError, ValueError):
+    """Raised when a setting of a training recipe is invalid."""
+
+
 class LossError(OpenVCLIPError, ValueError):
     """Raised when a closure does not return a scalar loss that requires gradients."""
 

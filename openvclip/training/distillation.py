@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from openvclip.errors import RegularizationError, UsageError
 from openvclip.training.original import unit
+from openvclip.weights.arguments import as_float, is_whole, seeded_generator
 
 __all__ = ["FeatureDistillation"]
 
@@ -47,6 +48,7 @@ class FeatureDistillation(nn.Module):
 
     Raises:
         RegularizationError: ``width`` is below 1, or a number is negative or not finite.
+        UsageError: ``seed`` is no whole number.
     """
 
     def __init__(
@@ -54,10 +56,12 @@ class FeatureDistillation(nn.Module):
     ) -> None:
         super().__init__()
         require_at_least_zero(weight=weight, residual=residual)
-        if isinstance(width, bool) or not isinstance(width, int) or width < 1:
-            raise RegularizationError(f"width={width!r}: expected the length of a feature.")
+        if not is_whole(width, 1):
+            raise RegularizationError(
+                f"width={width!r}: expected the length of a feature, such as 512."
+            )
         self.weight, self.width = float(weight), width
-        generator = torch.Generator().manual_seed(seed)
+        generator = seeded_generator(seed)
         self.images = ResidualProjector(width, residual, generator)
         self.texts = ResidualProjector(width, residual, generator)
 
@@ -80,8 +84,8 @@ class FeatureDistillation(nn.Module):
             original_texts: features of the same texts by the original CLIP, ``[K, D]``.
 
         Raises:
-            UsageError: two tensors that belong together have different shapes, their last
-                dimension is not ``width``, or one of the two is missing.
+            UsageError: an argument is no tensor; two tensors that belong together have different
+                shapes; their last dimension is not ``width``; or one of the two is missing.
         """
         result: Tensor = self(images, original_images, texts, original_texts)
         return result
@@ -119,6 +123,7 @@ class FeatureDistillation(nn.Module):
             raise UsageError(
                 f"{absent} is None; expected both {name} and original_{name}, or neither of them."
             )
+        require_tensors(**{name: features, f"original_{name}": originals})
         if features.shape != originals.shape or features.shape[-1:] != (self.width,):
             raise UsageError(
                 f"{name} has shape {list(features.shape)} and original_{name} has shape "
@@ -152,5 +157,15 @@ class ResidualProjector(nn.Module):
 def require_at_least_zero(**numbers: float) -> None:
     """Raise :class:`RegularizationError` unless all numbers are finite and at least 0."""
     for name, number in numbers.items():
-        if not (math.isfinite(number) and number >= 0):
+        if not 0 <= as_float(number) < math.inf:
             raise RegularizationError(f"{name}={number!r}: expected a finite number of at least 0.")
+
+
+def require_tensors(**features: object) -> None:
+    """Raise :class:`UsageError` unless all features are tensors of floating-point numbers."""
+    for name, value in features.items():
+        if not (isinstance(value, Tensor) and value.is_floating_point()):
+            kind = value.dtype if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise UsageError(
+                f"{name} is {kind}; expected features, a tensor of floating-point numbers."
+            )

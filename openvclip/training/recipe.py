@@ -11,6 +11,9 @@ from typing import Any, Literal
 
 import torch
 
+from openvclip.errors import RecipeError
+from openvclip.weights.arguments import as_float
+
 VIFI_TOWERS: dict[str, Literal["both", "image", "text"]] = {
     "vifi": "both",
     "vifi-image": "image",
@@ -87,11 +90,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            raise ValueError(f"method={self.method!r}: expected one of {', '.join(METHODS)}.")
+            raise RecipeError(f"method={self.method!r}: expected one of {', '.join(METHODS)}.")
         for name in ("distill", "text_energy"):
             number = getattr(self, name)
-            if not (math.isfinite(number) and number >= 0):
-                raise ValueError(f"{name}={number!r}: expected a finite number of at least 0.")
+            if not 0 <= as_float(number) < math.inf:
+                raise RecipeError(f"{name}={number!r}: expected a finite number of at least 0.")
 
     @property
     def uses_iwr(self) -> bool:

@@ -8,11 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openvclip.errors import RegularizationError, StateMismatchError, UsageError
+from openvclip.errors import RegularizationError, UsageError, reason_of
 from openvclip.models.text_weights import text_names
 from openvclip.models.tokenizers import Tokenizer, as_tokenizer, tokens_of
-from openvclip.training.distillation import require_at_least_zero
+from openvclip.training.distillation import require_at_least_zero, require_tensors
 from openvclip.training.original import OriginalCLIP, unit
+from openvclip.weights.arguments import (
+    is_whole,
+    require_own_keys,
+    restore_generator,
+    seeded_generator,
+)
 
 __all__ = ["TextEnergy"]
 
@@ -53,9 +59,11 @@ class TextEnergy:
         weight: as the argument.
 
     Raises:
-        RegularizationError: a number is out of range, or ``vocabulary`` is empty.
-        UsageError: the places of words in the tokenizer's output are not known; or the
-            vocabulary of the model is not known, and ``vocabulary`` is not set.
+        RegularizationError: a number is out of range; or ``vocabulary`` is empty, holds what is no
+            id, or ids that the model does not have.
+        UsageError: ``original`` is no :class:`OriginalCLIP`; ``seed`` is no whole number; the
+            places of words in the tokenizer's output are not known; or the vocabulary of the model
+            is not known, and ``vocabulary`` is not set.
     """
 
     def __init__(
@@ -70,18 +78,25 @@ class TextEnergy:
         vocabulary: Sequence[int] | Tensor | None = None,
     ) -> None:
         require_at_least_zero(weight=weight)
-        if n_texts < 1 or n_tokens < 1:
+        if not (is_whole(n_texts, 1) and is_whole(n_tokens, 1)):
             raise RegularizationError(
-                f"n_texts={n_texts}, n_tokens={n_tokens}: expected at least 1 of each."
+                f"n_texts={n_texts!r}, n_tokens={n_tokens!r}: expected whole numbers, at least 1 "
+                "of each."
             )
+        if not isinstance(original, OriginalCLIP):
+            raise UsageError(
+                f"original: expected an OriginalCLIP, got a {type(original).__name__}. Pass "
+                "openvclip.training.OriginalCLIP(model)."
+            )
+        self._generator = seeded_generator(seed)
         self.original, self.weight, self.n_texts = original, float(weight), n_texts
         tokenize = as_tokenizer(tokenizer, original.model)
         self._layout, self._places = _layout(tokenize, n_tokens)
-        ids = _vocabulary(original.model, tokenizer, tokenize) if vocabulary is None else vocabulary
-        self._ids = torch.as_tensor(ids, dtype=torch.long, device="cpu").flatten()
-        if not len(self._ids):
-            raise RegularizationError("vocabulary is empty; expected ids of tokens.")
-        self._generator = torch.Generator().manual_seed(seed)
+        self._ids = (
+            _vocabulary(original.model, tokenizer, tokenize)
+            if vocabulary is None
+            else _ids_of(vocabulary, _table_size(original.model))
+        )
 
     def draw_tokens(self) -> Tensor:
         """Draw the token ids of random texts.
@@ -111,10 +126,12 @@ class TextEnergy:
             texts: the result of :meth:`draw`. Default: new texts are drawn.
 
         Raises:
-            UsageError: the shapes do not fit.
+            UsageError: an argument is no tensor, or the shapes do not fit.
         """
         texts = self.draw() if texts is None else texts
-        if images.shape != original_images.shape or images.shape[-1:] != texts.shape[-1:]:
+        require_tensors(images=images, original_images=original_images, texts=texts)
+        fits = images.ndim >= 1 and texts.ndim == 2 and images.shape[-1] == texts.shape[-1]
+        if images.shape != original_images.shape or not fits:
             raise UsageError(
                 f"images has shape {list(images.shape)}, original_images "
                 f"{list(original_images.shape)} and texts {list(texts.shape)}; expected [..., D] "
@@ -134,16 +151,11 @@ class TextEnergy:
         """Restore a state from :meth:`state_dict`, and continue its sequence of random texts.
 
         Raises:
-            StateMismatchError: an entry is missing or unknown.
+            StateMismatchError: an entry is missing, unknown, or not the state of a generator.
+            WeightTypeError: ``state`` is not a mapping.
         """
-        own = {"generator"}
-        if state.keys() != own:
-            raise StateMismatchError(
-                "The state is not that of a TextEnergy.",
-                missing=own - state.keys(),
-                unexpected=state.keys() - own,
-            )
-        self._generator.set_state(state["generator"].cpu())
+        require_own_keys(state, {"generator"}, type(self).__name__)
+        restore_generator(self._generator, state["generator"], "generator", type(self).__name__)
 
 
 def _layout(tokenize: Tokenizer, n_tokens: int) -> tuple[Tensor, Tensor]:
@@ -167,18 +179,57 @@ def _layout(tokenize: Tokenizer, n_tokens: int) -> tuple[Tensor, Tensor]:
 def _vocabulary(model: nn.Module, tokenizer: Any, tokenize: Tokenizer) -> Tensor:
     """Return the ids of all tokens of a model but the special tokens."""
     inner = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor, or of openvclip's function
-    modules = dict(model.named_modules())
-    tables = [modules[name[:-1]] for name in text_names(f"{name}." for name in modules if name)]
-    sizes = [table.num_embeddings for table in tables if isinstance(table, nn.Embedding)]
-    if not sizes:
+    table_size = _table_size(model)
+    if table_size is None:
         raise UsageError(
             f"{type(model).__name__} has no nn.Embedding of tokens, so its vocabulary is not "
             "known. Set vocabulary, the ids of the tokens to draw from."
         )
     special = set(tokens_of(tokenize, [""]).cpu().flatten().tolist())
     special |= {int(number) for number in getattr(inner, "all_special_ids", ())}
-    size = min([max(sizes), *_own_size(inner)])
+    size = min([table_size, *_own_size(inner)])
     return torch.tensor([number for number in range(size) if number not in special])
+
+
+def _table_size(model: nn.Module) -> int | None:
+    """Return the number of tokens in the embedding of a model's text tower, if it has one."""
+    modules = dict(model.named_modules())
+    tables = [modules[name[:-1]] for name in text_names(f"{name}." for name in modules if name)]
+    sizes = [table.num_embeddings for table in tables if isinstance(table, nn.Embedding)]
+    return max(sizes, default=None)
+
+
+def _ids_of(vocabulary: Sequence[int] | Tensor, size: int | None) -> Tensor:
+    """Return ids of tokens, given by the user, as a tensor of one dimension.
+
+    Args:
+        vocabulary: the ids.
+        size: number of tokens of the model, if it is known.
+
+    Raises:
+        RegularizationError: there is no id, or a value is no id of a token of the model.
+    """
+    expected = "expected ids of tokens, whole numbers from 0 on, such as range(1000)"
+    try:
+        ids = torch.as_tensor(vocabulary, device="cpu").flatten()
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise RegularizationError(
+            f"vocabulary is a {type(vocabulary).__name__} that holds no whole numbers "
+            f"({reason_of(error)}); {expected}."
+        ) from error
+    if not len(ids):
+        raise RegularizationError(f"vocabulary is empty; {expected}.")
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise RegularizationError(f"vocabulary holds values of {ids.dtype}; {expected}.")
+    ids = ids.long()
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or (size is not None and high >= size):
+        tokens = "" if size is None else f" to {size - 1}, the last token of the model"
+        raise RegularizationError(
+            f"vocabulary has the id {low if low < 0 else high}; expected ids from 0{tokens}. Use "
+            "the tokenizer of this model to find the ids."
+        )
+    return ids
 
 
 def _own_size(tokenizer: Any) -> list[int]:

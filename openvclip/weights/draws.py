@@ -9,6 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openvclip.weights.arguments import restore_generator, seeded_generator
+
+_OWNER = "InterpolatedWeightRegularizer"
+
 
 class Draws:
     """Draws the alphas and the parts of the batches of a regulariser.
@@ -21,7 +25,7 @@ class Draws:
     """
 
     def __init__(self, seed: int) -> None:
-        self.alphas = torch.Generator().manual_seed(seed)
+        self.alphas = seeded_generator(seed)
         # With the same seed, equal random bits would give the alpha and the part of a step.
         digest = hashlib.blake2b(f"parts {seed}".encode(), digest_size=8).digest()
         self.parts = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
@@ -62,9 +66,14 @@ class Draws:
 
         Args:
             state: has the entries of :meth:`state`, and others.
+
+        Raises:
+            StateMismatchError: an entry is not the state of a generator. Nothing changes then.
         """
-        self.alphas.set_state(state["generator"].cpu())
-        self.parts.set_state(state["part_generator"].cpu())
+        alphas, parts = torch.Generator(), torch.Generator()
+        restore_generator(alphas, state["generator"], "generator", _OWNER)
+        restore_generator(parts, state["part_generator"], "part_generator", _OWNER)
+        self.alphas, self.parts = alphas, parts
 
     def __getstate__(self) -> dict[str, Any]:
         """Return plain numbers. A process that is started by "spawn" can't take a generator."""

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from openvclip.errors import UsageError
+from openvclip.weights.arguments import as_float
 from openvclip.weights.sums import SumTracker
 
 _LARGEST = 16  # binary logarithm of the largest weight in a sum
@@ -88,9 +89,9 @@ class GaussianTracker(SumTracker):
         check_finite: bool = True,
         device: torch.device | str | None = None,
     ) -> None:
-        if not (_is_number(mu) and math.isfinite(mu)):
+        if not math.isfinite(as_float(mu)):
             raise UsageError(f"mu={mu!r}: expected a number of steps, for example 1000.")
-        if not (_is_number(sigma) and sigma > 0):
+        if not as_float(sigma) > 0:
             raise UsageError(
                 f"sigma={sigma!r}: expected a number of steps above 0, for example 200, or "
                 "math.inf for equal weights."
@@ -150,7 +151,3 @@ class GaussianTracker(SumTracker):
         super().load_state_dict(state)
         scale = state["scale"]
         self._scale = _Scale(int(scale["step"]), float(scale["weight"]), float(scale["total"]))
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -11,6 +11,7 @@ from torch import Tensor, distributed, nn
 
 from openvclip.errors import RegularizationError
 from openvclip.weights.anchor import follow_devices, take_anchor
+from openvclip.weights.arguments import as_float
 from openvclip.weights.names import named_parameters
 from openvclip.weights.numerics import common_dtype, compute_dtype
 from openvclip.weights.shards import is_sharded, local, shard_groups
@@ -46,6 +47,7 @@ class L2ToAnchor:
     Raises:
         RegularizationError: ``weight`` is negative or not finite, or ``missing`` is unknown.
         UsageError: no parameter requires gradients.
+        WeightTypeError: ``model`` is not a module, or ``anchor`` not a state dict.
         StateMismatchError: the anchor lacks trained parameters, has names that the model does not
             have, or has other shapes.
     """
@@ -58,7 +60,7 @@ class L2ToAnchor:
         weight: float,
         missing: Literal["error", "skip"] = "error",
     ) -> None:
-        if not (math.isfinite(weight) and weight >= 0):
+        if not 0 <= as_float(weight) < math.inf:
             raise RegularizationError(f"weight={weight!r}: expected a finite number of at least 0.")
         if missing not in ("error", "skip"):
             raise RegularizationError(f"missing={missing!r}: expected 'error' or 'skip'.")

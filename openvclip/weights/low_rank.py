@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from openvclip.errors import MergeError, StateMismatchError, WeightTypeError, listed
+from openvclip.weights.arguments import as_float
 from openvclip.weights.numerics import compute_dtype
 
 
@@ -54,7 +55,7 @@ class LowRank:
                 raise WeightTypeError(
                     f"{name}: expected a matrix of floating-point numbers, got {kind}."
                 )
-        if not math.isfinite(self.scale):
+        if not math.isfinite(as_float(self.scale)):
             raise MergeError(f"scale={self.scale!r}: expected a finite number.")
         sizes = (self.up.shape[0], self.down.shape[1])
         object.__setattr__(self, "shape", tuple(self.shape) or sizes)

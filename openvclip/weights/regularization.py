@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from types import NoneType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from openvclip.errors import UsageError
+from openvclip.errors import UsageError, WeightTypeError
 from openvclip.weights.anchored import AnchoredWeights
+from openvclip.weights.arguments import require_device
 from openvclip.weights.batch_part import number_of_clips, part_size, take_clips
 from openvclip.weights.draws import Draws
 from openvclip.weights.gradients import (
@@ -108,7 +110,9 @@ class InterpolatedWeightRegularizer:
 
     Raises:
         RegularizationError: an argument is out of range.
-        UsageError: no parameter requires gradients, or the optimizer belongs to another model.
+        WeightTypeError: ``model`` or ``wrapper`` is not a module.
+        UsageError: no parameter requires gradients; ``optimizer`` is none, or belongs to another
+            model; or ``seed`` or ``anchor_device`` can't be used.
         StateMismatchError: the anchor lacks trained parameters, has names that the model does not
             have, or has other shapes.
 
@@ -150,10 +154,17 @@ class InterpolatedWeightRegularizer:
         missing: Literal["error", "skip"] = "error",
     ) -> None:
         require_settings(interval, weight, share, every, missing)
+        if not isinstance(wrapper, (nn.Module, NoneType)):
+            raise WeightTypeError(
+                f"wrapper: expected the module that the closure calls or None, got a "
+                f"{type(wrapper).__name__}."
+            )
         self.model = model
         self.optimizer = optimizer
         self.wrapper = wrapper
-        self.anchor_device = _full_device(anchor_device)
+        self.anchor_device = (
+            None if anchor_device is None else require_device(anchor_device, "anchor_device")
+        )
         self.interval = (float(interval[0]), float(interval[1]))
         self.weight = float(weight)
         self.share = float(share)
@@ -409,23 +420,20 @@ class InterpolatedWeightRegularizer:
         existed set ``share=1``, as in their run.
 
         Raises:
-            StateMismatchError: an entry is missing or unknown, or the saved run has another
-                anchor.
+            StateMismatchError: an entry is missing, unknown or damaged, or the saved run has
+                another anchor. Nothing changes then.
+            WeightTypeError: ``state`` is not a mapping.
         """
         older: dict[str, Any] = {"share": 1.0, "part_generator": self._draws.parts.get_state()}
-        state = {**older, **state}
+        if isinstance(state, Mapping):
+            state = {**older, **state}
         require_state(state, self.state_dict())
+        self._draws.load(state)
         low, high = state["interval"]
         self.interval, self.weight = (float(low), float(high)), float(state["weight"])
         self.share = float(state["share"])
         self.every, self._steps = int(state["every"]), int(state["steps"])
-        self._draws.load(state)
         self._agreed = False
-
-
-def _full_device(device: torch.device | str | None) -> torch.device | None:
-    # "cuda" becomes "cuda:0", with the index of the current device.
-    return None if device is None else torch.empty(0, device=device).device
 
 
 def _scaled(loss: Tensor, scaler: Any) -> Tensor:

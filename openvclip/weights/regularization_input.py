@@ -17,6 +17,7 @@ from openvclip.errors import (
     listed,
 )
 from openvclip.weights.anchor import trained_parameters
+from openvclip.weights.arguments import as_float, is_whole, require_own_keys
 
 
 def require_settings(
@@ -28,14 +29,14 @@ def require_settings(
             f"interval={interval!r}: expected (low, high) with 0 <= low <= high <= 1. alpha is the "
             "weight of the anchor (the original CLIP); the paper uses (0.0, 0.6)."
         )
-    if not (isinstance(weight, (int, float)) and math.isfinite(weight) and weight >= 0.0):
+    if not 0 <= as_float(weight) < math.inf:
         raise RegularizationError(f"weight={weight!r}: expected C of Equation 9, a number >= 0.")
-    if not (isinstance(share, (int, float)) and 0 < share <= 1):
+    if not 0 < as_float(share) <= 1:
         raise RegularizationError(
             f"share={share!r}: expected a number in (0, 1], the share of the clips of a batch on "
             "which the interpolated pass runs."
         )
-    if not (isinstance(every, int) and every >= 1):
+    if not is_whole(every, 1):
         raise RegularizationError(f"every={every!r}: expected a whole number of steps >= 1.")
     if missing not in ("error", "skip"):
         raise RegularizationError(f"missing={missing!r}: expected 'error' or 'skip'.")
@@ -53,13 +54,18 @@ def require_alpha(alpha: float) -> None:
 def _is_interval(interval: Any) -> bool:
     try:
         low, high = interval
-        return 0.0 <= float(low) <= float(high) <= 1.0
+        return 0.0 <= as_float(low) <= as_float(high) <= 1.0
     except (TypeError, ValueError):
         return False
 
 
 def require_own_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
     """Raise a :class:`UsageError` if the optimizer holds no trained parameter of the model."""
+    if not hasattr(optimizer, "param_groups"):
+        raise UsageError(
+            f"optimizer: expected an optimizer of torch.optim or None, got a "
+            f"{type(optimizer).__name__}. Pass other arguments by name."
+        )
     trained = {id(p) for p in trained_parameters(model).values()}
     optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if not trained & optimized:
@@ -93,13 +99,19 @@ def require_state(state: Mapping[str, Any], current: Mapping[str, Any]) -> None:
         current: the present state of the regulariser.
 
     Raises:
-        StateMismatchError: an entry is missing or unknown, or the anchors differ.
+        StateMismatchError: an entry is missing or unknown, a setting is out of range, or the
+            anchors differ.
     """
-    if state.keys() != current.keys():
+    require_own_keys(state, current.keys(), "InterpolatedWeightRegularizer")
+    try:
+        require_settings(
+            state["interval"], state["weight"], state["share"], state["every"], "error"
+        )
+    except RegularizationError as error:
+        raise StateMismatchError(f"A setting of the state is out of range: {error}") from error
+    if not is_whole(state["steps"], 0):
         raise StateMismatchError(
-            "This is not the state of an InterpolatedWeightRegularizer.",
-            missing=current.keys() - state.keys(),
-            unexpected=state.keys() - current.keys(),
+            f"The entry 'steps' of the state is {state['steps']!r}; expected a number of steps."
         )
     if state["anchor_fingerprint"] != current["anchor_fingerprint"]:
         raise StateMismatchError(

@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from openvclip.errors import (
     EmptyAverageError,
     NonFiniteWeightsError,
-    StateMismatchError,
     UsageError,
     listed,
 )
+from openvclip.weights.arguments import as_float, is_whole, require_own_keys
 from openvclip.weights.numerics import non_finite_names
 
 
 def require_decay(decay: float) -> float:
     """Return the decay of an exponential average, or raise :class:`UsageError`."""
-    if not 0.0 <= decay < 1.0:
+    if not 0.0 <= as_float(decay) < 1.0:
         raise UsageError(f"decay={decay!r}: expected a number in [0, 1), such as 0.9999.")
     return float(decay)
 
@@ -48,7 +48,7 @@ class Tracker(ABC):
     """Names of the attributes that ``state_dict()`` saves and ``load_state_dict()`` restores."""
 
     def __init__(self, start: int, every: int, check_finite: bool) -> None:
-        if not (isinstance(start, int) and isinstance(every, int) and start >= 0 and every >= 1):
+        if not (is_whole(start, 0) and is_whole(every, 1)):
             raise UsageError(
                 f"start={start!r}, every={every!r}: expected whole numbers of steps, start >= 0 "
                 "and every >= 1."
@@ -147,10 +147,4 @@ class Tracker(ABC):
             )
 
     def _require_own_state(self, state: Mapping[str, Any]) -> None:
-        expected = self.state_dict().keys()
-        if state.keys() != expected:
-            raise StateMismatchError(
-                f"This is not the state of a {type(self).__name__}.",
-                missing=expected - state.keys(),
-                unexpected=state.keys() - expected,
-            )
+        require_own_keys(state, self.state_dict().keys(), type(self).__name__)
