@@ -6,15 +6,17 @@ import argparse
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from openvclip.cli.options.outputs import add_merge_output_options, require_free, write_options
 from openvclip.cli.options.types import Commands
-from openvclip.commands.parsing import refuse_unused
+from openvclip.commands.parsing import Parser, refuse_unused
 from openvclip.errors import MergeError, NonFiniteMergeError, UsageError
-from openvclip.merging import METHODS, Method
+
+if TYPE_CHECKING:
+    from openvclip.merging import Method
 
 _DESCRIPTION = """\
 Merge files of weights by a published method. "openvclip merge --list" shows the
@@ -56,11 +58,18 @@ def add(commands: Commands) -> None:
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        complete=_add_methods,
     )
     parser.add_argument(
         "--list", action="store_true", help="show the methods and end (default: merge)"
     )
     parser.set_defaults(run=_without_method)
+
+
+def _add_methods(parser: Parser) -> None:
+    # The import takes 10 ms, which all other subcommands would pay.
+    from openvclip.merging import METHODS
+
     methods = parser.add_subparsers(dest="method", metavar="METHOD")
     for method in METHODS.values():
         _add_method(methods, method)
@@ -121,6 +130,8 @@ def _without_method(options: argparse.Namespace) -> None:
             "expected the name of a method. `openvclip merge --list` shows the methods, and "
             "`openvclip merge METHOD --help` the options of a method."
         )
+    from openvclip.merging import METHODS
+
     rows = [(m.name, m.summary, m.inputs, m.paper) for m in METHODS.values()]
     rows += [(_VECTOR, _VECTOR_SUMMARY, "CLIP and 1 model", "Ilharco et al., ICLR 2023")]
     width = max(len(row[0]) for row in rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NoReturn
 
@@ -18,7 +18,25 @@ class Parser(argparse.ArgumentParser):
 
     The namespace of :meth:`parse_args` has an attribute ``given``: the names of the options on the
     command line, without the options that have their default values.
+
+    Args:
+        complete: function that adds arguments which are slow to make. It is called once, when the
+            parser first reads words. A command line that uses another subcommand does not call it.
+        names: arguments of ``ArgumentParser`` by position.
+        settings: arguments of ``ArgumentParser`` by name.
     """
+
+    def __init__(
+        self, *names: Any, complete: Callable[[Parser], object] | None = None, **settings: Any
+    ) -> None:
+        super().__init__(*names, **settings)
+        self._complete = complete
+
+    def complete(self) -> None:
+        """Add the arguments that are slow to make."""
+        complete, self._complete = self._complete, None
+        if complete is not None:
+            complete(self)
 
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
@@ -46,6 +64,7 @@ class Parser(argparse.ArgumentParser):
             namespace: see ``argparse``.
         """
         # The parser of a subcommand starts here.
+        self.complete()
         self._words = list(sys.argv[1:] if args is None else args)
         return super().parse_known_args(self._words, namespace)
 

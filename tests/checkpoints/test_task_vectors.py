@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import openvclip
 from openvclip.checkpoints import read_contract, save_adapter, task_vector_file
@@ -103,6 +103,71 @@ def test_a_vector_of_half_precision_gives_back_the_model(tmp_path: Path) -> None
     assert load_file(vector)["w"].dtype == torch.float32
     openvclip.interpolate_files(pair[0], vector, tmp_path / "out.safetensors", 0.0)
     assert_same_state(load_file(tmp_path / "out.safetensors"), states[1])
+
+
+class Counting(nn.Module):
+    """A module with all kinds of entries beside weights."""
+
+    def __init__(self, note: str) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+        self.register_buffer("mask", torch.tensor([True, False]))
+        self.note = note
+
+    def get_extra_state(self) -> dict[str, str]:
+        return {"note": self.note}
+
+    def set_extra_state(self, state: dict[str, str]) -> None:
+        self.note = state["note"]
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "pt"])
+def test_counters_masks_and_extra_state_are_those_of_the_base(tmp_path: Path, ending: str) -> None:
+    base, tuned = Counting("base"), Counting("tuned")
+    tuned.norm(torch.randn(5, 3))
+    tuned.mask.logical_not_()  # type: ignore[operator]
+    pair = tmp_path / f"a.{ending}", tmp_path / f"b.{ending}"
+    for path, model in zip(pair, (base, tuned), strict=True):
+        if ending == "pt":
+            torch.save(model.state_dict(), path)
+        else:
+            openvclip.checkpoints.save_checkpoint(model.state_dict(), path)
+    vector = vector_of(pair, tmp_path)
+    with safe_open(vector, "pt") as opened:
+        assert set(opened.keys()) == {f"norm.{n}" for n in ("weight", "bias", *STATISTICS)}
+        assert opened.metadata().keys() == {"openvclip_recipe", "openvclip_task_vector"}
+    in_memory = apply_task_vectors(
+        openvclip.load_checkpoint(pair[0], names="original"),
+        [openvclip.load_checkpoint(vector, names="original")],
+    )
+    out = tmp_path / "out.safetensors"
+    openvclip.interpolate_files(pair[0], vector, out, 0.0)
+    for state in (in_memory, openvclip.load_checkpoint(out, names="original")):
+        model = Counting("")
+        model.load_state_dict(state)
+        assert (model.note, model.norm.num_batches_tracked) == ("base", 0)
+        assert torch.equal(model.mask, base.mask)  # type: ignore[arg-type]
+        for name in STATISTICS:
+            torch.testing.assert_close(getattr(model.norm, name), getattr(tuned.norm, name))
+
+
+STATISTICS = ("running_mean", "running_var")
+
+
+def test_extra_state_that_the_base_lacks_is_left_out(tmp_path: Path) -> None:
+    """An older vector names extra state in its header that no entry holds."""
+    pair = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    for seed, path in enumerate(pair):
+        extra = {"_extra_state": {"k": 1}} if seed else {}
+        openvclip.checkpoints.save_checkpoint({"w": torch.full((2,), seed + 1.0), **extra}, path)
+    vector, out = vector_of(pair, tmp_path), tmp_path / "out.safetensors"
+    with safe_open(vector, "pt") as opened:
+        texts = {**opened.metadata(), "openvclip_extra_state": '["_extra_state"]'}
+    save_file(load_file(vector), vector, metadata=texts)
+    openvclip.average_files([pair[0], vector], out)
+    with safe_open(out, "pt") as opened:
+        assert opened.metadata().keys() == {"openvclip_recipe"}
+    assert openvclip.load_checkpoint(out, names="original")["w"].tolist() == [1.5, 1.5]
 
 
 def test_shards_and_lora_fine_tunes(tmp_path: Path) -> None:

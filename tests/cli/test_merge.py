@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import ast
 import json
 import math
 from collections.abc import Mapping
@@ -17,9 +19,11 @@ from torch import Tensor
 import openvclip
 from openvclip import cli
 from openvclip.checkpoints import read_contract
+from openvclip.cli.main import build_parser
 from openvclip.merging import METHODS, Method, task_vector
 from tests.checkpoints.test_contract import CONTRACT
 from tests.cli.test_cli import Captured, failure, help_text, run
+from tests.helpers import REPO
 from tests.helpers import assert_same_state as assert_same_order
 
 PARTS = ("base", "tuned0", "tuned1", "tuned2")
@@ -267,3 +271,15 @@ def test_lines_counts_the_blocks_of_the_files(files: Files, tmp_path: Path) -> N
     assert run(*call, "--blocks", 3, "-o", out, "--overwrite") == 0
     assert not torch.equal(load_file(out)["transformer.resblocks.1.w"],
                            got["transformer.resblocks.1.w"])  # fmt: skip
+
+
+def test_other_subcommands_do_not_import_the_methods(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The import of all methods takes 10 ms, which each start of the command would pay."""
+    for file in (REPO / "openvclip" / "cli").rglob("*.py"):
+        at_start = [node for node in ast.parse(file.read_text()).body if hasattr(node, "module")]
+        assert not [n.module for n in at_start if str(n.module).startswith("openvclip.merging")]
+    parser = build_parser()
+    (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    assert "tsv_merge" not in commands.choices["merge"].format_help()
+    assert parser.parse_args(["merge", "--list"]).list
+    assert "tsv_merge" in commands.choices["merge"].format_help()

@@ -70,6 +70,7 @@ def whole_parser() -> Parser:
 def subparser(command: str) -> Parser:
     (commands,) = (a for a in whole_parser()._actions if isinstance(a, argparse._SubParsersAction))
     parser: Parser = commands.choices[command]
+    parser.complete()
     return parser
 
 

@@ -34,7 +34,9 @@ OBJECTS = ["1", 1, [1], torch.zeros(3), object()]
 
 
 def energy(**changes: Any) -> TextEnergy:
-    return TextEnergy(**{"original": OriginalCLIP(tiny_clip()), "tokenizer": words, "weight": 1, **changes})
+    return TextEnergy(
+        **{"original": OriginalCLIP(tiny_clip()), "tokenizer": words, "weight": 1, **changes}
+    )
 
 
 def made(cls: Callable[..., Any], **needed: Any) -> Callable[..., Any]:

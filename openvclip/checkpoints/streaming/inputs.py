@@ -339,7 +339,8 @@ class _VectorInput(WeightInput):
     """
 
     def __init__(self, vector: WeightInput, base: WeightInput) -> None:
-        kept = {key: text for key, text in vector.metadata.items() if key != TASK_VECTOR_KEY}
+        not_kept = (TASK_VECTOR_KEY, EXTRA_STATE_KEY)  # the vector has no extra state of its own
+        kept = {key: text for key, text in vector.metadata.items() if key not in not_kept}
         objects = {k: text for k, text in base.metadata.items() if k == EXTRA_STATE_KEY}
         sizes = {name: size for name, size in base.sizes.items() if name not in base.extra_state}
         super().__init__(vector.path, vector.files, sizes, {**kept, **objects})

@@ -26,11 +26,7 @@ from openvclip.checkpoints.streaming.outputs import check_outputs, in_writing_or
 from openvclip.checkpoints.streaming.pipeline import Compute, stream
 from openvclip.checkpoints.streaming.provenance import PROVENANCE_KEY, Provenance
 from openvclip.checkpoints.streaming.threads import stream_in_threads
-from openvclip.errors import (
-    EmptyAverageError,
-    UsageError,
-    WeightTypeError,
-)
+from openvclip.errors import EmptyAverageError, UsageError, WeightTypeError
 from openvclip.weights.interpolation import Lambda, weights_of, write_interpolated
 from openvclip.weights.names import is_extra_state
 from openvclip.weights.numerics import common_dtype, is_interpolable
@@ -196,15 +192,17 @@ def average_files(
 
     Args:
         paths: safetensors files, indexes of sharded models or PyTorch files, with the same names
-            and shapes. All files are read at the same time, in parts, so the memory does not grow
-            with their size. See :func:`interpolate_files`.
+            and shapes. A task vector of the first file counts as the model that it makes. All
+            files are read at the same time, in parts, so the memory does not grow with their size.
+            See :func:`interpolate_files`.
         out: the file to write, as in :func:`interpolate_files`.
         dtype: the dtype in which floating-point entries are stored. Default: the dtype of each
             entry. If the files differ, the narrowest dtype that holds the values of all files.
         max_shard_size: as in :func:`interpolate_files`.
         progress: as in :func:`interpolate_files`.
-        override: whether the contract of the last file is used if the contracts differ, and
-            whether a contract that can't be read is left out.
+        override: whether the contract of the last file is used if the contracts differ, whether a
+            contract that can't be read is left out, and whether a task vector may be added to
+            another model than its original.
 
     Raises:
         EmptyAverageError: ``paths`` is empty.
@@ -248,7 +246,8 @@ def merge_files(
     A few entries of each file are in memory at a time.
 
     Args:
-        paths: files of weights with the same names and shapes, as in :func:`average_files`.
+        paths: files of weights with the same names and shapes, as in :func:`average_files`. A
+            task vector of the first file is given to ``merge`` as the model that it makes.
         out: the file to write, as in :func:`interpolate_files`.
         merge: maps a list of state dicts, in the order of ``paths``, to a state dict with the same
             name and shape. The tensors must not be used after ``merge`` returns.
@@ -261,8 +260,9 @@ def merge_files(
             in this default dtype.
         max_shard_size: as in :func:`interpolate_files`.
         progress: as in :func:`interpolate_files`.
-        override: whether the contract of the last file is used if the contracts differ, and
-            whether a contract that can't be read is left out.
+        override: whether the contract of the last file is used if the contracts differ, whether a
+            contract that can't be read is left out, and whether a task vector may be added to
+            another model than its original.
 
     Raises:
         WeightTypeError: ``merge`` did not return the entry in its shape and dtype.

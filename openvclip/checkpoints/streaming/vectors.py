@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from openvclip.checkpoints.contract_files import contract_to_merge, merged_contract
+from openvclip.checkpoints.extra_state import EXTRA_STATE_KEY
 from openvclip.checkpoints.streaming.inputs import WeightInput, open_inputs
 from openvclip.checkpoints.streaming.merges import MergeOptions, StrPath, write_merged
 from openvclip.checkpoints.streaming.provenance import Provenance
@@ -36,6 +37,10 @@ def task_vector_file(
     marks it as a task vector, so :func:`load_checkpoint` refuses it as a model. With
     ``names="original"``, :func:`load_checkpoint` returns the task vector for
     :func:`openvclip.merging.apply_task_vectors`.
+
+    The file has no integer and boolean entries, such as counters and masks, and no extra state of
+    modules. A merge takes these from ``base``. So the model ``base + vector`` is ``tuned`` with the
+    integers, masks and extra state of ``base``.
 
     Args:
         base: the file of the original model, as in :func:`interpolate_files`.
@@ -71,7 +76,9 @@ def task_vector_file(
 class _VectorProvenance(Provenance):
     def metadata(self) -> dict[str, str]:
         # The hash has the same length before and after all parts are read.
-        return {**super().metadata(), **task_vector_mark(self.inputs[0].weights_hash())}
+        texts = {**super().metadata(), **task_vector_mark(self.inputs[0].weights_hash())}
+        texts.pop(EXTRA_STATE_KEY, None)  # the file has no extra state
+        return texts
 
 
 def _sizes(inputs: list[WeightInput], dtype: torch.dtype | None) -> dict[str, Tensor]:
