@@ -195,12 +195,17 @@ def hint(missing: list[str], unexpected: list[str], *, mismatched: bool = False)
     """Return what to do if names or shapes differ, as the last line of an error text."""
     if mismatched:
         return "Build the model that the file is for, or give a file that is for this model."
-    hints = []
+    hints, flags = [], []
     if missing:
         hints.append(f"allow_missing={_hint_patterns(missing)} to accept that these are missing")
+        flags.append("--allow-missing")
     if unexpected:
         hints.append(f"allow_unexpected={_hint_patterns(unexpected)} to leave these entries out")
-    return f"If this is intended, give {' and '.join(hints)}."
+        flags.append("--allow-unexpected")
+    return (
+        f"If this is intended, give {' and '.join(hints)}. On the command line, give "
+        f"{' and '.join(flags)} once for each name."
+    )
 
 
 def _hint_patterns(names: list[str]) -> list[str]:

@@ -6,10 +6,11 @@ model in open_clip.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 
-from openvclip.errors import ModelNameError, did_you_mean, listed
+from openvclip.errors import ModelNameError, did_you_mean, listed, near_path
 
 # Names of published models in other libraries. The groups give the name in open_clip.
 _SIZES = {"b": "B", "base": "B", "l": "L", "large": "L", "h": "H", "so400m": "SO400M"}
@@ -31,6 +32,12 @@ def unknown_model(name: str) -> ModelNameError:
     """Return the error for a name that is not a model of open_clip."""
     import open_clip
 
+    if os.path.isfile(name):
+        return ModelNameError(
+            f"{name} is a file, and no name of a model. If it holds weights: give it as "
+            "--checkpoint (a fine-tuned model) or --pretrained (the original CLIP), and the name "
+            "of the architecture as --model. In Python: load_model(name, pretrained, checkpoint=)."
+        )
     models = open_clip.list_models()
     twin = same_model(name)
     if twin is not None:
@@ -63,6 +70,17 @@ def unknown_weights(tag: str, name: str, tags: Sequence[str]) -> ModelNameError:
     """Return the error for weights that are neither a file nor a tag of open_clip for a model."""
     import open_clip
 
+    looks_like_path = os.sep in tag or bool(os.path.splitext(tag)[1])
+    if looks_like_path and same_model(tag) is None:
+        return ModelNameError(
+            f"There is no file {tag}{near_path(tag)}; expected a file of weights of the original "
+            f"CLIP, or a tag of open_clip for {name}: {listed(tags, 10) or '(there is none)'}."
+        )
+    if not tags:
+        return ModelNameError(
+            f"{tag!r} is neither a file of weights nor a tag of open_clip: open_clip has no "
+            f"weights for {name}. Give a file of weights, as --pretrained or pretrained."
+        )
     others = [model for model, other in open_clip.list_pretrained() if other == tag]
     twin = same_model(tag)
     if twin is not None:
@@ -73,7 +91,7 @@ def unknown_weights(tag: str, name: str, tags: Sequence[str]) -> ModelNameError:
         hint = did_you_mean(tag, tags)
     return ModelNameError(
         f"{tag!r} is neither a file of weights nor a tag of open_clip for {name}{hint}. Tags: "
-        f"{listed(tags, 10) or '(open_clip has none)'}."
+        f"{listed(tags, 10)}."
     )
 
 

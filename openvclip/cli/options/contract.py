@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from openvclip.errors import UsageError
+from openvclip.errors import ContractError, UsageError
 from openvclip.video.sampling import BY_NUMBER
 
 if TYPE_CHECKING:
@@ -111,6 +111,7 @@ def _contract_of(options: argparse.Namespace) -> tuple[Contract | None, Path]:
 
     if options.checkpoint is not None:
         path: Path = options.checkpoint
+        _require_no_configuration(path)
         return (read_contract(path) if path.is_file() else None), path
     if "model" not in options.given:
         return None, Path()
@@ -118,6 +119,22 @@ def _contract_of(options: argparse.Namespace) -> tuple[Contract | None, Path]:
 
     folder = downloaded_folder(options.model)
     return (None if folder is None else read_contract(folder)), folder or Path()
+
+
+def _require_no_configuration(path: Path) -> None:
+    """Raise an error for a JSON file that holds no contract and is no index of shards."""
+    from openvclip.checkpoints.contract import Contract
+    from openvclip.checkpoints.sharding import is_index
+
+    if path.suffix == ".json" and path.is_file() and not is_index(path):
+        try:
+            Contract.from_json(path.read_text(encoding="utf-8"), str(path))
+        except ContractError as error:
+            raise UsageError(
+                f"--checkpoint {path} is a JSON file; expected a file of weights. Give the "
+                "configuration of a model as --model, and its weights as --checkpoint or "
+                "--pretrained."
+            ) from error
 
 
 def load_with_contract(

@@ -15,6 +15,7 @@ from openvclip.cli.options.models import (
     device_of,
     load,
     pooling_of,
+    pretrained_of,
     require_effects,
     sampling_of,
     templates_of,
@@ -152,7 +153,6 @@ def load_video_clip(options: argparse.Namespace) -> tuple[VideoCLIP, ModelSource
 
 def _source_of(options: argparse.Namespace) -> ModelSource | None:
     """Return where the weights are that the options describe, if an index can load them again."""
-    from openvclip.models.loading import brings_weights
     from openvclip.search import ModelSource
     from openvclip.search.recorded import whole_path
 
@@ -165,10 +165,7 @@ def _source_of(options: argparse.Namespace) -> ModelSource | None:
         return None if mixed else ModelSource(whole(options.checkpoint) or model)
     if not {"allow_missing", "allow_unexpected"}.isdisjoint(given):
         return None
-    pretrained = options.pretrained
-    if pretrained is None and not brings_weights(options.model):
-        pretrained = "openai"
-    return ModelSource(model, whole(pretrained), whole(options.checkpoint), options.lam)
+    return ModelSource(model, whole(pretrained_of(options)), whole(options.checkpoint), options.lam)
 
 
 def _file_name(source: str | None) -> str | None:

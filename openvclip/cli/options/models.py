@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, get_args
 from openvclip.cli.options.outputs import add_override_option
 from openvclip.cli.options.types import add_allow_options
 from openvclip.commands.parsing import refuse_unused
-from openvclip.errors import UsageError
+from openvclip.errors import UsageError, listed
 from openvclip.models.text_weights import TextSource
 from openvclip.towers.view import Boundary
 from openvclip.video.sampling import BACKENDS
@@ -276,16 +276,13 @@ def load(options: argparse.Namespace) -> LoadedModel:
     If the model has a contract, see :func:`load_with_contract`.
     """
     from openvclip.cli.options.contract import load_with_contract
-    from openvclip.models.loading import brings_weights, load_model
+    from openvclip.models.loading import load_model
 
     if options.contract is not None:
         return load_with_contract(options, options.contract, device_of(options))
-    pretrained = options.pretrained
-    if pretrained is None and not brings_weights(options.model):
-        pretrained = "openai"
     return load_model(
         options.model,
-        pretrained,
+        pretrained_of(options),
         checkpoint=options.checkpoint,
         expand=options.expand,
         window=options.window,
@@ -295,6 +292,42 @@ def load(options: argparse.Namespace) -> LoadedModel:
         allow_missing=options.allow_missing,
         allow_unexpected=options.allow_unexpected,
     )
+
+
+def pretrained_of(options: argparse.Namespace) -> str | None:
+    """Return the weights of the original CLIP: ``--pretrained``, or the default for the model.
+
+    Raises:
+        UsageError: ``--pretrained`` is not given, and there is no default for the model.
+    """
+    import open_clip
+
+    from openvclip.models.loading import brings_weights
+
+    model: str = options.model
+    if options.pretrained is not None or brings_weights(model):
+        pretrained: str | None = options.pretrained
+        return pretrained
+    is_missing = options.checkpoint is not None and not options.checkpoint.exists()
+    if Path(model).suffix == ".json" and Path(model).is_file() and not is_missing:
+        text = (
+            f"--model {model} is a configuration without weights: give --pretrained FILE, the "
+            "weights of the original CLIP."
+        )
+        if options.checkpoint is not None:
+            text += (
+                f" --checkpoint {options.checkpoint} holds the fine-tuned weights only. If you "
+                f"have no other file, give --pretrained {options.checkpoint} --expand in place of "
+                "--checkpoint."
+            )
+        raise UsageError(text)
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    if tags and "openai" not in tags:
+        raise UsageError(
+            f"--model {model} has no weights openai, which are the default of --pretrained. Give "
+            f"--pretrained with a file of weights, or with a tag of open_clip: {listed(tags, 10)}."
+        )
+    return "openai"
 
 
 def cache_of(options: argparse.Namespace) -> AbstractContextManager[None]:
