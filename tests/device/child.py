@@ -14,7 +14,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,16 @@ def is_fatal(text: str) -> bool:
     return any(words in text for words in _FATAL)
 
 
-def run_checks(checks: list[Check], setup: Setup, events: Path) -> bool:
-    """Run the checks without a result.
+def run_checks(
+    checks: list[Check], setup: Setup, events: Path, left: Callable[[], float] = lambda: 1.0
+) -> bool:
+    """Run the checks without a result, until no time is left.
+
+    Args:
+        checks: the checks.
+        setup: what the checks get.
+        events: the file of events.
+        left: gives the seconds that are left. A check that has started is not stopped.
 
     Returns:
         False if a check left the device unusable; the checks after it did not run.
@@ -49,6 +57,8 @@ def run_checks(checks: list[Check], setup: Setup, events: Path) -> bool:
     for check in checks:
         if check.name in done:
             continue
+        if left() <= 0:
+            break
         write(events, event="started", check=check.name)
         result, usable = run_check(check, setup, events)
         write(events, event="ended", check=check.name, **result)

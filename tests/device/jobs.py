@@ -18,6 +18,7 @@ from tests.device import child
 from tests.device.checks import Group, Setup
 
 MODULE = "tests.device.child"
+NOT_RUN = "not run: no time left"
 RESTARTS = 10  # new processes for a group whose processes end too early
 
 
@@ -157,7 +158,7 @@ def in_turn(jobs: Sequence[Job], left: Callable[[], float], ended: Callable[[Job
     for job, following in zip(jobs, [*jobs[1:], None], strict=True):
         if left() <= 0:
             job.kill()
-            job.note = "not run: no time left"
+            job.note = NOT_RUN
             ended(job)
             continue
         job.go(min(job.group.seconds, left()))

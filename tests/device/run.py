@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import os
 import subprocess
 import sys
@@ -61,11 +62,17 @@ class Run:
         return self._end - time.monotonic()
 
     def in_this_process(self) -> None:
-        """Run all groups here, one after the other."""
+        """Run all groups here, one after the other, until no time is left."""
         for group in self.groups:
-            start, events = time.monotonic(), self.setup.folder / f"{group.name}.events"
-            child.run_checks(group.checks(small=self.setup.small), self.setup, events)
-            self.keep(jobs.group_results(group, events, time.monotonic() - start, ""))
+            start, events, note = time.monotonic(), self.setup.folder / f"{group.name}.events", ""
+            if self.left() > 0:
+                checks = group.checks(small=self.setup.small)
+                child.run_checks(checks, self.setup, events, self.left)
+                waiting = len(checks) - len(child.results(events))
+                note = f"cut: no time left for {waiting} of {len(checks)} checks" if waiting else ""
+            else:
+                note = jobs.NOT_RUN
+            self.keep(jobs.group_results(group, events, time.monotonic() - start, note))
 
     def in_processes(self) -> None:
         """Run the groups of correctness side by side, then the ratios one after the other."""
@@ -91,7 +98,10 @@ class Run:
         outcomes = [check["outcome"] for check in group["checks"]]
         numbers = ", ".join(f"{outcomes.count(o)} {o}" for o in dict.fromkeys(outcomes))
         print(f"{group['group']:16s} {group['seconds']:6.1f} s  {numbers or group['note']}"
-              f"  ({self.left():.0f} s left)", flush=True)  # fmt: skip
+              f"{self._left_text()}", flush=True)  # fmt: skip
+
+    def _left_text(self) -> str:
+        return f"  ({self.left():.0f} s left)" if math.isfinite(self.left()) else ""
 
     def save(self, *, complete: bool = False) -> None:
         """Write the JSON file."""
@@ -132,7 +142,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--out", type=Path, metavar="FOLDER", help="keeps device.json and the logs")
     made.add_argument("--only", nargs="+", choices=names, metavar="NAME", help="run these groups")
     made.add_argument("--list", action="store_true", help="print the groups and stop")
-    made.add_argument("--seconds", type=float, default=SECONDS, help=f"default: {SECONDS:.0f}")
+    made.add_argument(
+        "--seconds",
+        type=float,
+        help="time for everything; with --cpu, a check that has started is not stopped (default: "
+        f"{SECONDS:.0f}, or no limit with --cpu)",
+    )
     made.add_argument("--page", type=Path, metavar="JSON", help="print a section for the page")
     return made
 
@@ -165,7 +180,8 @@ def main(arguments: list[str] | None = None) -> int:
         out = args.out or folder
         out.mkdir(parents=True, exist_ok=True)
         setup = Setup("cpu" if args.cpu else "cuda", folder, small=args.cpu)
-        run = Run(groups, setup, out, args.seconds)
+        default = math.inf if args.cpu else SECONDS
+        run = Run(groups, setup, out, default if args.seconds is None else args.seconds)
         print(report.describe(run.results["machine"]), flush=True)
         try:
             run.in_this_process() if args.cpu else run.in_processes()

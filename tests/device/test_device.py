@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.device import jobs, report, run, suite
-from tests.device.checks import CORRECTNESS, GROUPS, RATIOS, Check, Checks, Group, Setup
+from tests.device.checks import CORRECTNESS, GROUPS, RATIOS, Check, Checks, Figure, Group, Setup
 from tests.device.targets import ROWS
 from tests.helpers import REPO
 
@@ -170,6 +172,34 @@ def test_a_failure_gives_exit_status_1_and_the_table_is_last(
     results = json.loads((tmp_path / run.RESULTS).read_text())
     assert results["complete"]
     assert results["targets"]["forward"] == "<= 1.08"
+
+
+def test_without_a_gpu_too_the_run_ends_in_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[str] = []
+
+    def check(name: str, seconds: float = 0.0) -> Check:
+        def body(setup: Setup) -> Iterator[Figure]:
+            ran.append(name)
+            time.sleep(seconds)
+            yield from ()
+
+        return Check(name, body)
+
+    module = type("Module", (), {"CHECKS": Checks([check("one", 0.3), check("two")])})
+    monkeypatch.setitem(__import__("sys").modules, "tests.device.made", module)
+    groups = [Group(name, RATIOS, 10, "", module="tests.device.made") for name in ("a", "b")]
+    monkeypatch.setattr(run, "GROUPS", groups)
+    for limit, expected in (("0.2", ["one"]), ("0", []), ("60", ["one", "two"] * 2)):
+        ran.clear()
+        run.main(["--cpu", "--seconds", limit, "--out", str(tmp_path)])
+        assert ran == expected
+        results = json.loads((tmp_path / run.RESULTS).read_text())
+        notes = [group["note"] for group in results["groups"]]
+        first = {"0.2": "cut: no time left for 1 of 2 checks", "60": ""}.get(limit, jobs.NOT_RUN)
+        assert notes == [first, "" if limit == "60" else jobs.NOT_RUN]
+    assert "s left)" in capsys.readouterr().out
 
 
 def test_an_interrupted_run_keeps_what_it_has(
