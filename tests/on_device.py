@@ -36,6 +36,10 @@ CORE: dict[str, tuple[str, ...]] = {
         "towers/test_temporal_training.py",
         "towers/test_temporal_hf.py",
         "towers/test_temporal_timm.py",
+        "towers/test_temporal_hf_more.py",
+        "towers/test_temporal_timm_drops.py",
+        "towers/test_temporal_naflex.py",
+        "towers/test_entrances.py",
         "prompting/test_vision.py",
         "prompting/test_text.py",
         "prompting/test_variants.py",
@@ -48,6 +52,8 @@ CORE: dict[str, tuple[str, ...]] = {
         "weights/test_lawa.py",
         "weights/test_gaussian.py",
         "weights/test_tracker.py",
+        "weights/test_moves.py",
+        "weights/test_l2.py",
         "weights/test_buffers.py",
         "weights/test_overwriting.py",
         "weights/test_small_dtypes.py",
@@ -66,6 +72,9 @@ CORE: dict[str, tuple[str, ...]] = {
         "merging/test_merging.py",
         "merging/test_merging_rules.py",
         "merging/test_merging_soups.py",
+        "merging/test_not_finite.py",
+        "training/test_distillation.py",
+        "training/test_text_energy.py",
     ),
 }
 """Files whose tests are core tests, below ``tests/``, by subject."""
@@ -73,6 +82,7 @@ CORE: dict[str, tuple[str, ...]] = {
 _COMPILES = "the group compiled of tests.device runs torch.compile"
 _LATE = "a GPU notices later: training/silent_changes of tests.device"
 _KERNELS = "names kernels of the CPU"
+_PIECES = "an update in pieces, which only a CPU makes"
 
 CPU_ONLY: dict[str, dict[str, str]] = {
     "test_temporal_training.py": {
@@ -92,6 +102,10 @@ CPU_ONLY: dict[str, dict[str, str]] = {
     "test_regularization_watch.py": {
         "test_an_optimizer_in_the_backward_pass_is_refused": _LATE,
         "test_other_changes_of_the_weights_inside_the_block": _LATE,
+    },
+    "test_moves.py": {
+        "test_ctrl_c_leaves_the_average_before_or_after": _PIECES,
+        "test_an_error_that_comes_back_each_time": _PIECES,
     },
     "test_adapter_training.py": {
         "test_what_does_not_work_on_factors_is_refused_by_name": "starts processes for the CPU",

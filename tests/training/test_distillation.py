@@ -25,8 +25,13 @@ def features(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, WIDTH, generator=generator, dtype=torch.float64)
 
 
+def made(width: int, **changes: Any) -> FeatureDistillation:
+    """Return new projectors on the device of the tests."""
+    return FeatureDistillation(width, **changes).to(torch.empty(0).device)
+
+
 def distillation(**changes: Any) -> FeatureDistillation:
-    module = FeatureDistillation(WIDTH, **changes).double()
+    module = made(WIDTH, **changes).double()
     randomise(module, 3, scale=1.0)  # as after some steps: the last layer is not zero
     return module
 
@@ -67,7 +72,7 @@ def test_the_loss_and_its_gradients_are_those_of_the_equation(
 
 
 def test_the_projectors_begin_as_the_paper_says() -> None:
-    module = FeatureDistillation(400)
+    module = made(400)
     assert (module.weight, module.images.residual, module.texts.residual) == (2.0, 0.1, 0.1)
     for part in (module.images, module.texts):
         assert not part.last.weight.any()
@@ -90,7 +95,7 @@ def test_the_first_layers_come_from_their_own_seed() -> None:
 
 
 def test_the_projectors_are_averaged_like_any_module() -> None:
-    module = FeatureDistillation(WIDTH)
+    module = made(WIDTH)
     average = openvclip.SWATracker(module)
     states = []
     for step in range(3):
@@ -102,9 +107,9 @@ def test_the_projectors_are_averaged_like_any_module() -> None:
 
 
 def test_half_precision_features_are_compared_in_float32() -> None:
-    module = FeatureDistillation(8)
+    module = made(8)
     z = torch.randn(4, 8)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(z.device.type, torch.bfloat16):
         loss = module.loss(z.bfloat16(), z)
     assert loss.dtype == torch.float32
     assert 0 <= loss.item() < 1e-4  # the rounding of the features alone
@@ -153,7 +158,7 @@ def test_the_original_clip_is_frozen_and_encodes_each_frame_alone() -> None:
 def test_frame_features_of_an_expanded_model_fit() -> None:
     model = expanded()
     original, video = OriginalCLIP(model), random_video(2, 3)
-    module = FeatureDistillation(8)
+    module = made(8)
     loss = module.loss(encode_frames(model, video), original.frames(video))
     assert loss.item() > 1e-4  # other frames are in view
     loss.backward()

@@ -121,7 +121,7 @@ def test_the_texts_of_transformers_keep_special_tokens_and_the_mask(name: str) -
 def test_autocast_does_not_change_the_loss() -> None:
     loss, images, originals = energy(), features(1, 4).float(), features(2, 4).float()
     texts = loss.draw()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(images.device.type, torch.bfloat16):
         found = loss.loss(images, originals, texts)
     assert same_bits(found, loss.loss(images, originals, texts))
 
