@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from examples.shapes import none_of_these
+from examples.shapes import clips, none_of_these
 from examples.shapes.experiment import clips_folder
 from examples.shapes.model import create_model
 from examples.shapes.none_of_these import MODELS, OTHERS, SCORES, SPLITS, Clips, Measures, tables
@@ -19,6 +19,7 @@ from examples.shapes.settings import FULL, SMOKE
 from examples.shapes.world import ACTIONS, class_names
 from openvclip import SWATracker
 from openvclip.evaluation import auroc
+from tests.forked import CONTEXT
 from tests.helpers import REPO
 
 RESULTS = REPO / "docs" / "assets" / "none-of-these.json"
@@ -87,7 +88,11 @@ def test_scores_and_reliability() -> None:
 
 
 @pytest.mark.slow
-def test_the_command_measures_a_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_measures_a_seed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Workers with PyTorch imported; tests of the clips start them from new interpreters.
+    monkeypatch.setattr(clips, "get_context", lambda _: CONTEXT)
     arguments = ["--smoke", "--seeds", "1", "--out", str(tmp_path)]
     none_of_these.main(arguments)
     printed = capsys.readouterr().out
