@@ -154,8 +154,8 @@ class TextEnergy:
             StateMismatchError: an entry is missing, unknown, or not the state of a generator.
             WeightTypeError: ``state`` is not a mapping.
         """
-        require_own_keys(state, {"generator"}, type(self).__name__)
-        restore_generator(self._generator, state["generator"], "generator", type(self).__name__)
+        require_own_keys(state, {"generator"}, "a TextEnergy")
+        restore_generator(self._generator, state["generator"], "generator", "a TextEnergy")
 
 
 def _layout(tokenize: Tokenizer, n_tokens: int) -> tuple[Tensor, Tensor]:

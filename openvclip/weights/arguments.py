@@ -87,7 +87,7 @@ def require_own_keys(state: object, expected: Collection[str], owner: str) -> No
     Args:
         state: the saved state.
         expected: names of the entries.
-        owner: name of the class that the state must come from.
+        owner: name of the class that the state must come from, with its article.
 
     Raises:
         WeightTypeError: the state is not a mapping.
@@ -95,15 +95,14 @@ def require_own_keys(state: object, expected: Collection[str], owner: str) -> No
     """
     if not isinstance(state, Mapping):
         raise WeightTypeError(
-            f"Expected the result of state_dict() of {_with_article(owner)}, got a "
-            f"{type(state).__name__}."
+            f"Expected the result of state_dict() of {owner}, got a {type(state).__name__}."
         )
     if state.keys() != set(expected):
         raise StateMismatchError(
-            f"This is not the state of {_with_article(owner)}.",
+            f"This is not the state of {owner}.",
             missing=set(expected) - state.keys(),
             unexpected={str(name) for name in state.keys() - set(expected)},
-            hint=f"Pass the result of state_dict() of {_with_article(owner)}.",
+            hint=f"Pass the result of state_dict() of {owner}.",
         )
 
 
@@ -114,7 +113,7 @@ def restore_generator(generator: torch.Generator, state: Any, entry: str, owner:
         generator: the generator.
         state: the entry, which the generator's ``get_state()`` returned.
         entry: name of the entry.
-        owner: name of the class that the state must come from.
+        owner: name of the class that the state must come from, with its article.
 
     Raises:
         StateMismatchError: the entry is not the state of a generator. The generator is unchanged.
@@ -125,9 +124,5 @@ def restore_generator(generator: torch.Generator, state: Any, entry: str, owner:
         raise StateMismatchError(
             f"The entry {entry!r} of the state is not that of a random generator "
             f"({reason_of(error)}).",
-            hint=f"Pass the result of state_dict() of {_with_article(owner)}.",
+            hint=f"Pass the result of state_dict() of {owner}.",
         ) from error
-
-
-def _with_article(name: str) -> str:
-    return f"{'an' if name[:1] in 'AEIOU' else 'a'} {name}"

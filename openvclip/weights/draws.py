@@ -11,7 +11,7 @@ from torch import Tensor
 
 from openvclip.weights.arguments import restore_generator, seeded_generator
 
-_OWNER = "InterpolatedWeightRegularizer"
+_OWNER = "an InterpolatedWeightRegularizer"
 
 
 class Draws:

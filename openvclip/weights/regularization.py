@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from types import NoneType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from openvclip.errors import UsageError, WeightTypeError
+from openvclip.errors import UsageError
 from openvclip.weights.anchored import AnchoredWeights
 from openvclip.weights.arguments import require_device
 from openvclip.weights.batch_part import number_of_clips, part_size, take_clips
@@ -28,6 +27,7 @@ from openvclip.weights.regularization_input import (
     require_own_optimizer,
     require_settings,
     require_state,
+    require_wrapper,
 )
 from openvclip.weights.shards import (
     backend_device,
@@ -154,11 +154,7 @@ class InterpolatedWeightRegularizer:
         missing: Literal["error", "skip"] = "error",
     ) -> None:
         require_settings(interval, weight, share, every, missing)
-        if not isinstance(wrapper, (nn.Module, NoneType)):
-            raise WeightTypeError(
-                f"wrapper: expected the module that the closure calls or None, got a "
-                f"{type(wrapper).__name__}."
-            )
+        require_wrapper(wrapper)
         self.model = model
         self.optimizer = optimizer
         self.wrapper = wrapper

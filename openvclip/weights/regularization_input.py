@@ -14,6 +14,7 @@ from openvclip.errors import (
     RegularizationError,
     StateMismatchError,
     UsageError,
+    WeightTypeError,
     listed,
 )
 from openvclip.weights.anchor import trained_parameters
@@ -40,6 +41,15 @@ def require_settings(
         raise RegularizationError(f"every={every!r}: expected a whole number of steps >= 1.")
     if missing not in ("error", "skip"):
         raise RegularizationError(f"missing={missing!r}: expected 'error' or 'skip'.")
+
+
+def require_wrapper(wrapper: object) -> None:
+    """Raise a :class:`WeightTypeError` if ``wrapper`` is neither a module nor ``None``."""
+    if wrapper is not None and not isinstance(wrapper, nn.Module):
+        raise WeightTypeError(
+            "wrapper: expected the module that the closure calls or None, got a "
+            f"{type(wrapper).__name__}."
+        )
 
 
 def require_alpha(alpha: float) -> None:
@@ -102,7 +112,7 @@ def require_state(state: Mapping[str, Any], current: Mapping[str, Any]) -> None:
         StateMismatchError: an entry is missing or unknown, a setting is out of range, or the
             anchors differ.
     """
-    require_own_keys(state, current.keys(), "InterpolatedWeightRegularizer")
+    require_own_keys(state, current.keys(), "an InterpolatedWeightRegularizer")
     try:
         require_settings(
             state["interval"], state["weight"], state["share"], state["every"], "error"

@@ -147,4 +147,4 @@ class Tracker(ABC):
             )
 
     def _require_own_state(self, state: Mapping[str, Any]) -> None:
-        require_own_keys(state, self.state_dict().keys(), type(self).__name__)
+        require_own_keys(state, self.state_dict().keys(), f"a {type(self).__name__}")
