@@ -63,6 +63,7 @@ class AdapterTracker(Tracker):
     """
 
     _settings: ClassVar[tuple[str, ...]] = ("start", "every", "max_rank")
+    _optional_settings = ("max_rank",)
 
     def __init__(
         self,
@@ -266,6 +267,8 @@ class AdapterTracker(Tracker):
                 model or to a run that trained other parameters.
         """
         self._require_own_state(state)
+        for name in ("sums", "values"):
+            self._require_entries(state, name)
         names, saved = {*self._names, *self._dtypes}, {*state["sums"], *state["values"]}
         if state["n_averaged"] and names != saved:
             raise StateMismatchError(

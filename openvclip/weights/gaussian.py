@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -140,6 +141,12 @@ class GaussianTracker(SumTracker):
         :meth:`update`.
         """
         return {**super().state_dict(), "scale": self._scale._asdict()}
+
+    def _require_own_state(self, state: Mapping[str, Any]) -> None:
+        super()._require_own_state(state)
+        self._require_entries(state, "scale", (int, float))
+        if state["scale"].keys() != set(_Scale._fields):
+            raise self._damaged("scale", f"has the entries {', '.join(map(str, state['scale']))}")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a state from :meth:`state_dict`. The tensors are copied.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from openvclip.errors import (
     EmptyAverageError,
     NonFiniteWeightsError,
+    StateMismatchError,
     UsageError,
     listed,
 )
@@ -46,6 +48,9 @@ class Tracker(ABC):
 
     _settings: ClassVar[tuple[str, ...]] = ("start", "every")
     """Names of the attributes that ``state_dict()`` saves and ``load_state_dict()`` restores."""
+
+    _optional_settings: ClassVar[tuple[str, ...]] = ()
+    """Names of the settings that can be None."""
 
     def __init__(self, start: int, every: int, check_finite: bool) -> None:
         if not (is_whole(start, 0) and is_whole(every, 1)):
@@ -147,4 +152,38 @@ class Tracker(ABC):
             )
 
     def _require_own_state(self, state: Mapping[str, Any]) -> None:
-        require_own_keys(state, self.state_dict().keys(), f"a {type(self).__name__}")
+        owner = f"a {type(self).__name__}"
+        require_own_keys(state, self.state_dict().keys(), owner)
+        own = {"steps": 0, "n_averaged": 0} | {name: getattr(self, name) for name in self._settings}
+        for name, value in own.items():
+            if state[name] is None and name in self._optional_settings:
+                continue
+            if not _is_like(state[name], value):
+                raise self._damaged(name, f"is {state[name]!r}")
+
+    def _require_entries(
+        self, state: Mapping[str, Any], name: str, kind: type | tuple[type, ...] = object
+    ) -> None:
+        """Check that an entry of a saved state holds values of a kind by name."""
+        entries = state[name]
+        if not isinstance(entries, Mapping):
+            raise self._damaged(name, f"is a {type(entries).__name__}, not a dict")
+        for key, value in entries.items():
+            if not isinstance(value, kind):
+                raise self._damaged(name, f"holds a {type(value).__name__} as {key!r}")
+
+    def _damaged(self, name: str, how: str) -> StateMismatchError:
+        owner = f"a {type(self).__name__}"
+        return StateMismatchError(
+            f"The entry {name!r} of the state {how}, which {owner} does not save.",
+            hint=f"Pass the result of state_dict() of {owner}.",
+        )
+
+
+def _is_like(value: object, own: bool | int | float | None) -> bool:
+    """Return whether a saved number can be of the same attribute as ``own``."""
+    if isinstance(own, bool):
+        return isinstance(value, bool)
+    if isinstance(own, float):
+        return not math.isnan(as_float(value))
+    return is_whole(value, 0)

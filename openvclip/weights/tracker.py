@@ -11,10 +11,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from openvclip.errors import (
-    UsageError,
-    listed,
-)
+from openvclip.errors import UsageError, listed
+from openvclip.weights.arguments import require_device
 from openvclip.weights.kinds import require_values
 from openvclip.weights.moves import Blend, Move, insist
 from openvclip.weights.names import require_match
@@ -76,8 +74,9 @@ class WeightTracker(Tracker):
         device: device of the average. Default: the device of each parameter.
 
     Raises:
-        UsageError: ``start`` or ``every`` is out of range, or the state dict of the model does not
-            hold a trained parameter.
+        UsageError: ``start`` or ``every`` is out of range, ``dtype`` is not floating point, this
+            machine does not have ``device``, or the state dict of the model does not hold a
+            trained parameter.
         WeightTypeError: ``model`` is not a module, or a mean of its entries would not be a mean of
             models (factors of LoRA, quantised weights).
     """
@@ -93,8 +92,8 @@ class WeightTracker(Tracker):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(start, every, check_finite)
-        self.dtype = dtype
-        self._device = None if device is None else torch.device(device)
+        self.dtype = _require_floating(dtype)
+        self._device = None if device is None else require_device(device, "device")
         state, self._aliases, self._extra_state = tracked_model(model)
         self._averaged_names = averaged_names(model, state)
         require_trackable(model, state, self._averaged_names)
@@ -365,6 +364,9 @@ class WeightTracker(Tracker):
                 model or to a run that trained other parameters.
         """
         self._require_own_state(state)
+        self._require_entries(state, "aliases")
+        for name in (*self._tensors(), "carried"):
+            self._require_entries(state, name, Tensor)
         if state["n_averaged"]:
             self._require_same_entries(state)
         self._steps, self._n_averaged = int(state["steps"]), int(state["n_averaged"])
@@ -401,6 +403,12 @@ class WeightTracker(Tracker):
             "the expected names and shapes.",
             hint,
         )
+
+
+def _require_floating(dtype: torch.dtype) -> torch.dtype:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UsageError(f"dtype={dtype!r}: expected torch.float32 or torch.float64.")
+    return dtype
 
 
 def shards(entries: Mapping[str, Tensor]) -> list[Tensor]:
