@@ -339,3 +339,10 @@ def test_the_command_writes_the_pages_and_refuses_files_without_results(tmp_path
         "assets/shapes-trials.png",
     ):
         assert (tmp_path / name).is_file()
+
+
+def test_the_readme_has_the_main_table() -> None:
+    if not PUBLISHED.exists():
+        pytest.skip("no results are published yet")
+    page = (REPO / "docs" / "shapes.md").read_text()
+    assert table((REPO / "README.md").read_text(), "trials") == table(page, "trials")

@@ -52,7 +52,7 @@ AVERAGED = "openvclip-averaged.safetensors"
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = Parser(
-        prog="python -m examples.shapes.trials",
+        prog="python -m examples.shapes",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from openvclip.evaluation import Curve, markdown_table, mean_and_std, tradeoff_f
 __all__ = ["draw", "main", "page", "publish"]
 
 DOCS = Path(__file__).resolve().parents[3] / "docs"
+README_MARK = "<!-- table: trials -->"
 RESULTS, FIGURE = "shapes-trials.json", "shapes-trials.png"
 TEMPLATE = Path(__file__).with_name("page_template.md")
 
@@ -407,7 +409,20 @@ def publish(results: Results, docs: Path = DOCS) -> list[Path]:
     for name, text in pages.items():
         with atomic_path(docs / name) as partial:
             partial.write_text(text, encoding="utf-8")
-    return [docs / name for name in pages]
+    written = [docs / name for name in pages]
+    readme = docs.parent / "README.md"
+    if readme.exists() and README_MARK in readme.read_text(encoding="utf-8"):
+        with_table = _with_table(readme.read_text(encoding="utf-8"), results)
+        readme.write_text(with_table, encoding="utf-8")
+        written.append(readme)
+    return written
+
+
+def _with_table(text: str, results: Results) -> str:
+    """Return the text of the README with a new main table after its mark."""
+    table = f"{README_MARK}\n{main_table(results)}\n"
+    pattern = rf"{re.escape(README_MARK)}\n(\|.*\n)*"
+    return re.sub(pattern, lambda _: table, text, count=1)
 
 
 @command
