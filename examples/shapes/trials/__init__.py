@@ -10,6 +10,8 @@ The modules build on each other in this order:
 - :mod:`examples.shapes.trials.tasks`, :mod:`examples.shapes.trials.tuning`,
   :mod:`examples.shapes.trials.runner`: the pieces of work, the choice of settings, the run;
 - :mod:`examples.shapes.trials.statistics`, :mod:`examples.shapes.trials.claims`,
+  :mod:`examples.shapes.trials.times`, :mod:`examples.shapes.trials.tables`,
+  :mod:`examples.shapes.trials.verdicts`,
   :mod:`examples.shapes.trials.page`, :mod:`examples.shapes.trials.advice`: tests, verdicts, pages.
 
 **The budget** of 4 hours of 2 cores is 28,800 seconds of one core. Measured on a virtual machine

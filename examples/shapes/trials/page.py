@@ -17,11 +17,8 @@ import numpy as np
 
 from examples.shapes.results import Results, origins, save_results, wrapped
 from examples.shapes.trials.advice import advice_page
-from examples.shapes.trials.cells import QUESTIONS
 from examples.shapes.trials.claims import (
     PAPER,
-    REFERENCE,
-    Judged,
     accuracies,
     claims_of,
     judge,
@@ -30,13 +27,19 @@ from examples.shapes.trials.claims import (
 from examples.shapes.trials.registry import METHODS
 from examples.shapes.trials.rows import PUBLISHED
 from examples.shapes.trials.settings import FULL
-from examples.shapes.trials.statistics import LEVEL, cells_needed, power, smallest_difference
-from examples.shapes.trials.tasks import RULES, STILLS
-from examples.shapes.trials.tuning import score
+from examples.shapes.trials.tables import (
+    common_lambdas,
+    cost_table,
+    curve_table,
+    grid_table,
+    main_table,
+    unlabelled_section,
+)
+from examples.shapes.trials.verdicts import claims_table, power_table, summary
 from openvclip.checkpoints import atomic_path
 from openvclip.commands.parsing import Parser
 from openvclip.commands.streams import command
-from openvclip.evaluation import Curve, markdown_table, mean_and_std, tradeoff_figure
+from openvclip.evaluation import Curve, tradeoff_figure
 
 __all__ = ["draw", "main", "page", "publish"]
 
@@ -44,17 +47,6 @@ DOCS = Path(__file__).resolve().parents[3] / "docs"
 README_MARK = "<!-- table: trials -->"
 RESULTS, FIGURE = "shapes-trials.json", "shapes-trials.png"
 TEMPLATE = Path(__file__).with_name("page_template.md")
-
-HEADS = {
-    "trained": "trained classes",
-    "shapes": "unseen shapes",
-    "actions": "unseen shapes and actions",
-    STILLS: "stills",
-}
-"""The heads of the columns."""
-
-DIFFERENCE = 0.015
-"""The true difference that the number of cells is chosen for."""
 
 
 def page(results: Results) -> str:
@@ -64,8 +56,8 @@ def page(results: Results) -> str:
         "state": _state(results),
         "main": main_table(results),
         "claims": claims_table(judged),
-        "summary": _summary(judged),
-        "power": _power(results, judged),
+        "summary": summary(judged),
+        "power": power_table(results, judged),
         "curves": curve_table(results),
         "grid": grid_table(results),
         "unlabelled": unlabelled_section(results),
@@ -111,250 +103,6 @@ def _state(results: Results) -> str:
     return "\n\n".join(wrapped(line) for line in lines)
 
 
-def main_table(results: Results) -> str:
-    """Return the accuracies of every method: mean ± standard deviation over the cells, in %."""
-    rows = []
-    for name in results["chosen"]:
-        if name == REFERENCE and lambda_of(results, name, None) != 0:
-            rows.append(_row(results, name, 0.0))
-        rows.append(_row(results, name, None))
-    header = ["method", "λ", *HEADS.values(), "training time"]
-    return markdown_table(header, [row for row in rows if row])
-
-
-def _row(results: Results, name: str, lam: float | None) -> list[str]:
-    values = [list(accuracies(results, name, lam, column).values()) for column in HEADS]
-    if not values[0]:
-        return []
-    ratio = step_ratio(results, name)
-    cells = [mean_and_std(column) if column else "" for column in values]
-    return [
-        name,
-        f"{lambda_of(results, name, lam):g}",
-        *cells,
-        "" if ratio is None else f"{ratio:.2f}",
-    ]
-
-
-def claims_table(judged: list[Judged]) -> str:
-    """Return the differences of each pair of rows in points, and their p-values."""
-    rows: dict[tuple[str, ...], dict[str, Judged]] = {}
-    for item in judged:
-        claim = item.claim
-        lams = ["chosen" if lam is None else f"{lam:g}" for lam in (claim.lam, claim.other_lam)]
-        pair = (claim.method, lams[0], claim.other, lams[1])
-        rows.setdefault(pair, {})[claim.question] = item
-    header = ["method", "λ", "compared with", "its λ"]
-    for question in QUESTIONS:
-        header += [HEADS[question], "p"]
-    lines = []
-    for names, by_question in rows.items():
-        cells = list(names)
-        for question in QUESTIONS:
-            found = by_question.get(question)
-            cells += ["", ""] if found is None else [_difference(found), _p(found)]
-        lines.append(cells)
-    return markdown_table(header, lines)
-
-
-def _difference(item: Judged) -> str:
-    return points(item) if item.verdict == "not clear" else f"**{points(item)}**"
-
-
-def _p(item: Judged) -> str:
-    return f"{item.p:.3f}" if item.p >= 0.001 else "< 0.001"
-
-
-def points(item: Judged) -> str:
-    """Return a difference in points of accuracy, such as ``"+1.2 ± 0.8"``."""
-    mean = f"{round(100 * item.mean, 1) + 0.0:+.1f}".replace("-", "−")
-    if len(item.differences) < 2:
-        return mean
-    return f"{mean} ± {100 * item.deviation:.1f}"
-
-
-def _summary(judged: list[Judged]) -> str:
-    count = dict.fromkeys(("higher", "lower", "not clear"), 0)
-    for item in judged:
-        count[item.verdict] += 1
-    return wrapped(
-        f"The page judges {len(judged)} claims. In {count['higher']} of them the first method is "
-        f"clearly higher, in {count['lower']} it is clearly lower, and {count['not clear']} are "
-        "not clear."
-    )
-
-
-def _power(results: Results, judged: list[Judged]) -> str:
-    cells = _cells(results)
-    deviations = sorted(item.deviation for item in judged if len(item.differences) > 1)
-    if not deviations:
-        return "With one cell there are no verdicts."
-    level = LEVEL / len(judged)
-    rows = []
-    for name, share in (("median", 0.5), ("90 % of the claims", 0.9)):
-        deviation = float(np.quantile(deviations, share))
-        needed = cells_needed(deviation, DIFFERENCE, level)
-        rows.append(
-            [
-                name,
-                f"{100 * deviation:.1f}",
-                f"{100 * power(cells, deviation, DIFFERENCE, level):.0f} %",
-                f"{100 * smallest_difference(cells, deviation, level):.1f}",
-                "more than 500" if needed is None else str(needed),
-            ]
-        )
-    header = [
-        "deviation of the differences",
-        "points",
-        "1.5 points are called clear",
-        "clear nine times in ten",
-        "cells for 1.5 points",
-    ]
-    return markdown_table(header, rows)
-
-
-def curve_table(results: Results) -> str:
-    """Return the mean accuracies of the methods of the figure at each λ, CLIP's stills included."""
-    rows = []
-    for name in (name for name in results["chosen"] if METHODS.get(name) and METHODS[name].curve):
-        for lam in _lambdas(results, name):
-            means = [
-                100 * float(np.mean(list(values.values())))
-                for column in HEADS
-                if (values := accuracies(results, name, lam, column))
-            ]
-            mark = "*" if lam == lambda_of(results, name, None) else ""
-            rows.append([name, f"{lam:g}{mark}", *(f"{mean:.1f}" for mean in means)])
-    return markdown_table(["method", "λ", *HEADS.values()], rows)
-
-
-def _lambdas(results: Results, name: str) -> list[float]:
-    """Return the λ for which all cells have results."""
-    common: set[float] | None = None
-    for entry in results["cells"].values():
-        points = entry["methods"].get(name, {}).get("points", [])
-        lams = {float(point["lam"]) for point in points}
-        if lams:
-            common = lams if common is None else common & lams
-    return sorted(common or ())
-
-
-def grid_table(results: Results) -> str:
-    """Return all settings that were tried, at their best λ, and the number of evaluated points."""
-    rows = []
-    for name, entries in results["tuning"].get("methods", {}).items():
-        if name not in results["chosen"]:
-            continue
-        choice = results["chosen"][name]
-        for entry in entries.values():
-            by_params: dict[str, list[dict[str, Any]]] = {}
-            for point in entry["points"]:
-                by_params.setdefault(_text(point["params"]), []).append(point)
-            for params, points in by_params.items():
-                top = max(points, key=score)
-                chosen = (
-                    entry["settings"] == choice["training"]
-                    and top["params"] == choice["params"]
-                    and top["lam"] == choice["lam"]
-                )
-                rows.append(
-                    [
-                        name + (" *" if chosen else ""),
-                        _text(entry["settings"]),
-                        params,
-                        f"{top['lam']:g}",
-                        str(len(points)),
-                        *(f"{100 * top['accuracy'][question]:.1f}" for question in QUESTIONS),
-                        f"{100 * score(top):.1f}",
-                    ]
-                )
-    header = ["method", "training", "own numbers", "best λ", "λ tried"]
-    return markdown_table([*header, *(HEADS[question] for question in QUESTIONS), "mean"], rows)
-
-
-def _text(settings: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in sorted(settings.items()))
-
-
-def unlabelled_section(results: Results) -> str:
-    """Return the study of λ without labels, or that there are no results."""
-    rows = []
-    for name in results["chosen"]:
-        for question in QUESTIONS:
-            chosen = accuracies(results, name, None, question)
-            found = {
-                number: entry["methods"][name]["unlabelled"][question]
-                for number, entry in results["cells"].items()
-                if number in chosen and "unlabelled" in entry["methods"][name]
-            }
-            if not found:
-                continue
-            cells = [mean_and_std([chosen[number] for number in found])]
-            for rule in RULES:
-                lams = [float(by_rule[rule]["lam"]) for by_rule in found.values()]
-                cells.append(f"{float(np.mean(lams)):.2f}")
-                cells.append(
-                    mean_and_std([by_rule[rule]["accuracy"] for by_rule in found.values()])
-                )
-            rows.append([name, HEADS[question], *cells])
-    if not rows:
-        return "There are no results yet."
-    header = ["method", "clips without labels", "chosen λ"]
-    for rule in RULES:
-        header += [f"λ of {rule}", f"with λ of {rule}"]
-    return markdown_table(header, rows)
-
-
-def step_ratio(results: Results, name: str) -> float | None:
-    """Return the time of the training relative to one run of plain fine-tuning, or ``None``."""
-    ratios = []
-    for entry in results["cells"].values():
-        own = _training_seconds(results, entry, name)
-        plain = _training_seconds(results, entry, REFERENCE)
-        if own is not None and plain:
-            ratios.append(own / plain)
-    return float(np.median(ratios)) if ratios else None
-
-
-def _training_seconds(results: Results, entry: dict[str, Any], name: str) -> float | None:
-    """Return the seconds of all training steps of a method in a cell."""
-    row = entry["methods"].get(name)
-    if row is None or name not in METHODS or not METHODS[name].needs:
-        return None
-    settings = " ".join(f"{key}={value}" for key, value in sorted(row["settings"].items()))
-    seconds = 0.0
-    for need in METHODS[name].needs:
-        training = entry["trainings"].get(f"{need} {settings}".strip())
-        if training is None or training["step_seconds"] is None:
-            return None
-        seconds += training["step_seconds"] * training["steps"]
-    return seconds
-
-
-def cost_table(results: Results) -> str:
-    """Return what each method does, its trained parameters and its training time."""
-    rows = []
-    for name in results["chosen"]:
-        if name not in METHODS:
-            continue
-        method, ratio = METHODS[name], step_ratio(results, name)
-        counts = {
-            training["parameters"]
-            for entry in results["cells"].values()
-            for key, training in entry["trainings"].items()
-            if method.needs and key.startswith(method.needs[0] + " ")
-        }
-        rows.append(
-            [
-                name,
-                method.does,
-                f"{max(counts):,}" if counts else "0",
-                "" if ratio is None else f"{ratio:.2f}",
-            ]
-        )
-    return markdown_table(["method", "what it does", "trained parameters", "training time"], rows)
-
-
 def _origin(results: Results) -> str:
     seconds = sum(
         item["seconds"]
@@ -379,7 +127,7 @@ def draw(results: Results, path: Path) -> None:
     """Draw unseen shapes and actions over trained classes along λ."""
     curves = []
     for name in (name for name in results["chosen"] if METHODS.get(name) and METHODS[name].curve):
-        lams = _lambdas(results, name)
+        lams = common_lambdas(results, name)
         axes = [
             [list(accuracies(results, name, lam, question).values()) for lam in lams]
             for question in ("trained", "actions")
