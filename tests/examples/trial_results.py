@@ -31,6 +31,8 @@ def made_up(cells: int = 5, seed: int = 0) -> Results:
     for name, method in methods.items():
         other = METHODS[method.like or name]
         grid = TRAININGS[other.needs[0]].grid if other.needs else ({},)
+        if method.like is not None:
+            grid = (choose(results, [method.like])[method.like]["training"],)
         results["tuning"]["methods"][name] = {
             key_of(name, settings): {
                 "settings": dict(settings),
@@ -41,7 +43,7 @@ def made_up(cells: int = 5, seed: int = 0) -> Results:
                 ],
                 "seconds": 2.0,
             }
-            for settings in (grid if method.like is None else grid[:1])
+            for settings in grid
         }
     results["chosen"] = choose(results, methods)
     for cell in range(cells):
@@ -72,7 +74,7 @@ def made_up(cells: int = 5, seed: int = 0) -> Results:
                     "steps": FULL.steps,
                     "parameters": 474_049,
                     "loss": 0.1,
-                    "seconds": 20.0,
+                    "seconds": float(20 * TRAININGS[need].passes + rng.random()),
                 }
         results["cells"][str(cell)] = entry
     return results

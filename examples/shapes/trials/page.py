@@ -2,7 +2,7 @@
 
 ``python -m examples.shapes.trials.page OUT/results.json`` writes ``docs/shapes.md``,
 ``docs/which-method.md``, a figure and a copy of the results. Every number and every verdict of the
-pages comes from the results. If cells are missing, the page says how many there are so far.
+pages comes from the complete cells. If cells are missing, the page says how many there are so far.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +18,27 @@ import numpy as np
 
 from examples.shapes.results import Results, origins, save_results, wrapped
 from examples.shapes.trials.advice import advice_page
-from examples.shapes.trials.claims import (
-    PAPER,
-    accuracies,
-    claims_of,
-    judge,
-    lambda_of,
-)
-from examples.shapes.trials.registry import METHODS
+from examples.shapes.trials.claims import Judged, claims_of, judge
+from examples.shapes.trials.grid import edges_text, grid_table
+from examples.shapes.trials.reading import accuracies, complete, lambda_of, pairs_of
+from examples.shapes.trials.registry import PAPER
 from examples.shapes.trials.rows import PUBLISHED
+from examples.shapes.trials.sections import (
+    share_table,
+    share_text,
+    stills_table,
+    stills_text,
+    unlabelled_section,
+)
 from examples.shapes.trials.settings import FULL
 from examples.shapes.trials.tables import (
     common_lambdas,
     cost_table,
     curve_table,
-    grid_table,
+    curves_of,
     main_table,
-    unlabelled_section,
 )
-from examples.shapes.trials.verdicts import claims_table, power_table, summary
+from examples.shapes.trials.verdicts import claims_table, power_table, powers, summary
 from openvclip.checkpoints import atomic_path
 from openvclip.commands.parsing import Parser
 from openvclip.commands.streams import command
@@ -51,56 +54,77 @@ TEMPLATE = Path(__file__).with_name("page_template.md")
 
 def page(results: Results) -> str:
     """Return the page in Markdown."""
-    judged = judge(results, claims_of(list(results["chosen"])))
+    shown = complete(results)
+    judged = judge(shown, claims_of(list(shown["chosen"])))
+    sizes = results["settings"]["sizes"]
     sections = {
-        "state": _state(results),
-        "main": main_table(results),
+        "state": state(results, shown, judged),
+        "main": main_table(shown),
+        "edges": edges_text(shown),
         "claims": claims_table(judged),
         "summary": summary(judged),
-        "power": power_table(results, judged),
-        "curves": curve_table(results),
-        "grid": grid_table(results),
-        "unlabelled": unlabelled_section(results),
-        "costs": cost_table(results),
+        "power": power_table(shown, judged),
+        "level": f"{len(judged)}",
+        "share": share_table(shown, judged),
+        "enough": share_text(judged),
+        "curves": curve_table(shown),
+        "left": stills_table(shown),
+        "keeps": stills_text(shown),
+        "grid": grid_table(shown),
+        "unlabelled": unlabelled_section(shown),
+        "costs": cost_table(shown),
         "origin": _origin(results),
-        "test": str(results["settings"]["sizes"]["test"]),
-        "train": str(results["settings"]["sizes"]["train"]),
-        "stills": str(results["settings"]["sizes"]["stills"]),
-        "steps": str(results["settings"]["sizes"]["steps"]),
-        "development": str(results["settings"]["sizes"]["development"]),
-        "batch": str(results["settings"]["sizes"]["batch_size"]),
+        "failures": failures_text(results),
+        **{name: str(sizes[name]) for name in ("test", "train", "stills", "steps", "development")},
+        "batch": str(sizes["batch_size"]),
     }
     text = TEMPLATE.read_text(encoding="utf-8")
     for name, section in sections.items():
         text = text.replace(f"$({name})", section)
-    return text
+    return re.sub(r"\n{3,}", "\n\n", text)
 
 
-def _cells(results: Results) -> int:
-    return len(results["cells"])
-
-
-def _state(results: Results) -> str:
-    """Return how many cells there are, and which rows are missing."""
-    cells = _cells(results)
+def state(results: Results, shown: Results, judged: Sequence[Judged]) -> str:
+    """Return how many cells are complete, what they can show, and which methods are missing."""
+    cells, pairs = len(shown["cells"]), pairs_of(shown)
+    counted = f"{cells} cell{'s' * (cells != 1)}"
+    if pairs:
+        counted += f" ({pairs} pair{'s' * (pairs != 1)})"
     lines = []
     if cells < FULL.cells:
         lines.append(
-            f"**Not complete:** there are results of {cells} of {FULL.cells} cells so far. The "
-            "verdicts can change."
+            f"**{counted} of {FULL.cells} are complete so far.** Each number of this page comes "
+            "from these cells. The other cells follow with the same command, and verdicts can "
+            "change."
         )
-    short = {
-        name: count
-        for name in results["chosen"]
-        if (count := len(accuracies(results, name, None, "trained"))) < cells
-    }
-    if short:
-        names = "; ".join(f"{name} ({count})" for name, count in short.items())
-        lines.append(f"Rows with fewer cells: {names}.")
-    absent = [name for name in PUBLISHED if name not in results["chosen"]]
+    found = powers(shown, judged)
+    if found:
+        mean, question = (
+            next(each for each in found if each.text == f"{text}, median")
+            for text in ("mean of the three questions", "one question")
+        )
+        lines.append(
+            f"With {counted}, a true difference of 1.5 points between two methods is called clear "
+            f"in {100 * mean.probability:.0f} % of all cases in the mean of the three questions, "
+            f"and in {100 * question.probability:.0f} % on one question. Nine times in ten are "
+            f"reached by a true difference of {100 * mean.smallest:.1f} points in the mean, and of "
+            f"{100 * question.smallest:.1f} points on one question. [How this is "
+            "computed](#how-small-a-difference-is-seen)."
+        )
+    absent = [name for name in PUBLISHED if name not in shown["chosen"]]
     if absent:
         lines.append(f"Methods without results: {'; '.join(absent)}.")
     return "\n\n".join(wrapped(line) for line in lines)
+
+
+def failures_text(results: Results) -> str:
+    """Return the tasks that failed, or an empty text."""
+    failures = results.get("failures", {})
+    if not failures:
+        return ""
+    lines = ["These tasks failed. Cells that need them are not complete:"]
+    lines += [f"- {task}: {failure['text']}" for task, failure in failures.items()]
+    return wrapped(lines[0]) + "\n\n" + "\n".join(wrapped(line[2:], "- ") for line in lines[1:])
 
 
 def _origin(results: Results) -> str:
@@ -123,25 +147,23 @@ def _rows_of(entry: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def draw(results: Results, path: Path) -> None:
+def draw(shown: Results, path: Path) -> None:
     """Draw unseen shapes and actions over trained classes along λ."""
     curves = []
-    for name in (name for name in results["chosen"] if METHODS.get(name) and METHODS[name].curve):
-        lams = common_lambdas(results, name)
-        axes = [
-            [list(accuracies(results, name, lam, question).values()) for lam in lams]
+    for name in curves_of(shown):
+        lams = common_lambdas(shown, name)
+        x, y = (
+            np.array([list(accuracies(shown, name, lam, question).values()) for lam in lams]).T
             for question in ("trained", "actions")
-        ]
-        if not lams:
-            continue
-        x, y = (np.array(axis).T for axis in axes)
-        chosen = lams.index(lambda_of(results, name, None))
-        curves.append(Curve(name, lams, x, y, chosen, name == PAPER))
-    cells = _cells(results)
+        )
+        curves.append(
+            Curve(name, lams, x, y, lams.index(lambda_of(shown, name, None)), name == PAPER)
+        )
+    cells = len(shown["cells"])
     tradeoff_figure(
         curves,
         path,
-        title=f"Shapes world, {cells} cells; numbers are λ, stars the chosen λ",
+        title=f"Shapes world, {cells} cell{'s' * (cells != 1)}; numbers are λ, stars the chosen λ",
         closed_set_label="accuracy on trained classes (%)",
         zero_shot_label="accuracy on unseen shapes and actions (%)",
     )
@@ -150,20 +172,28 @@ def draw(results: Results, path: Path) -> None:
 def publish(results: Results, docs: Path = DOCS) -> list[Path]:
     """Write the pages, the figure and the results; return the paths of the pages."""
     (docs / "assets").mkdir(parents=True, exist_ok=True)
-    save_results(results, docs / "assets" / RESULTS)
-    draw(results, docs / "assets" / FIGURE)
-    judged = judge(results, claims_of(list(results["chosen"])))
-    pages = {"shapes.md": page(results), "which-method.md": advice_page(results, judged)}
+    shown = complete(results)
+    save_results(_without_traces(results), docs / "assets" / RESULTS)
+    draw(shown, docs / "assets" / FIGURE)
+    judged = judge(shown, claims_of(list(shown["chosen"])))
+    pages = {"shapes.md": page(results), "which-method.md": advice_page(shown, judged)}
     for name, text in pages.items():
         with atomic_path(docs / name) as partial:
             partial.write_text(text, encoding="utf-8")
     written = [docs / name for name in pages]
     readme = docs.parent / "README.md"
     if readme.exists() and README_MARK in readme.read_text(encoding="utf-8"):
-        with_table = _with_table(readme.read_text(encoding="utf-8"), results)
+        with_table = _with_table(readme.read_text(encoding="utf-8"), shown)
         readme.write_text(with_table, encoding="utf-8")
         written.append(readme)
     return written
+
+
+def _without_traces(results: Results) -> Results:
+    """Return the results without tracebacks, which have the paths of a machine."""
+    failures = results.get("failures", {})
+    texts = {task: {"text": failure["text"]} for task, failure in failures.items()}
+    return {**results, "failures": texts}
 
 
 def _with_table(text: str, results: Results) -> str:
@@ -190,8 +220,11 @@ def main(arguments: list[str] | None = None) -> None:
         results: Results = json.loads(args.results.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise SystemExit(f"{args.results}: {error}") from error
-    if not results.get("cells"):
-        raise SystemExit(f"{args.results}: no cell has results. Run the comparison first.")
+    if not results.get("cells") or not complete(results)["cells"]:
+        raise SystemExit(
+            f"{args.results}: no cell has results of all methods. Run the comparison first, or "
+            "again: it goes on after a stop."
+        )
     for path in publish(results, args.docs):
         print(f"wrote {path}")
 

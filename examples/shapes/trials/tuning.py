@@ -18,7 +18,16 @@ from examples.shapes.trials.registry import CURVE, METHODS, TRAININGS, Method
 from examples.shapes.trials.store import Choice
 from examples.shapes.trials.tasks import Task
 
-__all__ = ["best", "cell_tasks", "choose", "score", "tuning_tasks"]
+__all__ = [
+    "best",
+    "cell_tasks",
+    "choose",
+    "enter",
+    "has_points",
+    "has_result",
+    "score",
+    "tuning_tasks",
+]
 
 LISTS = ("train", *QUESTIONS)
 
@@ -74,15 +83,18 @@ def choose(results: Results, methods: Iterable[str]) -> dict[str, Choice]:
 
     Args:
         results: the results; ``results["tuning"]["methods"][method]`` has the points of each
-            setting of the training.
-        methods: names of the methods.
+            setting of the training. If a method is like another method, its points with other
+            settings of the training than the present choice are left out.
+        methods: names of the methods; a method after the method that it is like.
     """
     chosen: dict[str, Choice] = {}
     for name in methods:
         entries = results["tuning"].get("methods", {}).get(name, {}).values()
+        other = chosen.get(METHODS[name].like or "")
         points = [
             {"training": entry["settings"], **point}
             for entry in entries
+            if other is None or entry["settings"] == other["training"]
             for point in entry["points"]
         ]
         if points:
@@ -111,17 +123,34 @@ def cell_tasks(cell: Cell, methods: Iterable[str], chosen: dict[str, Choice]) ->
 
 
 def has_result(results: Results, task: Task) -> bool:
-    """Return whether the results have the entry of a training or of a method."""
-    place = _place(results, task)
+    """Return whether the results have the entry of a training or of a method.
+
+    An entry of other settings, of other numbers of the method or without one of the λ is not the
+    entry of the task.
+    """
+    is_tuning = task.cell == TUNING
+    place = results["tuning"] if is_tuning else results["cells"].get(str(task.cell.number), {})
     if task.kind == "training":
-        return task.key in place["trainings"]
-    entry = place["methods"].get(task.name)
+        return task.key in place.get("trainings", {})
+    entry = place.get("methods", {}).get(task.name)
+    if is_tuning and entry is not None:
+        entry = entry.get(task.key)
     if task.kind == "clips" or entry is None:
         return False
-    if task.cell == TUNING:
-        return task.key in entry
-    known = {point["lam"] for point in entry["points"]}
-    return entry["settings"] == dict(task.settings) and known >= set(task.lams)
+    params = [dict(numbers) for numbers in task.params]
+    return has_points(entry, dict(task.settings), params, task.lams)
+
+
+def has_points(
+    entry: dict[str, Any],
+    settings: dict[str, Any],
+    params: Iterable[dict[str, Any]],
+    lams: Iterable[float],
+) -> bool:
+    """Return whether an entry of a method has points for all of its numbers and all λ."""
+    known = {(pairs(point["params"]), point["lam"]) for point in entry["points"]}
+    wanted = {(pairs(numbers), lam) for numbers in params for lam in set(lams)}
+    return bool(entry["settings"] == settings and wanted <= known)
 
 
 def enter(results: Results, task: Task, entry: dict[str, Any]) -> None:

@@ -1,23 +1,27 @@
-"""The tables of the claims, and of the differences that can be seen."""
+"""The table of the claims, and the differences that can be seen."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from examples.shapes.results import Results, wrapped
-from examples.shapes.trials.cells import QUESTIONS
 from examples.shapes.trials.claims import Judged
+from examples.shapes.trials.reading import MEAN, OUTCOMES
+from examples.shapes.trials.registry import REFERENCE
 from examples.shapes.trials.statistics import LEVEL, cells_needed, power, smallest_difference
-from examples.shapes.trials.tables import HEADS
+from examples.shapes.trials.wording import HEADS, difference, p_text
 from openvclip.evaluation import markdown_table
 
-__all__ = ["claims_table", "power_table", "summary"]
+__all__ = ["DIFFERENCE", "Power", "claims_table", "power_table", "powers", "summary"]
 
 DIFFERENCE = 0.015
 """The true difference that the number of cells is chosen for."""
 
 
-def claims_table(judged: list[Judged]) -> str:
+def claims_table(judged: Sequence[Judged]) -> str:
     """Return the differences of each pair of rows in points, and their p-values."""
     rows: dict[tuple[str, ...], dict[str, Judged]] = {}
     for item in judged:
@@ -26,35 +30,20 @@ def claims_table(judged: list[Judged]) -> str:
         pair = (claim.method, lams[0], claim.other, lams[1])
         rows.setdefault(pair, {})[claim.question] = item
     header = ["method", "λ", "compared with", "its λ"]
-    for question in QUESTIONS:
-        header += [HEADS[question], "p"]
+    for outcome in OUTCOMES:
+        header += [HEADS[outcome], "p"]
     lines = []
-    for names, by_question in rows.items():
+    for names, by_outcome in rows.items():
         cells = list(names)
-        for question in QUESTIONS:
-            found = by_question.get(question)
-            cells += ["", ""] if found is None else [_difference(found), _p(found)]
+        for outcome in OUTCOMES:
+            found = by_outcome.get(outcome)
+            cells += ["", ""] if found is None else [difference(found), p_text(found)]
         lines.append(cells)
     return markdown_table(header, lines)
 
 
-def _difference(item: Judged) -> str:
-    return points(item) if item.verdict == "not clear" else f"**{points(item)}**"
-
-
-def _p(item: Judged) -> str:
-    return f"{item.p:.3f}" if item.p >= 0.001 else "< 0.001"
-
-
-def points(item: Judged) -> str:
-    """Return a difference in points of accuracy, such as ``"+1.2 ± 0.8"``."""
-    mean = f"{round(100 * item.mean, 1) + 0.0:+.1f}".replace("-", "−")
-    if len(item.differences) < 2:
-        return mean
-    return f"{mean} ± {100 * item.deviation:.1f}"
-
-
-def summary(judged: list[Judged]) -> str:
+def summary(judged: Sequence[Judged]) -> str:
+    """Return how many claims have which verdict, as a sentence."""
     count = dict.fromkeys(("higher", "lower", "not clear"), 0)
     for item in judged:
         count[item.verdict] += 1
@@ -65,25 +54,70 @@ def summary(judged: list[Judged]) -> str:
     )
 
 
-def power_table(results: Results, judged: list[Judged]) -> str:
-    cells = len(results["cells"])
-    deviations = sorted(item.deviation for item in judged if len(item.differences) > 1)
-    if not deviations:
+@dataclass(frozen=True)
+class Power:
+    """What the number of cells can show.
+
+    Attributes:
+        text: what is compared.
+        deviation: standard deviation of the differences over the cells, in [0, 1].
+        probability: probability that a true difference of :data:`DIFFERENCE` is called clear.
+        smallest: the smallest true difference that is called clear nine times in ten.
+        cells: number of cells for which this difference is :data:`DIFFERENCE`, if at most 500.
+    """
+
+    text: str
+    deviation: float
+    probability: float
+    smallest: float
+    cells: int | None
+
+
+def powers(results: Results, judged: Sequence[Judged]) -> list[Power]:
+    """Return the power for the median and the 90 % quantile of the measured deviations.
+
+    Only claims about two methods at their chosen λ are used, without CLIP: the differences of the
+    other claims are large. The level is that of the first step of Holm's correction.
+    """
+    cells, found = len(results["cells"]), []
+    for text, is_mean in (("mean of the three questions", True), ("one question", False)):
+        deviations = [
+            item.deviation
+            for item in judged
+            if (item.claim.question == MEAN) == is_mean
+            and item.claim.other != "CLIP"
+            and item.claim.method != REFERENCE
+            and item.deviation > 0
+        ]
+        for name, share in (("median", 0.5), ("9 of 10 claims", 0.9)):
+            if deviations:
+                deviation, level = float(np.quantile(deviations, share)), LEVEL / len(judged)
+                found.append(
+                    Power(
+                        f"{text}, {name}",
+                        deviation,
+                        power(cells, deviation, DIFFERENCE, level),
+                        smallest_difference(cells, deviation, level),
+                        cells_needed(deviation, DIFFERENCE, level),
+                    )
+                )
+    return found
+
+
+def power_table(results: Results, judged: Sequence[Judged]) -> str:
+    """Return the power at the measured deviations."""
+    rows = [
+        [
+            each.text,
+            f"{100 * each.deviation:.2f}",
+            f"{100 * each.probability:.0f} %",
+            f"{100 * each.smallest:.1f}",
+            "more than 500" if each.cells is None else str(each.cells),
+        ]
+        for each in powers(results, judged)
+    ]
+    if not rows:
         return "With one cell there are no verdicts."
-    level = LEVEL / len(judged)
-    rows = []
-    for name, share in (("median", 0.5), ("90 % of the claims", 0.9)):
-        deviation = float(np.quantile(deviations, share))
-        needed = cells_needed(deviation, DIFFERENCE, level)
-        rows.append(
-            [
-                name,
-                f"{100 * deviation:.1f}",
-                f"{100 * power(cells, deviation, DIFFERENCE, level):.0f} %",
-                f"{100 * smallest_difference(cells, deviation, level):.1f}",
-                "more than 500" if needed is None else str(needed),
-            ]
-        )
     header = [
         "deviation of the differences",
         "points",
