@@ -63,6 +63,10 @@ GPU_METHODS = (
 LAMS = (0.0, 0.3, 0.5, 0.6)
 
 
+def _now() -> float:
+    return time.perf_counter()
+
+
 @dataclass(frozen=True)
 class Clock:
     """The time of a run.
@@ -73,12 +77,12 @@ class Clock:
     """
 
     seconds: float
-    started: float = field(default_factory=time.perf_counter)
+    started: float = field(default_factory=lambda: _now())
 
     @property
     def passed(self) -> float:
         """The seconds since the start."""
-        return time.perf_counter() - self.started
+        return _now() - self.started
 
     @property
     def left(self) -> float:
@@ -327,7 +331,8 @@ def main(arguments: list[str] | None = None) -> None:
     whole = {n: e for n, e in results["cells"].items() if len(e["methods"]) == len(GPU_METHODS)}
     table = short_table({**results, "cells": whole or results["cells"]}, GPU_METHODS)
     (args.out / "table.md").write_text(table + "\n", encoding="utf-8")
-    print(f"\n{len(whole)} complete cells, {results['settings']['device']}:\n\n{table}")
+    cells = f"{len(whole)} complete cell{'s' * (len(whole) != 1)}"
+    print(f"\n{cells}, {results['settings']['device']}:\n\n{table}")
     print(json.dumps(results["pretraining"]))
     print(f"done in {(time.perf_counter() - started) / 60:.1f} minutes")
 

@@ -93,9 +93,9 @@ def state(results: Results, shown: Results, judged: Sequence[Judged]) -> str:
     lines = []
     if cells < FULL.cells:
         lines.append(
-            f"**{counted} of {FULL.cells} are complete so far.** Each number of this page comes "
-            "from these cells. The other cells follow with the same command, and verdicts can "
-            "change."
+            f"**{counted} of {FULL.cells} {'is' if cells == 1 else 'are'} complete so far.** Each "
+            "number of this page comes from these cells. The other cells follow with the same "
+            "command, and verdicts can change."
         )
     found = powers(shown, judged)
     if found:
