@@ -573,7 +573,7 @@ def test_the_table_of_the_advice_has_the_claims_and_marks(pages: Any) -> None:
             if claim is None:
                 assert row[head][0] == ""
                 continue
-            mark = {"clearly higher": "▲ ", "clearly lower": "▼ "}.get(kind_of(claim), "")
+            mark = {"clearly higher": "▲\xa0", "clearly lower": "▼\xa0"}.get(kind_of(claim), "")
             assert row[head][0] == mark + claim["shown"].strip("*").partition(" ± ")[0]
 
 
@@ -652,5 +652,34 @@ def test_the_command_writes_the_pages_and_refuses_files_without_results(tmp_path
 def test_the_readme_has_the_main_table() -> None:
     if not PUBLISHED.exists():
         pytest.skip("no results are published yet")
-    page = (REPO / "docs" / "shapes.md").read_text()
-    assert table((REPO / "README.md").read_text(), "trials") == table(page, "trials")
+    page, readme = (REPO / "docs" / "shapes.md").read_text(), (REPO / "README.md").read_text()
+    assert table(readme, "trials") == table(page, "trials")
+    cells = len(whole(json.loads(PUBLISHED.read_text()))["cells"])
+    assert (f"_So far {cells} of 40 cells" in readme) == (cells < 40)
+
+
+def test_a_new_table_of_the_readme_replaces_the_old_table(tmp_path: Path) -> None:
+    docs, readme = tmp_path / "docs", tmp_path / "README.md"
+    readme.write_text("before\n\n<!-- table: trials -->\n\nafter\n")
+    generator.publish(made_up(cells=2), docs)
+    first = readme.read_text()
+    assert "_So far 2 of 40 cells: the others follow._\n\nafter" in first
+    generator.publish(made_up(cells=4), docs)
+    second = readme.read_text()
+    assert second.startswith("before\n\n<!-- table: trials -->\n| method")
+    assert "So far 2" not in second
+    assert "_So far 4 of 40 cells: the others follow._\n\nafter" in second
+    assert len(second.splitlines()) == len(first.splitlines())
+
+
+def test_the_time_of_everything_follows_from_the_complete_cells() -> None:
+    results = made_up(cells=2)
+    hours = []
+    for entry in (*results["cells"].values(), results["tuning"]):
+        rows = [[row] if "points" in row else [*row.values()] for row in entry["methods"].values()]
+        items = [*(item for row in rows for item in row), *entry["trainings"].values()]
+        hours.append(sum(item["seconds"] for item in items) / 3600)
+    words = " ".join(generator.page(results).split())
+    assert f"took {sum(hours):.1f} hours of one core" in words
+    everything = (hours[2] + 20 * (hours[0] + hours[1])) / 2
+    assert f"40 cells take {everything:.1f} hours of 2 cores" in words

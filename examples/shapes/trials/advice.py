@@ -31,7 +31,11 @@ PLACES = {
 }
 """The questions, in sentences."""
 
-MARKS: dict[Verdict, str] = {"higher": "▲ ", "lower": "▼ ", "not clear": ""}
+MARKS: dict[Verdict, str] = {
+    "higher": "▲\N{NO-BREAK SPACE}",
+    "lower": "▼\N{NO-BREAK SPACE}",
+    "not clear": "",
+}
 
 INTRODUCTION = (
     "This page says for each method what it needs and costs, what it brought in [the shapes "

@@ -73,7 +73,7 @@ def page(results: Results) -> str:
         "grid": grid_table(shown),
         "unlabelled": unlabelled_section(shown),
         "costs": cost_table(shown),
-        "origin": _origin(results),
+        "origin": _origin(results, shown),
         "failures": failures_text(results),
         **{name: str(sizes[name]) for name in ("test", "train", "stills", "steps", "development")},
         "batch": str(sizes["batch_size"]),
@@ -81,7 +81,7 @@ def page(results: Results) -> str:
     text = TEMPLATE.read_text(encoding="utf-8")
     for name, section in sections.items():
         text = text.replace(f"$({name})", section)
-    return re.sub(r"\n{3,}", "\n\n", text)
+    return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
 
 
 def state(results: Results, shown: Results, judged: Sequence[Judged]) -> str:
@@ -127,17 +127,24 @@ def failures_text(results: Results) -> str:
     return wrapped(lines[0]) + "\n\n" + "\n".join(wrapped(line[2:], "- ") for line in lines[1:])
 
 
-def _origin(results: Results) -> str:
-    seconds = sum(
-        item["seconds"]
-        for entry in (*results["cells"].values(), results["tuning"])
-        for group in (entry.get("trainings", {}).values(), _rows_of(entry))
-        for item in group
-    )
+def _origin(results: Results, shown: Results) -> str:
+    """Return the time of the trainings and evaluations, and the machine."""
+    of_cells = [_seconds(entry) for entry in results["cells"].values()]
+    tuning = _seconds(results["tuning"])
+    whole = [_seconds(entry) for entry in shown["cells"].values()]
+    everything = (tuning + FULL.cells * sum(whole) / len(whole)) / 2
     return wrapped(
-        f"The results took {seconds / 3600:.1f} hours of one core in all ({origins(results)}). "
-        f"[`{RESULTS}`](assets/{RESULTS}) has all of them."
+        f"The trainings and evaluations took {(sum(of_cells) + tuning) / 3600:.1f} hours of one "
+        f"core ({origins(results)}). At this speed, the tuning and {FULL.cells} cells take "
+        f"{everything / 3600:.1f} hours of 2 cores, and the drawing of the clips some minutes "
+        f"more. [`{RESULTS}`](assets/{RESULTS}) has all results."
     )
+
+
+def _seconds(entry: dict[str, Any]) -> float:
+    """Return the processor seconds of the trainings and rows of a cell."""
+    groups = (entry.get("trainings", {}).values(), _rows_of(entry))
+    return float(sum(item["seconds"] for group in groups for item in group))
 
 
 def _rows_of(entry: dict[str, Any]) -> list[dict[str, Any]]:
@@ -196,11 +203,14 @@ def _without_traces(results: Results) -> Results:
     return {**results, "failures": texts}
 
 
-def _with_table(text: str, results: Results) -> str:
-    """Return the text of the README with a new main table after its mark."""
-    table = f"{README_MARK}\n{main_table(results)}\n"
-    pattern = rf"{re.escape(README_MARK)}\n(\|.*\n)*"
-    return re.sub(pattern, lambda _: table, text, count=1)
+def _with_table(text: str, shown: Results) -> str:
+    """Return the text of the README with a new table and number of cells after its mark."""
+    new = f"{README_MARK}\n{main_table(shown)}\n"
+    cells = len(shown["cells"])
+    if cells < FULL.cells:
+        new += f"\n_So far {cells} of {FULL.cells} cells: the others follow._\n"
+    pattern = rf"{re.escape(README_MARK)}\n(\|.*\n)*(\n_So far .*_\n)?"
+    return re.sub(pattern, lambda _: new, text, count=1)
 
 
 @command

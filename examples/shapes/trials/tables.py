@@ -86,4 +86,9 @@ def cost_table(results: Results) -> str:
                 "" if ratio is None else f"{ratio:.2f}",
             ]
         )
-    return markdown_table(["method", "what it does", "trained parameters", "training time"], rows)
+    text = markdown_table(["method", "what it does", "trained parameters", "training time"], rows)
+    head, rule, *lines = text.split("\n")
+    # Sentences start at the left.
+    columns = rule.split("|")
+    columns[2] = columns[2].replace("-:", "--")
+    return "\n".join([head, "|".join(columns), *lines])
