@@ -42,6 +42,10 @@ INTRODUCTION = (
     "world](shapes.md), and when to take it or not. The shapes world is a small world of drawn "
     "clips, with a CLIP of 0.6 million parameters. The results hold for this world. On your "
     "videos, compare two or three methods on held-out classes of your own.",
+    "Each method has the settings that were best in [one tuning "
+    "run](shapes.md#how-the-settings-were-chosen) with the same budget. A difference of a point or "
+    "two between two methods can come from the luck of this choice. *Clear* means: in the cells of "
+    "that page, at these settings, after the correction for all claims.",
 )
 
 GROUPS = (
@@ -150,9 +154,9 @@ def _overview(results: Results, judged: Sequence[Judged]) -> list[str]:
     unseen = ""
     if found:
         unseen = (
-            f" With {cells} cells, true differences of less than about "
-            f"{100 * found[0].smallest:.1f} points in the mean are often not seen: *no clear "
-            "difference* does not mean that there is none."
+            " A true difference in the mean is called clear nine times in ten if it is "
+            f"{found[0].smallest_text} points; smaller differences are often not seen. So *no "
+            "clear difference* does not mean that there is none."
         )
     words = wrapped(
         f"Differences from {REFERENCE} at its best λ, in points of accuracy, means over {cells} "

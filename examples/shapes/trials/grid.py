@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from examples.shapes.results import Results, wrapped
@@ -11,7 +12,7 @@ from examples.shapes.trials.tuning import score
 from examples.shapes.trials.wording import HEADS
 from openvclip.evaluation import markdown_table
 
-__all__ = ["at_edges", "edges_text", "grid_table"]
+__all__ = ["at_edges", "edges_text", "grid_table", "luck_text"]
 
 
 def grid_table(results: Results) -> str:
@@ -92,3 +93,34 @@ def edges_text(results: Results) -> str:
         "may lie beyond, so the method may be better than shown here:"
     )
     return head + "\n\n" + "\n".join(wrapped(text, "- ") for text in found)
+
+
+def luck_text(results: Results) -> str:
+    """Return how much of the choice of the settings is luck.
+
+    The standard error is that of the mean of three accuracies on lists of independent clips.
+    """
+    clips = results["settings"]["sizes"]["development"]
+    errors = []
+    for name, entries in results["tuning"].get("methods", {}).items():
+        choice = results["chosen"].get(name)
+        for entry in entries.values():
+            for point in entry["points"]:
+                if choice == {"training": entry["settings"], **_without_accuracy(point)}:
+                    accuracy = [point["accuracy"][question] for question in QUESTIONS]
+                    variance = sum(value * (1 - value) / clips for value in accuracy)
+                    errors.append(math.sqrt(variance) / len(QUESTIONS))
+    if not errors:
+        return ""
+    return wrapped(
+        f"A point of the tuning is one training, and {clips} clips of each question. The choice "
+        "of these clips alone gives the mean of the three a standard error of up to "
+        f"{100 * max(errors):.1f} points. So the choice among settings with nearly equal results "
+        "is partly luck. The p-values of this page hold for the methods at the settings that were "
+        "chosen. They don't include this luck, so a difference of a point or two between two "
+        "methods can come from their settings."
+    )
+
+
+def _without_accuracy(point: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in point.items() if key != "accuracy"}

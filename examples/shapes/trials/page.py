@@ -19,7 +19,7 @@ import numpy as np
 from examples.shapes.results import Results, origins, save_results, wrapped
 from examples.shapes.trials.advice import advice_page
 from examples.shapes.trials.claims import Judged, claims_of, judge
-from examples.shapes.trials.grid import edges_text, grid_table
+from examples.shapes.trials.grid import edges_text, grid_table, luck_text
 from examples.shapes.trials.reading import accuracies, complete, lambda_of, pairs_of
 from examples.shapes.trials.registry import PAPER
 from examples.shapes.trials.rows import PUBLISHED
@@ -61,6 +61,7 @@ def page(results: Results) -> str:
         "state": state(results, shown, judged),
         "main": main_table(shown),
         "edges": edges_text(shown),
+        "luck": luck_text(shown),
         "claims": claims_table(judged),
         "summary": summary(judged),
         "power": power_table(shown, judged),
@@ -107,8 +108,8 @@ def state(results: Results, shown: Results, judged: Sequence[Judged]) -> str:
             f"With {counted}, a true difference of 1.5 points between two methods is called clear "
             f"in {100 * mean.probability:.0f} % of all cases in the mean of the three questions, "
             f"and in {100 * question.probability:.0f} % on one question. Nine times in ten are "
-            f"reached by a true difference of {100 * mean.smallest:.1f} points in the mean, and of "
-            f"{100 * question.smallest:.1f} points on one question. [How this is "
+            f"reached by a true difference of {mean.smallest_text} points in the mean, and of "
+            f"{question.smallest_text} points on one question. [How this is "
             "computed](#how-small-a-difference-is-seen)."
         )
     absent = [name for name in PUBLISHED if name not in shown["chosen"]]

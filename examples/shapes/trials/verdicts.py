@@ -72,6 +72,11 @@ class Power:
     smallest: float
     cells: int | None
 
+    @property
+    def smallest_text(self) -> str:
+        """The smallest difference in points."""
+        return "more than 100" if self.smallest > 1 else f"{100 * self.smallest:.1f}"
+
 
 def powers(results: Results, judged: Sequence[Judged]) -> list[Power]:
     """Return the power for the median and the 90 % quantile of the measured deviations.
@@ -111,7 +116,7 @@ def power_table(results: Results, judged: Sequence[Judged]) -> str:
             each.text,
             f"{100 * each.deviation:.2f}",
             f"{100 * each.probability:.0f} %",
-            f"{100 * each.smallest:.1f}",
+            each.smallest_text,
             "more than 500" if each.cells is None else str(each.cells),
         ]
         for each in powers(results, judged)
