@@ -179,34 +179,27 @@ def holm_by_definition(ps: list[float]) -> list[float]:
 
 
 def claims(results: dict[str, Any], text: str) -> list[dict[str, Any]]:
+    """The claims of both tables, with the differences of the results."""
     found = []
-    for row in table(text, "claims"):
-        sides = [
-            (row[name][0], row[head][0])
-            for name, head in (("method", "λ"), ("compared with", "its λ"))
-        ]
-        lams = [
-            results["chosen"][method]["lam"] if lam == "chosen" else float(lam)
-            for method, lam in sides
-        ]
-        for head, p in zip(ASKED, row["p"], strict=True):
-            assert bool(row[head][0]) == bool(p)
-            if not p:
-                continue
-            first, second = (
-                values(results, method, lam, COLUMNS[head])
-                for (method, _), lam in zip(sides, lams, strict=True)
-            )
-            differences = [first[n] - second[n] for n in first if n in second]
-            found.append(
-                {
-                    "pair": sides,
-                    "question": head,
-                    "shown": row[head][0],
-                    "p": p,
-                    "differences": differences,
-                }
-            )
+    for name, asked in (("means", ASKED[3:]), ("claims", ASKED[:3])):
+        for row in table(text, name):
+            sides = []
+            for head in ("method", "compared with"):
+                method, _, lam = row[head][0].strip(")").partition(" (λ = ")
+                sides.append((method, lam or "chosen"))
+            assert len(row) == 3 + len(asked)  # all p have one head
+            for head, p in zip(asked, row["p"], strict=True):
+                first, second = (
+                    values(
+                        results,
+                        method,
+                        results["chosen"][method]["lam"] if lam == "chosen" else float(lam),
+                        COLUMNS[head],
+                    )
+                    for method, lam in sides
+                )
+                claim = {"pair": sides, "question": head, "shown": row[head][0], "p": p}
+                found.append({**claim, "differences": [first[n] - second[n] for n in first]})
     return found
 
 

@@ -18,9 +18,10 @@ import numpy as np
 
 from examples.shapes.results import Results, origins, save_results, wrapped
 from examples.shapes.trials.advice import advice_page
+from examples.shapes.trials.cells import QUESTIONS
 from examples.shapes.trials.claims import Judged, claims_of, judge
 from examples.shapes.trials.grid import edges_text, grid_table, luck_text
-from examples.shapes.trials.reading import accuracies, complete, lambda_of, pairs_of
+from examples.shapes.trials.reading import MEAN, accuracies, complete, lambda_of, pairs_of
 from examples.shapes.trials.registry import PAPER
 from examples.shapes.trials.rows import PUBLISHED
 from examples.shapes.trials.sections import (
@@ -62,7 +63,8 @@ def page(results: Results) -> str:
         "main": main_table(shown),
         "edges": edges_text(shown),
         "luck": luck_text(shown),
-        "claims": claims_table(judged),
+        "means": claims_table(judged, [MEAN]),
+        "claims": claims_table(judged, QUESTIONS),
         "summary": summary(judged),
         "power": power_table(shown, judged),
         "level": f"{len(judged)}",

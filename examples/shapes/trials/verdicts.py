@@ -9,7 +9,7 @@ import numpy as np
 
 from examples.shapes.results import Results, wrapped
 from examples.shapes.trials.claims import Judged
-from examples.shapes.trials.reading import MEAN, OUTCOMES
+from examples.shapes.trials.reading import MEAN, Outcome
 from examples.shapes.trials.registry import REFERENCE
 from examples.shapes.trials.statistics import LEVEL, cells_needed, power, smallest_difference
 from examples.shapes.trials.wording import HEADS, difference, p_text
@@ -21,25 +21,34 @@ DIFFERENCE = 0.015
 """The true difference that the number of cells is chosen for."""
 
 
-def claims_table(judged: Sequence[Judged]) -> str:
-    """Return the differences of each pair of rows in points, and their p-values."""
-    rows: dict[tuple[str, ...], dict[str, Judged]] = {}
+def claims_table(judged: Sequence[Judged], outcomes: Sequence[Outcome]) -> str:
+    """Return the differences of each pair of rows in points, and their p-values.
+
+    Args:
+        judged: the claims.
+        outcomes: the questions of the table; pairs without a claim on them are left out.
+    """
+    rows: dict[tuple[str, str], dict[str, Judged]] = {}
     for item in judged:
         claim = item.claim
-        lams = ["chosen" if lam is None else f"{lam:g}" for lam in (claim.lam, claim.other_lam)]
-        pair = (claim.method, lams[0], claim.other, lams[1])
-        rows.setdefault(pair, {})[claim.question] = item
-    header = ["method", "λ", "compared with", "its λ"]
-    for outcome in OUTCOMES:
+        if claim.question in outcomes:
+            pair = (_row(claim.method, claim.lam), _row(claim.other, claim.other_lam))
+            rows.setdefault(pair, {})[claim.question] = item
+    header = ["method", "compared with"]
+    for outcome in outcomes:
         header += [HEADS[outcome], "p"]
     lines = []
     for names, by_outcome in rows.items():
         cells = list(names)
-        for outcome in OUTCOMES:
+        for outcome in outcomes:
             found = by_outcome.get(outcome)
             cells += ["", ""] if found is None else [difference(found), p_text(found)]
         lines.append(cells)
     return markdown_table(header, lines)
+
+
+def _row(name: str, lam: float | None) -> str:
+    return name if lam is None else f"{name} (λ = {lam:g})"
 
 
 def summary(judged: Sequence[Judged]) -> str:
