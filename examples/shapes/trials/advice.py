@@ -115,14 +115,14 @@ def _of_interpolation(results: Results, judged: Sequence[Judged]) -> list[str]:
     lines = []
     items = _of_pair(judged, REFERENCE, None, REFERENCE, 0.0)
     if items:
-        words = verdict_words(items, "λ = 0")
         lines.append(
-            f"**Interpolate a fine-tuned model with CLIP?** {REFERENCE} at λ = {lam:g}: {words}."
+            f"**Interpolate a fine-tuned model with CLIP?** {REFERENCE} at λ = {lam:g} beside "
+            f"λ = 0: {verdict_words(items)}."
         )
     items = _of_pair(judged, REFERENCE, 0.0, "CLIP", None)
     if items:
-        words = verdict_words(items, "CLIP")
-        lines.append(f"**Fine-tuning without interpolation** (λ = 0): {words}.")
+        words = verdict_words(items)
+        lines.append(f"**Fine-tuning without interpolation** (λ = 0) beside CLIP: {words}.")
     return lines
 
 
@@ -221,7 +221,7 @@ def _advice(results: Results, method: Method, judged: Sequence[Judged]) -> list[
     lines = [f"It {method.does}."] if method.does else []
     if method.cost:
         ratio = training_ratio(results, name)
-        time = "" if ratio is None else f"; measured training time: {ratio:.2f} of FINE-TUNE"
+        time = "" if ratio is None else f"; measured: {ratio:.2f} times the training of FINE-TUNE"
         lines.append(f"**Costs:** {method.cost}{time}.")
     against = [item for item in judged if item.claim.method == name and _is_against_reference(item)]
     against.sort(key=lambda item: item.claim.question != MEAN)
@@ -261,15 +261,15 @@ def _comparisons(results: Results, name: str, judged: Sequence[Judged]) -> list[
             items = _of_pair(judged, REFERENCE, None, other, lam)
             if items:
                 chosen = lambda_of(results, REFERENCE, None)
-                lines.append(f"**λ = {chosen:g} beside {words}:** {verdict_words(items, words)}.")
+                lines.append(f"**λ = {chosen:g} beside {words}:** {verdict_words(items)}.")
         items = _of_pair(judged, REFERENCE, 0.0, "CLIP", None)
         if items:
-            lines.append(f"**λ = 0 beside CLIP:** {verdict_words(items, 'CLIP')}.")
+            lines.append(f"**λ = 0 beside CLIP:** {verdict_words(items)}.")
         return lines
     for other in results["chosen"]:
         items = [] if other == REFERENCE else _of_pair(judged, name, None, other, None)
         if items:
-            lines.append(f"**Beside {other}:** {verdict_words(items, other)}.")
+            lines.append(f"**Beside {other}:** {verdict_words(items)}.")
     return lines
 
 
@@ -289,8 +289,8 @@ def _reasons(
         items = _of_pair(judged, REFERENCE, None, REFERENCE, 0.0)
         lam = f"λ = {lambda_of(results, REFERENCE, None):g}"
         lower, higher = _places(items, "lower"), _places(items, "higher")
-        pro = f"Interpolate if {higher} matter: {lam} is clearly above λ = 0." if higher else ""
-        contra = f"Don't interpolate if only {lower} matter: {lam} is clearly below λ = 0."
+        pro = f"Interpolate: {lam} is clearly above λ = 0 on {higher}." if higher else ""
+        contra = f"Interpolation costs accuracy: {lam} is clearly below λ = 0 on {lower}."
         return pro, contra if lower else ""
     if not against:
         return "", ""
@@ -315,15 +315,13 @@ def _reasons(
 
 
 def _places(items: Sequence[Judged], verdict: Verdict) -> str:
-    """Return the questions with a verdict, such as ``"trained classes and unseen shapes"``."""
+    """Return the questions with a verdict, such as ``"trained classes, and on unseen shapes"``."""
     names = [PLACES[item.claim.question] for item in items if item.verdict == verdict]
-    if len(names) < 3:
-        return "; ".join(names)
-    return "all three questions"
+    return ", and on ".join(names) if len(names) < len(QUESTIONS) else "all three questions"
 
 
-def verdict_words(items: Sequence[Judged], other: str) -> str:
-    """Return the verdicts in words, such as ``"clearly higher than X on ... (+1.2 points)"``."""
+def verdict_words(items: Sequence[Judged], other: str = "") -> str:
+    """Return the verdicts in words, such as ``"clearly higher than X on ... (+1.2)"``."""
     texts = []
     kinds = {
         "higher": "clearly higher",
@@ -333,11 +331,11 @@ def verdict_words(items: Sequence[Judged], other: str) -> str:
     for verdict, words in kinds.items():
         of_kind = [item for item in items if item.verdict == verdict]
         if of_kind:
-            preposition = "from" if verdict == "not clear" else "than"
+            than = ("from " if verdict == "not clear" else "than ") + f"{other} " if other else ""
             places = ", ".join(
                 f"{PLACES[item.claim.question]} ({points(item.mean)})" for item in of_kind
             )
-            texts.append(f"{words} {preposition} {other} on {places}")
+            texts.append(f"{words} {than}on {places}")
     return "; ".join(texts)
 
 

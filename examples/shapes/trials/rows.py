@@ -169,7 +169,7 @@ for _every in EVERY:
             (f"iwr, every {_every}",),
             _AVERAGE,
             like="Open-VCLIP",
-            does=f"computes the second pass in each {_every}. step",
+            does=f"computes the second pass in one of {_every} steps",
             cost=f"a second pass in 1 of {_every} steps",
             beside=(PAPER,),
             when="if the second pass of Open-VCLIP is too expensive",
