@@ -572,6 +572,46 @@ def test_the_advice_says_what_the_claims_say(pages: Any) -> None:
         assert ("a gain over FINE-TUNE was not shown" in take) == is_silent, method
 
 
+def test_the_advice_on_interpolation_and_on_clip_follows_from_the_claims(pages: Any) -> None:
+    results, text, advice = pages
+    lam = f"λ = {results['chosen']['FINE-TUNE']['lam']:g}"
+    tuned, plain, clip = ("FINE-TUNE", "chosen"), ("FINE-TUNE", "0"), ("CLIP", "chosen")
+
+    def listed(pair: list[tuple[str, str]], kind: str) -> str:
+        found = [c for c in claims(results, text) if c["pair"] == pair and kind_of(c) == kind]
+        names = [place_of(claim) for claim in found]
+        return "all three questions" if len(names) == 3 else ", and on ".join(names)
+
+    for method, pair, sentences in (
+        (
+            "FINE-TUNE",
+            [tuned, plain],
+            (f"Interpolate: {lam} is clearly above λ = 0 on", f"{lam} is clearly below λ = 0 on"),
+        ),
+        (
+            "CLIP",
+            [tuned, clip],
+            (
+                f"FINE-TUNE at {lam} is clearly above CLIP on",
+                f"CLIP is clearly above FINE-TUNE at {lam} on",
+            ),
+        ),
+    ):
+        words = " ".join(advice.split(f"\n## {method}\n")[1].split("\n## ")[0].split())
+        for kind, sentence in zip(("clearly higher", "clearly lower"), sentences, strict=True):
+            places = listed(pair, kind)
+            assert (sentence in words) == bool(places), (method, kind)
+            assert not places or f"{sentence} {places}." in words
+    short = " ".join(advice.split("## In short\n")[1].split("\n## ")[0].split())
+    for claim in claims(results, text):
+        if claim["pair"] in ([tuned, plain], [plain, clip]):
+            mean = claim["shown"].strip("*").partition(" ± ")[0]
+            head = f"{lam} beside λ = 0: " if claim["pair"][0] == tuned else "(λ = 0) beside CLIP: "
+            parts = short.split(head)[1].split(". ")[0].split("; ")
+            part = next(part for part in parts if part.startswith(kind_of(claim)))
+            assert f"{claim['question']} ({mean})" in part
+
+
 def test_the_table_of_the_advice_has_the_claims_and_marks(pages: Any) -> None:
     results, text, advice = pages
     shown = {
