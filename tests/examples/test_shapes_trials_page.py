@@ -680,6 +680,18 @@ def test_an_incomplete_page_says_so() -> None:
     assert "so far" not in generator.page(made_up(cells=40))
 
 
+def test_a_method_of_the_readers_own_has_its_rows_and_claims(tmp_path: Path) -> None:
+    """The command that writes the page does not know the method, only its results."""
+    results = made_up(cells=2)
+    for entry in (results["chosen"], *(c["methods"] for c in results["cells"].values())):
+        entry["my loss"] = entry["L2"]
+    results["tuning"]["methods"]["my loss"] = results["tuning"]["methods"]["L2"]
+    generator.publish(results, tmp_path)
+    text, advice = ((tmp_path / f"{name}.md").read_text() for name in ("shapes", "which-method"))
+    for name, page in (("trials", text), ("means", text), ("claims", text), ("overview", advice)):
+        assert [row["method"][0] for row in table(page, name)].count("my loss") == 1, name
+
+
 def test_a_page_of_one_cell_has_no_verdicts() -> None:
     text = " ".join(generator.page(made_up(cells=1)).split())
     assert "**1 cell of 40 are complete" not in text
