@@ -692,6 +692,17 @@ def test_a_method_of_the_readers_own_has_its_rows_and_claims(tmp_path: Path) -> 
         assert [row["method"][0] for row in table(page, name)].count("my loss") == 1, name
 
 
+def test_the_advice_says_if_lambda_0_was_chosen(tmp_path: Path) -> None:
+    results = made_up(cells=2)
+    results["chosen"]["FINE-TUNE"]["lam"] = 0.0
+    generator.publish(results, tmp_path)
+    advice = " ".join((tmp_path / "which-method.md").read_text().split())
+    assert "no λ above 0 was better for FINE-TUNE" in advice
+    text = (tmp_path / "shapes.md").read_text()
+    assert [row["method"][0] for row in table(text, "trials")].count("FINE-TUNE") == 1
+    assert "FINE-TUNE (λ = 0)" in text.split("<!-- table: claims -->")[1]  # beside CLIP
+
+
 def test_a_page_of_one_cell_has_no_verdicts() -> None:
     text = " ".join(generator.page(made_up(cells=1)).split())
     assert "**1 cell of 40 are complete" not in text

@@ -114,6 +114,12 @@ def _of_interpolation(results: Results, judged: Sequence[Judged]) -> list[str]:
     lam = lambda_of(results, REFERENCE, None)
     lines = []
     items = _of_pair(judged, REFERENCE, None, REFERENCE, 0.0)
+    if lam == 0:
+        lines.append(
+            "**Interpolate a fine-tuned model with CLIP?** On the development classes, no λ above "
+            f"0 was better for {REFERENCE}. [The accuracies along λ](shapes.md#along) show what "
+            "interpolation brings on each question."
+        )
     if items:
         lines.append(
             f"**Interpolate a fine-tuned model with CLIP?** {REFERENCE} at λ = {lam:g} beside "
