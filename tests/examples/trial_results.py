@@ -28,11 +28,12 @@ def made_up(cells: int = 5, seed: int = 0) -> Results:
         "cells": {},
     }
     methods = {name: METHODS[name] for name in PUBLISHED}
-    for name, method in methods.items():
+    # A method that is like another one comes after the rows that choose the settings.
+    for name, method in sorted(methods.items(), key=lambda pair: pair[1].like is not None):
         other = METHODS[method.like or name]
         grid = TRAININGS[other.needs[0]].grid if other.needs else ({},)
         if method.like is not None:
-            grid = (choose(results, [method.like])[method.like]["training"],)
+            grid = (choose(results, methods)[method.like]["training"],)
         results["tuning"]["methods"][name] = {
             key_of(name, settings): {
                 "settings": dict(settings),

@@ -2,8 +2,9 @@
 
 Each method has the same budget: at most four training runs, and at most 24 evaluated points (the
 settings of the training, times the method's own numbers, times λ). The chosen point has the best
-mean accuracy over the three questions of :data:`examples.shapes.trials.cells.TUNING`. A method that
-is ``like`` another method has the same settings of the training as the other method.
+mean accuracy over the three questions of :data:`examples.shapes.trials.cells.TUNING`. Rows that
+use the same training have its settings in common: those with the best mean over the rows. A method
+that is ``like`` another method has the same settings of the training as the other method.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 from examples.shapes.results import Results
 from examples.shapes.trials.cells import QUESTIONS, TUNING, Cell
 from examples.shapes.trials.registry import CURVE, METHODS, TRAININGS, Method
+from examples.shapes.trials.rows import PUBLISHED
 from examples.shapes.trials.store import Choice
 from examples.shapes.trials.tasks import Task
 
@@ -88,19 +90,49 @@ def choose(results: Results, methods: Iterable[str]) -> dict[str, Choice]:
         methods: names of the methods; a method after the method that it is like.
     """
     chosen: dict[str, Choice] = {}
+    methods = list(methods)
+    shared = _shared_settings(results, methods)
     for name in methods:
         entries = results["tuning"].get("methods", {}).get(name, {}).values()
         other = chosen.get(METHODS[name].like or "")
+        training = shared.get(name) if other is None else other["training"]
         points = [
             {"training": entry["settings"], **point}
             for entry in entries
-            if other is None or entry["settings"] == other["training"]
+            if training is None or entry["settings"] == training
             for point in entry["points"]
         ]
         if points:
             point = best(points)
             chosen[name] = {key: point[key] for key in ("training", "params", "lam")}
     return chosen
+
+
+def _shared_settings(results: Results, methods: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return the settings of the trainings that several rows of the page share, by row.
+
+    Of the settings with results of all of these rows, they have the best mean over the rows of the
+    best score. One row alone would choose among settings with nearly equal results by luck, and
+    its difference from another row would be that of the settings.
+    """
+    tuned = results["tuning"].get("methods", {})
+    rows: dict[str, list[str]] = {}
+    for name in methods:
+        method = METHODS[name]
+        if name in PUBLISHED and method.needs and method.like is None and tuned.get(name):
+            rows.setdefault(method.needs[0], []).append(name)
+    shared: dict[str, dict[str, Any]] = {}
+    for names in rows.values():
+        scores: dict[tuple[tuple[str, Any], ...], list[float]] = {}
+        for name in names:
+            for entry in tuned[name].values():
+                found = scores.setdefault(pairs(entry["settings"]), [])
+                found.append(max(score(point) for point in entry["points"]))
+        whole = {settings: found for settings, found in scores.items() if len(found) == len(names)}
+        if len(names) > 1 and whole:
+            best_settings = max(whole, key=lambda settings: fmean(whole[settings]))
+            shared |= {name: dict(best_settings) for name in names}
+    return shared
 
 
 def cell_tasks(cell: Cell, methods: Iterable[str], chosen: dict[str, Choice]) -> list[Task]:
