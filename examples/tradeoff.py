@@ -37,8 +37,9 @@ from torch import Tensor
 
 from openvclip import expand_temporal_attention, restore_spatial_attention
 from openvclip.checkpoints import Contract, atomic_path, write_errors
-from openvclip.cli.options import data, models
+from openvclip.cli.options import models
 from openvclip.cli.options.contract import options_for_files, require_base
+from openvclip.cli.options.named_data import chosen_splits, data_set_of
 from openvclip.cli.options.outputs import add_override_option
 from openvclip.commands.parsing import Parser, unused_option
 from openvclip.commands.streams import command
@@ -129,8 +130,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         if not 0 <= lam <= 1:
             parser.error(f"--lam {lam:g}: expected weights of the original CLIP in [0, 1]")
     args.lines = _lines(args, parser.error)
-    args.closed_set = _data_set(args.closed_set, f"{parser.prog} --closed-set")
-    args.zero_shot = [_data_set(words, f"{parser.prog} --zero-shot") for words in args.zero_shot]
+    args.closed_set = data_set_of(args.closed_set, f"{parser.prog} --closed-set")
+    args.zero_shot = [data_set_of(words, f"{parser.prog} --zero-shot") for words in args.zero_shot]
     problem = unused_option(args.given, _unused(args))
     if problem:
         parser.error(problem)
@@ -173,21 +174,6 @@ def _pair(text: str, flag: str, expected: str, fail: Fail) -> tuple[str, str]:
     return label, value
 
 
-def _data_set(words: Sequence[str], prog: str) -> argparse.Namespace:
-    """Read words ``name=value`` as the options ``--name value`` of ``openvclip evaluate``."""
-    usage = "%(prog)s [protocol=NAME] annotations=PATH videos=FOLDER [classes=FILE] [label=TEXT]"
-    parser = Parser(prog, usage, add_help=False, allow_abbrev=False)
-    data.add_data_options(parser)
-    parser.add_argument("--split", type=int)
-    parser.add_argument("--label")
-    pairs = (word.partition("=") for word in words)
-    options = parser.parse_args([part for n, _, v in pairs for part in (f"--{n}", v) if part])
-    if options.label is None:
-        options.label = "+".join(options.protocol) or options.annotations.stem
-        options.label += f"-{options.split}" if options.split is not None else ""
-    return options
-
-
 def _require_distinct(labels: list[str], fail: Fail) -> None:
     """Fail if two labels give the same name of a file or a folder."""
     names = [file_name(label) for label in labels]
@@ -202,23 +188,6 @@ def file_name(label: str) -> str:
 
 
 # --- evaluation --------------------------------------------------------------------------------
-
-
-def read_splits(options: argparse.Namespace) -> list[Split]:
-    """Return the splits of a data set, or the split that ``split=N`` asks for.
-
-    Raises:
-        OpenVCLIPError: lists, class names and videos do not fit, or there is no such split.
-    """
-    splits = data.splits_of(options)
-    if options.split is None:
-        return splits
-    if not 1 <= options.split <= len(splits):
-        raise UsageError(
-            f"split={options.split}: {options.annotations} gives {len(splits)} splits; expected a "
-            f"number from 1 to {len(splits)}."
-        )
-    return [splits[options.split - 1]]
 
 
 def load_clip(args: argparse.Namespace, contracts: Sequence[Contract]) -> LoadedModel:
@@ -395,7 +364,9 @@ def run(args: argparse.Namespace, processes: Processes) -> None:
     """Evaluate all curves on all data sets, then report."""
     require_matplotlib()
     read_results(args.out / "results.json")  # a damaged file is an error before the first video
-    data_sets = [(options, read_splits(options)) for options in (args.closed_set, *args.zero_shot)]
+    data_sets = [
+        (options, chosen_splits(options)) for options in (args.closed_set, *args.zero_shot)
+    ]
     lines = args.lines
     # The curves share one original CLIP, so no contract decides its name and its weights alone.
     ignored = ["model", "pretrained"]

@@ -35,8 +35,6 @@ SLOW = frozenset(
         "test_real_clips.py",
         "test_real_footage.py",
         "test_resume.py",
-        "test_shapes_comparison_command.py",
-        "test_shapes_comparison.py::test_accuracies_along_lambda_begin_at_the_learned_weights_and_lead_to_clip",
         "test_shapes_pretrain.py",
         "test_shapes_run.py",
         "test_shapes_trials.py::test_a_killed_run_goes_on_and_comes_to_the_same_results",

@@ -13,9 +13,6 @@ each other in this order:
 - :mod:`examples.shapes.studies`, :mod:`examples.shapes.experiment`,
   :mod:`examples.shapes.schedule`, :mod:`examples.shapes.progress`, :mod:`examples.shapes.run`: the
   list of all runs, the work of one run, the processes, the progress bar, and the command;
-- :mod:`examples.shapes.results`, :mod:`examples.shapes.report.statements`,
-  :mod:`examples.shapes.report.sections`, :mod:`examples.shapes.report.page`: the results file, the
-  comparison with the claims of the paper, and the page;
-- :mod:`examples.shapes.comparison` and the modules ``comparison_*``: the comparison with ViFi-CLIP
-  and Vita-CLIP.
+- :mod:`examples.shapes.results`: the results file of the studies;
+- :mod:`examples.shapes.trials`: the comparison of all methods, and its pages.
 """

@@ -1,6 +1,6 @@
-"""Run the whole method in the shapes world: ``python -m examples.shapes --out shapes-out``."""
+"""Compare the methods in the shapes world: ``python -m examples.shapes --out shapes-out``."""
 
-from examples.shapes.run import main
+from examples.shapes.trials.command import main
 
 if __name__ == "__main__":
     main()

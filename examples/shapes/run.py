@@ -3,8 +3,8 @@
 This command draws H.264 clips and applies a tiny CLIP to them frame by frame. It fine-tunes the
 CLIP on clips of 8 shapes, with and without interpolated weight regularisation (IWR) and weight
 averaging (SWA), and interpolates the results with the original CLIP. Then it evaluates them on
-clips of 8 shapes that are not in the training clips. With --full it runs all studies of
-docs/shapes.md.
+clips of 8 shapes that are not in the training clips. With --full it runs studies of
+single settings.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ FULL_TIME = (
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = Parser(
-        prog="python -m examples.shapes",
+        prog="python -m examples.shapes.run",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

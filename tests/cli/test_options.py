@@ -301,7 +301,7 @@ def test_close_flags_and_choices(words: str, hint: str, capsys: pytest.CaptureFi
 SCRIPTS = [
     *("accuracy", "evaluate", "finetune", "finetune_image_clip", "lists", "merge_two_finetunes"),
     *("open_vclip", "sweep_and_plot", "tradeoff", "loops/accelerate_loop", "loops/lightning_loop"),
-    *("shapes/run", "shapes/clips", "shapes/pretrain", "shapes/comparison"),
+    *("shapes/run", "shapes/clips", "shapes/pretrain", "shapes/trials/command"),
 ]
 # Where the options of the scripts are read, besides the script itself.
 READERS = [
@@ -404,7 +404,7 @@ def test_options_of_the_trainer_that_have_no_effect(
         ),
         ("evaluate", "--ucf101 a b --out o --text original", "--text has no effect without"),
         ("shapes/run", "--full --only iwr", "--only"),
-        ("shapes/comparison", "--tune --seeds 2", "--seeds has no effect"),
+        ("shapes/trials/command", "--list --cells 2", "--cells has no effect"),
         (
             "sweep_and_plot",
             "--checkpoint c --closed-set a --zero-shot b --videos v --star 0.33",

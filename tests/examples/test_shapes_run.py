@@ -150,14 +150,14 @@ class Started(NamedTuple):
 
 
 def _command(arguments: list[str], _: Connection) -> None:
-    """``python -m examples.shapes``, whose workers are forks: this process has one thread.
+    """``python -m examples.shapes.run``, whose workers are forks: this process has one thread.
 
     The process and its workers hold the connection until they end.
     """
     for module in (clips, schedule):
         vars(module)["get_context"] = lambda _: multiprocessing.get_context("fork")
     vars(run)["measure_speed"] = lambda _: None  # the fixture "finished" measures it
-    run_module("examples.shapes", arguments)
+    run.main(arguments)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from examples.shapes.results import Results
-from examples.shapes.trials import command, runner
+from examples.shapes.trials import command, gpu, runner
 from examples.shapes.trials.cells import (
     DEVELOPMENT_ACTIONS,
     DIVISIONS,
@@ -42,7 +42,7 @@ from examples.shapes.trials.rows import PUBLISHED
 from examples.shapes.trials.runner import Runner
 from examples.shapes.trials.settings import Sizes
 from examples.shapes.trials.tasks import Place, Task, do
-from examples.shapes.trials.tuning import best, cell_tasks, choose, tuning_tasks
+from examples.shapes.trials.tuning import best, cell_tasks, choose, has_result, tuning_tasks
 from examples.shapes.trials.workshop import Workshop
 from examples.shapes.world import ACTIONS, DEVELOPMENT, SEEN, UNSEEN
 from openvclip.training.methods import choose_trained
@@ -275,6 +275,43 @@ def test_a_method_that_is_like_another_waits_for_its_settings() -> None:
     assert trainings({"FINE-TUNE": {"training": {"lr": 0.5}}}) == orders
 
 
+def test_points_of_an_earlier_choice_are_not_taken_for_those_of_the_present() -> None:
+    """A method like another has the present settings of the other; old points stay in the file."""
+    plain = {"a": {"settings": {"lr": 1}, "points": [_point(0.5, 0.2)]}}
+    soup = {
+        "old": {"settings": {"lr": 9}, "points": [_point(0.8, 0.2)]},
+        "new": {"settings": {"lr": 1}, "points": [_point(0.6, 0.5)]},
+    }
+    results: Results = {"tuning": {"methods": {"FINE-TUNE": plain, "soup of 3 runs": soup}}}
+    chosen = choose(results, ["FINE-TUNE", "soup of 3 runs"])
+    assert chosen["soup of 3 runs"] == {"training": {"lr": 1}, "params": {}, "lam": 0.5}
+
+
+def test_only_a_row_with_the_same_settings_numbers_and_lambdas_is_a_result() -> None:
+    choice = {"training": {"lr": 0.5}, "params": {"alpha": 0.1}, "lam": 0.0}
+    *_, task = cell_tasks(cell(3), ["LiNeS"], {"LiNeS": choice})
+    row = {
+        "settings": {"lr": 0.5},
+        "points": [{"params": {"alpha": 0.1}, "lam": 0.0, "accuracy": {}}],
+    }
+    results: Results = {"tuning": {}, "cells": {"3": {"methods": {"LiNeS": row}, "trainings": {}}}}
+    assert has_result(results, task)
+    for other in (
+        replace(task, settings=(("lr", 0.25),)),
+        replace(task, params=((("alpha", 0.2),),)),
+        replace(task, lams=(0.0, 0.3)),
+        replace(task, cell=cell(4)),
+        replace(task, cell=TUNING),
+    ):
+        assert not has_result(results, other)
+    assert set(results["cells"]) == {"3"}  # a question changes nothing
+    assert results["tuning"] == {}
+    tuned = {"LiNeS lr=0.5": row}
+    results = {"tuning": {"methods": {"LiNeS": tuned}}, "cells": {}}
+    assert has_result(results, replace(task, cell=TUNING))
+    assert not has_result(results, replace(task, cell=TUNING, lams=(0.2,)))
+
+
 def test_rows_of_a_cell_share_their_trainings() -> None:
     choice = {"training": {"lr": 0.5}, "params": {}, "lam": 0.2}
     tasks = cell_tasks(cell(3), ["FINE-TUNE", "SWA", "EMA"], dict.fromkeys(METHODS, choice))
@@ -321,8 +358,12 @@ def test_a_killed_run_goes_on_and_comes_to_the_same_results(
     assert set(results[0]["cells"]["0"]["methods"]) == set(ROWS)
     assert not (out / "clips" / "cell-00").exists()  # the cell is finished
     capsys.readouterr()
+    left = out / "clips" / "cell-00" / "trained-6.npy"  # as after a kill at the end of the cell
+    left.parent.mkdir()
+    left.touch()
     small_run(str(out))
     assert capsys.readouterr().out == ""  # nothing is left to do
+    assert not left.parent.exists()
 
 
 def test_an_error_in_one_method_does_not_end_the_others(
@@ -406,3 +447,60 @@ def test_the_example_of_an_own_method_is_short_and_registers_its_rows() -> None:
     tuned = {"w": torch.tensor([0.1, -3.0, 2.0, 0.2])}
     merged = own_method.trimmed(clip, {"plain": {"last": tuned}}, keep=0.5)
     assert merged["w"].tolist() == [0.0, -3.0, 2.0, 0.0]
+
+
+def test_the_script_for_a_gpu_stops_in_time_and_tables_complete_cells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a clock of its own: each method takes 10 seconds, and drawing takes no time."""
+    now = [0.0]
+    methods = gpu.GPU_METHODS
+
+    def run_cell(*_: object) -> Iterator[tuple[str, dict[str, Any]]]:
+        for name in methods:
+            now[0] += 10
+            accuracy = dict.fromkeys((*QUESTIONS, "stills"), 0.5)
+            yield name, {"points": [{"params": {}, "lam": 0.0, "accuracy": accuracy}]}
+
+    def pretrained(*, batches: Iterator[Any], **_: object) -> None:
+        list(batches)
+
+    class Now:
+        """A future with a result."""
+
+        def result(self, timeout: float | None = None) -> None:
+            now[0] += 0.0
+
+    class Pool:
+        """A pool that does nothing."""
+
+        def __init__(self, *_: object) -> None: ...
+
+        def __enter__(self) -> Pool:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def submit(self, *_: object) -> Now:
+            now[0] += 1
+            return Now()
+
+        def shutdown(self, **_: object) -> None: ...
+
+    for name, value in (
+        ("_now", lambda: now[0]),
+        ("_run_cell", run_cell),
+        ("pretrain", pretrained),
+        ("ProcessPoolExecutor", Pool),
+        ("use_original", lambda *_: None),
+    ):
+        monkeypatch.setattr(gpu, name, value)
+    arguments = ["--cpu", "--smoke", "--out", str(tmp_path), "--workers", "1", "--seconds"]
+    gpu.main([*arguments, "35"])
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert len(results["cells"]["0"]["methods"]) == 3  # begun at 6, 16 and 26 seconds
+    assert "0 complete cells," in capsys.readouterr().out
+    gpu.main([*arguments, "1000"])
+    assert "1 complete cell," in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="did 0 of 2 steps in 1 seconds"):
+        gpu.main([*arguments, "1"])

@@ -9,8 +9,12 @@ The modules build on each other in this order:
   trainings and of the methods;
 - :mod:`examples.shapes.trials.tasks`, :mod:`examples.shapes.trials.tuning`,
   :mod:`examples.shapes.trials.runner`: the pieces of work, the choice of settings, the run;
-- :mod:`examples.shapes.trials.statistics`, :mod:`examples.shapes.trials.claims`,
-  :mod:`examples.shapes.trials.page`, :mod:`examples.shapes.trials.advice`: tests, verdicts, pages.
+- :mod:`examples.shapes.trials.reading`: the complete cells of a results file, and accuracies;
+- :mod:`examples.shapes.trials.statistics`, :mod:`examples.shapes.trials.claims`: tests, verdicts;
+- :mod:`examples.shapes.trials.wording`, :mod:`examples.shapes.trials.times`,
+  :mod:`examples.shapes.trials.tables`, :mod:`examples.shapes.trials.sections`,
+  :mod:`examples.shapes.trials.grid`, :mod:`examples.shapes.trials.verdicts`: tables and sentences;
+- :mod:`examples.shapes.trials.advice`, :mod:`examples.shapes.trials.page`: the two pages.
 
 **The budget** of 4 hours of 2 cores is 28,800 seconds of one core. Measured on a virtual machine
 with 2 cores, with one thread a process, in clips of 4 frames:

@@ -1,6 +1,6 @@
 """Write the page "Which method when" from the results.
 
-The words about accuracy are made from the verdicts, so they follow the results. The other words,
+All words about accuracy are made from the verdicts, so they follow the results. The other words,
 about what a method needs and costs, are those of the method's entry in the table of methods.
 """
 
@@ -11,36 +11,67 @@ from collections.abc import Sequence
 import numpy as np
 
 from examples.shapes.results import Results, wrapped
-from examples.shapes.trials.claims import PAPER, REFERENCE, Judged, accuracies, lambda_of
-from examples.shapes.trials.registry import METHODS, Method
+from examples.shapes.trials.cells import QUESTIONS
+from examples.shapes.trials.claims import Judged, Verdict
+from examples.shapes.trials.grid import at_edges
+from examples.shapes.trials.reading import MEAN, OUTCOMES, accuracies, lambda_of
+from examples.shapes.trials.registry import METHODS, REFERENCE, Method
+from examples.shapes.trials.times import training_ratio
+from examples.shapes.trials.verdicts import powers
+from examples.shapes.trials.wording import points
+from openvclip.evaluation import markdown_table
 
 __all__ = ["advice_page", "verdict_words"]
 
-QUESTION_WORDS = {
+PLACES = {
     "trained": "trained classes",
     "shapes": "unseen shapes",
     "actions": "unseen shapes and actions",
+    MEAN: "the mean of the three questions",
+}
+"""The questions, in sentences."""
+
+MARKS: dict[Verdict, str] = {
+    "higher": "▲\N{NO-BREAK SPACE}",
+    "lower": "▼\N{NO-BREAK SPACE}",
+    "not clear": "",
 }
 
 INTRODUCTION = (
-    "For each method, this page says what it does, what it costs, and when to take it or not. "
-    "The results are those of [the shapes world](shapes.md), a small world of drawn clips and a "
-    "CLIP of 0.6 million parameters. They hold for this world; on your videos, choose among the "
-    "methods on held-out classes of your own.",
-    "*Result here* compares a method with plain fine-tuning at its best λ (FINE-TUNE) by the "
-    "verdicts of the shapes world. *Clearly* means: after the correction for all claims of that "
-    "page.",
+    "This page says for each method what it needs and costs, what it brought in [the shapes "
+    "world](shapes.md), and when to take it or not. The shapes world is a small world of drawn "
+    "clips, with a CLIP of 0.6 million parameters. The results hold for this world. On your "
+    "videos, compare two or three methods on held-out classes of your own.",
+    "Each method has the settings that were best in [one tuning "
+    "run](shapes.md#how-the-settings-were-chosen) with the same budget. A difference of a point or "
+    "two between two methods can come from the luck of this choice. *Clear* means: in the cells of "
+    "that page, at these settings, after the correction for all claims.",
 )
+
+GROUPS = (
+    ("as much training as FINE-TUNE", 0.0, 1.15),
+    ("up to twice as much training", 1.15, 2.2),
+    ("more training", 2.2, float("inf")),
+)
+"""Costs by training time relative to plain fine-tuning: words, above, up to."""
 
 
 def advice_page(results: Results, judged: Sequence[Judged]) -> str:
-    """Return the page in Markdown."""
+    """Return the page in Markdown.
+
+    Args:
+        results: the complete cells.
+        judged: the claims with their verdicts.
+    """
     parts = [
         "<!-- Written by `python -m examples.shapes.trials.page`; its words are in "
         "examples/shapes/trials/. -->",
         "# Which method when",
         *map(wrapped, INTRODUCTION),
+        "## In short",
         _short(results, judged),
+        "## All methods in one table",
+        *_overview(results, judged),
     ]
     for name in results["chosen"]:
         if name in METHODS:
@@ -49,63 +80,254 @@ def advice_page(results: Results, judged: Sequence[Judged]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+# --- in short -------------------------------------------------------------------------------------
+
+
 def _short(results: Results, judged: Sequence[Judged]) -> str:
-    """Return one line for each question: the methods that are clearly above the reference."""
-    lines = []
-    for question, words in QUESTION_WORDS.items():
-        above = [
-            item.claim.method
-            for item in judged
-            if item.claim.question == question
-            and item.verdict == "higher"
-            and _is_against_reference(item)
+    """Return a list: interpolate or not, and the methods by their training time."""
+    lines = _of_interpolation(results, judged)
+    overall = {
+        item.claim.method: item
+        for item in judged
+        if _is_against_reference(item) and item.claim.question == MEAN
+    }
+    for words, above, limit in GROUPS:
+        names = [
+            name
+            for name in overall
+            if (ratio := training_ratio(results, name)) is not None and above < ratio <= limit
         ]
-        text = ", ".join(above) or "no method"
-        lines.append(wrapped(f"**{words}**: clearly above FINE-TUNE at its best λ: {text}.", "- "))
-    return "\n".join(lines)
+        if names:
+            text = _by_verdict([overall[name] for name in names])
+            lines.append(f"**For {words}**, {PLACES[MEAN]}: {text}.")
+    for question in QUESTIONS:
+        items = [i for i in judged if _is_against_reference(i) and i.claim.question == question]
+        text = _by_verdict([item for item in items if item.verdict != "not clear"])
+        lines.append(f"**On {PLACES[question]}**: {text or 'no method differs clearly'}.")
+    return "\n".join(wrapped(line, "- ") for line in lines)
+
+
+def _of_interpolation(results: Results, judged: Sequence[Judged]) -> list[str]:
+    """Return what interpolation does to plain fine-tuning."""
+    if REFERENCE not in results["chosen"]:
+        return []
+    lam = lambda_of(results, REFERENCE, None)
+    lines = []
+    items = _of_pair(judged, REFERENCE, None, REFERENCE, 0.0)
+    if lam == 0:
+        lines.append(
+            "**Interpolate a fine-tuned model with CLIP?** On the development classes, no λ above "
+            f"0 was better for {REFERENCE}. [The accuracies along λ](shapes.md#along) show what "
+            "interpolation brings on each question."
+        )
+    if items:
+        lines.append(
+            f"**Interpolate a fine-tuned model with CLIP?** {REFERENCE} at λ = {lam:g} beside "
+            f"λ = 0: {verdict_words(items)}."
+        )
+    items = _of_pair(judged, REFERENCE, 0.0, "CLIP", None)
+    if items:
+        words = verdict_words(items)
+        lines.append(f"**Fine-tuning without interpolation** (λ = 0) beside CLIP: {words}.")
+    return lines
+
+
+def _by_verdict(items: Sequence[Judged]) -> str:
+    """Return names of methods by their verdict, those with the largest differences first."""
+    kinds = {
+        "higher": "clearly above",
+        "not clear": "no clear difference",
+        "lower": "clearly below",
+    }
+    texts = []
+    for verdict, words in kinds.items():
+        of_kind = [item for item in items if item.verdict == verdict]
+        of_kind.sort(key=lambda item: -abs(item.mean))
+        if of_kind:
+            names = ", ".join(f"{item.claim.method} ({points(item.mean)})" for item in of_kind)
+            if verdict == "not clear" and len(of_kind) > 3:
+                names = f"{len(of_kind)} methods"
+            texts.append(
+                f"{words} FINE-TUNE: {names}" if verdict != "not clear" else f"{words}: {names}"
+            )
+    return "; ".join(texts)
+
+
+def _overview(results: Results, judged: Sequence[Judged]) -> list[str]:
+    """Return the words about the table of all methods, and the table."""
+    cells = len(results["cells"])
+    found = powers(results, judged)
+    unseen = ""
+    if found:
+        unseen = (
+            " A true difference in the mean is called clear nine times in ten if it is "
+            f"{found[0].smallest_text} points; smaller differences are often not seen. So *no "
+            "clear difference* does not mean that there is none."
+        )
+    words = wrapped(
+        f"Differences from {REFERENCE} at its best λ, in points of accuracy, means over {cells} "
+        "cells. ▲ is clearly above, ▼ is clearly below, after the correction for all claims; "
+        "without a mark, there is no clear difference. An empty place was not tested. *Stills* is "
+        "what is left of CLIP's own knowledge, in %. *Training time* is relative to "
+        f"{REFERENCE}.{unseen}"
+    )
+    rows = []
+    for name in results["chosen"]:
+        of_method = {
+            item.claim.question: item
+            for item in judged
+            if item.claim.method == name and _is_against_reference(item)
+        }
+        cells_of_row = [
+            f"{MARKS[item.verdict]}{points(item.mean)}" if (item := of_method.get(o)) else ""
+            for o in (MEAN, *QUESTIONS)
+        ]
+        ratio = training_ratio(results, name)
+        stills = list(accuracies(results, name, None, "stills").values())
+        rows.append(
+            [
+                f"[{name}](#{_anchor(name)})" if name in METHODS else name,
+                f"{lambda_of(results, name, None):g}",
+                "" if ratio is None else f"{ratio:.2f}",
+                *cells_of_row,
+                f"{100 * float(np.mean(stills)):.0f}" if stills else "",
+            ]
+        )
+    header = ["method", "λ", "training time", "mean", *(PLACES[q] for q in QUESTIONS), "stills"]
+    return [words, "<!-- table: overview -->\n" + markdown_table(header, rows)]
+
+
+def _anchor(name: str) -> str:
+    """Return the anchor of a heading, as Python-Markdown makes it."""
+    kept = "".join(c for c in name.lower() if c.isalnum() or c in " -_")
+    return "-".join(kept.replace("-", " ").split())
+
+
+# --- a method -------------------------------------------------------------------------------------
 
 
 def _is_against_reference(item: Judged) -> bool:
-    return item.claim.other == REFERENCE and item.claim.other_lam is None
+    claim = item.claim
+    return claim.other == REFERENCE and claim.other_lam is None and claim.method != REFERENCE
+
+
+def _of_pair(
+    judged: Sequence[Judged], method: str, lam: float | None, other: str, other_lam: float | None
+) -> list[Judged]:
+    pair = (method, lam, other, other_lam)
+    return [
+        item
+        for item in judged
+        if (item.claim.method, item.claim.lam, item.claim.other, item.claim.other_lam) == pair
+    ]
 
 
 def _advice(results: Results, method: Method, judged: Sequence[Judged]) -> list[str]:
+    name = method.name
     lines = [f"It {method.does}."] if method.does else []
     if method.cost:
-        lines.append(f"**Costs:** {method.cost}.")
-    own = [item for item in judged if item.claim.method == method.name]
-    against = [item for item in own if _is_against_reference(item)]
+        ratio = training_ratio(results, name)
+        time = "" if ratio is None else f"; measured: {ratio:.2f} times the training of FINE-TUNE"
+        lines.append(f"**Costs:** {method.cost}{time}.")
+    against = [item for item in judged if item.claim.method == name and _is_against_reference(item)]
+    against.sort(key=lambda item: item.claim.question != MEAN)
     if against:
         lines.append(f"**Result here:** {verdict_words(against, REFERENCE)}.")
-    paper = [item for item in own if item.claim.other == PAPER]
-    if paper:
-        lines.append(f"**Beside {PAPER}:** {verdict_words(paper, PAPER)}.")
-    stills = list(accuracies(results, method.name, None, "stills").values())
+    lines += _comparisons(results, name, judged)
+    stills = list(accuracies(results, name, None, "stills").values())
     if stills:
-        lam = f" (λ = {lambda_of(results, method.name, None):g})" if method.needs else ""
+        lam = f" (λ = {lambda_of(results, name, None):g})" if method.needs else ""
         lines.append(
             f"**CLIP's own knowledge:** {100 * float(np.mean(stills)):.0f} % of the held-out "
-            f"stills are still right{lam}."
+            f"stills are right{lam}."
         )
-    if method.when:
-        lines.append(f"**Take it** {_if_worth(method.when, against)}.")
-    if method.beware:
-        lines.append(f"**Don't take it** {method.beware}.")
-    return [wrapped(line, "- ") for line in lines]
+    edges = at_edges(results, name)
+    if edges:
+        lines.append(
+            f"**At an edge:** of the settings that were tried, the chosen {', '.join(edges)}. A "
+            "better setting may lie beyond."
+        )
+    pro, contra = _reasons(results, name, against, judged)
+    lines.append(_sentences("**Take it**", method.when, pro))
+    lines.append(_sentences("**Don't take it**", method.beware, contra))
+    return [wrapped(line, "- ") for line in lines if line]
 
 
-def _if_worth(when: str, against: Sequence[Judged]) -> str:
-    """Return when to take a method, with a warning if the results speak against it."""
-    verdicts = {item.verdict for item in against}
-    if "higher" in verdicts or not against:
-        return when
-    if "lower" in verdicts:
-        return f"only {when}: here it is clearly lower and nowhere clearly higher"
-    return f"{when}; a gain over FINE-TUNE was not shown here"
+def _sentences(head: str, needs: str, accuracy: str) -> str:
+    if not needs and not accuracy:
+        return ""
+    return " ".join(part for part in (head, f"{needs}." if needs else "", accuracy) if part)
 
 
-def verdict_words(items: Sequence[Judged], other: str) -> str:
-    """Return the verdicts in words, such as ``"clearly higher than X on ... (+1.2 points)"``."""
+def _comparisons(results: Results, name: str, judged: Sequence[Judged]) -> list[str]:
+    """Return the comparisons of a method with other methods than the reference."""
+    lines = []
+    if name == REFERENCE:
+        for other, lam, words in ((REFERENCE, 0.0, "λ = 0"), ("CLIP", None, "CLIP")):
+            items = _of_pair(judged, REFERENCE, None, other, lam)
+            if items:
+                chosen = lambda_of(results, REFERENCE, None)
+                lines.append(f"**λ = {chosen:g} beside {words}:** {verdict_words(items)}.")
+        items = _of_pair(judged, REFERENCE, 0.0, "CLIP", None)
+        if items:
+            lines.append(f"**λ = 0 beside CLIP:** {verdict_words(items)}.")
+        return lines
+    for other in results["chosen"]:
+        items = [] if other == REFERENCE else _of_pair(judged, name, None, other, None)
+        if items:
+            lines.append(f"**Beside {other}:** {verdict_words(items)}.")
+    return lines
+
+
+def _reasons(
+    results: Results, name: str, against: Sequence[Judged], judged: Sequence[Judged]
+) -> tuple[str, str]:
+    """Return what the accuracy says for a method, and what it says against the method."""
+    if name == "CLIP":
+        items = _of_pair(judged, REFERENCE, None, "CLIP", None)
+        lam = f"FINE-TUNE at λ = {lambda_of(results, REFERENCE, None):g}" if items else ""
+        lower, higher = _places(items, "lower"), _places(items, "higher")
+        return (
+            f"CLIP is clearly above {lam} on {lower}." if lower else "",
+            f"{lam} is clearly above CLIP on {higher}." if higher else "",
+        )
+    if name == REFERENCE:
+        items = _of_pair(judged, REFERENCE, None, REFERENCE, 0.0)
+        lam = f"λ = {lambda_of(results, REFERENCE, None):g}"
+        lower, higher = _places(items, "lower"), _places(items, "higher")
+        pro = f"Interpolate: {lam} is clearly above λ = 0 on {higher}." if higher else ""
+        contra = f"Interpolation costs accuracy: {lam} is clearly below λ = 0 on {lower}."
+        return pro, contra if lower else ""
+    if not against:
+        return "", ""
+    overall = next((item.verdict for item in against if item.claim.question == MEAN), "not clear")
+    questions = [item for item in against if item.claim.question != MEAN]
+    lower, higher = _places(questions, "lower"), _places(questions, "higher")
+    pro, contra = "", ""
+    if overall == "higher":
+        pro = f"Accuracy is a reason: it is clearly above {REFERENCE} in {PLACES[MEAN]}"
+        pro += f", and on {higher}." if higher else "."
+    elif higher:
+        pro = f"Accuracy on {higher} is a reason: it is clearly above {REFERENCE} there."
+    elif overall == "not clear":
+        pro = f"Accuracy is no reason: a gain over {REFERENCE} was not shown here."
+    below = f"it is clearly below {REFERENCE}"
+    if overall == "lower":
+        contra = f"Accuracy is a reason against it: {below} in {PLACES[MEAN]}"
+        contra += f", and on {lower}." if lower else "."
+    elif lower:
+        contra = f"Accuracy on {lower} is a reason against it: {below} there."
+    return pro, contra
+
+
+def _places(items: Sequence[Judged], verdict: Verdict) -> str:
+    """Return the questions with a verdict, such as ``"trained classes, and on unseen shapes"``."""
+    names = [PLACES[item.claim.question] for item in items if item.verdict == verdict]
+    return ", and on ".join(names) if len(names) < len(QUESTIONS) else "all three questions"
+
+
+def verdict_words(items: Sequence[Judged], other: str = "") -> str:
+    """Return the verdicts in words, such as ``"clearly higher than X on ... (+1.2)"``."""
     texts = []
     kinds = {
         "higher": "clearly higher",
@@ -115,11 +337,12 @@ def verdict_words(items: Sequence[Judged], other: str) -> str:
     for verdict, words in kinds.items():
         of_kind = [item for item in items if item.verdict == verdict]
         if of_kind:
-            preposition = "from" if verdict == "not clear" else "than"
+            than = ("from " if verdict == "not clear" else "than ") + f"{other} " if other else ""
             places = ", ".join(
-                f"{QUESTION_WORDS[item.claim.question]} "
-                f"({round(100 * item.mean, 1) + 0.0:+.1f})".replace("-", "−")
-                for item in of_kind
+                f"{PLACES[item.claim.question]} ({points(item.mean)})" for item in of_kind
             )
-            texts.append(f"{words} {preposition} {other} on {places}")
+            texts.append(f"{words} {than}on {places}")
     return "; ".join(texts)
+
+
+assert set(PLACES) == set(OUTCOMES)

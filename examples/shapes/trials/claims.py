@@ -1,24 +1,26 @@
-"""The rows of the page, the claims about them, and their verdicts."""
+"""The claims about the rows of the page, and their verdicts.
+
+Each claim costs power, because Holm's correction divides by the number of claims. So there are
+only claims on which a sentence of the page "Which method when" depends.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from examples.shapes.results import Results
-from examples.shapes.trials.cells import QUESTIONS, Question
-from examples.shapes.trials.registry import METHODS
+from examples.shapes.trials.cells import QUESTIONS
+from examples.shapes.trials.reading import MEAN, OUTCOMES, Outcome, accuracies, lambda_of
+from examples.shapes.trials.registry import METHODS, PAPER, REFERENCE
 from examples.shapes.trials.statistics import LEVEL, holm, p_value
 
-__all__ = ["Claim", "Judged", "Verdict", "accuracies", "claims_of", "judge", "lambda_of"]
+__all__ = ["Claim", "Judged", "Verdict", "claims_of", "judge"]
 
 Verdict = Literal["higher", "lower", "not clear"]
-
-REFERENCE, PAPER = "FINE-TUNE", "Open-VCLIP"
-"""The methods that all other methods are compared with."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +32,14 @@ class Claim:
         lam: its λ; ``None`` is the chosen λ.
         other: name of the second method.
         other_lam: its λ.
-        question: the question.
+        question: the question, or ``"mean"`` for the mean of the three questions.
     """
 
     method: str
     lam: float | None
     other: str
     other_lam: float | None
-    question: Question
+    question: Outcome
 
 
 @dataclass(frozen=True)
@@ -72,50 +74,51 @@ class Judged:
         return "higher" if self.mean > 0 else "lower"
 
 
-def lambda_of(results: Results, method: str, lam: float | None) -> float:
-    """Return a λ, or the chosen λ of a method if ``lam`` is ``None``."""
-    return float(results["chosen"][method]["lam"] if lam is None else lam)
-
-
-def accuracies(results: Results, method: str, lam: float | None, name: str) -> dict[str, float]:
-    """Return the accuracies in [0, 1] of a method on a list, by the number of the cell."""
-    if method not in results["chosen"]:
-        return {}
-    wanted = lambda_of(results, method, lam)
-    values = {}
-    for number, entry in results["cells"].items():
-        points: list[dict[str, Any]] = entry["methods"].get(method, {}).get("points", [])
-        for point in points:
-            if point["lam"] == wanted:
-                values[number] = float(point["accuracy"][name])
-    return values
-
-
 def claims_of(methods: Sequence[str]) -> list[Claim]:
     """Return the claims of the page about some methods.
 
-    Plain fine-tuning (λ = 0) is compared with CLIP. Open-VCLIP is compared with CLIP and with plain
-    fine-tuning. Every method is compared with plain fine-tuning at its best λ. A method that is
-    like Open-VCLIP, but cheaper, is compared with Open-VCLIP.
+    - On each question: plain fine-tuning (λ = 0) against CLIP, plain fine-tuning at its best λ
+      against λ = 0 and against CLIP, and Open-VCLIP against CLIP.
+    - Every method against plain fine-tuning at its best λ: on the mean of the three questions, and
+      on each question, unless the method changes one part of another method (``like``).
+    - On the mean: a method against the methods that its entry names (``beside``).
     """
-    claims = [Claim(REFERENCE, 0.0, "CLIP", None, question) for question in QUESTIONS]
-    for other, lam in (("CLIP", None), (REFERENCE, 0.0)):
-        claims += [Claim(PAPER, None, other, lam, question) for question in QUESTIONS]
+    general: tuple[tuple[str, float | None, str, float | None], ...] = (
+        (REFERENCE, 0.0, "CLIP", None),
+        (REFERENCE, None, REFERENCE, 0.0),
+        (REFERENCE, None, "CLIP", None),
+        (PAPER, None, "CLIP", None),
+    )
+    claims = [
+        Claim(method, lam, other, other_lam, question)
+        for method, lam, other, other_lam in general
+        for question in QUESTIONS
+    ]
     for name in methods:
-        if name in ("CLIP", REFERENCE):
-            continue
-        claims += [Claim(name, None, REFERENCE, None, question) for question in QUESTIONS]
+        if name not in ("CLIP", REFERENCE):
+            is_part = name in METHODS and METHODS[name].like is not None
+            outcomes: Sequence[Outcome] = (MEAN,) if is_part else OUTCOMES
+            claims += [Claim(name, None, REFERENCE, None, outcome) for outcome in outcomes]
     for name in methods:
-        if name in METHODS and METHODS[name].like == PAPER:
-            claims += [Claim(name, None, PAPER, None, question) for question in QUESTIONS]
+        for other in METHODS[name].beside if name in METHODS else ():
+            claims.append(Claim(name, None, other, None, MEAN))
     known = {*methods}
     return [claim for claim in claims if {claim.method, claim.other} <= known]
 
 
 def judge(results: Results, claims: Sequence[Claim]) -> list[Judged]:
-    """Judge the claims. Claims without a common cell are left out, and not counted."""
+    """Judge the claims. Claims without a common cell are left out, and not counted.
+
+    A claim that compares a row with itself, because its chosen λ is 0, is left out too.
+    """
     pairs = []
     for claim in claims:
+        lams = (
+            lambda_of(results, claim.method, claim.lam),
+            lambda_of(results, claim.other, claim.other_lam),
+        )
+        if claim.method == claim.other and lams[0] == lams[1]:
+            continue
         first = accuracies(results, claim.method, claim.lam, claim.question)
         second = accuracies(results, claim.other, claim.other_lam, claim.question)
         common = [number for number in first if number in second]

@@ -2,7 +2,7 @@
 
 Without --full: one cell (three trained actions of six, one seed), the main methods with the
 settings of the published results, in under 4 minutes on 2 cores. With --full: all methods, each at
-the best of its settings on development classes, over 40 cells, in under 4 hours. Each result is
+the best of its settings on development classes, over 40 cells, in about 4 hours. Each result is
 printed and saved as it comes. A run that was stopped goes on with the same command.
 """
 
@@ -52,7 +52,7 @@ AVERAGED = "openvclip-averaged.safetensors"
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = Parser(
-        prog="python -m examples.shapes.trials",
+        prog="python -m examples.shapes",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -4,7 +4,9 @@ First the image tower (5.0 million parameters in place of 0.47 million) is pretr
 with the frozen text tower of the small CLIP. Then as many cells as fit into the time are run: the
 clips of a cell are drawn by all cores while the GPU trains. The settings are those of the published
 results of the small model, and λ is 0, 0.3, 0.5 and 0.6 for each method. Each result is printed and
-saved in OUT/results.json as it comes. ``--cpu --smoke`` runs the same script at a small size.
+saved in OUT/results.json as it comes. No method is begun after ``--seconds``, also in the first
+cell, and a pretraining that takes longer ends the script. ``--cpu --smoke`` runs the same script at
+a small size.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from concurrent.futures import TimeoutError as LateError  # another class in Python 3.10
+from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -58,6 +61,35 @@ GPU_METHODS = (
 )
 
 LAMS = (0.0, 0.3, 0.5, 0.6)
+
+
+def _now() -> float:
+    return time.perf_counter()
+
+
+@dataclass(frozen=True)
+class Clock:
+    """The time of a run.
+
+    Attributes:
+        seconds: the time that there is.
+        started: when the run started.
+    """
+
+    seconds: float
+    started: float = field(default_factory=lambda: _now())
+
+    @property
+    def passed(self) -> float:
+        """The seconds since the start."""
+        return _now() - self.started
+
+    @property
+    def left(self) -> float:
+        """The seconds that are left, at least 0."""
+        return max(0.0, self.seconds - self.passed)
+
+
 WIDTH, LAYERS, HEAD = 288, 5, 32
 
 
@@ -106,11 +138,14 @@ def large_model(width: int = WIDTH, layers: int = LAYERS) -> tuple[CLIP, Tokeniz
 
 
 def main_plan(plan: Plan, out: Path, device: str, seconds: float, workers: int) -> Results:
-    """Pretrain, then run cells until the time is over; return the results."""
-    started = time.perf_counter()
+    """Pretrain, then run cells until the time is over; return the results.
+
+    Raises:
+        SystemExit: the pretraining took longer than ``seconds``.
+    """
+    clock = Clock(seconds)
     out.mkdir(parents=True, exist_ok=True)
     place = Place(out, plan.sizes)
-    path = out / "results.json"
     choices = quick_choices(GPU_METHODS)
     results: Results = {
         "settings": {"device": _device_name(device), "choices": choices, "lams": LAMS},
@@ -120,42 +155,57 @@ def main_plan(plan: Plan, out: Path, device: str, seconds: float, workers: int) 
     }
     context = get_context("spawn")  # a fork of a process that has used a GPU fails
     with ProcessPoolExecutor(workers, context, _one_thread) as pool:
-        torch.manual_seed(0)
-        model, tokenizer = large_model(plan.width, plan.layers)
-        pretrain(
-            steps=plan.pretraining,
-            lr=1e-3,
-            model=(model.to(device), tokenizer),
-            batches=_ahead(pool, plan.pretraining, plan.stills, 4 * workers),
-            progress=False,
-        )
-        use_original(model.cpu(), tokenizer)
-        count = sum(p.numel() for n, p in model.named_parameters() if n.startswith("visual."))
-        results["pretraining"] = {"seconds": time.perf_counter() - started, "parameters": count}
-        print(
-            f"pretrained {count:,} parameters in {time.perf_counter() - started:.0f} s", flush=True
-        )
-        cells = [cell(number) for number in range(plan.sizes.cells)]
-        clips = {0: _draw(pool, place, cells[0])}
-        slowest = 0.0
-        for each in cells:
-            if time.perf_counter() - started + slowest > seconds:
-                break
-            begun = time.perf_counter()
-            for future in clips.pop(each.number):
-                future.result()
-            if each.number + 1 < len(cells):
-                clips[each.number + 1] = _draw(pool, place, cells[each.number + 1])
-            for name, entry in _run_cell(each, place, plan, choices, device):
-                rows = results["cells"].setdefault(str(each.number), {"methods": {}})["methods"]
-                rows[name] = entry
-                save_results(results, path)
-                print(_line(each, name, entry, time.perf_counter() - started), flush=True)
-            slowest = max(slowest, time.perf_counter() - begun)
-        for futures in clips.values():
-            for future in futures:
-                future.cancel()
+        try:
+            torch.manual_seed(0)
+            model, tokenizer = large_model(plan.width, plan.layers)
+            pretrain(
+                steps=plan.pretraining,
+                lr=1e-3,
+                model=(model.to(device), tokenizer),
+                batches=_ahead(pool, plan.pretraining, plan.stills, 4 * workers, clock),
+                progress=False,
+            )
+            use_original(model.cpu(), tokenizer)
+            count = sum(p.numel() for n, p in model.named_parameters() if n.startswith("visual."))
+            results["pretraining"] = {"seconds": clock.passed, "parameters": count}
+            print(f"pretrained {count:,} parameters in {clock.passed:.0f} s", flush=True)
+            _run_cells(pool, place, plan, results, device, clock)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
     return results
+
+
+def _run_cells(
+    pool: ProcessPoolExecutor,
+    place: Place,
+    plan: Plan,
+    results: Results,
+    device: str,
+    clock: Clock,
+) -> None:
+    """Run cells until the time is over, and save each result as it comes."""
+    cells = [cell(number) for number in range(plan.sizes.cells)]
+    clips = {0: _draw(pool, place, cells[0])}
+    slowest = 0.0
+    for each in cells:
+        begun = clock.passed
+        if clock.left < slowest:
+            return
+        try:
+            for future in clips.pop(each.number):
+                future.result(timeout=clock.left)
+        except LateError:
+            return
+        if each.number + 1 < len(cells):
+            clips[each.number + 1] = _draw(pool, place, cells[each.number + 1])
+        for name, entry in _run_cell(each, place, plan, results["chosen"], device):
+            rows = results["cells"].setdefault(str(each.number), {"methods": {}})["methods"]
+            rows[name] = entry
+            save_results(results, place.out / "results.json")
+            print(_line(each, name, entry, clock.passed), flush=True)
+            if not clock.left:
+                return
+        slowest = max(slowest, clock.passed - begun)
 
 
 def _run_cell(
@@ -209,11 +259,18 @@ def _make(place: Place, each: Cell, name: ListName) -> None:
     place.load(each, name)
 
 
-def _ahead(pool: ProcessPoolExecutor, steps: int, stills: int, ahead: int) -> Iterator[Batch]:
+def _ahead(
+    pool: ProcessPoolExecutor, steps: int, stills: int, ahead: int, clock: Clock
+) -> Iterator[Batch]:
     """Yield batches that the processes of a pool draw ahead; the seed is that of the batch."""
     draw = partial(_draw_stills, stills)
     waiting = [pool.submit(draw, step) for step in range(min(ahead, steps))]
     for step in range(steps):
+        if not clock.left:
+            raise SystemExit(
+                f"The pretraining did {step} of {steps} steps in {clock.seconds:g} seconds. Give "
+                "more --seconds, or more --workers if the device waits for stills."
+            )
         batch = waiting.pop(0).result()
         if step + ahead < steps:
             waiting.append(pool.submit(draw, step + ahead))
@@ -252,7 +309,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("shapes-gpu"), help="output folder")
     parser.add_argument(
-        "--seconds", type=float, default=420, help="begin no cell that would end later than this"
+        "--seconds", type=float, default=420, help="begin no method later than this"
     )
     parser.add_argument("--cpu", action="store_true", help="run on the CPU")
     parser.add_argument("--smoke", action="store_true", help="run a few steps as a test")
@@ -271,9 +328,11 @@ def main(arguments: list[str] | None = None) -> None:
     started = time.perf_counter()
     device = "cpu" if args.cpu else "cuda"
     results = main_plan(plan, args.out, device, args.seconds, args.workers)
-    table = short_table(results, GPU_METHODS)
+    whole = {n: e for n, e in results["cells"].items() if len(e["methods"]) == len(GPU_METHODS)}
+    table = short_table({**results, "cells": whole or results["cells"]}, GPU_METHODS)
     (args.out / "table.md").write_text(table + "\n", encoding="utf-8")
-    print(f"\n{len(results['cells'])} cells, {results['settings']['device']}:\n\n{table}")
+    cells = f"{len(whole)} complete cell{'s' * (len(whole) != 1)}"
+    print(f"\n{cells}, {results['settings']['device']}:\n\n{table}")
     print(json.dumps(results["pretraining"]))
     print(f"done in {(time.perf_counter() - started) / 60:.1f} minutes")
 

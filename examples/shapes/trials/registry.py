@@ -13,7 +13,21 @@ from typing import Any
 
 from examples.shapes.trials.workshop import EXPANDED, Form, State, Trained, Workshop
 
-__all__ = ["CURVE", "LAMBDAS", "METHODS", "TRAININGS", "Method", "Runs", "Training", "register"]
+__all__ = [
+    "CURVE",
+    "LAMBDAS",
+    "METHODS",
+    "PAPER",
+    "REFERENCE",
+    "TRAININGS",
+    "Method",
+    "Runs",
+    "Training",
+    "register",
+]
+
+REFERENCE, PAPER = "FINE-TUNE", "Open-VCLIP"
+"""The names of the methods that all other methods are compared with."""
 
 LAMBDAS: tuple[float, ...] = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6)
 """The weights λ of the original CLIP that are tried for each method that interpolates."""
@@ -81,11 +95,11 @@ class Method:
         curve: whether the results have the λ of :data:`CURVE` too, for a figure.
         unlabelled: whether the results have λ chosen without labels too.
         form: how the weights become a classifier.
-        group: heading of the row in tables.
+        beside: further methods that the method is compared with, on the mean of the questions.
         does: what the method does, as part of a sentence ("averages ...").
         cost: what the method costs, in words.
-        when: when to take the method if it is clearly better than plain fine-tuning.
-        beware: when not to take the method.
+        when: what has to be given so that the method can be taken: needs and costs, no accuracy.
+        beware: needs and costs that speak against the method; no accuracy.
     """
 
     name: str
@@ -97,7 +111,7 @@ class Method:
     curve: bool = False
     unlabelled: bool = False
     form: Form = EXPANDED
-    group: str = ""
+    beside: tuple[str, ...] = ()
     does: str = ""
     cost: str = ""
     when: str = ""

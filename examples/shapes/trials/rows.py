@@ -6,11 +6,15 @@ from functools import partial
 from typing import Any
 
 from examples.shapes.trials.methods import EVERY, OTHERS, PLAIN, SHARES
-from examples.shapes.trials.registry import METHODS, Method, Runs, first_end, register
+from examples.shapes.trials.registry import METHODS, PAPER, Method, Runs, first_end, register
 from examples.shapes.trials.workshop import ONE_BY_ONE, VIDEO, VITA, State
 from openvclip import merging
 
 _AVERAGE = first_end("swa")
+_PARTS = "if the videos can't be brought together in one place"
+
+#: By share, the rows with as many second passes.
+_SAME_COST = {f"1/{every}": (f"Open-VCLIP, every {every}",) for every in EVERY}
 
 
 def _last(runs: Runs) -> list[State]:
@@ -57,8 +61,8 @@ register(
         form=ONE_BY_ONE,
         does="is the original model, frame by frame",
         cost="nothing",
-        when="if you have no videos to train on",
-        beware="if you have labelled videos of classes like yours",
+        when="if you have no labelled videos, or the model may not be changed",
+        beware="if a frame has to see its neighbours: CLIP takes each frame alone",
     )
 )
 register(
@@ -69,9 +73,9 @@ register(
         unlabelled=True,
         does="trains the image tower, and interpolates the result with the original CLIP",
         cost="one training, and one evaluation for each λ",
-        when="as the start of all other methods: interpolation needs no change of a training that "
-        "you have already",
-        beware="without interpolation (λ = 0), if the model has to recognise new classes",
+        when="as the start of all other methods: interpolation needs no change of a training "
+        "that you have already",
+        beware="if you don't have the weights of the original CLIP, which interpolation needs",
     )
 )
 register(
@@ -80,8 +84,8 @@ register(
         ("l2",),
         does="adds a penalty on the squared distance to the original CLIP to the loss",
         cost="a few percent of a step, and memory for one copy of the trained weights",
-        when="if you can train only once and can't interpolate afterwards",
-        beware="if you can't afford to try several weights of the penalty",
+        when="if your training can have one more term in its loss, and no second pass",
+        beware="if you can't try several weights of the penalty",
     )
 )
 register(
@@ -91,8 +95,8 @@ register(
         _AVERAGE,
         does="averages the weights over the second half of the training",
         cost="memory for one copy of the trained weights",
-        when="in every training: it costs nearly nothing",
-        beware="if the learning rate of the second half is still far too high",
+        when="if you have memory for one copy of the trained weights; it needs no further pass",
+        beware="if the training has only a few steps after the start of the average",
     )
 )
 register(
@@ -102,8 +106,8 @@ register(
         first_end("ema"),
         does="averages the weights, the latest weights most (decay 0.98)",
         cost="memory for one copy of the trained weights",
-        when="if you don't know when the training ends",
-        beware="with a decay that does not fit the number of steps",
+        when="if an average has to be there at any step of a training; it needs no further pass",
+        beware="if you can't choose its decay, which has to fit the number of steps",
     )
 )
 register(
@@ -114,8 +118,9 @@ register(
         does="averages the weights, those around three quarters of the training most (a standard "
         "deviation of a fifth of the steps)",
         cost="memory for one copy of the trained weights",
-        when="if the first and the last weights of a training should both weigh less",
-        beware="if the length of the training is not known when it starts",
+        when="if the number of steps is known when the training starts; it needs no further pass",
+        beware="if the training may end early: the weights of the average follow from the number "
+        "of steps",
     )
 )
 register(
@@ -126,7 +131,7 @@ register(
         "CLIP; takes the last weights",
         cost="a second pass in each step, and memory for two copies of the trained weights",
         when="if you interpolate afterwards, and a training may cost twice as much",
-        beware="if you use the model without interpolation (λ = 0)",
+        beware="if the memory has no place for two more copies of the trained weights",
     )
 )
 register(
@@ -138,9 +143,9 @@ register(
         unlabelled=True,
         does="is IWR together with SWA, interpolated with the original CLIP",
         cost="a second pass in each step, and memory for three copies of the trained weights",
-        when="if the model has to keep the trained classes and recognise new ones, and a training "
-        "may cost twice as much",
-        beware="if you use the model without interpolation (λ = 0)",
+        beside=("IWR",),
+        when="if you interpolate afterwards, and a training may cost twice as much",
+        beware="if the memory has no place for three more copies of the trained weights",
     )
 )
 for _text in SHARES:
@@ -152,7 +157,8 @@ for _text in SHARES:
             like="Open-VCLIP",
             does=f"computes the second pass on a random {_text} of the clips of a step",
             cost=f"{_text} of a second pass in each step",
-            when="if Open-VCLIP is right for you and its second pass is too expensive",
+            beside=(PAPER, *_SAME_COST.get(_text, ())),
+            when="if the second pass of Open-VCLIP is too expensive",
             beware="with batches of a few clips: the part has at least one clip",
         )
     )
@@ -163,9 +169,10 @@ for _every in EVERY:
             (f"iwr, every {_every}",),
             _AVERAGE,
             like="Open-VCLIP",
-            does=f"computes the second pass in each {_every}. step",
+            does=f"computes the second pass in one of {_every} steps",
             cost=f"a second pass in 1 of {_every} steps",
-            when="if Open-VCLIP is right for you and its second pass is too expensive",
+            beside=(PAPER,),
+            when="if the second pass of Open-VCLIP is too expensive",
             beware="if all steps have to take the same time",
         )
     )
@@ -176,8 +183,8 @@ register(
         does="trains factors of rank 8 for the matrices of the image tower, and interpolates their "
         "products",
         cost="less memory for the optimizer; a file of a few megabytes for each model",
-        when="if you keep many fine-tuned models, or the optimizer's memory is the limit",
-        beware="if all weights can be trained",
+        when="if you keep many fine-tuned models, or the memory of the optimizer is the limit",
+        beware="if your training can't use adapters (here: of peft)",
     )
 )
 register(
@@ -186,8 +193,9 @@ register(
         ("lora + iwr",),
         does="is LoRA, with IWR on the products of the factors",
         cost="a second pass in each step",
-        when="if you use LoRA and interpolate afterwards",
-        beware="if all weights can be trained",
+        beside=("LoRA",),
+        when="if you use LoRA, interpolate afterwards, and a training may cost twice as much",
+        beware="if your training can't use adapters (here: of peft)",
     )
 )
 register(
@@ -198,8 +206,9 @@ register(
         does="trains both towers, and keeps their features near those of the original CLIP up to a "
         "learned residual; averages along the training",
         cost="a pass of the original CLIP in each step, and its memory; the text tower is trained",
-        when="if you can't interpolate with the original CLIP afterwards",
-        beware="if the memory has no place for a second model",
+        when="if the text tower may be trained too, and a step may have one pass of the original "
+        "CLIP more",
+        beware="if the memory has no place for a second model, or other systems use the text tower",
     )
 )
 register(
@@ -209,8 +218,9 @@ register(
         _AVERAGE,
         does="is FROSTER, with IWR",
         cost="two passes of each model in each step",
+        beside=("FROSTER",),
         when="if a training may cost more than three times as much",
-        beware="if you have not tried one of the two alone",
+        beware="if the memory has no place for a second model, or other systems use the text tower",
     )
 )
 register(
@@ -219,8 +229,10 @@ register(
         ("lipsum",),
         does="keeps the logits of random texts as they are with the original CLIP",
         cost="a pass of the original CLIP in each step, and its memory",
-        when="if the text tower is frozen and new classes are far from the trained ones",
-        beware="if you can't afford to try several weights of the penalty",
+        when="if the text tower stays frozen, and a step may have one pass of the original CLIP "
+        "more",
+        beware="if the memory has no place for a second model, or you can't try several weights "
+        "of the penalty",
     )
 )
 register(
@@ -232,8 +244,10 @@ register(
         lams=(0.0,),
         does="shrinks the weak directions of the change of each matrix",
         cost="a singular value decomposition of each matrix, once",
-        when="if you have one fine-tuned model and no data to choose λ on",
-        beware="if you can choose λ on held-out classes",
+        when="if you have one fine-tuned model and no data to choose λ on (here its threshold "
+        "was chosen on the development classes)",
+        beware="if the model has no matrices that changed, such as a model whose biases alone "
+        "were trained",
     )
 )
 register(
@@ -245,8 +259,8 @@ register(
         lams=(0.0,),
         does="shrinks the changes of the first layers most",
         cost="nothing beside one evaluation for each α",
-        when="in place of interpolation, if the last layers should keep their whole change",
-        beware="for a tower of few layers",
+        when="if you have one fine-tuned model, and the last layers should keep their whole change",
+        beware="if the depth of a layer can't be read from the names of the entries",
     )
 )
 register(
@@ -258,7 +272,7 @@ register(
         does="is the mean of three trainings with different orders of the clips",
         cost="three trainings",
         when="if you have several trainings of the same kind already",
-        beware="if you would have to train for it",
+        beware="if you would have to train for it: it costs three trainings",
     )
 )
 register(
@@ -271,8 +285,8 @@ register(
         does="interpolates the mean of three trainings with the original CLIP, each tensor by the "
         "angles of the changes",
         cost="three trainings; no data to choose λ on",
-        when="if you have several trainings and no data to choose λ on",
-        beware="if you can choose λ on held-out classes",
+        when="if you have several trainings, and no data to choose λ on",
+        beware="if you would have to train for it: it costs three trainings",
     )
 )
 register(
@@ -283,11 +297,10 @@ register(
         like="FINE-TUNE",
         does="is the mean of three trainings, each on one of the trained actions alone",
         cost="as many steps as one training",
-        when="if the videos can't be brought together in one place",
+        when=_PARTS,
         beware="if one training can see all videos",
     )
 )
-_PARTS = "if the videos can't be brought together in one place"
 register(
     Method(
         "TSV-M of runs on 3 actions",
@@ -299,6 +312,7 @@ register(
         does="merges the leading singular vectors of the changes of three trainings, each on one "
         "of the trained actions alone",
         cost="as many steps as one training, and singular value decompositions, once",
+        beside=("mean of runs on 3 actions",),
         when=_PARTS,
         beware="if one training can see all videos",
     )
@@ -314,6 +328,7 @@ register(
         does="adds the changes of three trainings, each on one of the trained actions alone, and "
         "makes the singular values of each matrix equal",
         cost="as many steps as one training, and singular value decompositions, once",
+        beside=("mean of runs on 3 actions",),
         when=_PARTS,
         beware="if one training can see all videos",
     )
@@ -325,7 +340,8 @@ register(
         form=VIDEO,
         does="trains both towers, frame by frame, and interpolates the result with CLIP",
         cost="the text tower is trained too, so the class names are encoded in each step",
-        when="if the class names of your videos are far from the words that CLIP knows",
+        when="if the image tower has to stay without attention over frames, and the text tower "
+        "may be trained",
         beware="if other models or an index of texts depend on the text tower",
     )
 )
@@ -338,7 +354,7 @@ register(
         does="trains prompts for both towers and keeps all weights of CLIP",
         cost="more tokens in each layer, also when the model is used",
         when="if the weights of CLIP have to stay as they are",
-        beware="if the weights of CLIP can be trained",
+        beware="if the model has to be as fast as CLIP: each layer has more tokens",
     )
 )
 

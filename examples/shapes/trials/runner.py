@@ -70,6 +70,8 @@ class Runner:
         names = [*(name for name in METHODS if name in everything), *everything]
         self.results["chosen"] = {name: everything[name] for name in dict.fromkeys(names)}
         save_results(self.results, self.path)
+        for each in cells:  # a run that was killed can leave the files of a finished cell
+            self._clean(each)
         by_cell = [cell_tasks(each, self.methods, chosen) for each in cells]
         self._count([task for tasks in by_cell for task in tasks])
         # Two cells at a time: a process that is free at the end of a cell begins the next one.
@@ -190,17 +192,18 @@ class Runner:
             tasks = "1 task" if self._tasks_left == 1 else f"{self._tasks_left} tasks"
             left = f"{tasks}, about {self._time_left()} to go"
             print(f"{task}: {_words(task, entry)} ({left})", flush=True)
-        self._clean(task)
+        if task.kind == "method" and task.cell != TUNING:
+            self._clean(task.cell)
 
-    def _clean(self, task: Task) -> None:
+    def _clean(self, each: Cell) -> None:
         """Remove the clips and the weights of a cell whose rows all have results."""
-        if self.keep or task.kind != "method" or task.cell == TUNING:
+        if self.keep:
             return
-        tasks = cell_tasks(task.cell, self.methods, self.results["chosen"])
+        tasks = cell_tasks(each, self.methods, self.results["chosen"])
         if all(self._is_done(row) for row in tasks if row.kind == "method"):
-            remove_clips(task.cell, self.place.clips)
-            if task.cell.number > 0:  # the final model is made of the first cell
-                self.place.store.remove(task.cell)
+            remove_clips(each, self.place.clips)
+            if each.number > 0:  # the final model is made of the first cell
+                self.place.store.remove(each)
 
     def _time_left(self) -> str:
         speed = 1.0

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -119,6 +120,7 @@ def smallest_difference(cells: int, deviation: float, level: float, wanted: floa
     return high
 
 
+@lru_cache
 def _critical(df: int, level: float) -> float:
     """Return the t above which a two-sided test at ``level`` is significant."""
     low, high = 0.0, 1.0

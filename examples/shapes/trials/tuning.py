@@ -2,8 +2,9 @@
 
 Each method has the same budget: at most four training runs, and at most 24 evaluated points (the
 settings of the training, times the method's own numbers, times λ). The chosen point has the best
-mean accuracy over the three questions of :data:`examples.shapes.trials.cells.TUNING`. A method that
-is ``like`` another method has the same settings of the training as the other method.
+mean accuracy over the three questions of :data:`examples.shapes.trials.cells.TUNING`. Rows that
+use the same training have its settings in common: those with the best mean over the rows. A method
+that is ``like`` another method has the same settings of the training as the other method.
 """
 
 from __future__ import annotations
@@ -15,10 +16,20 @@ from typing import Any
 from examples.shapes.results import Results
 from examples.shapes.trials.cells import QUESTIONS, TUNING, Cell
 from examples.shapes.trials.registry import CURVE, METHODS, TRAININGS, Method
+from examples.shapes.trials.rows import PUBLISHED
 from examples.shapes.trials.store import Choice
 from examples.shapes.trials.tasks import Task
 
-__all__ = ["best", "cell_tasks", "choose", "score", "tuning_tasks"]
+__all__ = [
+    "best",
+    "cell_tasks",
+    "choose",
+    "enter",
+    "has_points",
+    "has_result",
+    "score",
+    "tuning_tasks",
+]
 
 LISTS = ("train", *QUESTIONS)
 
@@ -74,21 +85,54 @@ def choose(results: Results, methods: Iterable[str]) -> dict[str, Choice]:
 
     Args:
         results: the results; ``results["tuning"]["methods"][method]`` has the points of each
-            setting of the training.
-        methods: names of the methods.
+            setting of the training. If a method is like another method, its points with other
+            settings of the training than the present choice are left out.
+        methods: names of the methods; a method after the method that it is like.
     """
     chosen: dict[str, Choice] = {}
+    methods = list(methods)
+    shared = _shared_settings(results, methods)
     for name in methods:
         entries = results["tuning"].get("methods", {}).get(name, {}).values()
+        other = chosen.get(METHODS[name].like or "")
+        training = shared.get(name) if other is None else other["training"]
         points = [
             {"training": entry["settings"], **point}
             for entry in entries
+            if training is None or entry["settings"] == training
             for point in entry["points"]
         ]
         if points:
             point = best(points)
             chosen[name] = {key: point[key] for key in ("training", "params", "lam")}
     return chosen
+
+
+def _shared_settings(results: Results, methods: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return the settings of the trainings that several rows of the page share, by row.
+
+    Of the settings with results of all of these rows, they have the best mean over the rows of the
+    best score. One row alone would choose among settings with nearly equal results by luck, and
+    its difference from another row would be that of the settings.
+    """
+    tuned = results["tuning"].get("methods", {})
+    rows: dict[str, list[str]] = {}
+    for name in methods:
+        method = METHODS[name]
+        if name in PUBLISHED and method.needs and method.like is None and tuned.get(name):
+            rows.setdefault(method.needs[0], []).append(name)
+    shared: dict[str, dict[str, Any]] = {}
+    for names in rows.values():
+        scores: dict[tuple[tuple[str, Any], ...], list[float]] = {}
+        for name in names:
+            for entry in tuned[name].values():
+                found = scores.setdefault(pairs(entry["settings"]), [])
+                found.append(max(score(point) for point in entry["points"]))
+        whole = {settings: found for settings, found in scores.items() if len(found) == len(names)}
+        if len(names) > 1 and whole:
+            best_settings = max(whole, key=lambda settings: fmean(whole[settings]))
+            shared |= {name: dict(best_settings) for name in names}
+    return shared
 
 
 def cell_tasks(cell: Cell, methods: Iterable[str], chosen: dict[str, Choice]) -> list[Task]:
@@ -111,17 +155,34 @@ def cell_tasks(cell: Cell, methods: Iterable[str], chosen: dict[str, Choice]) ->
 
 
 def has_result(results: Results, task: Task) -> bool:
-    """Return whether the results have the entry of a training or of a method."""
-    place = _place(results, task)
+    """Return whether the results have the entry of a training or of a method.
+
+    An entry of other settings, of other numbers of the method or without one of the λ is not the
+    entry of the task.
+    """
+    is_tuning = task.cell == TUNING
+    place = results["tuning"] if is_tuning else results["cells"].get(str(task.cell.number), {})
     if task.kind == "training":
-        return task.key in place["trainings"]
-    entry = place["methods"].get(task.name)
+        return task.key in place.get("trainings", {})
+    entry = place.get("methods", {}).get(task.name)
+    if is_tuning and entry is not None:
+        entry = entry.get(task.key)
     if task.kind == "clips" or entry is None:
         return False
-    if task.cell == TUNING:
-        return task.key in entry
-    known = {point["lam"] for point in entry["points"]}
-    return entry["settings"] == dict(task.settings) and known >= set(task.lams)
+    params = [dict(numbers) for numbers in task.params]
+    return has_points(entry, dict(task.settings), params, task.lams)
+
+
+def has_points(
+    entry: dict[str, Any],
+    settings: dict[str, Any],
+    params: Iterable[dict[str, Any]],
+    lams: Iterable[float],
+) -> bool:
+    """Return whether an entry of a method has points for all of its numbers and all λ."""
+    known = {(pairs(point["params"]), point["lam"]) for point in entry["points"]}
+    wanted = {(pairs(numbers), lam) for numbers in params for lam in set(lams)}
+    return bool(entry["settings"] == settings and wanted <= known)
 
 
 def enter(results: Results, task: Task, entry: dict[str, Any]) -> None:
