@@ -49,7 +49,7 @@ def averages(name: str, dtype: torch.dtype, rounds: int) -> None:
     swa, unchecked = SWATracker(model), SWATracker(model, check_finite=False)
     ema = EMATracker(model)
     live = [parameter.detach() for parameter in model.parameters()]
-    sums = [value.float() for value in live]
+    sums = [value.to(torch.float32, copy=True) for value in live]
 
     pieces = [
         pair
