@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import median
-from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -241,16 +240,4 @@ def draw(
         title=f"{title}, {n} seed{'s' if n > 1 else ''}; numbers are λ, stars the chosen λ",
         closed_set_label="accuracy on clips of seen shapes (%)",
         zero_shot_label="accuracy on clips of unseen shapes (%)",
-    )
-
-
-def wrapped(text: str, bullet: str = "") -> str:
-    """Wrap a paragraph, or a list item if ``bullet`` is ``"- "``, to lines of 118 characters."""
-    return fill(
-        text,
-        118,
-        initial_indent=bullet,
-        subsequent_indent=" " * len(bullet),
-        break_long_words=False,
-        break_on_hyphens=False,
     )

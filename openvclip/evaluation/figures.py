@@ -65,7 +65,8 @@ def tradeoff_figure(
         _draw(axes, curve, f"C{index}")
     axes.set(xlabel=closed_set_label, ylabel=zero_shot_label, title=fill(title, 60))
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    axes.legend(loc="best")
+    _write_lambdas(axes, curves)
     save_figure(figure, path)
 
 
@@ -83,8 +84,38 @@ def _draw(axes: Any, curve: Curve, colour: str) -> None:
     if curve.chosen is not None:
         at = x[curve.chosen], y[curve.chosen]
         axes.plot(*at, "*", color=colour, markersize=15, zorder=5, markeredgecolor="white")
-    if curve.highlighted:
-        for lam, xi, yi in zip(curve.lams, x, y, strict=True):
+
+
+def _write_lambdas(axes: Any, curves: Sequence[Curve]) -> None:
+    """Write λ beside the points of highlighted curves, where most space is left."""
+    means = [100 * np.stack([c.closed_set.mean(axis=0), c.zero_shot.mean(axis=0)]) for c in curves]
+    axes.autoscale_view()
+    to_pixels = axes.transData.transform
+    taken = [place for points in means for place in to_pixels(_along(points))]
+    radius = 11 * axes.figure.dpi / 72
+    angles = np.arange(8) * np.pi / 4
+    around = radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    for index, (curve, points) in enumerate(zip(curves, means, strict=True)):
+        for lam, point in zip(curve.lams, points.T, strict=True) if curve.highlighted else ():
+            places = to_pixels(point) + around
+            gaps = np.linalg.norm(places[:, None] - np.array(taken), axis=2).min(axis=1)
+            best = int(gaps.argmax())
+            taken.append(places[best])
             axes.annotate(
-                f"{lam:g}", (xi, yi), xytext=(7, -3), textcoords="offset points", fontsize=8
+                f"{lam:g}",
+                point,
+                xytext=around[best] * 72 / axes.figure.dpi,
+                textcoords="offset points",
+                ha="center",
+                va="center",
+                fontsize=8,
+                color=f"C{index}",
+                zorder=6,
             )
+
+
+def _along(points: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return places ``[P, 2]`` along the lines between points ``[2, L]``."""
+    steps = np.arange(points.shape[1])
+    fine = np.linspace(0, steps[-1], 20 * len(steps))
+    return np.stack([np.interp(fine, steps, values) for values in points], axis=1)

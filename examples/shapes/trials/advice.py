@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from examples.shapes.results import Results, wrapped
+from examples.shapes.results import Results
 from examples.shapes.trials.cells import QUESTIONS
 from examples.shapes.trials.claims import Judged, Verdict
 from examples.shapes.trials.grid import at_edges
@@ -18,7 +18,7 @@ from examples.shapes.trials.reading import MEAN, OUTCOMES, accuracies, lambda_of
 from examples.shapes.trials.registry import METHODS, REFERENCE, Method
 from examples.shapes.trials.times import training_ratio
 from examples.shapes.trials.verdicts import powers
-from examples.shapes.trials.wording import points
+from examples.shapes.trials.wording import cells_text, points, wrapped_page
 from openvclip.evaluation import markdown_table
 
 __all__ = ["advice_page", "verdict_words"]
@@ -67,7 +67,8 @@ def advice_page(results: Results, judged: Sequence[Judged]) -> str:
         "<!-- Written by `python -m examples.shapes.trials.page`; its words are in "
         "examples/shapes/trials/. -->",
         "# Which method when",
-        *map(wrapped, INTRODUCTION),
+        *INTRODUCTION,
+        cells_text(results),
         "## In short",
         _short(results, judged),
         "## All methods in one table",
@@ -77,7 +78,7 @@ def advice_page(results: Results, judged: Sequence[Judged]) -> str:
         if name in METHODS:
             parts.append(f"## {name}")
             parts.append("\n".join(_advice(results, METHODS[name], judged)))
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return wrapped_page("\n\n".join(part for part in parts if part))
 
 
 # --- in short -------------------------------------------------------------------------------------
@@ -104,7 +105,7 @@ def _short(results: Results, judged: Sequence[Judged]) -> str:
         items = [i for i in judged if _is_against_reference(i) and i.claim.question == question]
         text = _by_verdict([item for item in items if item.verdict != "not clear"])
         lines.append(f"**On {PLACES[question]}**: {text or 'no method differs clearly'}.")
-    return "\n".join(wrapped(line, "- ") for line in lines)
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def _of_interpolation(results: Results, judged: Sequence[Judged]) -> list[str]:
@@ -113,7 +114,7 @@ def _of_interpolation(results: Results, judged: Sequence[Judged]) -> list[str]:
         return []
     lam = lambda_of(results, REFERENCE, None)
     lines = []
-    items = _of_pair(judged, REFERENCE, None, REFERENCE, 0.0)
+    items = _of_pair(results, judged, REFERENCE, None, REFERENCE, 0.0)
     if lam == 0:
         lines.append(
             "**Interpolate a fine-tuned model with CLIP?** On the development classes, no λ above "
@@ -125,7 +126,7 @@ def _of_interpolation(results: Results, judged: Sequence[Judged]) -> list[str]:
             f"**Interpolate a fine-tuned model with CLIP?** {REFERENCE} at λ = {lam:g} beside "
             f"λ = 0: {verdict_words(items)}."
         )
-    items = _of_pair(judged, REFERENCE, 0.0, "CLIP", None)
+    items = _of_pair(results, judged, REFERENCE, 0.0, "CLIP", None)
     if items:
         words = verdict_words(items)
         lines.append(f"**Fine-tuning without interpolation** (λ = 0) beside CLIP: {words}.")
@@ -155,17 +156,18 @@ def _by_verdict(items: Sequence[Judged]) -> str:
 
 def _overview(results: Results, judged: Sequence[Judged]) -> list[str]:
     """Return the words about the table of all methods, and the table."""
-    cells = len(results["cells"])
     found = powers(results, judged)
     unseen = ""
-    if found:
+    if found and found[0].smallest > 1:
+        unseen = " With so few cells, hardly any difference can be called clear."
+    elif found:
         unseen = (
-            " A true difference in the mean is called clear nine times in ten if it is "
-            f"{found[0].smallest_text} points; smaller differences are often not seen. So *no "
-            "clear difference* does not mean that there is none."
+            f" A true difference of {found[0].smallest_text} points in the mean is called clear "
+            "nine times in ten; smaller differences are often not seen. So *no clear difference* "
+            "does not mean that there is none."
         )
-    words = wrapped(
-        f"Differences from {REFERENCE} at its best λ, in points of accuracy, means over {cells} "
+    words = (
+        f"Differences from {REFERENCE} at its best λ, in points of accuracy, means over the "
         "cells. ▲ is clearly above, ▼ is clearly below, after the correction for all claims; "
         "without a mark, there is no clear difference. An empty place was not tested. *Stills* is "
         "what is left of CLIP's own knowledge, in %. *Training time* is relative to "
@@ -212,13 +214,24 @@ def _is_against_reference(item: Judged) -> bool:
 
 
 def _of_pair(
-    judged: Sequence[Judged], method: str, lam: float | None, other: str, other_lam: float | None
+    results: Results,
+    judged: Sequence[Judged],
+    method: str,
+    lam: float | None,
+    other: str,
+    other_lam: float | None,
 ) -> list[Judged]:
-    pair = (method, lam, other, other_lam)
+    """Return the claims about two rows. The chosen λ can be given as ``None`` or as its value."""
+
+    def row(name: str, lam: float | None) -> tuple[str, float]:
+        return name, lambda_of(results, name, lam)
+
     return [
         item
         for item in judged
-        if (item.claim.method, item.claim.lam, item.claim.other, item.claim.other_lam) == pair
+        if (item.claim.method, item.claim.other) == (method, other)
+        and row(method, item.claim.lam) == row(method, lam)
+        and row(other, item.claim.other_lam) == row(other, other_lam)
     ]
 
 
@@ -250,7 +263,7 @@ def _advice(results: Results, method: Method, judged: Sequence[Judged]) -> list[
     pro, contra = _reasons(results, name, against, judged)
     lines.append(_sentences("**Take it**", method.when, pro))
     lines.append(_sentences("**Don't take it**", method.beware, contra))
-    return [wrapped(line, "- ") for line in lines if line]
+    return [f"- {line}" for line in lines if line]
 
 
 def _sentences(head: str, needs: str, accuracy: str) -> str:
@@ -263,17 +276,17 @@ def _comparisons(results: Results, name: str, judged: Sequence[Judged]) -> list[
     """Return the comparisons of a method with other methods than the reference."""
     lines = []
     if name == REFERENCE:
-        for other, lam, words in ((REFERENCE, 0.0, "λ = 0"), ("CLIP", None, "CLIP")):
-            items = _of_pair(judged, REFERENCE, None, other, lam)
+        chosen = lambda_of(results, REFERENCE, None)
+        rows = [(chosen, REFERENCE, "λ = 0"), (chosen, "CLIP", "CLIP"), (0.0, "CLIP", "CLIP")]
+        for lam, other, words in dict.fromkeys(rows):
+            items = _of_pair(
+                results, judged, REFERENCE, lam, other, 0.0 if other == REFERENCE else None
+            )
             if items:
-                chosen = lambda_of(results, REFERENCE, None)
-                lines.append(f"**λ = {chosen:g} beside {words}:** {verdict_words(items)}.")
-        items = _of_pair(judged, REFERENCE, 0.0, "CLIP", None)
-        if items:
-            lines.append(f"**λ = 0 beside CLIP:** {verdict_words(items)}.")
+                lines.append(f"**λ = {lam:g} beside {words}:** {verdict_words(items)}.")
         return lines
     for other in results["chosen"]:
-        items = [] if other == REFERENCE else _of_pair(judged, name, None, other, None)
+        items = [] if other == REFERENCE else _of_pair(results, judged, name, None, other, None)
         if items:
             lines.append(f"**Beside {other}:** {verdict_words(items)}.")
     return lines
@@ -284,7 +297,7 @@ def _reasons(
 ) -> tuple[str, str]:
     """Return what the accuracy says for a method, and what it says against the method."""
     if name == "CLIP":
-        items = _of_pair(judged, REFERENCE, None, "CLIP", None)
+        items = _of_pair(results, judged, REFERENCE, None, "CLIP", None)
         lam = f"FINE-TUNE at λ = {lambda_of(results, REFERENCE, None):g}" if items else ""
         lower, higher = _places(items, "lower"), _places(items, "higher")
         return (
@@ -292,7 +305,7 @@ def _reasons(
             f"{lam} is clearly above CLIP on {higher}." if higher else "",
         )
     if name == REFERENCE:
-        items = _of_pair(judged, REFERENCE, None, REFERENCE, 0.0)
+        items = _of_pair(results, judged, REFERENCE, None, REFERENCE, 0.0)
         lam = f"λ = {lambda_of(results, REFERENCE, None):g}"
         lower, higher = _places(items, "lower"), _places(items, "higher")
         pro = f"Interpolate: {lam} is clearly above λ = 0 on {higher}." if higher else ""

@@ -109,16 +109,19 @@ def claims_of(methods: Sequence[str]) -> list[Claim]:
 def judge(results: Results, claims: Sequence[Claim]) -> list[Judged]:
     """Judge the claims. Claims without a common cell are left out, and not counted.
 
-    A claim that compares a row with itself, because its chosen λ is 0, is left out too.
+    If 0 is the chosen λ of a method, two claims can be the same, and a claim can compare a row with
+    itself. Such a claim is counted once, or left out.
     """
-    pairs = []
+    pairs, rows = [], set()
     for claim in claims:
         lams = (
             lambda_of(results, claim.method, claim.lam),
             lambda_of(results, claim.other, claim.other_lam),
         )
-        if claim.method == claim.other and lams[0] == lams[1]:
+        row = (claim.method, lams[0], claim.other, lams[1], claim.question)
+        if row in rows or row[:2] == row[2:4]:
             continue
+        rows.add(row)
         first = accuracies(results, claim.method, claim.lam, claim.question)
         second = accuracies(results, claim.other, claim.other_lam, claim.question)
         common = [number for number in first if number in second]

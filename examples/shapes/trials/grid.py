@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from examples.shapes.results import Results, wrapped
+from examples.shapes.results import Results
 from examples.shapes.trials.cells import QUESTIONS
 from examples.shapes.trials.registry import METHODS
 from examples.shapes.trials.tuning import score
@@ -88,11 +88,11 @@ def edges_text(results: Results) -> str:
     found = [f"{name}: {', '.join(texts)}" for name, texts in edges.items() if texts]
     if not found:
         return "No chosen setting lies at an edge of the settings that were tried."
-    head = wrapped(
+    head = (
         "These chosen settings lie at an edge of the settings that were tried. A better setting "
         "may lie beyond, so the method may be better than shown here:"
     )
-    return head + "\n\n" + "\n".join(wrapped(text, "- ") for text in found)
+    return head + "\n\n" + "\n".join(f"- {text}" for text in found)
 
 
 def luck_text(results: Results) -> str:
@@ -112,7 +112,7 @@ def luck_text(results: Results) -> str:
                     errors.append(math.sqrt(variance) / len(QUESTIONS))
     if not errors:
         return ""
-    return wrapped(
+    return (
         f"A point of the tuning is one training, and {clips} clips of each question. The choice "
         "of these clips alone gives the mean of the three a standard error of up to "
         f"{100 * max(errors):.1f} points. So the choice among settings with nearly equal results "

@@ -2,7 +2,7 @@
 
 ``python -m examples.shapes.trials.page OUT/results.json`` writes ``docs/shapes.md``,
 ``docs/which-method.md``, a figure and a copy of the results. Every number and every verdict of the
-pages comes from the complete cells. If cells are missing, the page says how many there are so far.
+pages comes from the complete cells. The page says how many there are so far.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from examples.shapes.results import Results, origins, save_results, wrapped
+from examples.shapes.results import Results, origins, save_results
 from examples.shapes.trials.advice import advice_page
 from examples.shapes.trials.cells import QUESTIONS
 from examples.shapes.trials.claims import Judged, claims_of, judge
 from examples.shapes.trials.grid import edges_text, grid_table, luck_text
-from examples.shapes.trials.reading import MEAN, accuracies, complete, lambda_of, pairs_of
-from examples.shapes.trials.registry import PAPER
+from examples.shapes.trials.reading import MEAN, accuracies, complete, lambda_of
 from examples.shapes.trials.rows import PUBLISHED
 from examples.shapes.trials.sections import (
     share_table,
@@ -39,7 +38,8 @@ from examples.shapes.trials.tables import (
     curves_of,
     main_table,
 )
-from examples.shapes.trials.verdicts import claims_table, power_table, powers, summary
+from examples.shapes.trials.verdicts import claims_table, power_table, power_text, summary
+from examples.shapes.trials.wording import cells_text, wrapped_page
 from openvclip.checkpoints import atomic_path
 from openvclip.commands.parsing import Parser
 from openvclip.commands.streams import command
@@ -49,6 +49,24 @@ __all__ = ["draw", "main", "page", "publish"]
 
 DOCS = Path(__file__).resolve().parents[3] / "docs"
 README_MARK = "<!-- table: trials -->"
+#: The methods in the table of the README.
+README_METHODS = (
+    "CLIP",
+    "FINE-TUNE",
+    "L2",
+    "SWA",
+    "Open-VCLIP",
+    "Open-VCLIP, share 1/4",
+    "LoRA",
+    "LoRA + IWR",
+    "FROSTER",
+    "FROSTER + IWR",
+    "Lipsum-FT",
+    "MonoSoup",
+    "Model Stock",
+    "ViFi-CLIP",
+    "Vita-CLIP",
+)
 RESULTS, FIGURE = "shapes-trials.json", "shapes-trials.png"
 TEMPLATE = Path(__file__).with_name("page_template.md")
 
@@ -59,8 +77,8 @@ def page(results: Results) -> str:
     judged = judge(shown, claims_of(list(shown["chosen"])))
     sizes = results["settings"]["sizes"]
     sections = {
-        "state": state(results, shown, judged),
-        "main": main_table(shown),
+        "state": state(shown, judged),
+        "main": main_table(shown, shown["chosen"]),
         "edges": edges_text(shown),
         "luck": luck_text(shown),
         "means": claims_table(judged, [MEAN]),
@@ -84,40 +102,16 @@ def page(results: Results) -> str:
     text = TEMPLATE.read_text(encoding="utf-8")
     for name, section in sections.items():
         text = text.replace(f"$({name})", section)
-    return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
+    return wrapped_page(text)
 
 
-def state(results: Results, shown: Results, judged: Sequence[Judged]) -> str:
+def state(shown: Results, judged: Sequence[Judged]) -> str:
     """Return how many cells are complete, what they can show, and which methods are missing."""
-    cells, pairs = len(shown["cells"]), pairs_of(shown)
-    counted = f"{cells} cell{'s' * (cells != 1)}"
-    if pairs:
-        counted += f" ({pairs} pair{'s' * (pairs != 1)})"
-    lines = []
-    if cells < FULL.cells:
-        lines.append(
-            f"**{counted} of {FULL.cells} {'is' if cells == 1 else 'are'} complete so far.** Each "
-            "number of this page comes from these cells. The other cells follow with the same "
-            "command, and verdicts can change."
-        )
-    found = powers(shown, judged)
-    if found:
-        mean, question = (
-            next(each for each in found if each.text == f"{text}, median")
-            for text in ("mean of the three questions", "one question")
-        )
-        lines.append(
-            f"With {counted}, a true difference of 1.5 points between two methods is called clear "
-            f"in {100 * mean.probability:.0f} % of all cases in the mean of the three questions, "
-            f"and in {100 * question.probability:.0f} % on one question. Nine times in ten are "
-            f"reached by a true difference of {mean.smallest_text} points in the mean, and of "
-            f"{question.smallest_text} points on one question. [How this is "
-            "computed](#how-small-a-difference-is-seen)."
-        )
+    lines = [cells_text(shown), power_text(shown, judged)]
     absent = [name for name in PUBLISHED if name not in shown["chosen"]]
     if absent:
         lines.append(f"Methods without results: {'; '.join(absent)}.")
-    return "\n\n".join(wrapped(line) for line in lines)
+    return "\n\n".join(line for line in lines if line)
 
 
 def failures_text(results: Results) -> str:
@@ -127,7 +121,7 @@ def failures_text(results: Results) -> str:
         return ""
     lines = ["These tasks failed. Cells that need them are not complete:"]
     lines += [f"- {task}: {failure['text']}" for task, failure in failures.items()]
-    return wrapped(lines[0]) + "\n\n" + "\n".join(wrapped(line[2:], "- ") for line in lines[1:])
+    return lines[0] + "\n\n" + "\n".join(lines[1:])
 
 
 def _origin(results: Results, shown: Results) -> str:
@@ -136,7 +130,7 @@ def _origin(results: Results, shown: Results) -> str:
     tuning = _seconds(results["tuning"])
     whole = [_seconds(entry) for entry in shown["cells"].values()]
     everything = (tuning + FULL.cells * sum(whole) / len(whole)) / 2
-    return wrapped(
+    return (
         f"The trainings and evaluations took {(sum(of_cells) + tuning) / 3600:.1f} hours of one "
         f"core ({origins(results)}). At this speed, the tuning and {FULL.cells} cells take "
         f"{everything / 3600:.1f} hours of 2 cores, and the drawing of the clips some minutes "
@@ -166,16 +160,14 @@ def draw(shown: Results, path: Path) -> None:
             np.array([list(accuracies(shown, name, lam, question).values()) for lam in lams]).T
             for question in ("trained", "actions")
         )
-        curves.append(
-            Curve(name, lams, x, y, lams.index(lambda_of(shown, name, None)), name == PAPER)
-        )
-    cells = len(shown["cells"])
+        curves.append(Curve(name, lams, x, y, lams.index(lambda_of(shown, name, None)), True))
     tradeoff_figure(
         curves,
         path,
-        title=f"Shapes world, {cells} cell{'s' * (cells != 1)}; numbers are λ, stars the chosen λ",
-        closed_set_label="accuracy on trained classes (%)",
-        zero_shot_label="accuracy on unseen shapes and actions (%)",
+        title="The number at a point is λ, the weight of the original CLIP. The star is the "
+        "chosen λ.",
+        closed_set_label="accuracy on the trained classes (%)",
+        zero_shot_label="accuracy on unseen shapes in unseen actions (%)",
     )
 
 
@@ -208,11 +200,9 @@ def _without_traces(results: Results) -> Results:
 
 def _with_table(text: str, shown: Results) -> str:
     """Return the text of the README with a new table and number of cells after its mark."""
-    new = f"{README_MARK}\n{main_table(shown)}\n"
-    cells = len(shown["cells"])
-    if cells < FULL.cells:
-        new += f"\n_So far {cells} of {FULL.cells} cells: the others follow._\n"
-    pattern = rf"{re.escape(README_MARK)}\n(\|.*\n)*(\n_So far .*_\n)?"
+    table = main_table(shown, [name for name in README_METHODS if name in shown["chosen"]])
+    new = f"{README_MARK}\n{table}\n\n_{cells_text(shown)}_\n"
+    pattern = rf"{re.escape(README_MARK)}\n(\|.*\n)*(\n_.*_\n)?"
     return re.sub(pattern, lambda _: new, text, count=1)
 
 

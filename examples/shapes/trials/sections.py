@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from examples.shapes.results import Results, wrapped
+from examples.shapes.results import Results
 from examples.shapes.trials.cells import QUESTIONS
 from examples.shapes.trials.claims import Judged
 from examples.shapes.trials.reading import MEAN, accuracies, lambda_of
@@ -80,7 +80,7 @@ def share_text(judged: Sequence[Judged]) -> str:
             sentences.append(
                 f"At equal cost, {names[0]} beside {names[1]}: {kind} ({points(item.mean)})."
             )
-    return wrapped(" ".join(["In the mean of the three questions:", *sentences]))
+    return " ".join(["In the mean of the three questions:", *sentences])
 
 
 def stills_table(results: Results) -> str:
@@ -117,7 +117,7 @@ def stills_text(results: Results) -> str:
             f"{name} {means[name]:.1f} % (λ = {lambda_of(results, name, None):g})" for name in names
         )
 
-    return wrapped(
+    return (
         f"At the chosen settings, most is left with {listed(order[:3])}. Least is left with "
         f"{listed(order[-3:][::-1])}. λ was chosen on the three questions alone, without stills."
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from examples.shapes.results import Results
@@ -14,10 +16,10 @@ from openvclip.evaluation import markdown_table, mean_and_std
 __all__ = ["common_lambdas", "cost_table", "curve_table", "curves_of", "main_table"]
 
 
-def main_table(results: Results) -> str:
-    """Return the accuracies of every method: mean ± standard deviation over the cells, in %."""
+def main_table(results: Results, names: Iterable[str]) -> str:
+    """Return the accuracies of methods: mean ± standard deviation over the cells, in %."""
     rows = []
-    for name in results["chosen"]:
+    for name in names:
         if name == REFERENCE and lambda_of(results, name, None) != 0:
             rows.append(_row(results, name, 0.0))
         rows.append(_row(results, name, None))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from examples.shapes.results import Results, wrapped
+from examples.shapes.results import Results
 from examples.shapes.trials.claims import Judged
 from examples.shapes.trials.reading import MEAN, Outcome
 from examples.shapes.trials.registry import REFERENCE
@@ -15,7 +15,15 @@ from examples.shapes.trials.statistics import LEVEL, cells_needed, power, smalle
 from examples.shapes.trials.wording import HEADS, difference, p_text
 from openvclip.evaluation import markdown_table
 
-__all__ = ["DIFFERENCE", "Power", "claims_table", "power_table", "powers", "summary"]
+__all__ = [
+    "DIFFERENCE",
+    "Power",
+    "claims_table",
+    "power_table",
+    "power_text",
+    "powers",
+    "summary",
+]
 
 DIFFERENCE = 0.015
 """The true difference that the number of cells is chosen for."""
@@ -56,7 +64,7 @@ def summary(judged: Sequence[Judged]) -> str:
     count = dict.fromkeys(("higher", "lower", "not clear"), 0)
     for item in judged:
         count[item.verdict] += 1
-    return wrapped(
+    return (
         f"The page judges {len(judged)} claims. In {count['higher']} of them the first method is "
         f"clearly higher, in {count['lower']} it is clearly lower, and {count['not clear']} are "
         "not clear."
@@ -116,6 +124,24 @@ def powers(results: Results, judged: Sequence[Judged]) -> list[Power]:
                     )
                 )
     return found
+
+
+def power_text(results: Results, judged: Sequence[Judged]) -> str:
+    """Return what the number of cells can show; empty if there is no power to compute."""
+    medians = [each for each in powers(results, judged) if each.text.endswith("median")]
+    if not medians:
+        return ""
+    mean, question = medians
+    link = "[How this is computed](#how-small-a-difference-is-seen)."
+    if mean.smallest > 1:
+        return f"With so few cells, hardly any difference can be called clear. {link}"
+    return (
+        "A true difference of 1.5 points between two methods is called clear in "
+        f"{100 * mean.probability:.0f} % of all cases in the mean of the three questions, and in "
+        f"{100 * question.probability:.0f} % on one question. A true difference of "
+        f"{mean.smallest_text} points in the mean, or of {question.smallest_text} points on one "
+        f"question, is called clear nine times in ten. {link}"
+    )
 
 
 def power_table(results: Results, judged: Sequence[Judged]) -> str:
