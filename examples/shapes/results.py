@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from examples.shapes.experiment import Accuracies, Outcome
 from examples.shapes.studies import MAIN, FineTune, Row, Study, Task
 from openvclip.checkpoints import atomic_path
+from openvclip.commands.locking import holder_of, lock, unlock
 from openvclip.evaluation import Curve, markdown_table, mean_and_std, tradeoff_figure
 
 Results = dict[str, Any]
@@ -50,6 +52,29 @@ def load_results(path: Path, settings: dict[str, Any]) -> Results:
             f"{path.parent}."
         )
     return results
+
+
+@contextmanager
+def only_run(out: Path) -> Iterator[None]:
+    """Context manager in which no other command writes results into an output folder.
+
+    Raises:
+        FileExistsError: another command writes into the folder.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "run.lock"
+    with path.open("a+b", buffering=0) as file:
+        try:
+            lock(file)
+        except BlockingIOError as error:
+            raise FileExistsError(
+                f"{out}: another process{holder_of(path)} writes its results into this folder. "
+                "Wait until it ends, or give another --out."
+            ) from error
+        try:
+            yield
+        finally:
+            unlock(file)
 
 
 def require_definitions(results: Results, runs: list[FineTune], path: Path) -> None:

@@ -109,9 +109,10 @@ def main(arguments: list[str] | None = None) -> None:
         print(FULL_TIME, flush=True)
     studies = studies_of(args)
     try:
-        results = run_studies(
-            SMOKE if args.smoke else FULL, studies, args.out, args.seeds, args.jobs
-        )
+        with reporting.only_run(args.out):
+            results = run_studies(
+                SMOKE if args.smoke else FULL, studies, args.out, args.seeds, args.jobs
+            )
     except (openvclip.OpenVCLIPError, FileExistsError) as error:
         raise SystemExit(str(error)) from error
     except KeyboardInterrupt:

@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from examples.shapes.results import Results
+from examples.shapes import run
+from examples.shapes.results import Results, only_run
 from examples.shapes.trials import command, gpu, runner
 from examples.shapes.trials.cells import (
     DEVELOPMENT_ACTIONS,
@@ -408,6 +409,17 @@ def test_results_of_other_sizes_are_refused(tmp_path: Path) -> None:
     Runner(Place(tmp_path, SIZES), ("CLIP",), choices={}).run()
     with pytest.raises(FileExistsError, match="results of other settings"):
         Runner(Place(tmp_path, replace(SIZES, steps=3)), ("CLIP",), choices={})
+
+
+@pytest.mark.parametrize("main", [command.main, run.main])
+def test_a_second_command_on_the_same_folder_is_refused(
+    tmp_path: Path, main: Callable[[list[str]], None]
+) -> None:
+    with only_run(tmp_path), pytest.raises(SystemExit, match=rf"another process \({os.getpid()}\)"):
+        main(["--smoke", "--out", str(tmp_path)])
+    assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]
+    with only_run(tmp_path):  # the lock ended
+        pass
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ import openvclip
 from examples.shapes.clips import write_clip
 from examples.shapes.drawing import draw_video
 from examples.shapes.final_model import CLASSES, FINAL, write_averaged, write_final
-from examples.shapes.results import Results
+from examples.shapes.results import Results, only_run
 from examples.shapes.trials.cells import QUESTIONS, cell
 from examples.shapes.trials.clips import FRAMES, VIDEO_FRAMES
 from examples.shapes.trials.registry import METHODS, TRAININGS
@@ -104,13 +104,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sizes = replace(sizes, cells=args.cells or sizes.cells)
     quick = not (args.full or args.smoke)
     methods = tuple(args.only or (QUICK_METHODS if quick else METHODS))
+    choices = quick_choices(methods) if quick else None
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        choices = quick_choices(methods) if quick else None
-        runner = Runner(
-            Place(args.out, sizes), methods, jobs=args.jobs, choices=choices, keep=args.keep
-        )
-        results = runner.run()
+        with only_run(args.out):
+            runner = Runner(
+                Place(args.out, sizes), methods, jobs=args.jobs, choices=choices, keep=args.keep
+            )
+            results = runner.run()
     except (openvclip.OpenVCLIPError, FileExistsError, ValueError) as error:
         raise SystemExit(str(error)) from error
     except KeyboardInterrupt:
@@ -180,10 +180,10 @@ def _final_model(results: Results, place: Place) -> bool:
     choice = results["chosen"].get("Open-VCLIP")
     if choice is None:
         return False
-    path = place.store.path(cell(0), key_of("iwr", choice["training"]))
-    if not path.exists():
+    key = key_of("iwr", choice["training"])
+    if not place.store.path(cell(0), key).exists():
         return False
-    ends = place.store.load(cell(0), path.stem, dict(fresh_clip()[0].state_dict()))
+    ends = place.store.load(cell(0), key, dict(fresh_clip()[0].state_dict()))
     write_averaged(place.out / AVERAGED, ends["swa"], FRAMES)
     write_final(place.out, place.out / AVERAGED, choice["lam"], FRAMES)
     return True
