@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import openvclip
-from examples.shapes.experiment import clips_folder
-from examples.shapes.run import AVERAGED
+from examples.shapes.clips import ClipSettings, make_clips
+from examples.shapes.trials.command import AVERAGED
 from openvclip.cli.main import build_parser
 from openvclip.evaluation.report import writing
 from tests.evaluation.small_results import result_of, splits_of, write_results
@@ -86,13 +86,16 @@ def test_the_command_lines_of_the_page_are_understood() -> None:
     assert {str(folder) for folder in example.results} <= evaluated
 
 
-def test_the_example_uses_the_files_that_the_shapes_world_writes() -> None:
+def test_the_example_uses_the_files_that_the_shapes_world_writes(tmp_path: Path) -> None:
     (block,) = (block for block in blocks("bash") if "examples.shapes" in block)
     lines = commands(block)
     assert lines[0] == ["python", "-m", "examples.shapes", "--out", "shapes-out"]
-    flags = {a: b for line in lines for a, b in pairwise(line) if a.startswith("--")}
+    assert lines[1][:4] == ["python", "-m", "examples.shapes.clips", "shapes-clips"]
+    flags = {a: b for line in lines[2:] for a, b in pairwise(line) if a.startswith("--")}
     for name in ("--model", "--pretrained"):
         assert (REPO / flags[name]).is_file()
     assert Path(flags["--checkpoint"]) == Path("shapes-out") / AVERAGED
-    assert Path(flags["--videos"]) == clips_folder(Path("shapes-out"), 0)
-    assert Path(flags["--annotations"]).parent == Path(flags["--videos"])
+    assert flags["--videos"] == lines[1][3]
+    lists = {b for line in lines for a, b in pairwise(line) if a == "--annotations"}
+    written = make_clips(tmp_path, ClipSettings(train=1, test=1), num_workers=0, progress=False)
+    assert lists == {f"shapes-clips/{written[name].name}" for name in ("seen_test", "unseen")}

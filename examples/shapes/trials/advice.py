@@ -46,6 +46,9 @@ INTRODUCTION = (
     "run](shapes.md#how-the-settings-were-chosen) with the same budget. A difference of a point or "
     "two between two methods can come from the luck of this choice. *Clear* means: in the cells of "
     "that page, at these settings, after the correction for all claims.",
+    "Each model is asked three questions, each with clips of its own: the trained classes, unseen "
+    "shapes, and unseen shapes in unseen actions. A cell is a division of six actions into three "
+    "trained and three unseen actions. {cells}",
 )
 
 GROUPS = (
@@ -67,8 +70,7 @@ def advice_page(results: Results, judged: Sequence[Judged]) -> str:
         "<!-- Written by `python -m examples.shapes.trials.page`; its words are in "
         "examples/shapes/trials/. -->",
         "# Which method when",
-        *INTRODUCTION,
-        cells_text(results),
+        *(text.format(cells=cells_text(results)) for text in INTRODUCTION),
         "## In short",
         _short(results, judged),
         "## All methods in one table",
@@ -149,7 +151,9 @@ def _by_verdict(items: Sequence[Judged]) -> str:
             if verdict == "not clear" and len(of_kind) > 3:
                 names = f"{len(of_kind)} methods"
             texts.append(
-                f"{words} FINE-TUNE: {names}" if verdict != "not clear" else f"{words}: {names}"
+                f"{words} for {names}"
+                if verdict == "not clear"
+                else f"{words} {REFERENCE}: {names}"
             )
     return "; ".join(texts)
 
