@@ -175,7 +175,7 @@ def _overview(results: Results, judged: Sequence[Judged]) -> list[str]:
         "cells. ▲ is clearly above, ▼ is clearly below, after the correction for all claims; "
         "without a mark, there is no clear difference. An empty place was not tested. *Stills* is "
         "what is left of CLIP's own knowledge, in %. *Training time* is relative to "
-        f"{REFERENCE}.{unseen}"
+        f"{REFERENCE}, whose training also computes the three averages.{unseen}"
     )
     rows = []
     for name in results["chosen"]:

@@ -122,7 +122,7 @@ def large_model(width: int = WIDTH, layers: int = LAYERS) -> tuple[CLIP, Tokeniz
     """Return a CLIP with random weights in the image tower and the text tower of the small CLIP."""
     import open_clip
 
-    small, tokenizer = create_model()
+    _, tokenizer = create_model()
     model = open_clip.CLIP(
         embed_dim=64,
         vision_cfg=open_clip.CLIPVisionCfg(
@@ -133,7 +133,6 @@ def large_model(width: int = WIDTH, layers: int = LAYERS) -> tuple[CLIP, Tokeniz
         ),
     )
     model.load_state_dict(text_tower(), strict=False)
-    del small
     return model, tokenizer
 
 
