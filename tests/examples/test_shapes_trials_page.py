@@ -197,7 +197,7 @@ def _fraction(x: float, a: float, b: float) -> float:
 
 
 def p_of(differences: list[float]) -> float:
-    if len(differences) < 2:
+    if len(differences) < 3:
         return 1.0
     error = stdev(differences) / math.sqrt(len(differences))
     if error == 0:

@@ -57,7 +57,8 @@ def test_the_p_value_is_uniform_if_nothing_differs() -> None:
 
 def test_the_p_value_of_special_differences() -> None:
     assert p_value([]) == p_value([0.2]) == 1
-    assert p_value([0.0, 0.0]) == 1
+    assert p_value([0.0, 0.0]) == p_value([0.1, 0.1]) == p_value([0.1, 0.1 + 1e-17]) == 1
+    assert p_value([0.0, 0.0, 0.0]) == 1
     assert p_value([0.1, 0.1, 0.1]) == 0
     assert p_value([1.0, 2.0, 4.0]) == p_value([-4.0, -2.0, -1.0])
 

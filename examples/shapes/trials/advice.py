@@ -243,7 +243,7 @@ def _advice(results: Results, method: Method, judged: Sequence[Judged]) -> list[
     name = method.name
     lines = [f"It {method.does}."] if method.does else []
     if method.cost:
-        ratio = training_ratio(results, name)
+        ratio = None if name == REFERENCE else training_ratio(results, name)
         time = "" if ratio is None else f"; measured: {ratio:.2f} times the training of FINE-TUNE"
         lines.append(f"**Costs:** {method.cost}{time}.")
     against = [item for item in judged if item.claim.method == name and _is_against_reference(item)]

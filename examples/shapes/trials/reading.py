@@ -11,7 +11,7 @@ from examples.shapes.trials.registry import CURVE, METHODS
 from examples.shapes.trials.store import Choice
 from examples.shapes.trials.tuning import has_points
 
-__all__ = ["MEAN", "OUTCOMES", "Outcome", "accuracies", "complete", "lambda_of", "pairs_of"]
+__all__ = ["MEAN", "OUTCOMES", "Outcome", "accuracies", "complete", "lambda_of"]
 
 Mean = Literal["mean"]
 Outcome = Question | Mean
@@ -42,12 +42,6 @@ def complete(results: Results) -> Results:
         "chosen": {name: choice for name, choice in chosen.items() if name in known},
         "cells": {number: results["cells"][number] for number in in_pairs or whole},
     }
-
-
-def pairs_of(results: Results) -> int:
-    """Return the number of whole pairs among the cells of some results."""
-    numbers = {int(number) for number in results["cells"]}
-    return sum(number % 2 == 0 and number + 1 in numbers for number in numbers)
 
 
 def _has_row(entry: dict[str, Any], name: str, choice: Choice) -> bool:

@@ -53,9 +53,13 @@ def upper_tail(t: float, df: int, shift: float = 0.0) -> float:
 
 
 def p_value(differences: Sequence[float]) -> float:
-    """Return the two-sided p-value of the paired t-test; 1 for fewer than two differences."""
+    """Return the two-sided p-value of the paired t-test; 1 for fewer than three differences.
+
+    An accuracy is a multiple of 1 over the number of clips. So two differences are often equal, and
+    the t-test would take their lack of a deviation for certainty.
+    """
     values = np.asarray(differences, np.float64)
-    if len(values) < 2:
+    if len(values) < 3:
         return 1.0
     error = float(values.std(ddof=1)) / math.sqrt(len(values))
     if error == 0:
