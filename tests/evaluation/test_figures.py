@@ -68,3 +68,28 @@ def test_the_figure_shows_every_curve(seeds: int, monkeypatch: pytest.MonkeyPatc
     if seeds == 3:  # by hand: deviations of -1, 0, 1 percent, n - 1
         widths = [segment[1, 0] - segment[0, 0] for segment in bars[2]]
         np.testing.assert_allclose(widths, 3 * [2.0])
+
+
+def test_lambdas_do_not_cover_each_other_or_the_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two highlighted curves that are nearly the same: six numbers, each beside its point."""
+    saved: list[Any] = []
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: saved.append(figure))
+    curves = [_curve("two", 3, 0.0), _curve("two", 3, 0.002)]
+    tradeoff_figure(curves, "unused.png")
+    (axes,) = saved[0].axes
+    points = axes.figure.dpi / 72
+    texts = [
+        (text, axes.transData.transform(text.xy) + np.array(text.xyann) * points)
+        for text in axes.texts
+    ]
+    assert [text.get_text() for text, _ in texts] == ["0", "0.5", "0.8"] * 2
+    assert [text.get_color() for text, _ in texts] == ["C0"] * 3 + ["C1"] * 3
+    places = np.array([place for _, place in texts])
+    others = np.concatenate([places, *(axes.transData.transform(_means(c)) for c in curves)])
+    gaps = np.linalg.norm(places[:, None] - others, axis=2)
+    np.fill_diagonal(gaps, np.inf)
+    assert gaps.min() > 7 * points
+
+
+def _means(curve: Curve) -> Any:
+    return 100 * np.stack([curve.closed_set.mean(axis=0), curve.zero_shot.mean(axis=0)], axis=1)
