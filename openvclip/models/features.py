@@ -19,6 +19,7 @@ from openvclip.errors import UnsupportedModelError, UsageError
 from openvclip.towers.family import pooled
 from openvclip.towers.temporal import encode_images, encode_video
 from openvclip.towers.view import Pooling
+from openvclip.weights.arguments import A_DEVICE, require_device
 
 
 @dataclass(frozen=True)
@@ -146,19 +147,9 @@ def usable_device(device: object) -> torch.device:
         UsageError: there is no such device, or this machine does not have it; or it is the meta
             device, which holds no values.
     """
-    expected = "expected a device of this machine, such as 'cpu' or 'cuda'"
-    if isinstance(device, bool) or not isinstance(device, (str, int, torch.device)):
-        raise UsageError(f"device={device!r}: {expected}.")
-    try:
-        known = torch.device(device)
-        if known.type != "meta":
-            torch.empty(0, device=known)
-    except (RuntimeError, AssertionError, NotImplementedError, ValueError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise UsageError(f"device={device!r} can't be used here ({reason}); {expected}.") from error
-    if known.type == "meta":
-        raise UsageError(f"device={device!r}: the meta device holds no values; {expected}.")
-    return known
+    if require_device(device, "device").type == "meta":
+        raise UsageError(f"device={device!r}: the meta device holds no values; {A_DEVICE}.")
+    return torch.device(cast(Any, device))
 
 
 def encode_text(model: nn.Module, tokens: Tensor) -> Tensor:

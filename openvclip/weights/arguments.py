@@ -13,6 +13,7 @@ from torch import Tensor
 from openvclip.errors import StateMismatchError, UsageError, WeightTypeError, reason_of
 
 __all__ = [
+    "A_DEVICE",
     "as_float",
     "is_whole",
     "require_device",
@@ -20,6 +21,9 @@ __all__ = [
     "restore_generator",
     "seeded_generator",
 ]
+
+A_DEVICE = "expected a device of this machine, such as 'cpu' or 'cuda'"
+"""What an error about a device expects."""
 
 
 def as_float(value: object) -> float:
@@ -39,22 +43,22 @@ def as_float(value: object) -> float:
         return math.inf
 
 
-def is_whole(value: object, least: int) -> bool:
-    """Return whether a value is a whole number of at least ``least``, and fits 64 bits."""
+def is_whole(value: object, least: int, below: int = 2**63) -> bool:
+    """Return whether a value is a whole number from ``least`` on, below ``below``."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         return False
-    return least <= int(value) < 2**63
+    return least <= int(value) < below
 
 
 def seeded_generator(seed: int) -> torch.Generator:
     """Return a new generator on the CPU.
 
     Raises:
-        UsageError: ``seed`` is no whole number of 64 bits.
+        UsageError: ``seed`` is no whole number of 64 bits, from -2**63 to 2**64 - 1 as in PyTorch.
     """
-    if not is_whole(seed, -(2**63)):
+    if not is_whole(seed, -(2**63), 2**64):
         raise UsageError(
-            f"seed={seed!r}: expected a whole number below 2**63, such as 0. Processes that train "
+            f"seed={seed!r}: expected a whole number below 2**64, such as 0. Processes that train "
             "together need the same seed."
         )
     return torch.Generator().manual_seed(int(seed))
@@ -70,14 +74,13 @@ def require_device(device: object, what: str) -> torch.device:
     Raises:
         UsageError: there is no such device, or this machine does not have it.
     """
-    expected = "expected a device of this machine, such as 'cpu' or 'cuda'"
     if isinstance(device, bool) or not isinstance(device, (str, int, torch.device)):
-        raise UsageError(f"{what}={device!r}: {expected}.")
+        raise UsageError(f"{what}={device!r}: {A_DEVICE}.")
     try:
         return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError, ImportError) as error:
         raise UsageError(
-            f"{what}={device!r} can't be used here ({reason_of(error)}); {expected}."
+            f"{what}={device!r} can't be used here ({reason_of(error)}); {A_DEVICE}."
         ) from error
 
 

@@ -196,5 +196,13 @@ def test_features_that_are_no_tensors() -> None:
 def test_numbers_of_other_libraries_are_numbers() -> None:
     import numpy as np
 
+    assert iwr(seed=np.int64(3))._draws.alpha((0, 1)) == iwr(seed=3)._draws.alpha((0, 1))
     assert iwr(weight=np.float32(0.5), every=np.int64(2), share=torch.tensor(0.5)).weight == 0.5
     assert L2ToAnchor(MODEL, weight=torch.tensor(0.5)).weight == 0.5  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seed", [-(2**63), 2**63, 2**64 - 1])
+def test_every_seed_of_pytorch_is_a_seed(seed: int) -> None:
+    """``torch.initial_seed()`` is often above 2**63."""
+    uniform = torch.rand((), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    assert iwr(seed=seed)._draws.alpha((0.0, 1.0)) == uniform.item()
