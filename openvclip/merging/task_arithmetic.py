@@ -100,17 +100,17 @@ def apply_task_vectors(
         )
 
     def combine(name: str, entries: list[Tensor]) -> Tensor:
-        start, *changes = entries
         factors = [scale_of(one, name) for one in scales]
-        result = torch.empty_like(start, memory_format=torch.contiguous_format)
+        result = torch.empty_like(entries[0], memory_format=torch.contiguous_format)
         for piece, first, *parts in in_pieces([result, *entries]):
-            piece.copy_(first)
-            for part, factor in zip(parts, factors, strict=True):
+            torch.add(first, parts[0], alpha=factors[0], out=piece)
+            for part, factor in zip(parts[1:], factors[1:], strict=True):
                 piece.add_(part, alpha=factor)
             if may_be_broken(piece):
                 # The infinities of a mask are in the model, but not in its changes.
-                models = [start, *(start + change for change in changes)]
-                require_same_infinities(name, models, states.names)
+                require_same_infinities(name, [first], ["base, the original model"])
+                no_change = torch.zeros_like(first)
+                require_same_infinities(name, [no_change, *parts], states.names)
         return result
 
     changed = combined(list(states), combine, None)

@@ -174,6 +174,7 @@ def test_a_value_anywhere_in_a_large_entry(place: int) -> None:
 def test_functions_that_have_no_name() -> None:
     good, broken = model(0), model(1)
     broken["scale"].fill_(math.inf)
+    nan = {**good, "scale": torch.tensor(math.nan)}
 
     def never(_: object) -> float:
         raise AssertionError("evaluated")
@@ -184,6 +185,7 @@ def test_functions_that_have_no_name() -> None:
         (lambda: ties(good, [good, broken], trim="model"), r"scale .* in tuned\[1\]\."),
         (lambda: monosoup(good, broken, threshold=1.0), r"scale .* in tuned\."),
         (lambda: apply_task_vectors(good, [good, broken]), r"scale .* in vectors\[1\]\."),
+        (lambda: apply_task_vectors(nan, [good]), r"scale .* in base, the original model\."),
     ):
         with pytest.raises(NonFiniteMergeError, match=text) as caught:
             call()
