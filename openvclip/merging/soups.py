@@ -53,7 +53,7 @@ def average(
 
 def _mean(name: str, entries: list[Tensor]) -> Tensor:
     result = torch.empty(entries[0].shape, dtype=torch.float64, device=entries[0].device)
-    addend = torch.empty(0)
+    addend = result.new_empty(0)
     for piece, *parts in in_pieces([result, *entries]):
         addend = addend if len(addend) >= len(piece) else torch.empty_like(piece)
         piece.copy_(parts[0])

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from openvclip.errors import NonFiniteMergeError
+from openvclip.weights.finite import may_be_broken
 
 __all__ = ["difference"]
 
@@ -18,7 +19,7 @@ def difference(tuned: Tensor, base: Tensor) -> Tensor:
             the caller knows the names.
     """
     delta = tuned - base
-    if not bool(torch.isfinite(delta.sum())):
+    if may_be_broken(delta):
         delta[tuned == base] = 0.0  # for example -inf in both masks
         if not bool(torch.isfinite(delta).all()):
             raise NonFiniteMergeError("The change of an entry holds NaN or infinity.")
