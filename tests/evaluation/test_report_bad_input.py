@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from openvclip import cli
-from openvclip.errors import EvaluationError, MissingDependencyError, RecordsError
+from openvclip.errors import EvaluationError, MissingDependencyError, RecordsError, UsageError
 from openvclip.evaluation import RetrievalEvaluation, RetrievalScore, Timing, retrieval_json
 from openvclip.evaluation.ranking import retrieval_metrics
 from openvclip.evaluation.report import ReportSettings, library, write_report
@@ -109,6 +109,16 @@ def test_an_existing_page_is_kept(
     assert cli.main([*arguments, "--overwrite"]) == 0
     assert "1 model, 1 test" in capsys.readouterr().out
     assert Page(out).numbers["models"] == ["tiny"]
+
+
+@pytest.mark.parametrize("lams", [[0.0, 0.5, 1.0], [0.5]])
+def test_the_original_clip_is_one_model(lams: list[float], tmp_path: Path) -> None:
+    tuned = write_results(tmp_path / "a", result_of([0.0], splits_of()))
+    sweep = write_results(tmp_path / "b", result_of(lams, splits_of(), tuned="other"))
+    text = f"b, the results of the original CLIP, has λ = {', '.join(f'{lam:g}' for lam in lams)};"
+    with pytest.raises(UsageError, match=text):
+        write_report(tmp_path / "p.html", [tuned], settings=ReportSettings(original=sweep))
+    assert not (tmp_path / "p.html").exists()
 
 
 def test_wrong_settings() -> None:

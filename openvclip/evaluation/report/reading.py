@@ -155,8 +155,10 @@ def _check_entry(path: Path, entry: Any) -> None:
             good &= isinstance(split["name"], str)
             good &= all(isinstance(split[key], int) for key in ("classes", "clips", "left_out"))
             good &= _has_good_classes(split)
-    except (KeyError, TypeError) as error:
+    except KeyError as error:
         raise _damaged(path, f"an entry has no {error}") from error
+    except TypeError:
+        good = False
     if not good or not entry["splits"]:
         raise _damaged(path, "an entry has a value of a wrong type")
 

@@ -13,7 +13,7 @@ from typing import Any
 from openvclip.checkpoints.atomic import write_text
 from openvclip.commands.pages import NO_ROOM, DataBudget
 from openvclip.commands.progress import progress_bar
-from openvclip.errors import EvaluationError, RecordsError, VideoError, listed
+from openvclip.errors import EvaluationError, RecordsError, UsageError, VideoError, listed
 from openvclip.evaluation.report.library import vega_script
 from openvclip.evaluation.report.numbers import Run, numbers_of, runs_of
 from openvclip.evaluation.report.page import page_parts
@@ -117,7 +117,8 @@ def write_report(
     Raises:
         RecordsError: a folder does not exist, holds no results of accuracy, is damaged, or holds
             the files of two evaluations.
-        UsageError: there are more or fewer names than models.
+        UsageError: there are more or fewer names than models, or the results of the original CLIP
+            have another λ than 1.
         VideoNotFoundError: with ``posters``, the folder ``videos`` of the settings does not exist.
         CheckpointError: the page can't be written.
         MissingDependencyError: vl-convert is not installed; or, with ``posters``, PyAV or Pillow.
@@ -160,6 +161,14 @@ def _read(folder: Path, originals: Sequence[Path]) -> Results | None:
     results = read_results(folder)
     if results is None or folder.resolve() not in {path.resolve() for path in originals}:
         return results
+    lams = {entry["lam"] for entry in results.entries}
+    if lams not in ({None}, {1.0}):
+        raise UsageError(
+            f"{folder}, the results of the original CLIP, has λ = "
+            f"{', '.join(f'{lam:g}' for lam in sorted(lams))}; expected results of the original "
+            "CLIP alone: the same 'openvclip evaluate' command with --lam 1 --no-expand and "
+            "another --out."
+        )
     return replace(results, original=True)
 
 
