@@ -47,7 +47,7 @@ function showClasses() {
     ? "The column CLIP is " + baselineText() + "."
     : one.clip ? "This model is the original CLIP."
       : one.baseline ? "The results of the original CLIP do not hold the accuracy of each class. " +
-        again(numbers.runs.find(function (other) { return other.model === one.baseline.model; }))
+        again(runOf(one.baseline.model, state.test))
         : "To see the change against CLIP, evaluate the original CLIP on the same videos too" +
           (known(lam()) ? " (the same command with --lam 1 --no-expand and another --out), or add " +
             "1 to the values of --lam." : ", and give its results with --original.");
