@@ -267,8 +267,8 @@ class AdapterTracker(Tracker):
                 model or to a run that trained other parameters.
         """
         self._require_own_state(state)
-        for name in ("sums", "values"):
-            self._require_entries(state, name)
+        self._require_entries(state, "sums", Mapping)
+        self._require_entries(state, "values", Tensor)
         names, saved = {*self._names, *self._dtypes}, {*state["sums"], *state["values"]}
         if state["n_averaged"] and names != saved:
             raise StateMismatchError(
@@ -277,13 +277,17 @@ class AdapterTracker(Tracker):
                 unexpected=saved - names,
                 hint="Train the same adapter as in the run that was saved.",
             )
+        sums = {name: ProductSum(state["max_rank"]) for name in state["sums"]}
+        for name, products in sums.items():
+            try:
+                products.load_state_dict(state["sums"][name], self._names[name])
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise self._damaged("sums", f"holds no sum of products as {name!r}") from error
+        self._sums = sums
+        self._values = {name: value.clone() for name, value in state["values"].items()}
         self._steps, self._n_averaged = int(state["steps"]), int(state["n_averaged"])
         for setting in self._settings:
             setattr(self, setting, state[setting])
-        self._values = {name: value.clone() for name, value in state["values"].items()}
-        self._sums = {name: ProductSum(self.max_rank) for name in state["sums"]}
-        for name, products in self._sums.items():
-            products.load_state_dict(state["sums"][name], self._names[name])
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from openvclip import EMATracker, InterpolatedWeightRegularizer, LAWATracker
 from openvclip.errors import (
     EmptyAverageError,
     NonFiniteWeightsError,
+    OpenVCLIPError,
     RegularizationError,
     StateMismatchError,
     UsageError,
@@ -428,6 +429,21 @@ def test_what_trackers_refuse() -> None:
         AdapterSWATracker(model).load_state_dict(tracker.state_dict())
     with pytest.raises(StateMismatchError, match="saved average does not fit"):
         AdapterEMATracker(tuned("biases")).load_state_dict(tracker.state_dict())
+
+
+@pytest.mark.parametrize("entry", ["lost", "dense", "up", "down", "scale", None])
+@pytest.mark.parametrize("wrong", ["x", [1], object()])
+def test_a_damaged_state_changes_nothing(entry: str | None, wrong: object) -> None:
+    tracker = AdapterSWATracker(tuned("biases"))
+    tracker.update(tuned("biases"))
+    good = tracker.state_dict()
+    (name, *_), sums = good["sums"], good["sums"]
+    damaged = wrong if entry is None else {**sums[name], entry: wrong}
+    with pytest.raises(OpenVCLIPError):
+        tracker.load_state_dict({**good, "steps": 7, "sums": {**sums, name: damaged}})
+    assert tracker.state_dict()["steps"] == 1
+    assert tracker.averaged_adapter().names
+    tracker.load_state_dict(good)
 
 
 @pytest.fixture
