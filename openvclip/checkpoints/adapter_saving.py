@@ -9,7 +9,7 @@ from pathlib import Path
 
 from openvclip.checkpoints.adapter_files import ADAPTER_WEIGHTS
 from openvclip.checkpoints.api import save_checkpoint
-from openvclip.checkpoints.atomic import atomic_path, write_errors
+from openvclip.checkpoints.atomic import write_text
 from openvclip.checkpoints.folders import ADAPTER_CONFIG
 from openvclip.weights.adapter import Adapter
 from openvclip.weights.adapter_storage import state_of_adapter
@@ -43,6 +43,4 @@ def save_adapter(
     state, config = state_of_adapter(adapter)
     path = Path(folder) / ADAPTER_CONFIG
     save_checkpoint(state, Path(folder) / ADAPTER_WEIGHTS, metadata=metadata)
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    with write_errors(path), atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(path, [json.dumps(config, indent=2, sort_keys=True), "\n"])

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from openvclip.checkpoints.atomic import atomic_path, write_errors
+from openvclip.checkpoints.atomic import write_text
 from openvclip.checkpoints.contract import Contract
 from openvclip.checkpoints.exported_files import is_exported, read_exported_texts
 from openvclip.checkpoints.formats import read_texts
@@ -131,9 +131,7 @@ def store_confidence(
         add_texts(weights, {CONTRACT_KEY: header.with_(confidence=contract.confidence).to_json()})
         written.append(weights)
     path = Path(folder) / CONTRACT_FILE
-    with write_errors(path), atomic_path(path) as temporary:
-        text = contract.with_(weights=weights.name).to_json()
-        temporary.write_text(f"{text}\n", encoding="utf-8")
+    write_text(path, [contract.with_(weights=weights.name).to_json(), "\n"])
     return [path, *written]
 
 

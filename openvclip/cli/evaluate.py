@@ -300,8 +300,7 @@ def _report_retrieval(
 
 
 def _write(folder: Path, files: dict[str, str]) -> None:
-    from openvclip.checkpoints.atomic import atomic_path, write_errors
+    from openvclip.checkpoints.atomic import write_text
 
     for file, text in files.items():
-        with write_errors(folder / file), atomic_path(folder / file) as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
+        write_text(folder / file, [text, "\n"])
