@@ -89,6 +89,10 @@ def interpolate(
         state of modules (``get_extra_state``) is copied from ``theta_b`` and comes last. Entries
         that are sharded in ``theta_b`` stay sharded.
 
+    **NaN and infinity.** These are not refused: the result holds what the equation gives. Equal
+    infinities, as in attention masks, stay the same. ``merging.method("interpolate")`` and
+    :func:`openvclip.interpolate_files` raise an error for NaN and for other infinities.
+
     **Adapters.** For a LoRA fine-tune, pass its :class:`~openvclip.weights.Adapter` as
     ``theta_b``. In state dicts with factors of LoRA, the models may differ in one factor of each
     product only. The update ``B A`` is linear in ``B`` if ``A`` is the same in both models, so the

@@ -300,8 +300,6 @@ def pretrained_of(options: argparse.Namespace) -> str | None:
     Raises:
         UsageError: ``--pretrained`` is not given, and there is no default for the model.
     """
-    import open_clip
-
     from openvclip.models.loading import brings_weights
 
     model: str = options.model
@@ -321,6 +319,8 @@ def pretrained_of(options: argparse.Namespace) -> str | None:
                 "--checkpoint."
             )
         raise UsageError(text)
+    import open_clip
+
     tags = open_clip.list_pretrained_tags_by_model(model)
     if tags and "openai" not in tags:
         raise UsageError(
