@@ -166,14 +166,11 @@ def _merged(
 ) -> Tensor:
     try:
         return combine(name, entries)
-    except NonFiniteMergeError:
+    except NonFiniteMergeError as error:
         if names is None:
             raise
         require_same_infinities(name, entries, names)
-        raise NonFiniteMergeError(
-            f"{name}: the change between two models is beyond the range of {entries[0].dtype}. "
-            "Leave out the model with the largest values of this entry."
-        ) from None
+        raise NonFiniteMergeError(f"{name}: {error}") from None
 
 
 def in_pieces(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -195,7 +195,14 @@ def test_functions_that_have_no_name() -> None:
     assert got["w"].tolist() == [-math.inf, 1.0]
 
 
-def test_a_change_beyond_the_range_of_the_dtype() -> None:
-    base, tuned = {"w": torch.tensor([-3e38])}, {"w": torch.tensor([3e38])}
-    with pytest.raises(NonFiniteMergeError, match=r"^w: the change .* range of torch\.float32"):
-        ties(base, [tuned])
+def test_a_change_beyond_the_range_of_the_dtype(tmp_path: Path) -> None:
+    states = {"w": torch.tensor([-3e38])}, {"w": torch.tensor([3e38])}
+    files = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    for state, file in zip(states, files, strict=True):
+        save_file(state, file)
+    for call in (
+        lambda: ties(states[0], states[1:]),
+        lambda: task_vector_file(*files, tmp_path / "out.safetensors"),
+    ):
+        with pytest.raises(NonFiniteMergeError, match=r"^w: the change .* range of torch\.float32"):
+            call()

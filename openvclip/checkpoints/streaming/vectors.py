@@ -14,6 +14,7 @@ from openvclip.checkpoints.streaming.inputs import WeightInput, open_inputs
 from openvclip.checkpoints.streaming.merges import MergeOptions, StrPath, write_merged
 from openvclip.checkpoints.streaming.provenance import Provenance
 from openvclip.checkpoints.task_vectors import task_vector_mark
+from openvclip.errors import NonFiniteMergeError
 from openvclip.weights.changes import difference
 from openvclip.weights.names import is_extra_state
 from openvclip.weights.numerics import common_dtype, compute_dtype, is_interpolable
@@ -101,7 +102,10 @@ def _read_other_entries(inputs: list[WeightInput]) -> None:
                 source.read(name, 0, torch.empty(size.numel(), dtype=size.dtype))
 
 
-def _compute(_: str, values: list[Tensor], results: list[Tensor]) -> None:
+def _compute(name: str, values: list[Tensor], results: list[Tensor]) -> None:
     base, tuned = values
     wide = compute_dtype(common_dtype(base.dtype, tuned.dtype))
-    results[0].copy_(difference(tuned.to(wide), base.to(wide)))
+    try:
+        results[0].copy_(difference(tuned.to(wide), base.to(wide)))
+    except NonFiniteMergeError as error:
+        raise NonFiniteMergeError(f"{name}: {error}") from None
