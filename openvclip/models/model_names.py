@@ -79,7 +79,7 @@ def unknown_weights(tag: str, name: str, tags: Sequence[str]) -> ModelNameError:
     if not tags:
         return ModelNameError(
             f"{tag!r} is neither a file of weights nor a tag of open_clip: open_clip has no "
-            f"weights for {name}. Give a file of weights, as --pretrained or pretrained."
+            f"weights for {name}. Give a file of weights (--pretrained, in Python pretrained=)."
         )
     others = [model for model, other in open_clip.list_pretrained() if other == tag]
     twin = same_model(tag)

@@ -23,7 +23,7 @@ def difference(tuned: Tensor, base: Tensor) -> Tensor:
         delta[tuned == base] = 0.0  # for example -inf in both masks
         if not bool(torch.isfinite(delta).all()):
             raise NonFiniteMergeError(
-                f"the change between two models is beyond the range of {delta.dtype}. Leave out the "
-                "model with the largest values of this entry."
+                f"the change between two models is beyond the range of {delta.dtype}. Leave out "
+                "the model with the largest values of this entry."
             )
     return delta

@@ -66,6 +66,6 @@ def require_same_infinities(
     if broken:
         raise NonFiniteMergeError(
             f"{name} holds NaN or infinity in {listed(broken, 10)}. The merged model would be "
-            "useless. Use other weights in this place. If they are your own: look for a learning "
-            "rate that is too high or a loss that overflows."
+            "useless. Merge other weights. If you trained these weights, look for a learning rate "
+            "that is too high or a loss that overflows."
         )
