@@ -27,7 +27,7 @@ Combine = Callable[[str, list[Tensor]], Tensor]
 The result is a new tensor of the same shape.
 """
 
-_PIECE = 1 << 17  # elements
+_PIECE = 1 << 19  # elements
 
 _HINT = (
     "All state dicts must come from the same architecture. Prefixes of wrappers (module., "

@@ -35,7 +35,7 @@ from tests.on_device import placed
 
 State = dict[str, Tensor]
 WHERE = {"visual.proj": (6, 5), "visual.transformer.resblocks.0.b": (9,), "scale": ()}
-LARGE = (1 << 17) + 3  # elements: more than the pieces in which an entry is computed
+LARGE = (1 << 19) + 3  # elements: more than the pieces in which an entry is computed
 values = st.sampled_from([math.nan, math.inf, -math.inf])
 methods = st.sampled_from(sorted(METHODS))
 few = settings(max_examples=60, deadline=None)
@@ -156,7 +156,7 @@ def test_a_method_of_the_users_own_is_checked_too(tmp_path: Path) -> None:
     assert torch.equal(written, model(0)["scale"])
 
 
-@pytest.mark.parametrize("place", [0, LARGE - 1, (1 << 17) - 1])
+@pytest.mark.parametrize("place", [0, LARGE - 1, (1 << 19) - 1])
 def test_a_value_anywhere_in_a_large_entry(place: int) -> None:
     models = [{"w": torch.full((LARGE,), float(k))} for k in range(2)]
     assert torch.equal(average(models)["w"], torch.full((LARGE,), 0.5))
