@@ -69,6 +69,8 @@ def _in_pieces(job: Lerp) -> list[Lerp]:
 def _use_plain_formula(job: Lerp) -> None:
     """Compute the values that are not finite once more, without ``a - b``."""
     out, a, b, lam = job
+    if out.is_complex():  # the product of a number and a complex infinity is NaN
+        out, a, b = (torch.view_as_real(value.resolve_conj()) for value in (out, a, b))
     broken = ~torch.isfinite(out)
     if bool(broken.any()):
         wide_dtype = compute_dtype(out.dtype)

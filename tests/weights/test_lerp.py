@@ -179,3 +179,13 @@ def test_pieces_of_their_real_size() -> None:
     broken = ~torch.isfinite(a)
     assert out[broken].eq(math.inf).all()
     assert same_bits(out[~broken], torch.lerp(b, a, 0.7)[~broken])
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_equal_complex_infinities_stay(dtype: torch.dtype) -> None:
+    values = [complex(math.inf, 0), complex(1, -math.inf), complex(-math.inf, math.inf), 1 + 2j]
+    a, b = torch.tensor(values, dtype=dtype), torch.tensor(values, dtype=dtype)
+    for left in (a, a.conj().clone().conj()):
+        out = torch.empty(4, dtype=dtype)
+        lerp([(out, left, b, 0.25)])
+        assert torch.equal(torch.view_as_real(out), torch.view_as_real(b))
