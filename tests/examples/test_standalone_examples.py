@@ -93,4 +93,4 @@ def test_the_readme_lists_every_example_and_no_other() -> None:
     assert all((folder / path).exists() for path in named)
     scripts = {*folder.glob("*.py"), *folder.glob("*.ipynb"), *folder.glob("loops/*.py")}
     expected = {str(path.relative_to(folder)) for path in scripts if path.stem != "__init__"}
-    assert named == expected | {"shapes/", "shapes/report/", "shapes/own_method.py"}
+    assert named == expected | {"shapes/", "shapes/own_method.py"}
