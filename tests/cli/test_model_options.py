@@ -29,7 +29,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     task_vector_file(
         folder / "clip.safetensors", folder / "tuned.safetensors", folder / "vector.safetensors"
     )
-    shutil.copy(MODEL, folder / "m.json")
+    # The name stays: open_clip registers the configuration, and later tests find it by its content.
+    shutil.copy(MODEL, folder / MODEL.name)
     (folder / "odd.json").write_text('{"x": 1}')
     (folder / "junk.pt").write_text("hello")
     (folder / "empty").mkdir()
@@ -46,27 +47,34 @@ COMMANDS = {
 }
 ORIGINAL = "give --pretrained FILE, the weights of the original CLIP."
 WRONG = {
-    "--model m.json": ORIGINAL,
-    "--model m.json --checkpoint tuned.safetensors": (
+    "--model shapes-clip.json": ORIGINAL,
+    "--model shapes-clip.json --checkpoint tuned.safetensors": (
         f"{ORIGINAL} --checkpoint tuned.safetensors holds the fine-tuned weights only. If you have "
         "no other file, give --pretrained tuned.safetensors --expand in place of --checkpoint."
     ),
-    "--model m.json --checkpoint tuned.safetensor": "(did you mean tuned.safetensors?)",
-    "--model m.json --pretrained openai": "open_clip has no weights for m. Give a file of weights",
-    "--model m.json --pretrained clip.safetensor": (
+    "--model shapes-clip.json --checkpoint tuned.safetensor": "(did you mean tuned.safetensors?)",
+    "--model shapes-clip.json --pretrained openai": (
+        "open_clip has no weights for shapes-clip. Give a file of weights"
+    ),
+    "--model shapes-clip.json --pretrained clip.safetensor": (
         "There is no file clip.safetensor (did you mean clip.safetensors?)"
     ),
-    "--model m.json --pretrained clip.safetensors --checkpoint m.json": (
-        "--checkpoint m.json is a JSON file; expected a file of weights. Give the configuration"
+    "--model shapes-clip.json --pretrained clip.safetensors --checkpoint shapes-clip.json": (
+        "--checkpoint shapes-clip.json is a JSON file; expected a file of weights. Give the "
+        "configuration"
     ),
-    "--model m.json --pretrained clip.safetensors --checkpoint image.safetensors": (
+    "--model shapes-clip.json --pretrained clip.safetensors --checkpoint image.safetensors": (
         "On the command line, give --allow-missing once for each name."
     ),
-    "--model m.json --pretrained clip.safetensors --checkpoint vector.safetensors": (
+    "--model shapes-clip.json --pretrained clip.safetensors --checkpoint vector.safetensors": (
         "is a task vector: the change of a model, and no model. Add it to the original model first"
     ),
-    "--model m.json --pretrained clip.safetensors --checkpoint junk.pt": "is not a whole safetens",
-    "--model m.json --pretrained clip.safetensors --checkpoint empty": "Give the file of weights.",
+    "--model shapes-clip.json --pretrained clip.safetensors --checkpoint junk.pt": (
+        "is not a whole safetens"
+    ),
+    "--model shapes-clip.json --pretrained clip.safetensors --checkpoint empty": (
+        "Give the file of weights."
+    ),
     "--model odd.json --pretrained clip.safetensors": "is no open_clip model configuration",
     "--model n.json --pretrained clip.safetensors": "no such file",
     "--model tuned.safetensors": "give it as --checkpoint (a fine-tuned model) or --pretrained",
@@ -100,6 +108,6 @@ def test_what_the_error_advises_gives_the_labels_of_both_files(
         ["--pretrained", "tuned.safetensors", "--expand"],
         ["--pretrained", "clip.safetensors", "--checkpoint", "tuned.safetensors"],
     ):
-        assert run(*COMMANDS["predict"], "--json", "--model", "m.json", *weights) == 0
+        assert run(*COMMANDS["predict"], "--json", "--model", "shapes-clip.json", *weights) == 0
         printed.append(capsys.readouterr().out)
     assert printed[0] == printed[1]
