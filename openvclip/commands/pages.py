@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 from collections.abc import Sequence
 from html import escape
+from numbers import Real
 
-__all__ = ["DARK", "LIGHT", "NO_ROOM", "PAGE_STYLE", "DataBudget", "page_head"]
+from openvclip.errors import OpenVCLIPError
+
+__all__ = [
+    "DARK",
+    "LIGHT",
+    "NO_ROOM",
+    "PAGE_STYLE",
+    "DataBudget",
+    "page_head",
+    "require_above_zero",
+]
 
 NO_ROOM = "No picture: the page has reached its greatest size."
 """What a page shows in place of a picture for which :class:`DataBudget` has no room."""
@@ -80,6 +92,19 @@ def page_head(title: str, style: str, scripts: Sequence[str], policy: str = "") 
         '<meta name="color-scheme" content="light dark">\n'
         f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
     )
+
+
+def require_above_zero(error: type[OpenVCLIPError], **settings: object) -> None:
+    """Raise an error if a setting of a page is not a finite number above 0.
+
+    Args:
+        error: class of the error.
+        settings: the settings by their names.
+    """
+    for name, value in settings.items():
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
+        if not (is_number and 0 < float(value) < math.inf):  # type: ignore[arg-type]
+            raise error(f"{name}={value!r}: expected a number above 0.")
 
 
 class DataBudget:

@@ -11,7 +11,7 @@ from html import escape
 from urllib.parse import quote
 
 from openvclip.checkpoints.atomic import write_text
-from openvclip.commands.pages import NO_ROOM, PAGE_STYLE, DataBudget, page_head
+from openvclip.commands.pages import NO_ROOM, PAGE_STYLE, DataBudget, page_head, require_above_zero
 from openvclip.commands.progress import progress_bar
 from openvclip.errors import SearchError, VideoError
 from openvclip.search.cards import CARD_STYLE, PLAYER_SCRIPT, Media, cards
@@ -47,10 +47,13 @@ class PageSettings:
     preview_width: int = 320
 
     def __post_init__(self) -> None:
-        for name in ("seconds", "megabytes", "poster_width", "preview_width"):
-            value = getattr(self, name)
-            if not 0 < value < float("inf"):
-                raise SearchError(f"{name}={value!r}: expected a number above 0.")
+        require_above_zero(
+            SearchError,
+            seconds=self.seconds,
+            megabytes=self.megabytes,
+            poster_width=self.poster_width,
+            preview_width=self.preview_width,
+        )
 
 
 @dataclass(frozen=True)

@@ -122,9 +122,15 @@ def test_the_original_clip_is_one_model(lams: list[float], tmp_path: Path) -> No
 
 
 def test_wrong_settings() -> None:
-    for wrong in ({"clips": -1}, {"clips": 1.5}, {"megabytes": 0}, {"poster_width": float("nan")}):
-        with pytest.raises(EvaluationError, match=next(iter(wrong))):
-            ReportSettings(**wrong)  # type: ignore[arg-type]
+    no_sizes = (0, -1.0, math.nan, math.inf, "8", None, True)
+    for name, values in {
+        "clips": (-1, 1.5, True),
+        "megabytes": no_sizes,
+        "poster_width": no_sizes,
+    }.items():
+        for wrong in values:
+            with pytest.raises(EvaluationError, match=f"^{name}="):
+                ReportSettings(**{name: wrong})  # type: ignore[arg-type]
     with pytest.raises(RecordsError, match="no folders"):
         write_report("p.html", [])
 

@@ -190,8 +190,9 @@ def test_wrong_results(results, text, tmp_path):
 
 def test_wrong_settings_and_places(folder, tmp_path):
     for name in ("seconds", "megabytes", "poster_width", "preview_width"):
-        with pytest.raises(SearchError, match=name):
-            PageSettings(**{name: 0})
+        for wrong in (0, -1.0, float("nan"), float("inf"), "8", None, True):
+            with pytest.raises(SearchError, match=f"^{name}="):
+                PageSettings(**{name: wrong})
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="page"):
         write_page(tmp_path / "file" / "page.html", [("a", [])])

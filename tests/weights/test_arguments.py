@@ -169,8 +169,8 @@ def test_a_damaged_state_changes_nothing(owner: Any) -> None:
     good = owner.state_dict()
     for name in good:
         for value in DAMAGED:
-            if isinstance(good[name], float) and value is DAMAGED[3]:
-                continue  # -1 is a number too
+            if isinstance(good[name], float) and isinstance(value, int):
+                continue  # of these settings, only the kind is checked
             with pytest.raises(OpenVCLIPError, match="state"):
                 owner.load_state_dict({**good, name: value})
             assert plain(owner.state_dict()) == plain(good)

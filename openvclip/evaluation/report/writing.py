@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from openvclip.checkpoints.atomic import write_text
-from openvclip.commands.pages import NO_ROOM, DataBudget
+from openvclip.commands.pages import NO_ROOM, DataBudget, require_above_zero
 from openvclip.commands.progress import progress_bar
 from openvclip.errors import EvaluationError, RecordsError, UsageError, VideoError, listed
 from openvclip.evaluation.report.library import vega_script
@@ -54,10 +54,9 @@ class ReportSettings:
     def __post_init__(self) -> None:
         if isinstance(self.clips, bool) or not isinstance(self.clips, int) or self.clips < 0:
             raise EvaluationError(f"clips={self.clips!r}: expected a whole number of at least 0.")
-        for name in ("megabytes", "poster_width"):
-            value = getattr(self, name)
-            if not 0 < value < float("inf"):
-                raise EvaluationError(f"{name}={value!r}: expected a number above 0.")
+        require_above_zero(
+            EvaluationError, megabytes=self.megabytes, poster_width=self.poster_width
+        )
 
 
 @dataclass(frozen=True)
