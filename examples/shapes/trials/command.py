@@ -190,14 +190,14 @@ def _final_model(results: Results, place: Place) -> bool:
 
 
 def _invite(out: Path) -> None:
-    """Write a clip of an unseen class, and print the command that classifies it."""
+    """Write a clip of an unseen shape, and print the command that classifies it."""
     import numpy as np
 
     first = cell(0)
-    shape, action = first.pairs("actions")[0]
+    shape, action = first.pairs("shapes")[0]
     clip = out / f"{shape}-{action}.mp4"
     rng = np.random.default_rng(0)
     write_clip(clip, draw_video(shape, "red", action, rng, frames=VIDEO_FRAMES))
     labels = ["--labels-file", str(out / CLASSES)]
     words = ["openvclip", "predict", str(clip), "--model", str(out), *labels]
-    print(f"try the model on a clip:\n  {shlex.join(words)}")
+    print(f"try the model on a clip of a shape that it was not trained on:\n  {shlex.join(words)}")
