@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import NamedTuple
 
 from openvclip.errors import WeightTypeError, listed
@@ -47,6 +48,7 @@ class Factor(NamedTuple):
     in_product: bool
 
 
+@lru_cache(maxsize=2**14)
 def factor_of(name: str) -> Factor | None:
     """Return what a name says if an entry of this name is a factor of an adapter, else None."""
     match = _FACTOR.match(name)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from openvclip.errors import UsageError, listed
 from openvclip.weights.adapters import mixed_factors, refuse_factors
 from openvclip.weights.kinds import kind_of, quantized_names, refuse, require_values, scales_of
-from openvclip.weights.memory import view_of
+from openvclip.weights.memory import is_one_view
 from openvclip.weights.numerics import bits_of, common_dtype, is_interpolable
 from openvclip.weights.shards import is_sharded
 
@@ -84,7 +84,7 @@ def is_same(a: Tensor, b: Tensor) -> bool:
     """Return whether two entries hold the same values, without reading shared memory."""
     if is_sharded(a) or is_sharded(b):
         return a is b
-    if view_of(a) == view_of(b):
+    if is_one_view(a, b):
         return True
     b = b.to(a.device)
     if a.dtype != b.dtype:  # for example float16 and float32
@@ -108,7 +108,7 @@ def require_own_memory(a: Mapping[str, Tensor], b: Mapping[str, Tensor], what: s
     same_object = True
     for name, value in a.items():
         if name in b and is_interpolable(value) and value.numel():
-            if view_of(value) != view_of(b[name]):
+            if not is_one_view(value, b[name]):
                 return
             is_live = isinstance(value, nn.Parameter)
             same_object = same_object and value is b[name] and not is_live
@@ -135,8 +135,8 @@ def require_separate_from(
     shared = []
     for name, value in live.items():
         if is_interpolable(value) and value.numel():
-            view = view_of(value)
-            if view in (view_of(a[name]), view_of(b[name])) and not is_same(a[name], b[name]):
+            would_change = is_one_view(value, a[name]) or is_one_view(value, b[name])
+            if would_change and not is_same(a[name], b[name]):
                 shared.append(name)
     if shared:
         raise UsageError(

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from openvclip.errors import UsageError
@@ -14,6 +14,8 @@ from openvclip.weights.numerics import memory_of
 from openvclip.weights.shards import is_sharded, local
 
 T = TypeVar("T", bound=Tensor)
+
+_PLAIN = frozenset({Tensor, nn.Parameter})
 
 
 def view_of(tensor: Tensor) -> Hashable:
@@ -31,6 +33,17 @@ def view_of(tensor: Tensor) -> Hashable:
     # same ties as all other processes.
     storage: Any = part.untyped_storage()
     return part.device, storage._cdata, part.dtype, part.shape
+
+
+def is_one_view(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors are the same values in memory: the keys of :func:`view_of` agree.
+
+    For plain tensors with different addresses, which is the usual case, this is much faster.
+    """
+    plain = type(a) in _PLAIN and type(b) in _PLAIN and a.layout == b.layout == torch.strided
+    if plain and a.data_ptr() != b.data_ptr():
+        return False
+    return view_of(a) == view_of(b)
 
 
 def tied_names(entries: Mapping[str, Tensor]) -> dict[str, str]:

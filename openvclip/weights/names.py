@@ -232,8 +232,9 @@ def require_live(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         UsageError: a state-dict hook replaces weights by copies, so a write to the state dict does
             not change the model.
     """
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    own = {id(value) for value in tensors}
+    # Faster than parameters() and buffers(), which make names.
+    registries = ((module._parameters, module._buffers) for module in model.modules())
+    own = {id(value) for pair in registries for registry in pair for value in registry.values()}
     strangers = {name: value for name, value in state.items() if id(value) not in own}
     if strangers:
         views = {view_of(value) for value in itertools.chain(model.parameters(), model.buffers())}

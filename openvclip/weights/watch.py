@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from openvclip.errors import UsageError, listed
 from openvclip.weights.averageable import is_same
-from openvclip.weights.memory import view_of
+from openvclip.weights.memory import is_one_view
 from openvclip.weights.numerics import bits_of, lerp_
 from openvclip.weights.shards import local, versions
 
@@ -151,7 +151,7 @@ def _is_restored(parameter: nn.Parameter | None, watched: nn.Parameter) -> bool:
     """Return whether a write to the watched parameter also restores the present one."""
     if parameter is None:
         return False
-    return parameter is watched or view_of(parameter) == view_of(watched)
+    return parameter is watched or is_one_view(parameter, watched)
 
 
 def _is_expected(parameter: nn.Parameter, kept: tuple[Tensor, Tensor] | None, alpha: float) -> bool:

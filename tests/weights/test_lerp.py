@@ -118,6 +118,43 @@ def test_a_pair_with_one_recorded_change_is_checked_again(changed: int, memory: 
     assert out[3] == -math.inf
 
 
+@pytest.mark.parametrize("order", [0, 1])
+def test_a_known_pair_does_not_hide_another_pair_with_the_same_tuned_model(order: int) -> None:
+    a, mask = torch.zeros(40), torch.full((40,), -math.inf)
+    tuned = torch.ones(40)
+    lerp([(torch.empty(40), a, tuned, 0.5)])
+    out, other = torch.empty(40), torch.empty(40)
+    jobs = [(out, a, tuned, 0.5), (other, mask, tuned, 0.5)]
+    lerp(jobs[::-1] if order else jobs)
+    assert torch.equal(out, torch.full((40,), 0.5))
+    assert torch.equal(other, mask)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    dtypes=st.lists(st.sampled_from(DTYPES), min_size=2, max_size=6),
+    sizes=st.lists(st.integers(0, 20), min_size=6, max_size=6),
+    changed=st.integers(0, 5),
+)
+def test_a_change_of_one_pair_of_many_is_noticed(
+    dtypes: list[torch.dtype], sizes: list[int], changed: int
+) -> None:
+    """The tensors of all dtypes are compared at once."""
+    pairs = [
+        [torch.full((size,), value, dtype=dtype) for value in (-1.0, 1.0)]
+        for dtype, size in zip(dtypes, sizes, strict=False)
+    ]
+    jobs = [(torch.empty_like(a), a, b, 0.25) for a, b in pairs]
+    lerp(jobs)
+    a, b = pairs[changed % len(pairs)]
+    largest = torch.finfo(a.dtype).max
+    a.data.fill_(-largest)  # not recorded; the difference overflows
+    b.data.fill_(largest)
+    lerp(jobs)
+    for out, x, y, lam in jobs:
+        torch.testing.assert_close(out, (lam * x.double() + (1 - lam) * y.double()).to(out.dtype))
+
+
 def test_a_pair_with_infinities_is_never_remembered(probes: list[int]) -> None:
     mask, out = torch.full((20,), -math.inf), torch.empty(20)
     for lam in (0.2, 0.4, 0.6):
