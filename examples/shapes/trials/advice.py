@@ -11,25 +11,18 @@ from collections.abc import Sequence
 import numpy as np
 
 from examples.shapes.results import Results
+from examples.shapes.trials.advice_words import PLACES, of_interpolation, of_pair, verdict_words
 from examples.shapes.trials.cells import QUESTIONS
-from examples.shapes.trials.claims import Judged, Verdict
+from examples.shapes.trials.claims import BETWEEN, Judged, Verdict
 from examples.shapes.trials.grid import at_edges
-from examples.shapes.trials.reading import MEAN, OUTCOMES, accuracies, lambda_of
+from examples.shapes.trials.reading import MEAN, accuracies, lambda_of
 from examples.shapes.trials.registry import METHODS, REFERENCE, Method
 from examples.shapes.trials.times import training_ratio
 from examples.shapes.trials.verdicts import powers
 from examples.shapes.trials.wording import cells_text, points, wrapped_page
 from openvclip.evaluation import markdown_table
 
-__all__ = ["advice_page", "verdict_words"]
-
-PLACES = {
-    "trained": "trained classes",
-    "shapes": "unseen shapes",
-    "actions": "unseen shapes and actions",
-    MEAN: "the mean of the three questions",
-}
-"""The questions, in sentences."""
+__all__ = ["advice_page"]
 
 MARKS: dict[Verdict, str] = {
     "higher": "▲\N{NO-BREAK SPACE}",
@@ -42,19 +35,20 @@ INTRODUCTION = (
     "world](shapes.md), and when to take it or not. The shapes world is a small world of drawn "
     "clips, with a CLIP of 0.6 million parameters. The results hold for this world. On your "
     "videos, compare two or three methods on held-out classes of your own.",
-    "Each method has the settings that were best in [one tuning "
-    "run](shapes.md#how-the-settings-were-chosen) with the same budget. A difference of a point or "
-    "two between two methods can come from the luck of this choice. *Clear* means: in the cells of "
-    "that page, at these settings, after the correction for all claims.",
+    "The settings were chosen in [one tuning run](shapes.md#how-the-settings-were-chosen) with "
+    "the same limits for all methods. Methods that share a training share its settings. A "
+    "difference of a point or two between two methods can come from the luck of this choice. "
+    "*Clear* means: in the cells of that page, at these settings, after the correction for all "
+    "claims.",
     "Each model is asked three questions, each with clips of its own: the trained classes, unseen "
     "shapes, and unseen shapes in unseen actions. A cell is a division of six actions into three "
-    "trained and three unseen actions. {cells}",
+    "trained and three unseen actions, with a seed. {cells}",
 )
 
 GROUPS = (
-    ("as much training as FINE-TUNE", 0.0, 1.15),
-    ("up to twice as much training", 1.15, 2.2),
-    ("more training", 2.2, float("inf")),
+    ("at most 1.15 times the training of FINE-TUNE", 0.0, 1.15),
+    ("1.15 to 2.2 times the training of FINE-TUNE", 1.15, 2.2),
+    ("more than 2.2 times the training of FINE-TUNE", 2.2, float("inf")),
 )
 """Costs by training time relative to plain fine-tuning: words, above, up to."""
 
@@ -88,12 +82,15 @@ def advice_page(results: Results, judged: Sequence[Judged]) -> str:
 
 def _short(results: Results, judged: Sequence[Judged]) -> str:
     """Return a list: interpolate or not, and the methods by their training time."""
-    lines = _of_interpolation(results, judged)
+    lines = of_interpolation(results, judged)
     overall = {
         item.claim.method: item
         for item in judged
         if _is_against_reference(item) and item.claim.question == MEAN
     }
+    above_reference = [item for item in overall.values() if item.verdict == "higher"]
+    found = _by_verdict(above_reference) or f"no method is clearly above {REFERENCE}"
+    lines.append(f"**Which method?** In {PLACES[MEAN]}: {found}.")
     for words, above, limit in GROUPS:
         names = [
             name
@@ -110,31 +107,6 @@ def _short(results: Results, judged: Sequence[Judged]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _of_interpolation(results: Results, judged: Sequence[Judged]) -> list[str]:
-    """Return what interpolation does to plain fine-tuning."""
-    if REFERENCE not in results["chosen"]:
-        return []
-    lam = lambda_of(results, REFERENCE, None)
-    lines = []
-    items = _of_pair(results, judged, REFERENCE, None, REFERENCE, 0.0)
-    if lam == 0:
-        lines.append(
-            "**Interpolate a fine-tuned model with CLIP?** On the development classes, no λ above "
-            f"0 was better for {REFERENCE}. [The accuracies along λ](shapes.md#along) show what "
-            "interpolation brings on each question."
-        )
-    if items:
-        lines.append(
-            f"**Interpolate a fine-tuned model with CLIP?** {REFERENCE} at λ = {lam:g} beside "
-            f"λ = 0: {verdict_words(items)}."
-        )
-    items = _of_pair(results, judged, REFERENCE, 0.0, "CLIP", None)
-    if items:
-        words = verdict_words(items)
-        lines.append(f"**Fine-tuning without interpolation** (λ = 0) beside CLIP: {words}.")
-    return lines
-
-
 def _by_verdict(items: Sequence[Judged]) -> str:
     """Return names of methods by their verdict, those with the largest differences first."""
     kinds = {
@@ -149,7 +121,9 @@ def _by_verdict(items: Sequence[Judged]) -> str:
         if of_kind:
             names = ", ".join(f"{item.claim.method} ({points(item.mean)})" for item in of_kind)
             if verdict == "not clear" and len(of_kind) > 3:
-                names = f"{len(of_kind)} methods"
+                low, high = (f(of_kind, key=lambda item: item.mean) for f in (min, max))
+                ends = (f"{item.claim.method}, {points(item.mean)}" for item in (low, high))
+                names = f"{len(of_kind)} methods, from {' to '.join(ends)}"
             texts.append(
                 f"{words} for {names}"
                 if verdict == "not clear"
@@ -166,9 +140,11 @@ def _overview(results: Results, judged: Sequence[Judged]) -> list[str]:
         unseen = " With so few cells, hardly any difference can be called clear."
     elif found:
         unseen = (
-            f" A true difference of {found[0].smallest_text} points in the mean is called clear "
-            "nine times in ten; smaller differences are often not seen. So *no clear difference* "
-            "does not mean that there is none."
+            f" For half of the claims on the mean, a true difference of {found[0].smallest_text} "
+            "points is called clear nine times in ten. The differences of the other methods vary "
+            "more over the cells, so larger differences can stay without a mark: for one claim in "
+            f"ten, it takes {found[1].smallest_text} points or more. So *no clear difference* does "
+            "not mean that there is none."
         )
     words = (
         f"Differences from {REFERENCE} at its best λ, in points of accuracy, means over the "
@@ -217,34 +193,16 @@ def _is_against_reference(item: Judged) -> bool:
     return claim.other == REFERENCE and claim.other_lam is None and claim.method != REFERENCE
 
 
-def _of_pair(
-    results: Results,
-    judged: Sequence[Judged],
-    method: str,
-    lam: float | None,
-    other: str,
-    other_lam: float | None,
-) -> list[Judged]:
-    """Return the claims about two rows. The chosen λ can be given as ``None`` or as its value."""
-
-    def row(name: str, lam: float | None) -> tuple[str, float]:
-        return name, lambda_of(results, name, lam)
-
-    return [
-        item
-        for item in judged
-        if (item.claim.method, item.claim.other) == (method, other)
-        and row(method, item.claim.lam) == row(method, lam)
-        and row(other, item.claim.other_lam) == row(other, other_lam)
-    ]
-
-
 def _advice(results: Results, method: Method, judged: Sequence[Judged]) -> list[str]:
     name = method.name
     lines = [f"It {method.does}."] if method.does else []
+    if method.how:
+        lines.append(f"**In code:** {method.how}.")
     if method.cost:
         ratio = None if name == REFERENCE else training_ratio(results, name)
-        time = "" if ratio is None else f"; measured: {ratio:.2f} times the training of FINE-TUNE"
+        time = "" if ratio is None else f"; measured: {ratio:.2f} times the training of {REFERENCE}"
+        if name != REFERENCE and method.needs == METHODS[REFERENCE].needs:
+            time = f"; the training is that of {REFERENCE}"
         lines.append(f"**Costs:** {method.cost}{time}.")
     against = [item for item in judged if item.claim.method == name and _is_against_reference(item)]
     against.sort(key=lambda item: item.claim.question != MEAN)
@@ -261,7 +219,7 @@ def _advice(results: Results, method: Method, judged: Sequence[Judged]) -> list[
     edges = at_edges(results, name)
     if edges:
         lines.append(
-            f"**At an edge:** of the settings that were tried, the chosen {', '.join(edges)}. A "
+            f"**At an edge:** the chosen {', '.join(edges)}, of the settings that were tried. A "
             "better setting may lie beyond."
         )
     pro, contra = _reasons(results, name, against, judged)
@@ -283,16 +241,19 @@ def _comparisons(results: Results, name: str, judged: Sequence[Judged]) -> list[
         chosen = lambda_of(results, REFERENCE, None)
         rows = [(chosen, REFERENCE, "λ = 0"), (chosen, "CLIP", "CLIP"), (0.0, "CLIP", "CLIP")]
         for lam, other, words in dict.fromkeys(rows):
-            items = _of_pair(
+            items = of_pair(
                 results, judged, REFERENCE, lam, other, 0.0 if other == REFERENCE else None
             )
             if items:
                 lines.append(f"**λ = {lam:g} beside {words}:** {verdict_words(items)}.")
         return lines
     for other in results["chosen"]:
-        items = [] if other == REFERENCE else _of_pair(results, judged, name, None, other, None)
+        items = [] if other == REFERENCE else of_pair(results, judged, name, None, other, None)
         if items:
             lines.append(f"**Beside {other}:** {verdict_words(items)}.")
+    items = of_pair(results, judged, name, None, REFERENCE, BETWEEN)
+    if items and lambda_of(results, REFERENCE, None) != BETWEEN:
+        lines.append(f"**Beside {REFERENCE} at λ = {BETWEEN:g}:** {verdict_words(items)}.")
     return lines
 
 
@@ -301,7 +262,7 @@ def _reasons(
 ) -> tuple[str, str]:
     """Return what the accuracy says for a method, and what it says against the method."""
     if name == "CLIP":
-        items = _of_pair(results, judged, REFERENCE, None, "CLIP", None)
+        items = of_pair(results, judged, REFERENCE, None, "CLIP", None)
         lam = f"FINE-TUNE at λ = {lambda_of(results, REFERENCE, None):g}" if items else ""
         lower, higher = _places(items, "lower"), _places(items, "higher")
         return (
@@ -309,7 +270,7 @@ def _reasons(
             f"{lam} is clearly above CLIP on {higher}." if higher else "",
         )
     if name == REFERENCE:
-        items = _of_pair(results, judged, REFERENCE, None, REFERENCE, 0.0)
+        items = of_pair(results, judged, REFERENCE, None, REFERENCE, 0.0)
         lam = f"λ = {lambda_of(results, REFERENCE, None):g}"
         lower, higher = _places(items, "lower"), _places(items, "higher")
         pro = f"Interpolate: {lam} is clearly above λ = 0 on {higher}." if higher else ""
@@ -341,25 +302,3 @@ def _places(items: Sequence[Judged], verdict: Verdict) -> str:
     """Return the questions with a verdict, such as ``"trained classes, and on unseen shapes"``."""
     names = [PLACES[item.claim.question] for item in items if item.verdict == verdict]
     return ", and on ".join(names) if len(names) < len(QUESTIONS) else "all three questions"
-
-
-def verdict_words(items: Sequence[Judged], other: str = "") -> str:
-    """Return the verdicts in words, such as ``"clearly higher than X on ... (+1.2)"``."""
-    texts = []
-    kinds = {
-        "higher": "clearly higher",
-        "lower": "clearly lower",
-        "not clear": "no clear difference",
-    }
-    for verdict, words in kinds.items():
-        of_kind = [item for item in items if item.verdict == verdict]
-        if of_kind:
-            than = ("from " if verdict == "not clear" else "than ") + f"{other} " if other else ""
-            places = ", ".join(
-                f"{PLACES[item.claim.question]} ({points(item.mean)})" for item in of_kind
-            )
-            texts.append(f"{words} {than}on {places}")
-    return "; ".join(texts)
-
-
-assert set(PLACES) == set(OUTCOMES)

@@ -15,10 +15,13 @@ import numpy as np
 from examples.shapes.results import Results
 from examples.shapes.trials.cells import QUESTIONS
 from examples.shapes.trials.reading import MEAN, OUTCOMES, Outcome, accuracies, lambda_of
-from examples.shapes.trials.registry import METHODS, PAPER, REFERENCE
+from examples.shapes.trials.registry import CURVE, METHODS, PAPER, REFERENCE, Method
 from examples.shapes.trials.statistics import LEVEL, holm, p_value
 
-__all__ = ["Claim", "Judged", "Verdict", "claims_of", "judge"]
+__all__ = ["BETWEEN", "Claim", "Judged", "Verdict", "claims_of", "judge"]
+
+BETWEEN = CURVE[1]
+"""The λ of plain fine-tuning for the comparison with merges that take the place of λ."""
 
 Verdict = Literal["higher", "lower", "not clear"]
 
@@ -81,6 +84,8 @@ def claims_of(methods: Sequence[str]) -> list[Claim]:
       against λ = 0 and against CLIP, and Open-VCLIP against CLIP.
     - Every method against plain fine-tuning at its best λ: on the mean of the three questions, and
       on each question, unless the method changes one part of another method (``like``).
+    - On each of these: a merge of plain fine-tuning that takes the place of λ, against plain
+      fine-tuning at λ = :data:`BETWEEN`.
     - On the mean: a method against the methods that its entry names (``beside``).
     """
     general: tuple[tuple[str, float | None, str, float | None], ...] = (
@@ -99,11 +104,22 @@ def claims_of(methods: Sequence[str]) -> list[Claim]:
             is_part = name in METHODS and METHODS[name].like is not None
             outcomes: Sequence[Outcome] = (MEAN,) if is_part else OUTCOMES
             claims += [Claim(name, None, REFERENCE, None, outcome) for outcome in outcomes]
+    claims += [
+        Claim(name, None, REFERENCE, BETWEEN, outcome)
+        for name in methods
+        if name in METHODS and _replaces_lambda(METHODS[name])
+        for outcome in OUTCOMES
+    ]
     for name in methods:
         for other in METHODS[name].beside if name in METHODS else ():
             claims.append(Claim(name, None, other, None, MEAN))
     known = {*methods}
     return [claim for claim in claims if {claim.method, claim.other} <= known]
+
+
+def _replaces_lambda(method: Method) -> bool:
+    """Return whether the method makes a model between CLIP and plain fine-tuning without λ."""
+    return method.lams == (0.0,) and method.needs == METHODS[REFERENCE].needs
 
 
 def judge(results: Results, claims: Sequence[Claim]) -> list[Judged]:

@@ -1,8 +1,8 @@
 """The methods of this library beside each other in the shapes world.
 
 Without --full: one cell (three trained actions of six, one seed), the main methods with the
-settings of the published results, in under 4 minutes on 2 cores. With --full: all methods, each at
-the best of its settings on development classes, over 40 cells, in about 4 hours. Each result is
+settings of the published results, in under 4 minutes on 2 cores. With --full: all methods, at
+settings chosen on development classes, over 32 cells, in less than 4 hours. Each result is
 printed and saved as it comes. A run that was stopped goes on with the same command.
 """
 
@@ -64,7 +64,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--only", nargs="+", metavar="METHOD", help="run only these methods, and those they need"
     )
     parser.add_argument(
-        "--cells", type=int, default=None, help="number of cells (default: 40 with --full, else 1)"
+        "--cells",
+        type=int,
+        default=None,
+        help=f"number of cells (default: {FULL.cells} with --full, else 1)",
     )
     parser.add_argument(
         "--jobs",

@@ -8,6 +8,7 @@ pages comes from the complete cells. The page says how many there are so far.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import re
 from collections.abc import Sequence
@@ -38,6 +39,7 @@ from examples.shapes.trials.tables import (
     curves_of,
     main_table,
 )
+from examples.shapes.trials.tasks import CLIP_SECONDS
 from examples.shapes.trials.verdicts import claims_table, power_table, power_text, summary
 from examples.shapes.trials.wording import cells_text, wrapped_page
 from openvclip.checkpoints import atomic_path
@@ -96,6 +98,7 @@ def page(results: Results) -> str:
         "costs": cost_table(shown),
         "origin": _origin(results, shown),
         "failures": failures_text(results),
+        "cells": str(FULL.cells),
         **{name: str(sizes[name]) for name in ("test", "train", "stills", "steps", "development")},
         "batch": str(sizes["batch_size"]),
     }
@@ -129,12 +132,14 @@ def _origin(results: Results, shown: Results) -> str:
     of_cells = [_seconds(entry) for entry in results["cells"].values()]
     tuning = _seconds(results["tuning"])
     whole = [_seconds(entry) for entry in shown["cells"].values()]
-    everything = (tuning + FULL.cells * sum(whole) / len(whole)) / 2
+    sizes = results["settings"]["sizes"]
+    drawing = CLIP_SECONDS * (sizes["train"] + len(QUESTIONS) * sizes["test"])
+    everything = (tuning + FULL.cells * (drawing + sum(whole) / len(whole))) / 2
     return (
         f"The trainings and evaluations took {(sum(of_cells) + tuning) / 3600:.1f} hours of one "
         f"core ({origins(results)}). At this speed, the tuning and {FULL.cells} cells take "
-        f"{everything / 3600:.1f} hours of 2 cores, and the drawing of the clips some minutes "
-        f"more. [`{RESULTS}`](assets/{RESULTS}) has all results."
+        f"{everything / 3600:.1f} hours of 2 cores. This includes {1000 * CLIP_SECONDS:.0f} ms for "
+        f"each clip that is drawn, measured apart. [`{RESULTS}`](assets/{RESULTS}) has all results."
     )
 
 
@@ -183,8 +188,10 @@ def publish(results: Results, docs: Path = DOCS) -> list[Path]:
         with atomic_path(docs / name) as partial:
             partial.write_text(text, encoding="utf-8")
     written = [docs / name for name in pages]
+    # Only a folder "docs" belongs to the README beside it. A reader's own pages can be anywhere.
     readme = docs.parent / "README.md"
-    if readme.exists() and README_MARK in readme.read_text(encoding="utf-8"):
+    is_own = docs.resolve().name == "docs"
+    if is_own and readme.exists() and README_MARK in readme.read_text(encoding="utf-8"):
         with_table = _with_table(readme.read_text(encoding="utf-8"), shown)
         readme.write_text(with_table, encoding="utf-8")
         written.append(readme)
@@ -216,9 +223,25 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("results", type=Path, help="OUT/results.json of the comparison")
     parser.add_argument(
-        "--docs", type=Path, default=DOCS, help="folder of the pages; default: docs"
+        "--docs",
+        type=Path,
+        default=DOCS,
+        help="folder of the pages; default: docs, and the table of the README",
+    )
+    parser.add_argument(
+        "--methods",
+        metavar="MODULE",
+        help="module that registers methods of your own, such as examples.shapes.own_method",
     )
     args = parser.parse_args(arguments)
+    if args.methods:
+        try:
+            importlib.import_module(args.methods)
+        except ModuleNotFoundError as error:
+            raise SystemExit(
+                f"--methods {args.methods}: {error}. Expected the name of a module that Python "
+                "finds from this folder, such as examples.shapes.own_method."
+            ) from error
     try:
         results: Results = json.loads(args.results.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:

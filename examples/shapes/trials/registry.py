@@ -97,6 +97,7 @@ class Method:
         form: how the weights become a classifier.
         beside: further methods that the method is compared with, on the mean of the questions.
         does: what the method does, as part of a sentence ("averages ...").
+        how: what to call in this library, in Markdown.
         cost: what the method costs, in words.
         when: what has to be given so that the method can be taken: needs and costs, no accuracy.
         beware: needs and costs that speak against the method; no accuracy.
@@ -113,6 +114,7 @@ class Method:
     form: Form = EXPANDED
     beside: tuple[str, ...] = ()
     does: str = ""
+    how: str = ""
     cost: str = ""
     when: str = ""
     beware: str = ""

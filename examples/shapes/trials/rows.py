@@ -13,6 +13,10 @@ from openvclip import merging
 _AVERAGE = first_end("swa")
 _PARTS = "if the videos can't be brought together in one place"
 
+_IWR = "[`InterpolatedWeightRegularizer`][openvclip.InterpolatedWeightRegularizer]"
+_SWA = "[`SWATracker`][openvclip.SWATracker]"
+_DISTILL = "[`FeatureDistillation`][openvclip.training.FeatureDistillation]"
+
 #: By share, the rows with as many second passes.
 _SAME_COST = {f"1/{every}": (f"Open-VCLIP, every {every}",) for every in EVERY}
 
@@ -71,11 +75,14 @@ register(
         (PLAIN,),
         curve=True,
         unlabelled=True,
-        does="trains the image tower, and interpolates the result with the original CLIP",
-        cost="one training, and one evaluation for each λ",
-        when="as the start of all other methods: interpolation needs no change of a training "
-        "that you have already",
-        beware="if you don't have the weights of the original CLIP, which interpolation needs",
+        does="trains the image tower with the cross entropy alone; λ above 0 interpolates the "
+        "result with the original CLIP",
+        how="[`interpolate`][openvclip.interpolate] for λ ([which "
+        "λ?](your-own-loop.md#interpolating-at-the-end))",
+        cost="one training, and one evaluation for each λ that you try",
+        when="if you want the simplest training; λ, MonoSoup and LiNeS can be tried on its weights "
+        "afterwards",
+        beware="if the weights of CLIP have to stay as they are",
     )
 )
 register(
@@ -83,6 +90,7 @@ register(
         "L2",
         ("l2",),
         does="adds a penalty on the squared distance to the original CLIP to the loss",
+        how="[`L2ToAnchor`][openvclip.L2ToAnchor]",
         cost="a few percent of a step, and memory for one copy of the trained weights",
         when="if your training can have one more term in its loss, and no second pass",
         beware="if you can't try several weights of the penalty",
@@ -94,6 +102,7 @@ register(
         (PLAIN,),
         _AVERAGE,
         does="averages the weights over the second half of the training",
+        how=_SWA,
         cost="memory for one copy of the trained weights",
         when="if you have memory for one copy of the trained weights; it needs no further pass",
         beware="if the training has only a few steps after the start of the average",
@@ -105,6 +114,7 @@ register(
         (PLAIN,),
         first_end("ema"),
         does="averages the weights, the latest weights most (decay 0.98)",
+        how="[`EMATracker`][openvclip.EMATracker]",
         cost="memory for one copy of the trained weights",
         when="if an average has to be there at any step of a training; it needs no further pass",
         beware="if you can't choose its decay, which has to fit the number of steps",
@@ -117,6 +127,7 @@ register(
         first_end("gaussian"),
         does="averages the weights, those around three quarters of the training most (a standard "
         "deviation of a fifth of the steps)",
+        how="[`GaussianTracker`][openvclip.GaussianTracker]",
         cost="memory for one copy of the trained weights",
         when="if the number of steps is known when the training starts; it needs no further pass",
         beware="if the training may end early: the weights of the average follow from the number "
@@ -129,6 +140,7 @@ register(
         ("iwr",),
         does="trains the weights and, in the same step, a random interpolation with the original "
         "CLIP; takes the last weights",
+        how=_IWR,
         cost="a second pass in each step, and memory for two copies of the trained weights",
         when="if you interpolate afterwards, and a training may cost twice as much",
         beware="if the memory has no place for two more copies of the trained weights",
@@ -142,6 +154,7 @@ register(
         curve=True,
         unlabelled=True,
         does="is IWR together with SWA, interpolated with the original CLIP",
+        how=f"{_IWR} and {_SWA} ([in your own loop](your-own-loop.md))",
         cost="a second pass in each step, and memory for three copies of the trained weights",
         beside=("IWR",),
         when="if you interpolate afterwards, and a training may cost twice as much",
@@ -156,10 +169,11 @@ for _text in SHARES:
             _AVERAGE,
             like="Open-VCLIP",
             does=f"computes the second pass on a random {_text} of the clips of a step",
+            how=f"{_IWR} with `share={1 / int(_text[2:]):g}`",
             cost=f"{_text} of a second pass in each step",
             beside=(PAPER, *_SAME_COST.get(_text, ())),
             when="if the second pass of Open-VCLIP is too expensive",
-            beware="with batches of a few clips: the part has at least one clip",
+            beware="with small batches: a part has at least one clip, so a small batch saves less",
         )
     )
 for _every in EVERY:
@@ -170,6 +184,7 @@ for _every in EVERY:
             _AVERAGE,
             like="Open-VCLIP",
             does=f"computes the second pass in one of {_every} steps",
+            how=f"{_IWR} with `every={_every}`",
             cost=f"a second pass in 1 of {_every} steps",
             beside=(PAPER,),
             when="if the second pass of Open-VCLIP is too expensive",
@@ -182,6 +197,7 @@ register(
         ("lora",),
         does="trains factors of rank 8 for the matrices of the image tower, and interpolates their "
         "products",
+        how="[LoRA with `openvclip.Adapter`](lora.md)",
         cost="less memory for the optimizer; a file of a few megabytes for each model",
         when="if you keep many fine-tuned models, or the memory of the optimizer is the limit",
         beware="if your training can't use adapters (here: of peft)",
@@ -192,6 +208,7 @@ register(
         "LoRA + IWR",
         ("lora + iwr",),
         does="is LoRA, with IWR on the products of the factors",
+        how="[LoRA with `openvclip.Adapter`](lora.md)",
         cost="a second pass in each step",
         beside=("LoRA",),
         when="if you use LoRA, interpolate afterwards, and a training may cost twice as much",
@@ -205,6 +222,7 @@ register(
         _AVERAGE,
         does="trains both towers, and keeps their features near those of the original CLIP up to a "
         "learned residual; averages along the training",
+        how=f"{_DISTILL} and {_SWA} ([its recipe](recipes.md#froster))",
         cost="a pass of the original CLIP in each step, and its memory; the text tower is trained",
         when="if the text tower may be trained too, and a step may have one pass of the original "
         "CLIP more",
@@ -217,6 +235,7 @@ register(
         ("froster + iwr",),
         _AVERAGE,
         does="is FROSTER, with IWR",
+        how=f"{_DISTILL} and {_IWR}",
         cost="two passes of each model in each step",
         beside=("FROSTER",),
         when="if a training may cost more than three times as much",
@@ -228,6 +247,7 @@ register(
         "Lipsum-FT",
         ("lipsum",),
         does="keeps the logits of random texts as they are with the original CLIP",
+        how="[`TextEnergy`][openvclip.training.TextEnergy]",
         cost="a pass of the original CLIP in each step, and its memory",
         when="if the text tower stays frozen, and a step may have one pass of the original CLIP "
         "more",
@@ -243,6 +263,7 @@ register(
         tuple({"threshold": t} for t in (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)),
         lams=(0.0,),
         does="shrinks the weak directions of the change of each matrix",
+        how="[`merging.monosoup`][openvclip.merging.monosoup]",
         cost="a singular value decomposition of each matrix, once",
         when="if you have one fine-tuned model and no data to choose λ on (here its threshold "
         "was chosen on the development classes)",
@@ -258,6 +279,7 @@ register(
         tuple({"alpha": a} for a in (0.0, 0.1, 0.2, 0.3, 0.5, 0.7)),
         lams=(0.0,),
         does="shrinks the changes of the first layers most",
+        how="[`merging.lines`][openvclip.merging.lines] with `beta=1 - alpha`",
         cost="nothing beside one evaluation for each α",
         when="if you have one fine-tuned model, and the last layers should keep their whole change",
         beware="if the depth of a layer can't be read from the names of the entries",
@@ -270,6 +292,7 @@ register(
         _soup,
         like="FINE-TUNE",
         does="is the mean of three trainings with different orders of the clips",
+        how="[`merging.average`][openvclip.merging.average]",
         cost="three trainings",
         when="if you have several trainings of the same kind already",
         beware="if you would have to train for it: it costs three trainings",
@@ -284,6 +307,7 @@ register(
         like="FINE-TUNE",
         does="interpolates the mean of three trainings with the original CLIP, each tensor by the "
         "angles of the changes",
+        how="[`merging.model_stock`][openvclip.merging.model_stock]",
         cost="three trainings; no data to choose λ on",
         when="if you have several trainings, and no data to choose λ on",
         beware="if you would have to train for it: it costs three trainings",
@@ -296,6 +320,7 @@ register(
         _parts_mean,
         like="FINE-TUNE",
         does="is the mean of three trainings, each on one of the trained actions alone",
+        how="[`merging.average`][openvclip.merging.average]",
         cost="as many steps as one training",
         when=_PARTS,
         beware="if one training can see all videos",
@@ -311,6 +336,7 @@ register(
         like="FINE-TUNE",
         does="merges the leading singular vectors of the changes of three trainings, each on one "
         "of the trained actions alone",
+        how="[`merging.tsv_merge`][openvclip.merging.tsv_merge]",
         cost="as many steps as one training, and singular value decompositions, once",
         beside=("mean of runs on 3 actions",),
         when=_PARTS,
@@ -327,6 +353,7 @@ register(
         like="FINE-TUNE",
         does="adds the changes of three trainings, each on one of the trained actions alone, and "
         "makes the singular values of each matrix equal",
+        how="[`merging.iso_c`][openvclip.merging.iso_c]",
         cost="as many steps as one training, and singular value decompositions, once",
         beside=("mean of runs on 3 actions",),
         when=_PARTS,
@@ -339,6 +366,7 @@ register(
         ("vifi",),
         form=VIDEO,
         does="trains both towers, frame by frame, and interpolates the result with CLIP",
+        how="[its recipes](recipes.md)",
         cost="the text tower is trained too, so the class names are encoded in each step",
         when="if the image tower has to stay without attention over frames, and the text tower "
         "may be trained",
@@ -352,6 +380,7 @@ register(
         form=VITA,
         lams=(0.0,),
         does="trains prompts for both towers and keeps all weights of CLIP",
+        how="[its recipe](recipes.md#vita-clip)",
         cost="more tokens in each layer, also when the model is used",
         when="if the weights of CLIP have to stay as they are",
         beware="if the model has to be as fast as CLIP: each layer has more tokens",

@@ -17,6 +17,7 @@ from examples.shapes.run import environment
 from examples.shapes.schedule import WorkError, side_by_side
 from examples.shapes.trials.cells import QUESTIONS, TUNING, Cell, cell
 from examples.shapes.trials.clips import remove_clips
+from examples.shapes.trials.codes import require_same_code
 from examples.shapes.trials.registry import METHODS, TRAININGS
 from examples.shapes.trials.store import Choice, open_results
 from examples.shapes.trials.tasks import Failure, Place, Task, cost, do
@@ -37,6 +38,9 @@ class Runner:
         jobs: number of processes with one thread each; 1 works in this process.
         choices: the settings of the methods. Default: they are chosen on the development lists.
         keep: whether to keep the clips and the weights of finished cells.
+
+    Raises:
+        FileExistsError: the folder holds results of other sizes, or of other code of a function.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class Runner:
         self.methods = [name for name in METHODS if name in _with_likes(methods)]
         self.path = place.out / "results.json"
         self.results: Results = open_results(self.path, place.sizes, choices is not None)
+        require_same_code(self.results, self.methods, self.path)
         self.results["failures"] = {}
         self._environment = environment()
         self._cost_left = self._cost_done = 0.0

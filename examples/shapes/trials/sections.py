@@ -78,7 +78,8 @@ def share_text(judged: Sequence[Judged]) -> str:
                 "no clear difference" if item.verdict == "not clear" else f"clearly {item.verdict}"
             )
             sentences.append(
-                f"At equal cost, {names[0]} beside {names[1]}: {kind} ({points(item.mean)})."
+                f"With as many clips in second passes, {names[0]} beside {names[1]}: {kind} "
+                f"({points(item.mean)})."
             )
     return " ".join(["In the mean of the three questions:", *sentences])
 
@@ -146,7 +147,7 @@ def unlabelled_section(results: Results) -> str:
             rows.append([name, HEADS[question], *cells])
     if not rows:
         return "There are no results yet."
-    header = ["method", "clips without labels", "chosen λ"]
+    header = ["method", "clips without labels", "accuracy at the chosen λ"]
     for rule in RULES:
-        header += [f"λ of {rule}", f"with λ of {rule}"]
+        header += [f"mean λ of {rule}", f"accuracy at λ of {rule}"]
     return markdown_table(header, rows)

@@ -1,12 +1,14 @@
 // The tables and the list of clips at the chosen λ.
 
 function showNow() {
-  var rows = [], clip = false, std = false;
+  var rows = [], clip = false, std = false, other = [];
   testsOf(state.model).forEach(function (test) {
     var one = runOf(state.model, test), i = at(one, lam());
     if (i < 0) return;
     var from = one.baseline ? one.baseline.top1 : null;
     clip = clip || Boolean(one.baseline);
+    var differs = (one.baseline && one.baseline.differs) || [];
+    if (differs.length) other.push(numbers.tests[test] + " (another " + differs.join(", ") + ")");
     var row = [numbers.tests[test], spread(one, "top1", i), spread(one, "top5", i),
       percent(from), points(change(one.top1[i], from))];
     std = std || known(one.top1_std[i]);
@@ -26,6 +28,8 @@ function showNow() {
   table("now", "Accuracy of " + numbers.models[state.model] + " in %" +
     (known(lam()) ? " at " + lamText(lam()) : "") +
     (std ? ", mean ± standard deviation over the splits" : ""), heads, rows);
+  byId("now-note").textContent = other.length ? "CLIP was evaluated with other settings on " +
+    other.join("; ") + ", so the change comes from these settings too." : "";
   present("here", true);
 }
 function spread(one, k, i) {
