@@ -127,8 +127,8 @@ def combined(
     Args:
         states: models with the same canonical names and shapes.
         combine: function that merges the tensors of one entry. All tensors are on the device of
-            the first model's entry. A complex tensor is passed as pairs of real numbers
-            (``[..., 2]``).
+            the first model's entry, or on the CPU if that device has no float64. A complex tensor
+            is passed as pairs of real numbers (``[..., 2]``).
         dtype: dtype of the floating-point entries of the result. Default: the narrowest dtype that
             holds the entries of all models.
         narrow: whether the default dtype may be half precision.
@@ -151,12 +151,14 @@ def combined(
             result[name] = contiguous_copy(first)
         else:
             entries = [whole(state[name]) for state in states]
+            # Apple's devices have no float64, which most methods compute in.
+            home = torch.device("cpu") if first.device.type == "mps" else first.device
             common = functools.reduce(common_dtype, (entry.dtype for entry in entries))
-            entries = [_real(entry, first.device, common) for entry in entries]
+            entries = [_real(entry, home, common) for entry in entries]
             merged = _merged(name, entries, combine, names)
             merged = torch.view_as_complex(merged) if common.is_complex else merged
             default = common if narrow else compute_dtype(common)
-            merged = merged.to(default if dtype is None else dtype).contiguous()
+            merged = merged.to(default if dtype is None else dtype).contiguous().to(first.device)
             result[name] = sharded_like(merged, first)
     return result
 

@@ -112,20 +112,16 @@ def rounding_floor(matrix: Tensor, dtypes: Iterable[torch.dtype]) -> float:
 
 
 def _decomposed(matrix: Tensor, name: str) -> _Parts:
-    # Devices without float64, such as Apple's, leave the work to the CPU.
-    device = torch.device("cpu") if matrix.device.type == "mps" else matrix.device
-    wide = matrix.to(device, torch.float64)
+    wide = matrix.double()
     ways: list[Callable[[Tensor], _Parts]] = [_by_eigenvectors, _by_svd]
     if matrix.dtype == torch.float64:
         ways.reverse()  # its products are not exact in float64
     errors = []
     for way in ways:
         try:
-            left, values, right = way(wide)
+            return way(wide)
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             errors.append(error)
-            continue
-        return left.to(matrix.device), values.to(matrix.device), right.to(matrix.device)
     raise MergeError(
         f"{name}: the singular values of the change of shape {list(matrix.shape)} can't be "
         f"computed; two algorithms did not converge ({errors[0]}). Leave out the model with the "

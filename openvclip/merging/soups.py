@@ -112,8 +112,6 @@ def greedy_soup(
         StateMismatchError, WeightTypeError: as in :func:`openvclip.interpolate`.
     """
     _require_models(models, "greedy_soup")
-    for i, model in enumerate(models):
-        require_mapping(model, f"models[{i}]")
     # Both checks fail before a long evaluation.
     states = matched(models[0], models, "models[0]", "models[{}]")[1:]
     broken = [name for state in states for name in non_finite_names(interpolable_entries(state))]
@@ -134,6 +132,8 @@ def greedy_soup(
 def _require_models(models: object, function: str) -> None:
     if not isinstance(models, Sequence) or not models:
         raise MergeError(f"{function}: expected a list of one or more state dicts.")
+    for i, model in enumerate(models):  # an adapter would be merged with the first model
+        require_mapping(model, f"models[{i}]")
 
 
 def _score(

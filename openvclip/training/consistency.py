@@ -10,6 +10,7 @@ from openvclip.commands.parsing import unused_option
 from openvclip.training.methods import is_expanded
 from openvclip.training.recipe import PROMPT_METHODS, VIFI_TOWERS, Recipe
 from openvclip.training.shared_options import unused_frame_options, unused_weight_options
+from openvclip.weights.batch_part import part_size
 
 _PROMPT_OPTIONS = ("vision_prompts", "text_prompts", "vision_depth", "text_depth", "class_prompts")
 
@@ -71,6 +72,12 @@ def _require_pairs(args: argparse.Namespace, fail: Callable[[str], object]) -> N
         fail(
             f"--batch-size {args.batch_size}: --objective contrastive compares the videos of a "
             "batch and needs at least 2"
+        )
+    if part_size(args.share, args.batch_size) < 2:
+        fail(
+            f"--share {args.share:g} of --batch-size {args.batch_size} is one video: --objective "
+            "contrastive compares the videos of this part and needs at least 2. Give a larger "
+            "--share, or --every in its place"
         )
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from openvclip.errors import RecipeError
-from openvclip.weights.arguments import as_float
+from openvclip.weights.arguments import as_float, is_whole
 
 VIFI_TOWERS: dict[str, Literal["both", "image", "text"]] = {
     "vifi": "both",
@@ -84,7 +84,7 @@ class Recipe:
         "epoch 2, and the average is the mean of the models after epochs 2 to 22, as in the "
         "release",
     )
-    averages_per_epoch: int = _setting(1, "models that enter the average in an epoch")
+    averages_per_epoch: int = _setting(1, "models that enter the average in an epoch", at_least=1)
     lam: float = _setting(0.5, "weight of CLIP in the final interpolation")
     seed: int = _setting(0, "seed of the order of the videos, their augmentation and alpha")
 
@@ -95,6 +95,11 @@ class Recipe:
             number = getattr(self, name)
             if not 0 <= as_float(number) < math.inf:
                 raise RecipeError(f"{name}={number!r}: expected a finite number of at least 0.")
+        if not is_whole(self.averages_per_epoch, 1):
+            raise RecipeError(
+                f"averages_per_epoch={self.averages_per_epoch!r}: expected a whole number, at "
+                "least 1."
+            )
 
     @property
     def uses_iwr(self) -> bool:

@@ -231,7 +231,6 @@ class Adapter(RelativeWeights):
         }
         return {**merged, **extra}
 
-    @torch.no_grad()
     def merge_into(self, model: nn.Module, lam: Lambda = 0.0) -> None:
         """Add the changes to the weights of a base model, in place.
 
@@ -250,8 +249,9 @@ class Adapter(RelativeWeights):
         require_live(model, live)
         entries, _ = self._fitting(live)
         weight_of = weights_of(lam, {name: entries[name] for name in self.names})
-        for name, weight in weight_of.items():
-            live[name].copy_(self._merged_entry(name, live[name], 1.0 - weight, None))
+        with torch.no_grad():
+            for name, weight in weight_of.items():
+                live[name].copy_(self._merged_entry(name, live[name], 1.0 - weight, None))
         torch.clear_autocast_cache()
 
     def on(self, base: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

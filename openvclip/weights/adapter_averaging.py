@@ -27,6 +27,7 @@ from openvclip.weights.adapter_model import (
     lora_layers,
 )
 from openvclip.weights.adapter_storage import state_of_adapter
+from openvclip.weights.arguments import is_whole
 from openvclip.weights.low_rank import CompressionLoss, LowRank
 from openvclip.weights.numerics import (
     common_dtype,
@@ -76,9 +77,9 @@ class AdapterTracker(Tracker):
         check_finite: bool = True,
     ) -> None:
         super().__init__(start, every, check_finite)
-        if max_rank is not None and not (isinstance(max_rank, int) and max_rank >= 1):
+        if max_rank is not None and not is_whole(max_rank, 1):
             raise UsageError(f"max_rank={max_rank!r}: expected None or a whole number, at least 1.")
-        self.max_rank = max_rank
+        self.max_rank = None if max_rank is None else int(max_rank)
         self._adapter = adapter
         self._sums: dict[str, ProductSum] = {}
         self._values: dict[str, Tensor] = {}
@@ -87,6 +88,7 @@ class AdapterTracker(Tracker):
         self._like = Adapter({}, {}, present.layouts, present.modules_to_save, present.base)
         self._names = {name: update.shape for name, update in present.updates.items()}
         self._dtypes = {name: value.dtype for name, value in present.values.items()}
+        self._shapes = {name: tuple(value.shape) for name, value in present.values.items()}
         watch_optimizers()
 
     @abstractmethod
@@ -141,14 +143,16 @@ class AdapterTracker(Tracker):
             self._values[name] = wide.mul_(new)
 
     def _require_same(self, present: Adapter) -> None:
-        given = {name: update.shape for name, update in present.updates.items()}
-        expected = {**self._names, **dict.fromkeys(self._dtypes, ())}
-        names = {**given, **dict.fromkeys(present.values, ())}
-        if expected != names:
+        # An entry can have a change and a value of its own.
+        updates = {name: update.shape for name, update in present.updates.items()}
+        values = {name: tuple(value.shape) for name, value in present.values.items()}
+        expected, given = self._names.keys() | self._shapes, updates.keys() | values
+        if updates != self._names or values != self._shapes:
             raise StateMismatchError(
                 "The model does not train the entries of the tracked model.",
-                missing=expected.keys() - names.keys(),
-                unexpected=names.keys() - expected.keys(),
+                missing=expected - given,
+                unexpected=given - expected,
+                mismatched=[*_differing(self._names, updates), *_differing(self._shapes, values)],
                 hint="Create the tracker after the last change of requires_grad and of the "
                 "adapters.",
             )
@@ -277,6 +281,13 @@ class AdapterTracker(Tracker):
                 unexpected=saved - names,
                 hint="Train the same adapter as in the run that was saved.",
             )
+        shapes = {name: tuple(value.shape) for name, value in state["values"].items()}
+        if differing := _differing(self._shapes, shapes):
+            raise StateMismatchError(
+                "The saved average does not fit the model.",
+                mismatched=differing,
+                hint="Train the same adapter as in the run that was saved.",
+            )
         sums = {name: ProductSum(state["max_rank"]) for name in state["sums"]}
         for name, products in sums.items():
             try:
@@ -288,6 +299,14 @@ class AdapterTracker(Tracker):
         self._steps, self._n_averaged = int(state["steps"]), int(state["n_averaged"])
         for setting in self._settings:
             setattr(self, setting, state[setting])
+
+
+def _differing(
+    expected: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]
+) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """Return ``(name, expected shape, given shape)`` of the names in both whose shapes differ."""
+    both = [name for name in expected if name in given]
+    return [(n, expected[n], given[n]) for n in both if expected[n] != given[n]]
 
 
 @contextmanager

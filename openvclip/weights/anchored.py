@@ -49,7 +49,6 @@ class AnchoredWeights:
         self.fingerprint = fingerprint(self.anchor, named_parameters(model))
         trained = trained_parameters(model)
         self._unanchored = trained.keys() - self.anchor.keys()
-        self._unscaled = unscaled_factors(trained, self.anchor)  # of products of LoRA
         self.stash: dict[str, Tensor] = {}
         self._watch: WeightWatch | None = None  # of the last block, if a GPU compares its weights
         self._copies: HiddenCopies | None = None
@@ -89,7 +88,8 @@ class AnchoredWeights:
         trained = trained_parameters(self._model)
         changed: list[str] = []
         try:
-            factors = {name: trained[name] for name in self._unscaled if name in trained}
+            # If lora_B was frozen since the anchor was taken, its product is not scaled.
+            factors = {name: trained[name] for name in unscaled_factors(trained, live)}
             with (
                 keeping_buffers(modules),
                 product_gradients(factors, alpha),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from openvclip.errors import UsageError, listed
 from openvclip.weights.adapters import mixed_factors, refuse_factors
 from openvclip.weights.kinds import kind_of, quantized_names, refuse, require_values, scales_of
-from openvclip.weights.memory import is_one_view
-from openvclip.weights.numerics import bits_of, common_dtype, is_interpolable
+from openvclip.weights.memory import is_one_view, overlap
+from openvclip.weights.numerics import bits_of, common_dtype, is_interpolable, memory_of
 from openvclip.weights.shards import is_sharded
 
 
@@ -132,12 +132,18 @@ def require_separate_from(
     Raises:
         UsageError: an entry of ``a`` or ``b`` would be overwritten with other values.
     """
+    by_memory: dict[Hashable, list[Tensor]] = {}
+    for value in live.values():
+        if value.numel():
+            by_memory.setdefault(memory_of(value), []).append(value)
     shared = []
-    for name, value in live.items():
-        if is_interpolable(value) and value.numel():
-            would_change = is_one_view(value, a[name]) or is_one_view(value, b[name])
-            if would_change and not is_same(a[name], b[name]):
-                shared.append(name)
+    for name, value in itertools.chain(a.items(), b.items()):
+        others = by_memory.get(memory_of(value)) if is_interpolable(value) else None
+        if others is None or (is_one_view(value, live[name]) and is_same(a[name], b[name])):
+            continue
+        if any(overlap(value, other) for other in others):
+            shared.append(name)
+    shared = list(dict.fromkeys(shared))
     if shared:
         raise UsageError(
             f"{len(shared)} entries of theta_a or theta_b are the weights of the model itself and "

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from openvclip.errors import UsageError
+from openvclip.weights.arguments import is_whole
 from openvclip.weights.moves import COPY, Blend, Move
 from openvclip.weights.numerics import computable, foreach
 from openvclip.weights.schedule import require_decay, warmed_up
@@ -183,12 +184,12 @@ class LAWATracker(WeightTracker):
         check_finite: bool = True,
         device: torch.device | str | None = None,
     ) -> None:
-        if not (isinstance(k, int) and k >= 1):
+        if not is_whole(k, 1):
             raise UsageError(f"k={k!r}: expected a whole number of models, at least 1.")
         super().__init__(
             model, start=start, every=every, dtype=dtype, check_finite=check_finite, device=device
         )
-        self.k = k
+        self.k = int(k)
         self._models: list[Entries] = [{} for _ in range(k)]  # a ring buffer
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import UserDict
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, TypeAlias
 
@@ -170,7 +171,9 @@ def _kind(entry: Any) -> object:
 
 def _like_mapping(entry: Mapping[Any, Any], values: dict[Any, Any]) -> Any:
     """Return the values in a mapping of the type of ``entry``, such as a ``BatchEncoding``."""
-    if not isinstance(entry, MutableMapping):
+    # The plain copy of another class can share its entries with the batch.
+    has_copy = isinstance(entry, (dict, UserDict)) or hasattr(type(entry), "__copy__")
+    if not (has_copy and isinstance(entry, MutableMapping)):
         return values
     other = copy.copy(entry)
     for key, value in values.items():

@@ -139,7 +139,6 @@ def interpolate(
     return {**result, **copy.deepcopy(extra_state)}
 
 
-@torch.no_grad()
 def interpolate_into(
     model: nn.Module, theta_a: Mapping[str, Tensor], theta_b: FineTuned, lam: Lambda
 ) -> None:
@@ -183,10 +182,12 @@ def interpolate_into(
     require_combinable([a, b], ["theta_a", "theta_b"])
     _require_no_complex_loss(live, a, b, "the model")
     require_separate_from(live, a, b)
-    _write_parts(live, a, b, weights_of(lam, b))
-    # Within autocast, PyTorch would go on with half-precision copies of the weights before.
-    torch.clear_autocast_cache()
-    set_extra_state(model, extra_state)
+    weight_of = weights_of(lam, b)
+    with torch.no_grad():
+        _write_parts(live, a, b, weight_of)
+        # Within autocast, PyTorch would go on with half-precision copies of the weights before.
+        torch.clear_autocast_cache()
+        set_extra_state(model, extra_state)
 
 
 def _write_parts(

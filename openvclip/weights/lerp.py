@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from openvclip.weights.numerics import all_finite, compute_dtype, finite_probe
+from openvclip.weights.numerics import are_finite, compute_dtype, finite_probe
 from openvclip.weights.shards import is_sharded
 
 Lerp: TypeAlias = tuple[Tensor, Tensor, Tensor, float]
@@ -34,25 +34,26 @@ def lerp(jobs: list[Lerp]) -> None:
     each tensor: then all pairs are checked again. A write of this kind to a few elements is not
     noticed: if it puts equal infinities into both tensors, the result is NaN.
     """
-    checked: list[tuple[Lerp, list[Lerp], list[Tensor]]] = []
+    checked: list[tuple[Lerp, list[Lerp]]] = []
+    probes: list[Tensor] = []
     known = _known_pairs(jobs)
     for position, job in enumerate(jobs):
         out, a, b, lam = job
         if position in known:
             torch.lerp(b, a, lam, out=out)
             continue
-        pieces, probes = _in_pieces(job), []
+        pieces = _in_pieces(job)
         for piece_out, piece_a, piece_b, _ in pieces:
             torch.lerp(piece_b, piece_a, lam, out=piece_out)
             probes.append(finite_probe(piece_out))  # while the piece is in the cache
-        checked.append((job, pieces, probes))
-    if all_finite(probe for _, _, probes in checked for probe in probes):
-        for (_, a, b, _), _, _ in checked:
-            _remember(a, b)
-        return
-    for _, pieces, _ in checked:
-        for piece in pieces:
+        checked.append((job, pieces))
+    finite = iter(are_finite(probes))
+    for (_, a, b, _), pieces in checked:
+        broken = [piece for piece, is_finite in zip(pieces, finite, strict=False) if not is_finite]
+        for piece in broken:
             _use_plain_formula(piece)
+        if not broken:
+            _remember(a, b)
 
 
 def _in_pieces(job: Lerp) -> list[Lerp]:

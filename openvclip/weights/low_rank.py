@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from openvclip.errors import MergeError, StateMismatchError, WeightTypeError, listed
-from openvclip.weights.arguments import as_float
+from openvclip.weights.arguments import as_float, is_whole
 from openvclip.weights.numerics import compute_dtype
 
 
@@ -151,7 +151,7 @@ class LowRank:
         Raises:
             MergeError: ``rank`` is below 1.
         """
-        if not (isinstance(rank, int) and rank >= 1):
+        if not is_whole(rank, 1):
             raise MergeError(f"rank={rank!r}: expected a whole number, at least 1.")
         if self.rank <= rank:
             return self, 0.0, self.norm()

@@ -26,7 +26,8 @@ def view_of(tensor: Tensor) -> Hashable:
     """
     part = local(tensor) if is_sharded(tensor) else tensor
     if _has_address(part):
-        return part.device, part.data_ptr(), part.dtype, part.shape, part.stride()
+        place = part.device, part.data_ptr(), part.dtype, part.shape, part.stride()
+        return (*place, part.is_conj(), part.is_neg())
     if is_lazy(part) or part.layout != torch.strided:
         return id(tensor)
     # Empty tensors have no address. A process can hold an empty shard of a tie, and must find the
@@ -94,7 +95,7 @@ def require_no_overlap(
             latest = [view for view in latest if view[1] > start]
             for other in (view[2] for view in latest):
                 is_changed = len(changed & {name, other}) in counts
-                if is_changed and _overlap(local(entries[other]), local(entries[name])):
+                if is_changed and overlap(entries[other], entries[name]):
                     raise UsageError(
                         f"{other} and {name} share a part of their memory, so a change of one "
                         "changes the other. Make them separate parameters (.clone()), or use one "
@@ -115,12 +116,17 @@ def _range(view: Tensor) -> tuple[int, int]:
     return view.data_ptr(), view.data_ptr() + (last + 1) * view.element_size()
 
 
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Return whether two views whose ranges of addresses overlap have a value in common."""
+def overlap(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors of one memory have a value in common in this process."""
+    a, b = local(a), local(b)
+    if not (_has_address(a) and _has_address(b)):
+        return False
+    (a_start, a_end), (b_start, b_end) = _range(a), _range(b)
+    if a_end <= b_start or b_end <= a_start:
+        return False
     if a.dtype != b.dtype:
         return True
     # The ranges of two columns of a matrix overlap, but their values do not.
-    (a_start, a_end), (b_start, b_end) = _range(a), _range(b)
     first = min(a_start, b_start)
     used = torch.zeros((max(a_end, b_end) - first) // a.element_size(), dtype=torch.bool)
     used.as_strided(a.shape, a.stride(), (a_start - first) // a.element_size()).fill_(True)

@@ -88,9 +88,9 @@ class Move:
     ) -> None:
         on_cpu = all(value.device.type == "cpu" for value in (*averages, *models))
         pairs = [(a, m) for a, m in zip(averages, models, strict=True) if a.numel()]
-        self.looks = look
+        self.looks = look and on_cpu  # a stage on a GPU has padding without values
         self._blend, self._align = blend, 1 if on_cpu else 64
-        self._groups = list(_groups(pairs, on_cpu, look))
+        self._groups = list(_groups(pairs, on_cpu, self.looks))
         self._stages = self._new_stages()
         # Marks have the dtype and device of the averages, so that a GPU can use its fast kernels.
         first = averages[0] if averages else torch.empty(0)

@@ -5,7 +5,7 @@ Values of 8 and 16 bits are computed in float32 and rounded once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -102,10 +102,20 @@ def finite_probe(tensor: Tensor) -> Tensor:
 
 def all_finite(probes: Iterable[Tensor]) -> bool:
     """Return whether all probes are finite in float32, with one synchronisation per device."""
-    by_device: dict[torch.device, list[Tensor]] = {}
-    for probe in probes:
-        by_device.setdefault(probe.device, []).append(probe.float())
-    return all(bool(torch.isfinite(torch.stack(group)).all()) for group in by_device.values())
+    return all(are_finite(list(probes)))
+
+
+def are_finite(probes: Sequence[Tensor]) -> list[bool]:
+    """Return which probes are finite in float32, with one synchronisation per device."""
+    by_device: dict[torch.device, list[int]] = {}
+    for position, probe in enumerate(probes):
+        by_device.setdefault(probe.device, []).append(position)
+    result = [True] * len(probes)
+    for positions in by_device.values():
+        together = torch.isfinite(torch.stack([probes[i].float() for i in positions])).tolist()
+        for position, is_finite in zip(positions, together, strict=True):
+            result[position] = is_finite
+    return result
 
 
 def _probes(tensors: list[Tensor]) -> list[Tensor]:

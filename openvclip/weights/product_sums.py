@@ -95,10 +95,15 @@ class ProductSum:
         Args:
             state: from :meth:`state_dict`.
             shape: shape of the weight.
+
+        Raises:
+            ValueError: the sum has another shape.
         """
         self.lost = float(state["lost"])
         self.dense = None if state["dense"] is None else state["dense"].clone()
         self.factors = None
+        if self.dense is not None and tuple(self.dense.shape) != shape:
+            raise ValueError(f"shape {list(self.dense.shape)}, expected {list(shape)}")
         if self.dense is None:
             up, down = state["up"].clone(), state["down"].clone()
             self.factors = LowRank(up, down, float(state["scale"]), shape)

@@ -164,7 +164,7 @@ class InterpolatedWeightRegularizer:
         self.interval = (float(interval[0]), float(interval[1]))
         self.weight = float(weight)
         self.share = float(share)
-        self.every = every
+        self.every = int(every)
         self._steps = 0
         self._draws = Draws(seed)
         self._inside = False

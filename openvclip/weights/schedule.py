@@ -58,8 +58,7 @@ class Tracker(ABC):
                 f"start={start!r}, every={every!r}: expected whole numbers of steps, start >= 0 "
                 "and every >= 1."
             )
-        self.start = start
-        self.every = every
+        self.start, self.every = int(start), int(every)  # torch.load refuses numbers of NumPy
         self.check_finite = check_finite
         self._steps = 0
         self._n_averaged = 0

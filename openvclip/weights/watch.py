@@ -67,20 +67,26 @@ class WeightWatch:
             for name, parameter in watched.items()
             if now.get(name) is not parameter or _signs(parameter) != self._before[name]
         ]
-        if not written:
+
+        def changed(names: Iterable[str]) -> list[str]:
+            return [
+                name
+                for name in names
+                if not _is_restored(now.get(name), watched[name])
+                or not _is_expected(now[name], kept.get(name), alpha)
+            ]
+
+        result = changed(written)
+        # A clamped scale must not hide an optimizer whose writes PyTorch does not record.
+        if not result and all(_signs(watched[n])[2:] == self._before[n][2:] for n in written):
             self._flags = [
                 _Flag((bits_of(value) != bits_of(self._elements[kind])).any())
                 for kind, value in self._sample().items()
             ]
             if not self.is_late and self.late():
-                written = list(watched)
+                result = changed(watched)
         self._elements, self._parameters = {}, {}
-        return [
-            name
-            for name in written
-            if not _is_restored(now.get(name), watched[name])
-            or not _is_expected(now[name], kept.get(name), alpha)
-        ]
+        return result
 
     @property
     def is_late(self) -> bool:

@@ -189,6 +189,8 @@ def test_captions_without_videos_are_counted_and_named(world: Path, tmp_path: Pa
         (("--shards", "{0..1}.tar"), "--objective contrastive reads captions and not --shards"),
         (("--method", "vita"), "--method vita learns prompts for class names"),
         (("--batch-size", "1"), "--batch-size 1: --objective contrastive compares"),
+        (("--batch-size", "8", "--share", "0.1"), "--share 0.1 of --batch-size 8 is one video"),
+        (("--averages-per-epoch", "0"), "--averages-per-epoch: 0: expected at least 1"),
         (("--val-list", "v.txt"), "--val-list has no effect without --val-annotations"),
         (("--objective", "classification", "--train-list", "v.txt"), "--train-list has no effect"),
     ],

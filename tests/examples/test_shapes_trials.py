@@ -449,18 +449,6 @@ def test_the_quick_mode_has_the_published_settings_or_those_of_the_grid(
     assert command.quick_choices(["SWA"]) == {"SWA": {"lam": 0.2}}
 
 
-def test_the_example_of_an_own_method_is_short_and_registers_its_rows() -> None:
-    from examples.shapes import own_method
-
-    text = Path(own_method.__file__).read_text()
-    assert len(text.splitlines()) <= 60
-    assert {"my loss", "my merge"} <= set(METHODS)
-    clip = {"w": torch.zeros(4)}
-    tuned = {"w": torch.tensor([0.1, -3.0, 2.0, 0.2])}
-    merged = own_method.trimmed(clip, {"plain": {"last": tuned}}, keep=0.5)
-    assert merged["w"].tolist() == [0.0, -3.0, 2.0, 0.0]
-
-
 def test_the_script_for_a_gpu_stops_in_time_and_tables_complete_cells(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

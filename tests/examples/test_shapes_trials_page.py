@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from examples.shapes.trials import page as generator
+from examples.shapes.trials import registry
 from examples.shapes.trials.wording import wrapped_page
 from tests.examples.trial_results import made_up
 from tests.helpers import REPO
@@ -737,6 +738,23 @@ def test_the_short_advice_lists_the_clear_differences(pages: Any) -> None:
         group = re.match(r"-? ?\*\*For (at most 1.15|1.15 to 2.2|more than 2.2) times", line)
         if group:
             low, high = {"a": (0, 1.16), "1": (1.14, 2.21), "m": (2.19, 99)}[group[1][0]]
+            ends = re.search(
+                r"for (\d+) methods, from (\S+) \(([^)]+)\) to (\S+) \(([^)]+)\)", line
+            )
+            if ends:  # of the methods without a clear difference, the lowest and the highest
+                means = {
+                    c["pair"][0][0]: c["shown"].split(" ± ")[0]
+                    for c in claims(results, text)
+                    if c["pair"][1] == ("FINE-TUNE", "chosen")
+                    and place_of(c) == "the mean of the three questions"
+                    and kind_of(c) == "no clear difference"
+                    and low < ratios[c["pair"][0][0]] < high
+                }
+                assert len(means) == int(ends[1])
+                assert (means[ends[3]], means[ends[5]]) == (ends[2], ends[4])
+                assert number(ends[2]) == min(map(number, means.values()))
+                assert number(ends[4]) == max(map(number, means.values()))
+                line = line.replace(ends[0], "")
             names = line.replace("difference for ", "difference: ")
             for method in re.findall(r"([^:;,]+(?:, (?:share|every)[^(]*)?) \([+−]", names):
                 assert low < ratios[method.strip()] < high, method
@@ -801,17 +819,26 @@ def test_a_method_of_the_readers_own_has_its_rows_and_claims(tmp_path: Path) -> 
         assert [row["method"][0] for row in table(page, name)].count("my loss") == 1, name
 
 
-def test_the_command_knows_a_method_of_the_readers_own_from_its_module(tmp_path: Path) -> None:
-    from examples.shapes import own_method  # noqa: F401 (fills the tables)
-
+def test_the_command_knows_a_method_of_the_readers_own_from_its_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     results = made_up(cells=2)
     for entry in (results["chosen"], *(c["methods"] for c in results["cells"].values())):
-        entry["my merge"] = {**entry["MonoSoup"]}
-    results["tuning"]["methods"]["my merge"] = results["tuning"]["methods"]["MonoSoup"]
+        entry["of the reader"] = entry["MonoSoup"]
+    results["tuning"]["methods"]["of the reader"] = results["tuning"]["methods"]["MonoSoup"]
     (tmp_path / "results.json").write_text(json.dumps(results))
+    (tmp_path / "of_the_reader.py").write_text(
+        "from examples.shapes.trials.registry import Method, register\n"
+        "register(Method('of the reader', ('plain',), lams=(0.0,), beside=('SWA',)))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
     arguments = [str(tmp_path / "results.json"), "--docs", str(tmp_path)]
-    generator.main([*arguments, "--methods", "examples.shapes.own_method"])
-    assert "\n## my merge\n" in (tmp_path / "which-method.md").read_text()
+    try:
+        generator.main([*arguments, "--methods", "of_the_reader"])
+    finally:
+        registry.METHODS.pop("of the reader", None)
+    advice = (tmp_path / "which-method.md").read_text()
+    assert "**Beside SWA:**" in advice.split("\n## of the reader\n")[1]
     with pytest.raises(SystemExit, match=r"--methods no\.such: No module named 'no'"):
         generator.main([*arguments, "--methods", "no.such"])
 
@@ -846,7 +873,8 @@ def test_the_advice_says_if_lambda_0_was_chosen(tmp_path: Path) -> None:
     gains = {}
     for entry in results["tuning"]["methods"]["FINE-TUNE"].values():
         by_lam = {
-            point["lam"]: 100 * fmean(point["accuracy"][q] for q in ("trained", "shapes", "actions"))
+            point["lam"]: 100
+            * fmean(point["accuracy"][q] for q in ("trained", "shapes", "actions"))
             for point in entry["points"]
         }
         gains[max(by_lam.values()) - by_lam[0.0]] = entry["settings"], by_lam

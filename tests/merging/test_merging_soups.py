@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from openvclip.errors import MergeError, StateMismatchError
+from openvclip.errors import MergeError, StateMismatchError, WeightTypeError
 from openvclip.merging import average, greedy_soup
+from openvclip.weights import Adapter, LowRank
 from tests.helpers import assert_same_state
 
 
@@ -103,3 +105,14 @@ def test_models_are_checked_before_they_are_evaluated() -> None:
 def test_a_score_that_is_no_number(score: float) -> None:
     with pytest.raises(MergeError, match=r"models\[0\]; expected a finite number"):
         greedy_soup([model(1.0)], lambda _: score)
+
+
+@pytest.mark.parametrize("soup", ["average", "greedy_soup"])
+def test_an_adapter_is_no_model_of_a_soup(soup: str) -> None:
+    """It would be merged with the first model, not with the original CLIP."""
+    adapter = Adapter({"w": LowRank(torch.ones(2, 1), torch.ones(1, 2))}, {})
+    models: list[Any] = [{"w": torch.zeros(2, 2)}, adapter]
+    with pytest.raises(
+        WeightTypeError, match=r"models\[1\] is an Adapter.*adapter\.merged\(base\)"
+    ):
+        average(models) if soup == "average" else greedy_soup(models, lambda _: 1.0)

@@ -153,6 +153,29 @@ def linear_in_theta(model: nn.Module, total: State) -> Tensor:
     return result
 
 
+def test_a_factor_that_is_frozen_later_is_not_scaled() -> None:
+    """lora_B was frozen after the anchor was taken: its product is not interpolated any more."""
+    model = double("linear layers")
+    iwr = InterpolatedWeightRegularizer(model, anchor=lora_anchor(model), weight=1.0)
+    for name, parameter in model.named_parameters():
+        if "lora_B." in name:
+            parameter.requires_grad_(False)
+    factors = {n: p for n, p in model.named_parameters() if "lora_A." in n}
+
+    def gradients() -> State:
+        loss_of(model(inputs())).backward()
+        result = {n: p.grad.clone() for n, p in factors.items() if p.grad is not None}
+        model.zero_grad()
+        return result
+
+    expected = gradients()
+    with iwr.interpolated(0.6):
+        measured = gradients()
+    assert measured.keys() == expected.keys() == factors.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(measured[name], value)
+
+
 def test_a_step_is_that_of_the_loop() -> None:
     def run(by_hand: bool) -> State:
         model = double("linear layers")
@@ -443,6 +466,17 @@ def test_a_damaged_state_changes_nothing(entry: str | None, wrong: object) -> No
         tracker.load_state_dict({**good, "steps": 7, "sums": {**sums, name: damaged}})
     assert tracker.state_dict()["steps"] == 1
     assert tracker.averaged_adapter().names
+    tracker.load_state_dict(good)
+
+
+def test_a_saved_value_of_another_shape_is_refused() -> None:
+    tracker = AdapterSWATracker(tuned("all biases"))
+    tracker.update(tuned("all biases"))
+    good = tracker.state_dict()
+    name = next(iter(good["values"]))
+    longer = {**good["values"], name: torch.zeros(99)}
+    with pytest.raises(StateMismatchError, match=r"99"):
+        tracker.load_state_dict({**good, "values": longer})
     tracker.load_state_dict(good)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -17,6 +19,7 @@ from openvclip.weights import (
     GaussianTracker,
     InterpolatedWeightRegularizer,
     L2ToAnchor,
+    LAWATracker,
     LowRank,
     SWATracker,
 )
@@ -112,7 +115,16 @@ MAKERS: list[tuple[Callable[..., Any], dict[str, list[Any]]]] = [
     ),
     (made(EMATracker, model=MODEL), {"decay": [*NUMBERS, 1], "every": WHOLE}),
     (made(LowRank, up=torch.zeros(2, 1), down=torch.zeros(1, 2)), {"scale": ["1", None, math.nan]}),
-    (Recipe, {"method": ["x", None, 1], "distill": NUMBERS, "text_energy": NUMBERS}),
+    (made(LAWATracker, model=MODEL), {"k": WHOLE}),
+    (
+        Recipe,
+        {
+            "method": ["x", None, 1],
+            "distill": NUMBERS,
+            "text_energy": NUMBERS,
+            "averages_per_epoch": WHOLE,
+        },
+    ),
 ]
 CASES = [
     (make, name, value)
@@ -148,6 +160,18 @@ def test_a_wrong_state_is_refused(owner: Any) -> None:
             OpenVCLIPError, match=rf"state(_dict\(\))? of an? {type(owner).__name__}"
         ):
             owner.load_state_dict(state)
+
+
+@pytest.mark.parametrize("cls", [SWATracker, LAWATracker])
+def test_whole_numbers_of_numpy_are_saved_as_those_of_python(cls: Any, tmp_path: Path) -> None:
+    more = {"k": np.int64(2)} if cls is LAWATracker else {}
+    tracker = cls(MODEL, start=np.int64(0), every=np.int64(1), **more)
+    tracker.update(MODEL)
+    regulariser = iwr(every=np.int64(2))
+    torch.save([tracker.state_dict(), regulariser.state_dict()], tmp_path / "state.pt")
+    saved, of_regulariser = torch.load(tmp_path / "state.pt", weights_only=True)
+    tracker.load_state_dict(saved)
+    regulariser.load_state_dict(of_regulariser)
 
 
 def averages() -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, UserDict
+from collections.abc import Iterator, MutableMapping
 from fractions import Fraction
 from itertools import combinations
 from types import MappingProxyType
@@ -23,6 +24,28 @@ from openvclip.weights.draws import Draws
 class Pair(NamedTuple):
     video: Tensor
     label: Tensor
+
+
+class Mapping(MutableMapping[str, Any]):
+    """Keeps its entries in a dict, which a plain copy shares."""
+
+    def __init__(self, **entries: Any) -> None:
+        self._entries = entries
+
+    def __getitem__(self, key: str) -> Any:
+        return self._entries[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._entries[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self._entries[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
 
 
 def video(n: int) -> Tensor:
@@ -53,6 +76,7 @@ KINDS: dict[str, tuple[Any, Any]] = {
     "dict": (lambda n: {"pixels": video(n), "ids": list(range(n)), "size": 3, "loss": True},
              lambda part: part["ids"]),
     "encoding": (lambda n: UserDict(ids=torch.arange(n)), lambda part: part["ids"].tolist()),
+    "own mapping": (lambda n: Mapping(ids=torch.arange(n)), lambda p: p["ids"].tolist()),
     "fixed": (lambda n: MappingProxyType({"ids": torch.arange(n)}), lambda p: p["ids"].tolist()),
 }  # fmt: skip
 
@@ -70,7 +94,7 @@ def test_the_chosen_clips_are_taken_from_each_kind_of_batch(kind: str) -> None:
             assert len(part) == len(arguments)
             taken = part[min(2, len(part) - 1)]
             assert read(taken) == chosen
-            if kind not in ("range", "fixed"):
+            if kind not in ("range", "fixed", "own mapping"):
                 assert type(taken) is type(batch)
             for before, after in zip(arguments, part, strict=True):
                 if before is None or isinstance(before, (str, float)):

@@ -162,6 +162,18 @@ def test_a_pair_with_infinities_is_never_remembered(probes: list[int]) -> None:
         assert out.eq(-math.inf).all()
 
 
+def test_a_mask_with_infinities_does_not_make_other_pairs_unknown(probes: list[int]) -> None:
+    mask, a, b = torch.full((20,), -math.inf), torch.zeros(40), torch.ones(40)
+    other, out, masked = mask.clone(), torch.empty(40), torch.empty(20)
+    jobs = [(masked, mask, other, 0.5), (out, a, b, 0.5)]
+    lerp(jobs)
+    first = sum(probes)
+    lerp(jobs)
+    assert (first, sum(probes)) == (60, 80)  # the mask alone is checked again
+    assert torch.equal(masked, mask)
+    assert torch.equal(out, torch.full((40,), 0.5))
+
+
 @pytest.mark.parametrize("how", ["fused optimizer", "data", "numpy"])
 def test_a_pair_with_changes_that_pytorch_does_not_record(how: str) -> None:
     model = torch.nn.Linear(30, 40, bias=False)

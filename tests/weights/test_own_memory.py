@@ -88,6 +88,30 @@ def test_writing_into_a_model_leaves_the_two_models_alone() -> None:
         assert_same_state(snapshot(model), before)
 
 
+@pytest.mark.parametrize("how", ["another entry", "another view", "a part"])
+def test_writing_into_a_model_whose_memory_is_used_in_another_way(how: str) -> None:
+    model = nn.ParameterDict({"emb": torch.randn(3, 3), "head": torch.randn(3, 3)})
+    before = snapshot(model)
+    clip = {name: value + 1 for name, value in before.items()}
+    live = dict(model.state_dict())
+    clip["head"] = {
+        "another entry": live["emb"],
+        "another view": live["head"].t(),
+        "a part": live["head"].view(9).as_strided((3, 3), (0, 1)),
+    }[how]
+    with pytest.raises(UsageError, match=r"1 entries of theta_a or theta_b .*\(head\)"):
+        interpolate_into(model, clip, {n: v + 2 for n, v in before.items()}, 0.5)
+    assert_same_state(snapshot(model), before)
+
+
+def test_a_model_beside_its_originals_in_one_buffer_is_written() -> None:
+    memory = torch.arange(12.0)
+    model = nn.ParameterDict({"w": memory[:4], "v": memory[8:]})
+    clip, tuned = {"w": memory[4:8], "v": torch.zeros(4)}, {"w": torch.ones(4), "v": torch.ones(4)}
+    interpolate_into(model, clip, tuned, 0.5)
+    assert memory.tolist() == [2.5, 3.0, 3.5, 4.0, 4.0, 5.0, 6.0, 7.0, 0.5, 0.5, 0.5, 0.5]
+
+
 def test_writing_into_a_model_whose_frozen_weights_are_shared() -> None:
     model = Net()
     clip = {n: v if n.startswith("frozen") else v.clone() for n, v in model.state_dict().items()}

@@ -131,6 +131,21 @@ def test_writes_that_change_no_value_are_allowed() -> None:
     assert_same_state(model.state_dict(), before)
 
 
+def test_a_clamped_scale_does_not_hide_an_optimizer_that_is_not_recorded() -> None:
+    model = Smooth()
+    iwr, before = regulariser(model), snapshot(model)
+
+    def clamp_and_step() -> None:
+        with torch.no_grad():
+            model.scale.clamp_(-100, 100)
+        for parameter in model.parameters():
+            parameter.data.mul_(2)
+
+    with pytest.raises(UsageError, match="changed inside"), iwr.interpolated(0.3):
+        clamp_and_step()
+    assert_same_state(snapshot(model), before)
+
+
 def test_a_parameter_that_is_frozen_inside_the_block_did_not_change() -> None:
     model = Smooth()
     iwr, before = regulariser(model), snapshot(model)

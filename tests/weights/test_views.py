@@ -10,6 +10,7 @@ from openvclip.weights.memory import is_one_view, view_of
 
 MEMORY = torch.arange(24.0)
 PARAMETER = nn.Parameter(MEMORY.view(4, 6))
+COMPLEX = torch.randn(3, dtype=torch.complex64)
 TENSORS: dict[str, Tensor] = {
     "parameter": PARAMETER,
     "the same values": PARAMETER.data,
@@ -20,6 +21,10 @@ TENSORS: dict[str, Tensor] = {
     "a part": MEMORY[:6],
     "a later part": MEMORY[6:12],
     "a copy": MEMORY.clone().view(4, 6),
+    "complex": COMPLEX,
+    "conjugate": COMPLEX.conj(),
+    "imaginary": COMPLEX.imag,
+    "negative": COMPLEX.conj().imag,
     "empty": MEMORY[:0],
     "empty, other memory": torch.empty(0),
     "meta": torch.empty(4, 6, device="meta"),

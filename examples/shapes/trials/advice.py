@@ -122,7 +122,7 @@ def _by_verdict(items: Sequence[Judged]) -> str:
             names = ", ".join(f"{item.claim.method} ({points(item.mean)})" for item in of_kind)
             if verdict == "not clear" and len(of_kind) > 3:
                 low, high = (f(of_kind, key=lambda item: item.mean) for f in (min, max))
-                ends = (f"{item.claim.method}, {points(item.mean)}" for item in (low, high))
+                ends = (f"{points(item.mean)} ({item.claim.method})" for item in (low, high))
                 names = f"{len(of_kind)} methods, from {' to '.join(ends)}"
             texts.append(
                 f"{words} for {names}"

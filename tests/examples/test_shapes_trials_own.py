@@ -1,0 +1,110 @@
+"""A reader's own method in the comparison: the example, and functions whose code changed."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from examples.shapes.trials.cells import cell
+from examples.shapes.trials.clips import load_list
+from examples.shapes.trials.codes import digest
+from examples.shapes.trials.registry import METHODS, TRAININGS
+from examples.shapes.trials.runner import Runner
+from examples.shapes.trials.settings import Sizes
+from examples.shapes.trials.tasks import Place
+from examples.shapes.trials.workshop import Workshop
+
+SIZES = Sizes(train=24, test=6, development=6, stills=4, steps=2, batch_size=4, cells=1)
+
+OWN = """
+from functools import partial
+from examples.shapes.trials.registry import Method, Training, register
+
+def mixed(clip, runs, *, share):
+    tuned = runs["plain"]["last"]
+    return {name: clip[name] + share * (tuned[name] - clip[name]) for name in tuned}
+
+register(Method("mine", ("plain",), partial(mixed, share=0.5), lams=(0.0,)))
+"""
+
+
+@pytest.fixture(autouse=True)
+def tables() -> Iterator[None]:
+    """The tables of methods as they were, after each test."""
+    before = dict(TRAININGS), dict(METHODS)
+    yield
+    for table, old in zip((TRAININGS, METHODS), before, strict=True):
+        table.clear()
+        table.update(old)  # type: ignore[arg-type]
+    for name in ("examples.shapes.own_method", "mine"):  # registers its rows when it is imported
+        sys.modules.pop(name, None)
+
+
+def own_method() -> ModuleType:
+    return importlib.import_module("examples.shapes.own_method")
+
+
+def test_the_example_is_short_and_its_functions_work(tmp_path: Path) -> None:
+    module = own_method()
+    text = Path(str(module.__file__)).read_text()
+    assert len(text.splitlines()) <= 60
+    assert {"my loss", "my merge"} <= set(METHODS)
+    clip = {"w": torch.zeros(4)}
+    tuned = {"w": torch.tensor([0.1, -3.0, 2.0, 0.2])}
+    merged = module.trimmed(clip, {"plain": {"last": tuned}}, keep=0.5)
+    assert merged["w"].tolist() == [0.0, -3.0, 2.0, 0.0]
+    clips = load_list(cell(0), "train", 6, tmp_path)
+    workshop = Workshop(cell(0), clips, 2, 4, 0)
+    settings = module.GRID[0]
+    trained = TRAININGS["smoothed"](workshop, settings)
+    moved = [n for n, v in trained.ends["last"].items() if not torch.equal(v, workshop.clip[n])]
+    assert "visual.proj" in moved
+    assert not any(name.startswith(("transformer.", "token_embedding.")) for name in moved)
+
+
+def run_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    """Run the comparison of a module with this code, whose tasks are done at once."""
+    for name in ("mine", "other"):
+        METHODS.pop(name, None)
+    sys.modules.pop("mine", None)
+    tmp_path.mkdir(exist_ok=True)
+    (tmp_path / "mine.py").write_text(code)
+    importlib.invalidate_caches()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    importlib.import_module("mine")
+    Runner(Place(tmp_path / "out", replace(SIZES, cells=1)), ("mine",), choices={}).run()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("share * (tuned", "2 * share * (tuned"), ("share=0.5", "share=0.25")],
+    ids=["body", "numbers"],
+)
+def test_a_function_whose_code_changed_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str
+) -> None:
+    run_with(tmp_path, monkeypatch, OWN)
+    run_with(tmp_path, monkeypatch, OWN.replace("    tuned = ", "    # a comment\n\n    tuned = "))
+    changed = OWN.replace(old, new)
+    with pytest.raises(
+        FileExistsError, match=r"results of the method 'mine' with other code\. Giv"
+    ):
+        run_with(tmp_path, monkeypatch, changed)
+    run_with(tmp_path / "elsewhere", monkeypatch, changed)
+
+
+def test_the_code_of_a_function_is_known_by_its_source() -> None:
+    def first() -> int:
+        return 1
+
+    assert digest(first) == digest(first)
+    assert digest(first) != digest(lambda: 1) != ""
+    assert digest(len) == ""  # written in C
