@@ -190,6 +190,23 @@ def test_choices(pages: Pages, sight: Any) -> None:
     assert "This model is the original CLIP." in page.inner_text("#by-class")
 
 
+def test_clip_with_other_settings_is_told_beside_its_accuracy(tmp_path: Path, sight: Any) -> None:
+    """Also if the results of the original CLIP have no answers and no accuracy of each class."""
+    splits = splits_of(6, 60)
+    tuned = write_results(tmp_path / "tuned", result_of(LAMS[:2], splits, views=1))
+    plain = {"tuned": None, "expand": None, "views": 3}
+    clip = write_results(
+        tmp_path / "clip", result_of([None], splits, seed=4, **plain), predictions=False
+    )
+    write_report(tmp_path / "page.html", [tuned, clip])
+    seen = sight((tmp_path / "page.html").as_uri())
+    drawn(seen)
+    note = "CLIP was evaluated with other settings on list.csv (another views)"
+    assert seen.page.inner_text("#now-note").startswith(note)
+    seen.page.get_by_label("Model", exact=True).select_option(label="tiny, original CLIP")
+    assert seen.page.inner_text("#now-note") == ""
+
+
 def test_every_part_has_a_name_and_every_figure_a_table(pages: Pages, sight: Any) -> None:
     seen = sight(pages.two.as_uri(), dark=True, width=360, height=780)
     page = seen.page

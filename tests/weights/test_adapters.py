@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 from openvclip import (
     EMATracker,
+    GaussianTracker,
     InterpolatedWeightRegularizer,
     LAWATracker,
     SWATracker,
@@ -168,8 +171,10 @@ def test_one_factor_is_combined_exactly(lam: float) -> None:
     torch.testing.assert_close(result.merged(), exact, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("tracker", [SWATracker, EMATracker, LAWATracker])
-def test_trackers_refuse_factors_that_are_trained_together(tracker: type[SWATracker]) -> None:
+@pytest.mark.parametrize(
+    "tracker", [SWATracker, EMATracker, LAWATracker, partial(GaussianTracker, mu=2.0, sigma=1.0)]
+)
+def test_trackers_refuse_factors_that_are_trained_together(tracker: Any) -> None:
     # Report 39
     with pytest.raises(WeightTypeError, match=r"Train one factor of each adapter only.*lora_A fr"):
         tracker(LoRA(0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from openvclip import (
     EMATracker,
+    GaussianTracker,
     InterpolatedWeightRegularizer,
     LAWATracker,
     SWATracker,
@@ -79,7 +81,9 @@ def test_the_record_of_the_tuned_model_is_passed_through(of_clip: Any, of_tuned:
             assert result[0].record is not of_tuned
 
 
-@pytest.mark.parametrize("tracker", [SWATracker, EMATracker, LAWATracker])
+@pytest.mark.parametrize(
+    "tracker", [SWATracker, EMATracker, LAWATracker, partial(GaussianTracker, mu=2.0, sigma=1.0)]
+)
 @pytest.mark.parametrize(("first", "last"), RECORDS)
 def test_the_average_can_be_loaded_back(tracker: Any, first: Any, last: Any) -> None:
     # Report 22 (TransformerEngine#199)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 import openvclip
-from openvclip import EMATracker, LAWATracker, SWATracker, update_statistics
+from openvclip import EMATracker, GaussianTracker, LAWATracker, SWATracker, update_statistics
 from openvclip.errors import (
     NonFiniteWeightsError,
     OptimizerModeWarning,
@@ -235,7 +236,7 @@ def test_a_model_without_statistics_reads_no_batch(model: nn.Module) -> None:
 
 # --- averages ----------------------------------------------------------------------------------
 
-TRACKERS = [SWATracker, EMATracker, LAWATracker]
+TRACKERS = [SWATracker, EMATracker, LAWATracker, partial(GaussianTracker, mu=2.0, sigma=1.0)]
 
 
 @pytest.mark.parametrize("kind", TRACKERS)

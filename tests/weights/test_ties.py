@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from openvclip import (
     EMATracker,
+    GaussianTracker,
     InterpolatedWeightRegularizer,
     LAWATracker,
     SWATracker,
@@ -23,7 +26,8 @@ from openvclip.weights.memory import require_no_overlap, tied_names
 from openvclip.weights.names import named_parameters
 from tests.helpers import assert_same_state, snapshot
 
-TRACKERS: list[Any] = [SWATracker, EMATracker, LAWATracker]
+GAUSSIAN = partial(GaussianTracker, mu=2.0, sigma=1.0)
+TRACKERS: list[Any] = [SWATracker, EMATracker, LAWATracker, GAUSSIAN]
 
 
 class Layer(nn.Module):
@@ -84,7 +88,14 @@ def test_the_average_of_a_tie_is_that_of_its_trained_name(tracker: Any, frozen: 
     for value in values:
         model.embed.weight.data.fill_(value)
         average.update(model)
-    expected = {SWATracker: 3.0, LAWATracker: 3.0, EMATracker: 1.0006}[tracker]
+    gaussian = (math.exp(-0.5) * 1.0 + 2.0 + math.exp(-0.5) * 6.0) / (1 + 2 * math.exp(-0.5))
+    means: dict[Any, float] = {
+        SWATracker: 3.0,
+        LAWATracker: 3.0,
+        EMATracker: 1.0006,
+        GAUSSIAN: gaussian,
+    }
+    expected = means[tracker]
     state = average.averaged_state_dict()
     assert state.keys() == model.state_dict().keys()
     for value in state.values():
