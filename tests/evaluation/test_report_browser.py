@@ -201,7 +201,7 @@ def test_clip_with_other_settings_is_told_beside_its_accuracy(tmp_path: Path, si
     write_report(tmp_path / "page.html", [tuned, clip])
     seen = sight((tmp_path / "page.html").as_uri())
     drawn(seen)
-    note = "CLIP was evaluated with other settings on list.csv (another views)"
+    note = "CLIP was evaluated with other settings on list.csv (views)"
     assert seen.page.inner_text("#now-note").startswith(note)
     seen.page.get_by_label("Model", exact=True).select_option(label="tiny, original CLIP")
     assert seen.page.inner_text("#now-note") == ""

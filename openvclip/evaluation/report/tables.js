@@ -8,7 +8,7 @@ function showNow() {
     var from = one.baseline ? one.baseline.top1 : null;
     clip = clip || Boolean(one.baseline);
     var differs = (one.baseline && one.baseline.differs) || [];
-    if (differs.length) other.push(numbers.tests[test] + " (another " + differs.join(", ") + ")");
+    if (differs.length) other.push(numbers.tests[test] + " (" + differs.join(", ") + ")");
     var row = [numbers.tests[test], spread(one, "top1", i), spread(one, "top5", i),
       percent(from), points(change(one.top1[i], from))];
     std = std || known(one.top1_std[i]);
@@ -82,7 +82,7 @@ function baselineText() {
   var from = run().baseline;
   if (known(from.model)) {
     return "the model “" + numbers.models[from.model] + "”" + (from.differs.length
-      ? ", which was evaluated with another " + from.differs.join(", ") : "");
+      ? ", which was evaluated with other settings (" + from.differs.join(", ") + ")" : "");
   }
   return "the point λ = 1 of the sweep: the original weights, with the temporal attention of the model";
 }
