@@ -74,13 +74,13 @@ def load_released(state_dict: Mapping[str, Tensor], *, heads: int | None = None)
         heads: number of attention heads. Default: width / 64.
 
     Returns:
-        A module in eval mode. Its ``encode_image(video)`` returns one feature per frame:
-        ``[B, T, C, H, W]`` to ``[B, T, D]``. If the checkpoint has prompts, all other parameters
-        are frozen. The time embedding and the local prompts of Vita-CLIP support clips of any
-        length: each frame gets the vector that is nearest in time. The released code does the same
-        for the time embedding. For local and summary prompts, the released code splits the frames
-        of a batch into groups of the trained length, even if the clips have another length. This
-        function does not do so.
+        A module in eval mode, on the device of the entries. Its ``encode_image(video)`` returns one
+        feature per frame: ``[B, T, C, H, W]`` to ``[B, T, D]``. If the checkpoint has prompts, all
+        other parameters are frozen. The time embedding and the local prompts of Vita-CLIP support
+        clips of any length: each frame gets the vector that is nearest in time. The released code
+        does the same for the time embedding. For local and summary prompts, the released code
+        splits the frames of a batch into groups of the trained length, even if the clips have
+        another length. This function does not do so.
 
     Raises:
         WeightTypeError: if ``state_dict`` is not a mapping of names to tensors.
@@ -191,7 +191,7 @@ def _build_tower(weights: Mapping[str, Tensor], heads: int | None) -> nn.Module:
         mlp_ratio=(weights[hidden_name].shape[0] + 0.5) / width,
         output_dim=weights["proj"].shape[1],
     )
-    return tower.to(conv.dtype)
+    return tower.to(conv.device, conv.dtype)
 
 
 def _require_ranks(weights: Mapping[str, Tensor], ranks: Mapping[str, int]) -> None:

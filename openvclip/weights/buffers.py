@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from openvclip.weights.numerics import foreach
+from openvclip.weights.numerics import copy_all
 from openvclip.weights.shards import local
 
 _PLAIN = (bool, int, float, str, type(None))
@@ -39,8 +39,7 @@ def keeping_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
     with torch.no_grad():
         values = [local(tensor) for tensor in live]
         stash = [torch.empty_like(value) for value in values]
-        if stash:
-            foreach._foreach_copy_(stash, values)
+        copy_all(stash, values)
         del values
     try:
         yield
@@ -112,5 +111,4 @@ def _write_back(live: list[Tensor], stash: list[Tensor]) -> None:
             sources.append(kept)
         else:  # an observer resized its buffer
             tensor.data = kept
-    if targets:
-        foreach._foreach_copy_(targets, sources)
+    copy_all(targets, sources)

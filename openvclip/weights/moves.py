@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from openvclip.weights.numerics import finite_probe, foreach, has_kernels
+from openvclip.weights.numerics import copy_all, finite_probe, foreach, has_kernels
 
 _PIECE = 2**17  # values for each thread: a float32 copy of them fits in the cache of a core
 _GROUP = 2**24  # values of tensors on a GPU that are converted together
@@ -158,7 +158,7 @@ class Move:
         for average in group.averages:
             parts.append(stage[end : end + average.numel()].view(average.shape))
             end += self._padded(average)
-        foreach._foreach_copy_(parts, group.models)
+        copy_all(parts, group.models)
         return parts, stage[:end]
 
     def _padded(self, tensor: Tensor) -> int:

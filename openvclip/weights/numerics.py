@@ -126,6 +126,28 @@ def _probes(tensors: list[Tensor]) -> list[Tensor]:
 
 
 @torch.no_grad()
+def copy_all(
+    targets: Iterable[Tensor], sources: Iterable[Tensor], *, non_blocking: bool = False
+) -> None:
+    """Copy each source to its target, in one call of PyTorch for each pair of dtypes.
+
+    On a GPU, PyTorch 2.7 to 2.10 read the dtype of the first target for all targets of a call
+    (pytorch#173383), and no version copies lists of float8_e8m0fnu or complex32.
+    """
+    pairs: dict[tuple[torch.dtype, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+    for target, source in zip(targets, sources, strict=True):
+        some, others = pairs.setdefault((target.dtype, source.dtype), ([], []))
+        some.append(target)
+        others.append(source)
+    for dtypes, (some, others) in pairs.items():
+        if all(map(has_kernels, dtypes)):
+            foreach._foreach_copy_(some, others, non_blocking=non_blocking)
+            continue
+        for target, source in zip(some, others, strict=True):
+            target.copy_(source, non_blocking=non_blocking)
+
+
+@torch.no_grad()
 def lerp_(live: list[Tensor], towards: list[Tensor], weight: float) -> None:
     """Overwrite ``live`` with ``weight * towards + (1 - weight) * live``, rounded once.
 
@@ -179,7 +201,7 @@ def overwriting(live: list[Tensor], stash: list[Tensor] | None = None) -> Iterat
         # order of its stream. The copy to the stash therefore ends before the weights change, and
         # the copy back starts after the last change.
         asynchronous = all(tensor.is_pinned() for tensor in stash)
-        foreach._foreach_copy_(stash, parts, non_blocking=asynchronous)
+        copy_all(stash, parts, non_blocking=asynchronous)
         del parts  # memory that the block replaces must be freed
     try:
         # Inside an autocast region PyTorch caches half-precision copies of the weights. The cached
@@ -189,5 +211,5 @@ def overwriting(live: list[Tensor], stash: list[Tensor] | None = None) -> Iterat
     finally:
         with torch.no_grad():
             parts = [local(tensor) for tensor in live]
-            foreach._foreach_copy_(parts, stash, non_blocking=asynchronous)
+            copy_all(parts, stash, non_blocking=asynchronous)
         torch.clear_autocast_cache()

@@ -19,7 +19,7 @@ from openvclip.weights.names import require_match
 from openvclip.weights.numerics import (
     common_dtype,
     compute_dtype,
-    foreach,
+    copy_all,
     overwriting,
 )
 from openvclip.weights.schedule import Tracker
@@ -426,6 +426,5 @@ def _detached(entries: Entries) -> Entries:
 
 @torch.no_grad()
 def _copy(target: Entries, source: Mapping[str, Tensor]) -> None:
-    if target:
-        values = {name: source[name] for name in target}
-        foreach._foreach_copy_(shards(target), shards(values))
+    values = {name: source[name] for name in target}
+    copy_all(shards(target), shards(values))

@@ -57,7 +57,8 @@ def intervals(profile: Any) -> tuple[list[Interval], list[Interval]]:
     copies: list[Interval] = []
     kernels: list[Interval] = []
     for event in profile.events():
-        if event.device_type.name != "CUDA":
+        # A name that PyTorch gives to a span, such as Optimizer.step, is no kernel.
+        if event.device_type.name != "CUDA" or getattr(event, "is_user_annotation", False):
             continue
         times = (event.time_range.start, event.time_range.end)
         if event.name.startswith("Memcpy HtoD"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib.metadata
 import os
 import platform
@@ -88,6 +89,7 @@ def forget_peak() -> None:
 def peak_bytes(function: Callable[[], object], device: str) -> int:
     """Largest memory during a call, minus the memory before: of the GPU, or resident memory."""
     if device == "cuda":
+        gc.collect()  # earlier models, which would lower the peak if they were freed meanwhile
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

@@ -6,6 +6,7 @@ This module imports no PyTorch, so that the program that starts the groups is qu
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,6 +109,7 @@ class Group:
         seconds: the time limit on a device.
         about: one line for ``--list``.
         module: a module with ``CHECKS``. Default: the module of this folder with the group's name.
+        check_seconds: the time limit of one check. A check that hangs then ends alone.
     """
 
     name: str
@@ -115,6 +117,7 @@ class Group:
     seconds: float
     about: str
     module: str = ""
+    check_seconds: float = math.inf
 
     def checks(self, *, small: bool = False) -> list[Check]:
         """Import the module and return its checks, or those of a small setup."""
@@ -123,21 +126,37 @@ class Group:
         return [check for check in checks.all if check.small or not small]
 
 
+_A_CHECK = 45.0  # seconds; the import of a new process is a part of them
 GROUPS = (
-    Group("golden", CORRECTNESS, 60, "numbers of the released implementations"),
-    Group("kernels", CORRECTNESS, 90, "attention and its gradients beside float64 on the CPU"),
-    Group("core_golden", CORRECTNESS, 60, "core tests beside released and slow code, by pytest"),
+    Group(
+        *("golden", CORRECTNESS, 110, "numbers of the released implementations"),
+        check_seconds=_A_CHECK,
+    ),
+    Group(
+        *("kernels", CORRECTNESS, 110, "attention and its gradients beside float64 on the CPU"),
+        check_seconds=_A_CHECK,
+    ),
+    Group("core_golden", CORRECTNESS, 110, "core tests beside released and slow code, by pytest"),
     Group("core_towers", CORRECTNESS, 110, "core tests of towers and prompts, by pytest"),
     Group("core_weights", CORRECTNESS, 110, "core tests of weights and merges, by pytest"),
-    Group("training", CORRECTNESS, 90, "optimizers, mixed precision, checkpointing, repeated runs"),
-    Group("processes", CORRECTNESS, 90, "DistributedDataParallel and fully_shard, one process"),
+    Group(
+        *("training", CORRECTNESS, 110, "optimizers, mixed precision, recomputing, repeated runs"),
+        check_seconds=_A_CHECK,
+    ),
+    Group(
+        *("processes", CORRECTNESS, 110, "DistributedDataParallel and fully_shard, one process"),
+        check_seconds=_A_CHECK,
+    ),
     Group("compiled", CORRECTNESS, 110, "the modes of torch.compile"),
     Group("compile_base", CORRECTNESS, 110, "ViT-B/16 under torch.compile"),
     Group("compile_large", CORRECTNESS, 110, "ViT-L/14 under torch.compile"),
-    Group("predictions", CORRECTNESS, 90, "predictions, search and merges of files"),
+    Group(
+        *("predictions", CORRECTNESS, 110, "predictions, search and merges of files"),
+        check_seconds=_A_CHECK,
+    ),
     Group("towers", RATIOS, 60, "expanded over plain CLIP: time and memory"),
     Group("compiled_towers", RATIOS, 75, "expanded over plain CLIP, compiled"),
-    Group("steps", RATIOS, 50, "regularised steps, averages and sweeps"),
+    Group("steps", RATIOS, 75, "regularised steps, averages and sweeps"),
     Group("copies", RATIOS, 30, "copies of the original CLIP from the CPU"),
     Group("trainer", RATIOS, 40, "a training step of examples/finetune.py"),
     Group("loader", RATIOS, 45, "clips a second from a loader with 12 processes"),

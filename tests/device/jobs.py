@@ -73,17 +73,22 @@ class Job:
         assert self._process is not None
         self.seconds = time.monotonic() - self.started
         status = self._process.poll()
-        if status is None:
-            if self.seconds > self._limit:
-                self.stop(f"cut after {self.seconds:.0f} s, its time limit")
-                return True
+        if status is None and self.seconds > self._limit:
+            self.stop(f"cut after {self.seconds:.0f} s, its time limit")
+            return True
+        hangs = status is None and self._silence() > self.group.check_seconds
+        if status is None and not hangs:
             return False
         self.kill()
         if status == 0:
             return True
-        reason = f"the process ended with status {status}; the end of its log:\n{self._log_end()}"
+        end = f"ended with status {status}"
+        if hangs:
+            end = f"was killed, because a check took more than {self.group.check_seconds:.0f} s"
+        reason = f"the process {end}; the end of its log:\n{self._log_end()}"
         unfinished = self._close_unfinished(reason) or status == child.UNUSABLE
         if not unfinished or self._restarts == RESTARTS:
+            self._fail_if_nothing_ended(reason)
             self.note = reason
             return True
         self._restarts += 1
@@ -95,6 +100,7 @@ class Job:
         """End the group: the check that runs has failed, later checks do not run."""
         self.kill()
         self._close_unfinished(f"still running at the end: {reason}")
+        self._fail_if_nothing_ended(reason)
         self.note = reason
 
     def kill(self) -> None:
@@ -125,6 +131,18 @@ class Job:
             result = {"outcome": "failed", "reason": reason, "seconds": 0.0}
             child.write(self.events, event="ended", check=name, **result)
         return bool(open_checks)
+
+    def _fail_if_nothing_ended(self, reason: str) -> None:
+        """Let a group fail of which no check ran, for example because its import failed."""
+        if not child.results(self.events):
+            result = {"outcome": "failed", "reason": reason[:2000], "seconds": 0.0}
+            child.write(self.events, event="ended", check="start", **result)
+
+    def _silence(self) -> float:
+        """Return the seconds since the last event, or 0 before the first."""
+        if not self.events.exists():
+            return 0.0
+        return time.time() - self.events.stat().st_mtime
 
     def _log_end(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace")[-600:]

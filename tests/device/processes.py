@@ -22,6 +22,7 @@ NEED_TWO = frozenset(
     {
         "a_model_sharded_too_late_is_refused",
         "ddp_overflow_in_one_process_skips_the_step_in_both",
+        "ddp_takes_a_part_of_the_batch_of_each_process",
         "every_process_draws_the_same_alphas",
         "fsdp_keeps_shards_and_communicates_nothing_of_its_own",
         "fsdp_overflow_in_one_process_skips_the_step_in_both",

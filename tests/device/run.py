@@ -1,15 +1,15 @@
 r"""Check the library on a GPU: first that results are correct, then how fast it is.
 
     python -m tests.device                       # everything, in less than 6 minutes
-    python -m tests.device --out results/        # also keeps the results: device.json and logs
+    python -m tests.device --out results/        # also keeps the results: device.json, logs.txt
     python -m tests.device --only golden towers  # some groups
     python -m tests.device --list                # the groups
     python -m tests.device --cpu                 # the same script with tiny models, without a GPU
     python -m tests.device --page device.json    # the section of docs/benchmarks.md
 
 Run it from the root of a clone, in an environment with PyTorch for CUDA and the package with its
-extra ``test``. The package itself can also be used without an installation. If a library is not
-installed, its checks are skipped.
+extra ``test``, which includes open_clip. The package itself can also be used without an
+installation. If another library is not installed, its checks are skipped.
 
 Each group runs in its own process with a time limit. If a check makes the device unusable, a new
 process runs the rest of the group. The JSON file is written after each group, so a run that is
@@ -25,9 +25,11 @@ import datetime
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -38,16 +40,24 @@ from tests.device.checks import CORRECTNESS, GROUPS, RATIOS, Group, Setup
 from tests.device.targets import ROWS
 
 SECONDS = 345.0  # for everything, so that a run ends within 6 minutes
-RESULTS = "device.json"
+RESULTS, LOGS = "device.json", "logs.txt"  # some machines give only a few files back
 
 
 class Run:
     """A run of some groups and its results so far."""
 
-    def __init__(self, groups: list[Group], setup: Setup, out: Path, seconds: float) -> None:
+    def __init__(
+        self,
+        groups: list[Group],
+        setup: Setup,
+        out: Path,
+        seconds: float,
+        began: float | None = None,
+    ) -> None:
         self.groups, self.setup, self.out = groups, setup, out
-        self._end = time.monotonic() + seconds
-        self._began = time.monotonic()
+        self._began = time.monotonic() if began is None else began
+        self._end = self._began + seconds
+        (out / LOGS).unlink(missing_ok=True)
         self.results: dict[str, Any] = {
             "date": datetime.date.today().isoformat(),
             "machine": machine(setup),
@@ -76,15 +86,15 @@ class Run:
 
     def in_processes(self) -> None:
         """Run the groups of correctness side by side, then the ratios one after the other."""
-        environment = environment_of(self.setup)
-        made = [jobs.Job(group, self.setup, environment) for group in self.groups]
+        made = [jobs.Job(g, self.setup, environment_of(self.setup, g)) for g in self.groups]
         jobs.side_by_side([j for j in made if j.group.kind == CORRECTNESS], self.left, self.ended)
         jobs.in_turn([j for j in made if j.group.kind == RATIOS], self.left, self.ended)
 
     def ended(self, job: jobs.Job) -> None:
         """Take the results of a group; keep its log."""
         if job.log.exists():
-            (self.out / job.log.name).write_bytes(job.log.read_bytes())
+            with (self.out / LOGS).open("ab") as logs:
+                logs.write(f"\n===== {job.group.name} =====\n".encode() + job.log.read_bytes())
         self.keep(job.results())
 
     def keep(self, group: dict[str, Any]) -> None:
@@ -110,8 +120,8 @@ class Run:
         report.save(self.results, self.out / RESULTS)
 
 
-def environment_of(setup: Setup) -> dict[str, str]:
-    """Return what the processes of a run have beyond the environment of this one."""
+def environment_of(setup: Setup, group: Group) -> dict[str, str]:
+    """Return what the processes of a group have beyond the environment of this one."""
     environment = {
         "PYTHONUNBUFFERED": "1",
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # repeated runs give the same bits
@@ -120,6 +130,8 @@ def environment_of(setup: Setup) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
+    if group.kind == CORRECTNESS:  # more than twenty processes share the cores
+        environment |= {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "6"}
     return {name: value for name, value in environment.items() if name not in os.environ}
 
 
@@ -152,8 +164,8 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return the exit status."""
+def main(arguments: list[str] | None = None, began: float | None = None) -> int:
+    """Run the command line; return the exit status. The time counts from ``began``, or from now."""
     args = parser().parse_args(arguments)
     if args.list:
         for group in GROUPS:
@@ -176,12 +188,18 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     groups = [group for group in GROUPS if args.only is None or group.name in args.only]
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="openvclip-device-")))
+        if threading.current_thread() is threading.main_thread():
+            earlier = signal.signal(signal.SIGTERM, _terminated)
+            stack.callback(signal.signal, signal.SIGTERM, earlier)
+        temporary = tempfile.TemporaryDirectory(  # a compiler that is killed can still write
+            prefix="openvclip-device-", ignore_cleanup_errors=True
+        )
+        folder = Path(stack.enter_context(temporary))
         out = args.out or folder
         out.mkdir(parents=True, exist_ok=True)
         setup = Setup("cpu" if args.cpu else "cuda", folder, small=args.cpu)
         default = math.inf if args.cpu else SECONDS
-        run = Run(groups, setup, out, default if args.seconds is None else args.seconds)
+        run = Run(groups, setup, out, default if args.seconds is None else args.seconds, began)
         print(report.describe(run.results["machine"]), flush=True)
         try:
             run.in_this_process() if args.cpu else run.in_processes()
@@ -191,6 +209,11 @@ def main(arguments: list[str] | None = None) -> int:
             if args.out:
                 print(f"\n{out / RESULTS}", flush=True)
     return 1 if report.failures(run.results) else 0
+
+
+def _terminated(number: int, frame: object) -> None:
+    """Leave by an exception, so that the groups end and their results are written."""
+    raise SystemExit(128 + number)
 
 
 def _has_gpu() -> bool:

@@ -79,7 +79,7 @@ def _steps(setup: Setup, model: str, clips: int) -> dict[str, float]:
         swa.update(run.tower)
         ema.update(run.tower)
 
-    times = milliseconds_in_turn({**steps, "averages": update}, rounds_of(setup, 7), setup.device)
+    times = milliseconds_in_turn({**steps, "averages": update}, rounds_of(setup, 5), setup.device)
     for title, (_, n) in VARIANTS.items():
         if title in times:
             times[title] = [value / n for value in times[title]]
@@ -120,5 +120,5 @@ def sweep(setup: Setup, model: str) -> Iterator[Figure]:
         evaluate()
 
     variants = {"λ": one_lambda, "evaluation": evaluate}
-    times = milliseconds_in_turn(variants, rounds_of(setup, 7), setup.device)
+    times = milliseconds_in_turn(variants, rounds_of(setup, 3), setup.device)
     yield Figure("sweep", model, ratio(times, "λ", "evaluation"), f"{clips * batches} clips")

@@ -24,7 +24,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, Any]
     out = tmp_path_factory.mktemp("out")
     calls: list[list[str]] = []
 
-    def pytest_of_one_test(arguments: list[str], outcomes: Path) -> None:
+    def pytest_of_one_test(
+        arguments: list[str], outcomes: Path, limit: float | None = None
+    ) -> None:
         calls.append(arguments)
         outcomes.write_text(json.dumps(["a test", "passed", ""]) + "\n")
 
@@ -112,6 +114,17 @@ def test_reasons_and_figures(toy: Any) -> None:
     assert "time limit" in results["note"]
 
 
+def test_a_check_that_hangs_ends_alone_if_checks_have_a_limit(tmp_path: Path) -> None:
+    group = Group("toy", CORRECTNESS, 60, "", "tests.device.toy_checks", check_seconds=3.0)
+    job = jobs.Job(group, Setup("cpu", tmp_path), {})
+    jobs.side_by_side([job], lambda: 100.0, lambda job: None)
+    checks = {check["check"]: check for check in job.results()["checks"]}
+    assert checks["hangs"]["outcome"] == "failed"
+    assert "a check took more than 3 s" in checks["hangs"]["reason"]
+    assert checks["is_not_reached"]["outcome"] == "passed"
+    assert job.note == ""
+
+
 def test_groups_in_turn_stop_when_the_time_is_over(tmp_path: Path) -> None:
     made = [
         jobs.Job(Group(name, RATIOS, 20, "", module="tests.device.toy_checks"), setup, {})
@@ -131,6 +144,8 @@ def test_a_group_that_can_not_be_imported(tmp_path: Path) -> None:
     job = jobs.Job(Group("gone", RATIOS, 20, ""), Setup("cpu", tmp_path), {})
     jobs.in_turn([job], lambda: 100.0, lambda job: None)
     assert "No module named 'tests.device.gone'" in job.note
+    (check,) = job.results()["checks"]
+    assert (check["check"], check["outcome"]) == ("start", "failed")
 
 
 # --- the command -------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ CHECKS = Checks()
 @CHECKS.add("ViT-B/16")
 def steps_over_bare_loop(setup: Setup, model: str) -> Iterator[Figure]:
     """Both do regularised steps in bfloat16 on clips that are on the device."""
-    steps, rounds = (2, 1) if setup.small else (12, 5)
+    steps, rounds = (2, 1) if setup.small else (12, 3)
     name = name_of(setup, model)
     assert model in MODELS
     value, note = that_fits(

@@ -175,9 +175,10 @@ def repeated_runs(setup: Setup, kind: str) -> None:
             with autocast:
                 return clip_loss(model, setup.device, step)
 
-        for step in range(1 if setup.small else STEPS):
-            iwr.step(lambda step=step, closure=closure: closure(step))
-            swa.update(model)
+        with exact_kernels():
+            for step in range(1 if setup.small else STEPS):
+                iwr.step(lambda step=step, closure=closure: closure(step))
+                swa.update(model)
         states.append({**model.state_dict(), **{f"swa.{n}": v for n, v in
                        swa.averaged_state_dict().items()}})  # fmt: skip
     assert_same_state(*states)
@@ -192,10 +193,31 @@ def anchor_device(setup: Setup, home: str) -> None:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         anchor = snapshot(tiny_clip(1))
         iwr = InterpolatedWeightRegularizer(model, optimizer, anchor=anchor, anchor_device=where)
-        for step in range(1 if setup.small else STEPS):
-            iwr.step(lambda m=model, s=step: clip_loss(m, setup.device, s))
+        with exact_kernels():
+            for step in range(1 if setup.small else STEPS):
+                iwr.step(lambda m=model, s=step: clip_loss(m, setup.device, s))
         states.append(model.state_dict())
     assert_same_state(*states)
+
+
+@CHECKS.add()
+def averages_of_mixed_dtypes(setup: Setup) -> None:
+    """An average is used by a model with weights of two dtypes, and is taken back."""
+    model = tiny_clip().to(setup.device)
+    for name, parameter in model.named_parameters():
+        if "ln_" not in name:
+            parameter.data = parameter.data.bfloat16()
+    before, swa = snapshot(model), SWATracker(model)
+    swa.update(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    swa.update(model)
+    expected, now = swa.averaged_state_dict(), snapshot(model)
+    with swa.applied(model):
+        assert_same_state(model.state_dict(), {n: expected[n].to(v.dtype) for n, v in now.items()})
+        assert not same_bits(model.visual.proj, before["visual.proj"])
+    assert_same_state(model.state_dict(), now)
 
 
 @CHECKS.add("float32", "bfloat16")

@@ -138,8 +138,15 @@ def skips_where_one_overflows(model: nn.Module) -> None:
 def assert_close(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     assert {name.removeprefix("module.") for name in state} == expected.keys()
     for name, value in state.items():
-        wanted = expected[name.removeprefix("module.")]
-        torch.testing.assert_close(value, wanted, rtol=1e-9, atol=1e-11, msg=lambda m: f"{name}{m}")  # noqa: B023
+        # Whole tensors of shards are gathered on the CPU.
+        wanted = expected[name.removeprefix("module.")].cpu()
+        torch.testing.assert_close(
+            value.cpu(),
+            wanted,
+            rtol=1e-9,
+            atol=1e-11,
+            msg=lambda m: f"{name}{m}",  # noqa: B023
+        )
 
 
 def gathered(values: object) -> list[Any]:

@@ -18,6 +18,7 @@ from openvclip.errors import (
     UnsupportedModelError,
 )
 from tests.helpers import gradients, random_video, randomise, same_bits, snapshot
+from tests.on_device import placed
 from tests.prompting.reference import (
     NAMES,
     prompt_clip,
@@ -83,7 +84,7 @@ def test_vifi_equals_the_loops(count: int, depth: int) -> None:
 def test_prompts_that_are_words_are_the_text() -> None:
     """Prompts at the embeddings of words give what the text tower gives for these words."""
     model = prompt_clip()
-    plain = model.encode_text(word_tokenizer([f"a photo of a {name}." for name in NAMES]))
+    plain = model.encode_text(placed(word_tokenizer([f"a photo of a {name}." for name in NAMES])))
     words = {"words": "a photo of a", "tokenizer": word_tokenizer}
     P.attach_vifi(model, vision_prompts=0, text_prompts=4, text_depth=1, **words)
     torch.testing.assert_close(classifier(model).text_features(), unit(plain), **CLOSE)
@@ -143,7 +144,7 @@ def test_class_specific_prompts_serve_their_classes_in_any_order() -> None:
     ):
         classifier(model, [NAMES[1], "diving"])
     alone = classifier(model, ["diving"], template="{}").text_features()
-    expected = model.encode_text(word_tokenizer(["diving"]), normalize=True)
+    expected = model.encode_text(placed(word_tokenizer(["diving"])), normalize=True)
     torch.testing.assert_close(alone, expected)
     with pytest.raises(ClassNamesError, match="more than once"):
         vita(prompt_clip(), class_names=["a", "a"])
@@ -190,7 +191,7 @@ def test_options_out_of_range(settings: dict[str, Any], text: str) -> None:
 def test_logits_are_the_scaled_cosines_of_pooled_frames() -> None:
     model, video = prompt_clip(), random_video(2, 4)
     frames = model.encode_image(video.flatten(0, 1)).unflatten(0, (2, 4))
-    text = model.encode_text(word_tokenizer([f"a photo of a {name}." for name in NAMES]))
+    text = model.encode_text(placed(word_tokenizer([f"a photo of a {name}." for name in NAMES])))
     expected = model.logit_scale.exp() * unit(frames.mean(1)) @ unit(text).T
     torch.testing.assert_close(classifier(model)(video), expected)
     other = classifier(model, template="{}")(video)

@@ -27,6 +27,7 @@ from tests.helpers import (
     snapshot,
     tiny_tower,
 )
+from tests.on_device import placed
 from tests.prompting.reference import NAMES, prompt_clip, word_tokenizer
 
 VIDEO, LABEL = random_video(3, 4), torch.arange(3)
@@ -37,7 +38,7 @@ def classifier(model: Any) -> P.VideoClassifier:
 
 
 def loss_of(head: Any) -> Tensor:
-    return functional.cross_entropy(head(VIDEO), LABEL)
+    return functional.cross_entropy(head(placed(VIDEO)), placed(LABEL))
 
 
 def prompted(method: str, seed: int = 3) -> Any:
@@ -116,16 +117,17 @@ def test_regularised_averaged_and_interpolated_fine_tunes() -> None:
     clip, head = fine_tuned()
     tuned = snapshot(head.model)
     assert sum(not same_bits(tuned[n], clip[n]) for n in clip) > 50
-    points = sweep(head, clip, tuned, [(VIDEO, LABEL)], lams=[0.0, 0.5, 1.0])  # type: ignore[arg-type]
+    video, batches = placed(VIDEO), [(placed(VIDEO), placed(LABEL))]
+    points = sweep(head, clip, tuned, batches, lams=[0.0, 0.5, 1.0])  # type: ignore[arg-type]
     assert_same_state(snapshot(head.model), tuned)
     for lam, evaluation in points.items():
         # The text tower is interpolated too, so its features are computed again for each λ.
         other = prompt_clip()
         other.load_state_dict(interpolate(clip, tuned, lam))
-        logits = classifier(other)(VIDEO)
+        logits = classifier(other)(video)
         assert evaluation.predictions.tolist() == logits.argmax(1).tolist()
     with torch.no_grad():
-        assert (head(VIDEO) - classifier(prompt_clip())(VIDEO)).abs().max() > 0.1
+        assert (head(video) - classifier(prompt_clip())(video)).abs().max() > 0.1
 
 
 def test_prompts_on_a_fine_tune() -> None:
@@ -162,7 +164,7 @@ def test_interpolations_of_prompts(method: str) -> None:
         else:
             expected = 0.25 * ours[name].double() + 0.75 * b.state_dict()[name].double()
             torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=1e-7)
-    assert classifier(a)(VIDEO).isfinite().all()
+    assert classifier(a)(placed(VIDEO)).isfinite().all()
 
 
 @pytest.mark.parametrize("method", ["vifi", "vita"])

@@ -326,11 +326,13 @@ def test_the_text_tower_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize("name", ["CLIPVisionModel", "SiglipModel"])
-def test_an_expanded_model_is_saved_as_the_model_that_it_is(name: str, tmp_path: Path) -> None:
+def test_an_expanded_model_is_saved_as_the_model_that_it_is(
+    name: str, tmp_path: Path, device: torch.device
+) -> None:
     model = expand_temporal_attention(make(name))
     model.save_pretrained(tmp_path)
     kind = getattr(transformers, name)
-    loaded = kind.from_pretrained(tmp_path)
+    loaded = kind.from_pretrained(tmp_path).to(device)
     assert loaded.config.architectures == [name]
     assert same_bits(features(loaded.eval(), images()), features(model, images()))
     assert type(restore_spatial_attention(model)) is kind

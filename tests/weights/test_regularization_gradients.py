@@ -37,7 +37,7 @@ def accelerate() -> Iterator[Any]:
 @pytest.mark.parametrize("number", [2, 3])
 @pytest.mark.parametrize("clip", [None, 0.05])
 def test_accelerates_accumulate_around_step_equals_a_loop_by_hand(
-    number: int, clip: float | None, accelerate: Any
+    number: int, clip: float | None, accelerate: Any, device: torch.device
 ) -> None:
     # Report 07 (accelerate#1299): each micro-batch cleared the gradients of the one before.
     models = []
@@ -45,7 +45,8 @@ def test_accelerates_accumulate_around_step_equals_a_loop_by_hand(
         model = Smooth()
         optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
         if framework:
-            accelerator = accelerate.Accelerator(gradient_accumulation_steps=number, cpu=True)
+            on_cpu = device.type == "cpu"
+            accelerator = accelerate.Accelerator(gradient_accumulation_steps=number, cpu=on_cpu)
             accelerator.prepare(model)
             wrapped: Any = accelerator.prepare(optimizer)
             iwr = regulariser(model, wrapped)
