@@ -201,6 +201,8 @@ def _advice(results: Results, method: Method, judged: Sequence[Judged]) -> list[
     if method.cost:
         ratio = None if name == REFERENCE else training_ratio(results, name)
         time = "" if ratio is None else f"; measured: {ratio:.2f} times the training of {REFERENCE}"
+        if ratio is not None and ratio < 1:
+            time += ", which also computes three averages"
         if name != REFERENCE and method.needs == METHODS[REFERENCE].needs:
             time = f"; the training is that of {REFERENCE}"
         lines.append(f"**Costs:** {method.cost}{time}.")

@@ -136,8 +136,8 @@ def power_text(results: Results, judged: Sequence[Judged]) -> str:
     if mean.smallest > 1:
         return f"With so few cells, hardly any difference can be called clear. {link}"
     return (
-        "Two methods whose difference varies over the cells as much as that of the median claim: a "
-        "true difference of 1.5 points is called clear in "
+        "For the claim with the median deviation over the cells, a true difference of 1.5 points "
+        "between two methods is called clear in "
         f"{100 * mean.probability:.0f} % of all cases in the mean of the three questions, and in "
         f"{100 * question.probability:.0f} % on one question. A true difference of "
         f"{mean.smallest_text} points in the mean, or of {question.smallest_text} points on one "
