@@ -51,5 +51,5 @@ register(Method("my merge", ("plain",), trimmed, KEEP, lams=(0.0, 0.3, 0.5)))
 
 if __name__ == "__main__":
     rows = ["CLIP", "FINE-TUNE", "Open-VCLIP", "my loss", "my merge"]
-    chosen = [] if "--only" in sys.argv else ["--only", *rows]
+    chosen = [] if {"--only", "--list"} & {*sys.argv} else ["--only", *rows]
     main([*sys.argv[1:], *chosen])

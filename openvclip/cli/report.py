@@ -110,8 +110,8 @@ def _report(options: argparse.Namespace) -> int:
         print(f"left out {folder}: results of retrieval, which have no classes", file=sys.stderr)
     for folder in summary.incomplete:
         print(
-            f"{folder} has no answers for each clip. Run the same 'openvclip evaluate' command "
-            "again to get them; the features are kept.",
+            f"{folder} has no answers for each clip. If 'openvclip evaluate' wrote it, run the "
+            "same command again to get them; the features are kept.",
             file=sys.stderr,
         )
     if summary.too_large:

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from openvclip.commands.progress import progress_bar
-from openvclip.errors import VideoShapeError
+from openvclip.errors import UsageError, VideoShapeError
 from openvclip.models.classifier import warn_of_other_text
 from openvclip.models.finite import require_finite
 from openvclip.models.modes import evaluation_mode
-from openvclip.video import VideoSample
+from openvclip.video import PaddedSamples, VideoSample
 from openvclip.weights.names import named_state
+from openvclip.weights.numerics import compute_dtype
 
 NO_RANK = torch.iinfo(torch.int64).max
 """The rank of a clip without a prediction: the clip could not be read, or a logit is NaN."""
@@ -91,13 +92,15 @@ def evaluate(
             ``[B, V, T, C, H, W]`` with V views of each clip. The logits of the views are summed, as
             in the paper. A batch of 4 dimensions holds images ``[B, C, H, W]``, so one clip needs
             its batch axis. ``label`` is the class index, int64 ``[B]``. Clips of a ``VideoSample``
-            that could not be read count as wrong.
+            that could not be read count as wrong. The clips of a batch have equal lengths: padded
+            clips are refused.
         progress: whether to show a progress bar. Default: only in a terminal.
         description: text in front of the progress bar.
 
     Raises:
+        UsageError: the loader returns something else than ``(video, label)``.
         VideoShapeError: a video batch does not have 4 to 6 dimensions, or its number of clips or
-            images differs from the number of labels.
+            images differs from the number of labels; or clips are padded.
         NonFiniteWeightsError: logits are NaN or infinite, because weights are. The error names the
             entries.
         EvaluationError: logits are NaN or infinite, and all weights are finite.
@@ -138,7 +141,7 @@ def evaluate_each(
         The evaluation of each function.
 
     Raises:
-        VideoShapeError, NonFiniteWeightsError, EvaluationError: see
+        UsageError, VideoShapeError, NonFiniteWeightsError, EvaluationError: see
             :func:`openvclip.evaluation.evaluate`.
     """
     device = next(classifier.parameters()).device
@@ -146,15 +149,18 @@ def evaluate_each(
     bar = progress_bar(loader, desc=description, disable=None if progress is None else not progress)
     with evaluation_mode(classifier), torch.no_grad():
         for batch in bar:
-            video, label = batch[:2]
+            video, label = _clips_and_labels(batch)
+            broken = broken_clips(batch)
             on_device = video.to(device, non_blocking=True)
             for logits_of, evaluations in zip(variants, parts, strict=True):
                 logits = summed_over_views(logits_of, on_device).cpu()
                 _require_a_row_each(logits, video, label)
-                broken = [bool(e) for e in batch.error] if isinstance(batch, VideoSample) else []
-                logits[broken] = 0.0
-                require_finite(logits, lambda: weights_of(classifier), "The logits")
-                logits[broken] = float("nan")
+                readable = logits
+                if any(broken):  # in new tensors: the logits can belong to the classifier
+                    rows = torch.tensor(broken)[:, None]
+                    readable = logits.masked_fill(rows, 0.0)
+                    logits = logits.masked_fill(rows, float("nan"))
+                require_finite(readable, lambda: weights_of(classifier), "The logits")
                 evaluations.append(score(logits, label))
     return [_concatenated(evaluations) for evaluations in parts]
 
@@ -180,6 +186,8 @@ def score(logits: Tensor, targets: Tensor) -> Evaluation:
 def summed_over_views(logits_of: Callable[[Tensor], Tensor], video: Tensor) -> Tensor:
     """Return the logits ``[B, K]`` of a batch of a loader, summed over the views of each clip.
 
+    Logits in half precision are summed in float32: the sum has more digits than a logit.
+
     Args:
         logits_of: function from clips ``[B, T, C, H, W]``, or images, to logits ``[B, K]``.
         video: a batch as :func:`evaluate` takes it.
@@ -188,8 +196,9 @@ def summed_over_views(logits_of: Callable[[Tensor], Tensor], video: Tensor) -> T
         VideoShapeError: the batch does not have 4 to 6 dimensions.
     """
     if video.ndim == 6:
-        logits = logits_of(video.flatten(0, 1))
-        return logits.unflatten(0, video.shape[:2]).sum(dim=1)  # type: ignore[no-any-return]
+        logits = logits_of(video.flatten(0, 1)).unflatten(0, video.shape[:2])
+        summed: Tensor = logits.to(compute_dtype(logits.dtype)).sum(dim=1)
+        return summed
     if video.ndim not in (4, 5):
         raise VideoShapeError(
             f"The loader returned a video batch of shape {list(video.shape)}; expected "
@@ -197,6 +206,32 @@ def summed_over_views(logits_of: Callable[[Tensor], Tensor], video: Tensor) -> T
             "[B, C, H, W]."
         )
     return logits_of(video)
+
+
+def broken_clips(batch: Any) -> list[bool]:
+    """Return whether each clip of a batch could not be read; ``[]`` if the batch does not say it.
+
+    Raises:
+        VideoShapeError: the clips have different lengths, and are padded.
+    """
+    if isinstance(batch, PaddedSamples) and not bool(batch.mask.all()):
+        raise VideoShapeError(
+            "The loader returned clips of different lengths, which are padded. A classifier would "
+            "take the padding for frames. Use a sampler with a fixed number of frames, or "
+            "openvclip.evaluation.evaluate_protocol, which encodes the frames of each clip alone."
+        )
+    known = isinstance(batch, (VideoSample, PaddedSamples))
+    return [bool(error) for error in batch.error] if known else []
+
+
+def _clips_and_labels(batch: Any) -> Sequence[Tensor]:
+    pair = batch[:2] if isinstance(batch, Sequence) else ()
+    if len(pair) != 2 or not all(isinstance(part, Tensor) for part in pair):
+        raise UsageError(
+            f"The loader returned a {type(batch).__name__}; expected a tuple or list (video, "
+            "label) of two tensors, or a batch of VideoSample."
+        )
+    return pair
 
 
 def _require_a_row_each(logits: Tensor, video: Tensor, label: Tensor) -> None:

@@ -14,6 +14,7 @@ from openvclip.commands.progress import progress_bar
 from openvclip.errors import EvaluationError, LambdaError, UsageError
 from openvclip.evaluation.accuracy import (
     Evaluation,
+    broken_clips,
     evaluate_each,
     summed_over_views,
     weights_of,
@@ -22,7 +23,6 @@ from openvclip.evaluation.lambda_sweep import interpolated_logits
 from openvclip.models.finite import require_finite
 from openvclip.models.modes import evaluation_mode
 from openvclip.models.text_weights import TextSource
-from openvclip.video import VideoSample
 from openvclip.weights.relative import FineTuned
 
 __all__ = [
@@ -231,7 +231,8 @@ def evaluate_mixed(
     """
     with interpolated_logits(classifier, base, tuned, (1.0, 0.0), text=text) as (first, second):
         (result,) = evaluate_each(
-            [lambda video: mix_logits(first(video), second(video))],
+            # On the CPU, because the weights are in float64, which Apple's devices do not have.
+            [lambda video: mix_logits(first(video).cpu(), second(video).cpu())],
             classifier,
             loader,
             progress=progress,
@@ -270,7 +271,8 @@ def _predicted(
     with evaluation_mode(classifier), torch.no_grad():
         for batch in bar:
             video = _video_of(batch)
-            readable = [not e for e in batch.error] if isinstance(batch, VideoSample) else ...
+            broken = broken_clips(batch)
+            readable = [not error for error in broken] if broken else ...
             on_device = video.to(device, non_blocking=True)
             for logits_of, rows in zip(variants, parts, strict=True):
                 logits = summed_over_views(logits_of, on_device).cpu().double()[readable]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from openvclip.commands.progress import progress_bar
+from openvclip.errors import UsageError
 from openvclip.evaluation.mixture import Mixture
 from openvclip.evaluation.records import Record, Records
 from openvclip.evaluation.timing import Clock, Timing, joined_timing
@@ -25,6 +26,7 @@ from openvclip.towers.temporal import encode_video
 from openvclip.towers.view import Pooling, require_pooling
 from openvclip.video import VideoDataset, VideoSample
 from openvclip.video.padding import PaddedSamples, pad_samples
+from openvclip.weights.arguments import is_whole
 from openvclip.weights.names import named_state
 
 
@@ -42,7 +44,8 @@ class BatchOptions:
             :func:`openvclip.encode_video`. ``"frames"`` for ViFi-CLIP.
 
     Raises:
-        UsageError: ``pooling`` is unknown.
+        UsageError: ``pooling`` is unknown, or ``batch_size`` or ``num_workers`` is no whole number
+            of at least 1 or 0.
     """
 
     batch_size: int = 8
@@ -54,6 +57,11 @@ class BatchOptions:
 
     def __post_init__(self) -> None:
         require_pooling(self.pooling)
+        for name, least in (("batch_size", 1), ("num_workers", 0)):
+            if not is_whole(getattr(self, name), least):
+                raise UsageError(
+                    f"{name}={getattr(self, name)!r}: expected a whole number of at least {least}."
+                )
 
 
 def encode_videos(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, SupportsFloat
 
 from torch import Tensor, nn
 
@@ -20,7 +20,7 @@ from openvclip.models.text_weights import (
     same_text,
 )
 from openvclip.weights.averageable import require_own_memory
-from openvclip.weights.interpolation import interpolate_into
+from openvclip.weights.interpolation import as_number, interpolate_into
 from openvclip.weights.names import canonical_model, named_state
 from openvclip.weights.numerics import memory_of, overwriting
 from openvclip.weights.relative import FineTuned, RelativeWeights, resolved
@@ -35,7 +35,7 @@ def sweep(
     theta_b: FineTuned,
     loader: Iterable[Sequence[Any]],
     *,
-    lams: Sequence[float] = FIGURE_LAMBDAS,
+    lams: Iterable[SupportsFloat] = FIGURE_LAMBDAS,
     text: TextSource = "own",
     progress: bool | None = None,
     description: str = "sweep",
@@ -77,12 +77,14 @@ def sweep(
             sharded and differ; or the classifier or its model is compiled with Inductor's
             ``freezing=True``, which keeps the old weights; or ``theta_a`` and ``theta_b`` share the
             memory of all their entries.
+        LambdaError: a weight is not a finite number.
     """
-    with interpolated_logits(classifier, theta_a, theta_b, lams, text=text) as variants:
+    weights = [as_number(lam, "lam") for lam in lams]
+    with interpolated_logits(classifier, theta_a, theta_b, weights, text=text) as variants:
         evaluations = evaluate_each(
             variants, classifier, loader, progress=progress, description=description
         )
-    return dict(zip(lams, evaluations, strict=True))
+    return dict(zip(weights, evaluations, strict=True))
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from openvclip.errors import UsageError
 from openvclip.evaluation.frozen import require_live_weights
 from openvclip.models.text_weights import TextSource, require_text_source, same_text
 from openvclip.weights.averageable import require_own_memory
-from openvclip.weights.interpolation import interpolate_into
+from openvclip.weights.interpolation import as_number, interpolate_into
 from openvclip.weights.names import canonical_model, named_state
 from openvclip.weights.numerics import overwriting
 from openvclip.weights.relative import FineTuned, RelativeWeights, resolved
@@ -38,6 +38,7 @@ class Mixture:
 
     Raises:
         UsageError: ``lams`` is given without ``tuned``, or ``text`` is unknown.
+        LambdaError: a weight is not a finite number.
     """
 
     tuned: FineTuned | None = None
@@ -52,7 +53,7 @@ class Mixture:
                 "fine-tuned model."
             )
         default = () if self.tuned is None else (0.0,)
-        lams = tuple(float(lam) for lam in self.lams)
+        lams = tuple(as_number(lam, "lam") for lam in self.lams)
         object.__setattr__(self, "lams", lams or default)
 
     @contextmanager

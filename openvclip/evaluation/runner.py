@@ -50,10 +50,10 @@ def evaluate_protocol(
     result.
 
     Args:
-        model: an open_clip model, expanded or not, with the weights of the original CLIP. On exit
-            the model has its original weights, bitwise.
+        model: a CLIP of open_clip or transformers, expanded or not, with the weights of the
+            original CLIP. On exit the model has its original weights, bitwise.
         tokenizer: a function from a list of texts to token ids, such as the result of
-            ``open_clip.get_tokenizer``.
+            ``open_clip.get_tokenizer``; or a tokenizer of transformers.
         splits: the splits of :func:`openvclip.video.protocols.load`, splits of several protocols in
             one list, or other splits.
         videos: the folder of the videos. The paths of the splits are relative to this folder.

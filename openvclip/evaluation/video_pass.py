@@ -178,7 +178,7 @@ def require_videos(paths: Sequence[str], root: str) -> None:
         raise VideoNotFoundError(
             f"{len(missing)} of {len(paths)} videos are not in {root} ({listed(missing)})"
             f"{near_path(os.path.join(root, missing[0]))}. Check that the paths start from this "
-            "folder, or allow missing videos."
+            "folder, or allow missing videos (--allow-missing-videos, allow_missing=True)."
         )
 
 

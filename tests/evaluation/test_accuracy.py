@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from openvclip.errors import EvaluationError, NonFiniteWeightsError, VideoShapeError
+from openvclip.errors import EvaluationError, NonFiniteWeightsError, UsageError, VideoShapeError
 from openvclip.evaluation import NO_RANK, evaluate, score
-from openvclip.video import VideoSample
+from openvclip.video import PaddedSamples, VideoSample
 
 
 class Lookup(nn.Module):
@@ -125,3 +125,47 @@ def test_no_answer_is_wrong_at_every_k_and_in_no_cell() -> None:
     assert result.confusion(2).tolist() == [[1, 0], [1, 0]]
     assert result.per_class(3).tolist()[:2] == [0.5, 0.0]
     assert result.per_class(3)[2].isnan()
+
+
+def test_views_in_half_precision_are_summed_in_float32() -> None:
+    """Three logits near 25 are exact in bfloat16, but their sum is not: the classes would tie."""
+    logits = torch.tensor([[[25.0, 25.125], [25.0, 25.125], [25.125, 25.0]]])
+    result = evaluate(Lookup(2).bfloat16(), [(_clips(logits).bfloat16(), torch.tensor([1]))])
+    assert result.top1 == 1.0
+
+
+def test_the_tensor_that_a_classifier_returns_is_not_changed() -> None:
+    class Stored(Lookup):
+        @torch.inference_mode()
+        def forward(self, video: Tensor) -> Tensor:
+            self.given = video.flatten(1)[:, : self.k].clone()
+            return self.given
+
+    stored = Stored(2)
+    batch = VideoSample(
+        _clips(torch.tensor([[1.0, 2.0], [3.0, 0.0]])),
+        torch.tensor([1, 0]),
+        torch.arange(2),
+        ["", "truncated"],
+    )
+    assert evaluate(stored, [batch], progress=False).ranks.tolist() == [0, NO_RANK]
+    assert stored.given.tolist() == [[1.0, 2.0], [3.0, 0.0]]
+
+
+def test_padded_clips_are_refused_and_padded_batches_without_padding_are_not() -> None:
+    clips, label = _clips(torch.tensor([[1.0, 2.0], [3.0, 0.0]])), torch.tensor([1, 0])
+    mask = torch.ones(2, 2, dtype=torch.bool)
+    errors = ["", "truncated"]
+    batch = PaddedSamples(clips, label, torch.arange(2), errors, mask)
+    assert evaluate(Lookup(2), [batch], progress=False).ranks.tolist() == [0, NO_RANK]
+    mask[1, 1] = False
+    with pytest.raises(VideoShapeError, match="clips of different lengths, which are padded"):
+        evaluate(Lookup(2), [batch], progress=False)
+
+
+@pytest.mark.parametrize(
+    "batch", [{"video": torch.zeros(1)}, torch.zeros(2, 3), [torch.zeros(2)], (torch.zeros(2), [1])]
+)
+def test_batches_of_another_kind_are_refused(batch: object) -> None:
+    with pytest.raises(UsageError, match=r"expected a tuple or list \(video, label\)"):
+        evaluate(Lookup(2), [batch], progress=False)  # type: ignore[list-item]

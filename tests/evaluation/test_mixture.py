@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import openvclip
-from openvclip.errors import UsageError
+from openvclip.errors import LambdaError, UsageError
 from openvclip.evaluation import Mixture
 from tests.helpers import assert_same_state, snapshot
 
@@ -44,6 +44,12 @@ def test_the_weights_are_restored_after_an_exception() -> None:
     with pytest.raises(OSError, match="stop"):
         stopped()
     assert_same_state(snapshot(model), original)
+
+
+@pytest.mark.parametrize("lam", [float("nan"), float("inf"), "0.5", None])
+def test_a_weight_that_is_no_finite_number_is_told_at_once(lam: object) -> None:
+    with pytest.raises(LambdaError, match="lam"):
+        Mixture(_model()[1], (0.5, lam))  # type: ignore[arg-type]
 
 
 def test_defaults() -> None:

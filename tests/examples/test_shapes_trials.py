@@ -266,6 +266,35 @@ def test_the_point_with_the_best_mean_is_chosen_for_each_method() -> None:
     assert chosen == {"FINE-TUNE": {"training": {"lr": 2}, "params": {}, "lam": 0.4}}
 
 
+def test_a_run_of_one_row_has_the_settings_that_it_shares_with_rows_of_earlier_runs() -> None:
+    def tuned(*values: float) -> dict[str, Any]:
+        return {
+            f"lr={rate}": {"settings": {"lr": rate}, "points": [_point(value)]}
+            for rate, value in enumerate(values)
+        }
+
+    methods = {"FINE-TUNE": tuned(0.5, 0.6), "SWA": tuned(0.9, 0.5)}
+    for names in (["FINE-TUNE"], ["FINE-TUNE", "SWA"]):
+        chosen = choose({"tuning": {"methods": methods}}, names)
+        assert {name: choice["training"]["lr"] for name, choice in chosen.items()} == dict.fromkeys(
+            names, 0
+        )
+
+
+def test_failures_of_other_methods_stay_in_the_results(tmp_path: Path) -> None:
+    Runner(Place(tmp_path, SIZES), ("CLIP",), choices={}).run()
+    path = tmp_path / "results.json"
+    results = json.loads(path.read_text())
+    failure = {"text": "no luck", "trace": ""}
+    results["failures"] = dict.fromkeys(
+        ("cell-00: LoRA + IWR lr=0.1", "cell-00: LoRA lr=0.1", "cell-07: LoRA lr=0.1"), failure
+    )
+    path.write_text(json.dumps(results))
+    again = Runner(Place(tmp_path, SIZES), ("LoRA",), choices={})
+    assert set(again.run()["failures"]) == {"cell-00: LoRA + IWR lr=0.1", "cell-07: LoRA lr=0.1"}
+    assert again.report() == ""
+
+
 def test_a_method_that_is_like_another_waits_for_its_settings() -> None:
     def trainings(chosen: dict[str, Any]) -> set[str]:
         tasks = tuning_tasks(["Model Stock"], chosen)

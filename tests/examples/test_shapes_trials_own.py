@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -83,17 +85,37 @@ def run_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None
     Runner(Place(tmp_path / "out", replace(SIZES, cells=1)), ("mine",), choices={}).run()
 
 
+def with_a_result(out: Path) -> None:
+    """Add a row of the method to the results file of a run."""
+    results = json.loads((out / "results.json").read_text())
+    row = {"settings": {}, "points": []}
+    results["cells"]["0"] = {"trainings": {}, "methods": {"mine": row}}
+    (out / "results.json").write_text(json.dumps(results))
+
+
+END = """
+from examples.shapes.trials.registry import Method, first_end, register
+register(Method("mine", ("plain",), first_end("last"), lams=(0.0,)))
+"""
+
+
 @pytest.mark.parametrize(
-    ("old", "new"),
-    [("share * (tuned", "2 * share * (tuned"), ("share=0.5", "share=0.25")],
-    ids=["body", "numbers"],
+    ("code", "old", "new"),
+    [
+        (OWN, "share * (tuned", "2 * share * (tuned"),
+        (OWN, "share=0.5", "share=0.25"),
+        (END, '"last"', '"swa"'),
+        (END, '("plain",)', '("iwr",)'),
+    ],
+    ids=["body", "numbers", "end", "trainings"],
 )
 def test_a_function_whose_code_changed_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, old: str, new: str
 ) -> None:
-    run_with(tmp_path, monkeypatch, OWN)
-    run_with(tmp_path, monkeypatch, OWN.replace("    tuned = ", "    # a comment\n\n    tuned = "))
-    changed = OWN.replace(old, new)
+    run_with(tmp_path, monkeypatch, code)
+    with_a_result(tmp_path / "out")
+    run_with(tmp_path, monkeypatch, code.replace("    tuned = ", "    # a comment\n\n    tuned = "))
+    changed = code.replace(old, new)
     with pytest.raises(
         FileExistsError, match=r"results of the method 'mine' with other code\. Giv"
     ):
@@ -101,9 +123,31 @@ def test_a_function_whose_code_changed_is_refused(
     run_with(tmp_path / "elsewhere", monkeypatch, changed)
 
 
+def test_a_function_without_results_can_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A function that failed is mended, and the same command tries it again."""
+    run_with(tmp_path, monkeypatch, OWN)
+    changed = OWN.replace("share=0.5", "share=0.25")
+    run_with(tmp_path, monkeypatch, changed)
+    with_a_result(tmp_path / "out")
+    run_with(tmp_path, monkeypatch, changed)
+    with pytest.raises(FileExistsError, match="with other code"):
+        run_with(tmp_path, monkeypatch, OWN)
+
+
 def test_the_code_of_a_function_is_known_by_its_source() -> None:
     def first() -> int:
         return 1
+
+    def made() -> Callable[[], int]:
+        def inner() -> int:
+            return 1
+
+        return inner
+
+    # Two objects of the same code, as in two processes.
+    assert digest(partial(first, made())) == digest(partial(first, made()))
 
     assert digest(first) == digest(first)
     assert digest(first) != digest(lambda: 1) != ""

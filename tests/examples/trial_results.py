@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -39,7 +40,7 @@ def made_up(cells: int = 5, seed: int = 0) -> Results:
                 "settings": dict(settings),
                 "points": [
                     _point(rng, dict(numbers), lam, 0.0, stills=False)
-                    for numbers in method.params
+                    for numbers in numbers_of(name, results)
                     for lam in method.lams
                 ],
                 "seconds": 2.0,
@@ -88,6 +89,14 @@ def made_up(cells: int = 5, seed: int = 0) -> Results:
                 }
         results["cells"][str(cell)] = entry
     return results
+
+
+def numbers_of(name: str, results: Results) -> Sequence[Mapping[str, Any]]:
+    """Return the numbers that are tried for a method: those of the other method for a control."""
+    method = METHODS[name]
+    if not method.control:
+        return method.params
+    return [choose(results, METHODS)[str(method.like)]["params"]]
 
 
 def _point(

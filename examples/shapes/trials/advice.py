@@ -13,7 +13,7 @@ import numpy as np
 from examples.shapes.results import Results
 from examples.shapes.trials.advice_words import PLACES, of_interpolation, of_pair, verdict_words
 from examples.shapes.trials.cells import QUESTIONS
-from examples.shapes.trials.claims import BETWEEN, Judged, Verdict
+from examples.shapes.trials.claims import Judged, Verdict
 from examples.shapes.trials.grid import at_edges
 from examples.shapes.trials.reading import MEAN, accuracies, lambda_of
 from examples.shapes.trials.registry import METHODS, REFERENCE, Method
@@ -147,7 +147,7 @@ def _overview(results: Results, judged: Sequence[Judged]) -> list[str]:
             "not mean that there is none."
         )
     words = (
-        f"Differences from {REFERENCE} at its best λ, in points of accuracy, means over the "
+        f"Differences from {REFERENCE} at its chosen λ, in points of accuracy, means over the "
         "cells. ▲ is clearly above, ▼ is clearly below, after the correction for all claims; "
         "without a mark, there is no clear difference. An empty place was not tested. *Stills* is "
         "what is left of CLIP's own knowledge, in %. *Training time* is relative to "
@@ -253,9 +253,6 @@ def _comparisons(results: Results, name: str, judged: Sequence[Judged]) -> list[
         items = [] if other == REFERENCE else of_pair(results, judged, name, None, other, None)
         if items:
             lines.append(f"**Beside {other}:** {verdict_words(items)}.")
-    items = of_pair(results, judged, name, None, REFERENCE, BETWEEN)
-    if items and lambda_of(results, REFERENCE, None) != BETWEEN:
-        lines.append(f"**Beside {REFERENCE} at λ = {BETWEEN:g}:** {verdict_words(items)}.")
     return lines
 
 
@@ -291,6 +288,7 @@ def _reasons(
         pro = f"Accuracy on {higher} is a reason: it is clearly above {REFERENCE} there."
     elif overall == "not clear":
         pro = f"Accuracy is no reason: a gain over {REFERENCE} was not shown here."
+    pro += _as_good_as_control(results, name, against, judged)
     below = f"it is clearly below {REFERENCE}"
     if overall == "lower":
         contra = f"Accuracy is a reason against it: {below} in {PLACES[MEAN]}"
@@ -298,6 +296,20 @@ def _reasons(
     elif lower:
         contra = f"Accuracy on {lower} is a reason against it: {below} there."
     return pro, contra
+
+
+def _as_good_as_control(
+    results: Results, name: str, against: Sequence[Judged], judged: Sequence[Judged]
+) -> str:
+    """Return on which of its clear gains a method is not clearly above its control."""
+    control = next((n for n, m in METHODS.items() if m.control and m.like == name), "")
+    gains = {item.claim.question for item in against if item.verdict == "higher"}
+    names = [
+        PLACES[item.claim.question]
+        for item in of_pair(results, judged, name, None, control, None)
+        if item.claim.question in gains and item.verdict != "higher"
+    ]
+    return f" On {', and on '.join(names)}, it is not clearly above {control}." if names else ""
 
 
 def _places(items: Sequence[Judged], verdict: Verdict) -> str:

@@ -15,13 +15,10 @@ import numpy as np
 from examples.shapes.results import Results
 from examples.shapes.trials.cells import QUESTIONS
 from examples.shapes.trials.reading import MEAN, OUTCOMES, Outcome, accuracies, lambda_of
-from examples.shapes.trials.registry import CURVE, METHODS, PAPER, REFERENCE, Method
+from examples.shapes.trials.registry import METHODS, PAPER, REFERENCE
 from examples.shapes.trials.statistics import LEVEL, holm, p_value
 
-__all__ = ["BETWEEN", "Claim", "Judged", "Verdict", "claims_of", "judge"]
-
-BETWEEN = CURVE[1]
-"""The λ of plain fine-tuning for the comparison with merges that take the place of λ."""
+__all__ = ["Claim", "Judged", "Verdict", "claims_of", "judge"]
 
 Verdict = Literal["higher", "lower", "not clear"]
 
@@ -80,12 +77,11 @@ class Judged:
 def claims_of(methods: Sequence[str]) -> list[Claim]:
     """Return the claims of the page about some methods.
 
-    - On each question: plain fine-tuning (λ = 0) against CLIP, plain fine-tuning at its best λ
+    - On each question: plain fine-tuning (λ = 0) against CLIP, plain fine-tuning at its chosen λ
       against λ = 0 and against CLIP, and Open-VCLIP against CLIP.
-    - Every method against plain fine-tuning at its best λ: on the mean of the three questions, and
-      on each question, unless the method changes one part of another method (``like``).
-    - On each of these: a merge of plain fine-tuning that takes the place of λ, against plain
-      fine-tuning at λ = :data:`BETWEEN`.
+    - Every method against plain fine-tuning at its chosen λ: on the mean of the three questions,
+      and on each question, unless the method changes one part of another method (``like``).
+    - On each of these: a method against its control.
     - On the mean: a method against the methods that its entry names (``beside``).
     """
     general: tuple[tuple[str, float | None, str, float | None], ...] = (
@@ -105,9 +101,9 @@ def claims_of(methods: Sequence[str]) -> list[Claim]:
             outcomes: Sequence[Outcome] = (MEAN,) if is_part else OUTCOMES
             claims += [Claim(name, None, REFERENCE, None, outcome) for outcome in outcomes]
     claims += [
-        Claim(name, None, REFERENCE, BETWEEN, outcome)
+        Claim(str(METHODS[name].like), None, name, None, outcome)
         for name in methods
-        if name in METHODS and _replaces_lambda(METHODS[name])
+        if name in METHODS and METHODS[name].control
         for outcome in OUTCOMES
     ]
     for name in methods:
@@ -115,11 +111,6 @@ def claims_of(methods: Sequence[str]) -> list[Claim]:
             claims.append(Claim(name, None, other, None, MEAN))
     known = {*methods}
     return [claim for claim in claims if {claim.method, claim.other} <= known]
-
-
-def _replaces_lambda(method: Method) -> bool:
-    """Return whether the method makes a model between CLIP and plain fine-tuning without λ."""
-    return method.lams == (0.0,) and method.needs == METHODS[REFERENCE].needs
 
 
 def judge(results: Results, claims: Sequence[Claim]) -> list[Judged]:

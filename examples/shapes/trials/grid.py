@@ -7,12 +7,12 @@ from typing import Any
 
 from examples.shapes.results import Results
 from examples.shapes.trials.cells import QUESTIONS
-from examples.shapes.trials.registry import METHODS
-from examples.shapes.trials.tuning import score
+from examples.shapes.trials.registry import METHODS, REFERENCE
+from examples.shapes.trials.tuning import best, score
 from examples.shapes.trials.wording import HEADS
 from openvclip.evaluation import markdown_table
 
-__all__ = ["at_edges", "edges_text", "grid_table", "luck_text"]
+__all__ = ["alone_text", "at_edges", "edges_text", "grid_table", "luck_text"]
 
 
 def grid_table(results: Results) -> str:
@@ -93,6 +93,37 @@ def edges_text(results: Results) -> str:
         "may lie beyond, so the method may be better than shown here:"
     )
     return head + "\n\n" + "\n".join(f"- {text}" for text in found)
+
+
+def alone_text(results: Results) -> str:
+    """Return which methods have a better point with settings that they do not share."""
+    texts = {}
+    for name, entries in results["tuning"].get("methods", {}).items():
+        choice = results["chosen"].get(name)
+        if choice is None or name not in METHODS or METHODS[name].like is not None:
+            continue
+        tried = [
+            {"training": entry["settings"], **point}
+            for entry in entries.values()
+            for point in entry["points"]
+        ]
+        used = [point for point in tried if choice == _without_accuracy(point)]
+        own = best(tried)
+        if used and own["training"] != choice["training"] and score(own) > score(used[0]):
+            settings = _text({**own["training"], **own["params"], "λ": f"{own['lam']:g}"})
+            texts[name] = (
+                f"{name} with {settings} ({100 * score(own):.1f} % in place of "
+                f"{100 * score(used[0]):.1f} %)"
+            )
+    if not texts:
+        return "None of them has a better point with other settings."
+    text = f"Some of them have a better point with other settings: {'; '.join(texts.values())}."
+    if REFERENCE in texts:
+        text += (
+            f" So {REFERENCE}, with which all methods are compared, is not at its own best point, "
+            "while a method that shares no training is."
+        )
+    return text
 
 
 def luck_text(results: Results) -> str:

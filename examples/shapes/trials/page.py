@@ -19,9 +19,9 @@ import numpy as np
 
 from examples.shapes.results import Results, origins, save_results
 from examples.shapes.trials.advice import advice_page
-from examples.shapes.trials.cells import QUESTIONS
+from examples.shapes.trials.cells import DIVISIONS, QUESTIONS
 from examples.shapes.trials.claims import Judged, claims_of, judge
-from examples.shapes.trials.grid import edges_text, grid_table, luck_text
+from examples.shapes.trials.grid import alone_text, edges_text, grid_table, luck_text
 from examples.shapes.trials.reading import MEAN, accuracies, complete, lambda_of
 from examples.shapes.trials.rows import PUBLISHED
 from examples.shapes.trials.sections import (
@@ -83,6 +83,7 @@ def page(results: Results) -> str:
         "main": main_table(shown, shown["chosen"]),
         "edges": edges_text(shown),
         "luck": luck_text(shown),
+        "alone": alone_text(shown),
         "means": claims_table(judged, [MEAN]),
         "claims": claims_table(judged, QUESTIONS),
         "summary": summary(judged),
@@ -99,6 +100,8 @@ def page(results: Results) -> str:
         "origin": _origin(results, shown),
         "failures": failures_text(results),
         "cells": str(FULL.cells),
+        "divisions": str(len(DIVISIONS)),
+        "again": str(FULL.cells - len(DIVISIONS)),
         **{name: str(sizes[name]) for name in ("test", "train", "stills", "steps", "development")},
         "batch": str(sizes["batch_size"]),
     }

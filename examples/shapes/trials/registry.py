@@ -92,6 +92,8 @@ class Method:
         lams: the λ that are tried on the development lists.
         like: a method whose chosen settings of the training are used; then only ``params`` and
             ``lams`` are chosen for this method.
+        control: whether the method is a control of the method that it is like. A control has the
+            numbers of this method too, and this method is compared with it on each question.
         curve: whether the results have the λ of :data:`CURVE` too, for a figure.
         unlabelled: whether the results have λ chosen without labels too.
         form: how the weights become a classifier.
@@ -109,6 +111,7 @@ class Method:
     params: tuple[Settings, ...] = ({},)
     lams: tuple[float, ...] = LAMBDAS
     like: str | None = None
+    control: bool = False
     curve: bool = False
     unlabelled: bool = False
     form: Form = EXPANDED

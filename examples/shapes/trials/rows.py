@@ -8,7 +8,7 @@ from typing import Any
 from examples.shapes.trials.methods import EVERY, OTHERS, PLAIN, SHARES
 from examples.shapes.trials.registry import METHODS, PAPER, Method, Runs, first_end, register
 from examples.shapes.trials.workshop import ONE_BY_ONE, VIDEO, VITA, State
-from openvclip import merging
+from openvclip import interpolate, merging
 
 _AVERAGE = first_end("swa")
 _PARTS = "if the videos can't be brought together in one place"
@@ -39,6 +39,13 @@ def _lines(clip: State, runs: Runs, *, alpha: float) -> State:
 
 def _monosoup(clip: State, runs: Runs, *, threshold: float) -> State:
     return merging.monosoup(clip, _last(runs)[0], threshold=threshold)
+
+
+def _as_far(merge: Any, clip: State, runs: Runs, **numbers: float) -> State:
+    """Interpolate plain fine-tuning so that it is as far from CLIP as a merge of it."""
+    tuned = _last(runs)[0]
+    lam = merging.lam_of_same_distance(clip, tuned, merge(clip, runs, **numbers))
+    return interpolate(clip, tuned, lam)
 
 
 def _parts(runs: Runs) -> list[State]:
@@ -285,6 +292,23 @@ register(
         beware="if the depth of a layer can't be read from the names of the entries",
     )
 )
+for _name, _merge in (("MonoSoup", _monosoup), ("LiNeS", _lines)):
+    register(
+        Method(
+            f"FINE-TUNE, as far as {_name}",
+            (PLAIN,),
+            partial(_as_far, _merge),
+            lams=(0.0,),
+            like=_name,
+            control=True,
+            does=f"interpolates FINE-TUNE with the original CLIP; λ is such that the weights are "
+            f"as far from CLIP as those of {_name}",
+            how="[`merging.lam_of_same_distance`][openvclip.merging.lam_of_same_distance]",
+            cost=f"as {_name}",
+            when=f"to see what {_name} brings beside the smaller change",
+            beware="if λ can be chosen on data",
+        )
+    )
 register(
     Method(
         "soup of 3 runs",

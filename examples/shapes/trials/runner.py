@@ -19,7 +19,7 @@ from examples.shapes.trials.cells import QUESTIONS, TUNING, Cell, cell
 from examples.shapes.trials.clips import remove_clips
 from examples.shapes.trials.codes import require_same_code
 from examples.shapes.trials.registry import METHODS, TRAININGS
-from examples.shapes.trials.store import Choice, open_results
+from examples.shapes.trials.store import Choice, is_key_of, open_results
 from examples.shapes.trials.tasks import Failure, Place, Task, cost, do
 from examples.shapes.trials.tuning import cell_tasks, choose, enter, has_result, tuning_tasks
 
@@ -57,7 +57,13 @@ class Runner:
         self.path = place.out / "results.json"
         self.results: Results = open_results(self.path, place.sizes, choices is not None)
         require_same_code(self.results, self.methods, self.path)
-        self.results["failures"] = {}
+        # Failures of tasks that this run does not try stay on the page.
+        self._others = {
+            task: failure
+            for task, failure in self.results["failures"].items()
+            if not self._tries(task)
+        }
+        self.results["failures"] = dict(self._others)
         self._environment = environment()
         self._cost_left = self._cost_done = 0.0
         self._tasks_left = 0
@@ -85,13 +91,25 @@ class Runner:
 
     def report(self) -> str:
         """Return the errors as text, or an empty text."""
-        failures = self.results["failures"]
+        failures = {
+            task: failure
+            for task, failure in self.results["failures"].items()
+            if task not in self._others
+        }
         if not failures:
             return ""
         lines = [f"{len(failures)} tasks failed, and the tasks that need them were left out."]
         lines.append("The same command tries them again.")
         lines += [f"- {task}: {failure['text']}" for task, failure in failures.items()]
         return "\n".join(lines)
+
+    def _tries(self, task: str) -> bool:
+        """Return whether a task of the results file, as text, belongs to this run."""
+        place, _, key = task.partition(": ")
+        cells = {TUNING.name, *(cell(n).name for n in range(self.place.sizes.cells))}
+        names = {*self.methods, *(need for name in self.methods for need in METHODS[name].needs)}
+        is_of_run = key.startswith("clips ") or any(is_key_of(key, name) for name in names)
+        return place in cells and is_of_run
 
     def _plan(self, cells: Sequence[Cell]) -> None:
         """Estimate the work of all stages before the settings are known."""

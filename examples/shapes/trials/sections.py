@@ -81,6 +81,18 @@ def share_text(judged: Sequence[Judged]) -> str:
                 f"With as many clips in second passes, {names[0]} beside {names[1]}: {kind} "
                 f"({points(item.mean)})."
             )
+    whole = [
+        item
+        for item in judged
+        if (item.claim.method, item.claim.other) == (PAPER, REFERENCE)
+        and item.claim.question == MEAN
+        and item.claim.other_lam is None
+    ]
+    if whole and whole[0].verdict != "higher":
+        sentences.append(
+            f"{PAPER} itself is not clearly above {REFERENCE} ({points(whole[0].mean)}). So these "
+            "results can't show how small a part is enough: there is no gain to keep."
+        )
     return " ".join(["In the mean of the three questions:", *sentences])
 
 

@@ -18,7 +18,7 @@ import torch
 __all__ = ["cells_needed", "holm", "p_value", "power", "smallest_difference", "upper_tail"]
 
 LEVEL = 0.05
-"""The probability that the page calls at least one claim clear for which no difference exists."""
+"""The largest probability that the page calls a claim clear for which no difference exists."""
 
 _POINTS = 2001  # of the integral
 
@@ -56,7 +56,11 @@ def p_value(differences: Sequence[float]) -> float:
     """Return the two-sided p-value of the paired t-test; 1 for fewer than three differences.
 
     An accuracy is a multiple of 1 over the number of clips. So two differences are often equal, and
-    the t-test would take their lack of a deviation for certainty.
+    the t-test would take their lack of a deviation for certainty. The cells are not independent
+    draws: the 20 divisions are all that there are, some occur twice, and a division and its
+    complement often have opposite effects. Given the divisions, the noise of the cells is
+    independent. The differences between the divisions then only widen the deviation, so the test
+    errs towards "not clear".
     """
     values = np.asarray(differences, np.float64)
     if len(values) < 3:

@@ -18,7 +18,7 @@ from examples.shapes.trials.settings import Sizes
 from examples.shapes.trials.workshop import State
 from openvclip.checkpoints import atomic_path
 
-__all__ = ["Choice", "Store", "key_of", "open_results"]
+__all__ = ["Choice", "Store", "is_key_of", "key_of", "open_results"]
 
 Choice = dict[str, Any]
 """The settings of a method: ``training``, ``params`` and ``lam``."""
@@ -27,6 +27,11 @@ Choice = dict[str, Any]
 def key_of(name: str, settings: Mapping[str, Any]) -> str:
     """Return the name of a training with its settings, such as ``"plain lr=0.001"``."""
     return " ".join([name, *(f"{key}={value}" for key, value in sorted(settings.items()))])
+
+
+def is_key_of(key: str, name: str) -> bool:
+    """Return whether a key is that of a name with any settings."""
+    return key.startswith(name) and all("=" in part for part in key[len(name) :].split())
 
 
 def open_results(path: Path, sizes: Sizes, quick: bool) -> Results:

@@ -9,6 +9,7 @@ import numpy as np
 from examples.shapes.results import Results
 from examples.shapes.trials.reading import MEAN, accuracies, lambda_of
 from examples.shapes.trials.registry import CURVE, METHODS, REFERENCE
+from examples.shapes.trials.store import key_of
 from examples.shapes.trials.times import training_ratio
 from examples.shapes.trials.wording import HEADS
 from openvclip.evaluation import markdown_table, mean_and_std
@@ -74,11 +75,12 @@ def cost_table(results: Results) -> str:
         if name not in METHODS:
             continue
         method, ratio = METHODS[name], training_ratio(results, name)
+        keys = [key_of(need, results["chosen"][name]["training"]) for need in method.needs[:1]]
         counts = {
-            training["parameters"]
+            entry["trainings"][key]["parameters"]
             for entry in results["cells"].values()
-            for key, training in entry["trainings"].items()
-            if method.needs and key.startswith(method.needs[0] + " ")
+            for key in keys
+            if key in entry["trainings"]
         }
         rows.append(
             [

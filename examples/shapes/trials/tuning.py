@@ -3,8 +3,10 @@
 Each method has the same budget: at most four training runs, and at most 24 evaluated points (the
 settings of the training, times the method's own numbers, times λ). The chosen point has the best
 mean accuracy over the three questions of :data:`examples.shapes.trials.cells.TUNING`. Rows that
-use the same training have its settings in common: those with the best mean over the rows. A method
-that is ``like`` another method has the same settings of the training as the other method.
+use the same training have its settings in common: those with the best mean over the rows that have
+results, also if a run is only of some of these rows. A method
+that is ``like`` another method has the same settings of the training as the other method, and a
+control has its numbers too.
 """
 
 from __future__ import annotations
@@ -62,7 +64,8 @@ def tuning_tasks(methods: Iterable[str], chosen: dict[str, Choice]) -> list[Task
         method = METHODS[name]
         for settings in _settings(method, chosen):
             tasks += _trainings(TUNING, method, settings)
-            numbers = tuple(pairs(dict(numbers)) for numbers in method.params)
+            params = [chosen[str(method.like)]["params"]] if method.control else method.params
+            numbers = tuple(pairs(dict(numbers)) for numbers in params)
             tasks.append(Task(TUNING, "method", name, settings, numbers, method.lams))
     return list(dict.fromkeys(tasks))
 
@@ -91,7 +94,8 @@ def choose(results: Results, methods: Iterable[str]) -> dict[str, Choice]:
     """
     chosen: dict[str, Choice] = {}
     methods = list(methods)
-    shared = _shared_settings(results, methods)
+    # All rows with results share settings, also those that this run leaves alone.
+    shared = _shared_settings(results, [*METHODS])
     for name in methods:
         entries = results["tuning"].get("methods", {}).get(name, {}).values()
         other = chosen.get(METHODS[name].like or "")
@@ -101,6 +105,7 @@ def choose(results: Results, methods: Iterable[str]) -> dict[str, Choice]:
             for entry in entries
             if training is None or entry["settings"] == training
             for point in entry["points"]
+            if not METHODS[name].control or (other and point["params"] == other["params"])
         ]
         if points:
             point = best(points)

@@ -22,6 +22,10 @@ function config() {
 // Draws a figure unless a newer one was begun. Vega gives the element that it draws into a role and a
 // name of its own, so this is an element inside of the figure.
 function draw(id, spec, then) {
+  if (!window.vegaEmbed) { // an old browser, which can't run the library
+    byId(id).textContent = "This browser can't draw the figure.";
+    return;
+  }
   var turn = turns[id] = (turns[id] || 0) + 1, element = byId(id).firstElementChild;
   spec.$schema = "https://vega.github.io/schema/vega-lite/v6.json";
   spec.config = config();
@@ -61,7 +65,8 @@ function drawCurve() {
   if (!shown) return;
   byId("curve-title").textContent = across ? "Trade-off along λ" : "Accuracy along λ";
   byId("curve-note").textContent = (across ? "The numbers beside the points are λ. " : "") +
-    "The ring is the chosen λ." + (flat.length ? " A dashed line is a model without λ." : "");
+    (known(lam()) ? "The ring is the chosen λ. " : "") +
+    (flat.length ? "A dashed line is a model without λ." : "");
   byId("curve-figure").setAttribute("aria-label", "Curve: top-1 on " + numbers.tests[state.test] +
     " over " + (across ? "top-1 on " + numbers.tests[Number(state.axis)] : "λ") +
     ". The table “All accuracies” has the same numbers.");
