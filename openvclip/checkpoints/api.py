@@ -109,11 +109,11 @@ def save_checkpoint(
         gathered = whole(value)  # every process takes part
         if is_writer:
             stored[name] = _to_store(gathered, None if name in encoded else dtype)
-    failure = None
+    failure: Exception | None = None
     try:
         if is_writer:
             _write(stored, path, metadata)
-    except CheckpointError as error:
+    except Exception as error:  # any error: the other processes wait for this one
         failure = error
     if any_process([failure is not None], entries.values())[0]:
         failure = failure or CheckpointError(
@@ -182,7 +182,8 @@ def load_checkpoint(
     **Prefixes.** If all names of a CLIP start with a prefix, such as ``model.`` of a Lightning
     module or ``student.``, the prefix is removed. With ``model``, the names are those of the model:
     a prefix that the model has itself is kept. If a file holds several models, choose one with
-    ``allow_unexpected``: ``"teacher.*"`` leaves the teacher out. The counter of
+    ``allow_unexpected``: ``"teacher.*"`` leaves the teacher out. Without ``model`` and without a
+    choice, all entries are returned under their names. The counter of
     ``torch.optim.swa_utils.AveragedModel`` is left out.
 
     Args:
@@ -209,7 +210,8 @@ def load_checkpoint(
 
     Raises:
         CheckpointError: the file is missing, truncated or of another kind, it holds no weights, it
-            holds several models, or it is an adapter and ``base`` is not given.
+            holds several models and ``model`` is given, or it is an adapter and ``base`` is not
+            given.
         UnsafeCheckpointError: the file contains a pickle that could run arbitrary code.
         StateMismatchError: weights are left over or missing, or their shapes are not those of the
             model, or the adapter does not fit ``base``.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
 import tempfile
 import threading
@@ -33,7 +34,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    # Processes in two containers can have the same id, and so have the threads of one process.
+    temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         _flush(temporary)
@@ -48,6 +50,7 @@ _UNFINISHED = ".openvclip-unfinished-"
 _ABANDONED = 86400  # seconds after which a temporary folder was left by a kill
 _REMOVED = ".remove-"  # before the name of an old file, in a complete folder
 _NOT_EMPTY = (errno.ENOTEMPTY, errno.EEXIST)
+_CANT_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EACCES)
 _turn = threading.Lock()
 
 
@@ -188,9 +191,26 @@ def write_errors(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def _flush(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":
+    if path.is_dir():
+        _flush_folder(path)
+        return
+    # Windows flushes only files that are open for writing.
+    _flush_open(os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY))
+
+
+def _flush_folder(path: Path) -> None:
+    if os.name == "nt":
         return  # Windows can't open a folder
-    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        _flush_open(os.open(path, os.O_RDONLY))
+    except OSError as error:
+        # Shared folders of VirtualBox and some network file systems can't flush a folder, and a
+        # folder without the permission to read can't be opened.
+        if error.errno not in _CANT_FLUSH:
+            raise
+
+
+def _flush_open(descriptor: int) -> None:
     try:
         os.fsync(descriptor)
     finally:

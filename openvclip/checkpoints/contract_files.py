@@ -176,6 +176,19 @@ def merged_contract(
     return last.with_(**alike, weights=None, data=data, results={}, confidence=None)
 
 
+def contract_of_mean(
+    contracts: Sequence[tuple[Path, Contract | None]], *, override: bool = False
+) -> Contract | None:
+    """Return the contract of a mean of models; see :func:`merged_contract`.
+
+    If an input has no contract, it may be the original CLIP, so ``lam`` is not known.
+    """
+    contract = merged_contract(contracts, override=override)
+    if contract is not None and any(one is None for _, one in contracts):
+        return contract.with_(lam=None)
+    return contract
+
+
 def interpolated_lam(
     a: Contract | None, b: Contract | None, lam: object, *, a_is_original: bool
 ) -> float | None:

@@ -24,6 +24,7 @@ from torch import Tensor
 from openvclip.errors import CheckpointError, listed
 
 _LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+_LONGEST_READ = 1 << 30  # bytes; macOS reads less than 2 GB at a time
 _METADATA = "__metadata__"  # the only name in a header that is not the name of an entry
 
 _DTYPES = {
@@ -156,9 +157,10 @@ def fill(file: FileIO, target: memoryview | bytearray, position: int | None = No
     view, filled = memoryview(target), 0
     while filled < len(view):  # one read may return fewer bytes than requested
         if position is None:
-            count = file.readinto(view[filled:])
+            count = file.readinto(view[filled : filled + _LONGEST_READ])
         else:
-            count = os.preadv(file.fileno(), [view[filled:]], position + filled)
+            part = view[filled : filled + _LONGEST_READ]
+            count = os.preadv(file.fileno(), [part], position + filled)
         if not count:
             raise OSError("the file became shorter after it was opened")
         filled += count
@@ -244,7 +246,7 @@ def _parse_entry(name: str, fields: object) -> _Entry:
         raise LayoutError(f"{name!r} lacks a dtype, a shape or data_offsets")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise LayoutError(f"{name!r} has the dtype {dtype}, which PyTorch does not support")
+        raise LayoutError(f"{name!r} has the dtype {dtype}, which openvclip does not read")
     shape_error = f"{name!r} has the shape {str(shape)[:80]}; expected a list of sizes"
     if not _are_counts(shape):
         raise LayoutError(shape_error)

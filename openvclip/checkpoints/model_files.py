@@ -11,6 +11,7 @@ import torch
 
 from openvclip.checkpoints.api import save_checkpoint, stored_dtype
 from openvclip.checkpoints.atomic import write_errors
+from openvclip.checkpoints.layout import read_header
 from openvclip.checkpoints.sharding import INDEX_ENDING, index_bytes
 from openvclip.checkpoints.streaming.outputs import split_into_shards
 from openvclip.errors import UsageError
@@ -62,8 +63,10 @@ def save_model_file(
         extra_state = {}  # in the first shard only
         save_checkpoint(part, path.with_name(name), dtype=dtype, metadata=metadata)
     index = path.with_name(f"{stem}{INDEX_ENDING}")
+    # The headers list the extra state too, which the first shard holds.
+    stored = {name: read_header(path.with_name(name)).sizes for name in names}
     with write_errors(index):
-        index.write_bytes(index_bytes(dict(zip(names, shards, strict=True)), metadata))
+        index.write_bytes(index_bytes(stored, metadata))
     return index.name
 
 

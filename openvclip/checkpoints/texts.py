@@ -43,3 +43,4 @@ def add_texts(path: str | os.PathLike[str], texts: Mapping[str, str]) -> None:
             target.write(header)
             opened.file.seek(opened.header.length)
             shutil.copyfileobj(opened.file, target, 16 << 20)
+            opened.file.close()  # Windows does not replace a file that is open

@@ -13,7 +13,7 @@ from torch import Tensor
 from openvclip.cli.options.outputs import add_merge_output_options, require_free, write_options
 from openvclip.cli.options.types import Commands
 from openvclip.commands.parsing import Parser, refuse_unused
-from openvclip.errors import MergeError, NonFiniteMergeError, UsageError
+from openvclip.errors import UsageError
 
 if TYPE_CHECKING:
     from openvclip.merging import Method
@@ -175,7 +175,11 @@ def _merge(method: Method, options: argparse.Namespace) -> None:
         merge_files(
             files,
             options.output,
-            _Entries(method, {**settings, **_names(method, settings, files[0])}, files, written),
+            functools.partial(
+                _merge_entry,
+                method,
+                {**settings, **_names(method, settings, files[0]), "dtype": written["dtype"]},
+            ),
             method=method.name,
             settings=settings,
             base=method.base,
@@ -184,35 +188,12 @@ def _merge(method: Method, options: argparse.Namespace) -> None:
     print(f"{'wrote':<12} {options.output} ({method.name} of {_count(models)})")
 
 
-class _Entries:
-    """A merge method for one entry of each file, whose errors name the files."""
-
-    def __init__(
-        self,
-        method: Method,
-        settings: Mapping[str, Any],
-        files: Sequence[Path],
-        written: Mapping[str, Any],
-    ) -> None:
-        self._method, self._files = method, files
-        self._settings = {**settings, "dtype": written["dtype"]}
-
-    def __call__(self, states: list[dict[str, Tensor]]) -> Mapping[str, Tensor]:
-        base = states[0] if self._method.base else None
-        models = states[1:] if self._method.base else states
-        try:
-            return self._method.run(base, models, **self._settings)
-        except NonFiniteMergeError:
-            raise  # merge_files names the files
-        except MergeError as error:
-            raise MergeError(self._with_files(str(error))) from error
-
-    def _with_files(self, text: str) -> str:
-        """Return the text of an error with the names of the files."""
-        models = self._files[1:] if self._method.base else self._files
-        for position, path in enumerate(models):
-            text = text.replace(f"models[{position}]", str(path))
-        return text
+def _merge_entry(
+    method: Method, settings: Mapping[str, Any], states: list[dict[str, Tensor]]
+) -> Mapping[str, Tensor]:
+    """Apply a merge method to one entry of each file."""
+    base = states[0] if method.base else None
+    return method.run(base, states[1:] if method.base else states, **settings)
 
 
 def _names(method: Method, settings: Mapping[str, Any], first: Path) -> dict[str, Any]:

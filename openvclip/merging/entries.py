@@ -17,7 +17,12 @@ from openvclip.weights.finite import require_same_infinities
 from openvclip.weights.interpolation import Lambda, as_number
 from openvclip.weights.kinds import require_values
 from openvclip.weights.names import canonical_model, is_extra_state, require_match
-from openvclip.weights.numerics import common_dtype, compute_dtype, is_interpolable
+from openvclip.weights.numerics import (
+    common_dtype,
+    compute_dtype,
+    dtype_of_result,
+    is_interpolable,
+)
 from openvclip.weights.relative import FineTuned, RelativeWeights
 from openvclip.weights.shards import sharded_like, whole
 
@@ -158,7 +163,7 @@ def combined(
             merged = _merged(name, entries, combine, names)
             merged = torch.view_as_complex(merged) if common.is_complex else merged
             default = common if narrow else compute_dtype(common)
-            merged = merged.to(default if dtype is None else dtype).contiguous().to(first.device)
+            merged = merged.to(dtype_of_result(default, dtype)).contiguous().to(first.device)
             result[name] = sharded_like(merged, first)
     return result
 

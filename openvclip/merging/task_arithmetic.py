@@ -24,6 +24,7 @@ from openvclip.weights.averageable import require_addable
 from openvclip.weights.finite import may_be_broken, require_same_infinities
 from openvclip.weights.interpolation import Lambda
 from openvclip.weights.names import canonical_model
+from openvclip.weights.numerics import dtype_of_result
 from openvclip.weights.relative import FineTuned
 
 
@@ -115,7 +116,9 @@ def apply_task_vectors(
 
     changed = combined(list(states), combine, None)
     result = {
-        name: changed[name].to(dtype or value.dtype) if name in changed else contiguous_copy(value)
+        name: changed[name].to(dtype_of_result(value.dtype, dtype))
+        if name in changed
+        else contiguous_copy(value)
         for name, value in base_entries.items()
     }
     return {**result, **copy.deepcopy(extra_state)}

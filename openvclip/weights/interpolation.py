@@ -25,6 +25,7 @@ from openvclip.weights.names import (
 from openvclip.weights.numerics import (
     common_dtype,
     compute_dtype,
+    dtype_of_result,
     has_kernels,
     is_interpolable,
     memory_of,
@@ -72,8 +73,9 @@ def interpolate(
             ``theta_a``.
         lam: a number, or a function from the canonical name of an entry to its number, for example
             ``lambda name: 0.5 if name.startswith("visual.") else 1.0``.
-        dtype: dtype of the floating-point entries of the result. Default: the dtype of each entry;
-            if the dtypes of the two inputs differ, the narrowest dtype that holds both.
+        dtype: dtype of the floating-point entries of the result. Complex entries stay complex.
+            Default: the dtype of each entry; if the dtypes of the two inputs differ, the narrowest
+            dtype that holds both.
         out: result of an earlier call, which is overwritten and returned. New memory costs several
             times as much as the arithmetic, so pass ``out`` in a loop over many pairs of models.
             The entries keep their dtypes and devices. They must not share memory with the inputs.
@@ -240,8 +242,8 @@ def as_number(value: SupportsFloat, what: str) -> float:
 def _empty_for(a: Tensor, b: Tensor, dtype: torch.dtype | None) -> Tensor:
     if not is_interpolable(b):
         dtype = b.dtype
-    elif dtype is None:
-        dtype = common_dtype(a.dtype, b.dtype)
+    else:
+        dtype = dtype_of_result(common_dtype(a.dtype, b.dtype), dtype)
     if is_sharded(b):
         return torch.empty_like(b, dtype=dtype, requires_grad=False)
     return torch.empty(b.shape, dtype=dtype, device=b.device)

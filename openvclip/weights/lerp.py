@@ -76,8 +76,10 @@ def _use_plain_formula(job: Lerp) -> None:
     broken = ~torch.isfinite(out)
     if bool(broken.any()):
         wide_dtype = compute_dtype(out.dtype)
-        plain = lam * a[broken].to(wide_dtype) + (1.0 - lam) * b[broken].to(wide_dtype)
-        out[broken] = plain.to(out.dtype)
+        x, y = a[broken].to(wide_dtype), b[broken].to(wide_dtype)
+        plain = lam * x + (1.0 - lam) * y
+        # For lam outside [0, 1], two equal infinities have different signs in the sum.
+        out[broken] = torch.where(x == y, y, plain).to(out.dtype)
 
 
 class _Side(NamedTuple):

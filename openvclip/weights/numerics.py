@@ -68,6 +68,18 @@ def common_dtype(a: torch.dtype, b: torch.dtype) -> torch.dtype:
     return a if a == b else torch.promote_types(compute_dtype(a), compute_dtype(b))
 
 
+def dtype_of_result(own: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
+    """Return the dtype in which an entry is stored if floating-point entries get ``dtype``.
+
+    Complex entries keep their dtype, because a real dtype can't hold the imaginary part.
+
+    Args:
+        own: the dtype of the entry without ``dtype``: floating-point or complex.
+        dtype: the dtype for floating-point entries, or ``None``.
+    """
+    return own if dtype is None or (own.is_complex and not dtype.is_complex) else dtype
+
+
 def non_finite_names(state: Mapping[str, Tensor]) -> list[str]:
     """Return the names of entries that hold NaN or infinity.
 

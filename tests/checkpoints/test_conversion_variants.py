@@ -253,7 +253,7 @@ def test_bytes_behind_the_last_entry_are_no_whole_file(tmp_path: Path) -> None:
     [
         ({}, 2**31, "its header would have 2147483648 bytes"),
         ({"shape": [-2, -1]}, None, r"'w' has the shape \[-2, -1\]"),
-        ({"dtype": "F4"}, None, "'w' has the dtype F4, which PyTorch does not support"),
+        ({"dtype": "F4"}, None, "'w' has the dtype F4, which openvclip does not read"),
         ({"data_offsets": [0, 16]}, None, r"'w' has 16 bytes, but F32 of shape \[2\] needs 8"),
         ({"shape": "ab"}, None, "'w' has the shape ab"),
     ],

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from openvclip.errors import NonFiniteMergeError, WeightTypeError
 from openvclip.weights.finite import may_be_broken, require_same_infinities
-from openvclip.weights.numerics import is_interpolable
+from openvclip.weights.numerics import computable, is_interpolable
 
 Merge: TypeAlias = Callable[[list[dict[str, Tensor]]], Mapping[str, Tensor]]
 """A merge method: maps a list of state dicts, one for each model, to one state dict.
@@ -26,7 +26,8 @@ def mean(_: str, values: list[Tensor], results: list[Tensor]) -> None:
     if not is_interpolable(last):
         results[0].copy_(last)
         return
-    wide = torch.complex128 if last.is_complex() else torch.float64
+    is_complex = any(value.is_complex() for value in values)
+    wide = torch.complex128 if is_complex else torch.float64
     total = values[0].to(wide, copy=True)
     addend = torch.empty_like(total)
     for value in values[1:]:
@@ -53,8 +54,29 @@ class FiniteOnly:
         except NonFiniteMergeError:
             require_same_infinities(name, values, self.models)
             raise
-        if any(map(may_be_broken, results)):
+        broken = [result for result in results if may_be_broken(result)]
+        if broken:
             require_same_infinities(name, values, self.models)
+        for result in broken:
+            _require_in_range(name, result, values[-1])
+
+
+def _require_in_range(name: str, result: Tensor, value: Tensor) -> None:
+    """Refuse NaN, and infinities that the models do not hold.
+
+    Args:
+        name: name of the entry.
+        result: the merged values.
+        value: the values of one model. All models hold infinities in the same places.
+    """
+    merged = computable(result)
+    is_new = merged.isnan() | (merged.isinf() & torch.isfinite(computable(value)))
+    if bool(is_new.any()):
+        raise NonFiniteMergeError(
+            f"{name}: the merge gives NaN or infinity, but the files hold none there. Values "
+            f"beyond the range of {result.dtype} become infinity: give a dtype with a larger "
+            "range, such as float32."
+        )
 
 
 def apply_merge(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from openvclip.checkpoints.contract import Contract
 from openvclip.checkpoints.contract_files import (
+    contract_of_mean,
     contract_to_merge,
     interpolated_lam,
     merged_contract,
@@ -29,7 +30,7 @@ from openvclip.checkpoints.streaming.threads import stream_in_threads
 from openvclip.errors import EmptyAverageError, UsageError, WeightTypeError
 from openvclip.weights.interpolation import Lambda, weights_of, write_interpolated
 from openvclip.weights.names import is_extra_state
-from openvclip.weights.numerics import common_dtype, is_interpolable
+from openvclip.weights.numerics import common_dtype, dtype_of_result, is_interpolable
 
 StrPath: TypeAlias = str | os.PathLike[str]
 
@@ -210,13 +211,12 @@ def average_files(
         StateMismatchError, CheckpointError, UnsafeCheckpointError, ContractError: see
             :func:`interpolate_files`.
     """
-    if isinstance(paths, (str, os.PathLike)):
-        raise WeightTypeError(f"paths: expected a list of files, got the one path {paths!s}.")
+    _require_list(paths)
     if not paths:
         raise EmptyAverageError("There are no files to average; give at least one.")
     with ExitStack() as stack:
         inputs = open_inputs([Path(path) for path in paths], stack)
-        contract = merged_contract(_contracts(inputs, override), override=override)
+        contract = contract_of_mean(_contracts(inputs, override), override=override)
         provenance = Provenance("average", inputs, {}, contract)
         options = MergeOptions(dtype, max_shard_size, progress, override=override)
         write_merged(inputs, [Path(out)], [provenance], mean, options)
@@ -265,12 +265,14 @@ def merge_files(
             another model than its original.
 
     Raises:
-        WeightTypeError: ``merge`` did not return the entry in its shape and dtype.
+        WeightTypeError: ``merge`` did not return the entry in its shape and dtype, or ``paths`` is
+            one path.
         NonFiniteMergeError: as in :func:`interpolate_files`.
         UsageError: ``paths`` is empty.
         StateMismatchError, CheckpointError, UnsafeCheckpointError, ContractError: see
             :func:`interpolate_files`.
     """
+    _require_list(paths)
     if not paths:
         raise UsageError("There are no files to merge; give at least one.")
     with ExitStack() as stack:
@@ -280,11 +282,16 @@ def merge_files(
             dtype, max_shard_size, progress, whole_entries=True, override=override, base=base
         )
         compute = functools.partial(apply_merge, merge, inputs[-1].sizes, dtype)
-        contract = merged_contract(_contracts(inputs, override), override=override)
+        contract = contract_of_mean(_contracts(inputs, override), override=override)
         if base and contract is not None:
             contract = contract.with_(lam=None)
         provenance = Provenance(method_name, inputs, dict(settings or {}), contract)
         write_merged(inputs, [Path(out)], [provenance], compute, options)
+
+
+def _require_list(paths: object) -> None:
+    if isinstance(paths, (str, os.PathLike)):
+        raise WeightTypeError(f"paths: expected a list of files, got the one path {paths!s}.")
 
 
 # --- outputs -------------------------------------------------------------------------------------
@@ -321,7 +328,8 @@ def write_merged(
     options: MergeOptions,
 ) -> None:
     """Compute and write one file for each path in ``outs``, with the hashes of the inputs."""
-    sizes = in_writing_order(options.sizes or _result_sizes(inputs, options.dtype))
+    sizes = options.sizes if options.sizes is not None else _result_sizes(inputs, options.dtype)
+    sizes = in_writing_order(sizes)
     for dtype in {size.dtype for size in sizes.values()}:
         require_storable(dtype)
     check_outputs(outs, inputs, options.max_shard_size)
@@ -380,7 +388,7 @@ def _result_sizes(inputs: list[WeightInput], dtype: torch.dtype | None) -> dict[
         result_dtype = size.dtype
         if is_interpolable(size) and not is_extra_state(name):
             dtypes = (source.sizes[name].dtype for source in inputs)
-            result_dtype = functools.reduce(common_dtype, dtypes) if dtype is None else dtype
+            result_dtype = dtype_of_result(functools.reduce(common_dtype, dtypes), dtype)
         # torch.empty_like on the meta device would import sympy, which takes half a second.
         sizes[name] = torch.empty(size.shape, dtype=result_dtype, device="meta")
     return sizes

@@ -17,7 +17,12 @@ from openvclip.checkpoints.task_vectors import task_vector_mark
 from openvclip.errors import NonFiniteMergeError
 from openvclip.weights.changes import difference
 from openvclip.weights.names import is_extra_state
-from openvclip.weights.numerics import common_dtype, compute_dtype, is_interpolable
+from openvclip.weights.numerics import (
+    common_dtype,
+    compute_dtype,
+    dtype_of_result,
+    is_interpolable,
+)
 
 
 def task_vector_file(
@@ -68,7 +73,12 @@ def task_vector_file(
         contract = merged_contract(contracts, override=override)
         provenance = _VectorProvenance("task_vector", inputs, {}, contract)
         options = MergeOptions(
-            dtype, max_shard_size, progress, sizes=_sizes(inputs, dtype), base=True
+            dtype,
+            max_shard_size,
+            progress,
+            override=override,
+            sizes=_sizes(inputs, dtype),
+            base=True,
         )
         _read_other_entries(inputs)
         write_merged(inputs, [Path(out)], [provenance], _compute, options)
@@ -89,7 +99,7 @@ def _sizes(inputs: list[WeightInput], dtype: torch.dtype | None) -> dict[str, Te
     for name, size in base.sizes.items():
         if is_interpolable(size) and not is_extra_state(name):
             wide = compute_dtype(common_dtype(size.dtype, tuned.sizes[name].dtype))
-            stored = wide if dtype is None or wide.is_complex else dtype
+            stored = dtype_of_result(wide, dtype)
             sizes[name] = torch.empty(size.shape, dtype=stored, device="meta")
     return sizes
 

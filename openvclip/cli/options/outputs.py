@@ -55,8 +55,8 @@ def add_merge_output_options(parser: argparse.ArgumentParser) -> None:
     )
     add_override_option(
         parser,
-        "use the contract of the last input if the contracts of the inputs differ, and add a task "
-        "vector to another model than its original",
+        "use the contract of the last input if the contracts of the inputs differ, leave out a "
+        "contract that can't be read, and add a task vector to another model than its original",
     )
 
 
