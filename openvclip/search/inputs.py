@@ -108,7 +108,9 @@ def _state_of_url(url: str) -> FileState:
         system, path = fsspec.core.url_to_fs(url)
         size = system.info(path).get("size")
     except FileNotFoundError as error:
-        raise VideoNotFoundError(f"{url}: no such file, or no connection.") from error
+        if _is_unreachable(url, error):
+            raise VideoError(f"{url}: can't be reached ({error.__cause__!r}).") from error
+        raise VideoNotFoundError(f"{url}: no such file.") from error
     except Exception as error:  # the errors of a file system have any class
         reason = str(error) or type(error).__name__
         raise VideoError(f"{url}: fsspec can't open it ({reason}).") from error
@@ -117,3 +119,13 @@ def _state_of_url(url: str) -> FileState:
     except Exception:  # many file systems know no time
         changed = None
     return FileState(None if size is None else int(size), changed)
+
+
+def _is_unreachable(url: str, error: FileNotFoundError) -> bool:
+    """Return whether a web server did not say that the file is gone.
+
+    For the web, fsspec raises FileNotFoundError for every failure, also without a connection.
+    """
+    is_web = url.rpartition("::")[2].lower().startswith(("http://", "https://"))
+    cause = error.__cause__
+    return is_web and cause is not None and getattr(cause, "status", None) not in (404, 410)

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from torch import Tensor
+
 from openvclip.checkpoints.contract import Confidence
 from openvclip.errors import SearchError
 from openvclip.models.confidence import DEFAULT_SCORE
@@ -126,8 +129,19 @@ def _limit(
 
 
 def _unwanted(negative: Any) -> list[Query]:
-    single = isinstance(negative, str) or not isinstance(negative, Iterable)
-    return [negative] if single else list(negative)
+    if _is_one(negative):
+        return [negative]
+    several = negative if isinstance(negative, (list, tuple)) else list(negative)
+    return as_queries(several)[0] if several else []
+
+
+def _is_one(negative: Any) -> bool:
+    """Return whether an object that is no list and no tuple is one query."""
+    if isinstance(negative, (np.ndarray, Tensor)):
+        has_numbers = isinstance(negative, Tensor) or negative.dtype.kind in "fiu"
+        return has_numbers and negative.ndim != 2  # [N, D] is several vectors
+    is_file = isinstance(negative, (bytes, bytearray, memoryview)) or hasattr(negative, "read")
+    return isinstance(negative, str) or is_file or not isinstance(negative, Iterable)
 
 
 def _require_numbers(k: Any, min_score: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -173,7 +173,8 @@ def _index_shard(shard: str, folder: PartFolder, run: _Run, old: PartHeader | No
     part = _encoded_shard(shard, size, run)
     is_broken = part.header.error is not None
     if is_broken and old is not None and len(old.videos) > len(part.header.videos):
-        return _report(old)  # an earlier run read more of the shard
+        # An earlier run read more of the shard.
+        return replace(_report(old), error=part.header.error)
     folder.write(part)
     return _report(part.header)
 

@@ -89,10 +89,10 @@ def read_snapshot(folder: Path) -> Snapshot:
         SearchError: the index is damaged.
         FileNotFoundError: another process has removed a shard meanwhile.
     """
-    counter = table.change_counter(folder)  # first: a later commit is then noticed
     with table.reading(folder) as connection:
         videos = connection.execute("SELECT id, path, duration FROM videos ORDER BY id").fetchall()
         shards = connection.execute("SELECT id, first, rows FROM shards ORDER BY first").fetchall()
+        counter = table.change_counter(folder)  # no other process commits while this one reads
         try:
             rows = _rows(connection)
         except (TypeError, ValueError) as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -45,6 +46,8 @@ CREATE TABLE windows (
 _SYNCHRONOUS = "FULL"  # a commit is on the disk when it returns
 _PATIENCE = 30.0  # seconds to wait for the commit of another process
 _COUNTER = slice(24, 28)  # the counter of changes in the header of a SQLite file
+_opened: dict[tuple[int, int], int] = {}  # descriptors by device and number of the file
+_turn = threading.Lock()
 
 
 def stored_path(path: str) -> str | bytes:
@@ -62,13 +65,34 @@ def path_of(stored: str | bytes) -> str:
 
 
 def change_counter(folder: Path) -> bytes:
-    """Return bytes that change with each commit.
+    """Return bytes that change with each commit, and if the table is made anew.
+
+    The file is opened once and not closed: on POSIX, closing any descriptor of a file drops all
+    locks of the process on this file, also those of SQLite in another thread.
 
     Raises:
         OSError: the table can't be read.
     """
-    with (folder / TABLE_FILE).open("rb") as file:
-        return file.read(_COUNTER.stop)[_COUNTER]
+    path = folder / TABLE_FILE
+    if not hasattr(os, "pread"):  # Windows, where a lock belongs to its descriptor
+        return path.read_bytes()[_COUNTER]
+    status = path.stat()
+    file = (status.st_dev, status.st_ino)
+    with _turn:
+        if file not in _opened:
+            _close_removed()
+            descriptor = os.open(path, os.O_RDONLY)
+            status = os.fstat(descriptor)
+            file = (status.st_dev, status.st_ino)
+            _opened.setdefault(file, descriptor)
+        return os.pread(_opened[file], 4, _COUNTER.start) + repr(file).encode()
+
+
+def _close_removed() -> None:
+    """Close the descriptors of tables that no folder holds any more."""
+    for file, descriptor in list(_opened.items()):
+        if os.fstat(descriptor).st_nlink == 0:
+            os.close(_opened.pop(file))
 
 
 @contextmanager
@@ -97,7 +121,8 @@ def writing(folder: Path) -> Iterator[sqlite3.Connection]:
 
 
 def _connect(folder: Path, mode: str, more: str = "") -> sqlite3.Connection:
-    address = f"file:{quote(os.path.abspath(folder / TABLE_FILE))}?mode={mode}{more}"
+    path = os.fsencode(os.path.abspath(folder / TABLE_FILE))  # also if it is no valid Unicode
+    address = f"file:{quote(path)}?mode={mode}{more}"
     return sqlite3.connect(address, uri=True, timeout=_PATIENCE, isolation_level=None)
 
 

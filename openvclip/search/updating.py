@@ -241,6 +241,8 @@ def _require_some_left(storage: Storage, known: Mapping[str, Any], removed: list
 
 def _matching(argument: str, known: Iterable[str]) -> list[str]:
     """Return the videos that an argument names: a video, a folder or a pattern."""
+    if not argument:  # an empty variable of a shell, and not the present folder
+        return []
     name = whole_name(argument)
     if name in known:
         return [name]

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sqlite3
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -582,3 +583,29 @@ def test_a_table_of_other_tools(tmp_path: Path, sized: None) -> None:
     assert isinstance(storage.VERSION, int)
     assert isinstance(Storage(index.path).settings, storage.IndexSettings)
     assert NewVideo("a", FileState(1, 1)).waiting == 0
+
+
+def test_a_look_for_changes_drops_no_lock_of_a_commit(tmp_path: Path) -> None:
+    """On POSIX, closing a file drops all locks that the process has on it, those of SQLite too."""
+    address = tmp_path / TABLE_FILE
+    with closing(sqlite3.connect(address, isolation_level=None)) as connection:
+        connection.execute("CREATE TABLE meta (key TEXT)")
+        connection.execute("BEGIN EXCLUSIVE")
+        table.change_counter(tmp_path)
+        code = "import sqlite3, sys; sqlite3.connect(sys.argv[1], 0).execute('BEGIN EXCLUSIVE')"
+        command = [sys.executable, "-c", code, str(address)]
+        other = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "database is locked" in other.stderr
+
+
+def test_the_counter_changes_with_each_commit_and_with_a_new_table(tmp_path: Path) -> None:
+    address, counters = tmp_path / TABLE_FILE, []
+    for _ in range(2):
+        with closing(sqlite3.connect(address, isolation_level=None)) as connection:
+            connection.execute("CREATE TABLE meta (key TEXT)")
+            counters.append(table.change_counter(tmp_path))
+            assert table.change_counter(tmp_path) == counters[-1]
+            connection.execute("INSERT INTO meta VALUES ('a')")
+            counters.append(table.change_counter(tmp_path))
+        address.unlink()
+    assert len(set(counters)) == 4

@@ -28,6 +28,7 @@ __all__ = ["Answers", "Limits"]
 
 _LONGEST_TEXT = 1000  # letters of a query
 _MOST_LABELS = 200
+_MOST_NEGATIVE = 50  # sentences; each is encoded and compared with all windows
 _START = 60.0  # seconds beyond the length of a clip in which it is decoded
 _NEAREST = 5  # names that an error lists
 _log = logging.getLogger(__name__)
@@ -125,6 +126,11 @@ class Answers:
                 f"The query has {len(text)} letters; at most {_LONGEST_TEXT} are searched."
             )
         without = [line.strip() for line in str(negative or "").splitlines() if line.strip()]
+        if len(without) > _MOST_NEGATIVE:
+            raise SearchError(
+                f"{len(without)} sentences of what the moments must not show; at most "
+                f"{_MOST_NEGATIVE} are compared."
+            )
         count = max(1, min(int(k), self._limits.results))
         score = None if least is None else float(least)
         with self._turn:

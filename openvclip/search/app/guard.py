@@ -81,14 +81,24 @@ class Guard:
                 "This server answers to 127.0.0.1 and localhost. For another name, start "
                 "'openvclip app' with --host."
             )
-        cross_site = headers.get(b"sec-fetch-site") in ("cross-site", "same-site")
-        if cross_site and headers.get(b"sec-fetch-mode") != "navigate":
+        if _is_foreign(scope.get("method", "GET"), headers):
             return 403, "Requests of other sites are refused."
         length = headers.get(b"content-length", "0")
         size = int(length) if length.isdecimal() else 0
         if path == _UPLOAD and size > self._upload_bytes + _MULTIPART:
             return 413, f"The file is larger than {self._upload_bytes:,} bytes."
         return None
+
+
+def _is_foreign(method: str, headers: dict[bytes, str]) -> bool:
+    """Return whether a page of another site makes a request. A link to this app is none."""
+    site = headers.get(b"sec-fetch-site")
+    if site is None:  # browsers send it to this machine and to https alone
+        origin = headers.get(b"origin")
+        own = headers.get(b"host", "").lower()
+        return origin is not None and origin.lower().partition("://")[2] != own
+    is_link = headers.get(b"sec-fetch-mode") == "navigate" and method in ("GET", "HEAD")
+    return site in ("cross-site", "same-site") and not is_link
 
 
 def is_loopback(host: str) -> bool:

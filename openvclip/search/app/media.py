@@ -149,7 +149,7 @@ class MediaFiles:
         if kind is not None:
             part = f"#t={moment.start:.2f},{max(moment.end, moment.start + 0.1):.2f}"
             return Media(poster, f"media/video/{key}{part}", muted=False)
-        start, end = preview_part(moment, self._longest)
+        start, end = preview_part(moment, min(_SECONDS, self._longest))
         return Media(poster, self._preview_address(key, start, end), note="A preview without sound")
 
     def whole(self, path: str, seconds: float) -> str:

@@ -43,11 +43,11 @@ def build_app(
 
     app = Starlette()
     add_routes(app, files)
-    blocks = build_interface(index, answers, limits)
-    # Uploads lie in the folder that is removed at the end. No other file leaves through Gradio: the
-    # guard refuses its addresses for files.
+    # Uploads lie in the folder that is removed at the end; each component of the page notes it. No
+    # other file leaves through Gradio: the guard refuses its addresses for files.
     os.environ["GRADIO_TEMP_DIR"] = str(files.upload_folder)
     os.environ["GRADIO_RUN_HISTORY"] = "False"  # nothing is kept in the browser
+    blocks = build_interface(index, answers, limits)
     gradio.mount_gradio_app(
         app,
         blocks,
@@ -64,6 +64,9 @@ def build_app(
         css=APP_STYLE,
         head=HEAD,
     )
+    # Gradio checks that the file of a request lies in the folder of uploads only in an app that is
+    # launched. Without the check, a request could name any file of this machine.
+    blocks.has_launched = True
     return Guard(app, local=is_loopback(host), upload_bytes=limits.upload_bytes)
 
 
