@@ -73,10 +73,10 @@ def sweep(
         StateMismatchError: a state dict does not fit the model.
         VideoShapeError, NonFiniteWeightsError, EvaluationError: see
             :func:`openvclip.evaluation.evaluate`.
-        UsageError: ``text`` is unknown; or ``classifier`` has no model; or the text weights are
-            sharded and differ; or the classifier or its model is compiled with Inductor's
-            ``freezing=True``, which keeps the old weights; or ``theta_a`` and ``theta_b`` share the
-            memory of all their entries.
+        UsageError: the loader returns something else than ``(video, label)``; or ``text`` is
+            unknown; or ``classifier`` has no model; or the text weights are sharded and differ; or
+            the classifier or its model is compiled with Inductor's ``freezing=True``, which keeps
+            the old weights; or ``theta_a`` and ``theta_b`` share the memory of all their entries.
         LambdaError: a weight is not a finite number.
     """
     weights = [as_number(lam, "lam") for lam in lams]

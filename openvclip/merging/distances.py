@@ -50,4 +50,10 @@ def lam_of_same_distance(
 @torch.no_grad()
 def _norm(base: Mapping[str, Tensor], tuned: FineTuned) -> float:
     change = interpolable_entries(task_vector(base, tuned))
-    return math.hypot(*(float(whole(value).norm(dtype=torch.float64)) for value in change.values()))
+    return math.hypot(*(float(_wide(whole(value)).norm()) for value in change.values()))
+
+
+def _wide(value: Tensor) -> Tensor:
+    """Return the values in double precision, on the CPU if their device has no float64."""
+    value = value.cpu() if value.device.type == "mps" else value
+    return value.to(torch.complex128 if value.is_complex() else torch.float64)

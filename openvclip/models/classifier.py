@@ -134,6 +134,7 @@ class ZeroShotClassifier(TextClassifier):
     Attributes:
         pooling: as the argument.
         text_features: ``[K, D]``, unit length. A buffer that is not part of the state dict.
+        own_text: whether the classifier computed the text features. False if they were given.
 
     Raises:
         ClassNamesError: ``class_names`` is empty, or holds an empty or repeated name; or
@@ -168,6 +169,7 @@ class ZeroShotClassifier(TextClassifier):
         self.pooling: Pooling = pooling
         tokenize = as_tokenizer(tokenizer, model)
         self._texts = _ClassTexts(tokenize, self.class_names, templates, batch_size)
+        self.own_text = text_features is None
         features = self._texts.features(model) if text_features is None else text_features
         warn_of_equal_labels(self.class_names, features)
         self.register_buffer("text_features", features, persistent=False)
@@ -197,6 +199,7 @@ class ZeroShotClassifier(TextClassifier):
     def refresh_text(self) -> None:
         """Compute the text features again, from the present weights of the model."""
         self.text_features = self._texts.features(self.model)
+        self.own_text = True
         self._mark = TextMark(self.model)
 
     def text_is_current(self, *, quick: bool = False) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,12 @@ from openvclip.checkpoints import Contract
 from openvclip.checkpoints.exported_files import EXPORTED
 from openvclip.checkpoints.paths import require_path
 from openvclip.errors import ContractError, UnsupportedModelError, UsageError, reason_of
-from openvclip.models.classifier import VIDEO_TEMPLATES, TextClassifier, class_features
+from openvclip.models.classifier import (
+    VIDEO_TEMPLATES,
+    TextClassifier,
+    ZeroShotClassifier,
+    class_features,
+)
 from openvclip.models.exported_graph import quantise_linear, remove_unused
 from openvclip.models.exported_parts import (
     Part,
@@ -40,6 +45,7 @@ from openvclip.models.exported_writing import (
     write_onnx,
     write_pt2,
 )
+from openvclip.models.features import scale_of
 from openvclip.models.finite import require_values
 from openvclip.models.modes import evaluation_mode
 from openvclip.models.preprocess import transform_for
@@ -215,14 +221,14 @@ class _Export:
 
     def texts(self) -> dict[str, str]:
         """Return the texts that the file carries, by key."""
-        scale = getattr(self.clip, "logit_scale", None)
+        has_scale = hasattr(self.clip, "logit_scale") or hasattr(self.clip, "temperature")
         facts = ExportFacts(
             part=self.part,
             pixels=self.settings.pixels,
             weights=self.settings.weights,
             frames=self.frames,
             labels=None if self.part != "labels" else tuple(self._labels()),
-            logit_scale=float(scale.exp()) if isinstance(scale, Tensor) else None,
+            logit_scale=float(scale_of(self.clip)) if has_scale else None,
         )
         return facts.texts(self.contract)
 
@@ -240,7 +246,7 @@ class _Export:
 
     def _logits(self) -> Callable[[Tensor], Tensor]:
         if isinstance(self.model, TextClassifier):
-            return classifier_logits(self.model, self.model.present_text())
+            return classifier_logits(self.model, _text_of(self.model))
         assert self.tokenizer is not None
         templates = VIDEO_TEMPLATES if self.contract is None else self.contract.templates
         text = class_features(self.model, self.tokenizer, self._labels(), templates)
@@ -346,6 +352,17 @@ _OUTPUTS: dict[str, str] = {
     "text": "features",
     "labels": "logits",
 }
+
+
+def _text_of(classifier: TextClassifier) -> Tensor:
+    """Return the text features of a classifier that may have been converted to float32.
+
+    Text features that were given are kept: the text tower of the model would compute others.
+    """
+    given = isinstance(classifier, ZeroShotClassifier) and not classifier.own_text
+    # Weights that were converted to another dtype count as unchanged.
+    kept = classifier.text_features if given and classifier.text_is_current() else None
+    return classifier.present_text() if kept is None else cast(Tensor, kept)
 
 
 def _float_on_cpu(model: nn.Module) -> nn.Module:

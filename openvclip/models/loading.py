@@ -61,7 +61,8 @@ class LoadedModel:
     def interpolate(self, lam: float | None) -> None:
         """Give the model the weights between those of the original CLIP and ``tuned``.
 
-        Without ``tuned``, nothing changes.
+        Call this once: afterwards the model has no longer the weights of the original CLIP. Without
+        ``tuned``, nothing changes.
 
         Args:
             lam: interpolation weight of the original CLIP. ``None``: 0, the fine-tuned model.
@@ -94,7 +95,9 @@ def load_model(
             Hugging Face Hub, are loaded with transformers.
         pretrained: the weights of the original CLIP: a tag of open_clip, such as ``"openai"``, or a
             file for :func:`openvclip.load_checkpoint`. ``None`` if the model has weights. Default:
-            ``None``.
+            ``None``. A file does not store the mean and standard deviation of the pixels, so they
+            are those of the first tag of the model (of ViT-L-14, ``laion2b_s32b_b82k`` has others:
+            give the tag).
         checkpoint: a file of fine-tuned weights for :func:`openvclip.load_checkpoint`, or a folder
             of peft with a LoRA fine-tune of the original CLIP.
         expand: whether frames attend to neighbouring frames. ``False`` applies CLIP frame by frame.
@@ -312,8 +315,8 @@ def _build(name: str, pretrained: str | os.PathLike[str] | None) -> Any:
         kind_of_file(Path(tag_or_file))  # raises before the model is built
     else:
         raise unknown_weights(tag_or_file, name, tags)
-    # A file of weights does not store the mean and standard deviation of the pixels. They are equal
-    # for all published weights of a model, so take them from the first tag of the model.
+    # A file of weights does not store the mean and standard deviation of the pixels, so they are
+    # those of the first tag. The tags of ViT-L-14 differ: laion2b_s32b_b82k has its own.
     config = open_clip.get_pretrained_cfg(name, tags[0]) if tags else {}
     preprocess = {key: config[key] for key in ("mean", "std") if key in config}
     with building():

@@ -142,7 +142,8 @@ def predict_timeline(
             decoder, see :data:`openvclip.video.VideoSource`.
         labels: see :func:`openvclip.predict`.
         tokenizer: see :func:`openvclip.predict`.
-        transform: see :func:`openvclip.predict`. The transform must not be random.
+        transform: see :func:`openvclip.predict`. The transform must not be random. Of a transform
+            with three crops, the centre is taken.
         templates: see :func:`openvclip.predict`.
         num_frames: number of frames in a window.
         seconds: length of a window. Default: 128 / 30, the length of a clip in the paper.
@@ -165,9 +166,10 @@ def predict_timeline(
     require_source(video)
     require_batch_size(batch_size)
     classifier = classifier_for(model, labels, tokenizer, templates)
+    transform = transform or transform_for(classifier.model)
     windows = sliding_windows(
         video,
-        transform=transform or transform_for(classifier.model),
+        transform=transform.with_(crops=1) if transform.crops > 1 else transform,
         num_frames=num_frames,
         seconds=seconds,
         step=step,

@@ -355,9 +355,10 @@ class VideoCLIP(VideoFeatures, HandOver):
         """
         frames = self.sampling
         length = frames.num_frames * frames.sampling_rate / frames.target_fps
+        classifier = self.classifier(labels)  # its texts are encoded without autocast
         with self._autocast():
             return predict_timeline(
-                self.classifier(labels),
+                classifier,
                 video,
                 transform=self.transform,
                 num_frames=frames.num_frames,

@@ -59,7 +59,7 @@ def require_unprompted(model: nn.Module) -> None:
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise UsageError(
             f"The model is wrapped in {type(model).__name__}, which would ignore new parameters. "
-            "Attach prompts first, then wrap the model."
+            "Attach prompts first, then wrap the model in DistributedDataParallel."
         )
     attached = [module for module in model.modules() if isinstance(module, Prompts)]
     if attached or is_prompted(model):

@@ -154,8 +154,21 @@ class Family:
         tower.__class__ = self.towers[type(tower)]
 
     def restore(self, tower: nn.Module) -> None:
-        """Undo :meth:`expand` of ``tower``."""
-        for attention in self.layers(tower):
+        """Undo :meth:`expand` of ``tower``.
+
+        Raises:
+            UnsupportedModelError: if another tool has replaced or wrapped the attention of a layer.
+                The tower is not changed then.
+        """
+        attentions = self.layers(tower)
+        for index, attention in enumerate(attentions):
+            if type(attention) not in self.attentions.values():
+                raise UnsupportedModelError(
+                    f"Layer {index} of the expanded tower has an attention of type "
+                    f"{type(attention).__name__}, which another tool put there. Remove it first, "
+                    "for example with merge_and_unload() or unload() of peft."
+                )
+        for attention in attentions:
             attention.__class__ = _original_class(self.attentions, attention)
             del attention.view
         tower.__class__ = _original_class(self.towers, tower)

@@ -84,6 +84,9 @@ class FrameTower(TemporalTower):
     states of the model ``[B, T, N, D]`` and the pooled features.
     """
 
+    _interpolates = False
+    """The default of ``interpolate_pos_encoding``."""
+
     def _embed(self, video: Tensor, any_size: bool) -> Tensor:
         """Return the embedded tokens ``[B * T, N, D]`` of the frames of a video."""
         require_frames(self, video, any_size)
@@ -150,7 +153,7 @@ class TemporalSiglipVisionModel(SiglipTower, SiglipVisionModel):  # type: ignore
 
 @capture_outputs(tie_last_hidden_states=False)  # type: ignore[untyped-decorator]
 def video_outputs(
-    tower: Any, video: Tensor, interpolate_pos_encoding: bool | None = False, **kwargs: Any
+    tower: Any, video: Tensor, interpolate_pos_encoding: bool | None = None, **kwargs: Any
 ) -> BaseModelOutputWithPooling:
     """Return the outputs of an expanded vision model for a video ``[B, T, C, H, W]``."""
     if kwargs.get("attention_mask") is not None:
@@ -160,6 +163,8 @@ def video_outputs(
             "output_attentions is for images only. Attention over the frames of a video never "
             "computes the matrix of attention weights. Set output_attentions=False for videos."
         )
+    if interpolate_pos_encoding is None:
+        interpolate_pos_encoding = tower._interpolates
     tokens = tower._embed(video, bool(interpolate_pos_encoding))
     hidden = tower._encode(tokens.unflatten(0, video.shape[:2]), **kwargs)
     hidden, pooled = tower._pool(hidden)

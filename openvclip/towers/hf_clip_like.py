@@ -91,6 +91,8 @@ class TemporalCLIPSegAttention(FrameAttention, CLIPSegAttention):  # type: ignor
 class TemporalCLIPSegVisionModel(CLIPTower, CLIPSegVisionModel):  # type: ignore[misc]
     """``CLIPSegVisionModel`` for videos ``[B, T, C, H, W]`` and images."""
 
+    _interpolates = True
+
 
 class PromptedCLIPSegVisionModel(PromptedFrameTower, TemporalCLIPSegVisionModel):
     """``CLIPSegVisionModel`` with prompts, for videos ``[B, T, C, H, W]`` and images."""

@@ -115,7 +115,8 @@ def restore_spatial_attention(model: Model) -> Model:
 
     Raises:
         ExpansionError: if the model is not expanded, or has prompts.
-        UnsupportedModelError: if the model has no supported tower, or several.
+        UnsupportedModelError: if the model has no supported tower, or several; or if another tool,
+            such as peft, has replaced or wrapped an attention module.
     """
     family, tower = find_tower(model)
     if not isinstance(tower, TemporalTower):
@@ -144,13 +145,19 @@ def expansion_of(model: nn.Module) -> ExpansionSettings | None:
     find = find_tower_for_prompts if is_prompted(model) else find_tower
     family, tower = find(model)
     attentions = family.layers(tower) if isinstance(tower, TemporalTower) else []
-    views: list[FrameView | None] = [getattr(layer, "view", None) for layer in attentions]
+    views = [_view_of(layer) for layer in attentions]
     wide = {i: view for i, view in enumerate(views) if view is not None and view.window > 0}
     if not wide:
         return None
     first = next(iter(wide.values()))
     layers = None if len(wide) == len(views) else tuple(wide)
     return ExpansionSettings(first.window, first.boundary, layers)
+
+
+def _view_of(attention: nn.Module) -> FrameView | None:
+    """Return the view of an attention module, also if another tool (peft) has wrapped it."""
+    views = (getattr(part, "view", None) for part in attention.modules())
+    return next((view for view in views if isinstance(view, FrameView)), None)
 
 
 def encode_video(

@@ -315,13 +315,19 @@ def _require_no_mask(args: Any, kwargs: dict[str, Any]) -> None:
 
 def _attentions(tower: Any) -> list[nn.Module]:
     blocks = list(tower.blocks)
-    unknown = [block for block in blocks if type(block) not in _BLOCKS]
+    unknown = [block for block in blocks if _own_class(block) not in _BLOCKS]
     if unknown:
         raise UnsupportedModelError(
             f"The tower is made of {type(unknown[0]).__name__} blocks, which can't be expanded; "
             "expected " + ", ".join(block.__name__ for block in _BLOCKS) + "."
         )
     return [block.attn for block in blocks]
+
+
+def _own_class(block: nn.Module) -> type:
+    """Return the class of a block, without the change of ``fully_shard``."""
+    kinds = type(block).__mro__
+    return next(kind for kind in kinds if not kind.__module__.startswith("torch.distributed."))
 
 
 def _encoder(model: nn.Module) -> Encoder | None:

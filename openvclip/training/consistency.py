@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 
 from openvclip.commands.parsing import unused_option
+from openvclip.processes import started_processes
 from openvclip.training.methods import is_expanded
 from openvclip.training.recipe import PROMPT_METHODS, VIFI_TOWERS, Recipe
 from openvclip.training.shared_options import unused_frame_options, unused_weight_options
@@ -73,7 +74,8 @@ def _require_pairs(args: argparse.Namespace, fail: Callable[[str], object]) -> N
             f"--batch-size {args.batch_size}: --objective contrastive compares the videos of a "
             "batch and needs at least 2"
         )
-    if part_size(args.share, args.batch_size) < 2:
+    # Each process takes a part of its own videos, and the parts of all processes are compared.
+    if started_processes().world_size == 1 and part_size(args.share, args.batch_size) < 2:
         fail(
             f"--share {args.share:g} of --batch-size {args.batch_size} is one video: --objective "
             "contrastive compares the videos of this part and needs at least 2. Give a larger "

@@ -48,7 +48,7 @@ def cut_video(
     Args:
         video: a video file, or another source that FFmpeg decodes; see
             :data:`openvclip.video.VideoSource`.
-        path: the file to write. An existing file is replaced.
+        path: the file to write. An existing file is replaced. It must not be the video itself.
         start: seconds from the first frame of the video.
         end: seconds from the first frame of the video. A later end than that of the video is the
             end of the video.
@@ -60,7 +60,7 @@ def cut_video(
         VideoNotFoundError: the video does not exist.
         VideoError: the video can't be read, ``start`` is after its end, or PyAV has no encoder.
         VideoOptionError: the times are negative, not finite or in the wrong order; or ``video`` is
-            an array of frames or a decoder.
+            an array of frames or a decoder; or ``path`` is the video itself.
         OSError: the file can't be written.
         MissingDependencyError: PyAV is not installed.
     """
@@ -71,6 +71,12 @@ def cut_video(
         )
     av = require_av()
     with opened_file(video) as source:
+        is_file = isinstance(source.data, str) and os.path.exists(path)
+        if is_file and os.path.samefile(str(source.data), path):
+            raise VideoOptionError(
+                f"path={os.fspath(path)!r} is the video itself, which is read while the part is "
+                "written. Give another path."
+            )
         fps, length, origin = _facts(source)
         if start >= length:
             raise VideoError(

@@ -20,7 +20,7 @@ from openvclip.weights.interpolation import Lambda, as_number, weights_of
 from openvclip.weights.kinds import quantized_names, refuse, require_values
 from openvclip.weights.low_rank import CompressionLoss, LowRank
 from openvclip.weights.names import canonical_model, live_model, require_live
-from openvclip.weights.numerics import compute_dtype, is_interpolable
+from openvclip.weights.numerics import compute_dtype, dtype_of_result, is_interpolable
 from openvclip.weights.relative import RelativeWeights
 from openvclip.weights.shards import is_sharded, sharded_like, whole
 
@@ -306,7 +306,7 @@ class Adapter(RelativeWeights):
         self, name: str, value: Tensor, share: float, dtype: torch.dtype | None
     ) -> Tensor:
         """Return one entry: the base model plus ``share`` times the change, rounded once."""
-        target = dtype or value.dtype
+        target = dtype_of_result(value.dtype, dtype)
         if not is_interpolable(value):
             return self.values.get(name, value).to(value.device, copy=True)
         if share == 0.0:
@@ -376,10 +376,13 @@ def _total_values(
         rest = 1.0 - math.fsum(weight for _, weight in pairs)
         if abs(rest) > 1e-12:
             pairs.append((_original(originals, name), rest))
-        mean = torch.zeros_like(first, dtype=torch.promote_types(first.dtype, torch.float64))
+        # Apple's devices have no float64.
+        home = torch.device("cpu") if first.device.type == "mps" else first.device
+        wide = torch.promote_types(first.dtype, torch.float64)
+        mean = torch.zeros_like(first, dtype=wide, device=home)
         for value, weight in pairs:
-            mean.add_(value.to(mean.device), alpha=weight)
-        result[name] = mean.to(first.dtype)
+            mean.add_(value.to(home), alpha=weight)
+        result[name] = mean.to(first.dtype).to(first.device)
     return result
 
 

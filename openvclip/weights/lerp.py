@@ -124,8 +124,12 @@ def _known_pairs(jobs: list[Lerp]) -> set[int]:
         found.add(position)
         now += (_elements_at(pair[0].places, a), _elements_at(pair[1].places, b))
         then += (pair[0].elements, pair[1].elements)
-    # One comparison of all elements takes a quarter of the time of one for each tensor.
-    return found if found and torch.equal(torch.cat(now), torch.cat(then)) else set()
+    if not found:
+        return found
+    # One comparison of all elements takes a quarter of the time of one for each tensor. Autocast
+    # can't join tensors of a half precision that is not its own.
+    with torch.autocast("cpu", enabled=False):
+        return found if torch.equal(torch.cat(now), torch.cat(then)) else set()
 
 
 def _remember(a: Tensor, b: Tensor) -> None:

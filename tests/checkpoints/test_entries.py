@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import openvclip
+from openvclip.checkpoints.model_files import save_model_file
 from openvclip.errors import CheckpointError, StateMismatchError, WeightTypeError
 from openvclip.weights.hashing import weights_hash
 from tests.checkpoints.test_conversion import same_entries
@@ -285,3 +286,11 @@ def test_files_of_factors_are_not_merged(tmp_path: Path, names: tuple[str, str])
     openvclip.interpolate_files(*files, out, 0.5)
     mean = torch.lerp(states[1][names[1]], states[0][names[1]], 0.5)
     assert torch.equal(load_file(out)[names[1]], mean)
+
+
+def test_the_index_of_a_model_in_shards_lists_extra_state(tmp_path: Path) -> None:
+    model = nn.Sequential(Scaled({"amax": 1.5}), Scaled({"amax": 2.5}))
+    name = save_model_file(model.state_dict(), tmp_path, "model", metadata={}, max_shard_size=20)
+    loaded = openvclip.load_checkpoint(tmp_path / name)
+    assert loaded.keys() == model.state_dict().keys()
+    assert loaded["1._extra_state"] == {"amax": 2.5}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from torch import Tensor
 
 import openvclip
 from openvclip.checkpoints import atomic_path, read_contract, task_vector_file
-from openvclip.errors import ContractError, NonFiniteMergeError, WeightTypeError
+from openvclip.errors import CheckpointError, ContractError, NonFiniteMergeError, WeightTypeError
 from openvclip.merging import average
 from tests.checkpoints.test_contract import CONTRACT
 
@@ -68,7 +70,7 @@ def test_values_beyond_the_range_of_the_dtype_are_refused(tmp_path: Path, how: s
 def test_a_merge_of_ones_own_writes_no_nan_into_masks(tmp_path: Path) -> None:
     mask = torch.tensor([float("-inf"), 0.0])
     paths, out = written(tmp_path, {"m": mask}, {"m": mask}), tmp_path / "out.safetensors"
-    with pytest.raises(NonFiniteMergeError, match="m: the merge gives NaN or infinity"):
+    with pytest.raises(NonFiniteMergeError, match=r"m: the merge gives NaN, .*Look at the merge"):
         openvclip.merge_files(paths, out, lambda s: {"m": s[0]["m"] + 2 * (s[1]["m"] - s[0]["m"])})
     openvclip.merge_files(paths, out, lambda s: {"m": s[1]["m"]})
     assert torch.equal(load_file(out)["m"], mask)
@@ -145,3 +147,25 @@ def test_a_task_vector_of_another_use_is_written_if_it_is_overridden(tmp_path: P
         task_vector_file(base, tuned, out)
     task_vector_file(base, tuned, out, override=True)
     assert load_file(out)["w"].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EIO])
+def test_a_folder_that_can_not_be_flushed(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some network file systems refuse it. An error of the disk itself is told."""
+    flush = os.fsync
+
+    def refused(descriptor: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(number, os.strerror(number))
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refused)
+    path = tmp_path / "w.safetensors"
+    if number == errno.EIO:
+        with pytest.raises(CheckpointError):
+            openvclip.save_checkpoint({"w": torch.ones(2)}, path)
+    else:
+        openvclip.save_checkpoint({"w": torch.ones(2)}, path)
+        assert load_file(path)["w"].tolist() == [1.0, 1.0]

@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as arrays
 from torch import Tensor
 
 import openvclip
-from openvclip.errors import EvaluationError, LambdaError, UsageError
+from openvclip.errors import EvaluationError, LambdaError, UsageError, VideoShapeError
 from openvclip.evaluation import (
     CHOICE_LAMBDAS,
     choose_lambda,
@@ -22,7 +22,7 @@ from openvclip.evaluation import (
     evaluate_mixed,
     mix_logits,
 )
-from openvclip.video import VideoSample
+from openvclip.video import PaddedSamples, VideoSample
 from tests.helpers import (
     assert_same_state,
     random_video,
@@ -221,3 +221,10 @@ def test_bad_input_is_refused_and_the_model_stays() -> None:
         mix_logits(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(3))
     assert_same_state(snapshot(own.model), before)
     assert tuple(number / 10 for number in range(11)) == CHOICE_LAMBDAS
+
+
+def test_padded_clips_are_refused() -> None:
+    mask = torch.tensor([[True, True], [True, False]])
+    batch = PaddedSamples(CLIPS[0][:2], torch.zeros(2), torch.arange(2), ["", ""], mask)
+    with pytest.raises(VideoShapeError, match="clips of different lengths, which are padded"):
+        choose_lambda(classifier(), BASE, TUNED, [batch])

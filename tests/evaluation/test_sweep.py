@@ -60,6 +60,15 @@ def test_each_point_equals_its_own_evaluation_and_clips_are_read_once() -> None:
     assert len(predictions) > 1  # otherwise the comparison above would prove nothing
 
 
+def test_weights_can_be_any_numbers_in_any_iterable() -> None:
+    classifier, loader = _classifier(), CountingLoader()
+    a, b = _ends(classifier.model)
+    for lams in (torch.tensor([0.0, 0.5]), (lam for lam in (0, 0.5))):
+        results = sweep(classifier, a, b, loader, lams=lams, progress=False)
+        assert list(results) == [0.0, 0.5]
+        assert all(type(lam) is float for lam in results)
+
+
 @pytest.mark.parametrize("index", [0, 1])
 def test_an_end_may_be_the_models_own_state_dict(index: int) -> None:
     classifier, loader = _classifier(), CountingLoader()

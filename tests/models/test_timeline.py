@@ -109,6 +109,31 @@ def test_a_timeline_equals_predictions_of_its_windows(world: World, tmp_path: Pa
         torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_a_timeline_takes_the_centre_of_three_crops(tmp_path: Path) -> None:
+    frames = np.random.default_rng(1).integers(0, 255, (32, 40, 64, 3), dtype=np.uint8)
+    write_clip(tmp_path / "wide.mp4", frames)
+    model, labels = create_model()[0], ["star sliding", "key bouncing"]
+    plain = openvclip.video.transforms.build("released", 32)
+    rows = [
+        predict_timeline(model, tmp_path / "wide.mp4", labels, transform=transform).probabilities
+        for transform in (plain, plain.with_(crops=3))
+    ]
+    assert torch.equal(*rows)
+
+
+def test_texts_of_a_timeline_are_encoded_without_autocast(tmp_path: Path) -> None:
+    """``classify`` encodes them so, and both keep them for each other."""
+    write_clip(tmp_path / "v.mp4", np.zeros((32, 32, 32, 3), np.uint8))
+    labels, results = ["star sliding", "key bouncing"], []
+    for first in (False, True):
+        model, tokenizer = create_model()
+        clip = openvclip.VideoCLIP(model, tokenizer, autocast=torch.bfloat16)
+        if first:
+            clip.timeline(tmp_path / "v.mp4", labels)
+        results.append(clip.classifier(labels).text_features)
+    assert torch.equal(*results)
+
+
 def test_videos_of_one_name_have_figures_of_their_own(
     world: World, tmp_path: Path, capsys: Captured
 ) -> None:

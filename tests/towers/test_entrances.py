@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from openvclip import encode_video, expand_temporal_attention, restore_spatial_attention
-from openvclip.errors import UsageError, VideoShapeError
+from openvclip.errors import UnsupportedModelError, UsageError, VideoShapeError
+from openvclip.towers.temporal import expansion_of
 from tests.helpers import random_video, same_bits, tiny_clip, tiny_tower
 from tests.prompting.towers import vifi
 from tests.towers import test_temporal_hf as hf
@@ -197,3 +198,19 @@ def test_expanding_while_threads_encode_images() -> None:
     for thread in threads:
         thread.join()
     assert different == []
+
+
+def test_an_expanded_tower_with_lora_is_known_as_expanded_and_not_half_restored() -> None:
+    """docs/lora.md expands first. peft wraps the attention of open_clip."""
+    peft = pytest.importorskip("peft")
+    model = expand_temporal_attention(tiny_clip(), boundary="replicate")
+    expected = expansion_of(model)
+    config = peft.LoraConfig(target_modules=r"visual\..*\.0\.attn")
+    wrapped = peft.get_peft_model(model, config).base_model.model
+    assert expected is not None
+    assert expansion_of(wrapped) == expected
+    with pytest.raises(
+        UnsupportedModelError, match=r"Layer 0 of the expanded tower .* another tool"
+    ):
+        restore_spatial_attention(wrapped)
+    assert expansion_of(wrapped) == expected

@@ -126,6 +126,13 @@ def test_what_cannot_be_cut_is_an_error(video: Path, tmp_path: Path) -> None:
         cut_video(video, tmp_path / "part.mp4", 7, 8)
     with pytest.raises(VideoNotFoundError):
         cut_video(tmp_path / "no.mp4", tmp_path / "part.mp4", 0, 1)
+    before = video.read_bytes()
+    link = tmp_path / "link.mp4"
+    link.symlink_to(video)
+    for path in (video, link):
+        with pytest.raises(VideoOptionError, match="is the video itself"):
+            cut_video(video, path, 0, 1)
+    assert video.read_bytes() == before
     frames = VideoFrames(np.zeros((4, 8, 8, 3), np.uint8), fps=2)
     with pytest.raises(VideoOptionError, match="expected a file"):
         cut_video(frames, tmp_path / "part.mp4", 0, 1)

@@ -174,6 +174,15 @@ def test_a_mask_with_infinities_does_not_make_other_pairs_unknown(probes: list[i
     assert torch.equal(out, torch.full((40,), 0.5))
 
 
+def test_a_known_pair_within_autocast_of_another_half_precision() -> None:
+    a, b = torch.zeros(40, dtype=torch.float16), torch.ones(40, dtype=torch.float16)
+    out = torch.empty_like(a)
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):  # the second call compares elements of the known pair
+            lerp([(out, a, b, 0.5)])
+    assert torch.equal(out, torch.full_like(out, 0.5))
+
+
 @pytest.mark.parametrize("how", ["fused optimizer", "data", "numpy"])
 def test_a_pair_with_changes_that_pytorch_does_not_record(how: str) -> None:
     model = torch.nn.Linear(30, 40, bias=False)

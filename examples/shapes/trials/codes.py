@@ -92,7 +92,7 @@ def digest(function: Callable[..., Any], *more: str) -> str:
     except (OSError, TypeError):
         return ""
     with suppress(SyntaxError):  # of a lambda in the middle of a call
-        source = ast.dump(ast.parse(dedent(source)))
+        source = ast.unparse(ast.parse(dedent(source)))  # ast.dump differs between Pythons
     given = (function.args, function.keywords) if isinstance(function, partial) else ()
     closed = [cell.cell_contents for cell in getattr(plain, "__closure__", None) or ()]
     # The address of an object is another one in each process.

@@ -18,7 +18,7 @@ import torch
 __all__ = ["cells_needed", "holm", "p_value", "power", "smallest_difference", "upper_tail"]
 
 LEVEL = 0.05
-"""The largest probability that the page calls a claim clear for which no difference exists."""
+"""The largest probability that the page calls any claim clear for which no difference exists."""
 
 _POINTS = 2001  # of the integral
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -31,7 +32,8 @@ def key_of(name: str, settings: Mapping[str, Any]) -> str:
 
 def is_key_of(key: str, name: str) -> bool:
     """Return whether a key is that of a name with any settings."""
-    return key.startswith(name) and all("=" in part for part in key[len(name) :].split())
+    # The value of a setting can hold spaces.
+    return key.startswith(name) and re.match(r"$| \w+=", key[len(name) :]) is not None
 
 
 def open_results(path: Path, sizes: Sizes, quick: bool) -> Results:

@@ -68,14 +68,21 @@ def _require_in_range(name: str, result: Tensor, value: Tensor) -> None:
         name: name of the entry.
         result: the merged values.
         value: the values of one model. All models hold infinities in the same places.
+
+    Raises:
+        NonFiniteMergeError: the result holds such values.
     """
     merged = computable(result)
     is_new = merged.isnan() | (merged.isinf() & torch.isfinite(computable(value)))
     if bool(is_new.any()):
+        advice = "Look at the merge method."
+        if torch.finfo(result.dtype).max < torch.finfo(torch.float32).max:
+            advice = (
+                f"Values beyond the range of {result.dtype} become NaN or infinity: give a dtype "
+                "with a larger range, such as float32."
+            )
         raise NonFiniteMergeError(
-            f"{name}: the merge gives NaN or infinity, but the files hold none there. Values "
-            f"beyond the range of {result.dtype} become infinity: give a dtype with a larger "
-            "range, such as float32."
+            f"{name}: the merge gives NaN, or infinity where the files hold none. {advice}"
         )
 
 

@@ -131,7 +131,8 @@ def interpolate_files(
         LambdaError: an interpolation weight is not a finite number.
         NonFiniteMergeError: a file holds NaN, or holds an infinity that the other files do not
             hold in the same place. (An attention mask holds the same infinities in all files.) A
-            file whose weight is 0 is not used, so its values are not checked.
+            file whose weight is 0 is not used, so its values are not checked. Or the result holds
+            NaN, or a value beyond the range of its dtype.
         UsageError: the number of outputs is not the number of interpolation weights.
 
     Warns:
