@@ -33,7 +33,9 @@ def average(
     accuracy without increasing inference time" (ICML 2022).
 
     Args:
-        models: one or more state dicts with the same names and shapes.
+        models: one or more state dicts with the same names and shapes. An
+            :class:`~openvclip.weights.Adapter` after the first model is a fine-tune of the first
+            model; merge adapters of another base model first.
         dtype: dtype of the floating-point entries of the result. Default: the narrowest dtype that
             holds the entries of all models.
 
@@ -112,6 +114,8 @@ def greedy_soup(
         StateMismatchError, WeightTypeError: as in :func:`openvclip.interpolate`.
     """
     _require_models(models, "greedy_soup")
+    for i, model in enumerate(models):
+        require_mapping(model, f"models[{i}]")
     # Both checks fail before a long evaluation.
     states = matched(models[0], models, "models[0]", "models[{}]")[1:]
     broken = [name for state in states for name in non_finite_names(interpolable_entries(state))]
@@ -132,8 +136,6 @@ def greedy_soup(
 def _require_models(models: object, function: str) -> None:
     if not isinstance(models, Sequence) or not models:
         raise MergeError(f"{function}: expected a list of one or more state dicts.")
-    for i, model in enumerate(models):  # an adapter would be merged with the first model
-        require_mapping(model, f"models[{i}]")
 
 
 def _score(

@@ -759,34 +759,34 @@ def test_the_short_advice_lists_the_clear_differences(pages: Any) -> None:
 
 def test_an_incomplete_page_says_so() -> None:
     text = " ".join(generator.page(broken(made_up(cells=9))).split())
-    assert "The numbers come from 4 of 28 cells so far, and the other cells can change" in text
+    assert "The numbers come from 4 of 24 cells so far, and the other cells can change" in text
     assert "- cell-04: LiNeS: no luck" in text
     assert "/home/me" not in text
     results = made_up(cells=2)
     for cell in results["cells"].values():
         del cell["methods"]["Vita-CLIP"]
     text = " ".join(generator.page(results).split())
-    assert "The numbers come from 2 of 28 cells so far" in text
+    assert "The numbers come from 2 of 24 cells so far" in text
     assert "Methods without results: Vita-CLIP." in text
 
 
 @pytest.mark.parametrize(
     ("numbers", "sentence"),
     [
-        ([0], "The numbers come from 1 of 28 cells so far, and the other cells can change them."),
+        ([0], "The numbers come from 1 of 24 cells so far, and the other cells can change them."),
         (
             range(20),
-            "The numbers come from 20 of 28 cells so far: each division of the actions once.",
+            "The numbers come from 20 of 24 cells so far: each division of the actions once.",
         ),
         (
             range(2, 22),
-            "The numbers come from 20 of 28 cells so far: each division of the actions once.",
+            "The numbers come from 20 of 24 cells so far: each division of the actions once.",
         ),
         (
             [*range(18), 20, 21],
-            "The numbers come from 20 of 28 cells so far, and the other cells can",
+            "The numbers come from 20 of 24 cells so far, and the other cells can",
         ),
-        (range(28), "The numbers come from all 28 cells."),
+        (range(24), "The numbers come from all 24 cells."),
     ],
 )
 def test_the_pages_say_from_how_many_cells_they_are(
@@ -934,12 +934,12 @@ def test_a_new_table_of_the_readme_replaces_the_old_table(tmp_path: Path) -> Non
     readme.write_text("before\n\n<!-- table: trials -->\n\nafter\n")
     generator.publish(made_up(cells=2), docs)
     first = readme.read_text()
-    assert re.search(r"\n_The numbers come from 2 of 28 .*_\n\nafter", first)
+    assert re.search(r"\n_The numbers come from 2 of 24 .*_\n\nafter", first)
     generator.publish(made_up(cells=4), docs)
     second = readme.read_text()
     assert second.startswith("before\n\n<!-- table: trials -->\n| method")
     assert "from 2 of" not in second
-    assert re.search(r"\n_The numbers come from 4 of 28 .*_\n\nafter", second)
+    assert re.search(r"\n_The numbers come from 4 of 24 .*_\n\nafter", second)
     assert len(second.splitlines()) == len(first.splitlines())
 
 
@@ -953,5 +953,5 @@ def test_the_time_of_everything_follows_from_the_complete_cells() -> None:
     words = " ".join(generator.page(results).split())
     assert f"took {sum(hours):.1f} hours of one core" in words
     drawing = 0.0103 * (512 + 3 * 2048) / 3600
-    everything = (hours[2] + 14 * (hours[0] + hours[1]) + 28 * drawing) / 2
-    assert f"28 cells take {everything:.1f} hours of 2 cores. This includes 10 ms for each" in words
+    everything = (hours[2] + 12 * (hours[0] + hours[1]) + 24 * drawing) / 2
+    assert f"24 cells take {everything:.1f} hours of 2 cores. This includes 10 ms for each" in words

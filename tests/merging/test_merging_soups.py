@@ -107,12 +107,9 @@ def test_a_score_that_is_no_number(score: float) -> None:
         greedy_soup([model(1.0)], lambda _: score)
 
 
-@pytest.mark.parametrize("soup", ["average", "greedy_soup"])
-def test_an_adapter_is_no_model_of_a_soup(soup: str) -> None:
-    """It would be merged with the first model, not with the original CLIP."""
+def test_an_adapter_belongs_to_the_first_model_of_a_mean_and_is_no_model_of_a_greedy_soup() -> None:
     adapter = Adapter({"w": LowRank(torch.ones(2, 1), torch.ones(1, 2))}, {})
     models: list[Any] = [{"w": torch.zeros(2, 2)}, adapter]
-    with pytest.raises(
-        WeightTypeError, match=r"models\[1\] is an Adapter.*adapter\.merged\(base\)"
-    ):
-        average(models) if soup == "average" else greedy_soup(models, lambda _: 1.0)
+    assert torch.equal(average(models)["w"], torch.full((2, 2), 0.5))
+    with pytest.raises(WeightTypeError, match=r"models\[1\] is an Adapter.*adapter\.merged"):
+        greedy_soup(models, lambda _: 1.0)

@@ -22,6 +22,7 @@ from openvclip.search.app.media import MediaFiles, add_routes
 from openvclip.search.app.player import clip_view
 from openvclip.search.searching import SearchResult
 from openvclip.video.checking import VideoChecker, check_video
+from tests.forked import started
 from tests.search.films import write_film
 
 pytest.importorskip("av")
@@ -352,24 +353,14 @@ def test_without_gradio(monkeypatch):
         interface.require_gradio()
 
 
-def test_a_request_names_no_file_of_this_machine(library, files, folder, monkeypatch):
+def test_a_request_names_no_file_of_this_machine(folder, tmp_path):
     """A request can give any path in place of an uploaded file."""
     pytest.importorskip("gradio")
-    from starlette.testclient import TestClient
+    from tests.search.app_server import ask_for
 
-    limits, given, ends = Limits(clip_seconds=5.0), [], []
-    answers = Answers(library, files, limits)
-    monkeypatch.setattr(answers, "upload", lambda path, labels: given.append(path) or "done")
-    app = server.build_app(library, answers, files, host="127.0.0.1", limits=limits)
-    outside = {"path": str(folder.parent / "outside.mp4"), "meta": {"_type": "gradio.FileData"}}
-    with TestClient(app, base_url="http://127.0.0.1:7860") as client:
-        config = client.get("/config").json()
-        events = [d["id"] for d in config["dependencies"] if d["targets"] and len(d["inputs"]) == 2]
-        for event in events:
-            body = {"data": [outside, "a\nb"], "fn_index": event, "session_hash": f"s{event}"}
-            assert client.post("/gradio_api/queue/join", json=body).status_code == 200
-            lines = client.get(f"/gradio_api/queue/data?session_hash=s{event}").text.splitlines()
-            ends += [line for line in lines if "process_completed" in line]
-    assert len(ends) == len(events) == 2
-    assert given == []
-    assert not list(files.upload_folder.rglob("*.mp4"))
+    outside, results = folder.parent / "outside.mp4", tmp_path / "results.json"
+    log = tmp_path / "log"
+    with started(ask_for, str(outside), str(results), log=log) as process:
+        process.join()
+    assert results.exists(), log.read_text()
+    assert json.loads(results.read_text()) == [2, 2, [], []]

@@ -26,12 +26,12 @@ with 2 cores, with one thread a process, in clips of 4 frames:
 - A clip takes 10 ms to draw, encode and decode, so the 6,656 clips of a cell take 70 s.
 - The tuning of all methods takes four runs and 24 points each on lists of 512 clips: 2,000 s.
 
-Together, 28 cells take 21,000 s of one core, or 2.9 hours of 2 cores.
+Together, 24 cells take 18,400 s of one core, or 2.6 hours of 2 cores.
 
 The number of cells follows from the power (:func:`examples.shapes.trials.statistics.power`), at a
 level of 5 % divided by the number of claims, and at the median deviation of the differences of two
 methods. With the deviations of the first ten cells, 10 cells are enough to call a true difference
 of 1.5 points clear nine times in ten in the mean of the three questions, and 16 cells on one
-question. With 28 cells, deviations can be larger by a third. The page has the power at the
+question. With 24 cells, deviations can be larger by a quarter. The page has the power at the
 deviations of its own results.
 """

@@ -2,7 +2,7 @@
 
 Without --full: one cell (three trained actions of six, one seed), the main methods with the
 settings of the published results, in under 4 minutes on 2 cores. With --full: all methods, at
-settings chosen on development classes, over 28 cells, in less than 4 hours. Each result is
+settings chosen on development classes, over 24 cells, in less than 4 hours. Each result is
 printed and saved as it comes. A run that was stopped goes on with the same command.
 """
 

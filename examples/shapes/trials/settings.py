@@ -27,7 +27,7 @@ class Sizes:
     stills: int = 1024
     steps: int = 200
     batch_size: int = 16
-    cells: int = 28
+    cells: int = 24
 
 
 FULL = Sizes()
