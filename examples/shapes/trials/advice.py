@@ -309,7 +309,8 @@ def _as_good_as_control(
         for item in of_pair(results, judged, name, None, control, None)
         if item.claim.question in gains and item.verdict != "higher"
     ]
-    return f" On {', and on '.join(names)}, it is not clearly above {control}." if names else ""
+    places = ", and on ".join(names)
+    return f' On {places}, it is not clearly above the row "{control}".' if names else ""
 
 
 def _places(items: Sequence[Judged], verdict: Verdict) -> str:
