@@ -236,8 +236,10 @@ def test_torchcodec_decoders(path, pixels):
 @pytest.mark.parametrize("random", [False, True])
 def test_threads_change_nothing(path, data, pixels, random):
     file = io.BytesIO(data)
+    # Only frames are damaged, not the header behind them: the encoder's bytes differ between runs.
     damaged = bytearray(data)
-    damaged[len(data) // 3 :: 97] = bytes(len(damaged[len(data) // 3 :: 97]))
+    frames = slice(len(data) // 3, data.rindex(b"moov") - 4, 97)
+    damaged[frames] = bytes(len(damaged[frames]))
     videos = [path, data, VideoFrames(pixels, 30), file, str(path), file, data, file]
     videos += [] if random else [bytes(damaged)]
     sampling = Sampling(num_frames=2, sampler="dense" if random else "released")
