@@ -1,7 +1,7 @@
 """Put your own method into the comparison: a loss of your own, and a merge of your own.
 
 ``python -m examples.shapes.own_method --out own-quick`` compares them with CLIP, FINE-TUNE and
-Open-VCLIP in one cell, in about 3 minutes on 2 cores. With ``--full --only "my loss" "my merge"``
+Open-VCLIP in one cell, in about 2 minutes on 2 cores. With ``--full --only "my loss" "my merge"``
 each of them tries its settings on the development classes, like all other methods, and runs in
 all cells. Copy this file and change the two functions.
 """

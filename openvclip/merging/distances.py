@@ -11,6 +11,7 @@ from torch import Tensor
 from openvclip.errors import MergeError
 from openvclip.merging.entries import interpolable_entries
 from openvclip.merging.task_arithmetic import task_vector
+from openvclip.weights.numerics import device_for_float64
 from openvclip.weights.relative import FineTuned
 from openvclip.weights.shards import whole
 
@@ -54,6 +55,6 @@ def _norm(base: Mapping[str, Tensor], tuned: FineTuned) -> float:
 
 
 def _wide(value: Tensor) -> Tensor:
-    """Return the values in double precision, on the CPU if their device has no float64."""
-    value = value.cpu() if value.device.type == "mps" else value
-    return value.to(torch.complex128 if value.is_complex() else torch.float64)
+    """Return the values in double precision, on a device that has it."""
+    wide = torch.complex128 if value.is_complex() else torch.float64
+    return value.to(device_for_float64(value.device)).to(wide)

@@ -20,6 +20,7 @@ from openvclip.weights.names import canonical_model, is_extra_state, require_mat
 from openvclip.weights.numerics import (
     common_dtype,
     compute_dtype,
+    device_for_float64,
     dtype_of_result,
     is_interpolable,
 )
@@ -156,8 +157,7 @@ def combined(
             result[name] = contiguous_copy(first)
         else:
             entries = [whole(state[name]) for state in states]
-            # Apple's devices have no float64, which most methods compute in.
-            home = torch.device("cpu") if first.device.type == "mps" else first.device
+            home = device_for_float64(first.device)  # most methods compute in float64
             common = functools.reduce(common_dtype, (entry.dtype for entry in entries))
             entries = [_real(entry, home, common) for entry in entries]
             merged = _merged(name, entries, combine, names)

@@ -20,7 +20,12 @@ from openvclip.weights.interpolation import Lambda, as_number, weights_of
 from openvclip.weights.kinds import quantized_names, refuse, require_values
 from openvclip.weights.low_rank import CompressionLoss, LowRank
 from openvclip.weights.names import canonical_model, live_model, require_live
-from openvclip.weights.numerics import compute_dtype, dtype_of_result, is_interpolable
+from openvclip.weights.numerics import (
+    compute_dtype,
+    device_for_float64,
+    dtype_of_result,
+    is_interpolable,
+)
 from openvclip.weights.relative import RelativeWeights
 from openvclip.weights.shards import is_sharded, sharded_like, whole
 
@@ -376,8 +381,7 @@ def _total_values(
         rest = 1.0 - math.fsum(weight for _, weight in pairs)
         if abs(rest) > 1e-12:
             pairs.append((_original(originals, name), rest))
-        # Apple's devices have no float64.
-        home = torch.device("cpu") if first.device.type == "mps" else first.device
+        home = device_for_float64(first.device)
         wide = torch.promote_types(first.dtype, torch.float64)
         mean = torch.zeros_like(first, dtype=wide, device=home)
         for value, weight in pairs:

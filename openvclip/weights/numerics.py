@@ -80,6 +80,11 @@ def dtype_of_result(own: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
     return own if dtype is None or (own.is_complex and not dtype.is_complex) else dtype
 
 
+def device_for_float64(device: torch.device) -> torch.device:
+    """Return the device, or the CPU if the device has no float64, as Apple's have not."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def non_finite_names(state: Mapping[str, Tensor]) -> list[str]:
     """Return the names of entries that hold NaN or infinity.
 

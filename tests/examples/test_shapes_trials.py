@@ -41,26 +41,23 @@ from examples.shapes.trials.registry import (
 )
 from examples.shapes.trials.rows import PUBLISHED
 from examples.shapes.trials.runner import Runner
-from examples.shapes.trials.settings import Sizes
 from examples.shapes.trials.tasks import Place, Task, do
 from examples.shapes.trials.tuning import best, cell_tasks, choose, has_result, tuning_tasks
 from examples.shapes.trials.workshop import Workshop
 from examples.shapes.world import ACTIONS, DEVELOPMENT, SEEN, UNSEEN
 from openvclip.training.methods import choose_trained
+from tests.examples.trial_results import SMALL as SIZES
+from tests.examples.trial_results import tables_as_before
 from tests.forked import started
 
-SIZES = Sizes(train=24, test=6, development=6, stills=4, steps=2, batch_size=4, cells=1)
 ROWS = ("CLIP", "FINE-TUNE")
 
 
 @pytest.fixture(autouse=True)
 def tables() -> Iterator[None]:
     """The tables of methods as they were, after each test."""
-    before = dict(TRAININGS), dict(METHODS)
-    yield
-    for table, old in zip((TRAININGS, METHODS), before, strict=True):
-        table.clear()
-        table.update(old)  # type: ignore[arg-type]
+    with tables_as_before():
+        yield
 
 
 # Cells

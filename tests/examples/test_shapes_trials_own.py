@@ -19,11 +19,10 @@ from examples.shapes.trials.clips import load_list
 from examples.shapes.trials.codes import digest
 from examples.shapes.trials.registry import METHODS, TRAININGS
 from examples.shapes.trials.runner import Runner
-from examples.shapes.trials.settings import Sizes
 from examples.shapes.trials.tasks import Place
 from examples.shapes.trials.workshop import Workshop
-
-SIZES = Sizes(train=24, test=6, development=6, stills=4, steps=2, batch_size=4, cells=1)
+from tests.examples.trial_results import SMALL as SIZES
+from tests.examples.trial_results import tables_as_before
 
 OWN = """
 from functools import partial
@@ -40,11 +39,8 @@ register(Method("mine", ("plain",), partial(mixed, share=0.5), lams=(0.0,)))
 @pytest.fixture(autouse=True)
 def tables() -> Iterator[None]:
     """The tables of methods as they were, after each test."""
-    before = dict(TRAININGS), dict(METHODS)
-    yield
-    for table, old in zip((TRAININGS, METHODS), before, strict=True):
-        table.clear()
-        table.update(old)  # type: ignore[arg-type]
+    with tables_as_before():
+        yield
     for name in ("examples.shapes.own_method", "mine"):  # registers its rows when it is imported
         sys.modules.pop(name, None)
 

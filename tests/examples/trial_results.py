@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -12,10 +13,23 @@ from examples.shapes.results import Results
 from examples.shapes.trials.cells import QUESTIONS
 from examples.shapes.trials.registry import CURVE, LAMBDAS, METHODS, TRAININGS
 from examples.shapes.trials.rows import PUBLISHED
-from examples.shapes.trials.settings import FULL
+from examples.shapes.trials.settings import FULL, Sizes
 from examples.shapes.trials.store import key_of
 from examples.shapes.trials.tasks import RULES
 from examples.shapes.trials.tuning import choose
+
+SMALL = Sizes(train=24, test=6, development=6, stills=4, steps=2, batch_size=4, cells=1)
+"""The sizes of a run that takes a second."""
+
+
+@contextmanager
+def tables_as_before() -> Iterator[None]:
+    """Context manager after which the tables of trainings and methods are as they were before."""
+    before = dict(TRAININGS), dict(METHODS)
+    yield
+    for table, old in zip((TRAININGS, METHODS), before, strict=True):
+        table.clear()
+        table.update(old)  # type: ignore[arg-type]
 
 
 def made_up(cells: int = 5, seed: int = 0) -> Results:
